@@ -1,0 +1,62 @@
+"""Timing contestants side by side: check every result first, then take turns (A B A B)."""
+
+import statistics
+import time
+from collections.abc import Callable
+
+import torch
+
+
+def _now(device: torch.device) -> float:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter()
+
+
+def compare(
+    contestants: dict[str, Callable[[], object]],
+    check: Callable[[str, object], None] | None = None,
+    rounds: int = 9,
+    device: str = "cpu",
+) -> dict[str, dict[str, float]]:
+    """Time callables in turn and return their seconds.
+
+    Each is run once to warm up and its result handed to `check(name, result)`, which
+    raises when it is wrong: nothing wrong is ever timed. Turns are interleaved, so
+    that a slow spell of the machine falls on all alike.
+
+    Args:
+        contestants: name → function of no arguments.
+        check: called with each name and its first result.
+        rounds: timed turns for each.
+        device: "cpu" or "cuda"; on a GPU the clock waits for the work to finish.
+
+    Returns:
+        name → {"median": s, "min": s, "max": s}.
+    """
+    where = torch.device(device)
+    for name, run in contestants.items():
+        result = run()
+        if check is not None:
+            check(name, result)
+    seconds: dict[str, list[float]] = {name: [] for name in contestants}
+    for _ in range(rounds):
+        for name, run in contestants.items():
+            start = _now(where)
+            run()
+            seconds[name].append(_now(where) - start)
+    return {
+        name: {"median": statistics.median(taken), "min": min(taken), "max": max(taken)}
+        for name, taken in seconds.items()
+    }
+
+
+def table(times: dict[str, dict[str, float]], ours: str) -> str:
+    """The times as text, with each rival's median as a multiple of `ours` (above 1 means that ours is faster)."""
+    width = max(map(len, times))
+    lines = [f"{'':{width}}  median ms    min ms    max ms  ratio"]
+    for name, t in times.items():
+        ratio = t["median"] / times[ours]["median"]
+        cells = "".join(f"{t[key] * 1e3:10.2f}" for key in ("median", "min", "max"))
+        lines.append(f"{name:{width}} {cells} {ratio:6.2f}x")
+    return "\n".join(lines)

@@ -1,0 +1,49 @@
+"""Installs the root folders as one importable package, `handtuned`.
+
+Each top-level folder is one floor of the house (see README.md); the mapping
+below makes `kernels/nf4.py` importable as `handtuned.kernels.nf4`.
+"""
+
+from pathlib import Path
+
+from setuptools import setup
+
+HERE = Path(__file__).parent
+FLOORS = ("kernels", "quant", "amp", "optim", "nn")
+
+version = next(
+    line.split('"')[1]
+    for line in (HERE / "handtuned" / "__init__.py").read_text(encoding="utf-8").splitlines()
+    if line.startswith("__version__")
+)
+
+extras = {
+    "finetune": [
+        "transformers>=5.0",
+        "tokenizers",
+        "safetensors",
+        "gguf",
+        "tqdm",
+        "matplotlib",
+    ],
+    "notebooks": ["jupyterlab", "matplotlib", "nbclient"],
+    "test": ["pytest", "hypothesis", "bitsandbytes", "peft", "psutil"],
+    "tune": ["optuna"],
+    "dev": ["ruff"],
+}
+
+setup(
+    name="handtuned",
+    version=version,
+    description="Every technique for training big models on small memory, with kernels written by hand in Triton",
+    long_description=(HERE / "README.md").read_text(encoding="utf-8"),
+    long_description_content_type="text/markdown",
+    license="Apache-2.0",
+    python_requires=">=3.10",
+    packages=["handtuned", *(f"handtuned.{floor}" for floor in FLOORS)],
+    package_dir={"handtuned": "handtuned", **{f"handtuned.{floor}": floor for floor in FLOORS}},
+    package_data={"handtuned": ["datasets/*.jsonl"]},
+    install_requires=["torch>=2.11", "numpy", 'triton>=3.6; platform_system == "Linux"'],
+    extras_require=extras,
+    entry_points={"console_scripts": ["handtuned = handtuned.cli:main"]},
+)

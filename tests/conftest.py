@@ -1,0 +1,73 @@
+"""Settings for the whole suite.
+
+Without a GPU the real kernels run under Triton's interpreter, which must be chosen
+before `handtuned` is imported. On a GPU, plain `pytest` runs the compiled kernels.
+"""
+
+import os
+
+import torch
+
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")
+
+import pytest
+from handtuned.kernels import runtime
+
+
+def pytest_addoption(parser):
+    parser.addoption("--slow", action="store_true", help="also run the tests that take minutes")
+
+
+def pytest_collection_modifyitems(config, items):
+    if not config.getoption("--slow"):
+        skip = pytest.mark.skip(reason="takes minutes; run with --slow")
+        for item in items:
+            if "slow" in item.keywords:
+                item.add_marker(skip)
+
+
+@pytest.fixture(autouse=True)
+def reference_backend(monkeypatch):
+    """Tests run the torch references unless they ask for `kernel_backend`."""
+    monkeypatch.setenv("HANDTUNED_BACKEND", "torch")
+
+
+@pytest.fixture(params=["torch", "kernel"])
+def each_backend(request, monkeypatch):
+    """Run a test twice: on the reference and on the real kernel (interpreted, or on the GPU)."""
+    if request.param == "kernel":
+        _use_kernels(monkeypatch)
+    return request.param
+
+
+@pytest.fixture
+def kernel_backend(monkeypatch):
+    """Run a test on the real kernel (interpreted, or on the GPU)."""
+    _use_kernels(monkeypatch)
+
+
+def _use_kernels(monkeypatch):
+    if not runtime.HAS_TRITON:
+        pytest.skip("Triton is not installed")
+    monkeypatch.delenv("HANDTUNED_BACKEND")
+
+
+@pytest.fixture
+def device():
+    """Where kernel tests put their tensors: the GPU if there is one."""
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+@pytest.fixture(autouse=True)
+def poisoned_memory():
+    """torch.empty hands out NaN (or the largest integer), so that a hole in an output shows."""
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    torch.utils.deterministic.fill_uninitialized_memory = True
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+@pytest.fixture(autouse=True)
+def seeded():
+    torch.manual_seed(0)
