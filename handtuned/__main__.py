@@ -1,0 +1,7 @@
+"""`python -m handtuned` is the `handtuned` command."""
+
+import sys
+
+from .cli import main
+
+sys.exit(main())

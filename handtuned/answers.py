@@ -1,0 +1,129 @@
+"""A causal language model seen through its answers: their loss, their score, and new ones written."""
+
+import torch
+import torch.nn.functional as F
+
+from . import data
+from .nn.loss import IGNORE_INDEX, linear_cross_entropy
+
+
+class AnswerModel:
+    """Runs a transformers causal LM so that only answer tokens meet the vocabulary.
+
+    Most models are a body and a plain linear head, logits = head(body(tokens)); then the
+    head is applied to the answer positions alone (`nn/loss.py`). A model that does more
+    (soft-capped or scaled logits) is found out by comparing both ways on `sample`, once,
+    and gets its full logits.
+
+    Batches are right-padded and carry no attention mask: with causal attention nothing
+    to the left of a pad token can see it, and pad positions have label −100.
+
+    Args:
+        model: the causal LM, already adapted.
+        sample: (1, T) token ids for the comparison.
+    """
+
+    def __init__(self, model, sample: torch.Tensor):
+        self.model = model
+        head = model.get_output_embeddings()
+        self.head = head if isinstance(head, torch.nn.Linear) and self._head_is_all(head, sample) else None
+
+    @torch.no_grad()
+    def _head_is_all(self, head, sample: torch.Tensor) -> bool:
+        training = self.model.training
+        self.model.eval()
+        logits = self.model(input_ids=sample, use_cache=False).logits
+        split = head(self._body(sample))
+        self.model.train(training)
+        return logits.shape == split.shape and torch.allclose(logits.float(), split.float(), rtol=1e-3, atol=1e-3)
+
+    def _body(self, input_ids: torch.Tensor) -> torch.Tensor:
+        return self.model.base_model(input_ids=input_ids, use_cache=False).last_hidden_state
+
+    def loss(self, batch: dict[str, torch.Tensor]) -> torch.Tensor:
+        """Sum of cross-entropies over the answer tokens of one right-padded batch, a scalar in fp32."""
+        target = batch["labels"][:, 1:]
+        if self.head is None:
+            logits = self.model(input_ids=batch["input_ids"], use_cache=False).logits[:, :-1]
+            kept = target != IGNORE_INDEX
+            return F.cross_entropy(logits[kept].float(), target[kept], reduction="sum")
+        hidden = self._body(batch["input_ids"])[:, :-1]
+        return linear_cross_entropy(hidden, self.head.weight, target, bias=self.head.bias)
+
+    @torch.no_grad()
+    def _right(self, batch: dict[str, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
+        """(loss summed over answer tokens, (B, T−1) bool: the likeliest token is the right one, or no answer token)."""
+        target = batch["labels"][:, 1:]
+        kept = target != IGNORE_INDEX
+        if self.head is None:
+            logits = self.model(input_ids=batch["input_ids"], use_cache=False).logits[:, :-1][kept].float()
+        else:
+            logits = self.head(self._body(batch["input_ids"])[:, :-1][kept]).float()
+        right = torch.ones_like(kept)
+        right[kept] = logits.argmax(dim=1) == target[kept]
+        return F.cross_entropy(logits, target[kept], reduction="sum"), right
+
+    def score(self, examples: list, batch_size: int = 8, bar=None) -> dict[str, float]:
+        """Loss, token accuracy and exact match on held-out examples.
+
+        Exact match counts the rows in which every answer token, the end of turn included,
+        is the model's likeliest after the right ones before it: just those rows that greedy
+        decoding answers letter by letter.
+
+        Args:
+            examples: encoded rows (`data.Example`).
+            batch_size: rows in one forward pass; rows of like length go together.
+            bar: a progress bar, advanced by rows.
+
+        Returns:
+            {"loss": nats an answer token, "token_accuracy": share, "exact_match": share, "rows": count}
+        """
+        training = self.model.training
+        self.model.eval()
+        place = next(self.model.parameters()).device
+        by_length = sorted(examples, key=lambda example: len(example.input_ids))
+        loss = tokens = correct = exact = 0
+        for at in range(0, len(by_length), batch_size):
+            # any token may fill short rows: nothing looks at it
+            batch = data.collate(by_length[at : at + batch_size], pad_id=0)
+            batch = {name: tensor.to(place) for name, tensor in batch.items()}
+            summed, right = self._right(batch)
+            answers = batch["labels"][:, 1:] != IGNORE_INDEX
+            loss += summed.item()
+            tokens += int(answers.sum())
+            correct += int((right & answers).sum())
+            exact += int(right.all(dim=1).sum())
+            if bar is not None:
+                bar.update(right.shape[0])
+        self.model.train(training)
+        rows = len(examples)
+        return {"loss": loss / tokens, "token_accuracy": correct / tokens, "exact_match": exact / rows, "rows": rows}
+
+
+def write_answers(model, tokenizer, chats: list[list[dict]], max_new_tokens: int = 48, **sampling) -> list[str]:
+    """Answer chats, greedily unless `sampling` says otherwise; all of them in one left-padded batch.
+
+    Args:
+        chats: each a list of {"role", "content"} that ends with the user's turn.
+        sampling: further arguments of transformers' `generate`, such as `do_sample`, `temperature`.
+
+    Returns:
+        The new text of each chat, without special tokens.
+    """
+    device = next(model.parameters()).device
+    prompts = [data.prompt_ids(tokenizer, chat) for chat in chats]
+    width = max(map(len, prompts))
+    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
+    ids = torch.tensor([[pad] * (width - len(prompt)) + prompt for prompt in prompts], device=device)
+    mask = torch.tensor([[0] * (width - len(prompt)) + [1] * len(prompt) for prompt in prompts], device=device)
+    training = model.training
+    model.eval()
+    options = {"do_sample": False, **sampling}
+    if not options["do_sample"]:
+        options.update(temperature=None, top_p=None, top_k=None)
+    with torch.no_grad():
+        out = model.generate(
+            input_ids=ids, attention_mask=mask, max_new_tokens=max_new_tokens, pad_token_id=pad, **options
+        )
+    model.train(training)
+    return [tokenizer.decode(row[width:], skip_special_tokens=True).strip() for row in out]

@@ -1,0 +1,93 @@
+"""The `handtuned` command. Each subcommand's module is imported when it is called."""
+
+import argparse
+import difflib
+import importlib
+import os
+import re
+import sys
+
+from . import __version__
+
+COMMANDS = {
+    "finetune": ("finetune_cli", "train LoRA adapters on a (4-bit) model"),
+    "generate": ("generate", "answer a prompt with a trained adapter"),
+    "merge": ("merge", "write base + adapter as one plain model directory"),
+    "memory": ("memory_cli", "estimate what training will take, and what would make it fit"),
+    "bench": ("bench", "time the kernels against their rivals"),
+    "xray": ("xray", "compile the kernels without a GPU and count their instructions"),
+    "doctor": ("doctor", "say what is installed and what will run where"),
+}
+
+
+class Parser(argparse.ArgumentParser):
+    """argparse with one clear line for a mistake, and exit code 2."""
+
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, allow_abbrev=False, **kwargs)
+
+    def error(self, message):
+        unknown = re.match(r"unrecognized arguments: (\S+)", message)
+        if unknown:
+            word = unknown.group(1).split("=")[0]
+            flags = [name for name in self._option_string_actions if name.startswith("--")]
+            near = difflib.get_close_matches(word, flags, n=1)
+            message = f"unknown argument {word}" + (f"; did you mean {near[0]}?" if near else "")
+        print(f"{self.prog}: error: {message}", file=sys.stderr)
+        raise SystemExit(2)
+
+
+def hyphenated(words: list[str]) -> list[str]:
+    """`--learning_rate=1e-3` → `--learning-rate=1e-3`: both spellings are in people's fingers."""
+    out = []
+    for word in words:
+        name, equals, value = word.partition("=")
+        out.append(name.replace("_", "-") + equals + value if name.startswith("--") else word)
+    return out
+
+
+def main(words: list[str] | None = None) -> int:
+    """Run one subcommand; returns the exit code: 0, or 2 for bad input, told in one line."""
+    words = hyphenated(sys.argv[1:] if words is None else list(words))
+    if not words or words[0] in ("-h", "--help"):
+        print(_overview())
+        return 0
+    if words[0] == "--version":
+        print(f"handtuned {__version__}")
+        return 0
+    command = words[0]
+    if command not in COMMANDS:
+        near = difflib.get_close_matches(command, COMMANDS, n=1)
+        hint = f"; did you mean {near[0]}?" if near else f" (one of {', '.join(COMMANDS)})"
+        print(f"handtuned: error: unknown command {command!r}{hint}", file=sys.stderr)
+        return 2
+    try:
+        module = importlib.import_module(f".{COMMANDS[command][0]}", __package__)
+        parser = Parser(prog=f"handtuned {command}", description=COMMANDS[command][1] + ".")
+        module.add_arguments(parser)
+        return module.run(parser.parse_args(words[1:])) or 0
+    except SystemExit as stop:
+        return int(stop.code or 0)
+    except ModuleNotFoundError as error:
+        if error.name is None or error.name.startswith(__package__):
+            raise
+        return _fail(command, f'{error.name} is not installed; pip install "handtuned[finetune]" brings it', error)
+    except (ValueError, TypeError, OSError) as error:
+        return _fail(command, str(error), error)
+    except KeyboardInterrupt:
+        print("\nstopped", file=sys.stderr)
+        return 130
+
+
+def _fail(command: str, message: str, error: Exception) -> int:
+    if os.environ.get("HANDTUNED_DEBUG"):
+        raise error
+    line = " ".join(message.split())
+    print(f"handtuned {command}: error: {line}", file=sys.stderr)
+    return 2
+
+
+def _overview() -> str:
+    lines = [f"handtuned {__version__}: train big models on small memory", "", "usage: handtuned COMMAND [flags]", ""]
+    lines += [f"  {name:9} {text}" for name, (_, text) in COMMANDS.items()]
+    return "\n".join([*lines, "", "`handtuned COMMAND --help` lists a command's flags."])

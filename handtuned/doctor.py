@@ -1,0 +1,57 @@
+"""`handtuned doctor`: what is installed, and what will run where."""
+
+import platform
+
+import torch
+
+from . import records
+from .kernels import backend, runtime
+from .models import cache_directory, choose_device, choose_dtype
+
+
+def add_arguments(parser) -> None:
+    """`doctor` takes no flags."""
+
+
+def report() -> str:
+    """Versions, backends, GPUs and the choices that follow from them, as text."""
+    lines = [f"{name:13} {version}" for name, version in records.versions().items()]
+    lines += ["", f"machine       {platform.system()} {platform.machine()}, {torch.get_num_threads()} CPU threads"]
+    if torch.cuda.is_available():
+        for index in range(torch.cuda.device_count()):
+            gpu = torch.cuda.get_device_properties(index)
+            low = choose_dtype("auto", torch.device("cuda", index))
+            lines.append(
+                f"cuda:{index}        {gpu.name}, sm_{gpu.major}{gpu.minor}, {gpu.total_memory / 2**30:.1f} GiB, "
+                f"computes in {str(low).removeprefix('torch.')}"
+            )
+    else:
+        lines.append("GPU           none that CUDA can use")
+    lines += [
+        f"Triton        {'installed' if runtime.HAS_TRITON else 'not installed: GPU kernels cannot run'}"
+        + (", interpreting kernels (TRITON_INTERPRET=1)" if runtime.INTERPRETED else ""),
+        f"model cache   {cache_directory()}",
+        "",
+        "what runs where",
+        f"  a CPU tensor   {_explain(backend(torch.empty(0)))}",
+    ]
+    if torch.cuda.is_available() and runtime.HAS_TRITON:
+        lines.append(f"  a CUDA tensor  {_explain(backend(torch.empty(0, device='cuda')))}")
+    device = choose_device("auto")
+    dtype = choose_dtype("auto", device)
+    scaling = ", with loss scaling" if dtype == torch.float16 else ""
+    lines.append(f"  finetune       on {device}, computing in {str(dtype).removeprefix('torch.')}{scaling}")
+    return "\n".join(lines)
+
+
+def _explain(name: str) -> str:
+    return {
+        "cuda": "the compiled Triton kernel",
+        "interpreter": "the Triton kernel under the interpreter (slow: for checking, not for work)",
+        "torch": "the torch reference",
+    }[name]
+
+
+def run(args) -> int:
+    print(report())
+    return 0

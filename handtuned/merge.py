@@ -1,0 +1,91 @@
+"""`handtuned merge`: base + adapter as one plain model directory that transformers loads.
+
+A 4-bit merge erases the adapter: the update is smaller than the gaps between the 16
+levels, and rounding throws it away. So the base is dequantized, the update is added,
+and the sum is written in 16 or 32 bits. The base is the *quantized* one by default,
+because that is what the adapter was trained on; adding the update to the original
+weights instead (`--onto original`) gives a model that nobody has trained.
+"""
+
+from pathlib import Path
+
+import torch
+
+from . import data
+from .adapted import add_adapter_arguments, load_adapted
+from .answers import AnswerModel
+from .models import choose_device, load_base
+from .nn import LoRALinear, merge_lora
+from .nn.adapters import load_adapter
+from .nn.files import whole_directory
+from .quant import NF4Linear
+
+PROBE_ROWS = 32
+
+
+def add_arguments(parser) -> None:
+    add_adapter_arguments(parser)
+    parser.add_argument("--out", required=True, metavar="DIR", help="where the merged model goes (must not exist)")
+    parser.add_argument("--onto", default="quantized", choices=("quantized", "original"),
+                        help="weights that receive the update (default: quantized, the ones trained on)")  # fmt: skip
+    parser.add_argument("--save-dtype", default="bfloat16", choices=("bfloat16", "float16", "float32"),
+                        help="dtype of the merged weights (default: bfloat16)")  # fmt: skip
+    parser.add_argument("--data", help="rows on which the loss before and after is told (default: those of training)")
+
+
+def run(args) -> int:
+    out = Path(args.out)
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise ValueError(f"--out {out} exists already and is not empty")
+    model, tokenizer, record = load_adapted(args)
+    probe = _probe(args.data or record.get("eval_data"), tokenizer)
+    before = _loss(model, probe)
+    if args.onto == "original":
+        base = args.model or record.get("model")
+        if not base:
+            raise ValueError("--onto original needs the base model; give it with --model")
+        model, _ = load_base(base, "lora", torch.float32, choose_device(args.device))
+        load_adapter(model, args.adapter)
+    model = to_plain_model(model, getattr(torch, args.save_dtype))
+    after = _loss(model, probe)
+    with whole_directory(out) as temporary:
+        model.save_pretrained(temporary)
+        tokenizer.save_pretrained(temporary)
+    if probe:
+        print(f"loss on {len(probe)} held-out rows: {before:.4f} with the adapter, {after:.4f} merged")
+    print(f"merged model in {args.save_dtype}, onto {args.onto} weights: {out}")
+    return 0
+
+
+def to_plain_model(model: torch.nn.Module, dtype: torch.dtype) -> torch.nn.Module:
+    """Merge every adapter and turn every LoRA and NF4 layer into a plain `nn.Linear`, in place, in `dtype`.
+
+    A weight tied to the embedding that received an update is untied first, in the
+    config too. The sum is formed in fp32 and rounded once.
+    """
+    model = model.float()
+    if any(isinstance(module, LoRALinear) for module in model.modules()):
+        merge_lora(model, dequantize=True, untie=True)
+    for name, module in list(model.named_modules()):
+        if isinstance(module, LoRALinear):
+            model.set_submodule(name, module.base_layer)
+    for name, module in list(model.named_modules()):
+        if isinstance(module, NF4Linear):
+            model.set_submodule(name, module.dequantize())
+    return model.to(dtype)
+
+
+def _probe(path: str | None, tokenizer) -> list:
+    """The first encoded rows of `path`; none when it is not known or not there any more."""
+    if path is None or not Path(path).is_file():
+        return []
+    rows = data.load_rows(path).rows[:PROBE_ROWS]
+    return list(data.encode_rows(rows, tokenizer, max_seq_length=512))
+
+
+def _loss(model, probe: list) -> float | None:
+    if not probe:
+        return None
+    place = next(model.parameters()).device
+    answers = AnswerModel(model, torch.tensor([probe[0].input_ids[:8]], device=place))
+    return answers.score(probe)["loss"]

@@ -1,0 +1,146 @@
+"""The settings of a fine-tuning run: one dataclass, checked once, and its command-line flags."""
+
+import argparse
+import dataclasses
+import math
+import os
+import re
+from dataclasses import dataclass, field
+
+METHODS = ("qlora", "lora")
+DTYPES = ("auto", "float32", "bfloat16", "float16")
+REPORTERS = ("none", "tensorboard", "wandb")
+
+
+def _setting(default, text, **argparse_options):
+    return field(default=default, metadata={"help": text, **argparse_options})
+
+
+@dataclass
+class FinetuneSettings:
+    """Everything that decides a run. Two runs with equal settings on one machine give equal bits.
+
+    Defaults follow QLoRA (Dettmers et al. 2023, Table 9: clipping at 0.3, warmup 0.03);
+    `learning_rate` and `max_steps` left at None are chosen by `with_defaults`.
+
+    Raises:
+        ValueError: a value out of its range, named as the flag that sets it.
+    """
+
+    model: str = _setting("smollm2", "smollm2, a model directory, or a hub name", aliases=["--model-name-or-path"])
+    data: str | None = _setting(
+        None, "training rows: Alpaca JSON/JSONL, chat JSONL (default: the shipped home-assistant task)",
+        aliases=["--dataset"])  # fmt: skip
+    eval_data: str | None = _setting(None, "held-out rows (default: a part split off --data)")
+    eval_fraction: float = _setting(0.05, "part of --data held out when there is no --eval-data; 0 holds nothing out")
+    eval_samples: int = _setting(200, "at most this many held-out rows are scored")
+    skip_bad_rows: bool = _setting(False, "count and drop bad rows instead of stopping at the first")
+    output_dir: str | None = _setting(None, "where the adapter and the record go (default: handtuned-out/run-N)")
+    method: str = _setting("qlora", "qlora: base in NF4 with double quantization; lora: base as it is", choices=METHODS)
+    lora_r: int = _setting(8, "rank of the adapters", aliases=["--r"])
+    lora_alpha: float = _setting(16.0, "LoRA scale: the update is multiplied by alpha / r")
+    lora_dropout: float = _setting(0.0, "dropout on the adapter's input")
+    target_modules: tuple[str, ...] | str = _setting(
+        "all-linear", "module names (q_proj v_proj …), a regular expression, or all-linear", nargs="+")  # fmt: skip
+    learning_rate: float | None = _setting(None, "peak learning rate (default: 2e-4; 1e-3 for the shipped task)")
+    weight_decay: float = _setting(0.0, "decoupled weight decay")
+    warmup_ratio: float = _setting(0.03, "part of the steps that the learning rate climbs")
+    max_grad_norm: float = _setting(0.3, "clip the gradient to this norm; 0 turns clipping off")
+    per_device_train_batch_size: int = _setting(8, "rows in one forward pass", aliases=["--batch-size"])
+    gradient_accumulation_steps: int = _setting(1, "forward passes in one optimizer step")
+    num_train_epochs: float = _setting(3.0, "passes over the data, when --max-steps is not given")
+    max_steps: int | None = _setting(None, "optimizer steps (default: from the epochs; 80 for the shipped task)")
+    max_seq_length: int = _setting(512, "longest row in tokens; longer ones are truncated, counted and announced")
+    gradient_checkpointing: bool = _setting(False, "recompute activations in the backward pass: less memory, more time")
+    dtype: str = _setting("auto", "compute dtype; auto: bfloat16 or float16 on a GPU, float32 on a CPU", choices=DTYPES)
+    device: str = _setting("auto", "auto, cpu, cuda or cuda:N")
+    logging_steps: int = _setting(1, "steps between two lines of metrics.jsonl")
+    save_steps: int = _setting(25, "steps between two checkpoints")
+    save_total_limit: int = _setting(2, "checkpoints kept")
+    report_to: str = _setting("none", "also log to tensorboard or wandb", choices=REPORTERS)
+    seed: int = _setting(42, "seed of initialisation, data order and dropout")
+
+    def __post_init__(self):
+        if not isinstance(self.target_modules, str):
+            self.target_modules = _target_modules(self.target_modules)
+        for name in ("lora_r", "per_device_train_batch_size", "gradient_accumulation_steps", "logging_steps",
+                     "save_steps", "save_total_limit", "eval_samples"):  # fmt: skip
+            self._need(name, getattr(self, name) >= 1, "at least 1")
+        self._need("max_steps", self.max_steps is None or self.max_steps >= 1, "at least 1")
+        self._need("max_seq_length", self.max_seq_length >= 2, "at least 2")
+        for name in ("lora_alpha", "num_train_epochs"):
+            self._need(name, 0 < getattr(self, name) < math.inf, "a finite number above 0")
+        rate = self.learning_rate
+        self._need("learning_rate", rate is None or 0 < rate < math.inf, "a finite number above 0")
+        for name in ("weight_decay", "max_grad_norm"):
+            self._need(name, 0 <= getattr(self, name) < math.inf, "a finite number, 0 or above")
+        for name in ("lora_dropout", "warmup_ratio", "eval_fraction"):
+            self._need(name, 0 <= getattr(self, name) < 1, "in [0, 1)")
+        for name, allowed in (("method", METHODS), ("dtype", DTYPES), ("report_to", REPORTERS)):
+            self._need(name, getattr(self, name) in allowed, f"one of {', '.join(allowed)}")
+        self._need("seed", 0 <= self.seed < 2**63, "in [0, 2^63)")
+        self._need("target_modules", bool(self.target_modules), "at least one name")
+
+    def _need(self, name: str, holds: bool, expected: str) -> None:
+        if not holds:
+            raise ValueError(f"{flag(name)} must be {expected}, got {getattr(self, name)!r}")
+
+    def with_defaults(self) -> "FinetuneSettings":
+        """The same settings with the values that depend on the task filled in."""
+        shipped = self.data is None
+        rate = self.learning_rate or (1e-3 if shipped else 2e-4)
+        return dataclasses.replace(self, learning_rate=rate, max_steps=self.max_steps or (80 if shipped else None))
+
+    def to_json(self) -> dict:
+        return dataclasses.asdict(self)
+
+
+def _target_modules(words) -> tuple[str, ...] | str:
+    """`all-linear` and a lone regular expression stay strings; names may also be joined by commas."""
+    words = tuple(words)
+    if len(words) == 1 and (words[0] == "all-linear" or re.search(r"[*+?()\[\]|^$\\{]", words[0])):
+        return words[0]
+    return tuple(part for word in words for part in word.split(",") if part)
+
+
+def flag(name: str) -> str:
+    return "--" + name.replace("_", "-")
+
+
+def add_flags(parser: argparse.ArgumentParser) -> None:
+    """Give `parser` one flag a setting; flags that are not typed stay out of the namespace."""
+    for item in dataclasses.fields(FinetuneSettings):
+        options = {key: value for key, value in item.metadata.items() if key != "aliases"}
+        names = [flag(item.name), *item.metadata.get("aliases", ())]
+        if item.type is bool:
+            parser.add_argument(*names, dest=item.name, action=argparse.BooleanOptionalAction,
+                                default=argparse.SUPPRESS, help=options["help"])  # fmt: skip
+            continue
+        text = options.pop("help")
+        if item.default is not None:
+            text += f" (default: {item.default})"
+        kind = {int: int, float: float, int | None: int, float | None: float}.get(item.type, str)
+        metavar = None if "choices" in options else item.name.rsplit("_", 1)[-1].upper()
+        parser.add_argument(*names, dest=item.name, type=kind, default=argparse.SUPPRESS,
+                            help=text, metavar=metavar, **options)  # fmt: skip
+
+
+def differences(now: dict, before: dict) -> list[str]:
+    """Which typed settings disagree with those of a run that is to be continued."""
+    return [
+        f"{flag(name)} was {before[name]}, now {value}"
+        for name, value in now.items()
+        if name in before and _plain(value) != _plain(before[name])
+    ]
+
+
+def _plain(value):
+    return list(value) if isinstance(value, tuple) else value
+
+
+def next_output_dir(root: str = "handtuned-out") -> str:
+    """The first free `handtuned-out/run-N`."""
+    number = 1
+    while os.path.exists(os.path.join(root, f"run-{number}")):
+        number += 1
+    return os.path.join(root, f"run-{number}")

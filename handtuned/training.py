@@ -1,0 +1,89 @@
+"""The training loop, whole: forward, scale, backward, unscale, clip, step, schedule."""
+
+import math
+import resource
+import sys
+import time
+
+import torch
+
+from . import data
+from .models import choose_dtype
+from .nn import lora_parameters
+
+
+def train(answers, examples, settings, optimizer, schedule, scaler, first, total, on_step):
+    """Train until `total` optimizer steps are done.
+
+    The loss of a step is the sum of all its tokens' losses divided by the count of all its
+    answer tokens, over every accumulated forward pass: 1 × 8 rows and 8 × 1 rows give the
+    same gradient, and a long answer weighs as much a token as a short one.
+
+    Args:
+        answers: the AnswerModel.
+        examples: encoded rows; step i takes the rows that `data.batch_indices` names for it.
+        first, total: optimizer steps done already, and in the whole run.
+        on_step: called after every step with its measurements; raises to stop.
+    """
+    model = answers.model.train()
+    parameters = list(lora_parameters(model))
+    place = parameters[0].device
+    dtype = choose_dtype(settings.dtype, place)
+    micro = settings.per_device_train_batch_size
+    rows_a_step = micro * settings.gradient_accumulation_steps
+
+    for step in range(first, total):
+        started = time.perf_counter()
+        rows = [examples[i] for i in data.batch_indices(step, len(examples), rows_a_step, settings.seed)]
+        batches = [data.collate(rows[at : at + micro], pad_id=0) for at in range(0, len(rows), micro)]
+        answer_tokens = sum(int((batch["labels"][:, 1:] != data.IGNORE_INDEX).sum()) for batch in batches)
+        loss_sum = torch.zeros((), device=place)
+
+        for batch in batches:
+            batch = {name: tensor.to(place) for name, tensor in batch.items()}
+            with torch.autocast(place.type, dtype=dtype, enabled=dtype != torch.float32):
+                loss = answers.loss(batch)
+            scaler.scale(loss / answer_tokens).backward()
+            loss_sum += loss.detach()
+
+        if step == first:
+            _check_gradients(model)
+        scaler.unscale_(optimizer)
+        grad_norm = torch.nn.utils.clip_grad_norm_(parameters, settings.max_grad_norm or math.inf)
+        learning_rate = schedule.get_last_lr()[0]
+        scale_before = scaler.get_scale()
+        scaler.step(optimizer)
+        scaler.update()
+        if scaler.get_scale() >= scale_before:  # a step that overflowed was skipped; so is its place in the schedule
+            schedule.step()
+        optimizer.zero_grad(set_to_none=True)
+
+        seconds = time.perf_counter() - started
+        on_step({
+            "step": step + 1,
+            "epoch": round((step + 1) * rows_a_step / len(examples), 4),
+            "loss": loss_sum.item() / answer_tokens,
+            "learning_rate": learning_rate,
+            "grad_norm": _finite(grad_norm.item()),
+            "answer_tokens": answer_tokens,
+            "tokens_per_second": round(sum(len(row.input_ids) for row in rows) / seconds, 1),
+        })  # fmt: skip
+
+
+def _check_gradients(model) -> None:
+    """Every trainable parameter must have met the loss; one that has not would silently stay as it is."""
+    idle = [name for name, p in model.named_parameters() if p.requires_grad and p.grad is None]
+    if idle:
+        raise ValueError(f"{len(idle)} trainable parameters got no gradient, the first is {idle[0]}")
+
+
+def _finite(value: float) -> float | None:
+    return value if math.isfinite(value) else None
+
+
+def peak_memory(place: torch.device) -> int:
+    """Most bytes used so far: allocated on the GPU, or resident in this process on a CPU."""
+    if place.type == "cuda":
+        return torch.cuda.max_memory_allocated(place)
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit

@@ -1,0 +1,203 @@
+"""AdamW as an optimizer object: the state, and one call of the step function.
+
+The arithmetic is in `kernels/adamw.py`; what a step runs there depends on the tensors:
+
+    on a GPU        one launch for all parameters (float64 ones: the reference)
+    on a CPU        torch's own fused C++ loop, one pass over memory where torch ops take nine
+    fused=False     the reference, in torch ops
+"""
+
+import torch
+from torch.optim.adamw import adamw as torch_adamw
+
+from ..kernels import backend
+from ..kernels.adamw import ParamGroup, adamw_step_, adamw_step_reference_, gradient_factor
+from ..kernels.unscale import squared_norm
+
+
+def adamw_step_cpu_(groups, grad_scale=None, found_inf=None, sq_norm=None, max_norm=None):
+    """`adamw_step_` for CPU tensors by torch's fused C++ AdamW, which rounds differently in the last bit."""
+    if sq_norm is not None:
+        grad_scale = torch.tensor(1.0 / gradient_factor(grad_scale, sq_norm, max_norm))
+    for group in groups:
+        torch_adamw(
+            group.params,
+            [grad.to(param.dtype) for grad, param in zip(group.grads, group.params, strict=True)],
+            group.exp_avgs,
+            group.exp_avg_sqs,
+            [],
+            group.steps,
+            fused=True,
+            grad_scale=grad_scale,
+            found_inf=found_inf,
+            amsgrad=False,
+            beta1=group.betas[0],
+            beta2=group.betas[1],
+            lr=group.lr,
+            weight_decay=group.weight_decay,
+            eps=group.eps,
+            maximize=group.maximize,
+        )
+        for param, copy in zip(group.params, group.copies, strict=True):
+            if copy is not None:
+                copy.copy_(param)
+
+
+class AdamW(torch.optim.Optimizer):
+    """AdamW (Loshchilov & Hutter 2019, "Decoupled weight decay regularization", algorithm 2).
+
+    Moments have the dtype of their parameter, arithmetic is float32, and the state dict is
+    that of `torch.optim.AdamW`, both ways. FP16 or BF16 parameters lose small updates to
+    rounding; `amp.MasterWeights` keeps float32 copies for them.
+
+    On a GPU it takes part in torch's protocol for loss scaling: a `GradScaler` hands over its
+    scale and overflow flag, and the step unscales and skips on the device. Gradients stay scaled then.
+
+    Args:
+        params: parameters, or dicts with `params` and their own hyperparameters.
+        lr: learning rate, a number or 1-element tensor ≥ 0.
+        betas: decay rates of the two moments, each in 0…1 (1 excluded).
+        eps: added to the root of the second moment.
+        weight_decay: λ; a step first multiplies parameters by 1 − lr·λ.
+        fused: None picks the fastest way for the device, True always takes over unscaling from
+            the `GradScaler`, False runs the reference.
+        maximize: ascend instead of descend.
+        amsgrad: only False; the variant needs a fifth tensor a parameter.
+
+    Raises:
+        ValueError: a hyperparameter out of range, or `amsgrad` (from a loaded state dict too).
+        TypeError: a complex parameter.
+    """
+
+    def __init__(
+        self,
+        params,
+        lr: float = 1e-3,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-8,
+        weight_decay: float = 1e-2,
+        fused: bool | None = None,
+        *,
+        maximize: bool = False,
+        amsgrad: bool = False,
+    ):
+        # torch's keys, so that the two classes read each other's state dicts.
+        defaults = {
+            "lr": lr,
+            "betas": betas,
+            "eps": eps,
+            "weight_decay": weight_decay,
+            "amsgrad": amsgrad,
+            "maximize": maximize,
+            "foreach": None,
+            "capturable": False,
+            "differentiable": False,
+            "fused": fused,
+            "decoupled_weight_decay": True,
+        }
+        super().__init__(params, defaults)
+
+    def add_param_group(self, param_group: dict) -> None:
+        super().add_param_group(param_group)
+        _check_group(self.param_groups[-1])
+
+    def load_state_dict(self, state_dict: dict) -> None:
+        """Load this class's or torch.optim.AdamW's state dict."""
+        for group in state_dict["param_groups"]:
+            _check_flags(group)
+        super().load_state_dict(state_dict)
+
+    @property
+    def _step_supports_amp_scaling(self) -> bool:
+        """Asked by GradScaler (torch's too): do steps unscale and skip by themselves?"""
+        group = self.param_groups[0]
+        if group["fused"] is None:
+            return backend(group["params"][0]) != "torch"
+        return group["fused"]
+
+    @torch.no_grad()
+    def step(self, closure=None, *, max_norm: float | None = None, copies: dict | None = None):
+        """One update of every parameter that has a gradient.
+
+        Args:
+            closure: recomputes the loss and gradients; its value is returned.
+            max_norm: scale all gradients down so that their joint L2 norm is at most this, within
+                the step: the gradients themselves are not written.
+            copies: parameter → 16-bit tensor of its shape that receives the rounded new value.
+
+        Raises:
+            RuntimeError: a gradient is sparse.
+        """
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        by_device: dict[torch.device, list[ParamGroup]] = {}
+        for group in self.param_groups:
+            params = [p for p in group["params"] if p.grad is not None]
+            for device in {p.device for p in params}:
+                here = [p for p in params if p.device == device]
+                by_device.setdefault(device, []).append(self._collect(group, here, copies or {}))
+        if not by_device:
+            return loss
+        grad_scale, found_inf = getattr(self, "grad_scale", None), getattr(self, "found_inf", None)
+        sq_norm = None
+        if max_norm is not None:
+            home = next(iter(by_device))
+            sq_norm = sum(squared_norm([g for group in gs for g in group.grads]).to(home) for gs in by_device.values())
+        for device, groups in by_device.items():
+            scalars = [None if t is None else t.to(device, non_blocking=True) for t in (grad_scale, found_inf, sq_norm)]
+            self._step_function(groups)(groups, *scalars, max_norm)
+        return loss
+
+    def _collect(self, group: dict, params: list[torch.Tensor], copies: dict) -> ParamGroup:
+        states = []
+        for p in params:
+            if p.grad.is_sparse:
+                raise RuntimeError("AdamW does not support sparse gradients; use torch.optim.SparseAdam")
+            state = self.state[p]
+            if not state:
+                state["step"] = torch.zeros((), dtype=torch.float32)
+                state["exp_avg"] = torch.zeros_like(p)
+                state["exp_avg_sq"] = torch.zeros_like(p)
+            # Counters live with the parameter: a skipped step is known on its device only.
+            state["step"] = torch.as_tensor(state["step"], dtype=torch.float32, device=p.device)
+            states.append(state)
+        return ParamGroup(
+            params=params,
+            grads=[p.grad for p in params],
+            exp_avgs=[state["exp_avg"] for state in states],
+            exp_avg_sqs=[state["exp_avg_sq"] for state in states],
+            steps=[state["step"] for state in states],
+            copies=[copies.get(p) for p in params],
+            lr=float(group["lr"]),
+            betas=tuple(float(beta) for beta in group["betas"]),
+            eps=group["eps"],
+            weight_decay=group["weight_decay"],
+            maximize=group["maximize"],
+        )
+
+    def _step_function(self, groups: list[ParamGroup]):
+        if self.param_groups[0]["fused"] is False:
+            return adamw_step_reference_
+        param = groups[0].params[0]
+        return adamw_step_cpu_ if param.device.type == "cpu" and backend(param) == "torch" else adamw_step_
+
+
+def _check_flags(group: dict) -> None:
+    for flag in ("amsgrad", "differentiable"):
+        if group.get(flag):
+            raise ValueError(f"{flag} must be False, got {group[flag]!r}: this AdamW does not have it")
+
+
+def _check_group(group: dict) -> None:
+    _check_flags(group)
+    for name in ("lr", "eps", "weight_decay"):
+        if not group[name] >= 0:
+            raise ValueError(f"{name} must be at least 0, got {group[name]}")
+    for i, beta in enumerate(group["betas"]):
+        if not 0 <= beta < 1:
+            raise ValueError(f"betas[{i}] must be at least 0 and below 1, got {beta}")
+    for p in group["params"]:
+        if p.is_complex():
+            raise TypeError(f"params must be real, got {p.dtype}")

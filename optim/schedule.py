@@ -1,0 +1,98 @@
+"""Linear warmup, then half a cosine: the learning rate of update k out of T.
+
+    k < W        lr · max(k, ½) / W
+    W ≤ k < T    min_lr + (lr − min_lr) · (1 + cos(π (k − W) / (T − W))) / 2
+    k ≥ T        min_lr
+
+k counts optimizer updates, not micro-batches: with `a` accumulation steps on `w`
+processes one update takes a·w batches. `optimizer_steps` does that count.
+
+Starting the warmup at k/W, as is common, makes the very first update (k = 0) a no-op:
+a whole batch is computed to move the weights by zero. Here it moves them by half of
+what the second update may. Every other k agrees with transformers'
+`get_cosine_schedule_with_warmup`; past T that one would climb again, this one stays.
+"""
+
+import math
+
+import torch
+from torch.optim.lr_scheduler import LambdaLR
+
+
+class _WarmupCosine:
+    """The factor for one parameter group: an object and not a closure, so that `LambdaLR` saves its numbers."""
+
+    def __init__(self, warmup_steps: int, total_steps: int, floor: float):
+        self.warmup_steps = warmup_steps
+        self.total_steps = total_steps
+        self.floor = floor
+
+    def __call__(self, step: int) -> float:
+        if step < self.warmup_steps:
+            return max(step, 0.5) / self.warmup_steps
+        progress = (step - self.warmup_steps) / max(1, self.total_steps - self.warmup_steps)
+        cosine = 0.5 * (1.0 + math.cos(math.pi * min(1.0, progress)))
+        return self.floor + (1.0 - self.floor) * cosine
+
+
+def cosine_with_warmup(
+    optimizer: torch.optim.Optimizer, total_steps: int, warmup_ratio: float = 0.1, min_lr: float = 0.0
+) -> LambdaLR:
+    """Warm up over the first ceil(warmup_ratio · total_steps) updates, then follow half a cosine down to `min_lr`.
+
+    Call `.step()` once after each `optimizer.step()` that was not skipped. The state dict
+    holds the position and the numbers of the schedule, so a resumed run continues exactly.
+
+    Args:
+        optimizer: each parameter group's `lr` is taken as its peak.
+        total_steps: optimizer updates in the whole run (see `optimizer_steps`).
+        warmup_ratio: share of them that warms up, 0 to 1.
+        min_lr: the learning rate at the end, in the unit of `lr`.
+
+    Returns:
+        torch's `LambdaLR`: `.step()`, `.get_last_lr()`, `.state_dict()`, `.load_state_dict()`.
+
+    Raises:
+        TypeError: `total_steps` is not an integer.
+        ValueError: `total_steps` < 1, `warmup_ratio` outside 0…1, or `min_lr` outside 0…lr.
+    """
+    if not isinstance(total_steps, int) or isinstance(total_steps, bool):
+        raise TypeError(f"total_steps must be an int, got {total_steps!r}")
+    if total_steps < 1:
+        raise ValueError(f"total_steps must be at least 1, got {total_steps}")
+    if not 0.0 <= warmup_ratio <= 1.0:
+        raise ValueError(f"warmup_ratio must lie in 0…1, got {warmup_ratio}")
+    peaks = [group.get("initial_lr", group["lr"]) for group in optimizer.param_groups]
+    for peak in peaks:
+        if not 0.0 <= min_lr <= peak:
+            raise ValueError(f"min_lr must lie in 0…lr (lr is {peak}), got {min_lr}")
+    warmup_steps = math.ceil(warmup_ratio * total_steps)
+    floors = [min_lr / peak if peak > 0 else 0.0 for peak in peaks]
+    return LambdaLR(optimizer, [_WarmupCosine(warmup_steps, total_steps, floor) for floor in floors])
+
+
+def optimizer_steps(
+    examples: int, batch_size: int, accumulation_steps: int = 1, world_size: int = 1, epochs: int = 1
+) -> int:
+    """Optimizer updates in a run: what `total_steps` must be.
+
+    Each of `world_size` processes sees ceil(examples / world_size) examples an epoch, in
+    micro-batches of `batch_size`; `accumulation_steps` of them make an update, and a
+    shorter tail at the end of an epoch makes one too.
+
+    Raises:
+        ValueError: an argument is below 1.
+    """
+    arguments = {
+        "examples": examples,
+        "batch_size": batch_size,
+        "accumulation_steps": accumulation_steps,
+        "world_size": world_size,
+        "epochs": epochs,
+    }
+    for name, value in arguments.items():
+        if value < 1:
+            raise ValueError(f"{name} must be at least 1, got {value}")
+    examples_each = math.ceil(examples / world_size)
+    micro_batches = math.ceil(examples_each / batch_size)
+    return epochs * math.ceil(micro_batches / accumulation_steps)
