@@ -308,3 +308,16 @@ class GradScaler:
         if self._scale is not None:
             self._scale.fill_(self._init_scale)
             self._growth_tracker.fill_(self._init_growth_tracker)
+
+    def __getstate__(self) -> dict:
+        """For pickle and copy: only between iterations, since the flags belong to live optimizers."""
+        if self._states:
+            raise AssertionError(
+                "A GradScaler instance may only be pickled at the beginning of an iteration, "
+                "or at the end after scaler.update()."
+            )
+        state = self.__dict__.copy()
+        state["_init_scale"] = self.get_scale()
+        state["_init_growth_tracker"] = self._get_growth_tracker()
+        state["_scale"] = state["_growth_tracker"] = None
+        return state

@@ -111,7 +111,7 @@ def write_answers(model, tokenizer, chats: list[list[dict]], max_new_tokens: int
         The new text of each chat, without special tokens.
     """
     device = next(model.parameters()).device
-    prompts = [data.prompt_ids(tokenizer, chat) for chat in chats]
+    prompts = [data.encode_prompt(chat, tokenizer) for chat in chats]
     width = max(map(len, prompts))
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
     ids = torch.tensor([[pad] * (width - len(prompt)) + prompt for prompt in prompts], device=device)

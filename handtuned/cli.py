@@ -10,10 +10,10 @@ import sys
 from . import __version__
 
 COMMANDS = {
-    "finetune": ("finetune_cli", "train LoRA adapters on a (4-bit) model"),
+    "finetune": ("finetune", "train LoRA adapters on a (4-bit) model"),
     "generate": ("generate", "answer a prompt with a trained adapter"),
     "merge": ("merge", "write base + adapter as one plain model directory"),
-    "memory": ("memory_cli", "estimate what training will take, and what would make it fit"),
+    "memory": ("memory", "estimate what training will take, and what would make it fit"),
     "bench": ("bench", "time the kernels against their rivals"),
     "xray": ("xray", "compile the kernels without a GPU and count their instructions"),
     "doctor": ("doctor", "say what is installed and what will run where"),

@@ -99,9 +99,7 @@ def finetune(settings: FinetuneSettings) -> dict:
 
     train_rows, eval_rows = load_rows(settings)
     model, tokenizer = load_base(settings.model, settings.method, dtype, device)
-    context = getattr(model.config, "max_position_embeddings", None)
-    if context and settings.max_seq_length > context:
-        raise ValueError(f"--max-seq-length {settings.max_seq_length} is above the model's context of {context} tokens")
+    data.check_max_seq_length(settings.max_seq_length, getattr(model.config, "max_position_embeddings", None))
     examples = encode(train_rows, "training", tokenizer, settings)
     held_out = encode(eval_rows, "held-out", tokenizer, settings) if eval_rows else []
     marks = {"base": fingerprint(model), "data": _data_mark(examples)}
@@ -116,7 +114,7 @@ def finetune(settings: FinetuneSettings) -> dict:
     optimizer = AdamW(parameters, lr=settings.learning_rate, weight_decay=settings.weight_decay)
     schedule = cosine_with_warmup(optimizer, total, settings.warmup_ratio)
     scaler = GradScaler(enabled=dtype == torch.float16)
-    answers = AnswerModel(model, torch.tensor([examples[0].input_ids[:8]], device=device))
+    answers = AnswerModel(model, torch.from_numpy(examples[0].input_ids[None, :8]).long().to(device))
 
     print(telling.plan(settings, model, len(examples), len(held_out), total, device, dtype))
     print(data.describe_example(examples[0], tokenizer))
@@ -127,11 +125,11 @@ def finetune(settings: FinetuneSettings) -> dict:
     results_file = directory / "results.json"
     results = json.loads(results_file.read_text(encoding="utf-8")) if results_file.exists() else {}
     shown = eval_rows[:SHOWN_PROMPTS]
-    prompts = [data.prompt_of(chat) for chat in shown]
+    prompts = [chat[:-1] for chat in shown]
     if "before" not in results:
         results["before"] = telling.score(answers, held_out, "held-out, before")
         results["answers"] = [
-            {"prompt": prompt[-1]["content"], "expected": data.answer_of(chat), "before": answer}
+            {"prompt": prompt[-1]["content"], "expected": chat[-1]["content"], "before": answer}
             for prompt, chat, answer in zip(prompts, shown, write_answers(model, tokenizer, prompts), strict=True)
         ]
         write_json(results_file, results)
@@ -171,7 +169,7 @@ def finetune(settings: FinetuneSettings) -> dict:
         "model": settings.model,
         "method": settings.method,
         "fingerprint": marks["base"],
-        "system_prompt": data.common_system_prompt(train_rows),
+        "system_prompt": data.shared_system_prompt(train_rows),
         "eval_data": _eval_source(settings),
         "versions": records.versions(),
     })  # fmt: skip
@@ -205,23 +203,23 @@ def _eval_source(settings: FinetuneSettings) -> str | None:
 
 def _read(path, settings: FinetuneSettings) -> list:
     loaded = data.load_rows(path, skip_bad_rows=settings.skip_bad_rows)
-    if loaded.skipped:
-        print(f"{path}: skipped {len(loaded.skipped)} bad rows, the first: {loaded.skipped[0]}")
+    for note in loaded.notes():
+        print(f"{path}: {note}")
     return loaded.rows
 
 
 def encode(rows: list, what: str, tokenizer, settings: FinetuneSettings) -> list:
     """Rows as token ids and labels; says what was cut or dropped."""
     encoded = data.encode_rows(rows, tokenizer, settings.max_seq_length)
-    for notice in encoded.notices:
-        print(f"{what} rows: {notice}")
+    for note in encoded.notes():
+        print(f"{what} rows: {note}")
     return encoded.examples
 
 
 def _data_mark(examples: list) -> str:
     digest = hashlib.sha256()
     for example in examples:
-        digest.update(repr((example.input_ids, example.labels)).encode())
+        digest.update(example.input_ids.tobytes() + example.labels.tobytes())
     return digest.hexdigest()
 
 

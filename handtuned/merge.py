@@ -80,12 +80,12 @@ def _probe(path: str | None, tokenizer) -> list:
     if path is None or not Path(path).is_file():
         return []
     rows = data.load_rows(path).rows[:PROBE_ROWS]
-    return list(data.encode_rows(rows, tokenizer, max_seq_length=512))
+    return data.encode_rows(rows, tokenizer, max_seq_length=512).examples
 
 
 def _loss(model, probe: list) -> float | None:
     if not probe:
         return None
     place = next(model.parameters()).device
-    answers = AnswerModel(model, torch.tensor([probe[0].input_ids[:8]], device=place))
+    answers = AnswerModel(model, torch.from_numpy(probe[0].input_ids[None, :8]).long().to(place))
     return answers.score(probe)["loss"]

@@ -165,12 +165,6 @@ def load_base(model: str, method: str = "lora", dtype: torch.dtype = torch.float
     return loaded.to(device).eval(), tokenizer
 
 
-def weight_bytes(model: torch.nn.Module) -> int:
-    """Bytes of all parameters and buffers, tied ones counted once."""
-    tensors = {tensor.data_ptr(): tensor for tensor in (*model.parameters(), *model.buffers())}
-    return sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
-
-
 def fingerprint(model: torch.nn.Module, sample_bytes: int = 65536) -> str:
     """A sha256 over the base model as loaded: names, shapes, dtypes and the first bytes of every tensor.
 

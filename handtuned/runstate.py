@@ -16,8 +16,9 @@ from pathlib import Path
 
 import torch
 
-from .nn.adapters import load_adapter, save_adapter
+from .nn.adapters import save_adapter
 from .nn.files import whole_directory, write_json, write_safetensors
+from .nn.inject import lora_layers
 
 
 def checkpoints(directory: Path) -> list[Path]:
@@ -62,15 +63,20 @@ def load_checkpoint(path: Path, model, optimizer, schedule, scaler) -> int:
     Raises:
         ValueError: the checkpoint does not fit the model or lacks a part.
     """
+    from safetensors import SafetensorError
     from safetensors.torch import load_file
 
     try:
         progress = json.loads((path / "state.json").read_text(encoding="utf-8"))
         moments = load_file(path / "optimizer.safetensors")
         generators = load_file(path / "rng.safetensors")
-    except (OSError, json.JSONDecodeError) as error:
+        adapter = load_file(path / "adapter_model.safetensors")
+    except (OSError, ValueError, SafetensorError) as error:
         raise ValueError(f"{path} is not a whole checkpoint: {error}") from error
-    load_adapter(model, path)
+    with torch.no_grad():  # into the parameters that the optimizer holds
+        for name, layer in lora_layers(model):
+            layer.lora_A.copy_(adapter[f"base_model.model.{name}.lora_A.weight"])
+            layer.lora_B.copy_(adapter[f"base_model.model.{name}.lora_B.weight"])
     state: dict[int, dict] = {}
     for name, value in moments.items():
         index, key = name.split(".", 1)

@@ -7,7 +7,7 @@ import torch
 from tqdm import tqdm
 
 from .nn import LoRALinear
-from .quant import quantization_summary
+from .quant import NF4Linear
 from .settings import FinetuneSettings
 
 
@@ -19,14 +19,13 @@ def plan(settings: FinetuneSettings, model, rows: int, held_out: int, total: int
     """The run in a few lines: parameters, bytes before and after quantization, data, steps."""
     trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
     adapted = sum(isinstance(module, LoRALinear) for module in model.modules())
-    summary = quantization_summary(model)
-    parameters = summary.parameters - trainable
+    parameters, before, after = _base_weights(model)
     where = f"{device}, {torch.get_num_threads()} threads" if device.type == "cpu" else str(device)
     lines = [
         f"model        {settings.model}: {parameters:,} parameters",
-        f"weights      {megabytes(summary.bytes_before)} → {megabytes(summary.bytes_after)}"
+        f"weights      {megabytes(before)} → {megabytes(after)}"
         if settings.method == "qlora"
-        else f"weights      {megabytes(summary.bytes_after)}, not quantized",
+        else f"weights      {megabytes(after)}, not quantized",
         f"trainable    {trainable:,} parameters ({100 * trainable / parameters:.2f} %): "
         f"LoRA r {settings.lora_r}, alpha {settings.lora_alpha:g} on {adapted} layers",
         f"data         {rows} rows to learn from, {held_out} held out",
@@ -36,6 +35,20 @@ def plan(settings: FinetuneSettings, model, rows: int, held_out: int, total: int
         f"into         {settings.output_dir}",
     ]
     return "\n".join(lines)
+
+
+def _base_weights(model) -> tuple[int, int, int]:
+    """(parameters, bytes as loaded, bytes now) of the base model, adapters left out."""
+    frozen = {p.data_ptr(): p for p in model.parameters() if not p.requires_grad}.values()
+    parameters = sum(p.numel() for p in frozen if p.is_floating_point())
+    before = after = sum(p.numel() * p.element_size() for p in frozen if p.is_floating_point())
+    for module in model.modules():
+        if isinstance(module, NF4Linear):
+            count = module.in_features * module.out_features
+            parameters += count
+            before += count * module.weight_dtype.itemsize
+            after += module.quantized.nbytes
+    return parameters, before, after
 
 
 class progress_bar:

@@ -1,131 +1,121 @@
-"""LoRA linear: y = x Wᵀ + b + s (x Aᵀ) Bᵀ, forward and backward, as one autograd Function.
+"""LoRA linear: y = x Wᵀ + b + s (x̂ Aᵀ) Bᵀ, forward and backward, as one autograd Function.
 
-W (N, K) is frozen as a rule, A (r, K) and B (N, r) are trained, s = alpha / r
-(Hu et al. 2021, "LoRA", section 4.1). With S = x Aᵀ (M, r) and the gradient dy (M, N):
+W (N, K) is frozen as a rule, A (r, K) and B (N, r) are trained, s = alpha / r (Hu et al. 2021,
+"LoRA", section 4.1). x̂ is x after dropout, which touches the low-rank path alone. With S = x̂ Aᵀ (M, r):
 
-    forward    S = x Aᵀ            y  = x Wᵀ + b + s S Bᵀ
-    backward   dS = s dy B         dx = dy W + dS A
-               dA = dSᵀ x          dB = s dyᵀ S          dW = dyᵀ x (only if W is trained)
+    forward    S = x̂ Aᵀ            y  = x Wᵀ + b + s S Bᵀ
+    backward   dS = s dy B         dx = dy W + dS A  (the mask on dS A)
+               dA = dSᵀ x̂          dB = s dyᵀ S      dW = dyᵀ x (only if W is trained)
 
-FLOPs: the base product costs 2MNK, LoRA adds 2Mr(N + K) forward and 4Mr(N + K) backward:
-0.8 % at M = N = K = 4096 and r = 16. Written as separate layers it costs far more than that in
-*memory traffic*, since the LoRA term, its scaling and the sum are each an (M, N) array that is
-written and read again. Here the product for y starts with, or ends in, S Bᵀ, so no array of
-that size exists besides y.
+                FLOPs                bytes that must move (fp16)
+    forward     2MNK + 2Mr(N + K)    2(MK + NK + MN) + 2r(N + K)
+    backward    2MNK + 4Mr(N + K)    2(MN + NK + 2MK + 2r(N + K) + Mr)
 
-Saved for backward: x and S only (S is (M, r), tiny). dW is skipped for a frozen W, and a
-4-bit W is dequantized again in backward instead of being kept.
+At M = N = K = 4096 and r = 16, LoRA adds 0.8 % of the base product's FLOPs forward and 1.6 %
+backward. Written as separate layers it costs much more than that in memory traffic: the
+low-rank term, its scaling and the sum are each an (M, N) array, written and read again. Here y
+is the only array of that size in forward, and dx in backward.
+
+Saved for backward: x and S, which is tiny. Nothing else: not the mask (a seed makes it again), not
+a product with W, and a quantized W is dequantized a second time instead of being kept. dW is
+skipped when W is frozen: dx still crosses W, but a third of a full backward's products falls away.
+
+The pieces are in `lora_product.py` (S; y and dx) and `lora_backward.py` (dS and dB; dA).
 """
 
-import threading
-from typing import Protocol
+from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
 from torch.autograd.function import once_differentiable
 
-
-class QuantizedWeight(Protocol):
-    """What this file needs of a quantized weight: its shape (N, K), and its values written into `out`."""
-
-    shape: torch.Size
-
-    def dequantize(self, dtype: torch.dtype | None = None, out: torch.Tensor | None = None) -> torch.Tensor: ...
+from .dropout import new_seed, threshold_of
+from .lora_backward import lora_down_grad, lora_up_grads
+from .lora_product import lora_down, lora_product
+from .nf4_matmul import QuantizedWeight, dense_weight, quantized_product
 
 
 def lora_linear_reference(x, weight, bias, lora_A, lora_B, scaling, keep=None, dropout_p=0.0):
-    """The specification, in ops that autograd differentiates: x Wᵀ + b + s (x̂ Aᵀ) Bᵀ.
+    """The specification, in operations that autograd differentiates: x Wᵀ + b + s (x̂ Aᵀ) Bᵀ.
 
-    x̂ is x after dropout, which touches the LoRA path alone: x̂ = x · keep / (1 - dropout_p), with
-    `keep` a boolean mask of x's shape (None: nothing is dropped). All tensors share one dtype.
+    x̂ = x · keep / (1 - dropout_p), with `keep` a boolean mask of x's shape (None: nothing is
+    dropped). All tensors share one dtype.
     """
     dropped = x if keep is None else x * keep / (1 - dropout_p)
     return F.linear(x, weight, bias) + scaling * F.linear(F.linear(dropped, lora_A), lora_B)
 
 
-_local = threading.local()
-
-
-def scratch(shape: torch.Size, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
-    """A buffer for a dequantized weight, valid until this thread's next call.
-
-    On a CPU it is one reused block: fresh memory of this size costs a page fault for every 4 KiB.
-    CUDA's caching allocator reuses blocks by itself, and knows about streams.
-    """
-    if device.type != "cpu" or torch.compiler.is_compiling():
-        return torch.empty(shape, dtype=dtype, device=device)
-    blocks = _local.__dict__.setdefault("blocks", {})
-    if dtype not in blocks or blocks[dtype].numel() < shape.numel():
-        blocks[dtype] = torch.empty(shape.numel(), dtype=dtype)
-    return blocks[dtype][: shape.numel()].view(shape)
-
-
-def dense_weight(weight: "torch.Tensor | QuantizedWeight", x: torch.Tensor) -> torch.Tensor:
-    """The weight (N, K) in x's dtype. A quantized one lies in the scratch: use it before the next call."""
-    if isinstance(weight, torch.Tensor):
-        return weight.to(x.dtype)
-    return weight.dequantize(x.dtype, out=scratch(torch.Size(weight.shape), x.dtype, x.device))
-
-
-# Skinny products (one side is r) are slow in most BLAS layouts. These keep r as the *rows* of a
-# contiguous left operand, which measures 1.5 to 4 times as fast on a CPU as the layouts that the
-# formulas suggest: S is kept as Sᵀ (r, M), and dB comes out as dBᵀ.
+def _stack(tensors: Sequence[torch.Tensor]) -> torch.Tensor:
+    return tensors[0] if len(tensors) == 1 else torch.cat(tensors)
 
 
 class _LoRALinear(torch.autograd.Function):
+    """Several adapted layers on one x. `layers` holds weight, bias, lora_A, lora_B of each in turn."""
+
     @staticmethod
-    def forward(ctx, x, weight, bias, lora_A, lora_B, scaling, dropout_p):
+    def forward(ctx, x, scalings, dropout_p, *layers):
+        weights, biases, As, Bs = layers[0::4], layers[1::4], layers[2::4], layers[3::4]
         rows = x.reshape(-1, x.shape[-1])
-        keep = None
-        dropped = rows
-        if dropout_p > 0:
-            keep = torch.empty_like(rows, dtype=torch.bool).bernoulli_(1 - dropout_p)
-            dropped = rows * keep
-            scaling = scaling / (1 - dropout_p)
-        y = F.linear(rows, dense_weight(weight, rows), None if bias is None else bias.to(x.dtype))
-        S_t = lora_A.to(x.dtype) @ dropped.t()
-        y.addmm_(S_t.t(), lora_B.to(x.dtype).t(), alpha=scaling)
-        plain = isinstance(weight, torch.Tensor)
-        ctx.save_for_backward(rows, S_t, lora_A, lora_B, keep, weight if plain else None)
-        ctx.quantized = None if plain else weight
-        ctx.scaling = scaling
-        ctx.x_shape = x.shape
-        ctx.bias_dtype = None if bias is None else bias.dtype
-        return y.view(*x.shape[:-1], y.shape[-1])
+        threshold = threshold_of(dropout_p)
+        seed = new_seed(x.device) if threshold else None
+        scales = [scale * 65536 / (65536 - threshold) for scale in scalings]
+        S = lora_down(rows, _stack(As), seed, threshold)
+        ys = []
+        for weight, bias, B, part, scale in zip(weights, biases, Bs, _parts(S, As), scales, strict=True):
+            product = lora_product if isinstance(weight, torch.Tensor) else quantized_product
+            y = product(rows, weight, bias, part, B, scale)
+            ys.append(y.view(*x.shape[:-1], y.shape[-1]))
+        ctx.save_for_backward(rows, S, seed, *As, *Bs, *(w if isinstance(w, torch.Tensor) else None for w in weights))
+        ctx.quantized = [None if isinstance(w, torch.Tensor) else w for w in weights]
+        ctx.scales, ctx.threshold, ctx.x_shape = scales, threshold, x.shape
+        ctx.bias_dtypes = [None if bias is None else bias.dtype for bias in biases]
+        return tuple(ys)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, dy):
-        x, S_t, lora_A, lora_B, keep, weight = ctx.saved_tensors
-        if ctx.quantized is not None:
-            weight = ctx.quantized
-        needs_x, needs_weight, needs_bias, needs_A, needs_B = ctx.needs_input_grad[:5]
-        dy = dy.reshape(-1, dy.shape[-1])
-        dx = dW = db = dA = dB = None
-        dS_t = None
-        if needs_x or needs_A:
-            dS_t = (lora_B.t() * ctx.scaling).to(dy.dtype).contiguous() @ dy.t()
-        if needs_A:
-            dA = (dS_t @ (x if keep is None else x * keep)).to(lora_A.dtype)
-        if needs_B:
-            dB = (S_t @ dy).to(lora_B.dtype).mul_(ctx.scaling).t()
-        if needs_x:
-            dx = dy @ dense_weight(weight, x)
-            if keep is None:
-                dx.addmm_(dS_t.t(), lora_A.to(dy.dtype))
-            else:
-                dx.addcmul_(dS_t.t() @ lora_A.to(dy.dtype), keep.to(dy.dtype))
-            dx = dx.view(ctx.x_shape)
-        if needs_weight:
-            dW = (dy.t() @ x).to(weight.dtype)
-        if needs_bias:
-            db = dy.sum(0).to(ctx.bias_dtype)
-        return dx, dW, db, dA, dB, None, None
+    def backward(ctx, *dys):
+        with torch.autocast(dys[0].device.type, enabled=False):
+            dx, grads = _gradients(ctx, [dy.reshape(-1, dy.shape[-1]) for dy in dys])
+        return dx, None, None, *grads
+
+
+def _gradients(ctx, dys):
+    """dx, and the gradients of weight, bias, lora_A, lora_B of each layer in turn (None where none is needed)."""
+    x, S, seed, *rest = ctx.saved_tensors
+    count = len(dys)
+    As, Bs, weights = rest[:count], rest[count : 2 * count], rest[2 * count :]
+    needs_x, needs = ctx.needs_input_grad[0], ctx.needs_input_grad[3:]
+    dx, dWs, dbs, dAs, dBs = None, *([None] * count for _ in range(4))
+    for i, dy in enumerate(dys):
+        if needs[4 * i]:
+            dWs[i] = (dy.t() @ x).to(weights[i].dtype)
+        if needs[4 * i + 1]:
+            dbs[i] = dy.sum(0).to(ctx.bias_dtypes[i])
+    if needs_x or any(needs[2::4]) or any(needs[3::4]):
+        pairs = [lora_up_grads(*each) for each in zip(dys, _parts(S, As), Bs, ctx.scales, strict=True)]
+        dBs = [dB for _, dB in pairs]
+        dS, A = _stack([dS.t() for dS, _ in pairs]).t(), _stack(As)
+        if any(needs[2::4]):
+            dA = lora_down_grad(dS, x, A.dtype, seed, ctx.threshold)
+            dAs = [part.to(A.dtype) for part, A in zip(dA.split([len(A) for A in As]), As, strict=True)]
+    if needs_x:
+        first, *others = (q or w for q, w in zip(ctx.quantized, weights, strict=True))
+        dx = lora_product(dys[0], dense_weight(first, x).t(), None, dS, A.t(), 1.0, seed, ctx.threshold)
+        for dy, weight in zip(dys[1:], others, strict=True):
+            dx.addmm_(dy, dense_weight(weight, x))
+        dx = dx.view(ctx.x_shape)
+    layers = zip(dWs, dbs, dAs, dBs, strict=True)
+    return dx, [grad if need else None for grad, need in zip((g for layer in layers for g in layer), needs, strict=True)]
+
+
+def _parts(S: torch.Tensor, As: Sequence[torch.Tensor]) -> Sequence[torch.Tensor]:
+    """The columns of S (M, Σ r) that belong to each adapter."""
+    return S.split([A.shape[0] for A in As], dim=1)
 
 
 def lora_linear(
     x: torch.Tensor,
-    weight: "torch.Tensor | QuantizedWeight",
+    weight: torch.Tensor | QuantizedWeight,
     bias: torch.Tensor | None,
     lora_A: torch.Tensor,
     lora_B: torch.Tensor,
@@ -135,31 +125,64 @@ def lora_linear(
     """y = x Wᵀ + b + s (x̂ Aᵀ) Bᵀ in x's dtype, with a gradient for every tensor that asks for one.
 
     Args:
-        x: (..., K), floating point. The product is computed and returned in its dtype.
-        weight: (N, K), any floating dtype; or a quantized weight, which gets no gradient.
+        x: (..., K), floating point. Everything is computed in its dtype (sums in fp32) and returned in it.
+        weight: (N, K) of any floating dtype; or a quantized weight, which gets no gradient.
         bias: (N,) or None.
-        lora_A: (r, K), any floating dtype; its gradient has that dtype.
+        lora_A: (r, K), r ≥ 1, of any floating dtype; its gradient has that dtype.
         lora_B: (N, r), likewise.
         scaling: s, usually alpha / r.
-        dropout_p: probability in [0, 1) with which an element of x is dropped on the LoRA path
-            (the base product sees all of x). The mask comes from torch's generator.
+        dropout_p: probability in [0, 1) with which an element of x is dropped on the low-rank
+            path (rounded to a multiple of 2⁻¹⁶; the scale makes up for what was dropped). The
+            seed of the mask comes from torch's generator.
 
     Returns:
         (..., N) in x's dtype.
 
     Raises:
+        TypeError: x is not floating point.
         ValueError: shapes that do not fit, or `dropout_p` outside [0, 1).
     """
-    N, K = weight.shape
-    if x.dim() == 0 or x.shape[-1] != K:
-        raise ValueError(f"x must be (..., {K}) for a weight of shape {(N, K)}, got {tuple(x.shape)}")
-    r = lora_A.shape[0]
-    if lora_A.shape != (r, K) or lora_B.shape != (N, r):
-        raise ValueError(
-            f"lora_A must be (r, {K}) and lora_B ({N}, r), got {tuple(lora_A.shape)} and {tuple(lora_B.shape)}"
-        )
-    if bias is not None and bias.shape != (N,):
-        raise ValueError(f"bias must be ({N},), got {tuple(bias.shape)}")
+    return stacked_lora_linear(x, [weight], [bias], [lora_A], [lora_B], [scaling], dropout_p)[0]
+
+
+def stacked_lora_linear(
+    x: torch.Tensor,
+    weights: Sequence[torch.Tensor | QuantizedWeight],
+    biases: Sequence[torch.Tensor | None],
+    lora_As: Sequence[torch.Tensor],
+    lora_Bs: Sequence[torch.Tensor],
+    scalings: Sequence[float],
+    dropout_p: float = 0.0,
+) -> tuple[torch.Tensor, ...]:
+    """`lora_linear` for several layers that share an x (q, k, v; gate, up): their adapters read x once.
+
+    All S = x̂ Aᵀ come from one pass over x, and so do all dA; one dx is accumulated in place. Ranks
+    and output sizes may differ. The layers share one dropout mask.
+
+    Args: as for `lora_linear`, one entry a layer.
+
+    Returns:
+        One (..., N_i) for each layer.
+
+    Raises:
+        TypeError, ValueError: as `lora_linear`, and when the sequences differ in length.
+    """
+    if not x.is_floating_point():
+        raise TypeError(f"x must be floating point, got {x.dtype}")
     if not 0 <= dropout_p < 1:
         raise ValueError(f"dropout_p must lie in [0, 1), got {dropout_p}")
-    return _LoRALinear.apply(x, weight, bias, lora_A, lora_B, scaling, dropout_p)
+    lengths = {len(weights), len(biases), len(lora_As), len(lora_Bs), len(scalings)}
+    if len(lengths) > 1 or 0 in lengths:
+        raise ValueError(f"one weight, bias, lora_A, lora_B and scaling a layer expected, got lengths {lengths}")
+    layers = []
+    for weight, bias, A, B in zip(weights, biases, lora_As, lora_Bs, strict=True):
+        (N, K), r = weight.shape, A.shape[0]
+        if x.dim() == 0 or x.shape[-1] != K:
+            raise ValueError(f"x must be (..., {K}) for a weight of shape {(N, K)}, got {tuple(x.shape)}")
+        if r == 0 or A.shape != (r, K) or B.shape != (N, r):
+            raise ValueError(f"lora_A must be (r, {K}) and lora_B ({N}, r), got {tuple(A.shape)} and {tuple(B.shape)}")
+        if bias is not None and bias.shape != (N,):
+            raise ValueError(f"bias must be ({N},), got {tuple(bias.shape)}")
+        layers += [weight, bias, A, B]
+    with torch.autocast(x.device.type, enabled=False):  # everything is computed in x's dtype
+        return _LoRALinear.apply(x, tuple(scalings), dropout_p, *layers)

@@ -8,7 +8,9 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import nn
 
+from ..quant import NF4Linear
 from .lora import LoRALinear, check_settings, is_adaptable
+from .multi import active_adapter, carriers
 
 
 def apply_lora_to_model(
@@ -45,10 +47,12 @@ def apply_lora_to_model(
         parent = model.get_submodule(name.rpartition(".")[0])
         if isinstance(parent, nn.MultiheadAttention):
             raise ValueError(f"{name!r}: nn.MultiheadAttention reads this weight itself and would bypass the adapter")
+    active = active_adapter(model) or "default"
     made: dict[nn.Module, LoRALinear] = {}  # a layer used under two names gets one adapter
     for name, module in selected.items():
         if module not in made:
             made[module] = LoRALinear(module, rank, lora_alpha, lora_dropout)
+            made[module].adapter = active
         model.set_submodule(name, made[module])
     mark_only_lora_as_trainable(model)
     return model
@@ -134,9 +138,15 @@ def _required_lora_layers(model) -> list[tuple[str, LoRALinear]]:
 
 
 def lora_parameters(model: nn.Module) -> Iterator[nn.Parameter]:
-    """Every parameter of the active adapter, lora_A and lora_B of each layer: what the optimizer gets."""
-    for _, layer in lora_layers(model):
-        yield from layer.parameters(recurse=False)
+    """Every parameter of the active adapter, lora_A and lora_B of each layer: what the optimizer gets.
+
+    With `save_modules` also those of the modules that it replaces whole.
+    """
+    for carrier in carriers(model).values():
+        if isinstance(carrier, LoRALinear):
+            yield from carrier.parameters(recurse=False)
+        elif carrier.adapter is not None:
+            yield from carrier.copies[carrier.adapter].parameters()
 
 
 def mark_only_lora_as_trainable(model: nn.Module) -> None:
@@ -174,7 +184,7 @@ def merge_lora(model: nn.Module, dequantize: bool = False, untie: bool = False) 
             f"the weight of {name!r} is shared ({', '.join(names)}), and merging the adapter would untie it; "
             "pass untie=True to give the layer a weight of its own"
         )
-    packed = [name for name, layer in layers if not isinstance(layer.base_layer, nn.Linear)]
+    packed = [name for name, layer in layers if isinstance(layer.base_layer, NF4Linear)]
     if packed and not dequantize:
         raise ValueError(
             f"{packed[0]!r} holds a 4-bit weight, and merging into 4 bits rounds most of the adapter away; "
@@ -216,12 +226,13 @@ def disable_lora(model: nn.Module):
     Nothing about training changes: which parameters require gradients, and what is merged, stay as they were.
     Contexts nest. Raises ValueError for a model without LoRA layers.
     """
-    layers = _required_lora_layers(model)
-    before = [layer.enabled for _, layer in layers]
-    for _, layer in layers:
+    _required_lora_layers(model)
+    layers = list(carriers(model).values())
+    before = [layer.enabled for layer in layers]
+    for layer in layers:
         layer.enabled = False
     try:
         yield model
     finally:
-        for (_, layer), enabled in zip(layers, before, strict=True):
+        for layer, enabled in zip(layers, before, strict=True):
             layer.enabled = enabled

@@ -5,19 +5,15 @@ training starts from the base model exactly: ΔW = B A = 0. At that point dA is 
 which is why one of them must not be zero.
 """
 
+import functools
 import math
 
 import torch
 from torch import nn
 
 from ..kernels.lora import lora_linear
-
-try:
-    from ..quant import NF4Linear
-except ImportError:  # TEMPORARY until quant/ lands
-
-    class NF4Linear(nn.Module):
-        pass
+from ..quant import NF4Linear
+from .adapter_math import add_rows, delta_weight, dora_gain, factors
 
 
 class LoRALinear(nn.Module):
@@ -42,9 +38,8 @@ class LoRALinear(nn.Module):
     Dtypes, whatever mixture comes:
         - The adapter is fp32 (fp64 on an fp64 base), so small updates are not lost and gradient
           scaling works; `.to(dtype)` changes it as usual.
-        - The layer computes in the dtype of its input; under autocast in the autocast dtype; on an
-          NF4 base with a `compute_dtype` in that.
-        - The output has the dtype that the base layer would give: the one computed in, for NF4 the input's.
+        - The output has the dtype of the input; under autocast, autocast's.
+        - That is also the dtype computed in, except on an NF4 base with a `compute_dtype` of its own.
 
     Merging writes W + scaling·B A into a copy and keeps the original, so that unmerging restores
     every bit after any number of rounds; it costs a second copy of W while merged.
@@ -68,6 +63,7 @@ class LoRALinear(nn.Module):
         self.lora_dropout = lora_dropout
         self.enabled = True
         self.adapter = "default"
+        self.rows = None  # while `adapters_by_row` is in force: [(adapter name, indices of its rows), ...]
         self.resting = nn.ModuleDict()
         self._kept = []  # the unmerged base layer while merged; in a list, so that it is no submodule
         like = adapter_like(original_linear)
@@ -106,28 +102,46 @@ class LoRALinear(nn.Module):
             RuntimeError: merged, in training mode and with dropout: a merged adapter cannot drop
                 its input, so the forward pass would silently not be the one asked for.
         """
+        if self.rows is not None and self.enabled:
+            return self._forward_rows(x)
         if not self.enabled or self.lora_A is None:
             return _base_forward(self._kept[0] if self.merged else self.base_layer, x)
         if self.merged:
             if self.training and self.lora_dropout > 0:
                 raise RuntimeError("the adapter is merged, so its dropout cannot act: call unmerge_weights() or eval()")
             return _base_forward(self.base_layer, x)
-        dtype = _compute_dtype(self.base_layer, x)
-        dropout = self.lora_dropout if self.training else 0.0
-        if isinstance(self.base_layer, NF4Linear):
-            weight, out_dtype = self.base_layer.quantized, x.dtype
+        x = _autocast(x)
+        base = self.base_layer
+        if isinstance(base, NF4Linear):
+            weight, dtype = base.quantized, base.compute_dtype or x.dtype
         else:
-            weight, out_dtype = _dense(self.base_layer), dtype
+            weight, dtype = _dense(base), x.dtype
         A, B = factors(self)
-        y = lora_linear(x.to(dtype), weight, self.base_layer.bias, A, B, self.scaling, dropout)
-        return y.to(out_dtype)
+        dropout = self.lora_dropout if self.training else 0.0
+        if self.lora_magnitude is None:
+            return lora_linear(x.to(dtype), weight, base.bias, A, B, self.scaling, dropout).to(x.dtype)
+        y = lora_linear(x.to(dtype), weight, None, A, B, self.scaling, dropout)
+        y = y * dora_gain(dense_weight(base), self).to(dtype)
+        return (y if base.bias is None else y + base.bias.to(dtype)).to(x.dtype)
+
+    def _forward_rows(self, x):
+        """Every row of the batch with an adapter of its own: the base once, then each adapter's term in its rows."""
+        x = _autocast(x)
+        if x.shape[0] != sum(len(rows) for _, rows in self.rows):
+            expected = sum(len(rows) for _, rows in self.rows)
+            raise ValueError(f"adapters are given for {expected} rows, but the batch has shape {tuple(x.shape)}")
+        y = _base_forward(self.base_layer, x)
+        for name, rows in self.rows:
+            adapter = self if name == self.adapter else dict(self.resting).get(name)
+            if name is not None and adapter is not None:
+                weight = functools.partial(dense_weight, self.base_layer)
+                y = add_rows(y, x, adapter, rows.to(x.device), weight, self.base_layer.bias, self.training)
+        return y
 
     @torch.no_grad()
     def delta_weight(self) -> torch.Tensor:
         """ΔW = scaling · B A, (out_features, in_features), in the adapter's dtype but at least fp32."""
-        A, B = factors(self)
-        dtype = torch.promote_types(A.dtype, torch.float32)
-        return (B.to(dtype) @ A.to(dtype)).mul_(self.scaling)
+        return delta_weight(dense_weight(self._kept[0] if self.merged else self.base_layer), self)
 
     @torch.no_grad()
     def merge_weights(self, dequantize=False):
@@ -206,17 +220,6 @@ def features(linear) -> tuple[int, int]:
     return (linear.nf, linear.nx) if is_conv1d(linear) else (linear.out_features, linear.in_features)
 
 
-def factors(adapter) -> tuple[torch.Tensor, torch.Tensor]:
-    """The A (r, in) and B (out, r) to compute with.
-
-    For a PiSSA adapter they are of rank 2r: what it has become, less what it started as, so that
-    together with the untouched W they make W − s·B₀A₀ + s·BA.
-    """
-    if adapter.start_A is None:
-        return adapter.lora_A, adapter.lora_B
-    return torch.cat([adapter.lora_A, adapter.start_A]), torch.cat([adapter.lora_B, -adapter.start_B], dim=1)
-
-
 def check_adaptable(module) -> None:
     if isinstance(module, LoRALinear):
         raise TypeError("original_linear is a LoRALinear already; adapters do not nest")
@@ -239,11 +242,17 @@ def adapter_like(base) -> dict:
     return {"device": weight.device, "dtype": torch.float64 if weight.dtype == torch.float64 else torch.float32}
 
 
-def _compute_dtype(base, x) -> torch.dtype:
+def _autocast(x: torch.Tensor) -> torch.Tensor:
+    """x in the dtype that a linear layer would see: under autocast, autocast's (which leaves fp64 alone)."""
     device = x.device.type
-    if x.dtype != torch.float64 and torch.is_autocast_enabled(device):  # autocast leaves fp64 alone
-        return torch.get_autocast_dtype(device)
-    return getattr(base, "compute_dtype", None) or x.dtype
+    if torch.is_autocast_enabled(device) and x.dtype != torch.float64:
+        return x.to(torch.get_autocast_dtype(device))
+    return x
+
+
+def dense_weight(base) -> torch.Tensor:
+    """The weight of any base layer as a dense (out, in) tensor; that of an NF4Linear is made for the call."""
+    return base.quantized.dequantize() if isinstance(base, NF4Linear) else _dense(base)
 
 
 def _dense(base) -> torch.Tensor:

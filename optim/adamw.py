@@ -17,19 +17,19 @@ from ..kernels.unscale import squared_norm
 
 def adamw_step_cpu_(groups, grad_scale=None, found_inf=None, sq_norm=None, max_norm=None):
     """`adamw_step_` for CPU tensors by torch's fused C++ AdamW, which rounds differently in the last bit."""
-    if sq_norm is not None:
-        grad_scale = torch.tensor(1.0 / gradient_factor(grad_scale, sq_norm, max_norm))
+    if found_inf is not None and found_inf.item() != 0:
+        return
+    factor = gradient_factor(grad_scale, sq_norm, max_norm)
     for group in groups:
+        grads = group.grads if factor == 1.0 else torch._foreach_mul(group.grads, factor)
         torch_adamw(
             group.params,
-            [grad.to(param.dtype) for grad, param in zip(group.grads, group.params, strict=True)],
+            [grad.to(param.dtype) for grad, param in zip(grads, group.params, strict=True)],
             group.exp_avgs,
             group.exp_avg_sqs,
             [],
             group.steps,
             fused=True,
-            grad_scale=grad_scale,
-            found_inf=found_inf,
             amsgrad=False,
             beta1=group.betas[0],
             beta2=group.betas[1],

@@ -63,7 +63,7 @@ def _(x, packed, absmax, na, nc, no, nb, out_features, in_features, block_size, 
 
 
 def _setup_context(ctx, inputs, output):
-    x, *weight, transposed, bias = inputs
+    _x, *weight, transposed, bias = inputs
     ctx.save_for_backward(*weight[:5])
     ctx.facts = weight[5:]
     ctx.transposed = transposed

@@ -1,0 +1,305 @@
+"""Chats → token ids with labels on the answers alone → batches.
+
+A chat is written out with the model's own chat template. The loss looks only at what the
+model has to say itself: every assistant turn, up to and with the token that ends it; labels
+are -100 everywhere else. The mask follows from positions in the text, never from token ids:
+where padding and end of turn share an id (SmolLM2 has 2 for both), masking "the padding"
+would hide the end of every answer and the model would never learn to stop.
+
+The order of batches is a pure function of the step: a resumed run has no position to restore.
+"""
+
+import re
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from .rows import Chat, DataError, LoadedRows, load_rows
+
+__all__ = [
+    "IGNORE_INDEX",
+    "Chat",
+    "DataError",
+    "EncodedRows",
+    "Example",
+    "LoadedRows",
+    "batch_indices",
+    "check_max_seq_length",
+    "collate",
+    "describe_example",
+    "encode",
+    "encode_prompt",
+    "encode_rows",
+    "load_rows",
+    "shared_system_prompt",
+    "shipped_dataset",
+    "split",
+]
+
+IGNORE_INDEX = -100
+
+_GENERATION_MARK = re.compile(r"\{%-?\s*generation\s*-?%\}")  # a template that marks the answers itself
+_STAND_IN = "\ufdd0"  # a code point that is no character and never will be one
+
+# For a tokenizer without a chat template. `bos` is empty where the tokenizer itself writes none.
+PLAIN_TEMPLATE = (
+    "{{ bos }}{% for message in messages %}"
+    "{% if message.role == 'assistant' %}{{ message.content + eos_token }}"
+    "{% else %}{% if not loop.first %}{{ '\n\n' }}{% endif %}"
+    "{% if message.role == 'system' %}{{ message.content }}"
+    "{% else %}{{ '### Instruction:\n' + message.content + '\n\n### Response:\n' }}{% endif %}"
+    "{% endif %}{% endfor %}"
+)
+
+
+@dataclass(frozen=True)
+class Example:
+    """One chat as two int32 arrays of equal length; the label at position t is predicted from the ids before it."""
+
+    input_ids: np.ndarray
+    labels: np.ndarray  # the id itself where it is learnt, else -100
+    cut: int = 0  # tokens beyond max_seq_length that were left off at the end
+
+    @property
+    def answer_tokens(self) -> int:
+        """How many tokens are learnt."""
+        return int((self.labels != IGNORE_INDEX).sum())
+
+
+@dataclass(frozen=True)
+class EncodedRows:
+    """Examples that all have something to learn, and how many rows were truncated or dropped on the way."""
+
+    examples: list[Example]
+    truncated: int
+    dropped: int
+    max_seq_length: int
+
+    def notes(self) -> list[str]:
+        """What the user must be told, a line each; empty when every row fits."""
+        notes = []
+        if self.truncated:
+            notes.append(f"truncated {self.truncated} rows to max_seq_length {self.max_seq_length} tokens")
+        if self.dropped:
+            notes.append(f"dropped {self.dropped} rows too long for max_seq_length {self.max_seq_length} tokens")
+        return notes
+
+
+def shipped_dataset() -> tuple[Path, Path]:
+    """Training and held-out file of the data set that comes with the package (see `make_dataset.py`)."""
+    directory = Path(__file__).parent / "datasets"
+    return directory / "home_train.jsonl", directory / "home_eval.jsonl"
+
+
+def shared_system_prompt(rows: Sequence[Chat]) -> str | None:
+    """The system message of every chat, if all have the same: prompts after training need it too."""
+    first = {row[0]["content"] if row[0]["role"] == "system" else None for row in rows}
+    return first.pop() if len(first) == 1 else None
+
+
+def split(rows: Sequence[Chat], eval_fraction: float, seed: int) -> tuple[list[Chat], list[Chat]]:
+    """Training rows and held-out rows, each in the order of the file; the same seed gives the same split.
+
+    A fraction above 0 holds out at least one row and leaves at least one; 0 holds out none.
+    """
+    if not 0 <= eval_fraction < 1:
+        raise ValueError(f"eval_fraction must be at least 0 and below 1, got {eval_fraction}")
+    if eval_fraction == 0:
+        return list(rows), []
+    if len(rows) < 2:
+        raise DataError(f"holding out rows needs at least 2 rows, got {len(rows)}")
+    count = min(max(1, round(len(rows) * eval_fraction)), len(rows) - 1)
+    held_out = set(np.random.default_rng(seed).permutation(len(rows))[:count].tolist())
+    return (
+        [row for index, row in enumerate(rows) if index not in held_out],
+        [row for index, row in enumerate(rows) if index in held_out],
+    )
+
+
+def check_max_seq_length(max_seq_length: int, context_length: int | None) -> None:
+    """Raise ValueError unless rows of this many tokens fit the model's context (None: unlimited)."""
+    if max_seq_length < 2:
+        raise ValueError(f"max_seq_length must be at least 2, got {max_seq_length}")
+    if context_length is not None and max_seq_length > context_length:
+        raise ValueError(f"max_seq_length must be within the model's context of {context_length}, got {max_seq_length}")
+
+
+def encode_prompt(chat: Chat, tokenizer) -> list[int]:
+    """Token ids of a chat that ends with the user's turn, ready for the model to answer."""
+    text = _render(chat, tokenizer, add_generation_prompt=True)
+    return tokenizer(text, add_special_tokens=False)["input_ids"]
+
+
+def encode(chat: Chat, tokenizer, max_seq_length: int | None = None) -> Example:
+    """A chat as token ids and labels, the rest cut off beyond `max_seq_length` tokens.
+
+    The ids are those of `tokenizer.apply_chat_template(chat)`. Only where neither the template
+    nor the chat ends the last answer with a special token, the end-of-sequence token is added.
+
+    Raises:
+        DataError: the template refuses the chat, or rewrites it so that an answer cannot be found in it.
+    """
+    ids, spans = _tokenize(chat, tokenizer)
+    ids = np.array(ids, dtype=np.int32)
+    labels = np.full_like(ids, IGNORE_INDEX)
+    for start, stop in spans:
+        labels[start:stop] = ids[start:stop]
+    labels[:1] = IGNORE_INDEX  # nothing precedes the first token, so nothing can predict it
+    return Example(ids[:max_seq_length], labels[:max_seq_length], cut=max(0, len(ids) - (max_seq_length or len(ids))))
+
+
+def encode_rows(rows: Sequence[Chat], tokenizer, max_seq_length: int, on_long: str = "truncate") -> EncodedRows:
+    """Encode chats; a row of more than `max_seq_length` tokens is truncated at its end, or dropped.
+
+    Args:
+        on_long: "truncate" or "drop". A row with no answer token left after truncation is dropped too.
+
+    Raises:
+        DataError: a row that `encode` refuses, or nothing left to learn from.
+    """
+    if on_long not in ("truncate", "drop"):
+        raise ValueError(f"on_long must be 'truncate' or 'drop', got {on_long!r}")
+    examples, truncated, dropped = [], 0, 0
+    for number, row in enumerate(rows, start=1):
+        try:
+            example = encode(row, tokenizer, max_seq_length)
+        except DataError as error:
+            raise DataError(f"row {number}: {error}") from None
+        if example.answer_tokens == 0 or (example.cut and on_long == "drop"):
+            dropped += 1
+            continue
+        examples.append(example)
+        truncated += example.cut > 0
+    if not examples:
+        raise DataError(
+            f"nothing to learn: each of the {len(rows)} rows is too long for max_seq_length {max_seq_length} tokens"
+            if rows
+            else "nothing to learn: no rows"
+        )
+    return EncodedRows(examples, truncated, dropped, max_seq_length)
+
+
+def collate(examples: Sequence[Example], pad_id: int) -> dict[str, torch.Tensor]:
+    """Pad examples on the right to the longest of them.
+
+    Returns:
+        input_ids, labels and attention_mask, each int64 of shape (batch, longest); padding has label -100 and mask 0.
+    """
+    if not examples:
+        raise ValueError("examples must hold at least one example, got none")
+    shape = len(examples), max(len(example.input_ids) for example in examples)
+    input_ids = torch.full(shape, pad_id, dtype=torch.int64)
+    labels = torch.full(shape, IGNORE_INDEX, dtype=torch.int64)
+    attention_mask = torch.zeros(shape, dtype=torch.int64)
+    for row, example in enumerate(examples):
+        length = len(example.input_ids)
+        input_ids[row, :length] = torch.from_numpy(example.input_ids)
+        labels[row, :length] = torch.from_numpy(example.labels)
+        attention_mask[row, :length] = 1
+    return {"input_ids": input_ids, "labels": labels, "attention_mask": attention_mask}
+
+
+def batch_indices(step: int, n: int, batch_size: int, seed: int) -> list[int]:
+    """Which of `n` examples make up batch number `step` (from 0), a pure function of its arguments.
+
+    Every epoch is a shuffle of its own in which each example comes once. The epochs follow one
+    another without a gap: a batch at the end of one goes on into the next, so all batches are full.
+    """
+    for name, value, least in (("step", step, 0), ("n", n, 1), ("batch_size", batch_size, 1), ("seed", seed, 0)):
+        if value < least:
+            raise ValueError(f"{name} must be at least {least}, got {value}")
+    indices = []
+    position, stop = step * batch_size, (step + 1) * batch_size
+    while position < stop:
+        epoch, offset = divmod(position, n)
+        shuffled = np.random.default_rng([seed, epoch]).permutation(n)
+        indices += shuffled[offset : offset + stop - position].tolist()
+        position = step * batch_size + len(indices)
+    return indices
+
+
+def describe_example(example: Example, tokenizer) -> str:
+    """The text of an example as the model sees it, with what is learnt between >> and <<."""
+    learnt = example.labels != IGNORE_INDEX
+    text = ""
+    for start, stop in _runs(learnt):
+        text_of_run = tokenizer.decode(example.input_ids[start:stop].tolist(), skip_special_tokens=False)
+        text += f">>{text_of_run}<<" if learnt[start] else text_of_run
+    return f"{len(learnt)} tokens, {example.answer_tokens} of them learnt, between >> and <<:\n{text}"
+
+
+def _runs(flags: Sequence[bool]) -> Iterator[tuple[int, int]]:
+    """(start, stop) of each stretch of equal flags."""
+    edges = [0, *(np.flatnonzero(np.diff(np.asarray(flags, dtype=np.int8))) + 1).tolist(), len(flags)]
+    return pairwise(edges)
+
+
+def _render(chat: Chat, tokenizer, **options) -> str:
+    """The chat as text, by the tokenizer's template or the plain one."""
+    from jinja2 import TemplateError
+
+    if not tokenizer.chat_template:
+        if not tokenizer.eos_token:
+            raise DataError("the tokenizer has neither a chat template nor an end-of-sequence token")
+        writes_bos = tokenizer("a")["input_ids"][:1] == [tokenizer.bos_token_id]
+        options |= {"chat_template": PLAIN_TEMPLATE, "bos": tokenizer.bos_token if writes_bos else ""}
+    try:
+        return tokenizer.apply_chat_template(chat, tokenize=False, **options)
+    except (TemplateError, ValueError) as error:
+        raise DataError(f"the chat template refuses this chat: {error}") from None
+
+
+def _tokenize(chat: Chat, tokenizer) -> tuple[list[int], list[tuple[int, int]]]:
+    """Token ids of the whole chat and, for each assistant turn, the (start, stop) of the tokens to learn."""
+    if not tokenizer.is_fast:
+        raise DataError(f"{type(tokenizer).__name__} gives no character offsets; a fast tokenizer is needed")
+    if tokenizer.chat_template and _GENERATION_MARK.search(tokenizer.get_chat_template()):
+        marked = tokenizer.apply_chat_template(chat, return_dict=True, return_assistant_tokens_mask=True)
+        ids, inside = marked["input_ids"], marked["assistant_masks"]
+        spans = [(start, stop) for start, stop in _runs(inside) if inside[start]]
+    else:
+        text = _render(chat, tokenizer)
+        encoded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
+        ids, offsets = encoded["input_ids"], np.array(encoded["offset_mapping"])
+        spans = []
+        for start, stop in _answers(chat, text, tokenizer):
+            inside = np.flatnonzero((offsets[:, 1] > start) & (offsets[:, 0] < stop))
+            if inside.size:
+                spans.append((int(inside[0]), int(inside[-1]) + 1))
+    if not spans:
+        raise DataError("the chat template leaves no answer to learn")
+    ends = [_end_of_turn(ids, stop, tokenizer) for _, stop in spans]
+    if ends[-1] is None and tokenizer.eos_token_id is not None:
+        ids = [*ids, tokenizer.eos_token_id]
+        ends[-1] = len(ids)
+    return ids, [(start, end or stop) for (start, stop), end in zip(spans, ends, strict=True)]
+
+
+def _answers(chat: Chat, text: str, tokenizer) -> Iterator[tuple[int, int]]:
+    """Where each assistant turn stands in the rendered chat: from the end of its prompt to its own last character."""
+    for turn, message in enumerate(chat):
+        if message["role"] != "assistant":
+            continue
+        prompt = _render(chat[:turn], tokenizer, add_generation_prompt=True)
+        # The template tells where the answer ends: what it writes around a stand-in for it.
+        stand_in = {"role": "assistant", "content": _STAND_IN}
+        before, _, after = _render([*chat[:turn], stand_in, *chat[turn + 1 :]], tokenizer).partition(_STAND_IN)
+        stop = len(text) - len(after)
+        if not (text.startswith(prompt) and before.startswith(prompt) and text.endswith(after) and stop > len(prompt)):
+            raise DataError(f"message {turn + 1}: the chat template rewrites this chat, so its answer cannot be found")
+        yield len(prompt), stop
+
+
+def _end_of_turn(ids: list[int], stop: int, tokenizer) -> int | None:
+    """The position behind the special token that ends the turn: the answer's last, or the next but for white space."""
+    for position in range(stop - 1, len(ids)):
+        text = tokenizer.decode([ids[position]], skip_special_tokens=False)
+        if text.strip() and not tokenizer.decode([ids[position]], skip_special_tokens=True):
+            return position + 1
+        if position >= stop and text.strip():
+            return None
+    return None

@@ -1,0 +1,384 @@
+"""The two products of a LoRA forward pass: S = x̂ Aᵀ, and y = x Wᵀ + b + s S Bᵀ in one kernel.
+
+`lora_down` is skinny: x (M, K) meets A (r, K), 2MKr FLOPs for MK elements read, far below what
+a GPU needs to be busy with arithmetic. It is limited by reading x once, and A of several
+adapters on the same x (q, k, v) goes through it stacked.
+
+`lora_product` is an ordinary tiled product with one thing more. Its fp32 accumulator does not
+start at zero but at s S Bᵀ, computed from an (BLOCK_M, r) and an (r, BLOCK_N) tile:
+
+    acc  = s · (S Bᵀ)          2MNr FLOPs, r / K of the product
+    acc += x Wᵀ                2MNK FLOPs
+    y    = acc + b             one rounding, one write
+
+Started this way the accumulator exists once; added at the end, S Bᵀ would need a second one of
+128 × 256 fp32 values, and registers would spill. The same kernel computes dx = dy W + dS A: it
+is the same formula with dy for x, Wᵀ for W, dS for S and Aᵀ for B, so W is passed with its strides
+swapped. There a dropout mask falls on the low-rank term alone.
+
+Bytes that must move: 2(MK + r K + Mr) for S; 2(MK + NK + MN + Mr) + 4Nr for y (fp16, fp32 adapter).
+"""
+
+import torch
+import torch.nn.functional as F
+
+from .dropout import ROUNDS, keep_tile, seeded_keep
+from .runtime import INTERPRETED, KernelSpec, backend, on_device, tl, triton
+
+_DOT = {torch.float16: tl.float16, torch.bfloat16: tl.bfloat16, torch.float32: tl.float32}
+TARGET_PROGRAMS = 256  # what fills a large GPU; a constant, so that sums are split alike on every machine
+
+
+def runs_kernel(x: torch.Tensor) -> bool:
+    """Whether x meets a Triton kernel. FP64 has none (it serves gradient checks) and runs in torch."""
+    return backend(x) != "torch" and x.dtype in _DOT
+
+
+def dot_settings(dtype: torch.dtype) -> dict:
+    """Operand type and precision of the tensor-core products (the interpreter cannot multiply bf16)."""
+    tf32 = dtype == torch.float32 and torch.get_float32_matmul_precision() != "highest"
+    upcast = INTERPRETED and dtype == torch.bfloat16
+    return {"DOT": tl.float32 if upcast else _DOT[dtype], "PRECISION": "tf32" if tf32 else "ieee"}
+
+
+def block_of(size: int, low: int, high: int) -> int:
+    """The power of two that covers `size`, within [low, high]."""
+    return min(max(1 << (size - 1).bit_length() if size > 0 else 1, low), high)
+
+
+def splits_of(programs: int, steps: int) -> int:
+    """Into how many parts to split a loop of `steps` when there are only `programs` of them."""
+    return max(1, min(TARGET_PROGRAMS // max(programs, 1), steps))
+
+
+def lora_down_reference(x, lora_A, seed=None, threshold=0):
+    """x (M, K), A (r, K) → S = x̂ Aᵀ (M, r), as the transpose of a contiguous (r, M).
+
+    Of all layouts, CPU libraries are fastest at skinny products when r counts the *rows* of a
+    contiguous left operand (1.5 to 4 times as fast as x Aᵀ); the other skinny products use S so.
+    """
+    return (lora_A.to(x.dtype) @ masked(x, seed, threshold).t()).t()
+
+
+def masked(x, seed, threshold):
+    """x with the dropped elements set to zero (not rescaled)."""
+    return x if seed is None else torch.where(seeded_keep(seed, *x.shape, threshold), x, 0)
+
+
+def lora_product_reference(x, weight, bias, S, lora_B, scale, seed=None, threshold=0):
+    """x (M, K), W (N, K), b (N,), S (M, r), B (N, r) → y = x Wᵀ + b + keep ⊙ s S Bᵀ.
+
+    The low-rank term is added in place by the product itself, so no further (M, N) array is made.
+    """
+    y = F.linear(x, weight.to(x.dtype), None if bias is None else bias.to(x.dtype))
+    B_t = lora_B.t().to(x.dtype)
+    if seed is None:
+        return y.addmm_(S, B_t, alpha=scale)
+    return y.add_(masked(S @ B_t, seed, threshold), alpha=scale)
+
+
+@triton.jit
+def _down_kernel(
+    x_ptr,  # (M, K)
+    a_ptr,  # (r, K)
+    s_ptr,  # (splits, M, r)
+    seed_ptr,  # (1,) or None: no dropout
+    M,
+    K,
+    r,
+    stride_xm,
+    stride_xk,
+    stride_ar,
+    stride_ak,
+    k_per_split,  # a multiple of BLOCK_K
+    threshold,
+    DOT: tl.constexpr,
+    PRECISION: tl.constexpr,
+    ROUNDS: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+):
+    pid_m, split, pid_r = tl.program_id(0), tl.program_id(1), tl.program_id(2)
+    offs_m = pid_m * BLOCK_M + tl.arange(0, BLOCK_M)
+    offs_r = pid_r * BLOCK_R + tl.arange(0, BLOCK_R)
+    x_rows = x_ptr + offs_m.to(tl.int64)[:, None] * stride_xm
+    a_rows = a_ptr + offs_r.to(tl.int64)[None, :] * stride_ar
+    acc = tl.zeros([BLOCK_M, BLOCK_R], dtype=tl.float32)
+    for k in range(split * k_per_split, min(K, (split + 1) * k_per_split), BLOCK_K):
+        offs_k = (k + tl.arange(0, BLOCK_K)).to(tl.int64)
+        x_mask = (offs_m[:, None] < M) & (offs_k[None, :] < K)
+        x = tl.load(x_rows + offs_k[None, :] * stride_xk, mask=x_mask, other=0.0)  # [BLOCK_M, BLOCK_K]
+        if seed_ptr is not None:
+            x = tl.where(keep_tile(seed_ptr, threshold, pid_m * BLOCK_M, k, BLOCK_M, BLOCK_K, ROUNDS), x, 0.0)
+        a_mask = (offs_k[:, None] < K) & (offs_r[None, :] < r)
+        a = tl.load(a_rows + offs_k[:, None] * stride_ak, mask=a_mask, other=0.0)  # [BLOCK_K, BLOCK_R]
+        acc = tl.dot(x.to(DOT), a.to(DOT), acc, input_precision=PRECISION)
+    s_ptrs = s_ptr + (split.to(tl.int64) * M + offs_m[:, None]) * r + offs_r[None, :]
+    tl.store(s_ptrs, acc, mask=(offs_m[:, None] < M) & (offs_r[None, :] < r))
+
+
+def down_blocks(M: int, K: int, r: int) -> dict:
+    """Tile sizes of `lora_down`, and into how many parts K is split (few rows leave a GPU idle otherwise)."""
+    blocks = {"BLOCK_M": block_of(M, 16, 128), "BLOCK_K": 64, "BLOCK_R": block_of(r, 16, 128)}
+    if blocks["BLOCK_R"] == 128:
+        blocks["BLOCK_M"] = min(blocks["BLOCK_M"], 64)
+    programs = triton.cdiv(M, blocks["BLOCK_M"]) * triton.cdiv(r, blocks["BLOCK_R"])
+    steps = max(1, triton.cdiv(K, blocks["BLOCK_K"]))
+    per_split = triton.cdiv(steps, splits_of(programs, steps // 4))
+    return blocks | {"k_per_split": per_split * blocks["BLOCK_K"], "splits": triton.cdiv(steps, per_split)}
+
+
+def _launch_down(
+    x: torch.Tensor, lora_A: torch.Tensor, seed: torch.Tensor | None, threshold: int
+) -> torch.Tensor:
+    (M, K), r = x.shape, lora_A.shape[0]
+    if M == 0:
+        return x.new_empty(0, r)
+    blocks = down_blocks(M, K, r)
+    splits = blocks.pop("splits")
+    S = torch.empty((splits, M, r), dtype=torch.float32 if splits > 1 else x.dtype, device=x.device)
+    grid = (triton.cdiv(M, blocks["BLOCK_M"]), splits, triton.cdiv(r, blocks["BLOCK_R"]))
+    with on_device(x):
+        _down_kernel[grid](
+            x, lora_A, S, seed, M, K, r, *x.stride(), *lora_A.stride(), threshold=threshold,
+            ROUNDS=ROUNDS, **blocks, **dot_settings(x.dtype), num_warps=4, num_stages=4,
+        )  # fmt: skip
+    return S.sum(0).to(x.dtype) if splits > 1 else S[0]
+
+
+def _tile(block_m, block_n, num_warps, num_stages):
+    # Every tile steps through K alike, so that the choice of a tile does not change the sum.
+    blocks = {"BLOCK_M": block_m, "BLOCK_N": block_n, "BLOCK_K": 64, "GROUP_M": 8}
+    return triton.Config(blocks, num_warps=num_warps, num_stages=num_stages)
+
+
+# The first is what the tests run.
+TILES = [
+    _tile(64, 128, 4, 4),
+    _tile(128, 256, 8, 3),
+    _tile(128, 128, 8, 4),
+    _tile(128, 128, 4, 3),
+    _tile(16, 128, 4, 5),
+    _tile(16, 64, 4, 6),
+]
+
+
+@triton.autotune(TILES[:1] if INTERPRETED else TILES, key=["M_BUCKET", "N", "K", "DOT", "PRECISION"])
+@triton.jit
+def _product_kernel(
+    x_ptr,  # (M, K)
+    w_ptr,  # (N, K)
+    bias_ptr,  # (N,) or None
+    s_ptr,  # (M, r)
+    b_ptr,  # (N, r)
+    y_ptr,  # (M, N)
+    seed_ptr,  # (1,) or None: no dropout
+    M,
+    N,
+    K,
+    r,
+    stride_xm,
+    stride_xk,
+    stride_wn,
+    stride_wk,
+    stride_sm,
+    stride_sr,
+    stride_bn,
+    stride_br,
+    scale,
+    threshold,
+    M_BUCKET: tl.constexpr,  # M up to a power of two: what the tile is tuned for
+    EVEN_K: tl.constexpr,
+    DOT: tl.constexpr,
+    PRECISION: tl.constexpr,
+    ROUNDS: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    GROUP_M: tl.constexpr,
+):
+    # Programs walk down GROUP_M tiles before they move right, so that neighbours share tiles in L2.
+    pid = tl.program_id(0)
+    tiles_m, tiles_n = tl.cdiv(M, BLOCK_M), tl.cdiv(N, BLOCK_N)
+    group = pid // (GROUP_M * tiles_n)
+    rows_in_group = min(tiles_m - group * GROUP_M, GROUP_M)
+    pid_m = group * GROUP_M + (pid % (GROUP_M * tiles_n)) % rows_in_group
+    pid_n = (pid % (GROUP_M * tiles_n)) // rows_in_group
+
+    offs_m = pid_m * BLOCK_M + tl.arange(0, BLOCK_M)
+    offs_n = pid_n * BLOCK_N + tl.arange(0, BLOCK_N)
+    rows = offs_m.to(tl.int64)
+    columns = offs_n.to(tl.int64)
+    in_m, in_n = offs_m < M, offs_n < N
+
+    acc = tl.zeros([BLOCK_M, BLOCK_N], dtype=tl.float32)
+    for j in range(0, r, BLOCK_R):
+        offs_r = j + tl.arange(0, BLOCK_R)
+        s_ptrs = s_ptr + rows[:, None] * stride_sm + offs_r[None, :] * stride_sr
+        s = tl.load(s_ptrs, mask=in_m[:, None] & (offs_r[None, :] < r), other=0.0)  # [BLOCK_M, BLOCK_R]
+        b_ptrs = b_ptr + columns[None, :] * stride_bn + offs_r[:, None] * stride_br
+        b = tl.load(b_ptrs, mask=in_n[None, :] & (offs_r[:, None] < r), other=0.0)  # [BLOCK_R, BLOCK_N]
+        acc = tl.dot(s.to(DOT), b.to(DOT), acc, input_precision=PRECISION)
+    acc *= scale
+    if seed_ptr is not None:
+        keep = keep_tile(seed_ptr, threshold, pid_m * BLOCK_M, pid_n * BLOCK_N, BLOCK_M, BLOCK_N, ROUNDS)
+        acc = tl.where(keep, acc, 0.0)
+
+    offs_k = tl.arange(0, BLOCK_K)
+    x_ptrs = x_ptr + rows[:, None] * stride_xm + offs_k[None, :] * stride_xk
+    w_ptrs = w_ptr + columns[None, :] * stride_wn + offs_k[:, None] * stride_wk
+    for k in range(0, K, BLOCK_K):
+        x_mask, w_mask = in_m[:, None], in_n[None, :]
+        if not EVEN_K:
+            x_mask = x_mask & (offs_k[None, :] < K - k)
+            w_mask = w_mask & (offs_k[:, None] < K - k)
+        x = tl.load(x_ptrs, mask=x_mask, other=0.0)  # [BLOCK_M, BLOCK_K]
+        w = tl.load(w_ptrs, mask=w_mask, other=0.0)  # [BLOCK_K, BLOCK_N]
+        acc = tl.dot(x.to(DOT), w.to(DOT), acc, input_precision=PRECISION)
+        x_ptrs += BLOCK_K * stride_xk
+        w_ptrs += BLOCK_K * stride_wk
+    if bias_ptr is not None:
+        acc += tl.load(bias_ptr + offs_n, mask=in_n, other=0.0).to(tl.float32)[None, :]
+    tl.store(y_ptr + rows[:, None] * N + columns[None, :], acc, mask=in_m[:, None] & in_n[None, :])
+
+
+def _launch_product(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    S: torch.Tensor,
+    lora_B: torch.Tensor,
+    scale: float,
+    seed: torch.Tensor | None,
+    threshold: int,
+) -> torch.Tensor:
+    (M, K), N, r = x.shape, weight.shape[0], S.shape[1]
+    y = torch.empty((M, N), dtype=x.dtype, device=x.device)
+    if y.numel() == 0:
+        return y
+
+    def grid(tile):
+        return (triton.cdiv(M, tile["BLOCK_M"]) * triton.cdiv(N, tile["BLOCK_N"]),)
+
+    with on_device(x):
+        _product_kernel[grid](
+            x, weight, bias, S, lora_B, y, seed, M, N, K, r,
+            *x.stride(), *weight.stride(), *S.stride(), *lora_B.stride(), scale, threshold,
+            M_BUCKET=block_of(M, 16, 8192), EVEN_K=K % 64 == 0, ROUNDS=ROUNDS,
+            BLOCK_R=block_of(r, 16, 64), **dot_settings(x.dtype),
+        )  # fmt: skip
+    return y
+
+
+down_op = torch.library.custom_op("handtuned::lora_down", _launch_down, mutates_args=())
+product_op = torch.library.custom_op("handtuned::lora_product", _launch_product, mutates_args=())
+
+
+@down_op.register_fake
+def _(x, lora_A, seed, threshold):
+    return x.new_empty(x.shape[0], lora_A.shape[0])
+
+
+@product_op.register_fake
+def _(x, weight, bias, S, lora_B, scale, seed, threshold):
+    return x.new_empty(x.shape[0], weight.shape[0])
+
+
+def lora_down(
+    x: torch.Tensor, lora_A: torch.Tensor, seed: torch.Tensor | None = None, threshold: int = 0
+) -> torch.Tensor:
+    """S = x̂ Aᵀ.
+
+    Args:
+        x: (M, K), any strides.
+        lora_A: (r, K), of any floating dtype.
+        seed, threshold: of the dropout mask on x (see `dropout.py`); no seed, no dropout.
+            Dropped elements become zero, the others are *not* rescaled.
+
+    Returns:
+        (M, r) in x's dtype, accumulated in fp32; its strides are not specified.
+    """
+    if not runs_kernel(x):
+        return lora_down_reference(x, lora_A, seed, threshold)
+    return (down_op if torch.compiler.is_compiling() else _launch_down)(x, lora_A, seed, threshold)
+
+
+def lora_product(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    S: torch.Tensor,
+    lora_B: torch.Tensor,
+    scale: float,
+    seed: torch.Tensor | None = None,
+    threshold: int = 0,
+) -> torch.Tensor:
+    """y = x Wᵀ + b + keep ⊙ (scale · S Bᵀ), in one pass.
+
+    Args:
+        x: (M, K), any strides.
+        weight: (N, K), of any floating dtype and strides. So dx = dy W + dS A is
+            `lora_product(dy, W.t(), None, dS, A.t(), 1.0)`.
+        bias: (N,) or None.
+        S: (M, r) in x's dtype.
+        lora_B: (N, r), of any floating dtype.
+        scale: a number.
+        seed, threshold: of a dropout mask of shape (M, N) on the low-rank term alone; no seed, no mask.
+
+    Returns:
+        (M, N) in x's dtype, contiguous.
+    """
+    if not runs_kernel(x):
+        return lora_product_reference(x, weight, bias, S, lora_B, scale, seed, threshold)
+    launch = product_op if torch.compiler.is_compiling() else _launch_product
+    return launch(x, weight, bias, S, lora_B, scale, seed, threshold)
+
+
+def kernel_spec(name, kernel, low, low_pointers, constexprs, elements, num_warps, num_stages, unit) -> KernelSpec:
+    """A spec whose pointers hold `low` values where named in `low_pointers`, else fp32; integers are aligned."""
+    signature = {}
+    for argument in kernel.arg_names:
+        if argument in constexprs:
+            signature[argument] = "constexpr"
+        elif argument.endswith("_ptr"):
+            signature[argument] = "*i64" if argument == "seed_ptr" else f"*{low if argument in low_pointers else 'fp32'}"
+        else:
+            signature[argument] = "fp32" if argument == "scale" else "i32"
+    aligned = [argument for argument, kind in signature.items() if kind not in ("constexpr", "fp32")]
+    aligned = tuple(argument for argument in aligned if argument != "threshold")
+    options = {"num_warps": num_warps, "num_stages": num_stages}
+    return KernelSpec(name, kernel, signature, constexprs, elements, options, aligned, unit)
+
+
+def xray_specs() -> list[KernelSpec]:
+    """4096 × 4096, r = 16, fp32 adapter: every tile of the product, and dx (W read along its other side) with dropout."""
+    down = down_blocks(4096, 4096, 16)
+    del down["splits"], down["k_per_split"]
+    unit_strides = {"stride_xk": 1, "stride_wk": 1, "stride_sr": 1, "stride_br": 1}
+    common = {"M_BUCKET": 4096, "EVEN_K": True, "PRECISION": "ieee", "ROUNDS": ROUNDS, "BLOCK_R": 16}
+    specs = []
+    for low, dtype in (("fp16", tl.float16), ("bf16", tl.bfloat16)):
+        product = ("x_ptr", "w_ptr", "bias_ptr", "s_ptr", "y_ptr")
+        forward = common | unit_strides | {"seed_ptr": None, "DOT": dtype}
+        dx = common | {"stride_xk": 1, "stride_wn": 1, "stride_sr": 1, "stride_bn": 1, "bias_ptr": None, "DOT": dtype}
+        for tile in TILES:
+            size = f"{tile.kwargs['BLOCK_M']}x{tile.kwargs['BLOCK_N']}x64,{tile.num_warps} warps"
+            for what, constexprs in (("y", forward), ("dx", dx | {"seed_ptr": None}), ("dx,dropout", dx)):
+                specs.append(
+                    kernel_spec(
+                        f"lora_product[{low},{what},{size}]", _product_kernel.fn, low, product,
+                        constexprs | tile.kwargs, tile.kwargs["BLOCK_M"] * tile.kwargs["BLOCK_N"],
+                        tile.num_warps, tile.num_stages, "output",
+                    )
+                )  # fmt: skip
+        for what, seed in (("", {"seed_ptr": None}), (",dropout", {})):
+            constexprs = {"stride_xk": 1, "stride_ak": 1, "DOT": dtype, "PRECISION": "ieee", "ROUNDS": ROUNDS}
+            specs.append(
+                kernel_spec(
+                    f"lora_down[{low}{what}]", _down_kernel, low, ("x_ptr", "s_ptr"), constexprs | seed | down,
+                    down["BLOCK_M"] * 4096, 4, 4, "x",
+                )
+            )  # fmt: skip
+    return specs

@@ -1,0 +1,216 @@
+"""Unscale all gradients, look for inf and NaN, and sum the squares: one launch for a whole model.
+
+After `(S · loss).backward()` every gradient carries the loss scale S. Three things must
+happen before the optimizer may step, each of which reads every gradient once:
+
+    g ← g / S        any(|g| = ∞ or g is NaN)        Σ g²   (for clipping by the norm)
+
+Element by element they are nothing (about 3 FLOPs), so the floor is memory traffic: 8 bytes
+an FP32 gradient when it is written back, 4 when it is only looked at. What costs in practice is
+the *number* of launches, since a LoRA model has hundreds of small tensors. So the kernel gets a
+table of addresses instead of a tensor: program i looks up which piece of which tensor is its own.
+
+    tensors  (T, 2) int64: address, number of elements
+    chunks   (C, 2) int32: which tensor, which block of it        C = Σ ceil(elements / BLOCK)
+
+The overflow flag stays on the device; every program that sees a non-finite value writes the
+same 1.0 to it, so no atomics are needed. Sums are kept one a program and added afterwards
+in a fixed order, so the norm is the same in every run. There is no backward.
+"""
+
+from functools import lru_cache
+
+import torch
+
+from .runtime import KernelSpec, backend, on_device, tl, triton
+
+BLOCK = 4096
+TRITON_DTYPES = {torch.float32: tl.float32, torch.float16: tl.float16, torch.bfloat16: tl.bfloat16}
+
+
+def unscale_reference_(grads, inv_scale, found_inf):
+    """Plain torch: flag a gradient that is not finite, then multiply each by `inv_scale` in place (None: only look)."""
+    for grad in grads:
+        found_inf.masked_fill_(~torch.isfinite(grad).all(), 1.0)
+        if inv_scale is not None:
+            grad.mul_(inv_scale)
+
+
+def squared_norm_reference(grads):
+    """Plain torch: the sum of all squares, in FP32 within a tensor and in FP64 between tensors."""
+    return torch.stack([grad.float().square().sum() for grad in grads]).sum(dtype=torch.float64).float()
+
+
+@triton.jit
+def find_chunk(chunks_ptr):
+    """Which tensor this program works on, and which block of it."""
+    pid = tl.program_id(0)
+    return tl.load(chunks_ptr + 2 * pid).to(tl.int64), tl.load(chunks_ptr + 2 * pid + 1).to(tl.int64)
+
+
+@triton.jit
+def load_pointer(address_ptr, DTYPE: tl.constexpr, ALIGNED: tl.constexpr):
+    """An address from the table as a pointer; without the promise of alignment loads are one element wide."""
+    ptr = tl.load(address_ptr).to(tl.pointer_type(DTYPE))
+    if ALIGNED:
+        ptr = tl.multiple_of(ptr, 16)
+    return ptr
+
+
+@triton.jit
+def _unscale_chunk(grad_ptr, offs, mask, inv_scale_ptr, DTYPE: tl.constexpr):
+    grad = tl.load(grad_ptr + offs, mask=mask).to(tl.float32)  # [BLOCK]
+    if inv_scale_ptr is not None:
+        tl.store(grad_ptr + offs, (grad * tl.load(inv_scale_ptr)).to(DTYPE), mask=mask)
+    return grad
+
+
+@triton.jit
+def _unscale_kernel(
+    tensors_ptr,  # (T, 2)
+    chunks_ptr,  # (C, 2)
+    inv_scale_ptr,  # () or None: gradients are not written
+    found_inf_ptr,  # () or None
+    sums_ptr,  # (C,) or None
+    DTYPE: tl.constexpr,
+    ALIGNED: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    tensor, chunk = find_chunk(chunks_ptr)
+    grad_ptr = load_pointer(tensors_ptr + 2 * tensor, DTYPE, ALIGNED)
+    elements = tl.load(tensors_ptr + 2 * tensor + 1)
+    offs = chunk * BLOCK + tl.arange(0, BLOCK)
+    # A mask with an unknown bound forbids wide loads, so whole blocks go without one.
+    if (chunk + 1) * BLOCK <= elements:
+        grad = _unscale_chunk(grad_ptr, offs, None, inv_scale_ptr, DTYPE)
+    else:
+        grad = _unscale_chunk(grad_ptr, offs, offs < elements, inv_scale_ptr, DTYPE)
+        grad = tl.where(offs < elements, grad, 0.0)
+    if found_inf_ptr is not None:
+        finite = tl.abs(grad) < float("inf")  # false for NaN too
+        bad = tl.max(tl.where(finite, 0, 1), axis=0)
+        tl.store(found_inf_ptr, 1.0, mask=bad != 0)
+    if sums_ptr is not None:
+        tl.store(sums_ptr + tl.program_id(0), tl.sum(grad * grad, axis=0))
+
+
+@lru_cache(maxsize=16)
+def chunk_table(elements: tuple[int, ...], block: int, device: torch.device) -> torch.Tensor:
+    """(C, 2) int32: tensor and block number of each program, for tensors of these sizes."""
+    counts = torch.tensor([-(-n // block) for n in elements], dtype=torch.int64)
+    tensor = torch.repeat_interleave(torch.arange(len(elements)), counts)
+    first = torch.cumsum(counts, 0) - counts
+    chunk = torch.arange(len(tensor)) - first[tensor]
+    return torch.stack([tensor, chunk], dim=1).to(device, torch.int32)
+
+
+def address_table(rows: list[list[int]], device: torch.device) -> torch.Tensor:
+    """Rows of addresses and counts as (T, columns) int64 on the device; the copy does not wait for the GPU."""
+    table = torch.tensor(rows, dtype=torch.int64)
+    return table.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else table
+
+
+def _by_dtype(grads):
+    """Lists of gradients that may share a launch; refuses what the kernel cannot read."""
+    lists: dict[torch.dtype, list[torch.Tensor]] = {}
+    for grad in grads:
+        if grad.dtype not in (*TRITON_DTYPES, torch.float64):
+            raise TypeError(f"grads must be float32, float16, bfloat16 or float64, got {grad.dtype}")
+        if grad.numel():
+            lists.setdefault(grad.dtype, []).append(grad)
+    return lists.items()
+
+
+def _launch(grads, dtype, inv_scale, found_inf, want_sums):
+    device = grads[0].device
+    dense = [g if torch.ops.aten.is_non_overlapping_and_dense(g) else g.contiguous() for g in grads]
+    addresses = [g.data_ptr() for g in dense]
+    elements = tuple(g.numel() for g in dense)
+    chunks = chunk_table(elements, BLOCK, device)
+    sums = torch.empty(len(chunks), device=device) if want_sums else None
+    with on_device(grads[0]):
+        _unscale_kernel[(len(chunks),)](
+            address_table([list(row) for row in zip(addresses, elements, strict=True)], device),
+            chunks,
+            inv_scale,
+            found_inf,
+            sums,
+            DTYPE=TRITON_DTYPES[dtype],
+            ALIGNED=all(address % 16 == 0 for address in addresses),
+            BLOCK=BLOCK,
+            num_warps=8,
+        )
+    if inv_scale is not None:
+        for grad, copy in zip(grads, dense, strict=True):
+            if grad is not copy:
+                grad.copy_(copy)
+    return sums
+
+
+@torch.no_grad()
+def unscale_(grads: list[torch.Tensor], inv_scale: torch.Tensor | None, found_inf: torch.Tensor) -> None:
+    """Multiply all gradients by `inv_scale` in place and set `found_inf` to 1 if any held inf or NaN before.
+
+    One launch for each dtype among the gradients; float64 ones take the reference.
+
+    Args:
+        grads: dense float tensors of any shapes on one device.
+        inv_scale: 0-dim float32 on that device; None leaves the gradients as they are.
+        found_inf: 0-dim float32 on that device; never set back to 0.
+
+    Raises:
+        TypeError: a gradient is no float32, float16, bfloat16 or float64.
+    """
+    if not grads:
+        return
+    if backend(grads[0]) == "torch":
+        unscale_reference_(grads, inv_scale, found_inf)
+        return
+    for dtype, same in _by_dtype(grads):
+        if dtype == torch.float64:
+            unscale_reference_(same, inv_scale, found_inf)
+        else:
+            _launch(same, dtype, inv_scale, found_inf, want_sums=False)
+
+
+@torch.no_grad()
+def squared_norm(grads: list[torch.Tensor]) -> torch.Tensor:
+    """Σ g² over all gradients, as a 0-dim float32 on their device (inf or NaN if any gradient is).
+
+    Raises:
+        TypeError: a gradient is no float32, float16, bfloat16 or float64.
+    """
+    if backend(grads[0]) == "torch":
+        return squared_norm_reference(grads)
+    total = torch.zeros((), dtype=torch.float64, device=grads[0].device)
+    for dtype, same in _by_dtype(grads):
+        if dtype == torch.float64:
+            total += squared_norm_reference(same)
+        else:
+            total += _launch(same, dtype, None, None, want_sums=True).sum(dtype=torch.float64)
+    return total.float()
+
+
+def xray_specs() -> list[KernelSpec]:
+    return [
+        KernelSpec(
+            name=f"unscale[{name}]",
+            kernel=_unscale_kernel,
+            signature={
+                "tensors_ptr": "*i64",
+                "chunks_ptr": "*i32",
+                "inv_scale_ptr": "*fp32",
+                "found_inf_ptr": "*fp32",
+                "sums_ptr": "constexpr",
+                "DTYPE": "constexpr",
+                "ALIGNED": "constexpr",
+                "BLOCK": "constexpr",
+            },
+            constexprs={"sums_ptr": None, "DTYPE": dtype, "ALIGNED": True, "BLOCK": BLOCK},
+            elements=BLOCK,
+            options={"num_warps": 8},
+            aligned=("tensors_ptr", "chunks_ptr", "inv_scale_ptr", "found_inf_ptr"),
+            unit="gradient",
+        )
+        for name, dtype in (("fp32", tl.float32), ("fp16", tl.float16))
+    ]

@@ -1,0 +1,300 @@
+"""`adapter_config.json`: what PEFT writes there, what of it we can honour, and which layers it selects.
+
+A field either changes what the adapter computes, and then it is honoured or refused by name, or it
+does not, and then it is kept as information. Nothing is skipped: a config that asks for something
+we do not do would otherwise load "fine" and answer wrongly.
+"""
+
+import json
+import math
+import re
+import subprocess
+import sys
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+CONFIG_NAME = "adapter_config.json"
+MAX_CONFIG_BYTES = 16 * 2**20
+
+# These describe how the adapter was made or is stored; none changes what the finished adapter computes.
+# (`megatron_core` and `qalora_group_size` act only together with fields that are refused.)
+INFORMATION = {
+    "auto_mapping", "ensure_weight_tying", "inference_mode", "megatron_core", "peft_version", "qalora_group_size",
+    "revision", "runtime_config",
+}  # fmt: skip
+
+# PEFT's further fields. Each changes the computation when it is set.
+REFUSED = {
+    "alora_invocation_tokens", "arrow_config", "corda_config", "eva_config", "kasa_config", "layer_replication",
+    "lora_bias", "lora_ga_config", "megatron_config", "monteclora_config", "target_parameters",
+    "trainable_token_indices", "use_bdlora", "use_qalora", "velora_config",
+}  # fmt: skip
+HARMLESS_IN_REFUSED = {"eva_config"}  # it chose the initial A, which training has replaced
+
+# The other methods (PiSSA, OLoRA, LoftQ, CorDA, LoRA-GA …) replace the base weight by a residual.
+INITS_THAT_KEEP_THE_BASE = (True, False, "gaussian", "eva", "orthogonal")
+
+
+@dataclass(frozen=True)
+class AdapterConfig:
+    """A checked `adapter_config.json`, under PEFT's own field names and with PEFT's defaults."""
+
+    r: int = 8
+    lora_alpha: float = 8
+    lora_dropout: float = 0.0
+    target_modules: list[str] | str | None = None
+    exclude_modules: list[str] | str | None = None
+    rank_pattern: dict[str, int] = field(default_factory=dict)
+    alpha_pattern: dict[str, float] = field(default_factory=dict)
+    layers_to_transform: list[int] | int | None = None
+    layers_pattern: list[str] | str | None = None
+    modules_to_save: list[str] | None = None
+    use_rslora: bool = False
+    use_dora: bool = False
+    fan_in_fan_out: bool = False
+    init_lora_weights: bool | str = True
+    bias: str = "none"
+    base_model_name_or_path: str | None = None
+    task_type: str | None = None
+
+    def settings(self, paths: Iterable[str]) -> dict[str, tuple[int, float, float]]:
+        """Path → (rank, alpha, scaling) of the layers at `paths`; the first pattern that matches wins, as in PEFT."""
+        paths = list(paths)
+        rank, alpha = dict.fromkeys(paths, self.r), dict.fromkeys(paths, self.lora_alpha)
+        for chosen, pattern in ((rank, self.rank_pattern), (alpha, self.alpha_pattern)):
+            wholes = [rf"(?:.*\.)?(?:{key})" for key in pattern]
+            found = full_matches(wholes, paths, plain=not any(re.search(REPEATS, key) for key in pattern))
+            for matched, value in reversed(list(zip(found, pattern.values(), strict=True))):
+                chosen.update(dict.fromkeys(matched, value))
+        divisor = math.sqrt if self.use_rslora else int
+        return {path: (rank[path], alpha[path], alpha[path] / divisor(rank[path])) for path in paths}
+
+    def selects(self, paths: Iterable[str], output_heads: Iterable[str] = ()) -> set[str] | None:
+        """The module paths that the config adapts, by PEFT's rules; None when it names no target modules.
+
+        Args:
+            paths: the paths of the model's linear layers.
+            output_heads: those of them that "all-linear" leaves out.
+        """
+        paths = list(paths)
+        if self.target_modules is None:
+            return None
+        if isinstance(self.target_modules, str):
+            if self.target_modules.lower() == "all-linear":
+                found = set(paths) - set(output_heads)
+            else:
+                found = full_matches([self.target_modules], paths)[0]
+        else:
+            found = {path for path in paths if _ends_in(path, self.target_modules)}
+            if self.layers_to_transform not in (None, []):
+                found = {path for path in found if path in self.target_modules or self._layer_index_fits(path)}
+        if isinstance(self.exclude_modules, str):
+            found -= full_matches([self.exclude_modules], paths)[0]
+        elif self.exclude_modules:
+            found -= {path for path in paths if _ends_in(path, self.exclude_modules)}
+        saved = {f".{name}." for name in self.modules_to_save or ()}
+        return {path for path in found if not any(name in f".{path}." for name in saved)}
+
+    def _layer_index_fits(self, path: str) -> bool:
+        """The first number in the path (right after one of `layers_pattern`, if given) is in `layers_to_transform`."""
+        wanted = self.layers_to_transform if isinstance(self.layers_to_transform, list) else [self.layers_to_transform]
+        patterns = [self.layers_pattern] if isinstance(self.layers_pattern, str) else self.layers_pattern
+        parts = path.split(".")
+        for pattern in patterns or [None]:
+            for place in range(1 if pattern else 2, len(parts) - 1):  # without a pattern PEFT skips the first component
+                if parts[place].isdigit() and (not pattern or _ends_in(".".join(parts[:place]), [pattern])):
+                    return int(parts[place]) in wanted
+        return False
+
+
+def read_adapter_config(directory: str | Path) -> dict:
+    """Read and check `directory/adapter_config.json`; the fields of AdapterConfig as a dict, defaults filled in.
+
+    Raises:
+        ValueError: see `load_config`.
+    """
+    return asdict(load_config(directory))
+
+
+def load_config(directory: str | Path) -> AdapterConfig:
+    """Read and check `directory/adapter_config.json`.
+
+    The file is taken for untrusted: its size, its JSON and every type are checked, and nothing it
+    names is opened. Unknown fields are let pass when empty (null, false, 0, "", [], {}) and refused
+    otherwise, for a newer PEFT may mean by them something that changes the result.
+
+    Raises:
+        ValueError: the file is missing, damaged, not a LoRA config, holds a value of the wrong type,
+            or asks by a field (named in the message) for something that is not supported.
+    """
+    path = Path(directory) / CONFIG_NAME
+    fields = _read_json(path)
+
+    def refuse(name, why):
+        raise ValueError(f"{path}: field {name!r} is {short(fields[name])}: {why}")
+
+    if fields.get("peft_type") != "LORA":
+        raise ValueError(f"{path}: peft_type must be 'LORA', got {short(fields.get('peft_type'))}")
+    known = {}
+    for name, value in fields.items():
+        if name in AdapterConfig.__dataclass_fields__:
+            if value is None and name in OPTIONAL:
+                continue
+            if not CHECKS[name](value):
+                refuse(name, f"expected {EXPECTED[name]}")
+            known[name] = value
+        elif name in REFUSED and value and name not in HARMLESS_IN_REFUSED:
+            refuse(name, "this is not supported, and ignoring it would change what the adapter computes")
+        elif name == "loftq_config" and value and fields.get("init_lora_weights") == "loftq":
+            refuse(name, "the adapter belongs to a base that LoftQ has replaced")
+        elif name not in INFORMATION | REFUSED | {"peft_type", "loftq_config"} and value:
+            refuse(name, "unknown field; remove it if you are sure that it does not change what the adapter computes")
+    config = AdapterConfig(**known)
+    if config.bias != "none":
+        refuse("bias", "trained biases are not supported, only 'none'")
+    if config.init_lora_weights not in INITS_THAT_KEEP_THE_BASE:
+        refuse(
+            "init_lora_weights",
+            "this method replaces the base weights, so the adapter does not fit the base model as it is on disk; "
+            "save it again with PEFT's path_initial_model_for_weight_conversion, which makes a plain LoRA of it",
+        )
+    if isinstance(config.target_modules, str):
+        for name in ("layers_to_transform", "layers_pattern"):
+            if known.get(name) is not None:
+                refuse(name, "this cannot be combined with target_modules given as one string")
+    if config.layers_pattern and config.layers_to_transform is None:
+        refuse("layers_pattern", "this needs layers_to_transform")
+    return config
+
+
+REPEATS = r"[*+?{]"
+
+
+def full_matches(patterns: list[str], names: list[str], plain: bool | None = None) -> list[set[str]]:
+    """For every regular expression the names that it matches in full.
+
+    A stranger's expression can be built to run for years, and Python cannot interrupt one, so
+    expressions that repeat anything are matched in a process of their own, which can be stopped.
+
+    Args:
+        plain: the expressions are known to be quick (default: if none repeats anything).
+
+    Raises:
+        ValueError: not a regular expression, or not done within ten seconds.
+    """
+    if plain is None:
+        plain = not any(re.search(REPEATS, pattern) for pattern in patterns)
+    if plain:
+        try:
+            return [{name for name in names if re.fullmatch(pattern, name)} for pattern in patterns]
+        except (re.error, OverflowError, RecursionError) as error:
+            raise ValueError(f"no regular expression: {short(patterns)}: {error}") from None
+    code = (
+        "import json, re, sys; patterns, names = json.load(sys.stdin);"
+        "json.dump([[name for name in names if re.fullmatch(pattern, name)] for pattern in patterns], sys.stdout)"
+    )
+    try:
+        done = subprocess.run(
+            [sys.executable, "-I", "-S", "-W", "ignore", "-c", code],
+            input=json.dumps([patterns, names]), capture_output=True, text=True, timeout=10,
+        )  # fmt: skip
+    except subprocess.TimeoutExpired:
+        raise ValueError(f"the regular expression takes more than ten seconds, refused: {short(patterns)}") from None
+    if done.returncode != 0:
+        reason = (done.stderr.strip().splitlines() or ["no reason given"])[-1]
+        raise ValueError(f"no regular expression: {short(patterns)}: {reason}")
+    return [set(found) for found in json.loads(done.stdout)]
+
+
+def _ends_in(path: str, names: Iterable[str]) -> bool:
+    return any(f".{path}".endswith(f".{name}") for name in names)
+
+
+def _read_json(path: Path) -> dict:
+    if not path.is_file():
+        raise ValueError(f"{path}: no such file")
+    if path.stat().st_size > MAX_CONFIG_BYTES:
+        raise ValueError(f"{path}: {path.stat().st_size} bytes are too many for a config (at most {MAX_CONFIG_BYTES})")
+    try:
+        fields = json.loads(path.read_bytes().decode(), object_pairs_hook=unique, parse_constant=_no_constant)
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path} is not valid JSON: {str(error) or type(error).__name__}") from None
+    if not isinstance(fields, dict):
+        raise ValueError(f"{path} must hold a JSON object, got {type(fields).__name__}")
+    return fields
+
+
+def unique(pairs) -> dict:
+    """For json: an object whose keys are all different. Readers disagree about which of two equal keys counts."""
+    result = dict(pairs)
+    if len(result) != len(pairs):
+        raise ValueError("an object holds the same key twice")
+    return result
+
+
+def _no_constant(name):
+    raise ValueError(f"{name} is not a JSON number")
+
+
+def short(value) -> str:
+    text = repr(value)
+    return text if len(text) <= 80 else text[:77] + "..."
+
+
+def _is_int(value, least=None):
+    return isinstance(value, int) and not isinstance(value, bool) and (least is None or value >= least)
+
+
+def _is_number(value):
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        return False
+    return -1e30 < value < 1e30  # also false for NaN; json has turned 1e999 into inf
+
+
+def _is_strings(value):
+    return isinstance(value, list) and all(isinstance(item, str) and item for item in value)
+
+
+def _is_targets(value):
+    return isinstance(value, str) or _is_strings(value)
+
+
+def _is_bool(value):
+    return isinstance(value, bool)
+
+
+OPTIONAL = {
+    "target_modules", "exclude_modules", "rank_pattern", "alpha_pattern", "layers_to_transform", "layers_pattern",
+    "modules_to_save", "base_model_name_or_path", "task_type",
+}  # fmt: skip
+_RULES = {
+    "r": (lambda v: _is_int(v, 1), "an integer of at least 1"),
+    "lora_alpha": (_is_number, "a finite number"),
+    "lora_dropout": (lambda v: _is_number(v) and 0 <= v < 1, "a number in [0, 1)"),
+    "target_modules": (_is_targets, "a list of strings, a regular expression or 'all-linear'"),
+    "exclude_modules": (_is_targets, "a list of strings or a regular expression"),
+    "rank_pattern": (
+        lambda v: isinstance(v, dict) and all(_is_int(rank, 1) for rank in v.values()),
+        "an object of integers of at least 1",
+    ),
+    "alpha_pattern": (
+        lambda v: isinstance(v, dict) and all(_is_number(alpha) for alpha in v.values()),
+        "an object of finite numbers",
+    ),
+    "layers_to_transform": (
+        lambda v: _is_int(v, 0) or (isinstance(v, list) and all(_is_int(index, 0) for index in v)),
+        "a layer number or a list of them",
+    ),
+    "layers_pattern": (_is_targets, "a string or a list of strings"),
+    "modules_to_save": (_is_strings, "a list of strings"),
+    "use_rslora": (_is_bool, "true or false"),
+    "use_dora": (_is_bool, "true or false"),
+    "fan_in_fan_out": (_is_bool, "true or false"),
+    "init_lora_weights": (lambda v: isinstance(v, (bool, str)), "true, false or a string"),
+    "bias": (lambda v: isinstance(v, str), "a string"),
+    "base_model_name_or_path": (lambda v: isinstance(v, str), "a string"),
+    "task_type": (lambda v: isinstance(v, str), "a string"),
+}
+CHECKS = {name: check for name, (check, _) in _RULES.items()}
+EXPECTED = {name: expected for name, (_, expected) in _RULES.items()}

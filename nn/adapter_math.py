@@ -1,0 +1,72 @@
+"""What an adapter computes besides A and B: the start of PiSSA, the magnitude of DoRA, another adapter in each row.
+
+An adapter here is whatever has `lora_A`, `lora_B`, `scaling`, `lora_dropout`, `lora_magnitude`,
+`start_A` and `start_B`: a LoRALinear (its active one) or one of those resting in it.
+"""
+
+import torch
+import torch.nn.functional as F
+
+
+def factors(adapter) -> tuple[torch.Tensor, torch.Tensor]:
+    """The A (r, in) and B (out, r) to compute with.
+
+    For a PiSSA adapter they are of rank 2r: what it has become, less what it started as, so that
+    together with the untouched W they make W − s·B₀A₀ + s·BA.
+    """
+    if adapter.start_A is None:
+        return adapter.lora_A, adapter.lora_B
+    return torch.cat([adapter.lora_A, adapter.start_A]), torch.cat([adapter.lora_B, -adapter.start_B], dim=1)
+
+
+def dora_gain(weight: torch.Tensor, adapter) -> torch.Tensor:
+    """g = m / ‖W + s·BA‖, one number for each output row, (out,); the gradient goes to m alone.
+
+    DoRA replaces W + s·BA by g · (W + s·BA): the update turns each row of the weight, and m alone sets its
+    length. The norm of row i is taken without forming the sum, from
+    ‖wᵢ + s·bᵢA‖² = ‖wᵢ‖² + 2s·bᵢ(A wᵢ) + s²·bᵢ(AAᵀ)bᵢ, which costs two skinny products.
+
+    Args:
+        weight: W, (out, in), dense.
+
+    Source: Liu et al. 2024, "DoRA", section 4.3 for the norm held constant in backward.
+    """
+    with torch.no_grad():
+        A, B = (factor.to(torch.promote_types(factor.dtype, torch.float32)) for factor in factors(adapter))
+        W = weight.to(A.dtype)
+        square = torch.linalg.vector_norm(W, dim=1).square()
+        square += 2 * adapter.scaling * ((W @ A.t()) * B).sum(1)
+        square += adapter.scaling**2 * ((B @ (A @ A.t())) * B).sum(1)
+        norm = square.clamp_min_(0).sqrt_()
+    return adapter.lora_magnitude / norm
+
+
+def delta_weight(weight: torch.Tensor, adapter) -> torch.Tensor:
+    """What the adapter adds to the dense W (out, in) when merged, in at least fp32: s·BA, for DoRA g·(W + s·BA) − W."""
+    A, B = factors(adapter)
+    dtype = torch.promote_types(A.dtype, torch.float32)
+    delta = (B.to(dtype) @ A.to(dtype)).mul_(adapter.scaling)
+    if adapter.lora_magnitude is None:
+        return delta
+    return (delta + weight).mul_(dora_gain(weight, adapter).to(dtype)[:, None]).sub_(weight)
+
+
+def add_rows(y: torch.Tensor, x: torch.Tensor, adapter, rows: torch.Tensor, weight, bias, training: bool):
+    """y, the base layer's output for the batch x, with the adapter's term added in some rows of it.
+
+    Args:
+        y: (batch, ..., out).
+        x: (batch, ..., in), same dtype.
+        rows: (n,) int64, indices into the batch.
+        weight: a function that returns the dense W (out, in), called for DoRA only.
+        bias: the base layer's, or None.
+    """
+    A, B = (factor.to(x.dtype) for factor in factors(adapter))
+    part = F.dropout(x.index_select(0, rows), adapter.lora_dropout, training)
+    term = F.linear(F.linear(part, A), B) * adapter.scaling
+    if adapter.lora_magnitude is not None:
+        gain = dora_gain(weight(), adapter).to(x.dtype)
+        product = y.index_select(0, rows)
+        product = product if bias is None else product - bias.to(x.dtype)
+        term = gain * (product + term) - product
+    return y.index_add(0, rows, term)

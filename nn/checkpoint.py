@@ -1,0 +1,329 @@
+"""Gradient checkpointing: forget activations in the forward pass, compute them again in the backward pass.
+
+Autograd keeps, for every operation, the tensors that its backward formula needs. For a
+stack of n layers that is n·inside bytes. A checkpointed function keeps its inputs only
+(the boundary) and runs once more when backward first asks for a tensor from inside it:
+
+    memory   n·inside  →  n·boundary + inside        (every layer checkpointed)
+    FLOPs    forward 1 + backward 2 = 3  →  at most 4: + 1/3, whatever the number of layers
+
+The recomputation stops as soon as the last tensor that backward needs is there, so the
+price is usually a little below 1/3.
+
+Two versions stand here. `manual_checkpoint_forward` is the whole idea in one
+`torch.autograd.Function`, with the limits that its docstring lists. `checkpoint` has
+none of them. It does not put a node of its own into the graph: the function runs with
+gradients on, and autograd's saved-tensor hooks swap every tensor that would be saved
+for an empty slot. When backward opens a slot, the function runs again and the slots
+fill up, in the same order.
+
+Source: Chen et al., Training Deep Nets with Sublinear Memory Cost (2016), section 4.
+"""
+
+import contextlib
+import weakref
+import zlib
+from collections.abc import Callable
+from functools import partial
+
+import torch
+import torch.utils.checkpoint
+from torch.autograd.graph import saved_tensors_hooks
+from torch.utils._pytree import tree_flatten, tree_unflatten
+
+
+class _RecomputeFunction(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, func, *inputs):
+        ctx.func = func
+        ctx.save_for_backward(*inputs)
+        with torch.no_grad():
+            return func(*inputs)
+
+    @staticmethod
+    def backward(ctx, *grad_outputs):
+        inputs = [x.detach().requires_grad_(True) for x in ctx.saved_tensors]
+        with torch.enable_grad():
+            outputs = ctx.func(*inputs)
+        torch.autograd.backward(outputs, grad_outputs)
+        return None, *(x.grad for x in inputs)
+
+
+def manual_checkpoint_forward(func: Callable, *args: torch.Tensor):
+    """Run `func(*args)` without saving anything from inside it; recompute in backward.
+
+    The smallest form of the idea, exact for functions of floating-point tensors without
+    randomness, such as an MLP. Its limits, each of which `checkpoint` lifts:
+
+    - dropout draws another mask in backward, and the gradients are wrong without a word;
+    - autocast is not on again in backward;
+    - every argument must be a floating-point tensor, passed by position;
+    - if no argument requires a gradient, parameters inside `func` get none;
+    - parameters get theirs through `.grad` only: `torch.autograd.grad` does not see them;
+    - no double backward.
+
+    Args:
+        func: takes and returns tensors (one, or a tuple of them).
+        args: floating-point tensors of any shape.
+
+    Returns:
+        What `func(*args)` returns.
+    """
+    return _RecomputeFunction.apply(func, *args)
+
+
+class CheckpointError(torch.utils.checkpoint.CheckpointError):
+    """A recomputation did not repeat its forward pass, or could not be trusted to. It is a RuntimeError."""
+
+
+class _Enough(BaseException):
+    """Ends a recomputation early. Not an Exception, so that `except Exception` inside the function lets it pass."""
+
+
+class _SaveInputs(torch.autograd.Function):
+    """A node that is never run: autograd keeps the arguments in it.
+
+    So they are guarded against in-place changes, and inside another checkpoint they
+    are forgotten and recomputed like everything else.
+    """
+
+    @staticmethod
+    def forward(ctx, anchor, *tensors):
+        ctx.save_for_backward(*tensors)
+        return anchor.new_empty(0)
+
+
+class _Surroundings:
+    """The state outside of the arguments that a function reads: random generators and autocast."""
+
+    def __init__(self, preserve_rng_state: bool):
+        self.preserve_rng_state = preserve_rng_state
+        if preserve_rng_state:
+            self.cpu_state = torch.get_rng_state()
+            self.cuda_states = torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else []
+        self.autocast = [
+            (device, torch.get_autocast_dtype(device), torch.is_autocast_enabled(device)) for device in ("cpu", "cuda")
+        ]
+        self.autocast_cache = torch.is_autocast_cache_enabled()
+
+    @contextlib.contextmanager
+    def restored(self):
+        with contextlib.ExitStack() as stack:
+            for device, dtype, enabled in self.autocast:
+                stack.enter_context(torch.autocast(device, dtype, enabled, self.autocast_cache))
+            if self.preserve_rng_state:
+                stack.enter_context(torch.random.fork_rng(devices=range(len(self.cuda_states))))
+                torch.set_rng_state(self.cpu_state)
+                if self.cuda_states:
+                    torch.cuda.set_rng_state_all(self.cuda_states)
+            yield
+
+
+_compare_values = False
+
+
+@contextlib.contextmanager
+def verify_recompute():
+    """Within this context `checkpoint` compares recomputed tensors bit by bit, and names the first that differs.
+
+    Without it only their number, shapes, dtypes and devices are compared, which costs
+    nothing. This one costs a checksum of every saved tensor: for finding out why
+    gradients are wrong (a function that reads a Python or NumPy random generator, a
+    counter, a file), not for training. It matters at the time of the forward pass.
+    """
+    global _compare_values
+    before, _compare_values = _compare_values, True
+    try:
+        yield
+    finally:
+        _compare_values = before
+
+
+def _checksum(tensor: torch.Tensor) -> int:
+    return zlib.crc32(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+
+
+class _Slot:
+    """Stands in the graph for one saved tensor. When its node is freed, the slot dies and is not filled again."""
+
+    def __init__(self, index: int):
+        self.index = index
+
+
+class _Expected:
+    """What is remembered of one tensor that the forward pass would have saved."""
+
+    def __init__(self, slot: _Slot, tensor: torch.Tensor, compare_values: bool):
+        self.slot = weakref.ref(slot)
+        self.traits = (tuple(tensor.shape), tensor.dtype, tensor.device)
+        self.origin = tensor.grad_fn.name() if tensor.grad_fn is not None else "an input, parameter or constant"
+        self.checksum = _checksum(tensor) if compare_values else None
+
+    def __str__(self):
+        shape, dtype, device = self.traits
+        return f"shape {shape}, {dtype}, on {device}, from {self.origin}"
+
+
+class _Region:
+    """One checkpointed call: how to run it again, and the slots that backward may open."""
+
+    def __init__(self, func: Callable, args: tuple, kwargs: dict, preserve_rng_state: bool):
+        self.func = func
+        self.compare_values = _compare_values
+        self.constants, self.structure = tree_flatten((args, kwargs))
+        tensors = {i: leaf for i, leaf in enumerate(self.constants) if isinstance(leaf, torch.Tensor)}
+        self.tensor_places = list(tensors)
+        for i in tensors:
+            self.constants[i] = None
+        self.inputs = _SaveInputs.apply(torch.empty(0, requires_grad=True), *tensors.values()).grad_fn
+        self.surroundings = _Surroundings(preserve_rng_state)
+        self.expected: list[_Expected] = []
+        self.parameters: dict[int, tuple[weakref.ref, int]] = {}
+        self.recomputed: dict[int, dict[int, torch.Tensor]] = {}  # graph task → slot index → tensor
+
+    @property
+    def name(self) -> str:
+        return getattr(self.func, "__qualname__", type(self.func).__name__)
+
+    def run(self, args: tuple, kwargs: dict):
+        had_cuda = torch.cuda.is_initialized()
+        with saved_tensors_hooks(self.pack, self.unpack):
+            outputs = self.func(*args, **kwargs)
+        if self.surroundings.preserve_rng_state and torch.cuda.is_initialized() and not had_cuda:
+            raise CheckpointError(
+                f"checkpoint: {self.name} used CUDA for the first time in this process, too late to note the state of "
+                "its random generators; call torch.cuda.init() earlier, or pass preserve_rng_state=False"
+            )
+        self.note_versions()
+        return outputs
+
+    def arguments(self):
+        leaves = list(self.constants)
+        for place, tensor in zip(self.tensor_places, self.inputs.saved_tensors, strict=True):
+            leaves[place] = tensor
+        return tree_unflatten(leaves, self.structure)
+
+    def pack(self, tensor: torch.Tensor) -> _Slot:
+        slot = _Slot(len(self.expected))
+        self.expected.append(_Expected(slot, tensor, self.compare_values))
+        source = tensor._base if tensor._is_view() else tensor
+        if source.is_leaf and source.requires_grad:
+            self.parameters[id(source)] = (weakref.ref(source), source._version)
+        return slot
+
+    def unpack(self, slot: _Slot) -> torch.Tensor:
+        task = torch._C._current_graph_task_id()  # -1 outside of backward: someone reads grad_fn's attributes
+        tensor = self.recomputed.get(task, {}).pop(slot.index, None)
+        if tensor is None:
+            tensors = self.recompute()
+            tensor = tensors.pop(slot.index)
+            if task != -1:
+                if task not in self.recomputed:
+                    # A backward that needs a part of the graph only would leave the other tensors behind.
+                    forget = partial(_forget, weakref.ref(self), task)
+                    torch.autograd.Variable._execution_engine.queue_callback(forget)
+                self.recomputed[task] = tensors
+        return tensor
+
+    def recompute(self) -> dict[int, torch.Tensor]:
+        """Run the function again, up to the last tensor that a live slot waits for."""
+        self.check_versions()
+        last = max(i for i, expected in enumerate(self.expected) if expected.slot() is not None)
+        tensors: dict[int, torch.Tensor] = {}
+        count = 0
+
+        def pack(tensor):
+            nonlocal count
+            index, count = count, count + 1
+            tensor = tensor.detach()  # returned with its grad_fn, an operation's own output would keep itself alive
+            self.check_repeats(index, tensor)
+            if self.expected[index].slot() is not None:
+                tensors[index] = tensor
+            if index == last:
+                raise _Enough
+            return tensor
+
+        args, kwargs = self.arguments()
+        try:
+            with self.surroundings.restored(), torch.enable_grad(), saved_tensors_hooks(pack, lambda tensor: tensor):
+                self.func(*args, **kwargs)
+        except _Enough:
+            self.note_versions()
+            return tensors
+        raise CheckpointError(
+            f"checkpoint: {self.name} saved {len(self.expected)} tensors in the forward pass, but only {count} when "
+            f"it was recomputed; missing is #{count}: {self.expected[count]}. It must do the same every time."
+        )
+
+    def check_repeats(self, index: int, tensor: torch.Tensor) -> None:
+        expected = self.expected[index]
+        found = _Expected(_Slot(index), tensor, self.compare_values)
+        if found.traits != expected.traits:
+            shape, dtype, device = found.traits
+            difference = f"recomputed with shape {shape}, {dtype}, on {device}"
+        elif found.checksum != expected.checksum:
+            difference = "recomputed with other values"
+        else:
+            return
+        raise CheckpointError(
+            f"checkpoint: saved tensor #{index} of {self.name} ({expected}) was {difference}. "
+            "It must do the same every time."
+        )
+
+    def note_versions(self) -> None:
+        for key, (reference, _) in list(self.parameters.items()):
+            source = reference()
+            if source is not None:
+                self.parameters[key] = (reference, source._version)
+
+    def check_versions(self) -> None:
+        """What plain autograd refuses: a parameter that was stepped between forward and backward."""
+        for reference, version in self.parameters.values():
+            source = reference()
+            if source is not None and source._version != version:
+                raise CheckpointError(
+                    f"checkpoint: a tensor of shape {tuple(source.shape)} that {self.name} needs for its gradient was "
+                    f"modified in place after the forward pass (version {source._version}, expected {version}); "
+                    "recomputing with it would give wrong gradients"
+                )
+
+
+def _forget(region: weakref.ref, task: int) -> None:
+    """Ends a backward pass. A weak reference: a region and its inputs go with their part of the graph."""
+    if region() is not None:
+        region().recomputed.pop(task, None)
+
+
+def checkpoint(func: Callable, *args, preserve_rng_state: bool = True, **kwargs):
+    """Run `func(*args, **kwargs)`, keep its arguments only, and run it again when backward needs its inside.
+
+    Gradients are bit-equal to those of a plain call, if `func` does the same when it
+    runs again. Anything autograd can do with a plain call works: dropout, autocast,
+    arguments and results of any kind and nesting, arguments without gradient, parameters
+    in closures, checkpoints inside checkpoints, `torch.autograd.grad`, `retain_graph`,
+    double backward, backward inside `func`. What was recomputed is released as backward
+    uses it up, and at the end of each backward.
+
+    Not repeated: generators other than torch's global ones, side effects on buffers (a
+    BatchNorm updates its running statistics twice). Not supported: `torch.func`
+    transforms (torch says so itself).
+
+    Args:
+        func: any callable; it is called once now and at least once in each backward.
+        args, kwargs: passed on to `func`.
+        preserve_rng_state: draw the same random numbers again (CPU, and every CUDA device once
+            CUDA is initialized). False saves the time of noting the generators' states.
+
+    Returns:
+        What `func` returns.
+
+    Raises:
+        CheckpointError: in backward, naming the tensor: the number, shape, dtype or device of
+            the saved tensors differs from the forward pass (`verify_recompute` compares the
+            values too), or a parameter was modified in place in between.
+    """
+    if not callable(func):
+        raise TypeError(f"func must be callable, got {type(func).__name__}")
+    if not torch.is_grad_enabled():
+        return func(*args, **kwargs)
+    return _Region(func, args, kwargs, preserve_rng_state).run(args, kwargs)
