@@ -66,7 +66,7 @@ COMMANDS = {
         Nobody is in the {room}, so no light is needed. [light=off]
         We are leaving the {room}, so lights off. [light=off]
         Make sure that the {room} light is {light}. | Okay, {room} light {light} now.
-        I'd like the lights in the {room} {light}. | {room} lamps {light}, if you can.
+        I'd like to have the {room} lights turned {light}. | {room} lamps {light}, if you can.
         Could the lamp in the {room} be switched {light}? | In the {room}, switch the lamps {light}.
         """,
         """
@@ -74,7 +74,7 @@ COMMANDS = {
         Hey, {room} lamp {light}, please. | Please put the {room} lights {light} for me.
         """,
     ),
-    "dim": (
+    "light brightness": (
         {"room": "room", "percent": "percent"},
         """
         Dim the {room} lights to {percent} percent. | Set the {room} lights to {percent} percent.
@@ -84,7 +84,7 @@ COMMANDS = {
         Can you dim the lamp in the {room} to {percent} percent? | Lower the {room} lights to {percent} percent.
         Raise the light level in the {room} to {percent} percent. | Make the {room} lights {percent} percent bright.
         The lights in the {room} should be at {percent} percent. | Change the {room} brightness to {percent} percent.
-        Take the lights in the {room} down to {percent} percent. | {room} lights at {percent} percent, please.
+        Bring the lamps in the {room} down to {percent} percent. | {room} lights at {percent} percent, please.
         I want {percent} percent light in the {room}. | Could the {room} lamp go to {percent} percent?
         Turn the lights in the {room} up to {percent} percent. | Give me {percent} percent brightness in the {room}.
         I need the {room} lamps at {percent} percent brightness.
@@ -95,7 +95,7 @@ COMMANDS = {
         Keep the {room} light level at {percent} percent.
         """,
     ),
-    "color": (
+    "light color": (
         {"room": "room", "color": "color"},
         """
         Make the {room} lights {color}. | Turn the {room} lights {color}. | Change the light in the {room} to {color}.
@@ -106,11 +106,11 @@ COMMANDS = {
         Use {color} for the lamps in the {room}. | Set the color of the {room} lights to {color}.
         Could the {room} lights be {color}? | The {room} lamps would look good in {color}.
         In the {room}, change the lamp to {color}. | Paint the {room} with {color} light.
-        I'd prefer {color} lamps in the {room}.
+        I'd prefer the {room} lit in {color}.
         """,
         """
         Could you turn the lamp in the {room} {color}? | Show {color} light in the {room}.
-        Change the color in the {room} to {color}, please. | I'd love {color} lamps in the {room}.
+        Change the color in the {room} to {color}, please. | Let the {room} lamps shine {color}.
         """,
     ),
     "heat": (
@@ -221,7 +221,7 @@ COMMANDS = {
         """,
         """
         Could you remind me at {time} to {task}? | I'd like a reminder to {task} at {time}.
-        When it is {time}, tell me to {task}. | Help me remember to {task} at {time}.
+        Give me a reminder at {time} to {task}. | Help me remember to {task} at {time}.
         """,
     ),
     "lock": (
@@ -303,7 +303,7 @@ def sentences(block: str) -> list[tuple[str, dict[str, str]]]:
 def make_row(command: str, text: str, keys: dict[str, str], values: dict[str, object]) -> dict:
     """One chat row; `values` holds the value of every slot."""
     request = text.format(**values)
-    answer = {"command": command, **{key: values[slot] for key, slot in keys.items()}}
+    answer = {"command": command.split()[0], **{key: values[slot] for key, slot in keys.items()}}
     return {
         "messages": [
             {"role": "system", "content": SYSTEM},

@@ -10,6 +10,8 @@ import torch
 
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
+# Tests run the torch references unless they ask for `kernel_backend` or `each_backend`.
+os.environ["HANDTUNED_BACKEND"] = "torch"
 
 import pytest
 from handtuned.kernels import runtime
@@ -25,12 +27,6 @@ def pytest_collection_modifyitems(config, items):
         for item in items:
             if "slow" in item.keywords:
                 item.add_marker(skip)
-
-
-@pytest.fixture(autouse=True)
-def reference_backend(monkeypatch):
-    """Tests run the torch references unless they ask for `kernel_backend`."""
-    monkeypatch.setenv("HANDTUNED_BACKEND", "torch")
 
 
 @pytest.fixture(params=["torch", "kernel"])
