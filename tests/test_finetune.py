@@ -234,6 +234,35 @@ def test_pain_11_a_typo_in_targets_adapts_nothing(model_dir, rows, tmp_path, cap
     assert not out.exists()
 
 
+def test_pain_4_an_adapter_that_does_not_fit_is_never_silently_left_out(finished, tmp_path, capsys):
+    import shutil
+
+    from safetensors.torch import load_file, save_file
+
+    for name, change in (
+        ("without-prefix", lambda key: key.removeprefix("base_model.model.")),
+        ("other-layer", lambda key: key.replace("layers.1", "layers.7")),
+    ):
+        broken = tmp_path / name
+        shutil.copytree(finished, broken)
+        tensors = load_file(finished / "adapter_model.safetensors")
+        save_file({change(key): value for key, value in tensors.items()}, broken / "adapter_model.safetensors")
+        assert cli.main(["generate", "--adapter", str(broken), "--device", "cpu", "w1"]) == 2
+        assert "error:" in capsys.readouterr().err
+
+
+def test_pain_19_the_end_of_turn_is_learnt_and_shown(model_dir, rows, tmp_path, capsys):
+    """pad = end token here, as in SmolLM2; the shown sample marks the end token as learnt."""
+    assert finetune(model_dir, rows, tmp_path / "out", "--max-steps", "1") == 0
+    shown = capsys.readouterr().out
+    assert "<|end|><<" in shown and ">>" in shown
+    long = tmp_path / "long.jsonl"
+    chat = [{"role": "user", "content": "w1 " * 80}, {"role": "assistant", "content": "w2"}]
+    long.write_text(json.dumps({"messages": chat}) + "\n")
+    assert finetune(model_dir, str(long), tmp_path / "nothing", "--eval-fraction", "0") == 2
+    assert "nothing to learn" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
 def test_pain_5_and_8_low_precision_trains_with_fp32_adapters(model_dir, rows, tmp_path, dtype):
     from safetensors.torch import load_file
