@@ -83,9 +83,9 @@ class EncodedRows:
         """What the user must be told, a line each; empty when every row fits."""
         notes = []
         if self.truncated:
-            notes.append(f"truncated {self.truncated} rows to max_seq_length {self.max_seq_length} tokens")
+            notes.append(f"rows truncated to max_seq_length {self.max_seq_length} tokens: {self.truncated}")
         if self.dropped:
-            notes.append(f"dropped {self.dropped} rows too long for max_seq_length {self.max_seq_length} tokens")
+            notes.append(f"rows dropped, too long for max_seq_length {self.max_seq_length} tokens: {self.dropped}")
         return notes
 
 
@@ -137,19 +137,19 @@ def encode_prompt(chat: Chat, tokenizer) -> list[int]:
 def encode(chat: Chat, tokenizer, max_seq_length: int | None = None) -> Example:
     """A chat as token ids and labels, the rest cut off beyond `max_seq_length` tokens.
 
-    The ids are those of `tokenizer.apply_chat_template(chat)`. Only where neither the template
-    nor the chat ends the last answer with a special token, the end-of-sequence token is added.
+    The ids are those of `tokenizer.apply_chat_template(chat)`; where the template ends the last
+    answer with no special token, the end-of-sequence token follows.
 
     Raises:
         DataError: the template refuses the chat, or rewrites it so that an answer cannot be found in it.
     """
     ids, spans = _tokenize(chat, tokenizer)
-    ids = np.array(ids, dtype=np.int32)
-    labels = np.full_like(ids, IGNORE_INDEX)
+    kept = np.array(ids[:max_seq_length], dtype=np.int32)
+    labels = np.full_like(kept, IGNORE_INDEX)
     for start, stop in spans:
-        labels[start:stop] = ids[start:stop]
+        labels[start:stop] = kept[start:stop]
     labels[:1] = IGNORE_INDEX  # nothing precedes the first token, so nothing can predict it
-    return Example(ids[:max_seq_length], labels[:max_seq_length], cut=max(0, len(ids) - (max_seq_length or len(ids))))
+    return Example(kept, labels, cut=len(ids) - len(kept))
 
 
 def encode_rows(rows: Sequence[Chat], tokenizer, max_seq_length: int, on_long: str = "truncate") -> EncodedRows:
@@ -287,9 +287,10 @@ def _answers(chat: Chat, text: str, tokenizer) -> Iterator[tuple[int, int]]:
         prompt = _render(chat[:turn], tokenizer, add_generation_prompt=True)
         # The template tells where the answer ends: what it writes around a stand-in for it.
         stand_in = {"role": "assistant", "content": _STAND_IN}
-        before, _, after = _render([*chat[:turn], stand_in, *chat[turn + 1 :]], tokenizer).partition(_STAND_IN)
+        before, found, after = _render([*chat[:turn], stand_in, *chat[turn + 1 :]], tokenizer).partition(_STAND_IN)
         stop = len(text) - len(after)
-        if not (text.startswith(prompt) and before.startswith(prompt) and text.endswith(after) and stop > len(prompt)):
+        in_place = text.startswith(prompt) and before.startswith(prompt) and text.endswith(after) and stop > len(prompt)
+        if not (found and in_place):
             raise DataError(f"message {turn + 1}: the chat template rewrites this chat, so its answer cannot be found")
         yield len(prompt), stop
 

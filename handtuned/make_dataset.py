@@ -100,7 +100,7 @@ COMMANDS = {
         """
         Make the {room} lights {color}. | Turn the {room} lights {color}. | Change the light in the {room} to {color}.
         Set the {room} lamp to {color}. | I want {color} light in the {room}. | {color} lights in the {room}, please.
-        Can you make the lamp in the {room} {color}? | Please color the {room} lights {color}.
+        Can you make the lamp in the {room} {color}? | Please color the {room} {color}.
         Switch the {room} light color to {color}. | Let the {room} glow {color}. | Give the {room} a {color} light.
         I'd like the lights in the {room} to be {color}. | The {room} should be lit in {color}.
         Use {color} for the lamps in the {room}. | Set the color of the {room} lights to {color}.
@@ -206,14 +206,14 @@ COMMANDS = {
         Write {quantity} {item} on the shopping list, please. | Let's buy {quantity} {item}.
         """,
     ),
-    "remind": (
+    "remember": (
         {"task": "task", "time": "time"},
         """
         Remind me to {task} at {time}. | At {time}, remind me to {task}. | Set a reminder to {task} at {time}.
         Don't let me forget to {task} at {time}. | I must {task} at {time}, so please remind me.
         Please remind me at {time} that I have to {task}. | Reminder at {time}: {task}. | Tell me at {time} to {task}.
         Can you remind me to {task} at {time}? | Make a reminder for {time} to {task}. | Make sure I {task} at {time}.
-        I have to {task} at {time}; don't let me forget. | Create a reminder: {task} at {time}.
+        I have to {task} at {time}; don't let me forget. | See to it that I {task} at {time}.
         At {time} I should {task}; remind me. | Send me a reminder at {time} to {task}.
         I need to remember to {task} at {time}. | I'd like to be reminded at {time} to {task}.
         When the clock shows {time}, tell me to {task}. | Could the reminder to {task} come at {time}?
@@ -221,7 +221,7 @@ COMMANDS = {
         """,
         """
         Could you remind me at {time} to {task}? | I'd like a reminder to {task} at {time}.
-        Give me a reminder at {time} to {task}. | Help me remember to {task} at {time}.
+        See that I'm reminded to {task} at {time}. | Help me remember to {task} at {time}.
         """,
     ),
     "lock": (
@@ -271,7 +271,7 @@ COMMANDS = {
         How warm will it be in {city} on {day}? | Weather for {city} on {day}, please.
         Check the weather in {city} for {day}. | On {day}, will it snow in {city}? | {city} weather on {day}, please.
         I'm going to {city} on {day}; how is the weather? | What temperature do they expect in {city} on {day}?
-        Can you tell me if it will be windy in {city} on {day}? | I want to know the weather in {city} on {day}.
+        Can you tell me if it will be windy in {city} on {day}? | Let me know the weather in {city} on {day}.
         Please show me the forecast for {day} in {city}. | Should I pack a coat for {city} on {day}?
         """,
         """

@@ -39,7 +39,7 @@ class LoadedRows:
         notes = []
         if self.skipped:
             total = len(self.skipped) + len(self.rows)
-            notes.append(f"skipped {len(self.skipped)} bad rows of {total}, the first: {'; '.join(self.skipped[:3])}")
+            notes.append(f"bad rows skipped: {len(self.skipped)} of {total}, the first: {'; '.join(self.skipped[:3])}")
         if self.ignored_columns:
             notes.append(f"ignored columns: {', '.join(self.ignored_columns)}")
         return notes
@@ -128,10 +128,12 @@ def _as_chat(row: object) -> tuple[Chat, set[str]]:
     """A row as a chat, and the columns that were not read."""
     if not isinstance(row, dict):
         raise DataError(f"a row must be a JSON object, got {type(row).__name__}")
-    if "tools" in row:
+    if row.get("tools"):
         raise DataError("tool calls are not supported, got a column 'tools'")
     if "messages" in row:
-        return _messages(row["messages"]), set(row) - {"messages"}
+        chat = _messages(row["messages"])
+        fields = {f"messages.{key}" for message in row["messages"] for key, value in message.items() if value}
+        return chat, (set(row) | fields) - {"messages", "messages.role", "messages.content"}
     if "instruction" in row:
         request, unread = _text(row, "instruction"), set(row) - {"instruction", "input", "output"}
         if row.get("input") not in (None, ""):

@@ -207,22 +207,25 @@ def _rates(group: ParamGroup, max_norm: float | None) -> list[float]:
     return [decay, 1 - beta1, beta2, 1 - beta2, group.lr, group.eps, *logs, sign, max_norm or 0.0]
 
 
-def _same_layout(tensors, write_back):
-    """The tensors if they lie in memory alike and without holes, else contiguous stand-ins, noted in `write_back`."""
+def same_layout(tensors, write_back):
+    """p, g, m, v, … if they lie in memory alike and without holes, else contiguous stand-ins.
+
+    Stand-ins of tensors that a step writes (all but g) are noted in `write_back`.
+    """
     first = tensors[0]
     if torch.ops.aten.is_non_overlapping_and_dense(first) and all(t.stride() == first.stride() for t in tensors):
         return tensors
     dense = [t.contiguous() for t in tensors]
-    write_back += [(t, d) for t, d in zip(tensors, dense, strict=True) if t is not d]
+    write_back += [(t, d) for i, (t, d) in enumerate(zip(tensors, dense, strict=True)) if t is not d and i != 1]
     return dense
 
 
 def _launch(rows, rates, dtypes, grad_scale, found_inf, sq_norm):
     device = rows[0][1].device
-    write_back = []
-    table = []
+    write_back, table, alive = [], [], []
     for group, p, g, m, v, step, copy in rows:
-        dense = _same_layout([t for t in (p, g, m, v, copy) if t is not None], write_back)
+        dense = same_layout([t for t in (p, g, m, v, copy) if t is not None], write_back)
+        alive.append(dense)  # until the launch: the table holds addresses only
         addresses = [t.data_ptr() for t in dense]
         table.append([*addresses[:4], step.data_ptr(), addresses[-1], p.numel(), group])
     aligned = all(address % 16 == 0 for row in table for address in (*row[:4], row[5]))

@@ -58,20 +58,25 @@ def seeded_keep(seed: torch.Tensor, rows: int, columns: int, threshold: int) -> 
     return (keep_op if torch.compiler.is_compiling() else _seeded_keep)(seed, rows, columns, threshold)
 
 
-def philox_keep_reference(seed: torch.Tensor, rows: int, columns: int, threshold: int) -> torch.Tensor:
-    """(rows, columns) bool: the kernels' mask, written in torch. The specification of `keep_tile`."""
+def philox(c0, c1, c2, c3, k0, k1):
+    """Philox4x32 with ROUNDS rounds: counter and key as int64 tensors of 32-bit words → four tensors of words."""
     low32 = 0xFFFFFFFF
-    groups = -(-columns // LANES)
-    c0 = torch.arange(groups, device=seed.device).expand(rows, groups)
-    c1 = torch.arange(rows, device=seed.device)[:, None].expand(rows, groups)
-    c2 = c3 = torch.zeros_like(c0)
-    k0, k1 = seed & low32, (seed >> 32) & low32
     for _ in range(ROUNDS):
         a, b = 0xD2511F53 * c0, 0xCD9E8D57 * c2  # 64 bits; the sign does not matter under the masks
         c0, c1, c2, c3 = ((b >> 32) & low32) ^ c1 ^ k0, b & low32, ((a >> 32) & low32) ^ c3 ^ k1, a & low32
         k0, k1 = (k0 + 0x9E3779B9) & low32, (k1 + 0xBB67AE85) & low32
-    lanes = [half for c in (c0, c1, c2, c3) for half in (c & 0xFFFF, c >> 16)]
-    return (torch.stack(lanes, dim=-1).view(rows, groups * LANES) >= threshold)[:, :columns]
+    return c0, c1, c2, c3
+
+
+def philox_keep_reference(seed: torch.Tensor, rows: int, columns: int, threshold: int) -> torch.Tensor:
+    """(rows, columns) bool: the kernels' mask, written in torch. The specification of `keep_tile`."""
+    groups = -(-columns // LANES)
+    group = torch.arange(groups, device=seed.device).expand(rows, groups)
+    row = torch.arange(rows, device=seed.device)[:, None].expand(rows, groups)
+    zero = torch.zeros_like(group)
+    words = philox(group, row, zero, zero, seed & 0xFFFFFFFF, seed >> 32)
+    lanes = torch.stack([half for word in words for half in (word & 0xFFFF, word >> 16)], dim=-1)
+    return (lanes.view(rows, groups * LANES) >= threshold)[:, :columns]
 
 
 @triton.jit

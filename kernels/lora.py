@@ -32,7 +32,7 @@ from torch.autograd.function import once_differentiable
 from .dropout import new_seed, threshold_of
 from .lora_backward import lora_down_grad, lora_up_grads
 from .lora_product import lora_down, lora_product
-from .nf4_matmul import QuantizedWeight, dense_weight, quantized_product
+from .nf4_matmul import QuantizedWeight, dense_weight, quantized_product, quantized_product_dx
 
 
 def lora_linear_reference(x, weight, bias, lora_A, lora_B, scaling, keep=None, dropout_p=0.0):
@@ -61,11 +61,15 @@ class _LoRALinear(torch.autograd.Function):
         scales = [scale * 65536 / (65536 - threshold) for scale in scalings]
         S = lora_down(rows, _stack(As), seed, threshold)
         ys = []
-        for weight, bias, B, part, scale in zip(weights, biases, Bs, _parts(S, As), scales, strict=True):
-            product = lora_product if isinstance(weight, torch.Tensor) else quantized_product
-            y = product(rows, weight, bias, part, B, scale)
+        for weight, bias, A, B, part, scale in zip(weights, biases, As, Bs, _parts(S, As), scales, strict=True):
+            if isinstance(weight, torch.Tensor):
+                y = lora_product(rows, weight, bias, part, B, scale)
+            else:
+                y = quantized_product(rows, weight, bias, part, A, B, scale, threshold > 0)
             ys.append(y.view(*x.shape[:-1], y.shape[-1]))
-        ctx.save_for_backward(rows, S, seed, *As, *Bs, *(w if isinstance(w, torch.Tensor) else None for w in weights))
+        needs_weight, _, needs_A, _ = (any(ctx.needs_input_grad[place::4]) for place in range(3, 7))
+        x_kept = rows if needs_weight or needs_A else None
+        ctx.save_for_backward(x_kept, S, seed, *As, *Bs, *(w if isinstance(w, torch.Tensor) else None for w in weights))
         ctx.quantized = [None if isinstance(w, torch.Tensor) else w for w in weights]
         ctx.scales, ctx.threshold, ctx.x_shape = scales, threshold, x.shape
         ctx.bias_dtypes = [None if bias is None else bias.dtype for bias in biases]
@@ -94,18 +98,22 @@ def _gradients(ctx, dys):
     if needs_x or any(needs[2::4]) or any(needs[3::4]):
         pairs = [lora_up_grads(*each) for each in zip(dys, _parts(S, As), Bs, ctx.scales, strict=True)]
         dBs = [dB for _, dB in pairs]
-        dS, A = _stack([dS.t() for dS, _ in pairs]).t(), _stack(As)
+        dS = _stack([dS.t() for dS, _ in pairs]).t()
         if any(needs[2::4]):
-            dA = lora_down_grad(dS, x, A.dtype, seed, ctx.threshold)
+            dA = lora_down_grad(dS, x, As[0].dtype, seed, ctx.threshold)
             dAs = [part.to(A.dtype) for part, A in zip(dA.split([len(A) for A in As]), As, strict=True)]
     if needs_x:
         first, *others = (q or w for q, w in zip(ctx.quantized, weights, strict=True))
-        dx = lora_product(dys[0], dense_weight(first, x).t(), None, dS, A.t(), 1.0, seed, ctx.threshold)
+        if count == 1 and ctx.quantized[0] is not None:
+            dx = quantized_product_dx(dys[0], first, dS, As[0], Bs[0], ctx.scales[0], seed, ctx.threshold)
+        else:
+            W = dense_weight(first, dys[0])
+            dx = lora_product(dys[0], W.t(), None, dS, _stack(As).t(), 1.0, seed, ctx.threshold)
         for dy, weight in zip(dys[1:], others, strict=True):
-            dx.addmm_(dy, dense_weight(weight, x))
+            dx.addmm_(dy, dense_weight(weight, dy))
         dx = dx.view(ctx.x_shape)
-    layers = zip(dWs, dbs, dAs, dBs, strict=True)
-    return dx, [grad if need else None for grad, need in zip((g for layer in layers for g in layer), needs, strict=True)]
+    grads = [grad for layer in zip(dWs, dbs, dAs, dBs, strict=True) for grad in layer]
+    return dx, [grad if need else None for grad, need in zip(grads, needs, strict=True)]
 
 
 def _parts(S: torch.Tensor, As: Sequence[torch.Tensor]) -> Sequence[torch.Tensor]:

@@ -20,7 +20,7 @@ FLOPs: 2MNr for each of dS and dB, 2MKr for dA. Bytes: dy once, x once.
 import torch
 
 from .dropout import ROUNDS, keep_tile
-from .lora_product import block_of, dot_settings, kernel_spec, masked, runs_kernel, splits_of
+from .lora_product import block_of, dot_settings, kernel_spec, masked, runs_kernel, splits_of, stored_dtype
 from .runtime import KernelSpec, on_device, tl, triton
 
 
@@ -101,17 +101,15 @@ def _launch_up_grads(
         return torch.zeros_like(S), torch.zeros_like(lora_B)
     blocks = up_grads_blocks(M, N, r)
     splits, slabs = blocks.pop("splits"), triton.cdiv(M, blocks["BLOCK_M"])
-    dS = torch.empty((splits, M, r), dtype=torch.float32 if splits > 1 else dy.dtype, device=dy.device)
-    dB = torch.empty((slabs, N, r), dtype=torch.float32 if slabs > 1 else lora_B.dtype, device=dy.device)
+    dS = torch.empty((splits, M, r), dtype=torch.float32 if splits > 1 else stored_dtype(dy.dtype), device=dy.device)
+    dB = torch.empty((slabs, N, r), dtype=torch.float32 if slabs > 1 else stored_dtype(lora_B.dtype), device=dy.device)
     with on_device(dy):
         _up_grads_kernel[(slabs, splits, triton.cdiv(r, blocks["BLOCK_R"]))](
             dy, S, lora_B, dS, dB, M, N, r, *dy.stride(), *S.stride(), *lora_B.stride(), scale=scale,
             **blocks, **dot_settings(dy.dtype), num_warps=8, num_stages=3,
         )  # fmt: skip
-    return (
-        dS.sum(0).to(dy.dtype) if splits > 1 else dS[0],
-        dB.sum(0).to(lora_B.dtype) if slabs > 1 else dB[0],
-    )
+    dS, dB = (parts.sum(0) if len(parts) > 1 else parts[0] for parts in (dS, dB))
+    return dS.to(dy.dtype), dB.to(lora_B.dtype)
 
 
 @triton.jit
@@ -172,13 +170,13 @@ def _launch_down_grad(
         return torch.zeros((r, K), dtype=dtype, device=x.device)
     blocks = down_grad_blocks(M, K, r)
     splits = blocks.pop("splits")
-    dA = torch.empty((splits, r, K), dtype=torch.float32 if splits > 1 else dtype, device=x.device)
+    dA = torch.empty((splits, r, K), dtype=torch.float32 if splits > 1 else stored_dtype(dtype), device=x.device)
     with on_device(x):
         _down_grad_kernel[(triton.cdiv(K, blocks["BLOCK_K"]), splits, triton.cdiv(r, blocks["BLOCK_R"]))](
             dS, x, dA, seed, M, K, r, *dS.stride(), *x.stride(), threshold=threshold,
             ROUNDS=ROUNDS, **blocks, **dot_settings(x.dtype), num_warps=4, num_stages=4,
         )  # fmt: skip
-    return dA.sum(0).to(dtype) if splits > 1 else dA[0]
+    return (dA.sum(0) if splits > 1 else dA[0]).to(dtype)
 
 
 up_grads_op = torch.library.custom_op("handtuned::lora_up_grads", _launch_up_grads, mutates_args=())
@@ -223,19 +221,19 @@ def xray_specs() -> list[KernelSpec]:
     del up["splits"], up["n_per_split"], down["splits"], down["m_per_split"]
     specs = []
     for low, dtype in (("fp16", tl.float16), ("bf16", tl.bfloat16)):
-        constexprs = {"stride_yn": 1, "stride_sr": 1, "stride_br": 1, "DOT": dtype, "PRECISION": "ieee"} | up
+        dot = {"DOT": dtype, "PRECISION": "ieee", "stride_sr": 1}
         specs.append(
             kernel_spec(
-                f"lora_up_grads[{low}]", _up_grads_kernel, low, ("dy_ptr", "s_ptr"), constexprs,
-                up["BLOCK_M"] * 4096, 8, 3, "dy",
+                f"lora_up_grads[{low}]", _up_grads_kernel, {"dy_ptr": low, "s_ptr": low},
+                dot | {"stride_yn": 1, "stride_br": 1} | up, up["BLOCK_M"] * 4096, 8, 3, "dy",
             )
         )  # fmt: skip
         for what, seed in (("", {"seed_ptr": None}), (",dropout", {})):
-            constexprs = {"stride_sr": 1, "stride_xk": 1, "DOT": dtype, "PRECISION": "ieee", "ROUNDS": ROUNDS} | seed
             specs.append(
                 kernel_spec(
-                    f"lora_down_grad[{low}{what}]", _down_grad_kernel, low, ("ds_ptr", "x_ptr"), constexprs | down,
-                    down["BLOCK_K"] * 4096, 4, 4, "x",
+                    f"lora_down_grad[{low}{what}]", _down_grad_kernel,
+                    {"ds_ptr": low, "x_ptr": low, "seed_ptr": "i64"},
+                    dot | {"stride_xk": 1, "ROUNDS": ROUNDS} | seed | down, down["BLOCK_K"] * 4096, 4, 4, "x",
                 )
             )  # fmt: skip
     return specs

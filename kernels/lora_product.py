@@ -26,6 +26,7 @@ from .dropout import ROUNDS, keep_tile, seeded_keep
 from .runtime import INTERPRETED, KernelSpec, backend, on_device, tl, triton
 
 _DOT = {torch.float16: tl.float16, torch.bfloat16: tl.bfloat16, torch.float32: tl.float32}
+_TRITON = {"fp16": tl.float16, "bf16": tl.bfloat16}
 TARGET_PROGRAMS = 256  # what fills a large GPU; a constant, so that sums are split alike on every machine
 
 
@@ -39,6 +40,11 @@ def dot_settings(dtype: torch.dtype) -> dict:
     tf32 = dtype == torch.float32 and torch.get_float32_matmul_precision() != "highest"
     upcast = INTERPRETED and dtype == torch.bfloat16
     return {"DOT": tl.float32 if upcast else _DOT[dtype], "PRECISION": "tf32" if tf32 else "ieee"}
+
+
+def stored_dtype(dtype: torch.dtype) -> torch.dtype:
+    """What a kernel stores for a result of `dtype`: the same, but the interpreter cuts bf16 instead of rounding it."""
+    return torch.float32 if INTERPRETED and dtype == torch.bfloat16 else dtype
 
 
 def block_of(size: int, low: int, high: int) -> int:
@@ -137,14 +143,14 @@ def _launch_down(
         return x.new_empty(0, r)
     blocks = down_blocks(M, K, r)
     splits = blocks.pop("splits")
-    S = torch.empty((splits, M, r), dtype=torch.float32 if splits > 1 else x.dtype, device=x.device)
+    S = torch.empty((splits, M, r), dtype=torch.float32 if splits > 1 else stored_dtype(x.dtype), device=x.device)
     grid = (triton.cdiv(M, blocks["BLOCK_M"]), splits, triton.cdiv(r, blocks["BLOCK_R"]))
     with on_device(x):
         _down_kernel[grid](
             x, lora_A, S, seed, M, K, r, *x.stride(), *lora_A.stride(), threshold=threshold,
             ROUNDS=ROUNDS, **blocks, **dot_settings(x.dtype), num_warps=4, num_stages=4,
         )  # fmt: skip
-    return S.sum(0).to(x.dtype) if splits > 1 else S[0]
+    return (S.sum(0) if splits > 1 else S[0]).to(x.dtype)
 
 
 def _tile(block_m, block_n, num_warps, num_stages):
@@ -164,7 +170,16 @@ TILES = [
 ]
 
 
-@triton.autotune(TILES[:1] if INTERPRETED else TILES, key=["M_BUCKET", "N", "K", "DOT", "PRECISION"])
+def _without_spills(tiles, arguments, **_):
+    """A mask of 128 × 256 elements does not fit into registers beside the accumulator."""
+    return [tile for tile in tiles if arguments["seed_ptr"] is None or tile.kwargs["BLOCK_N"] < 256]
+
+
+@triton.autotune(
+    TILES[:1] if INTERPRETED else TILES,
+    key=["M_BUCKET", "N", "K", "stride_wk", "DOT", "PRECISION"],
+    prune_configs_by={"early_config_prune": _without_spills},
+)
 @triton.jit
 def _product_kernel(
     x_ptr,  # (M, K)
@@ -189,7 +204,7 @@ def _product_kernel(
     scale,
     threshold,
     M_BUCKET: tl.constexpr,  # M up to a power of two: what the tile is tuned for
-    EVEN_K: tl.constexpr,
+    EVEN: tl.constexpr,  # N and K are multiples of the tile's
     DOT: tl.constexpr,
     PRECISION: tl.constexpr,
     ROUNDS: tl.constexpr,
@@ -226,22 +241,28 @@ def _product_kernel(
         keep = keep_tile(seed_ptr, threshold, pid_m * BLOCK_M, pid_n * BLOCK_N, BLOCK_M, BLOCK_N, ROUNDS)
         acc = tl.where(keep, acc, 0.0)
 
+    # 64-bit arithmetic for where a tile starts, 32-bit within it: half the registers for addresses.
     offs_k = tl.arange(0, BLOCK_K)
-    x_ptrs = x_ptr + rows[:, None] * stride_xm + offs_k[None, :] * stride_xk
-    w_ptrs = w_ptr + columns[None, :] * stride_wn + offs_k[:, None] * stride_wk
+    x_tile = x_ptr + (pid_m * BLOCK_M).to(tl.int64) * stride_xm
+    w_tile = w_ptr + (pid_n * BLOCK_N).to(tl.int64) * stride_wn
+    x_rows = tl.minimum(offs_m, M - 1) - pid_m * BLOCK_M  # rows past the end read the last one, and are not stored
+    x_offs = x_rows[:, None] * stride_xm + offs_k[None, :] * stride_xk
+    w_offs = tl.arange(0, BLOCK_N)[None, :] * stride_wn + offs_k[:, None] * stride_wk
     for k in range(0, K, BLOCK_K):
-        x_mask, w_mask = in_m[:, None], in_n[None, :]
-        if not EVEN_K:
-            x_mask = x_mask & (offs_k[None, :] < K - k)
-            w_mask = w_mask & (offs_k[:, None] < K - k)
-        x = tl.load(x_ptrs, mask=x_mask, other=0.0)  # [BLOCK_M, BLOCK_K]
-        w = tl.load(w_ptrs, mask=w_mask, other=0.0)  # [BLOCK_K, BLOCK_N]
+        if EVEN:  # masks in this loop cost registers that the largest tile does not have
+            x = tl.load(x_tile + x_offs)  # [BLOCK_M, BLOCK_K]
+            w = tl.load(w_tile + w_offs)  # [BLOCK_K, BLOCK_N]
+        else:
+            x = tl.load(x_tile + x_offs, mask=offs_k[None, :] < K - k, other=0.0)
+            w = tl.load(w_tile + w_offs, mask=in_n[None, :] & (offs_k[:, None] < K - k), other=0.0)
         acc = tl.dot(x.to(DOT), w.to(DOT), acc, input_precision=PRECISION)
-        x_ptrs += BLOCK_K * stride_xk
-        w_ptrs += BLOCK_K * stride_wk
+        x_tile += tl.cast(BLOCK_K * stride_xk, tl.int64)
+        w_tile += tl.cast(BLOCK_K * stride_wk, tl.int64)
     if bias_ptr is not None:
         acc += tl.load(bias_ptr + offs_n, mask=in_n, other=0.0).to(tl.float32)[None, :]
-    tl.store(y_ptr + rows[:, None] * N + columns[None, :], acc, mask=in_m[:, None] & in_n[None, :])
+    y_tile = y_ptr + (pid_m * BLOCK_M).to(tl.int64) * N + pid_n * BLOCK_N
+    y_offs = tl.arange(0, BLOCK_M)[:, None] * N + tl.arange(0, BLOCK_N)[None, :]
+    tl.store(y_tile + y_offs, acc, mask=in_m[:, None] & in_n[None, :])
 
 
 def _launch_product(
@@ -255,9 +276,9 @@ def _launch_product(
     threshold: int,
 ) -> torch.Tensor:
     (M, K), N, r = x.shape, weight.shape[0], S.shape[1]
-    y = torch.empty((M, N), dtype=x.dtype, device=x.device)
+    y = torch.empty((M, N), dtype=stored_dtype(x.dtype), device=x.device)
     if y.numel() == 0:
-        return y
+        return y.to(x.dtype)
 
     def grid(tile):
         return (triton.cdiv(M, tile["BLOCK_M"]) * triton.cdiv(N, tile["BLOCK_N"]),)
@@ -266,10 +287,10 @@ def _launch_product(
         _product_kernel[grid](
             x, weight, bias, S, lora_B, y, seed, M, N, K, r,
             *x.stride(), *weight.stride(), *S.stride(), *lora_B.stride(), scale, threshold,
-            M_BUCKET=block_of(M, 16, 8192), EVEN_K=K % 64 == 0, ROUNDS=ROUNDS,
+            M_BUCKET=block_of(M, 16, 8192), EVEN=N % 256 == 0 and K % 64 == 0, ROUNDS=ROUNDS,
             BLOCK_R=block_of(r, 16, 64), **dot_settings(x.dtype),
         )  # fmt: skip
-    return y
+    return y.to(x.dtype)
 
 
 down_op = torch.library.custom_op("handtuned::lora_down", _launch_down, mutates_args=())
@@ -336,49 +357,50 @@ def lora_product(
     return launch(x, weight, bias, S, lora_B, scale, seed, threshold)
 
 
-def kernel_spec(name, kernel, low, low_pointers, constexprs, elements, num_warps, num_stages, unit) -> KernelSpec:
-    """A spec whose pointers hold `low` values where named in `low_pointers`, else fp32; integers are aligned."""
+def kernel_spec(name, kernel, pointers, constexprs, elements, num_warps, num_stages, unit) -> KernelSpec:
+    """A spec for a kernel whose pointers are fp32 where `pointers` (name → type) says nothing else."""
     signature = {}
     for argument in kernel.arg_names:
         if argument in constexprs:
             signature[argument] = "constexpr"
         elif argument.endswith("_ptr"):
-            signature[argument] = "*i64" if argument == "seed_ptr" else f"*{low if argument in low_pointers else 'fp32'}"
+            signature[argument] = f"*{pointers.get(argument, 'fp32')}"
         else:
             signature[argument] = "fp32" if argument == "scale" else "i32"
-    aligned = [argument for argument, kind in signature.items() if kind not in ("constexpr", "fp32")]
-    aligned = tuple(argument for argument in aligned if argument != "threshold")
+    unaligned = ("constexpr", "fp32")
+    aligned = tuple(key for key, kind in signature.items() if kind not in unaligned and key != "threshold")
     options = {"num_warps": num_warps, "num_stages": num_stages}
     return KernelSpec(name, kernel, signature, constexprs, elements, options, aligned, unit)
 
 
 def xray_specs() -> list[KernelSpec]:
-    """4096 × 4096, r = 16, fp32 adapter: every tile of the product, and dx (W read along its other side) with dropout."""
+    """4096 × 4096, r = 16, fp32 adapter: every tile of the product, dx (W read along its other side), dropout."""
     down = down_blocks(4096, 4096, 16)
     del down["splits"], down["k_per_split"]
-    unit_strides = {"stride_xk": 1, "stride_wk": 1, "stride_sr": 1, "stride_br": 1}
-    common = {"M_BUCKET": 4096, "EVEN_K": True, "PRECISION": "ieee", "ROUNDS": ROUNDS, "BLOCK_R": 16}
+    common = {"M_BUCKET": 4096, "EVEN": True, "PRECISION": "ieee", "ROUNDS": ROUNDS, "BLOCK_R": 16}
+    forward = common | {"stride_xk": 1, "stride_wk": 1, "stride_sr": 1, "stride_br": 1, "seed_ptr": None}
+    dx_dropout = common | {"stride_xk": 1, "stride_wn": 1, "stride_sr": 1, "stride_bn": 1, "bias_ptr": None}
+    dx = dx_dropout | {"seed_ptr": None}
+    large, masked = TILES[1:3]
+    cases = [("y", "fp16", forward, tile) for tile in TILES]
+    cases += [("y", "bf16", forward, large), ("dx", "fp16", dx, large), ("dx,dropout", "fp16", dx_dropout, masked)]
     specs = []
-    for low, dtype in (("fp16", tl.float16), ("bf16", tl.bfloat16)):
-        product = ("x_ptr", "w_ptr", "bias_ptr", "s_ptr", "y_ptr")
-        forward = common | unit_strides | {"seed_ptr": None, "DOT": dtype}
-        dx = common | {"stride_xk": 1, "stride_wn": 1, "stride_sr": 1, "stride_bn": 1, "bias_ptr": None, "DOT": dtype}
-        for tile in TILES:
-            size = f"{tile.kwargs['BLOCK_M']}x{tile.kwargs['BLOCK_N']}x64,{tile.num_warps} warps"
-            for what, constexprs in (("y", forward), ("dx", dx | {"seed_ptr": None}), ("dx,dropout", dx)):
-                specs.append(
-                    kernel_spec(
-                        f"lora_product[{low},{what},{size}]", _product_kernel.fn, low, product,
-                        constexprs | tile.kwargs, tile.kwargs["BLOCK_M"] * tile.kwargs["BLOCK_N"],
-                        tile.num_warps, tile.num_stages, "output",
-                    )
-                )  # fmt: skip
-        for what, seed in (("", {"seed_ptr": None}), (",dropout", {})):
-            constexprs = {"stride_xk": 1, "stride_ak": 1, "DOT": dtype, "PRECISION": "ieee", "ROUNDS": ROUNDS}
-            specs.append(
-                kernel_spec(
-                    f"lora_down[{low}{what}]", _down_kernel, low, ("x_ptr", "s_ptr"), constexprs | seed | down,
-                    down["BLOCK_M"] * 4096, 4, 4, "x",
-                )
-            )  # fmt: skip
+    for what, low, constexprs, tile in cases:
+        block_m, block_n = tile.kwargs["BLOCK_M"], tile.kwargs["BLOCK_N"]
+        specs.append(
+            kernel_spec(
+                f"lora_product[{low},{what},{block_m}x{block_n},{tile.num_warps} warps]", _product_kernel.fn,
+                dict.fromkeys(("x_ptr", "w_ptr", "bias_ptr", "s_ptr", "y_ptr"), low) | {"seed_ptr": "i64"},
+                constexprs | tile.kwargs | {"DOT": _TRITON[low]},
+                block_m * block_n, tile.num_warps, tile.num_stages, "output",
+            )
+        )  # fmt: skip
+    for low, what, seed in (("fp16", "", {"seed_ptr": None}), ("fp16", ",dropout", {}), ("bf16", ",dropout", {})):
+        constexprs = {"stride_xk": 1, "stride_ak": 1, "DOT": _TRITON[low], "PRECISION": "ieee", "ROUNDS": ROUNDS}
+        specs.append(
+            kernel_spec(
+                f"lora_down[{low}{what}]", _down_kernel, {"x_ptr": low, "s_ptr": low, "seed_ptr": "i64"},
+                constexprs | seed | down, down["BLOCK_M"] * 4096, 4, 4, "x",
+            )
+        )  # fmt: skip
     return specs

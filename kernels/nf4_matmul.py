@@ -1,31 +1,91 @@
-"""Products with a 4-bit weight."""
+"""LoRA on a 4-bit weight: the product with W in NF4, chosen by the number of rows M of x.
+
+    M ≤ 16        stream: the kernel reads packed codes, decodes them in registers and multiplies
+    larger M      a dense W is made for this product alone, and thrown away after it
+
+Decoding tokens is limited by reading W: 0.516 bytes a weight against 2 in fp16, so streaming the codes
+may be four times as fast as any dense product. With many rows it is the other way round. Every
+tile of W would be decoded once for each tile of rows, by the units that should multiply; making W
+dense once costs 2.5 bytes a weight (6 % of a product with 4096 rows) and the product then runs at
+full speed. In backward W is made a second time, which is cheaper than keeping it: kept dense
+weights are what 4 bits are there to avoid.
+
+A dense W is made anyway, so with many rows the adapter is added to it on the way:
+
+    W' = round(dequantized W + s B A)      y = x W'ᵀ + b      dx = dy W'
+
+"merged" costs no (M, N) traffic for LoRA at all and leaves the product to the vendor's library. It
+rounds W + ΔW once, as it would round W; where ΔW is far below W's rounding step its effect on y
+is rounded off, as it would be in y itself, while dA and dB never see W' and stay exact. With
+dropout there is no W' (each row of x has its own ΔW), so then, and for middle M, W alone is made
+dense and `lora_product` starts its accumulator at S Bᵀ: the exact path.
+"""
 
 import threading
 from typing import Protocol
 
 import torch
+import torch.nn.functional as F
 
-from .lora_product import lora_product
+from .lora_product import lora_product, runs_kernel
+from .nf4 import NestedScales, nf4_dequantize
+from .nf4_stream import nf4_merge, nf4_stream, tensors_of
 
 
 class QuantizedWeight(Protocol):
-    """What is needed of a quantized weight: its shape (N, K), and its values in a dtype, written into `out`."""
+    """What is needed of an NF4 weight; `quant.NF4Tensor` is one."""
 
-    shape: torch.Size
+    packed: torch.Tensor  # (N K / 2,) uint8
+    absmax: torch.Tensor  # (N K / block_size,) fp32, or uint8 with `nested`
+    shape: torch.Size  # (N, K)
+    block_size: int
+    nested: NestedScales | None
 
     def dequantize(self, dtype: torch.dtype | None = None, out: torch.Tensor | None = None) -> torch.Tensor: ...
+
+
+def plan(x: torch.Tensor, weight: QuantizedWeight, dropout: bool) -> str:
+    """Which way a product of x (M, ·) with a quantized weight goes: "stream", "merged" or "exact".
+
+    In torch it is always "exact": there the adapter's part costs one in-place product on y, and a
+    merge would cost one on W, which is the larger array for all but very long batches.
+    """
+    M, K = x.shape[0], weight.shape[1]
+    if not runs_kernel(x) or K % 64 or weight.block_size % 64:
+        return "exact"
+    if M <= 16:
+        return "stream"
+    return "merged" if M >= 1024 and not dropout else "exact"
+
+
+def quantized_product(x, weight, bias, S, lora_A, lora_B, scale, dropout=False):
+    """y = x Wᵀ + b + scale · S Bᵀ (M, N) with a quantized W (N, K); S = x̂ Aᵀ. Otherwise as `lora_product`."""
+    way = plan(x, weight, dropout)
+    if way == "stream":
+        return nf4_stream(x, weight, bias, S, lora_B, scale)
+    if way == "merged":
+        merged = nf4_merge(weight, lora_A, lora_B, scale, x.dtype)
+        return F.linear(x, merged, None if bias is None else bias.to(x.dtype))
+    return lora_product(x, dense_weight(weight, x), bias, S, lora_B, scale)
+
+
+def quantized_product_dx(dy, weight, dS, lora_A, lora_B, scale, seed=None, threshold=0):
+    """dx = dy W + keep ⊙ (dS A) (M, K) with a quantized W (N, K); dS = scale · dy B."""
+    if plan(dy, weight, seed is not None) == "merged":
+        return dy @ nf4_merge(weight, lora_A, lora_B, scale, dy.dtype)
+    return lora_product(dy, dense_weight(weight, dy).t(), None, dS, lora_A.t(), 1.0, seed, threshold)
 
 
 _local = threading.local()
 
 
-def scratch(shape: torch.Size, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
-    """A buffer for a dequantized weight, valid until this thread's next call.
+def _scratch(shape: torch.Size, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+    """A buffer for a dense weight, valid until this thread's next call.
 
     On a CPU it is one reused block: fresh memory of this size costs a page fault for every 4 KiB.
     CUDA's caching allocator reuses blocks by itself, and knows about streams.
     """
-    if device.type != "cpu" or torch.compiler.is_compiling():
+    if device.type != "cpu":
         return torch.empty(shape, dtype=dtype, device=device)
     blocks = _local.__dict__.setdefault("blocks", {})
     if dtype not in blocks or blocks[dtype].numel() < shape.numel():
@@ -37,8 +97,31 @@ def dense_weight(weight: torch.Tensor | QuantizedWeight, x: torch.Tensor) -> tor
     """The weight (N, K) in x's dtype. A quantized one lies in the scratch: use it before the next call."""
     if isinstance(weight, torch.Tensor):
         return weight.to(x.dtype)
-    return weight.dequantize(x.dtype, out=scratch(torch.Size(weight.shape), x.dtype, x.device))
+    if torch.compiler.is_compiling():
+        return dense_op(*tensors_of(weight), *weight.shape, weight.block_size, x.dtype)
+    return weight.dequantize(x.dtype, out=_scratch(torch.Size(weight.shape), x.dtype, x.device))
 
 
-def quantized_product(x, weight, bias, S, lora_B, scale):
-    return lora_product(x, dense_weight(weight, x), bias, S, lora_B, scale)
+@torch.library.custom_op("handtuned::nf4_dense", mutates_args=())
+def dense_op(
+    packed: torch.Tensor,
+    absmax: torch.Tensor,
+    nested_absmax: torch.Tensor | None,
+    nested_code: torch.Tensor | None,
+    nested_offset: torch.Tensor | None,
+    nested_block: int,
+    N: int,
+    K: int,
+    block_size: int,
+    dtype: torch.dtype,
+) -> torch.Tensor:
+    """One operation for `torch.compile`, which would otherwise unroll the reference's loop over tiles."""
+    nested = None
+    if nested_absmax is not None:
+        nested = NestedScales(nested_absmax, nested_code, nested_offset, nested_block)
+    return nf4_dequantize(packed, absmax, (N, K), dtype, block_size, nested)
+
+
+@dense_op.register_fake
+def _(packed, absmax, nested_absmax, nested_code, nested_offset, nested_block, N, K, block_size, dtype):
+    return packed.new_empty((N, K), dtype=dtype)

@@ -64,7 +64,7 @@ class AdapterConfig:
         rank, alpha = dict.fromkeys(paths, self.r), dict.fromkeys(paths, self.lora_alpha)
         for chosen, pattern in ((rank, self.rank_pattern), (alpha, self.alpha_pattern)):
             wholes = [rf"(?:.*\.)?(?:{key})" for key in pattern]
-            found = full_matches(wholes, paths, plain=not any(re.search(REPEATS, key) for key in pattern))
+            found = full_matches(wholes, paths, plain=not any(re.search(BRANCHES, key) for key in pattern))
             for matched, value in reversed(list(zip(found, pattern.values(), strict=True))):
                 chosen.update(dict.fromkeys(matched, value))
         divisor = math.sqrt if self.use_rslora else int
@@ -168,23 +168,24 @@ def load_config(directory: str | Path) -> AdapterConfig:
     return config
 
 
-REPEATS = r"[*+?{]"
+BRANCHES = r"[*+?{|]"
+REGEX_SECONDS = 10
 
 
 def full_matches(patterns: list[str], names: list[str], plain: bool | None = None) -> list[set[str]]:
     """For every regular expression the names that it matches in full.
 
     A stranger's expression can be built to run for years, and Python cannot interrupt one, so
-    expressions that repeat anything are matched in a process of their own, which can be stopped.
+    expressions with choices or repeats are matched in a process of their own, which can be stopped.
 
     Args:
-        plain: the expressions are known to be quick (default: if none repeats anything).
+        plain: the expressions are known to be quick (default: if none has a choice or a repeat).
 
     Raises:
-        ValueError: not a regular expression, or not done within ten seconds.
+        ValueError: not a regular expression, or not done within REGEX_SECONDS.
     """
     if plain is None:
-        plain = not any(re.search(REPEATS, pattern) for pattern in patterns)
+        plain = not any(re.search(BRANCHES, pattern) for pattern in patterns)
     if plain:
         try:
             return [{name for name in names if re.fullmatch(pattern, name)} for pattern in patterns]
@@ -197,10 +198,10 @@ def full_matches(patterns: list[str], names: list[str], plain: bool | None = Non
     try:
         done = subprocess.run(
             [sys.executable, "-I", "-S", "-W", "ignore", "-c", code],
-            input=json.dumps([patterns, names]), capture_output=True, text=True, timeout=10,
+            input=json.dumps([patterns, names]), capture_output=True, text=True, timeout=REGEX_SECONDS,
         )  # fmt: skip
     except subprocess.TimeoutExpired:
-        raise ValueError(f"the regular expression takes more than ten seconds, refused: {short(patterns)}") from None
+        raise ValueError(f"a regular expression takes more than {REGEX_SECONDS} seconds: {short(patterns)}") from None
     if done.returncode != 0:
         reason = (done.stderr.strip().splitlines() or ["no reason given"])[-1]
         raise ValueError(f"no regular expression: {short(patterns)}: {reason}")

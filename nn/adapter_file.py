@@ -91,7 +91,7 @@ def _sort_in(result: AdapterTensors, path: Path, key: str, tensor: torch.Tensor)
             return
     unsupported = UNSUPPORTED.search(name)
     if unsupported:
-        raise ValueError(f"{path}: {short(key)}: {unsupported[1]} is not supported")
+        raise ValueError(f"{path}: {short(key)}: {unsupported[1]} in this place is not supported")
     kind, name = (result.base, name.replace(".base_layer.", ".")) if ".base_layer." in name else (result.whole, name)
     if name in kind:
         raise ValueError(f"{path}: {name} occurs twice")

@@ -18,11 +18,13 @@ class Fit:
 
     Attributes:
         layers: path → layer to adapt (adapted already or not).
+        places: path → all paths of this layer: more than one if the model uses it more than once.
         modules: path → module to replace whole (replaced already or not).
         settings: path of each layer → (rank, alpha, scaling).
     """
 
     layers: dict[str, nn.Module]
+    places: dict[str, list[str]]
     modules: dict[str, nn.Module]
     settings: dict[str, tuple[int, float, float]]
 
@@ -50,7 +52,8 @@ def check_fit(model: nn.Module, config: AdapterConfig, tensors: AdapterTensors, 
                     f"{where}: {path}.{key} is {tuple(given.shape)} in the file and {tuple(tensor.shape)} "
                     f"of {tensor.dtype} in the model"
                 )
-    return Fit({path: linear[path] for path in settings}, modules, settings)
+    places = {path: [other for other in linear if linear[other] is linear[path]] for path in settings}
+    return Fit({path: linear[path] for path in settings}, places, modules, settings)
 
 
 def original(module: nn.Module) -> nn.Module:
@@ -79,7 +82,8 @@ def _compare_names(linear, modules, config, tensors, name, where, heads) -> None
     selected = config.selects(linear, heads)
     held = {path for path, layer in linear.items() if isinstance(layer, LoRALinear) and share_of(layer, name)}
     wanted = (selected or set()) | held
-    missing = wanted - given
+    matched = {id(linear[path]) for path in place}
+    missing = {path for path in wanted - given if id(linear[path]) not in matched}
     unexpected = given - place
     if selected is not None:
         unexpected |= given - selected
@@ -111,6 +115,8 @@ def _check_base(key, tensor, layers, where) -> None:
 def _check_layer(path, layer, rank, config, tensors, name, where) -> None:
     A, B, magnitude = tensors.lora_A[path], tensors.lora_B[path], tensors.magnitude.get(path)
     outputs, inputs = features(layer)
+    if original(layer).weight.is_meta:
+        raise ValueError(f"{path} is on the meta device, where an adapter would lose its values")
     if A.shape[0] != rank:
         raise ValueError(f"{where}: {path} has rank {A.shape[0]}, but the config gives it rank {rank}")
     if (B.shape[0], A.shape[1]) != (outputs, inputs):

@@ -41,14 +41,38 @@ def dora_gain(weight: torch.Tensor, adapter) -> torch.Tensor:
     return adapter.lora_magnitude / norm
 
 
-def delta_weight(weight: torch.Tensor, adapter) -> torch.Tensor:
-    """What the adapter adds to the dense W (out, in) when merged, in at least fp32: s·BA, for DoRA g·(W + s·BA) − W."""
+def delta_weight(adapter, weight: torch.Tensor | None = None) -> torch.Tensor:
+    """What the adapter adds to W when merged, (out, in), in at least fp32: s·BA; for DoRA g·(W + s·BA) − W.
+
+    Args:
+        weight: W, (out, in), dense; needed for DoRA only.
+    """
     A, B = factors(adapter)
     dtype = torch.promote_types(A.dtype, torch.float32)
     delta = (B.to(dtype) @ A.to(dtype)).mul_(adapter.scaling)
     if adapter.lora_magnitude is None:
         return delta
     return (delta + weight).mul_(dora_gain(weight, adapter).to(dtype)[:, None]).sub_(weight)
+
+
+def leading_factors(target: torch.Tensor, rank: int, scaling: float, iterations: int | None = None):
+    """A (rank, in) and B (out, rank) such that scaling · BA is `target` cut to its largest singular values.
+
+    The values are shared out evenly between A and B, as PiSSA and LoftQ do.
+
+    Args:
+        iterations: None for the exact decomposition, else for torch's randomized one.
+    """
+    target = target.to(torch.promote_types(target.dtype, torch.float32))
+    if iterations is None:
+        U, S, Vh = torch.linalg.svd(target, full_matrices=False)
+    else:
+        U, S, V = torch.svd_lowrank(target, min(rank, *target.shape), niter=iterations)
+        Vh = V.t()
+    root = (S[:rank] / scaling).sqrt()
+    A, B = root[:, None] * Vh[:rank], U[:, :rank] * root
+    missing = rank - len(root)  # a rank above both sides of the matrix
+    return F.pad(A, (0, 0, 0, missing)), F.pad(B, (0, missing))
 
 
 def add_rows(y: torch.Tensor, x: torch.Tensor, adapter, rows: torch.Tensor, weight, bias, training: bool):

@@ -35,7 +35,7 @@ from .multi import (
     set_adapter,
     share_of,
     without_adapter,
-)  # fmt: skip
+)
 
 __all__ = ["LoadReport", "load_adapter", "read_adapter_config", "save_adapter", "set_adapter"]
 
@@ -132,7 +132,8 @@ def load_adapter(model: nn.Module, directory: str | Path, name: str = "default",
         layer = fit.layers[path]
         if not isinstance(layer, LoRALinear):
             layer = without_adapter(layer)
-            model.set_submodule(path, layer)
+            for place in fit.places[path]:
+                model.set_submodule(place, layer)
         _put(layer, name, share, layer.resting)
     for path, module in copies.items():
         wrapper = fit.modules[path]
@@ -196,7 +197,7 @@ def _config_of(model, layers: dict, modules: list[str], base_model: str | None) 
     divisor = math.sqrt if rslora else int
     alphas = {}
     for path, share in layers.items():
-        alpha = share.lora_alpha * ranks[path] / share.rank
+        alpha = share.lora_alpha * (ranks[path] // share.rank)  # twice the rank for PiSSA
         alphas[path] = alpha if alpha / divisor(ranks[path]) == share.scaling else share.scaling * divisor(ranks[path])
     rank, rank_pattern = _common(ranks)
     alpha, alpha_pattern = _common({path: int(a) if a == int(a) else a for path, a in alphas.items()})

@@ -29,6 +29,7 @@ from functools import partial
 import torch
 import torch.utils.checkpoint
 from torch.autograd.graph import saved_tensors_hooks
+from torch.overrides import _get_current_function_mode_stack
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
 
@@ -94,7 +95,10 @@ class _SaveInputs(torch.autograd.Function):
 
 
 class _Surroundings:
-    """The state outside of the arguments that a function reads: random generators and autocast."""
+    """What a function reads beside its arguments: random generators, torch's autocast, torch function modes.
+
+    Of the last kind are `with torch.device(…)` and our own `amp.autocast`; backward runs outside of them.
+    """
 
     def __init__(self, preserve_rng_state: bool):
         self.preserve_rng_state = preserve_rng_state
@@ -105,12 +109,17 @@ class _Surroundings:
             (device, torch.get_autocast_dtype(device), torch.is_autocast_enabled(device)) for device in ("cpu", "cuda")
         ]
         self.autocast_cache = torch.is_autocast_cache_enabled()
+        self.modes = _get_current_function_mode_stack()
 
     @contextlib.contextmanager
     def restored(self):
         with contextlib.ExitStack() as stack:
             for device, dtype, enabled in self.autocast:
                 stack.enter_context(torch.autocast(device, dtype, enabled, self.autocast_cache))
+            active = set(map(id, _get_current_function_mode_stack()))
+            for mode in self.modes:
+                if id(mode) not in active:
+                    stack.enter_context(mode)
             if self.preserve_rng_state:
                 stack.enter_context(torch.random.fork_rng(devices=range(len(self.cuda_states))))
                 torch.set_rng_state(self.cpu_state)

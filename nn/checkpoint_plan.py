@@ -21,10 +21,8 @@ Source: Chen et al. (2016), section 4.1, for the segments; the search is ours.
 """
 
 import contextlib
-import weakref
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import partial
 from itertools import pairwise
 
 import torch
@@ -33,7 +31,6 @@ from torch.autograd.graph import saved_tensors_hooks
 from torch.utils._pytree import tree_leaves, tree_map
 from torch.utils.flop_counter import FlopCounterMode
 
-from .checkpoint import checkpoint
 from .live_memory import LiveMemory
 
 STATES_KEPT = 64  # bounds the search under a budget; the least-memory plan is always among them
@@ -52,6 +49,7 @@ class LayerCost:
         output: bytes of its output.
         new_gradients: bytes of parameter gradients that its backward pass leaves behind.
         work: FLOPs of its forward pass, plus one for each number that an operation writes.
+        in_place: it overwrites its input, so no recomputation can start with it.
     """
 
     kept: int
@@ -61,6 +59,7 @@ class LayerCost:
     output: int
     new_gradients: int
     work: int
+    in_place: bool = False
 
 
 @dataclass(frozen=True)
@@ -99,7 +98,7 @@ def measure_layers(functions: Sequence[Callable], x) -> list[LayerCost]:
     device = next((t.device for t in tree_leaves(x) if isinstance(t, torch.Tensor)), torch.device("cpu"))
     costs = []
     with (
-        LiveMemory(device.type) as memory,
+        LiveMemory(device.type, scan=False) as memory,
         torch.random.fork_rng(devices=[device] if device.type == "cuda" else []),
         torch.enable_grad(),
     ):
@@ -118,29 +117,39 @@ def _measure_layer(function: Callable, x, memory: LiveMemory):
         return len(handed_out) - 1
 
     with saved_tensors_hooks(hand_in, handed_out.pop):
-        _, recomputed = _measure_pass(function, x, memory)
+        recomputed = _measure_pass(function, x, memory)[1]  # and its output is let go
     y, kept = _measure_pass(function, x, memory)
     cost = LayerCost(recomputed_backward_peak=recomputed.pop("backward_peak"), **kept)
     return cost, y
 
 
 def _measure_pass(function: Callable, x, memory: LiveMemory):
-    x = tree_map(_cut_loose, x)
     parameters = [p for p in function.parameters() if p.requires_grad] if isinstance(function, nn.Module) else []
-    start, elements = memory.current, memory.elements
-    memory.reset_peak()
+    elements = memory.elements
     with FlopCounterMode(display=False) as flops:
-        y = function(x)
-    kept, forward_peak = memory.current - start, memory.peak - start
+        try:
+            x = tree_map(_cut_loose, x)
+            start = memory.added
+            memory.reset_peak()
+            versions = _versions(x)
+            y = function(x)
+            in_place = _versions(x) != versions
+        except RuntimeError:  # a layer may not work in place on a leaf
+            in_place = True
+            x = tree_map(_cut_loose_copy, x)
+            start = memory.added
+            memory.reset_peak()
+            y = function(x)
+    kept, forward_peak = memory.added - start, memory.peak_added - start
     work = flops.get_total_flops() + memory.elements - elements
     outputs = [t for t in tree_leaves(y) if isinstance(t, torch.Tensor) and t.requires_grad]
     gradients = [torch.ones_like(t) for t in outputs]
-    begin = memory.current
+    begin = memory.added
     memory.reset_peak()
     wanted = [t for t in (*tree_leaves(x), *parameters) if isinstance(t, torch.Tensor) and t.requires_grad]
     if outputs and wanted:
         torch.autograd.grad(outputs, wanted, gradients, allow_unused=True)
-    backward_peak = memory.peak - begin
+    backward_peak = memory.peak_added - begin
     output = sum(t.nbytes for t in tree_leaves(y) if isinstance(t, torch.Tensor))
     new_gradients = sum(p.nbytes for p in parameters if p.grad is None)
     return y, {
@@ -150,14 +159,23 @@ def _measure_pass(function: Callable, x, memory: LiveMemory):
         "output": output,
         "new_gradients": new_gradients,
         "work": work,
+        "in_place": in_place,
     }
 
 
 def _cut_loose(value):
-    """Cut from the layers before, so that they can be freed; a copy, since a layer may work in place."""
+    """Cut from the layers before, so that they can be freed. Where no gradient forbids changes in place, a copy."""
     if not isinstance(value, torch.Tensor):
         return value
-    return value.detach().requires_grad_(value.requires_grad).clone()
+    return value.detach().requires_grad_() if value.requires_grad else value.clone()
+
+
+def _versions(value) -> list[int]:
+    return [leaf._version for leaf in tree_leaves(value) if isinstance(leaf, torch.Tensor)]
+
+
+def _cut_loose_copy(value):
+    return value.clone() if isinstance(value, torch.Tensor) else value
 
 
 @contextlib.contextmanager
@@ -216,6 +234,8 @@ def _steps(costs: Sequence[LayerCost], stop: int):
     work = 0
     for start in range(stop - 1, -1, -1):
         work += costs[start].work
+        if costs[start].in_place:
+            continue
         yield Segment(start, stop, recompute=True), last.output, work
 
 
@@ -272,79 +292,3 @@ def plan_checkpoints(functions: Sequence[Callable], x, budget: int | None = None
     Costs about one forward and backward pass, one layer at a time, and the memory of the largest layer.
     """
     return choose_segments(measure_layers(functions, x), budget)
-
-
-_plans: weakref.WeakKeyDictionary = weakref.WeakKeyDictionary()  # first layer → circumstances → Plan
-
-
-def _remembered_plan(functions: Sequence[Callable], x, budget: int | None) -> Plan:
-    """The plan for these layers in these circumstances, measured once."""
-    described = [
-        (tuple(t.shape), t.dtype, t.device, t.requires_grad) if isinstance(t, torch.Tensor) else t
-        for t in tree_leaves(x)
-    ]
-    modules = [f for f in functions if isinstance(f, nn.Module)]
-    learning = [(p.requires_grad, p.grad is None) for m in modules for p in m.parameters()]
-    circumstances = repr((list(map(id, functions)), described, learning, [m.training for m in modules], budget))
-    try:
-        plans = _plans.setdefault(getattr(functions[0], "__self__", functions[0]), {})
-    except TypeError:  # a callable that cannot be referred to weakly
-        plans = {}
-    if circumstances not in plans:
-        plans[circumstances] = plan_checkpoints(functions, x, budget)
-    return plans[circumstances]
-
-
-def checkpoint_sequential(functions, x, segments: str | int | Plan = "sqrt", budget: int | None = None):
-    """Run layers one after the other, with checkpoints between them.
-
-    Args:
-        functions: an `nn.Sequential` or a sequence of callables of one argument.
-        x: the first one's argument.
-        segments: "sqrt" (about √n equal segments), a number of equal segments, "auto" (boundaries
-            from measured bytes, so that the peak is least), or a `Plan` from `plan_checkpoints`. With
-            equal segments the last one is kept, not recomputed, as backward starts there. "auto"
-            measures when it first meets these layers with inputs of this shape, and remembers.
-        budget: with "auto": recompute as little as possible within this many bytes, counted above
-            what is there before the layers run.
-
-    Returns:
-        What the last function returns. Gradients are bit-equal to those of a plain run.
-
-    Raises:
-        ValueError: no functions, more segments than functions, a budget below the least possible.
-        TypeError: `segments` is of another type.
-    """
-    functions = list(functions)
-    if not functions:
-        raise ValueError("functions must hold at least one function, got none")
-    if budget is not None and segments != "auto":
-        raise ValueError(f'budget needs segments="auto", got segments={segments!r}')
-    if not torch.is_grad_enabled():
-        parts = (Segment(0, len(functions), recompute=False),)
-    elif isinstance(segments, Plan):
-        parts = segments.segments
-        if parts[-1].stop != len(functions):
-            raise ValueError(f"segments is a plan for {parts[-1].stop} functions, got {len(functions)} functions")
-    elif segments == "auto":
-        parts = _remembered_plan(functions, x, budget).segments
-    elif segments == "sqrt":
-        parts = split_evenly(len(functions), round(len(functions) ** 0.5))
-    elif isinstance(segments, str):
-        raise ValueError(f'segments must be "sqrt", "auto", a number or a Plan, got {segments!r}')
-    elif not isinstance(segments, int) or isinstance(segments, bool):
-        raise TypeError(f'segments must be "sqrt", "auto", a number or a Plan, got {type(segments).__name__}')
-    elif not 1 <= segments <= len(functions):
-        raise ValueError(f"segments must be from 1 to {len(functions)}, the number of functions, got {segments}")
-    else:
-        parts = split_evenly(len(functions), segments)
-    for part in parts:
-        run = partial(_chain, functions[part.start : part.stop])
-        x = checkpoint(run, x) if part.recompute else run(x)
-    return x
-
-
-def _chain(functions: Sequence[Callable], x):
-    for function in functions:
-        x = function(x)
-    return x

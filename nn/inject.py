@@ -176,7 +176,7 @@ def merge_lora(model: nn.Module, dequantize: bool = False, untie: bool = False) 
     """
     layers = [(name, layer) for name, layer in _required_lora_layers(model) if not layer.merged]
     layers = [(name, layer) for name, layer in layers if layer.lora_A is not None]
-    shared = _shared_weights(model)
+    shared = shared_weights(model)
     tied = {name: shared[layer.weight] for name, layer in layers if layer.weight in shared}
     if tied and not untie:
         name, names = next(iter(tied.items()))
@@ -199,7 +199,7 @@ def merge_lora(model: nn.Module, dequantize: bool = False, untie: bool = False) 
     return model
 
 
-def _shared_weights(model) -> dict[torch.Tensor, list[str]]:
+def shared_weights(model) -> dict[torch.Tensor, list[str]]:
     """Parameter → its names, for the parameters that several modules hold."""
     names: dict[torch.Tensor, list[str]] = {}
     for path, module in model.named_modules():

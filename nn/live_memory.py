@@ -20,32 +20,37 @@ from torch.utils._pytree import tree_leaves
 class LiveMemory(TorchDispatchMode):
     """Within this context, counts the bytes of live tensor storage on one kind of device.
 
-    Attributes:
-        before: bytes that were alive when the context was entered.
-        current: bytes alive now (after the context: at its end).
-        peak: the largest `current` so far; `reset_peak()` starts again from now.
-        elements: numbers written by all operations so far, a measure of memory traffic.
-        history: `current` after every change, if asked for with `keep_history`.
+    Args:
+        device_type: "cpu", "cuda", …: storages elsewhere are not counted.
+        scan: look for the tensors that are there already. Without it `before` holds only those that
+            an operation reads, and the death of the others goes unnoticed; it saves a walk over all
+            Python objects.
+        keep_history: note `added` after every change, in `history`.
 
-    A storage first met as an operand must have been there before (the graph of an earlier
-    forward pass has no Python name): it is added to `before`, `current` and `peak` alike.
+    Attributes:
+        before: bytes that were alive when the context was entered. A storage first met as an operand
+            was there before, though it may have had no Python name (the graph of an earlier forward).
+        added: bytes alive now above `before`; negative if more was freed than made.
+        peak_added: the largest `added` so far; `reset_peak()` starts again from now.
+        elements: numbers written by all operations so far, a measure of memory traffic.
     """
 
-    def __init__(self, device_type: str = "cpu", keep_history: bool = False):
+    def __init__(self, device_type: str = "cpu", scan: bool = True, keep_history: bool = False):
         super().__init__()
         self.device_type = device_type
-        self.before = self.current = self.peak = self.elements = 0
+        self.scan = scan
+        self.before = self.added = self.peak_added = self.elements = 0
         self.history: list[int] | None = [] if keep_history else None
-        self._sizes: dict[int, tuple[int, weakref.ref]] = {}  # id of a storage → bytes counted for it
+        self._storages: dict[int, tuple[int, weakref.ref]] = {}  # id → bytes counted, what tells of its death
 
     def __enter__(self):
-        # What died in a reference cycle is still alive until the collector has seen it.
-        gc.collect()
-        for thing in gc.get_objects():
-            if issubclass(type(thing), torch.Tensor):  # isinstance would wake up proxies
-                self._meet(thing, new=False)
-                if thing.is_leaf and thing.grad is not None:
-                    self._meet(thing.grad, new=False)
+        if self.scan:
+            gc.collect()  # what died in a reference cycle is alive until the collector has seen it
+            for thing in gc.get_objects():
+                if issubclass(type(thing), torch.Tensor):  # isinstance would wake up proxies
+                    self._meet(thing, new=False)
+                    if thing.is_leaf and thing.grad is not None:
+                        self._meet(thing.grad, new=False)
         return super().__enter__()
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
@@ -61,35 +66,27 @@ class LiveMemory(TorchDispatchMode):
         return results
 
     def reset_peak(self) -> None:
-        self.peak = self.current
+        self.peak_added = self.added
 
     def _meet(self, tensor: torch.Tensor, new: bool) -> None:
         if tensor.device.type != self.device_type or tensor.layout != torch.strided:
             return
         storage = tensor.untyped_storage()
         key, size = id(storage), storage.nbytes()
-        if key not in self._sizes:
-            self._sizes[key] = 0, weakref.ref(storage, lambda _: self._forget(key))
-            if not new:
-                self._sizes[key] = size, self._sizes[key][1]
-                self._add_from_the_start(size)
-        known, reference = self._sizes[key]
-        if size != known:
-            self._sizes[key] = size, reference
+        known, reference = self._storages.get(key, (None, None))
+        if known is None:
+            reference = weakref.ref(storage, lambda _: self._forget(key))
+            known = 0 if new else size
+            self.before += known
+        self._storages[key] = size, reference
+        if size != known:  # new, or resized
             self._change(size - known)
 
-    def _add_from_the_start(self, size: int) -> None:
-        self.before += size
-        self.current += size
-        self.peak += size
-        if self.history is not None:
-            self.history = [bytes_alive + size for bytes_alive in self.history]
-
     def _forget(self, key: int) -> None:
-        self._change(-self._sizes.pop(key)[0])
+        self._change(-self._storages.pop(key)[0])
 
     def _change(self, difference: int) -> None:
-        self.current += difference
-        self.peak = max(self.peak, self.current)
+        self.added += difference
+        self.peak_added = max(self.peak_added, self.added)
         if self.history is not None:
-            self.history.append(self.current)
+            self.history.append(self.added)

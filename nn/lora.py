@@ -33,6 +33,7 @@ class LoRALinear(nn.Module):
         adapter: the name of the adapter that lies in `lora_A` and `lora_B`. `resting` holds further
             ones by name (see `set_adapter`). Where the active adapter does not touch this layer, both
             parameters and the name are None and the layer computes as its base.
+        lora_magnitude, start_A, start_B: None but for DoRA and PiSSA (see `variants`).
         enabled: False leaves the adapter out of the forward pass (see `disable_lora`).
 
     Dtypes, whatever mixture comes:
@@ -141,7 +142,8 @@ class LoRALinear(nn.Module):
     @torch.no_grad()
     def delta_weight(self) -> torch.Tensor:
         """ΔW = scaling · B A, (out_features, in_features), in the adapter's dtype but at least fp32."""
-        return delta_weight(dense_weight(self._kept[0] if self.merged else self.base_layer), self)
+        base = self._kept[0] if self.merged else self.base_layer
+        return delta_weight(self, None if self.lora_magnitude is None else dense_weight(base))
 
     @torch.no_grad()
     def merge_weights(self, dequantize=False):

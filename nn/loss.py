@@ -38,12 +38,12 @@ class _LinearCrossEntropy(torch.autograd.Function):
             h = hidden[rows].to(dtype)
             z = F.linear(h, w, None if bias is None else bias.to(dtype)).float()
             index = target[rows, None]
-            log_total = z.logsumexp(dim=1, keepdim=True)
-            loss += (log_total - z.gather(1, index)).sum()
+            log_p = torch.log_softmax(z, dim=1)
+            loss -= log_p.gather(1, index).sum()
             if not (need_dh or need_dw or need_db):
                 continue
-            dz = z.sub_(log_total).exp_()
-            dz.scatter_add_(1, index, torch.full_like(log_total, -1.0))
+            dz = log_p.exp_()
+            dz.scatter_add_(1, index, torch.full_like(index, -1.0, dtype=torch.float32))
             if need_db:
                 db += dz.sum(0)
             dz = dz.to(dtype)

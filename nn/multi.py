@@ -10,9 +10,10 @@ An adapter need not touch every layer: where the active one is absent, `lora_A` 
 computes as its base.
 """
 
+import contextlib
 import copy
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 import torch
 from torch import nn
@@ -72,8 +73,12 @@ def carriers(model: nn.Module) -> dict[str, LoRALinear | ModuleToSave]:
 
 
 def linear_layers(model: nn.Module) -> dict[str, nn.Module]:
-    """Path → module of the layers that LoRA can adapt or has adapted (those inside adapters left out)."""
-    inside = tuple(f"{path}." for path in carriers(model))
+    """Path → module of the layers that LoRA can adapt or has adapted.
+
+    Left out are those inside adapters, and those inside nn.MultiheadAttention, which reads their weights itself.
+    """
+    closed = [path for path, module in model.named_modules() if isinstance(module, nn.MultiheadAttention)]
+    inside = tuple(f"{path}." for path in [*carriers(model), *closed])
     return {
         path: module
         for path, module in model.named_modules(remove_duplicate=False)
@@ -142,7 +147,7 @@ def activate(carrier: LoRALinear | ModuleToSave, name: str) -> None:
     if carrier.adapter == name:
         return
     if carrier.adapter is not None:
-        parts = {name: getattr(carrier, name) for name in PARTS + SETTINGS}
+        parts = {part: getattr(carrier, part) for part in PARTS + SETTINGS}
         carrier.resting[carrier.adapter] = RestingAdapter(**parts)
     coming = carrier.resting.pop(name) if name in carrier.resting else None
     carrier.adapter = None if coming is None else name
@@ -162,6 +167,37 @@ def delete_adapter(model: nn.Module, name: str) -> None:
     for carrier in carriers(model).values():
         if share_of(carrier, name) is not None:
             del (carrier.copies if isinstance(carrier, ModuleToSave) else carrier.resting)[name]
+
+
+@contextlib.contextmanager
+def adapters_by_row(model: nn.Module, names: Sequence[str | None]):
+    """Within this context each row of the batch goes through an adapter of its own, in one forward pass.
+
+    The base product is computed once for the whole batch; then every adapter adds its term to its rows.
+
+    Args:
+        names: for each row of the batch the adapter's name, or None for the base model alone.
+
+    Raises:
+        ValueError: an unknown name, an adapter that is merged, or one that replaces whole modules
+            (`modules_to_save`). In the forward pass: a batch of another size.
+    """
+    for name in set(names) - {None}:
+        _check_present(model, name)
+    check_unmerged(model)
+    layers = carriers(model)
+    whole = [path for path, c in layers.items() if isinstance(c, ModuleToSave) and set(names) & set(c.copies)]
+    if whole:
+        raise ValueError(f"{whole[0]!r} is replaced whole by one of the adapters, which cannot be done row by row")
+    rows = [(name, torch.tensor([i for i, n in enumerate(names) if n == name])) for name in dict.fromkeys(names)]
+    layers = [layer for layer in layers.values() if isinstance(layer, LoRALinear)]
+    for layer in layers:
+        layer.rows = rows
+    try:
+        yield model
+    finally:
+        for layer in layers:
+            layer.rows = None
 
 
 def save_modules(model: nn.Module, names: Iterable[str]) -> None:

@@ -11,7 +11,7 @@ import torch
 from torch.optim.adamw import adamw as torch_adamw
 
 from ..kernels import backend
-from ..kernels.adamw import ParamGroup, adamw_step_, adamw_step_reference_, gradient_factor
+from ..kernels.adamw import ParamGroup, adamw_step_, adamw_step_reference_, gradient_factor, same_layout
 from ..kernels.unscale import squared_norm
 
 
@@ -22,11 +22,18 @@ def adamw_step_cpu_(groups, grad_scale=None, found_inf=None, sq_norm=None, max_n
     factor = gradient_factor(grad_scale, sq_norm, max_norm)
     for group in groups:
         grads = group.grads if factor == 1.0 else torch._foreach_mul(group.grads, factor)
+        # The C++ loop walks all four tensors by the same offsets and does not look at their strides.
+        write_back, dense = [], []
+        for param, grad, exp_avg, exp_avg_sq in zip(
+            group.params, grads, group.exp_avgs, group.exp_avg_sqs, strict=True
+        ):
+            dense.append(same_layout([param, grad.to(param.dtype), exp_avg, exp_avg_sq], write_back))
+        params, grads, exp_avgs, exp_avg_sqs = map(list, zip(*dense, strict=True))
         torch_adamw(
-            group.params,
-            [grad.to(param.dtype) for grad, param in zip(grads, group.params, strict=True)],
-            group.exp_avgs,
-            group.exp_avg_sqs,
+            params,
+            grads,
+            exp_avgs,
+            exp_avg_sqs,
             [],
             group.steps,
             fused=True,
@@ -38,6 +45,8 @@ def adamw_step_cpu_(groups, grad_scale=None, found_inf=None, sq_norm=None, max_n
             eps=group.eps,
             maximize=group.maximize,
         )
+        for tensor, copy in write_back:
+            tensor.copy_(copy)
         for param, copy in zip(group.params, group.copies, strict=True):
             if copy is not None:
                 copy.copy_(param)
@@ -69,6 +78,8 @@ class AdamW(torch.optim.Optimizer):
         TypeError: a complex parameter.
     """
 
+    writes_copies = True  # read by amp.MasterWeights: `step` takes `copies`
+
     def __init__(
         self,
         params,
@@ -99,7 +110,7 @@ class AdamW(torch.optim.Optimizer):
 
     def add_param_group(self, param_group: dict) -> None:
         super().add_param_group(param_group)
-        _check_group(self.param_groups[-1])
+        check_group(self.param_groups[-1])
 
     def load_state_dict(self, state_dict: dict) -> None:
         """Load this class's or torch.optim.AdamW's state dict."""
@@ -147,7 +158,8 @@ class AdamW(torch.optim.Optimizer):
             sq_norm = sum(squared_norm([g for group in gs for g in group.grads]).to(home) for gs in by_device.values())
         for device, groups in by_device.items():
             scalars = [None if t is None else t.to(device, non_blocking=True) for t in (grad_scale, found_inf, sq_norm)]
-            self._step_function(groups)(groups, *scalars, max_norm)
+            step = step_function(groups[0].params[0], self.param_groups[0]["fused"])
+            step(groups, *scalars, max_norm)
         return loss
 
     def _collect(self, group: dict, params: list[torch.Tensor], copies: dict) -> ParamGroup:
@@ -177,11 +189,12 @@ class AdamW(torch.optim.Optimizer):
             maximize=group["maximize"],
         )
 
-    def _step_function(self, groups: list[ParamGroup]):
-        if self.param_groups[0]["fused"] is False:
-            return adamw_step_reference_
-        param = groups[0].params[0]
-        return adamw_step_cpu_ if param.device.type == "cpu" and backend(param) == "torch" else adamw_step_
+
+def step_function(param: torch.Tensor, fused: bool | None = None):
+    """Which of the three step functions serves tensors like `param`."""
+    if fused is False:
+        return adamw_step_reference_
+    return adamw_step_cpu_ if param.device.type == "cpu" and backend(param) == "torch" else adamw_step_
 
 
 def _check_flags(group: dict) -> None:
@@ -190,7 +203,7 @@ def _check_flags(group: dict) -> None:
             raise ValueError(f"{flag} must be False, got {group[flag]!r}: this AdamW does not have it")
 
 
-def _check_group(group: dict) -> None:
+def check_group(group: dict) -> None:
     _check_flags(group)
     for name in ("lr", "eps", "weight_decay"):
         if not group[name] >= 0:

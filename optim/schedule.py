@@ -35,6 +35,14 @@ class _WarmupCosine:
         return self.floor + (1.0 - self.floor) * cosine
 
 
+class _Schedule(LambdaLR):
+    def load_state_dict(self, state_dict: dict) -> None:
+        """Also hand the rate to the optimizer, which torch leaves to whoever loads the optimizer's state."""
+        super().load_state_dict(state_dict)
+        for group, lr in zip(self.optimizer.param_groups, self.get_last_lr(), strict=True):
+            group["lr"] = lr
+
+
 def cosine_with_warmup(
     optimizer: torch.optim.Optimizer, total_steps: int, warmup_ratio: float = 0.1, min_lr: float = 0.0
 ) -> LambdaLR:
@@ -50,7 +58,7 @@ def cosine_with_warmup(
         min_lr: the learning rate at the end, in the unit of `lr`.
 
     Returns:
-        torch's `LambdaLR`: `.step()`, `.get_last_lr()`, `.state_dict()`, `.load_state_dict()`.
+        a torch `LambdaLR`: `.step()`, `.get_last_lr()`, `.state_dict()`, `.load_state_dict()`.
 
     Raises:
         TypeError: `total_steps` is not an integer.
@@ -68,7 +76,7 @@ def cosine_with_warmup(
             raise ValueError(f"min_lr must lie in 0…lr (lr is {peak}), got {min_lr}")
     warmup_steps = math.ceil(warmup_ratio * total_steps)
     floors = [min_lr / peak if peak > 0 else 0.0 for peak in peaks]
-    return LambdaLR(optimizer, [_WarmupCosine(warmup_steps, total_steps, floor) for floor in floors])
+    return _Schedule(optimizer, [_WarmupCosine(warmup_steps, total_steps, floor) for floor in floors])
 
 
 def optimizer_steps(

@@ -112,6 +112,15 @@ def serve(name):
         print(json.dumps({"seconds": seconds, "loss": loss, "peak": peak}), flush=True)
 
 
+def check(first_losses):
+    """Both NF4 contestants start from the same weights; quantization may move the loss of the fp32 one a little."""
+    reference = first_losses.get("peft nf4", first_losses.get("handtuned qlora"))
+    for name, loss in first_losses.items():
+        allowed = 0.1 if name == "peft fp32" else 1e-3
+        if reference and abs(loss - reference) > allowed * reference:
+            raise SystemExit(f"the contestants do not compute the same: first losses {first_losses}")
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--rounds", type=int, default=5)
@@ -136,9 +145,7 @@ def main():
         child.stdin.close()
         child.wait()
 
-    losses = [turns[name][0]["loss"] for name in args.only]
-    if max(losses) - min(losses) > 0.05 * min(losses):
-        raise SystemExit(f"the contestants do not compute the same: first losses {losses}")
+    check({name: taken[0]["loss"] for name, taken in turns.items()})
     results = {
         name: {
             "median_s": statistics.median(turn["seconds"] for turn in taken[1:]),

@@ -1,0 +1,159 @@
+"""One small language model, six precisions: which of them learn, and how well?
+
+A two-layer byte-level Transformer reads the questions and answers of the shipped data set. All runs
+see the same batches from the same start; FP32 is repeated with other seeds to show how much two
+equally good runs differ.
+
+    python benchmarks/precision_curves.py
+
+writes precision_curves.json and precision_curves.svg beside this file. It takes 20 minutes on two
+CPU cores, nearly all of it for the FP16 products, which such a CPU has no instructions for.
+"""
+
+import argparse
+import json
+import platform
+from importlib import resources
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from handtuned.amp import GradScaler, MixedPrecisionTrainer
+from handtuned.amp.formats import FP16
+from handtuned.nn.transformer import Transformer
+from handtuned.optim import AdamW, GradientAccumulationTrainer, cosine_with_warmup
+
+BATCH, LENGTH, LR = 32, 64, 3e-3
+NO_GROWTH = 10**9
+
+
+def text(name):
+    """All questions and answers of a split, a line each, as a tensor of bytes."""
+    lines = resources.files("handtuned").joinpath("datasets", f"{name}.jsonl").read_text(encoding="utf-8").splitlines()
+    parts = [message["content"] for line in lines for message in json.loads(line)["messages"][1:]]
+    return torch.tensor(list("\n".join(parts).encode()))
+
+
+def windows(data, count, seed):
+    """`count` random stretches: (count, LENGTH) inputs and the bytes that follow them."""
+    starts = torch.randint(len(data) - LENGTH, (count, 1), generator=torch.Generator().manual_seed(seed))
+    block = data[starts + torch.arange(LENGTH + 1)]
+    return block[:, :-1], block[:, 1:]
+
+
+def new_model(seed):
+    torch.manual_seed(seed)
+    return Transformer(vocab_size=256, num_layers=2, d_model=64, num_heads=4, d_ff=128)
+
+
+class PlainHalf:
+    """FP16 weights in the optimizer itself: no FP32 copy, no loss scale. What mixed precision is there to avoid."""
+
+    def __init__(self, model, optimizer, scheduler):
+        self.model, self.optimizer, self.scheduler = model, optimizer, scheduler
+
+    def train_step(self, inputs, labels):
+        self.optimizer.zero_grad()
+        F.cross_entropy(self.model(inputs).flatten(0, 1).float(), labels.flatten()).backward()
+        torch.nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
+        self.optimizer.step()
+        self.scheduler.step()
+
+
+def trainer_for(precision, model, steps):
+    """The trainer of one run, its optimizer and schedule included."""
+    if precision.startswith("fp16 weights"):
+        model.half()
+    optimizer = AdamW(model.parameters(), lr=LR)
+    schedule = cosine_with_warmup(optimizer, steps, warmup_ratio=0.05)
+    if precision == "fp32":
+        return GradientAccumulationTrainer(model, optimizer, accumulation_steps=1, scheduler=schedule)
+    if precision == "fp16 weights alone":
+        return PlainHalf(model, optimizer, schedule)
+    dtype = torch.bfloat16 if precision == "bf16" else torch.float16
+    trainer = MixedPrecisionTrainer(model, optimizer, dtype=dtype, scheduler=schedule)
+    if precision == "fp16 without scaling":
+        trainer.scaler = GradScaler(init_scale=1.0, growth_interval=NO_GROWTH)
+    return trainer
+
+
+PRECISIONS = ["fp32", "bf16", "fp16 + scaler", "fp16 without scaling", "fp16 weights + masters", "fp16 weights alone"]
+
+
+@torch.no_grad()
+def evaluate(model, batch):
+    """Loss in FP32 of the weights as they are."""
+    inputs, labels = batch
+    copy = new_model(0)
+    copy.load_state_dict({name: value.float() for name, value in model.state_dict().items()})
+    return F.cross_entropy(copy(inputs).flatten(0, 1), labels.flatten()).item()
+
+
+def run(precision, seed, steps, data, held_out):
+    model = new_model(seed)
+    trainer = trainer_for(precision, model, steps)
+    curve = [evaluate(model, held_out)]
+    for step in range(steps):
+        trainer.train_step(*windows(data, BATCH, seed * 1_000_000 + step))
+        if (step + 1) % (steps // 20) == 0:
+            curve.append(evaluate(model, held_out))
+            print(f"{precision:24} seed {seed} step {step + 1:4d}  loss {curve[-1]:.4f}", flush=True)
+    return {"curve": curve, "final": curve[-1], "underflow": underflow(model, data)}
+
+
+def underflow(model, data):
+    """Share of the nonzero FP32 gradients that FP16 would make zero, at these weights: of logits and of weights."""
+    copy = new_model(0)
+    copy.load_state_dict({name: value.float() for name, value in model.state_dict().items()})
+    inputs, labels = windows(data, BATCH, 1)
+    logits = copy(inputs)
+    logits.retain_grad()
+    F.cross_entropy(logits.flatten(0, 1), labels.flatten()).backward()
+    weights = torch.cat([p.grad.flatten() for p in copy.parameters()])
+
+    def share(gradient):
+        sizes = gradient[gradient != 0].abs()
+        return (sizes <= FP16.underflow_threshold).double().mean().item()
+
+    return {"logits": share(logits.grad), "weights": share(weights)}
+
+
+def draw(results, path):
+    import matplotlib
+
+    matplotlib.use("svg")
+    import matplotlib.pyplot as plt
+
+    figure, axes = plt.subplots(figsize=(7, 4))
+    steps = results["steps"]
+    for name, runs in results["runs"].items():
+        for i, one in enumerate(runs):
+            x = [j * steps / (len(one["curve"]) - 1) for j in range(len(one["curve"]))]
+            style = {"color": "black", "alpha": 0.4} if name == "fp32" else {}
+            axes.plot(x, one["curve"], label=f"{name} ({len(runs)} seeds)" if i == 0 and len(runs) > 1 else
+                      name if i == 0 else None, **style)  # fmt: skip
+    axes.set(xlabel="step", ylabel="held-out loss (nats a byte)", title="The same small model in six precisions")
+    axes.legend()
+    figure.tight_layout()
+    figure.savefig(path)
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--steps", type=int, default=300)
+    parser.add_argument("--seeds", type=int, default=3, help="FP32 runs, for the noise")
+    parser.add_argument("--out", type=Path, default=Path(__file__).with_suffix(""))
+    args = parser.parse_args()
+    data, held_out = text("home_train"), windows(text("home_eval"), 128, 0)
+    runs = {
+        name: [run(name, seed, args.steps, data, held_out) for seed in range(args.seeds if name == "fp32" else 1)]
+        for name in PRECISIONS
+    }
+    machine = f"{platform.machine()}, {torch.get_num_threads()} threads, torch {torch.__version__}"
+    results = {"steps": args.steps, "batch": [BATCH, LENGTH], "lr": LR, "machine": machine, "runs": runs}
+    args.out.with_suffix(".json").write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
+    draw(results, args.out.with_suffix(".svg"))
+
+
+if __name__ == "__main__":
+    main()

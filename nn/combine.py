@@ -1,0 +1,107 @@
+"""New adapters made of those in the model: weighted sums, by three recipes."""
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import nn
+
+from .adapter_math import factors
+from .multi import ModuleToSave, RestingAdapter, adapter_names, carriers, check_name, share_of
+
+Pairs = list[tuple[torch.Tensor, torch.Tensor]]
+
+
+def add_weighted_adapter(
+    model: nn.Module,
+    adapters: Sequence[str],
+    weights: Sequence[float],
+    adapter_name: str,
+    combination_type: str = "svd",
+    svd_rank: int | None = None,
+) -> None:
+    """Add an adapter that is a weighted sum of others, PEFT's function of this name. It is not activated, and frozen.
+
+    A layer that only some of the adapters touch gets the sum of those.
+
+    Args:
+        adapters: names of adapters in the model.
+        weights: one number each; negative ones subtract.
+        adapter_name: what the new one is called.
+        combination_type:
+            - "svd": Σ wᵢ sᵢ BᵢAᵢ, cut to its `svd_rank` largest singular values: the best of that rank.
+            - "cat": the same sum exactly, of rank Σ rᵢ.
+            - "linear": A = Σ √|wᵢsᵢ| Aᵢ and B = Σ ±√|wᵢsᵢ| Bᵢ. Cheap and of the same rank, but the product
+              also holds every mixed BᵢAⱼ, which nobody trained. The ranks must be equal.
+        svd_rank: default the largest rank among the adapters.
+
+    Raises:
+        ValueError: unknown or repeated names, a weight for each is missing or not finite, different ranks with
+            "linear", or adapters that are more than A and B (DoRA, `modules_to_save`).
+    """
+    check_name(adapter_name)
+    known = adapter_names(model)
+    if adapter_name in known:
+        raise ValueError(f"the model has an adapter {adapter_name!r} already")
+    unknown = [name for name in adapters if name not in known]
+    if unknown or not adapters:
+        raise ValueError(f"adapters must name some of {', '.join(known) or 'none'}, got {list(adapters)}")
+    if len(weights) != len(adapters) or not all(math.isfinite(weight) for weight in weights):
+        raise ValueError(f"weights must be {len(adapters)} finite numbers, got {list(weights)}")
+    if combination_type not in RECIPES:
+        raise ValueError(f"combination_type must be one of {', '.join(RECIPES)}, got {combination_type!r}")
+    if svd_rank is not None and svd_rank < 1:
+        raise ValueError(f"svd_rank must be at least 1, got {svd_rank}")
+
+    pairs: dict[str, tuple[nn.Module, Pairs]] = {}
+    for path, carrier in carriers(model).items():
+        held = [(share_of(carrier, name), weight) for name, weight in zip(adapters, weights, strict=True)]
+        held = [(share, weight) for share, weight in held if share is not None]
+        if not held:
+            continue
+        if isinstance(carrier, ModuleToSave) or any(share.lora_magnitude is not None for share, _ in held):
+            raise ValueError(f"{path!r}: only adapters of A and B can be combined, not DoRA or modules_to_save")
+        pairs[path] = carrier, [_weighted(share, weight) for share, weight in held]
+    rank = svd_rank or max(A.shape[0] for _, held in pairs.values() for A, _ in held)
+    recipe = RECIPES["linear" if len(adapters) == 1 else combination_type]
+    made = {path: (carrier, *recipe(path, held, rank)) for path, (carrier, held) in pairs.items()}
+    for carrier, A, B in made.values():
+        A, B = (nn.Parameter(factor.contiguous(), requires_grad=False) for factor in (A, B))
+        carrier.resting[adapter_name] = RestingAdapter(A, B, rank=len(A), lora_alpha=len(A), scaling=1.0)
+
+
+def _weighted(share, weight: float) -> tuple[torch.Tensor, torch.Tensor]:
+    """A and B whose product is weight · s · BA, the factor and its sign shared out as PEFT does."""
+    A, B = (factor.detach() for factor in factors(share))
+    root = math.sqrt(abs(weight * share.scaling))
+    return A * math.copysign(root, weight * share.scaling), B * root
+
+
+def _linear(path: str, pairs: Pairs, rank: int):
+    if len({A.shape[0] for A, _ in pairs}) > 1:
+        raise ValueError(f"combination_type 'linear' needs equal ranks, but {path!r} has {[len(A) for A, _ in pairs]}")
+    return sum(A for A, _ in pairs), sum(B for _, B in pairs)
+
+
+def _cat(path: str, pairs: Pairs, rank: int):
+    return torch.cat([A for A, _ in pairs]), torch.cat([B for _, B in pairs], dim=1)
+
+
+def _svd(path: str, pairs: Pairs, rank: int):
+    return best_of_rank(*_cat(path, pairs, rank), rank)
+
+
+def best_of_rank(A: torch.Tensor, B: torch.Tensor, rank: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """The A' (rank, in) and B' (out, rank) whose product comes closest to BA.
+
+    BA is never formed: with B = Q₁R₁ and Aᵀ = Q₂R₂ it is Q₁ (R₁R₂ᵀ) Q₂ᵀ, and the singular values are
+    those of the small matrix in the middle.
+    """
+    dtype = torch.promote_types(A.dtype, torch.float32)
+    Q1, R1 = torch.linalg.qr(B.to(dtype))
+    Q2, R2 = torch.linalg.qr(A.to(dtype).t())
+    U, S, Vh = torch.linalg.svd(R1 @ R2.t(), full_matrices=False)
+    return (Vh[:rank] @ Q2.t()).to(A.dtype), (Q1 @ U[:, :rank] * S[:rank]).to(B.dtype)
+
+
+RECIPES = {"svd": _svd, "cat": _cat, "linear": _linear}

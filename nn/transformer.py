@@ -1,0 +1,270 @@
+"""A decoder of the Llama family, small enough to read, and the documents' checkpointed layer.
+
+    block(x) = h + down( silu(gate n₂(h)) · up n₂(h) )        h = x + o( attention( q n₁(x), k n₁(x), v n₁(x) ) )
+
+    RMSNorm      n(x) = g · x / √(mean(x²) + ε): LayerNorm without mean and shift, in fp32 whatever x is
+    rotary       q and k of position p are turned by the angles p·θ^(−2i/d), pair i of d/2, so that
+                 qᵀk depends on the distance of two positions only
+    grouped      H query heads share K ≤ H key/value heads, H/K to one: the key/value cache is K/H as large
+    SwiGLU       one of the two inner projections passes through silu(z) = z·σ(z) and gates the other
+
+Modules and parameters bear transformers' names (`model.layers.0.self_attn.q_proj.weight`, …), so that
+LoRA and NF4 find their targets here too, and the weights of any plain Llama load unchanged.
+
+Sources: Zhang & Sennrich 2019 (RMSNorm); Su et al. 2021, section 3.4 (rotary, in the two-halves order of
+the published weights); Ainslie et al. 2023 (grouped queries); Shazeer 2020 (SwiGLU); Touvron et al. 2023.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from .checkpoint import checkpoint
+from .checkpoint_plan import Plan
+from .sequential import checkpoint_sequential
+
+
+class RMSNorm(nn.Module):
+    """x / √(mean(x²) + eps) · weight over the last dimension; normalized in fp32, returned in x's dtype."""
+
+    def __init__(self, size: int, eps: float = 1e-6):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(size))
+        self.eps = eps
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        wide = x.float()
+        normed = wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + self.eps)
+        return self.weight * normed.to(x.dtype)
+
+
+def rotary_angles(positions: torch.Tensor, head_dim: int, theta: float = 10_000.0) -> tuple[torch.Tensor, torch.Tensor]:
+    """Cosines and sines, (..., head_dim) each in fp32, for integer positions (...); both halves are equal."""
+    rates = theta ** -(torch.arange(0, head_dim, 2, device=positions.device).float() / head_dim)
+    angles = positions[..., None].float() * rates
+    angles = torch.cat((angles, angles), dim=-1)
+    return angles.cos(), angles.sin()
+
+
+def apply_rotary(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+    """Turn pair (i, i + d/2) of x (B, heads, T, d) by its position's angles; cos, sin are (T, d) or (B, 1, T, d)."""
+    first, second = x.chunk(2, dim=-1)
+    return x * cos.to(x.dtype) + torch.cat((-second, first), dim=-1) * sin.to(x.dtype)
+
+
+class Attention(nn.Module):
+    """Causal attention with rotary positions and grouped heads; no biases."""
+
+    def __init__(self, d_model: int, num_heads: int, num_kv_heads: int, head_dim: int):
+        super().__init__()
+        self.num_heads, self.num_kv_heads, self.head_dim = num_heads, num_kv_heads, head_dim
+        self.q_proj = nn.Linear(d_model, num_heads * head_dim, bias=False)
+        self.k_proj = nn.Linear(d_model, num_kv_heads * head_dim, bias=False)
+        self.v_proj = nn.Linear(d_model, num_kv_heads * head_dim, bias=False)
+        self.o_proj = nn.Linear(num_heads * head_dim, d_model, bias=False)
+
+    def forward(self, x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+        heads = (*x.shape[:-1], -1, self.head_dim)
+        q, k, v = (project(x).view(heads).transpose(1, 2) for project in (self.q_proj, self.k_proj, self.v_proj))
+        q, k = apply_rotary(q, cos, sin), apply_rotary(k, cos, sin)
+        mixed = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=self.num_kv_heads < self.num_heads)
+        return self.o_proj(mixed.transpose(1, 2).reshape(*x.shape[:-1], -1))
+
+
+class SwiGLU(nn.Module):
+    """down( silu(gate x) · up x ), no biases."""
+
+    def __init__(self, d_model: int, d_ff: int):
+        super().__init__()
+        self.gate_proj = nn.Linear(d_model, d_ff, bias=False)
+        self.up_proj = nn.Linear(d_model, d_ff, bias=False)
+        self.down_proj = nn.Linear(d_ff, d_model, bias=False)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+
+
+class TransformerBlock(nn.Module):
+    """One layer of a Llama: attention and SwiGLU, each after an RMSNorm and with a residual around it.
+
+    Args:
+        d_model: width of the residual stream.
+        num_heads: query heads; head_dim defaults to d_model / num_heads and must be even.
+        d_ff: width inside the SwiGLU.
+        num_kv_heads: key/value heads, a divisor of num_heads (default: num_heads).
+        head_dim: width of a head.
+        rope_theta: base of the rotary angles.
+        norm_eps: ε of the norms.
+
+    Raises:
+        ValueError: sizes that do not divide.
+    """
+
+    def __init__(
+        self,
+        d_model: int,
+        num_heads: int,
+        d_ff: int,
+        num_kv_heads: int | None = None,
+        head_dim: int | None = None,
+        rope_theta: float = 10_000.0,
+        norm_eps: float = 1e-6,
+    ):
+        super().__init__()
+        num_kv_heads = num_heads if num_kv_heads is None else num_kv_heads
+        if head_dim is None and d_model % num_heads:
+            raise ValueError(f"d_model must be a multiple of num_heads = {num_heads}, got {d_model}")
+        head_dim = d_model // num_heads if head_dim is None else head_dim
+        if num_heads % num_kv_heads:
+            raise ValueError(f"num_kv_heads must divide num_heads = {num_heads}, got {num_kv_heads}")
+        if head_dim % 2:
+            raise ValueError(f"head_dim must be even, as rotary positions turn pairs, got {head_dim}")
+        self.rotary_sizes = head_dim, rope_theta
+        self.input_layernorm = RMSNorm(d_model, norm_eps)
+        self.self_attn = Attention(d_model, num_heads, num_kv_heads, head_dim)
+        self.post_attention_layernorm = RMSNorm(d_model, norm_eps)
+        self.mlp = SwiGLU(d_model, d_ff)
+
+    def forward(self, x: torch.Tensor, rotary: tuple[torch.Tensor, torch.Tensor] | None = None) -> torch.Tensor:
+        """x: (B, T, d_model) → the same shape.
+
+        Args:
+            rotary: cosines and sines from `rotary_angles`; by default those of positions 0 … T − 1.
+        """
+        if rotary is None:
+            positions = torch.arange(x.shape[1], device=x.device)
+            rotary = rotary_angles(positions, *self.rotary_sizes)
+        h = x + self.self_attn(self.input_layernorm(x), *rotary)
+        return h + self.mlp(self.post_attention_layernorm(h))
+
+
+class _Body(nn.Module):
+    """Embedding, blocks and the last norm, under transformers' names."""
+
+    def __init__(self, vocab_size: int, num_layers: int, d_model: int, num_heads: int, d_ff: int, **options):
+        super().__init__()
+        self.embed_tokens = nn.Embedding(vocab_size, d_model)
+        self.layers = nn.ModuleList(TransformerBlock(d_model, num_heads, d_ff, **options) for _ in range(num_layers))
+        self.norm = RMSNorm(d_model, self.layers[0].input_layernorm.eps)
+
+
+class Transformer(nn.Module):
+    """A whole causal language model: tokens in, logits out.
+
+    Args:
+        vocab_size, num_layers, d_model, num_heads, d_ff: sizes.
+        tie_embeddings: the output head is the embedding table.
+        options: `num_kv_heads`, `head_dim`, `rope_theta`, `norm_eps` of `TransformerBlock`.
+    """
+
+    def __init__(
+        self,
+        vocab_size: int,
+        num_layers: int,
+        d_model: int,
+        num_heads: int,
+        d_ff: int,
+        tie_embeddings: bool = False,
+        **options,
+    ):
+        super().__init__()
+        self.model = _Body(vocab_size, num_layers, d_model, num_heads, d_ff, **options)
+        self.lm_head = nn.Linear(d_model, vocab_size, bias=False)
+        if tie_embeddings:
+            self.lm_head.weight = self.model.embed_tokens.weight
+
+    @classmethod
+    def from_config(cls, config) -> "Transformer":
+        """A model of the sizes in a transformers `LlamaConfig` (or anything with its attributes), newly initialized.
+
+        `load_state_dict` of the transformers model then gives the same logits.
+
+        Raises:
+            ValueError: the config asks for what these blocks do not have: biases, another activation,
+                scaled rotary positions.
+        """
+        rope = getattr(config, "rope_parameters", None) or {}
+        scaling = rope.get("rope_type", "default")
+        if getattr(config, "rope_scaling", None) and not rope:
+            scaling = "scaled"
+        missing = [
+            f"{name} = {value!r}"
+            for name, value, ours in (
+                ("attention_bias", getattr(config, "attention_bias", False), False),
+                ("mlp_bias", getattr(config, "mlp_bias", False), False),
+                ("hidden_act", getattr(config, "hidden_act", "silu"), "silu"),
+                ("rope_type", scaling, "default"),
+            )
+            if value != ours
+        ]
+        if missing:
+            raise ValueError(f"config asks for {', '.join(missing)}, which Transformer does not have")
+        return cls(
+            config.vocab_size,
+            config.num_hidden_layers,
+            config.hidden_size,
+            config.num_attention_heads,
+            config.intermediate_size,
+            tie_embeddings=config.tie_word_embeddings,
+            num_kv_heads=config.num_key_value_heads,
+            head_dim=getattr(config, "head_dim", None),
+            rope_theta=rope.get("rope_theta") or getattr(config, "rope_theta", 10_000.0),
+            norm_eps=config.rms_norm_eps,
+        )
+
+    def forward(self, tokens: torch.Tensor, segments: str | int | Plan | None = None) -> torch.Tensor:
+        """tokens: (B, T) int64 → logits (B, T, vocab_size).
+
+        Args:
+            segments: checkpoint the blocks so, as `checkpoint_sequential` understands it. None keeps everything.
+        """
+        x = self.model.embed_tokens(tokens)
+        if segments is None:
+            positions = torch.arange(tokens.shape[1], device=tokens.device)
+            rotary = rotary_angles(positions, *self.model.layers[0].rotary_sizes)
+            for layer in self.model.layers:
+                x = layer(x, rotary)
+        else:
+            x = checkpoint_sequential(self.model.layers, x, segments)
+        return self.lm_head(self.model.norm(x))
+
+
+class CheckpointedTransformerLayer(nn.Module):
+    """The documents' layer: attention and feed-forward after LayerNorms, each a checkpoint of its own in training.
+
+    With n such layers 2n boundaries stay: memory O(n) with a small factor, not O(√n). Unlike the
+    documents' version it does not have attention return its (B, T, T) weights, which nobody
+    reads and which keep it from the fused kernels. An encoder layer unless `causal`.
+
+    Args:
+        d_model: width; num_heads must divide it.
+        num_heads: attention heads.
+        d_ff: width of the feed-forward part.
+        causal: forbid every position to look at later ones.
+    """
+
+    def __init__(self, d_model: int, num_heads: int, d_ff: int, causal: bool = False):
+        super().__init__()
+        self.self_attn = nn.MultiheadAttention(d_model, num_heads, batch_first=True)
+        self.ffn = nn.Sequential(nn.Linear(d_model, d_ff), nn.GELU(), nn.Linear(d_ff, d_model))
+        self.norm1 = nn.LayerNorm(d_model)
+        self.norm2 = nn.LayerNorm(d_model)
+        self.causal = causal
+
+    def forward(self, x: torch.Tensor, use_checkpoint: bool = True) -> torch.Tensor:
+        """x: (B, T, d_model) → the same shape. Checkpoints in training only, and only if `use_checkpoint`."""
+        if use_checkpoint and self.training:
+            x = x + checkpoint(self._attn_block, x)
+            return x + checkpoint(self._ffn_block, x)
+        x = x + self._attn_block(x)
+        return x + self._ffn_block(x)
+
+    def _attn_block(self, x: torch.Tensor) -> torch.Tensor:
+        normed = self.norm1(x)
+        mask = None
+        if self.causal:
+            mask = nn.Transformer.generate_square_subsequent_mask(x.shape[1], device=x.device, dtype=x.dtype)
+        return self.self_attn(normed, normed, normed, attn_mask=mask, is_causal=self.causal, need_weights=False)[0]
+
+    def _ffn_block(self, x: torch.Tensor) -> torch.Tensor:
+        return self.ffn(self.norm2(x))

@@ -1,0 +1,192 @@
+"""Gradient accumulation: a big batch in small pieces, with exactly the big batch's gradient.
+
+The gradient of a sum is the sum of the gradients, so the losses of k micro-batches may be
+backpropagated one after another into the same `.grad`. What has to be right is the division.
+The big batch's loss is a mean over its tokens,
+
+    L = Σ_i ℓ_i / n,        n = n_1 + … + n_k  answer tokens,
+
+and neither "divide each micro-batch's mean by k" (true only if all n_j are equal; a short
+sequence's tokens weigh too much) nor "always divide by k" (a tail of fewer than k is made too
+small) computes that. So each micro-batch contributes its *sum* of losses, and the gradient
+is divided by n when the last one has been counted.
+
+n is not known during the first micro-batch. Its sum is divided by a first guess of n (its own
+count times k), which keeps gradients in the range that FP16 needs, and the finished
+gradient is multiplied by guess / n.
+
+Under DistributedDataParallel only the last micro-batch's backward pass communicates, guess
+and n are those of all processes, and DDP's mean over processes is undone by their number.
+"""
+
+import contextlib
+from collections.abc import Iterable, Mapping
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch.nn.parallel import DistributedDataParallel
+
+IGNORE_INDEX = -100
+
+
+class GradientAccumulationTrainer:
+    """Trains with `accumulation_steps` micro-batches for each optimizer step.
+
+        trainer = GradientAccumulationTrainer(model, optimizer, accumulation_steps=8)
+        for epoch in range(3):
+            print(trainer.train_epoch(loader))
+
+    The loss is the cross-entropy of `model(inputs)` (or its `.logits`) over labels that are
+    not −100. Logits are (…, classes) and labels (…), aligned: nothing is shifted here.
+
+    Args:
+        model: called with `inputs` (as keywords if that is a dict); may be wrapped in DistributedDataParallel.
+        optimizer: any torch optimizer.
+        accumulation_steps: micro-batches for each optimizer step.
+        max_norm: bound of the gradient's L2 norm; None does not clip.
+        scheduler: its `step()` is called once for each optimizer step that was not skipped.
+        scaler: an `amp.GradScaler` or torch's, for a model that computes in FP16 (run the trainer
+            under autocast then).
+
+    Attributes:
+        last_loss: mean loss of the last micro-batch's answer tokens (0-dim; NaN if it had none).
+
+    Raises:
+        ValueError: `accumulation_steps` < 1 or `max_norm` ≤ 0.
+    """
+
+    def __init__(self, model, optimizer, accumulation_steps=4, max_norm=1.0, scheduler=None, scaler=None):
+        if accumulation_steps < 1:
+            raise ValueError(f"accumulation_steps must be at least 1, got {accumulation_steps}")
+        if max_norm is not None and not max_norm > 0:
+            raise ValueError(f"max_norm must be above 0 or None, got {max_norm}")
+        self.model = model
+        self.optimizer = optimizer
+        self.accumulation_steps = accumulation_steps
+        self.max_norm = max_norm
+        self.scheduler = scheduler
+        self.scaler = scaler
+        self.distributed = isinstance(model, DistributedDataParallel)
+        self._micro_batches = 0
+
+    def train_step(self, inputs, labels) -> bool:
+        """Accumulate one micro-batch, and update the parameters if it completes a batch.
+
+        Returns:
+            whether the optimizer was asked to step: not before the last micro-batch of a batch, and
+            not if all its labels were −100.
+
+        Raises:
+            ValueError: logits and labels do not fit.
+        """
+        last = self._micro_batches + 1 == self.accumulation_steps
+        self._accumulate(inputs, labels, sync=last)
+        return last and self._update()
+
+    def finish(self) -> bool:
+        """Update from an incomplete batch, if there is one; returns what `train_step` would."""
+        if self._micro_batches == 0:
+            return False
+        if self.distributed:  # none of its micro-batches was the one that communicates
+            for grad in self._gradients():
+                dist.all_reduce(grad)
+                grad /= dist.get_world_size()
+        return self._update()
+
+    def train_epoch(self, loader: Iterable) -> float:
+        """One pass over (inputs, labels) pairs, the tail of any length included.
+
+        Returns:
+            mean loss of all answer tokens, each measured when its micro-batch was seen.
+
+        Raises:
+            ValueError: there was nothing to learn from.
+        """
+        self.model.train()
+        loss = tokens = 0
+        for inputs, labels in loader:
+            self.train_step(inputs, labels)
+            loss, tokens = loss + self._last[0], tokens + self._last[1]
+        self.finish()
+        if tokens == 0:
+            raise ValueError("loader must yield labels other than -100, got none")
+        return (loss / tokens).item()
+
+    @property
+    def last_loss(self) -> torch.Tensor:
+        loss_sum, tokens = self._last
+        return loss_sum / tokens
+
+    def _accumulate(self, inputs, labels, sync: bool) -> None:
+        if self._micro_batches == 0:
+            self.optimizer.zero_grad()
+        with contextlib.nullcontext() if sync or not self.distributed else self.model.no_sync():
+            outputs = self.model(**inputs) if isinstance(inputs, Mapping) else self.model(inputs)
+            loss_sum, tokens = cross_entropy_sum(outputs, labels)
+            if self._micro_batches == 0:
+                guess = self._over_processes(tokens) * self.accumulation_steps
+                self._guess = guess.clamp(min=1)
+                self._tokens = torch.zeros_like(tokens)
+            loss = loss_sum / self._guess
+            (loss if self.scaler is None else self.scaler.scale(loss)).backward()
+        self._last = loss_sum.detach(), tokens
+        self._tokens += tokens
+        self._micro_batches += 1
+
+    def _update(self) -> bool:
+        tokens = self._over_processes(self._tokens)
+        self._micro_batches = 0
+        if tokens == 0:
+            return False
+        if self.scaler is not None:
+            self.scaler.unscale_(self.optimizer)
+        torch._foreach_mul_(self._gradients(), (self._guess / tokens).item())
+        if self.max_norm is not None:
+            params = [p for group in self.optimizer.param_groups for p in group["params"]]
+            torch.nn.utils.clip_grad_norm_(params, self.max_norm)
+        skipped = False
+        if self.scaler is None:
+            self.optimizer.step()
+        else:
+            scale = self.scaler.get_scale()
+            self.scaler.step(self.optimizer)
+            self.scaler.update()
+            skipped = self.scaler.get_scale() < scale
+        if self.scheduler is not None and not skipped:
+            self.scheduler.step()
+        return True
+
+    def _gradients(self) -> list[torch.Tensor]:
+        params = (p for group in self.optimizer.param_groups for p in group["params"])
+        return [p.grad for p in params if p.grad is not None]
+
+    def _over_processes(self, tokens: torch.Tensor) -> torch.Tensor:
+        """The mean count of all processes: DDP averages gradients, so counts are averaged alike."""
+        tokens = tokens.double()
+        if self.distributed:
+            dist.all_reduce(tokens)
+            tokens /= dist.get_world_size()
+        return tokens
+
+
+def cross_entropy_sum(outputs, labels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Sum of the cross-entropies of all labels but −100, and their count (0-dim tensors).
+
+    Args:
+        outputs: logits (…, classes), or an object that has them as `.logits`.
+        labels: integers (…).
+
+    Raises:
+        ValueError: the shapes do not fit.
+    """
+    logits = getattr(outputs, "logits", outputs)
+    if logits.shape[:-1] != labels.shape:
+        raise ValueError(
+            f"labels must have the shape of the logits without the last dimension, {tuple(logits.shape[:-1])}, "
+            f"got {tuple(labels.shape)}"
+        )
+    flat = logits.reshape(-1, logits.shape[-1])
+    flat = flat.to(torch.promote_types(flat.dtype, torch.float32))
+    loss = F.cross_entropy(flat, labels.reshape(-1), ignore_index=IGNORE_INDEX, reduction="sum")
+    return loss, (labels != IGNORE_INDEX).sum()

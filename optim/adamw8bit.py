@@ -1,0 +1,155 @@
+"""AdamW with its two moments in 8 bits each: 2 bytes a parameter of state instead of 8.
+
+Block-wise dynamic quantization (Dettmers et al. 2022, "8-bit optimizers via block-wise
+quantization", sections 2.1 and 3): every 256 values share one FP32 scale, their largest magnitude,
+so an outlier spoils only its own block; and the 256 levels between −1 and 1 are spaced
+dynamically, in seven decades with twice as many levels in each as in the one below. Large values
+get a relative precision of about 1 %, and values a million times smaller are still not zero.
+
+The first moment uses signed levels. Of the second, the root is stored, with unsigned ones:
+its small values stand in the update's denominator, and the root halves the decades that they span.
+No v > 0 is stored as zero, which would turn the division by √v + ε into one by ε alone.
+
+A step decodes one tensor's moments to FP32, updates as `AdamW` does, and encodes them again; nothing
+but the 8 bits outlives it. Bytes a parameter: 2 + 2·4/256 = 2.03.
+"""
+
+from functools import lru_cache
+
+import torch
+
+from ..kernels.adamw import ParamGroup
+from .adamw import check_group, step_function
+
+BLOCK_SIZE = 256
+
+
+@lru_cache
+def dynamic_code(signed: bool) -> torch.Tensor:
+    """The 256 levels, ascending: midpoints of equal steps in each decade of 10⁻⁷ … 1, then 0 and 1.
+
+    Decade i (i = 0 … 6, from 10^(i−7) to 10^(i−6)) has 2^i levels of each sign, or 2^(i+1) without a sign.
+    """
+    levels = [0.0, 1.0]
+    for i in range(7):
+        edges = torch.linspace(0.1, 1, 2 ** (i if signed else i + 1) + 1, dtype=torch.float64)
+        middles = ((edges[1:] + edges[:-1]) / 2 * 10.0 ** (i - 6)).tolist()
+        levels += middles
+        if signed:
+            levels += [-level for level in middles]
+    return torch.tensor(sorted(levels), dtype=torch.float32)
+
+
+def quantize_blocks(x: torch.Tensor, code: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """x (any shape) → its levels' numbers (n,) uint8 and the blocks' scales (ceil(n / 256),) float32.
+
+    The level is the nearest one; positive values never get the level zero.
+    """
+    n = x.numel()
+    blocks = -(-n // BLOCK_SIZE)
+    flat = torch.zeros(blocks * BLOCK_SIZE, dtype=torch.float32, device=x.device)
+    flat[:n] = x.flatten()
+    flat = flat.view(blocks, BLOCK_SIZE)
+    scale = flat.abs().amax(dim=1)
+    unit = flat / scale.clamp(min=torch.finfo(torch.float32).tiny)[:, None]
+    levels = torch.bucketize(unit, (code[1:] + code[:-1]) / 2)
+    zero = int((code == 0).nonzero())
+    levels = torch.where((levels == zero) & (unit > 0), zero + 1, levels)
+    return levels.to(torch.uint8).flatten()[:n], scale
+
+
+def dequantize_blocks(levels: torch.Tensor, scale: torch.Tensor, code: torch.Tensor) -> torch.Tensor:
+    """The inverse: (n,) float32."""
+    return code[levels.int()] * scale.repeat_interleave(BLOCK_SIZE)[: levels.numel()]
+
+
+class AdamW8bit(torch.optim.Optimizer):
+    """AdamW whose moments take 2 bytes a parameter.
+
+    Args:
+        params, lr, betas, eps, weight_decay: as for `AdamW`.
+        min_elements: tensors with fewer elements keep FP32 moments; they are few bytes, and
+            often the delicate ones (norms, biases).
+
+    Raises:
+        ValueError: a hyperparameter out of range.
+        RuntimeError: from `step`, a sparse gradient.
+    """
+
+    def __init__(self, params, lr=1e-3, betas=(0.9, 0.999), eps=1e-8, weight_decay=1e-2, min_elements=4096):
+        self.min_elements = min_elements
+        super().__init__(params, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay})
+
+    def add_param_group(self, param_group: dict) -> None:
+        super().add_param_group(param_group)
+        check_group(self.param_groups[-1])
+
+    def load_state_dict(self, state_dict: dict) -> None:
+        """Load a state dict; unlike the base class, tensors keep the dtypes in which they were saved."""
+        super().load_state_dict(state_dict)
+        params = [p for group in self.param_groups for p in group["params"]]
+        indices = [i for group in state_dict["param_groups"] for i in group["params"]]
+        for param, index in zip(params, indices, strict=True):
+            for key, value in state_dict["state"].get(index, {}).items():
+                self.state[param][key] = value.to(param.device, copy=True)
+
+    @torch.no_grad()
+    def step(self, closure=None):
+        """One update of every parameter that has a gradient; returns the closure's value."""
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        for group in self.param_groups:
+            for param in group["params"]:
+                if param.grad is not None:
+                    self._step_one(group, param)
+        return loss
+
+    def _step_one(self, group: dict, param: torch.Tensor) -> None:
+        if param.grad.is_sparse:
+            raise RuntimeError("AdamW8bit does not support sparse gradients")
+        state = self.state[param]
+        small = param.numel() < self.min_elements
+        if not state:
+            state["step"] = torch.zeros((), dtype=torch.float32, device=param.device)
+            zeros = torch.zeros_like(param, dtype=torch.float32)
+            self._store(state, zeros, zeros.clone(), small)
+        exp_avg, exp_avg_sq = self._load(state, param, small)
+        # Moments and arithmetic are FP32; a 16-bit parameter receives the result rounded.
+        wide = param if param.dtype == torch.float32 else param.float()
+        step_function(wide)([
+            ParamGroup(
+                params=[wide],
+                grads=[param.grad.to(wide.dtype)],
+                exp_avgs=[exp_avg],
+                exp_avg_sqs=[exp_avg_sq],
+                steps=[state["step"]],
+                copies=[None],
+                lr=float(group["lr"]),
+                betas=group["betas"],
+                eps=group["eps"],
+                weight_decay=group["weight_decay"],
+            )
+        ])  # fmt: skip
+        if wide is not param:
+            param.copy_(wide)
+        self._store(state, exp_avg, exp_avg_sq, small)
+
+    @staticmethod
+    def _load(state: dict, param: torch.Tensor, small: bool) -> tuple[torch.Tensor, torch.Tensor]:
+        if small:
+            return state["exp_avg"], state["exp_avg_sq"]
+        signed, unsigned = (dynamic_code(sign).to(param.device) for sign in (True, False))
+        exp_avg = dequantize_blocks(state["exp_avg_levels"], state["exp_avg_scale"], signed)
+        root = dequantize_blocks(state["exp_avg_sq_levels"], state["exp_avg_sq_scale"], unsigned)
+        return exp_avg.view(param.shape), root.square_().view(param.shape)
+
+    @staticmethod
+    def _store(state: dict, exp_avg: torch.Tensor, exp_avg_sq: torch.Tensor, small: bool) -> None:
+        if small:
+            state["exp_avg"], state["exp_avg_sq"] = exp_avg, exp_avg_sq
+            return
+        signed, unsigned = (dynamic_code(sign).to(exp_avg.device) for sign in (True, False))
+        state["exp_avg_levels"], state["exp_avg_scale"] = quantize_blocks(exp_avg, signed)
+        state["exp_avg_sq_levels"], state["exp_avg_sq_scale"] = quantize_blocks(exp_avg_sq.sqrt(), unsigned)

@@ -1,0 +1,460 @@
+"""Rows → chats → examples → batches."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from handtuned import data
+from handtuned.data import IGNORE_INDEX, DataError, load_rows
+
+CHATML = (
+    "{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\n' + m['content'] + '<|im_end|>\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+)
+MARKED = (
+    "{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\n' }}"
+    "{% if m['role'] == 'assistant' %}{% generation %}{{ m['content'] + '<|im_end|>' }}{% endgeneration %}{{ '\n' }}"
+    "{% else %}{{ m['content'] + '<|im_end|>\n' }}{% endif %}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+)
+# The answer stands after a space that only the answer writes, and is trimmed.
+INSTRUCT = (
+    "{{ bos_token }}{% for m in messages %}"
+    "{% if m['role'] == 'assistant' %}{{ ' ' + m['content'] | trim + ' ' + eos_token }}"
+    "{% else %}{{ '[INST] ' + m['content'] + ' [/INST]' }}{% endif %}{% endfor %}"
+)
+# An empty thought precedes the last answer only, as in models that think.
+THINKING = (
+    "{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\n' }}"
+    "{% if m['role'] == 'assistant' and loop.last %}{{ '<think>\n\n</think>\n\n' }}{% endif %}"
+    "{{ m['content'] + '<|im_end|>\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+)
+PREFILLED = CHATML.replace("'<|im_start|>assistant\n'", "'<|im_start|>assistant\n<think>\n'")
+UNENDED = "{% for m in messages %}{{ m['role'] + ': ' + m['content'] + '\n' }}{% endfor %}" + (
+    "{% if add_generation_prompt %}{{ 'assistant: ' }}{% endif %}"
+)
+
+CHAT = [
+    {"role": "system", "content": "Be brief."},
+    {"role": "user", "content": "Turn on the light."},
+    {"role": "assistant", "content": "Done."},
+    {"role": "user", "content": "And off again, é 😀?"},
+    {"role": "assistant", "content": "end 😀"},
+]
+
+
+def make_tokenizer(chat_template=None, writes_bos=False):
+    """A byte-level tokenizer with merges across spaces, whose padding is its end of turn, as in SmolLM2."""
+    tokenizers = pytest.importorskip("tokenizers")
+    transformers = pytest.importorskip("transformers")
+    bpe = tokenizers.Tokenizer(tokenizers.models.BPE())
+    bpe.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+    bpe.decoder = tokenizers.decoders.ByteLevel()
+    trainer = tokenizers.trainers.BpeTrainer(
+        vocab_size=400,
+        special_tokens=["<|endoftext|>", "<|im_start|>", "<|im_end|>"],
+        initial_alphabet=tokenizers.pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    bpe.train_from_iterator(
+        [message["content"] for message in CHAT] * 9 + ["user assistant: \n\n Done. end"] * 9, trainer
+    )
+    if writes_bos:
+        bpe.post_processor = tokenizers.processors.TemplateProcessing(
+            single="<|im_start|> $A", special_tokens=[("<|im_start|>", 1)]
+        )
+    return transformers.PreTrainedTokenizerFast(
+        tokenizer_object=bpe,
+        bos_token="<|im_start|>",
+        eos_token="<|im_end|>",
+        pad_token="<|im_end|>",
+        chat_template=chat_template,
+    )
+
+
+def learnt_texts(example, tokenizer):
+    """The text of each stretch of learnt tokens."""
+    texts, run = [], []
+    for token, label in zip([*example.input_ids.tolist(), 0], [*example.labels.tolist(), IGNORE_INDEX], strict=True):
+        if label != IGNORE_INDEX:
+            assert label == token
+            run.append(token)
+        elif run:
+            texts.append(tokenizer.decode(run, skip_special_tokens=False))
+            run = []
+    return texts
+
+
+def write(path, *rows):
+    path.write_text(
+        "".join((row if isinstance(row, str) else json.dumps(row)) + "\n" for row in rows), encoding="utf-8"
+    )
+    return path
+
+
+ALPACA = {"instruction": "Add.", "input": "1 and 2", "output": "3"}
+AS_CHAT = [{"role": "user", "content": "Add.\n\n1 and 2"}, {"role": "assistant", "content": "3"}]
+
+BAD_ROWS = {
+    "broken": ('{"prompt": ', "not valid JSON"),
+    "two objects": ('{"a": 1} {"b": 2}', "not valid JSON"),
+    "deep": ('{"a":' * 100_000, "not valid JSON"),
+    "no object": ('"text"', "a row must be a JSON object, got str"),
+    "unknown columns": ({"question": "?", "answer": "!"}, "unknown columns: question, answer"),
+    "no columns": ({}, "unknown columns: none"),
+    "no output": ({"instruction": "Add."}, "field 'output' is missing"),
+    "no completion": ({"prompt": "Add."}, "field 'completion' is missing"),
+    "number": ({"prompt": "Add.", "completion": 3}, "field 'completion' must be text, got int"),
+    "null": ({"instruction": "Add.", "output": None}, "field 'output' must be text, got NoneType"),
+    "empty answer": ({"instruction": "Add.", "output": "  \n"}, "field 'output' is empty"),
+    "empty prompt": ({"prompt": "", "completion": "3"}, "field 'prompt' is empty"),
+    "bad input": ({"instruction": "Add.", "input": [1], "output": "3"}, "field 'input' must be text, got list"),
+    "surrogate": ('{"prompt": "a\\ud83d", "completion": "b"}', "field 'prompt' holds half of a surrogate pair"),
+    "no messages": ({"messages": []}, "field 'messages' must be a list"),
+    "messages text": ({"messages": "hi"}, "field 'messages' must be a list"),
+    "message text": ({"messages": ["hi"]}, "message 1: must be a JSON object, got str"),
+    "no role": ({"messages": [{"content": "hi"}]}, "message 1: unknown role None"),
+    "tool": ({"messages": [AS_CHAT[0], {"role": "tool", "content": "x"}]}, "message 2: unknown role 'tool'"),
+    "tool calls": (
+        {"messages": [AS_CHAT[0], {"role": "assistant", "content": None, "tool_calls": [{}]}]},
+        "message 2: tool calls are not supported",
+    ),
+    "tools": ({"messages": AS_CHAT, "tools": [{}]}, "tool calls are not supported"),
+    "no answer": ({"messages": [AS_CHAT[0]]}, "the last message must be the assistant's answer"),
+    "answer first": ({"messages": [AS_CHAT[1]]}, "message 1: role 'assistant' out of order"),
+    "two requests": ({"messages": [AS_CHAT[0], *AS_CHAT]}, "message 2: role 'user' out of order"),
+    "late system": ({"messages": [*AS_CHAT, CHAT[0]]}, "message 3: role 'system' out of order"),
+    "empty turn": (
+        {"messages": [AS_CHAT[0], {"role": "assistant", "content": ""}]},
+        "message 2: field 'content' is empty",
+    ),
+    "no content": ({"messages": [{"role": "user"}]}, "message 1: field 'content' is missing"),
+    "parts": (
+        {"messages": [{"role": "user", "content": [{"type": "text", "text": "hi"}]}]},
+        "message 1: field 'content' must be text, got list",
+    ),
+}
+
+
+class TestLoading:
+    def test_three_forms_of_row(self, tmp_path):
+        rows = [ALPACA, {"messages": AS_CHAT}, {"prompt": "Add.\n\n1 and 2", "completion": "3"}]
+        loaded = load_rows(write(tmp_path / "rows.jsonl", *rows))
+        assert loaded.rows == [AS_CHAT] * 3
+        assert loaded.notes() == []
+
+    @pytest.mark.parametrize("no_input", [{}, {"input": ""}, {"input": None}], ids=["missing", "empty", "null"])
+    def test_alpaca_without_input(self, tmp_path, no_input):
+        row = {"instruction": "Say hi.", "output": "hi", **no_input}
+        assert load_rows(write(tmp_path / "a.jsonl", row)).rows[0][0]["content"] == "Say hi."
+
+    def test_json_list(self, tmp_path):
+        path = tmp_path / "rows.json"
+        path.write_text(json.dumps([ALPACA, ALPACA], indent=2))
+        assert load_rows(path).rows == [AS_CHAT] * 2
+
+    def test_byte_order_mark_crlf_blank_lines_and_line_separators_in_strings(self, tmp_path):
+        row = {"prompt": "a\u2028b\x85c", "completion": "é"}
+        text = "\n\r\n" + json.dumps(row, ensure_ascii=False) + "\r\n   \r\n" + json.dumps(row)
+        (tmp_path / "rows.jsonl").write_bytes(b"\xef\xbb\xbf" + text.encode())
+        chat = [{"role": "user", "content": "a\u2028b\x85c"}, {"role": "assistant", "content": "é"}]
+        assert load_rows(tmp_path / "rows.jsonl").rows == [chat, chat]
+
+    def test_chat_keeps_system_and_every_turn(self, tmp_path):
+        assert load_rows(write(tmp_path / "c.jsonl", {"messages": CHAT})).rows == [CHAT]
+
+    def test_empty_system_message_is_kept(self, tmp_path):
+        chat = [{"role": "system", "content": ""}, *AS_CHAT]
+        assert load_rows(write(tmp_path / "c.jsonl", {"messages": chat})).rows == [chat]
+
+    def test_unread_columns_are_announced(self, tmp_path):
+        loaded = load_rows(write(tmp_path / "a.jsonl", {**ALPACA, "text": "x"}, {**ALPACA, "id": 7}))
+        assert loaded.ignored_columns == ["id", "text"]
+        assert loaded.notes() == ["ignored columns: id, text"]
+        messages = [{**AS_CHAT[0], "name": "Ann", "weight": None}, {**AS_CHAT[1], "tool_calls": []}]
+        loaded = load_rows(write(tmp_path / "m.jsonl", {"messages": messages, "source": "x"}))
+        assert loaded.rows == [AS_CHAT]
+        assert loaded.ignored_columns == ["messages.name", "source"]
+
+    @pytest.mark.parametrize("row, reason", BAD_ROWS.values(), ids=BAD_ROWS)
+    def test_bad_row_is_named_and_can_be_skipped(self, tmp_path, row, reason):
+        path = write(tmp_path / "rows.jsonl", ALPACA, "", row, ALPACA)
+        with pytest.raises(DataError) as error:
+            load_rows(path)
+        assert str(error.value).startswith(f"{path}:3: {reason}")
+        assert "\n" not in str(error.value)
+        loaded = load_rows(path, skip_bad_rows=True)
+        assert loaded.rows == [AS_CHAT] * 2
+        assert loaded.skipped == [str(error.value)]
+        assert loaded.notes()[0].startswith(f"bad rows skipped: 1 of 3, the first: {path}:3: {reason}")
+
+    def test_bad_row_of_a_list_is_named_by_line_and_number(self, tmp_path):
+        path = tmp_path / "rows.json"
+        path.write_text('[\n {"prompt": "a", "completion": "b"},\n\n {"prompt": "a"},\n 7]\n')
+        with pytest.raises(DataError, match=r"rows\.json:4: row 2: field 'completion' is missing"):
+            load_rows(path)
+        skipped = load_rows(path, skip_bad_rows=True).skipped
+        assert [message.removeprefix(f"{path}:") for message in skipped] == [
+            "4: row 2: field 'completion' is missing",
+            "5: row 3: a row must be a JSON object, got int",
+        ]
+
+    @pytest.mark.parametrize(
+        "text, reason",
+        {
+            "unclosed": ('[{"prompt": "a", "completion": "b"}', "1: row 1: not valid JSON: expected ',' or ']'"),
+            "no comma": (
+                '[{"prompt": "a", "completion": "b"}\n{"prompt": "a"}]',
+                "1: row 1: not valid JSON: expected ',' or ']'",
+            ),
+            "dangling": ('[{"prompt": "a", "completion": "b"},\n]', "2: row 2: not valid JSON: Expecting value"),
+            "broken": ('[\n{"prompt": ]', "2: row 1: not valid JSON: Expecting value"),
+            "only open": ("[", "1: row 1: not valid JSON: Expecting value"),
+            "more": ('[{"prompt": "a", "completion": "b"}] []', " not valid JSON: text after the end of the list"),
+        }.values(),
+    )
+    def test_broken_list_is_never_skipped(self, tmp_path, text, reason):
+        path = tmp_path / "rows.json"
+        path.write_text(text)
+        for skip_bad_rows in (False, True):
+            with pytest.raises(DataError) as error:
+                load_rows(path, skip_bad_rows)
+            assert str(error.value).startswith(f"{path}:{reason}")
+
+    @pytest.mark.parametrize("text", ["", "\n \n", "[]", "[ \n ]", "\ufeff"])
+    def test_empty_file(self, tmp_path, text):
+        path = tmp_path / "rows.jsonl"
+        path.write_text(text, encoding="utf-8")
+        with pytest.raises(DataError, match=r"rows\.jsonl: holds no rows"):
+            load_rows(path)
+
+    def test_no_usable_row(self, tmp_path):
+        path = write(tmp_path / "rows.jsonl", {}, {})
+        with pytest.raises(DataError, match=r"rows\.jsonl: no usable row among 2; .*rows\.jsonl:1: unknown columns"):
+            load_rows(path, skip_bad_rows=True)
+
+    def test_unreadable(self, tmp_path):
+        with pytest.raises(DataError, match=r"none\.jsonl: cannot be read: No such file"):
+            load_rows(tmp_path / "none.jsonl")
+        with pytest.raises(DataError, match="cannot be read"):
+            load_rows(tmp_path)
+        (tmp_path / "latin.jsonl").write_bytes(b'{"prompt": "a",\n"completion": "\xe9"}')
+        with pytest.raises(DataError, match=r"latin\.jsonl:2: not UTF-8"):
+            load_rows(tmp_path / "latin.jsonl")
+
+
+class TestEncoding:
+    @pytest.mark.parametrize(
+        "template, learnt",
+        {
+            "chatml": (CHATML, ["Done.<|im_end|>", "end 😀<|im_end|>"]),
+            "marked": (MARKED, ["Done.<|im_end|>", "end 😀<|im_end|>"]),
+            "instruct": (INSTRUCT, [" Done. <|im_end|>", " end 😀 <|im_end|>"]),
+            "thinking": (THINKING, ["Done.<|im_end|>", "<think>\n\n</think>\n\nend 😀<|im_end|>"]),
+        }.values(),
+        ids=["chatml", "marked", "instruct", "thinking"],
+    )
+    def test_only_answers_and_their_ends_are_learnt(self, template, learnt):
+        tokenizer = make_tokenizer(template)
+        example = data.encode(CHAT, tokenizer)
+        assert learnt_texts(example, tokenizer) == learnt
+        assert example.input_ids.tolist() == tokenizer.apply_chat_template(CHAT)["input_ids"]
+        assert example.answer_tokens == (example.labels != IGNORE_INDEX).sum() > 0
+
+    @pytest.mark.parametrize(
+        "template", [CHATML, MARKED, INSTRUCT, None], ids=["chatml", "marked", "instruct", "plain"]
+    )
+    def test_what_is_learnt_follows_the_prompt_that_generation_uses(self, template):
+        tokenizer = make_tokenizer(template)
+        example = data.encode(CHAT, tokenizer)
+        prompt = data.encode_prompt(CHAT[:-1], tokenizer)
+        last = len(example.labels) - 1 - int(np.argmax((example.labels != IGNORE_INDEX)[::-1]))
+        first = last - int(np.argmax((example.labels == IGNORE_INDEX)[: last + 1][::-1])) + 1
+        assert example.input_ids[:first].tolist() == prompt
+        assert example.input_ids[last] == tokenizer.eos_token_id
+
+    def test_pain_19_the_end_of_the_answer_is_learnt_although_padding_has_its_id(self):
+        tokenizer = make_tokenizer(CHATML)
+        assert tokenizer.pad_token_id == tokenizer.eos_token_id
+        short, long = data.encode(AS_CHAT, tokenizer), data.encode(CHAT, tokenizer)
+        batch = data.collate([short, long], tokenizer.pad_token_id)
+        length = len(short.input_ids)
+        end = int(np.flatnonzero(short.labels != IGNORE_INDEX)[-1])
+        assert batch["labels"][0, end] == tokenizer.eos_token_id
+        assert (batch["labels"][0, length:] == IGNORE_INDEX).all()
+        assert (batch["input_ids"][0, length:] == tokenizer.pad_token_id).all()
+
+    @pytest.mark.parametrize("answer", ["think", "i", "assistant", "<think>", " padded \n", "im_end", "user"])
+    @pytest.mark.parametrize("template", [CHATML, THINKING, MARKED], ids=["chatml", "thinking", "marked"])
+    def test_answer_that_also_occurs_in_the_template(self, template, answer):
+        tokenizer = make_tokenizer(template)
+        example = data.encode([CHAT[1], {"role": "assistant", "content": answer}], tokenizer)
+        (learnt,) = learnt_texts(example, tokenizer)
+        assert learnt == ("<think>\n\n</think>\n\n" if template == THINKING else "") + answer + "<|im_end|>"
+
+    @pytest.mark.parametrize("writes_bos", [False, True])
+    def test_plain_format_without_a_template(self, writes_bos):
+        tokenizer = make_tokenizer(writes_bos=writes_bos)
+        example = data.encode(CHAT, tokenizer)
+        bos = "<|im_start|>" if writes_bos else ""
+        assert tokenizer.decode(example.input_ids.tolist()) == (
+            f"{bos}Be brief.\n\n### Instruction:\nTurn on the light.\n\n### Response:\nDone.<|im_end|>"
+            "\n\n### Instruction:\nAnd off again, é 😀?\n\n### Response:\nend 😀<|im_end|>"
+        )
+        assert learnt_texts(example, tokenizer) == ["Done.<|im_end|>", "end 😀<|im_end|>"]
+
+    def test_template_without_an_end_gets_one(self):
+        tokenizer = make_tokenizer(UNENDED)
+        example = data.encode(CHAT, tokenizer)
+        assert learnt_texts(example, tokenizer)[-1] == " end 😀\n<|im_end|>"
+        assert example.input_ids.tolist()[:-1] == tokenizer.apply_chat_template(CHAT)["input_ids"]
+
+    def test_template_that_rewrites_the_prompt_is_refused(self):
+        with pytest.raises(DataError, match="message 3: the chat template rewrites this chat"):
+            data.encode(CHAT, make_tokenizer(PREFILLED))
+
+    def test_template_that_refuses_a_chat(self):
+        template = "{% if messages[0]['role'] == 'system' %}{{ raise_exception('no system role') }}{% endif %}" + CHATML
+        tokenizer = make_tokenizer(template)
+        with pytest.raises(DataError, match="refuses this chat: no system role"):
+            data.encode(CHAT, tokenizer)
+        with pytest.raises(DataError, match="row 2: the chat template refuses this chat"):
+            data.encode_rows([AS_CHAT, CHAT], tokenizer, 100)
+
+    def test_first_token_is_never_learnt(self):
+        tokenizer = make_tokenizer(
+            "{% for m in messages %}{% if m['role'] != 'user' %}{{ m['content'] }}{% endif %}{% endfor %}"
+        )
+        example = data.encode(AS_CHAT, tokenizer)
+        assert tokenizer.decode(example.input_ids.tolist()) == "3<|im_end|>"
+        assert example.labels.tolist() == [IGNORE_INDEX, tokenizer.eos_token_id]
+
+    def test_truncation_is_counted_and_announced(self):
+        tokenizer = make_tokenizer(CHATML)
+        full = data.encode(CHAT, tokenizer)
+        cut = data.encode(CHAT, tokenizer, len(full.input_ids) - 3)
+        assert cut.cut == 3
+        assert cut.input_ids.tolist() == full.input_ids[:-3].tolist()
+        assert cut.labels.tolist() == full.labels[:-3].tolist()
+
+        first_answer = int(np.flatnonzero(full.labels != IGNORE_INDEX)[0])
+        rows = [CHAT, AS_CHAT, [CHAT[1], CHAT[2]], [{"role": "user", "content": "a" * 500}, AS_CHAT[1]]]
+        encoded = data.encode_rows(rows, tokenizer, first_answer + 1)
+        assert (len(encoded.examples), encoded.truncated, encoded.dropped) == (3, 1, 1)
+        assert max(len(example.input_ids) for example in encoded.examples) == first_answer + 1
+        assert encoded.notes() == [
+            f"rows truncated to max_seq_length {first_answer + 1} tokens: 1",
+            f"rows dropped, too long for max_seq_length {first_answer + 1} tokens: 1",
+        ]
+        dropped = data.encode_rows(rows, tokenizer, first_answer + 1, on_long="drop")
+        assert (len(dropped.examples), dropped.truncated, dropped.dropped) == (2, 0, 2)
+        assert data.encode_rows(rows[:3], tokenizer, 1000).notes() == []
+
+    def test_pain_19_nothing_left_to_learn_is_an_error(self):
+        tokenizer = make_tokenizer(CHATML)
+        with pytest.raises(DataError, match="nothing to learn: each of the 2 rows is too long for max_seq_length 4"):
+            data.encode_rows([CHAT, AS_CHAT], tokenizer, 4)
+        with pytest.raises(DataError, match="nothing to learn: no rows"):
+            data.encode_rows([], tokenizer, 4)
+
+    def test_bad_on_long(self):
+        with pytest.raises(ValueError, match="on_long must be 'truncate' or 'drop', got 'cut'"):
+            data.encode_rows([CHAT], make_tokenizer(CHATML), 4, on_long="cut")
+
+    def test_pain_19_a_sample_shows_what_is_learnt(self):
+        tokenizer = make_tokenizer(CHATML)
+        shown = data.describe_example(data.encode(AS_CHAT, tokenizer), tokenizer)
+        assert shown.splitlines()[0].endswith("tokens, 2 of them learnt, between >> and <<:")
+        assert shown.endswith(
+            ":\n<|im_start|>user\nAdd.\n\n1 and 2<|im_end|>\n<|im_start|>assistant\n>>3<|im_end|><<\n"
+        )
+
+    def test_context_length_check(self):
+        data.check_max_seq_length(128, 128)
+        data.check_max_seq_length(1 << 20, None)
+        with pytest.raises(ValueError, match="max_seq_length must be within the model's context of 128, got 129"):
+            data.check_max_seq_length(129, 128)
+        with pytest.raises(ValueError, match="max_seq_length must be at least 2, got 0"):
+            data.check_max_seq_length(0, 128)
+
+
+class TestBatches:
+    def test_collate_pads_on_the_right(self):
+        examples = [
+            data.Example(np.array([5, 2], np.int32), np.array([-100, 2], np.int32)),
+            data.Example(np.array([7, 8, 9, 2], np.int32), np.array([-100, -100, 9, 2], np.int32)),
+        ]
+        batch = data.collate(examples, pad_id=2)
+        assert batch["input_ids"].tolist() == [[5, 2, 2, 2], [7, 8, 9, 2]]
+        assert batch["labels"].tolist() == [[-100, 2, -100, -100], [-100, -100, 9, 2]]
+        assert batch["attention_mask"].tolist() == [[1, 1, 0, 0], [1, 1, 1, 1]]
+        assert all(tensor.dtype == torch.int64 for tensor in batch.values())
+        with pytest.raises(ValueError, match="at least one example"):
+            data.collate([], pad_id=2)
+
+    @settings(deadline=None)  # a busy machine is no failure
+    @given(n=st.integers(1, 40), batch_size=st.integers(1, 50), seed=st.integers(0, 2**32), epochs=st.integers(1, 4))
+    def test_every_epoch_holds_every_example_once(self, n, batch_size, seed, epochs):
+        steps = -(-n * epochs // batch_size)
+        batches = [data.batch_indices(step, n, batch_size, seed) for step in range(steps)]
+        assert all(len(batch) == batch_size for batch in batches)
+        order = [index for batch in batches for index in batch]
+        for epoch in range(epochs):
+            assert sorted(order[epoch * n : (epoch + 1) * n]) == list(range(n))
+
+    @settings(deadline=None)
+    @given(n=st.integers(1, 40), seed=st.integers(0, 99), sizes=st.tuples(st.integers(1, 9), st.integers(1, 9)))
+    def test_order_does_not_depend_on_the_batch_size(self, n, seed, sizes):
+        small, large = sizes
+        one = [i for step in range(large) for i in data.batch_indices(step, n, small, seed)]
+        other = [i for step in range(small) for i in data.batch_indices(step, n, large, seed)]
+        assert one == other
+
+    def test_pain_20_any_step_can_be_asked_for_on_its_own(self):
+        first = [data.batch_indices(step, 13, 4, seed=3) for step in range(20)]
+        again = {step: data.batch_indices(step, 13, 4, seed=3) for step in reversed(range(20))}
+        assert first == [again[step] for step in range(20)]
+
+    def test_epochs_and_seeds_differ(self):
+        orders = {tuple(data.batch_indices(step, 50, 50, seed)) for step in range(3) for seed in range(3)}
+        assert len(orders) == 9
+
+    @pytest.mark.parametrize("arguments", [(-1, 5, 2, 0), (0, 0, 2, 0), (0, 5, 0, 0), (0, 5, 2, -1)])
+    def test_bad_arguments(self, arguments):
+        with pytest.raises(ValueError, match="must be at least"):
+            data.batch_indices(*arguments)
+
+
+NUMBERED = [[{"role": "user", "content": str(i)}, {"role": "assistant", "content": "x"}] for i in range(20)]
+
+
+class TestSplit:
+    def test_split_is_complete_disjoint_ordered_and_seeded(self):
+        train, held_out = data.split(NUMBERED, 0.2, seed=1)
+        assert (len(train), len(held_out)) == (16, 4)
+        numbers = [[int(row[0]["content"]) for row in part] for part in (train, held_out)]
+        assert sorted([*numbers[0], *numbers[1]]) == list(range(20))
+        assert all(part == sorted(part) for part in numbers)
+        assert data.split(NUMBERED, 0.2, seed=1) == (train, held_out)
+        assert data.split(NUMBERED, 0.2, seed=2) != (train, held_out)
+
+    @pytest.mark.parametrize("fraction, held_out", [(0, 0), (0.001, 1), (0.999, 19)])
+    def test_both_sides_keep_a_row(self, fraction, held_out):
+        assert [len(part) for part in data.split(NUMBERED, fraction, seed=0)] == [20 - held_out, held_out]
+
+    def test_errors(self):
+        for fraction in (-0.1, 1, float("nan")):
+            with pytest.raises(ValueError, match="eval_fraction must be at least 0 and below 1"):
+                data.split(NUMBERED, fraction, seed=0)
+        with pytest.raises(DataError, match="at least 2 rows, got 1"):
+            data.split(NUMBERED[:1], 0.1, seed=0)
+
+    def test_shared_system_prompt(self):
+        assert data.shared_system_prompt([CHAT, CHAT[:3]]) == "Be brief."
+        assert data.shared_system_prompt([CHAT, AS_CHAT]) is None
+        assert data.shared_system_prompt([AS_CHAT]) is None

@@ -1,0 +1,374 @@
+"""The LoRA kernels against fp64: each primitive, then the whole Function; references and kernels alike."""
+
+import pytest
+import torch
+from handtuned.kernels import dropout
+from handtuned.kernels.lora import lora_linear, lora_linear_reference, stacked_lora_linear
+from handtuned.kernels.lora_backward import lora_down_grad, lora_up_grads
+from handtuned.kernels.lora_product import lora_down, lora_product
+from helpers import assert_within_budget, max_error
+
+DTYPES = [torch.float32, torch.float16, torch.bfloat16]
+# M, N, K, r: ones, tails on every side of a tile, ranks that are no power of two, several tiles and splits
+SHAPES = [(1, 1, 1, 1), (3, 65, 64, 5), (70, 130, 67, 3), (65, 63, 129, 17)]
+
+each_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=lambda dtype: str(dtype).removeprefix("torch."))
+each_shape = pytest.mark.parametrize("shape", SHAPES, ids=lambda shape: "M{}-N{}-K{}-r{}".format(*shape))
+
+
+def operands(shape, dtype, device="cpu"):
+    """x, W, b, A, B, dy; the adapter in fp32, the rest in `dtype`."""
+    M, N, K, r = shape
+    sizes = {"x": (M, K), "W": (N, K), "b": (N,), "A": (r, K), "B": (N, r), "dy": (M, N)}
+    return [
+        torch.randn(size, device=device).to(torch.float32 if name in "AB" else dtype) for name, size in sizes.items()
+    ]
+
+
+def exact(*tensors):
+    return [t.double() for t in tensors]
+
+
+def rounded(x, low):
+    """`x` as the low-precision rival holds it."""
+    return x.to(low.dtype)
+
+
+@each_dtype
+@each_shape
+def test_each_product_is_within_the_budget(each_backend, device, shape, dtype):
+    x, W, b, A, B, dy = operands(shape, dtype, device)
+    S = lora_down(x, A)
+    x64, W64, b64, A64, B64, dy64, S64 = exact(x, W, b, A, B, dy, S)
+    A16, B16 = A.to(dtype), B.to(dtype)
+    assert_within_budget(S, x64 @ A64.t(), x @ A16.t(), "S")
+    low = torch.nn.functional.linear(x, W, b) + 0.5 * (S @ B16.t())
+    assert_within_budget(lora_product(x, W, b, S, B, 0.5), x64 @ W64.t() + b64 + 0.5 * S64 @ B64.t(), low, "y")
+    dS, dB = lora_up_grads(dy, S, B, 0.5)
+    assert_within_budget(dS, 0.5 * dy64 @ B64, 0.5 * (dy @ B16), "dS")
+    assert_within_budget(dB.to(dtype), 0.5 * dy64.t() @ S64, 0.5 * (dy.t() @ S), "dB")
+    dS64 = dS.double()
+    assert_within_budget(lora_down_grad(dS, x, dtype), dS64.t() @ x64, dS.t() @ x, "dA")
+    dx = lora_product(dy, W.t(), None, dS, A.t(), 1.0)
+    assert_within_budget(dx, dy64 @ W64 + dS64 @ A64, dy @ W + dS @ A16, "dx")
+
+
+@pytest.mark.parametrize("rank", [1, 8, 33, 100, 256])
+def test_any_rank_up_to_256(kernel_backend, device, rank):
+    x, W, b, A, B, dy = operands((5, 20, 40, rank), torch.float32, device)
+    x64, W64, b64, A64, B64, dy64 = exact(x, W, b, A, B, dy)
+    S = lora_down(x, A)
+    assert_within_budget(S, x64 @ A64.t(), x @ A.t(), "S")
+    low = torch.nn.functional.linear(x, W, b) + (x @ A.t()) @ B.t()
+    assert_within_budget(lora_product(x, W, b, S, B, 1.0), x64 @ W64.t() + b64 + x64 @ A64.t() @ B64.t(), low, "y")
+    dS, dB = lora_up_grads(dy, S, B, 1.0)
+    assert_within_budget(dS, dy64 @ B64, dy @ B, "dS")
+    assert_within_budget(dB, dy64.t() @ x64 @ A64.t(), dy.t() @ (x @ A.t()), "dB")
+    assert_within_budget(lora_down_grad(dS, x, x.dtype), B64.t() @ dy64.t() @ x64, (dy @ B).t() @ x, "dA")
+
+
+def test_long_sums_that_are_split_between_programs(kernel_backend, device):
+    """K of the first, N and M of the second, M of the third: more than one split, with a ragged last one."""
+    x, _, _, A, B, dy = operands((1, 1, 3000, 4), torch.float16, device)
+    assert_within_budget(lora_down(x, A), x.double() @ A.double().t(), x @ A.half().t(), "S")
+    x, _, _, A, B, dy = operands((300, 200, 20, 4), torch.float32, device)
+    S = x @ A.t()
+    dS, dB = lora_up_grads(dy, S, B, 1.0)
+    assert_within_budget(dS, dy.double() @ B.double(), dy @ B, "dS")
+    assert_within_budget(dB, dy.double().t() @ S.double(), dy.t() @ S, "dB")
+    x = torch.randn(700, 20, device=device)
+    dS = torch.randn(700, 4, device=device)
+    assert_within_budget(lora_down_grad(dS, x, x.dtype), dS.double().t() @ x.double(), dS.t() @ x, "dA")
+
+
+def test_strides_other_than_contiguous(kernel_backend, device):
+    x, W, b, A, B, dy = operands((9, 12, 20, 3), torch.float32, device)
+    wide = torch.randn(9, 40, device=device)
+    x_view, W_view = wide[:, ::2], W.t().contiguous().t()
+    S = lora_down(x_view, A.t().contiguous().t())
+    assert_within_budget(S, x_view.double() @ A.double().t(), x_view @ A.t(), "S")
+    y = lora_product(x_view, W_view, b[:1].expand(12).contiguous(), S, B.t().contiguous().t(), 1.0)
+    low = x_view @ W.t() + b[0] + S @ B.t()
+    assert_within_budget(y, x_view.double() @ W.double().t() + b[0].double() + S.double() @ B.double().t(), low, "y")
+    broadcast = torch.ones((), device=device).expand(9, 12)
+    dS, dB = lora_up_grads(broadcast, S, B, 1.0)
+    assert_within_budget(dS, broadcast.double() @ B.double(), broadcast @ B, "dS")
+    assert_within_budget(dB, broadcast.double().t() @ S.double(), broadcast.t() @ S, "dB")
+
+
+def gradients(function, dy, *leaves):
+    y = function()
+    for leaf in leaves:
+        leaf.grad = None
+    y.backward(dy)
+    return y.detach(), *[leaf.grad for leaf in leaves]
+
+
+@each_dtype
+@pytest.mark.parametrize("p", [0.0, 0.4], ids=["no-dropout", "dropout"])
+def test_the_function_and_all_its_gradients(each_backend, device, dtype, p):
+    """Against the reference in fp64 and in `dtype`, both with the mask that the Function must have drawn."""
+    shape = (2, 33, 70, 50, 5)
+    M, N, K, r = 66, *shape[2:]
+    x, W, b, A, B, dy = operands((M, N, K, r), dtype, device)
+    x, dy = x.view(2, 33, K), dy.view(2, 33, N)
+    leaves = [t.requires_grad_() for t in (x, W, b, A, B)]
+    keep, threshold = None, dropout.threshold_of(p)
+    if p:
+        torch.manual_seed(1)
+        seed = dropout.new_seed(x.device)
+        draw = dropout.seeded_keep if each_backend == "torch" else dropout.philox_keep_reference
+        keep = draw(seed, M, K, threshold).view(2, 33, K)
+    torch.manual_seed(1)
+    ours = gradients(lambda: lora_linear(x, W, b, A, B, 0.5, p), dy, *leaves)
+
+    def reference(kind):
+        copies = [t.detach().to(kind).requires_grad_() for t in leaves]
+        return gradients(
+            lambda: lora_linear_reference(*copies, 0.5, keep, threshold / 65536), dy.to(kind), *copies
+        )
+
+    names = ("y", "dx", "dW", "db", "dA", "dB")
+    for name, got, want, low in zip(names, ours, reference(torch.double), reference(dtype), strict=True):
+        assert got.dtype == (torch.float32 if name in ("dA", "dB") else dtype), name
+        assert_within_budget(got.to(dtype), want, low, name)
+
+
+@pytest.mark.parametrize("wanted", ["A", "B", "x", "W", "b", "AB", "xAB"])
+def test_only_the_gradients_asked_for(wanted):
+    x, W, b, A, B, dy = operands((4, 6, 5, 2), torch.float32)
+    tensors = {"x": x, "W": W, "b": b, "A": A, "B": B}
+    for name in wanted:
+        tensors[name].requires_grad_()
+    lora_linear(x, W, b, A, B, 2.0).backward(dy)
+    theirs = {name: t.detach().clone().requires_grad_(t.requires_grad) for name, t in tensors.items()}
+    lora_linear_reference(*theirs.values(), 2.0).backward(dy)
+    for name, tensor in tensors.items():
+        if name in wanted:
+            torch.testing.assert_close(tensor.grad, theirs[name].grad)
+        else:
+            assert tensor.grad is None
+
+
+@pytest.mark.parametrize("p", [0.0, 0.5], ids=["no-dropout", "dropout"])
+def test_gradcheck_in_fp64(p):
+    x, W, b, A, B, _ = (t.double().requires_grad_() for t in operands((3, 4, 5, 2), torch.float32))
+
+    def seeded(*tensors):
+        torch.manual_seed(0)
+        return lora_linear(*tensors, 0.7, p)
+
+    assert torch.autograd.gradcheck(seeded, (x, W, b, A, B))
+
+
+@pytest.mark.parametrize("p", [0.0, 0.3], ids=["no-dropout", "dropout"])
+def test_stacked_adapters_agree_with_single_ones(each_backend, device, p):
+    """q, k and v of unequal sizes and ranks; k has a bias. With dropout they share one mask, so it is compared."""
+    x = torch.randn(2, 5, 12, device=device).requires_grad_()
+    Ws = [torch.randn(n, 12, device=device) for n in (16, 4, 8)]
+    bs = [None, torch.randn(4, device=device), None]
+    As = [torch.randn(r, 12, device=device).requires_grad_() for r in (2, 3, 1)]
+    Bs = [torch.randn(n, r, device=device).requires_grad_() for n, r in ((16, 2), (4, 3), (8, 1))]
+    scalings = [0.5, 1.0, 2.0]
+    torch.manual_seed(3)
+    ys = stacked_lora_linear(x, Ws, bs, As, Bs, scalings, p)
+    got = [*ys, *torch.autograd.grad([y.square().sum() for y in ys], [x, *As, *Bs])]
+    threshold = dropout.threshold_of(p)
+    torch.manual_seed(3)
+    draw = dropout.seeded_keep if each_backend == "torch" else dropout.philox_keep_reference
+    keep = draw(dropout.new_seed(x.device), 10, 12, threshold).view(2, 5, 12) if p else None
+
+    def singly(kind):
+        x_, As_, Bs_ = (
+            [t.detach().to(kind).requires_grad_() for t in tensors] for tensors in ([x], As, Bs)
+        )
+        plain = zip((W.to(kind) for W in Ws), (b if b is None else b.to(kind) for b in bs), strict=True)
+        layers = zip(plain, As_, Bs_, scalings, strict=True)
+        ys = [lora_linear_reference(*x_, *Wb, A, B, s, keep, threshold / 65536) for Wb, A, B, s in layers]
+        return [*ys, *torch.autograd.grad([y.square().sum() for y in ys], [*x_, *As_, *Bs_])]
+
+    for index, (ours, exact, low) in enumerate(zip(got, singly(torch.double), singly(torch.float), strict=True)):
+        assert_within_budget(ours, exact, low, f"result {index}")
+
+
+def test_stacked_adapters_read_x_once(monkeypatch):
+    import handtuned.kernels.lora as lora
+
+    passes = []
+    for name in ("lora_down", "lora_down_grad"):
+        real = getattr(lora, name)
+        monkeypatch.setattr(lora, name, lambda *a, real=real, name=name: passes.append(name) or real(*a))
+    x = torch.randn(3, 4)
+    A = [torch.randn(2, 4, requires_grad=True) for _ in range(3)]
+    B = [torch.randn(5, 2, requires_grad=True) for _ in range(3)]
+    ys = stacked_lora_linear(x, [torch.randn(5, 4)] * 3, [None] * 3, A, B, [1.0] * 3)
+    sum(y.sum() for y in ys).backward()
+    assert passes == ["lora_down", "lora_down_grad"]
+
+
+def test_the_same_bits_every_time(each_backend, device):
+    x, W, b, A, B, dy = operands((130, 70, 90, 6), torch.float16, device)
+    leaves = [t.requires_grad_() for t in (x, A, B)]
+    first, second = (gradients(lambda: lora_linear(x, W, b, A, B, 1.0), dy, *leaves) for _ in range(2))
+    for a, b in zip(first, second, strict=True):
+        assert torch.equal(a, b)
+
+
+def test_only_x_and_S_are_saved():
+    x, W, b, A, B, _ = operands((64, 48, 32, 4), torch.float32)
+    A.requires_grad_()
+    B.requires_grad_()
+    saved = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):
+        lora_linear(x, W, b, A, B, 1.0)
+    inputs = {t.data_ptr() for t in (W, A, B)}
+    own = [t for t in saved if t.data_ptr() not in inputs]
+    assert sorted(tuple(t.shape) for t in own) == [(64, 4), (64, 32)]
+    assert {t.data_ptr() for t in own} >= {x.data_ptr()}
+    assert sum(t.numel() * t.element_size() for t in own) == 4 * 64 * (32 + 4)
+
+
+def test_a_dropout_mask_is_a_seed_and_no_array():
+    x, W, b, A, B, _ = operands((64, 48, 32, 4), torch.float32)
+    A.requires_grad_()
+    saved = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):
+        lora_linear(x, W, b, A, B, 1.0, 0.5)
+    masks = [t for t in saved if t.dtype in (torch.bool, torch.uint8, torch.int64)]
+    assert [t.numel() for t in masks] == [1]
+
+
+@pytest.mark.parametrize("columns", [1, 8, 63, 130])
+@pytest.mark.parametrize("p", [0.1, 0.5, 0.9])
+def test_masks_drop_what_they_should(p, columns):
+    threshold, seed = dropout.threshold_of(p), torch.tensor([12345])
+    rows = 20000 // columns
+    spread = 6 * (p * (1 - p) / (rows * columns)) ** 0.5  # six standard deviations
+    for draw in (dropout.seeded_keep, dropout.philox_keep_reference):
+        keep = draw(seed, rows, columns, threshold)
+        assert keep.shape == (rows, columns) and keep.dtype == torch.bool
+        assert abs(keep.double().mean().item() - (1 - threshold / 65536)) < spread
+        assert torch.equal(keep, draw(seed, rows, columns, threshold))
+        assert not torch.equal(keep, draw(seed + 1, rows, columns, threshold))
+
+
+@pytest.mark.parametrize(
+    ("word", "answer"),
+    [
+        (0x00000000, (0x5F6FB709, 0x0D893F64, 0x4F121F81, 0x4F730A48)),
+        (0xFFFFFFFF, (0x5207DDC2, 0x45165E59, 0x4D8EE751, 0x8C52F662)),
+    ],
+    ids=["zeros", "ones"],
+)
+def test_philox_gives_the_published_answers(word, answer):
+    """Philox4x32-7, as its authors' library tests it: counter and key of nothing but this word."""
+    assert tuple(int(w) for w in dropout.philox(*[torch.tensor([word])] * 6)) == answer
+
+
+def test_the_kernels_mask_is_the_specified_one(kernel_backend, device):
+    """S of ones with an identity A is the mask itself, over several tiles."""
+    seed, threshold = torch.tensor([2**40 + 7], device=device), 30000
+    x = torch.ones(67, 130, device=device)
+    S = lora_down(x, torch.eye(130, device=device), seed, threshold)
+    keep = dropout.philox_keep_reference(seed, 67, 130, threshold)
+    assert torch.equal(S.bool(), keep)
+    dA = lora_down_grad(torch.eye(67, device=device), x, x.dtype, seed, threshold)
+    assert torch.equal(dA.bool(), keep)
+    zeros, up = torch.zeros(130, 67, device=device), torch.ones(130, 1, device=device)
+    y = lora_product(torch.zeros(67, 67, device=device), zeros, None, x[:, :1], up, 1.0, seed, threshold)
+    assert torch.equal(y.bool(), keep)
+
+
+def test_dropout_follows_torchs_generator():
+    x, W, b, A, B, _ = operands((8, 6, 40, 3), torch.float32)
+    torch.manual_seed(5)
+    state = torch.get_rng_state()
+    first = lora_linear(x, W, b, A, B, 1.0, 0.5)
+    second = lora_linear(x, W, b, A, B, 1.0, 0.5)
+    assert not torch.equal(first, second)
+    torch.set_rng_state(state)
+    assert torch.equal(lora_linear(x, W, b, A, B, 1.0, 0.5), first)
+
+
+def test_dropout_keeps_the_mean():
+    x, W, b, A, B, _ = operands((4, 3, 64, 2), torch.float32)
+    plain = lora_linear(x, W, b, A, B, 1.0)
+    mean = torch.stack([lora_linear(x, W, b, A, B, 1.0, 0.3) for _ in range(4000)]).mean(0)
+    x64, A64, B64 = exact(x, A, B)
+    variance = 0.3 / 0.7 * torch.einsum("mk,nk->mn", x64**2, (B64 @ A64) ** 2)
+    assert ((mean - plain).abs() < 6 * (variance / 4000).sqrt() + 1e-5).all()
+
+
+def test_not_finite_values_pass_through(each_backend, device):
+    x, W, b, A, B, _ = operands((3, 4, 5, 2), torch.float32, device)
+    x[0, 0] = float("inf")
+    x[1, 1] = float("nan")
+    y = lora_linear(x, W, b, A, B, 1.0)
+    assert not torch.isfinite(y[0]).any() and y[1].isnan().all() and torch.isfinite(y[2]).all()
+
+
+@pytest.mark.parametrize("shape", [(0, 5), (2, 0, 5)])
+def test_empty_batches(each_backend, device, shape):
+    x = torch.empty(shape, device=device).requires_grad_()
+    A, B = torch.randn(2, 5, device=device).requires_grad_(), torch.randn(4, 2, device=device).requires_grad_()
+    y = lora_linear(x, torch.randn(4, 5, device=device), None, A, B, 1.0)
+    y.sum().backward()
+    assert y.shape == (*shape[:-1], 4) and x.grad.shape == shape
+    assert not A.grad.any() and not B.grad.any() and A.grad.shape == A.shape and B.grad.shape == B.shape
+
+
+def test_a_single_row_vector():
+    x, W, b, A, B, _ = operands((1, 4, 5, 2), torch.float32)
+    y = lora_linear(x[0], W, b, A, B, 1.0)
+    assert y.shape == (4,)
+    torch.testing.assert_close(y, lora_linear_reference(x[0], W, b, A, B, 1.0))
+
+
+def test_wrong_arguments_are_named():
+    x, W, b, A, B, _ = operands((3, 4, 5, 2), torch.float32)
+    with pytest.raises(ValueError, match=r"x must be \(\.\.\., 5\)"):
+        lora_linear(x[:, :4], W, b, A, B, 1.0)
+    with pytest.raises(ValueError, match="lora_A must be"):
+        lora_linear(x, W, b, A.t(), B, 1.0)
+    with pytest.raises(ValueError, match="lora_B"):
+        lora_linear(x, W, b, A, B[:2], 1.0)
+    with pytest.raises(ValueError, match="bias"):
+        lora_linear(x, W, b[:2], A, B, 1.0)
+    with pytest.raises(ValueError, match="dropout_p"):
+        lora_linear(x, W, b, A, B, 1.0, 1.0)
+    with pytest.raises(TypeError, match="floating"):
+        lora_linear(x.long(), W, b, A, B, 1.0)
+    with pytest.raises(ValueError, match="lengths"):
+        stacked_lora_linear(x, [W, W], [b], [A], [B], [1.0])
+
+
+def test_kernels_neither_read_nor_write_out_of_bounds(kernel_backend, device):
+    """Inputs sit between NaN canaries, which would poison every sum that read them."""
+    M, N, K, r = 5, 19, 37, 3
+
+    def guarded(*size):
+        numel = torch.Size(size).numel()
+        whole = torch.full((numel + 2048,), float("nan"), device=device)
+        inner = whole[1024 : 1024 + numel].view(size)
+        inner.normal_()
+        return whole, inner
+
+    (x_, x), (_, W), (_, b), (_, A), (_, B), (_, dy) = (
+        guarded(*s) for s in ((M, K), (N, K), (N,), (r, K), (N, r), (M, N))
+    )
+    for t in (x, A, B):
+        t.requires_grad_()
+    got = gradients(lambda: lora_linear(x, W, b, A, B, 1.0), dy, x, A, B)
+    copies = [t.detach().clone().requires_grad_() for t in (x, W, b, A, B)]
+    want = gradients(lambda: lora_linear_reference(*copies, 1.0), dy, *(copies[i] for i in (0, 3, 4)))
+    for a, b in zip(got, want, strict=True):
+        torch.testing.assert_close(a, b)
+    assert x_[:1024].isnan().all() and x_[-1024:].isnan().all()
+
+
+def test_torch_path_is_as_accurate_as_separate_layers():
+    x, W, b, A, B, _ = operands((256, 192, 160, 8), torch.float32)
+    want = lora_linear_reference(*exact(x, W, b, A, B), 2.0)
+    ours = max_error(lora_linear(x, W, b, A, B, 2.0), want)
+    separate = max_error(lora_linear_reference(x, W, b, A, B, 2.0), want)
+    assert ours <= 2 * separate

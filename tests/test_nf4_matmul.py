@@ -1,0 +1,162 @@
+"""LoRA on an NF4 weight: the streaming and merging kernels, the choice between them, and gradients."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from handtuned.kernels import nf4_matmul
+from handtuned.kernels.lora import lora_linear, lora_linear_reference
+from handtuned.kernels.nf4_matmul import dense_weight, plan, quantized_product, quantized_product_dx
+from handtuned.kernels.nf4_stream import nf4_merge, nf4_stream
+from handtuned.quant import quantize_nf4
+from helpers import assert_within_budget
+
+DTYPES = [torch.float32, torch.float16, torch.bfloat16]
+each_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=lambda dtype: str(dtype).removeprefix("torch."))
+
+
+def quantized(N, K, block_size=64, double_quant=True, device="cpu"):
+    """An NF4 weight, made by the reference so that only the kernel under test is the kernel."""
+    return quantize_nf4(torch.randn(N, K, device=device) * 0.05, block_size, double_quant)
+
+
+@each_dtype
+@pytest.mark.parametrize(
+    ("M", "N", "K", "r", "block_size", "double_quant"),
+    [(1, 9, 64, 1, 64, True), (1, 21, 1088, 5, 128, False), (2, 33, 192, 3, 64, False), (16, 70, 320, 17, 64, True)],
+    ids=["M1", "M1-long", "M2", "M16"],
+)
+def test_streaming_a_few_rows(kernel_backend, device, M, N, K, r, block_size, double_quant, dtype):
+    q = quantized(N, K, block_size, double_quant, device)
+    x, S, b = (torch.randn(size, device=device).to(dtype) for size in ((M, K), (M, r), (N,)))
+    B = torch.randn(N, r, device=device)
+    exact = x.double() @ q.dequantize(torch.float32).double().t() + b.double() + 0.5 * S.double() @ B.double().t()
+    low = F.linear(x, q.dequantize(dtype), b) + 0.5 * (S @ B.to(dtype).t())
+    assert_within_budget(nf4_stream(x, q, b, S, B, 0.5), exact, low, "y")
+    without_bias = nf4_stream(x, q, None, S, B, 0.5)
+    assert_within_budget(without_bias, exact - b.double(), low - b, "y without bias")
+
+
+@each_dtype
+@pytest.mark.parametrize("double_quant", [True, False], ids=["double", "single"])
+def test_merging_while_dequantizing(kernel_backend, device, dtype, double_quant):
+    """One rounding of W + s·BA: at least as close as dequantizing, rounding, and adding."""
+    q = quantized(70, 192, 64, double_quant, device)
+    A, B = torch.randn(5, 192, device=device) * 0.1, torch.randn(70, 5, device=device) * 0.1
+    merged = nf4_merge(q, A, B, 0.5, dtype)
+    exact = q.dequantize(torch.float32).double() + 0.5 * B.double() @ A.double()
+    low = q.dequantize(dtype) + 0.5 * (B.to(dtype) @ A.to(dtype))
+    assert_within_budget(merged, exact, low, "W'")
+
+
+def test_the_plan_by_shape(kernel_backend, device):
+    q, ragged = quantized(8, 128), quantized(8, 96)
+    small_blocks = quantized(8, 128, block_size=32)
+
+    def rows(M, K=128):
+        return torch.empty(M, K, device=device)
+
+    assert [plan(rows(M), q, False) for M in (1, 16, 17, 1023, 1024)] == ["stream", "stream", "exact", "exact", "merged"]
+    assert plan(rows(2048), q, True) == "exact"  # a merge has no place for a dropout mask
+    assert plan(rows(1, 96), ragged, False) == "exact"
+    assert plan(rows(1), small_blocks, False) == "exact"
+    assert plan(rows(1).double(), q, False) == "exact"
+
+
+def test_the_plan_in_torch():
+    assert [plan(torch.empty(M, 128), quantized(8, 128), False) for M in (1, 2048)] == ["exact", "exact"]
+
+
+@pytest.mark.parametrize("way", ["stream", "merged", "exact"])
+def test_every_way_gives_the_same(kernel_backend, device, monkeypatch, way):
+    M, N, K, r = 7, 40, 128, 3
+    q = quantized(N, K, device=device)
+    x, dy, b = (torch.randn(size, device=device) for size in ((M, K), (M, N), (N,)))
+    A, B = torch.randn(r, K, device=device), torch.randn(N, r, device=device)
+    S, dS = x @ A.t(), 0.5 * dy @ B
+    W = q.dequantize(torch.float32)
+    monkeypatch.setattr(nf4_matmul, "plan", lambda *_: way)
+    y = quantized_product(x, q, b, S, A, B, 0.5)
+    delta = 0.5 * B.double() @ A.double()
+    exact = x.double() @ (W.double() + delta).t() + b.double()
+    assert_within_budget(y, exact, F.linear(x, W, b) + 0.5 * S @ B.t(), "y")
+    dx = quantized_product_dx(dy, q, dS, A, B, 0.5)
+    assert_within_budget(dx, dy.double() @ (W.double() + delta), dy @ W + dS @ A, "dx")
+
+
+@each_dtype
+@pytest.mark.parametrize("M", [1, 3, 40])
+@pytest.mark.parametrize("p", [0.0, 0.3], ids=["no-dropout", "dropout"])
+def test_gradients_through_a_quantized_weight(each_backend, device, dtype, M, p):
+    """Against the same layer on the dequantized weight; the same seed gives the same mask."""
+    q = quantized(24, 64, device=device)
+    W = q.dequantize(torch.float32)
+    x, dy, b = (torch.randn(size, device=device).to(dtype) for size in ((M, 64), (M, 24), (24,)))
+    A, B = torch.randn(3, 64, device=device), torch.randn(24, 3, device=device)
+
+    def run(weight, kind):
+        leaves = [t.detach().to(kind).requires_grad_() for t in (x, A, B)]
+        if kind != torch.double:
+            leaves[1:] = [t.detach().clone().requires_grad_() for t in (A, B)]
+        torch.manual_seed(7)
+        y = lora_linear(leaves[0], weight, b.to(kind), *leaves[1:], 0.5, p)
+        y.backward(dy.to(kind))
+        return y.detach(), *(leaf.grad for leaf in leaves)
+
+    exact = run(W.double(), torch.double) if not p or each_backend == "torch" else run(W, torch.float32)
+    low = run(W.to(dtype), dtype)
+    for name, got, want, rival in zip(("y", "dx", "dA", "dB"), run(q, dtype), exact, low, strict=True):
+        assert_within_budget(got.to(dtype), want, rival.to(dtype), name)
+
+
+def test_nothing_dense_is_kept_between_forward_and_backward():
+    q = quantized(64, 128)
+    x = torch.randn(8, 128, requires_grad=True)
+    A, B = torch.randn(2, 128, requires_grad=True), torch.randn(64, 2, requires_grad=True)
+    saved = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):
+        y = lora_linear(x, q, None, A, B, 1.0)
+    own = [t for t in saved if t.data_ptr() not in (A.data_ptr(), B.data_ptr())]
+    assert sorted(tuple(t.shape) for t in own) == [(8, 2), (8, 128)]
+    y.sum().backward()
+
+
+def test_the_scratch_is_reused_and_never_escapes():
+    """Two layers of different sizes share one block, and results live on after it is overwritten."""
+    small, large = quantized(8, 64), quantized(16, 64)
+    x = torch.randn(5, 64)
+    assert dense_weight(large, x).data_ptr() == dense_weight(small, x).data_ptr()
+    A, Bs, Bl = torch.randn(2, 64), torch.randn(8, 2), torch.randn(16, 2)
+    first = lora_linear(x, small, None, A, Bs, 1.0)
+    kept = first.clone()
+    lora_linear(x, large, None, A, Bl, 1.0)
+    assert torch.equal(first, kept)
+    torch.testing.assert_close(first, lora_linear_reference(x, small.dequantize(), None, A, Bs, 1.0))
+
+
+def test_small_updates_survive_a_merge_into_bf16(kernel_backend, device, monkeypatch):
+    """ΔW lies 100 times below bf16's step at W. Gradients are exact all the same, so training converges alike."""
+    torch.manual_seed(0)
+    N, K, r, M = 32, 64, 2, 64
+    q = quantized(N, K, device=device)
+    x = torch.randn(M, K, device=device).bfloat16()
+    target = (torch.randn(N, r, device=device) @ torch.randn(r, K, device=device)) * 0.02
+    goal = F.linear(x.float(), q.dequantize(torch.float32) + target)
+
+    def loss_after(way, steps=30):
+        monkeypatch.setattr(nf4_matmul, "plan", lambda *_: way)
+        torch.manual_seed(1)
+        A = (torch.randn(r, K, device=device) * 0.1).requires_grad_()
+        B = torch.full((N, r), 1e-6, device=device).requires_grad_()
+        optimizer = torch.optim.Adam([A, B], lr=0.02)
+        losses = []
+        for _ in range(steps):
+            loss = (lora_linear(x, q, None, A, B, 1.0).float() - goal).square().mean()
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            losses.append(loss.item())
+        return losses
+
+    exact, merged = loss_after("exact"), loss_after("merged")
+    assert merged[-1] < 0.2 * merged[0]
+    assert merged[-1] < 1.1 * exact[-1] + 1e-5

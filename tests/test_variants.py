@@ -1,0 +1,351 @@
+"""rsLoRA, LoRA+, LoRA-FA, PiSSA, LoftQ and DoRA, each against peft."""
+
+import copy
+
+import peft
+import pytest
+import torch
+from handtuned.nn import (
+    LoRALinear,
+    apply_lora_to_model,
+    disable_lora,
+    lora_parameters,
+    merge_lora,
+    unmerge_lora,
+)
+from handtuned.nn.adapter_math import dora_gain
+from handtuned.nn.adapters import load_adapter, save_adapter, set_adapter
+from handtuned.nn.multi import adapters_by_row
+from handtuned.nn.variants import dora_init, freeze_A, loftq_init, lora_plus_groups, pissa_init, use_rslora
+from handtuned.quant import NF4Linear, quantize_model
+from peft.optimizers import create_loraplus_optimizer
+from test_adapters import TOKENS, adapted, close, gpt2, llama, logits
+from torch import nn
+
+TARGETS = ["q_proj", "down_proj"]
+
+
+def ours(base=llama, rank=4, alpha=16, targets=TARGETS, **settings):
+    return apply_lora_to_model(base(), rank=rank, lora_alpha=alpha, target_modules=targets, **settings)
+
+
+def theirs(base=llama, rank=4, alpha=16, targets=TARGETS, **settings):
+    config = peft.LoraConfig(r=rank, lora_alpha=alpha, target_modules=targets, task_type="CAUSAL_LM", **settings)
+    torch.manual_seed(0)
+    return peft.get_peft_model(base(), config).eval()
+
+
+def peft_layers(model):
+    layers = {p: m for p, m in model.base_model.model.named_modules() if isinstance(m, peft.tuners.lora.LoraLayer)}
+    return dict(sorted(layers.items()))
+
+
+def our_layers(model):
+    return dict(sorted((path, layer) for path, layer in model.named_modules() if isinstance(layer, LoRALinear)))
+
+
+def copy_values(source, target):
+    """peft's A, B and magnitudes into ours."""
+    with torch.no_grad():
+        for a, b in zip(peft_layers(source).values(), our_layers(target).values(), strict=True):
+            b.lora_A.copy_(a.lora_A["default"].weight)
+            b.lora_B.copy_(a.lora_B["default"].weight)
+            if b.lora_magnitude is not None:
+                b.lora_magnitude.copy_(a.lora_magnitude_vector["default"].weight)
+
+
+def steps(model, optimizer, count=5):
+    """A few steps on a fixed batch; the losses."""
+    losses = []
+    for _ in range(count):
+        optimizer.zero_grad()
+        loss = model(TOKENS, labels=TOKENS).loss
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    return losses
+
+
+def same_gradients(model, other):
+    for one in (model, other):
+        one.zero_grad()
+        one(TOKENS, labels=TOKENS).loss.backward()
+    for (path, a), b in zip(peft_layers(other).items(), our_layers(model).values(), strict=True):
+        torch.testing.assert_close(b.lora_A.grad, a.lora_A["default"].weight.grad, rtol=1e-4, atol=1e-6, msg=path)
+        torch.testing.assert_close(b.lora_B.grad, a.lora_B["default"].weight.grad, rtol=1e-4, atol=1e-6, msg=path)
+        if b.lora_magnitude is not None:
+            expected = a.lora_magnitude_vector["default"].weight.grad
+            torch.testing.assert_close(b.lora_magnitude.grad, expected, rtol=1e-4, atol=1e-6, msg=path)
+
+
+def round_trip(model, tmp_path, base=llama):
+    """The file gives peft and us, on a fresh base, the same model."""
+    save_adapter(model, tmp_path)
+    expected = logits(model.eval())
+    close(logits(peft.PeftModel.from_pretrained(base(), tmp_path)), expected)
+    again = base()
+    load_adapter(again, tmp_path)
+    close(logits(again), expected)
+
+
+def test_rslora(tmp_path):
+    model, other = ours(rank=6), theirs(rank=6, use_rslora=True, init_lora_weights=False)
+    use_rslora(model)
+    copy_values(other, model)
+    assert model.model.layers[0].self_attn.q_proj.scaling == 16 / 6**0.5
+    close(logits(model), logits(other))
+    same_gradients(model, other)
+    round_trip(model, tmp_path)
+
+
+@pytest.mark.parametrize("decay", [0.0, 0.1])
+def test_lora_plus_steps_as_peft(decay):
+    model, other = ours(), theirs()
+    copy_values(other, model)
+    optimizer = torch.optim.AdamW(lora_plus_groups(model, lr=1e-3, ratio=8, weight_decay=decay))
+    assert [group["lr"] for group in optimizer.param_groups] == [1e-3, 8e-3]
+    peft_optimizer = create_loraplus_optimizer(
+        other, torch.optim.AdamW, lr=1e-3, loraplus_lr_ratio=8, loraplus_weight_decay=decay
+    )
+    torch.testing.assert_close(steps(model, optimizer), steps(other, peft_optimizer), rtol=1e-5, atol=1e-6)
+
+
+def test_lora_plus_groups_hold_each_trained_parameter_once():
+    model = ours()
+    dora_init(model)
+    groups = lora_plus_groups(model, lr=1e-3, ratio=4, weight_decay=0.1)
+    parameters = [id(parameter) for group in groups for parameter in group["params"]]
+    assert sorted(parameters) == sorted(id(parameter) for parameter in lora_parameters(model))
+    assert [(group["lr"], group["weight_decay"]) for group in groups] == [(1e-3, 0.1), (4e-3, 0.1), (4e-3, 0.0)]
+    freeze_A(model)
+    assert [group["lr"] for group in lora_plus_groups(model, lr=1e-3, ratio=4)] == [4e-3, 4e-3]
+
+
+def test_lora_fa_trains_b_alone():
+    model, other = ours(), theirs()
+    copy_values(other, model)
+    freeze_A(model)
+    for layer in peft_layers(other).values():
+        layer.lora_A["default"].weight.requires_grad_(False)
+    before = {path: layer.lora_A.detach().clone() for path, layer in our_layers(model).items()}
+    optimizers = [
+        torch.optim.AdamW([p for p in one.parameters() if p.requires_grad], lr=1e-2) for one in (model, other)
+    ]
+    assert len(optimizers[0].param_groups[0]["params"]) == len(before)
+    torch.testing.assert_close(steps(model, optimizers[0]), steps(other, optimizers[1]), rtol=1e-5, atol=1e-6)
+    assert all(torch.equal(layer.lora_A, before[path]) for path, layer in our_layers(model).items())
+
+
+def test_lora_fa_does_not_keep_the_input(each_backend):
+    """dA is what x is kept for; with A frozen, backward holds the small S alone."""
+
+    def kept_inputs(layer):
+        kept = []
+        with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t.shape) or t, lambda t: t):
+            x = torch.randn(16, 64, requires_grad=True)
+            layer(x).sum().backward()
+        torch.testing.assert_close(x.grad, (layer.weight + layer.delta_weight()).sum(0).expand(16, 64))
+        return kept.count((16, 64))
+
+    layer = LoRALinear(nn.Linear(64, 32), rank=2)
+    nn.init.normal_(layer.lora_B)
+    assert kept_inputs(layer) == 1
+    layer.lora_A.requires_grad_(False)
+    assert kept_inputs(layer) == 0
+
+
+@pytest.mark.parametrize("base", [llama, gpt2], ids=["linear", "conv1d"])
+def test_pissa_is_peft_s(base, tmp_path):
+    targets = TARGETS if base is llama else ["c_attn", "c_proj"]
+    model, other = ours(base, targets=targets), theirs(base, targets=targets, init_lora_weights="pissa")
+    pissa_init(model)
+    for path, layer in peft_layers(other).items():
+        mine = our_layers(model)[path]
+        product = layer.lora_B["default"].weight @ layer.lora_A["default"].weight
+        torch.testing.assert_close(mine.lora_B @ mine.lora_A, product, rtol=1e-4, atol=1e-5)
+    copy_values(other, model)  # singular vectors are only determined up to their sign
+    for layer in our_layers(model).values():
+        layer.start_A, layer.start_B = layer.lora_A.detach().clone(), layer.lora_B.detach().clone()
+    close(logits(model), logits(base()))
+    close(logits(other), logits(base()))
+    same_gradients(model, other)
+    optimizers = [torch.optim.SGD([p for p in one.parameters() if p.requires_grad], lr=0.05) for one in (model, other)]
+    torch.testing.assert_close(steps(model, optimizers[0]), steps(other, optimizers[1]), rtol=1e-4, atol=1e-5)
+    round_trip(model, tmp_path, base)
+
+
+def test_pain_12_pissa_leaves_the_base_as_it_is(tmp_path):
+    base = llama()
+    model = apply_lora_to_model(copy.deepcopy(base), rank=4, target_modules=TARGETS)
+    pissa_init(model)
+    steps(model, torch.optim.SGD(lora_parameters(model), lr=0.1))
+    weights = dict(base.named_parameters())
+    for path, parameter in model.named_parameters():
+        if "lora_" not in path:
+            assert torch.equal(parameter, weights[path.replace(".base_layer", "")])
+    with disable_lora(model):
+        assert torch.equal(logits(model), logits(base))
+    trained = logits(model)
+    save_adapter(model, tmp_path)
+    load_adapter(model, tmp_path, "plain")
+    close(logits(model), trained)
+    save_adapter(adapted(llama()), tmp_path / "other")
+    load_adapter(model, tmp_path / "other", "other")
+    close(logits(model), logits(adapted(llama())))
+    set_adapter(model, "default")
+    assert torch.equal(logits(model), trained)
+    merge_lora(model)
+    close(logits(model), trained)
+    unmerge_lora(model)
+    assert torch.equal(logits(model), trained)
+
+
+def test_pissa_randomized_is_near_the_exact():
+    exact, fast = ours(), ours()
+    pissa_init(exact)
+    pissa_init(fast, iterations=16)
+    for a, b in zip(our_layers(exact).values(), our_layers(fast).values(), strict=True):
+        one, other = a.lora_B @ a.lora_A, b.lora_B @ b.lora_A
+        W = a.base_layer.weight
+        assert (W - a.scaling * other).norm() < 1.01 * (W - a.scaling * one).norm()
+    close(logits(fast), logits(llama()))
+
+
+def test_pissa_refuses_nf4():
+    model = ours(lambda: quantize_model(llama()))
+    before = [parameter.detach().clone() for parameter in lora_parameters(model)]
+    with pytest.raises(ValueError, match="quantized; pissa_init needs dense weights"):
+        pissa_init(model)
+    assert all(torch.equal(a, b) for a, b in zip(before, lora_parameters(model), strict=True))
+
+
+@pytest.mark.parametrize("alpha", [4, 16])
+def test_loftq_takes_away_what_it_can(alpha, tmp_path):
+    """s·BA is the best approximation of rank r of W − NF4(W), so the error falls to the singular values left over."""
+    base = llama()
+    model = ours(lambda: quantize_model(llama()), alpha=alpha)
+    errors = loftq_init(model, base.state_dict())
+    for path, layer in our_layers(model).items():
+        assert isinstance(layer.base_layer, NF4Linear)
+        W = base.get_submodule(path).weight
+        lost = W - layer.base_layer.dequantize().weight
+        left = torch.linalg.svdvals(lost)[4:].norm() / W.norm()
+        before, after = errors[path]
+        assert after == pytest.approx(left.item(), rel=1e-4)
+        assert after < before
+        assert ((lost - layer.delta_weight()).norm() / W.norm()).item() == pytest.approx(after, rel=1e-5)
+    fresh = quantize_model(llama())
+    save_adapter(model, tmp_path)
+    load_adapter(fresh, tmp_path)
+    close(logits(fresh), logits(model))
+
+
+def test_loftq_is_peft_s_on_bitsandbytes(tmp_path):
+    """peft's own function on the same bytes; it takes no account of the scaling, so alpha = r here."""
+    bnb = pytest.importorskip("bitsandbytes")
+    from peft.utils.loftq_utils import _low_rank_decomposition
+
+    base = llama()
+    model = ours(lambda: quantize_model(llama(), double_quant=False), alpha=4)
+    loftq_init(model, base.state_dict())
+    for path, layer in our_layers(model).items():
+        weight = base.get_submodule(path).weight.data
+        packed, state = bnb.functional.quantize_4bit(weight, quant_type="nf4", compress_statistics=False)
+        found = _low_rank_decomposition(weight - bnb.functional.dequantize_4bit(packed, state), 4)
+        torch.testing.assert_close(layer.lora_B @ layer.lora_A, found["L"] @ found["R"], rtol=1e-3, atol=1e-6)
+
+
+def test_loftq_reads_a_model_directory(tmp_path):
+    base = llama()
+    base.save_pretrained(tmp_path)
+    one, other = (ours(lambda: quantize_model(llama())) for _ in range(2))
+    assert loftq_init(one, tmp_path) == loftq_init(other, base.state_dict())
+
+
+def test_loftq_errors():
+    with pytest.raises(ValueError, match="no NF4 layer"):
+        loftq_init(ours(), llama().state_dict())
+    model = ours(lambda: quantize_model(llama()))
+    before = [parameter.detach().clone() for parameter in lora_parameters(model)]
+    with pytest.raises(ValueError, match=r"original has no 'model\.layers\.0"):
+        loftq_init(model, {})
+    wrong = llama().state_dict() | {"model.layers.2.mlp.down_proj.weight": torch.zeros(3, 3)}
+    with pytest.raises(ValueError, match=r"must be \(64, 128\), got \(3, 3\)"):
+        loftq_init(model, wrong)
+    assert all(torch.equal(a, b) for a, b in zip(before, lora_parameters(model), strict=True))
+
+
+@pytest.mark.parametrize("base", [llama, gpt2], ids=["linear", "conv1d"])
+def test_dora_is_peft_s(base, tmp_path):
+    targets = TARGETS if base is llama else ["c_attn", "c_proj"]
+    model = ours(base, targets=targets)
+    other = theirs(base, targets=targets, use_dora=True, init_lora_weights=False)
+    dora_init(model)
+    close(logits(model), logits(base()))  # at the start DoRA is the base
+    copy_values(other, model)
+    close(logits(model), logits(other))
+    same_gradients(model, other)
+    optimizers = [torch.optim.SGD([p for p in one.parameters() if p.requires_grad], lr=0.1) for one in (model, other)]
+    torch.testing.assert_close(steps(model, optimizers[0]), steps(other, optimizers[1]), rtol=1e-4, atol=1e-5)
+    close(logits(model), logits(other))
+    round_trip(model, tmp_path, base)
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_we_load_peft_s_dora(tmp_path):
+    other = theirs(use_dora=True, init_lora_weights=False)
+    with torch.no_grad():
+        for layer in peft_layers(other).values():
+            layer.lora_magnitude_vector["default"].weight.mul_(1.3)
+    other.save_pretrained(tmp_path)
+    model = llama()
+    load_adapter(model, tmp_path)
+    close(logits(model), logits(other))
+
+
+def test_dora_init_measures_the_adapter_that_is_there():
+    """Turned on later, DoRA starts at the weight as trained so far."""
+    model = adapted(llama())
+    before = logits(model)
+    dora_init(model)
+    close(logits(model), before)
+
+
+def test_dora_on_nf4_merges_switches_and_mixes(tmp_path):
+    model = ours(lambda: quantize_model(llama()))
+    dora_init(model)
+    for parameter in lora_parameters(model):
+        parameter.data.add_(torch.randn_like(parameter) * 0.05)
+    trained = logits(model)
+    merge_lora(model, dequantize=True)
+    close(logits(model), trained)
+    unmerge_lora(model)
+    save_adapter(model, tmp_path / "dora")
+    save_adapter(adapted(llama()), tmp_path / "plain")
+    load_adapter(model, tmp_path / "plain", "plain")
+    plain = logits(model)
+    set_adapter(model, "default")
+    assert torch.equal(logits(model), trained)
+    with adapters_by_row(model, ["plain", "default"]):
+        mixed = logits(model)
+    close(mixed, torch.stack([plain[0], trained[1]]))
+    again = quantize_model(llama())
+    load_adapter(again, tmp_path / "dora")
+    close(logits(again), trained)
+
+
+def test_dora_gain_without_forming_the_sum():
+    layer = LoRALinear(nn.Linear(40, 30), rank=7, lora_alpha=7)
+    nn.init.normal_(layer.lora_B)
+    layer.lora_magnitude = nn.Parameter(torch.rand(30))
+    W = layer.base_layer.weight.double()
+    expected = layer.lora_magnitude / (W + layer.lora_B.double() @ layer.lora_A.double()).norm(dim=1)
+    torch.testing.assert_close(dora_gain(W.float(), layer).double(), expected, rtol=1e-5, atol=0)
+
+
+@pytest.mark.parametrize("call", [use_rslora, freeze_A, pissa_init, dora_init, lambda m: lora_plus_groups(m, 1)])
+def test_variants_need_an_adapter_that_is_not_merged(call):
+    with pytest.raises(ValueError, match="no active adapter"):
+        call(llama())
+    with pytest.raises(ValueError, match="merged"):
+        call(merge_lora(adapted(llama())))
