@@ -1,8 +1,15 @@
-"""Timing contestants side by side: check every result first, then take turns (A B A B)."""
+"""Timing contestants side by side: check every result first, then take turns (A B A B).
+
+`handtuned bench NAME …` runs `tests/bench_<name>.py` of a checkout, each of which builds
+on `compare` and `table`.
+"""
 
 import statistics
+import subprocess
+import sys
 import time
 from collections.abc import Callable
+from pathlib import Path
 
 import torch
 
@@ -60,3 +67,20 @@ def table(times: dict[str, dict[str, float]], ours: str) -> str:
         cells = "".join(f"{t[key] * 1e3:10.2f}" for key in ("median", "min", "max"))
         lines.append(f"{name:{width}} {cells} {ratio:6.2f}x")
     return "\n".join(lines)
+
+
+def add_arguments(parser) -> None:
+    parser.add_argument("names", nargs="*", metavar="NAME", help="benchmarks to run (default: list them)")
+
+
+def run(args) -> int:
+    scripts = Path(__file__).resolve().parents[1] / "tests"
+    found = {path.stem.removeprefix("bench_"): path for path in sorted(scripts.glob("bench_*.py"))}
+    if not found:
+        raise ValueError("the benchmarks are in the repository's tests/ folder; run this from a checkout")
+    unknown = [name for name in args.names if name not in found]
+    if unknown:
+        raise ValueError(f"no benchmark {unknown[0]!r}; there are: {', '.join(found)}")
+    if not args.names:
+        print("benchmarks:", ", ".join(found))
+    return max((subprocess.run([sys.executable, str(found[name])]).returncode for name in args.names), default=0)

@@ -212,6 +212,8 @@ def same_layout(tensors, write_back):
 
     Stand-ins of tensors that a step writes (all but g) are noted in `write_back`.
     """
+    if all([t.is_contiguous() for t in tensors]):
+        return tensors
     first = tensors[0]
     if torch.ops.aten.is_non_overlapping_and_dense(first) and all(t.stride() == first.stride() for t in tensors):
         return tensors

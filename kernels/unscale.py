@@ -30,15 +30,18 @@ TRITON_DTYPES = {torch.float32: tl.float32, torch.float16: tl.float16, torch.bfl
 
 def unscale_reference_(grads, inv_scale, found_inf):
     """Plain torch: flag a gradient that is not finite, then multiply each by `inv_scale` in place (None: only look)."""
-    for grad in grads:
-        found_inf.masked_fill_(~torch.isfinite(grad).all(), 1.0)
-        if inv_scale is not None:
-            grad.mul_(inv_scale)
+    # Finite norms prove finite gradients; norms that are not may have overflowed themselves.
+    if not torch.isfinite(torch.stack(torch._foreach_norm(grads))).all():
+        for grad in grads:
+            found_inf.masked_fill_(~torch.isfinite(grad).all(), 1.0)
+    if inv_scale is not None:
+        torch._foreach_mul_(grads, inv_scale)
 
 
 def squared_norm_reference(grads):
     """Plain torch: the sum of all squares, in FP32 within a tensor and in FP64 between tensors."""
-    return torch.stack([grad.float().square().sum() for grad in grads]).sum(dtype=torch.float64).float()
+    norms = torch.stack([norm.float() for norm in torch._foreach_norm(grads, 2, torch.float32)])
+    return norms.double().square().sum().float()
 
 
 @triton.jit

@@ -172,8 +172,10 @@ class AdamW(torch.optim.Optimizer):
                 state["step"] = torch.zeros((), dtype=torch.float32)
                 state["exp_avg"] = torch.zeros_like(p)
                 state["exp_avg_sq"] = torch.zeros_like(p)
-            # Counters live with the parameter: a skipped step is known on its device only.
-            state["step"] = torch.as_tensor(state["step"], dtype=torch.float32, device=p.device)
+            step = state["step"]
+            if not isinstance(step, torch.Tensor) or step.device != p.device:
+                # Counters live with the parameter: a skipped step is known on its device only.
+                state["step"] = torch.as_tensor(step, dtype=torch.float32, device=p.device)
             states.append(state)
         return ParamGroup(
             params=params,

@@ -11,8 +11,9 @@ import argparse
 
 import torch
 from handtuned.amp import GradScaler
-from handtuned.bench import compare, table
 from handtuned.optim import AdamW, AdamW8bit
+
+from handtuned.bench import compare, table
 
 SHAPES = {
     "adapter": [shape for _ in range(60) for shape in ((8, 576), (576, 8), (8, 576), (192, 8))],

@@ -11,6 +11,7 @@ import itertools
 
 import torch
 from handtuned.amp import scaled_matmul
+
 from handtuned.bench import compare, table
 
 

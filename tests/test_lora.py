@@ -244,7 +244,7 @@ def test_a_merged_layer_refuses_to_train_with_dropout():
 
 def test_a_merge_into_4_bits_is_refused_with_the_reason():
     layer = adapted(NF4Linear.from_linear(nn.Linear(64, 48)))
-    with pytest.raises(ValueError, match="4-bit.*dequantize=True"):
+    with pytest.raises(ValueError, match=r"4-bit.*dequantize=True"):
         layer.merge_weights()
     assert not layer.merged
     x = torch.randn(5, 64)

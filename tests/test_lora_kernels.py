@@ -82,7 +82,7 @@ def test_long_sums_that_are_split_between_programs(kernel_backend, device):
 
 
 def test_strides_other_than_contiguous(kernel_backend, device):
-    x, W, b, A, B, dy = operands((9, 12, 20, 3), torch.float32, device)
+    _, W, b, A, B, _ = operands((9, 12, 20, 3), torch.float32, device)
     wide = torch.randn(9, 40, device=device)
     x_view, W_view = wide[:, ::2], W.t().contiguous().t()
     S = lora_down(x_view, A.t().contiguous().t())

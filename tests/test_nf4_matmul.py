@@ -55,7 +55,8 @@ def test_the_plan_by_shape(kernel_backend, device):
     def rows(M, K=128):
         return torch.empty(M, K, device=device)
 
-    assert [plan(rows(M), q, False) for M in (1, 16, 17, 1023, 1024)] == ["stream", "stream", "exact", "exact", "merged"]
+    ways = [plan(rows(M), q, dropout=False) for M in (1, 16, 17, 1023, 1024)]
+    assert ways == ["stream", "stream", "exact", "exact", "merged"]
     assert plan(rows(2048), q, True) == "exact"  # a merge has no place for a dropout mask
     assert plan(rows(1, 96), ragged, False) == "exact"
     assert plan(rows(1), small_blocks, False) == "exact"
