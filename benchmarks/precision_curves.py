@@ -1,4 +1,4 @@
-"""One small language model, six precisions: which of them learn, and how well?
+"""One small language model, seven ways to train it: which of them learn, and how well?
 
 A two-layer byte-level Transformer reads the questions and answers of the shipped data set. All runs
 see the same batches from the same start; FP32 is repeated with other seeds to show how much two
@@ -6,12 +6,17 @@ equally good runs differ.
 
     python benchmarks/precision_curves.py
 
-writes precision_curves.json and precision_curves.svg beside this file. It takes 20 minutes on two
-CPU cores, nearly all of it for the FP16 products, which such a CPU has no instructions for.
+writes precision_curves.json and precision_curves.svg beside this file. Runs that are in the JSON
+already are not repeated, so an interrupted call may be given again. It takes some ten minutes on two CPU
+cores, nearly all of it for FP16 products, which such a CPU has no instructions for.
+
+A mean over n tokens makes every gradient 1/n as large, so large batches underflow first. One run
+therefore has the loss scale 2⁻¹⁰: its gradients have the size of those in a batch of 2 million tokens.
 """
 
 import argparse
 import json
+import math
 import platform
 from importlib import resources
 from pathlib import Path
@@ -24,7 +29,8 @@ from handtuned.nn.transformer import Transformer
 from handtuned.optim import AdamW, GradientAccumulationTrainer, cosine_with_warmup
 
 BATCH, LENGTH, LR = 32, 64, 3e-3
-NO_GROWTH = 10**9
+FIXED_SCALES = {"fp16 without scaling": 1.0, "fp16 without scaling, as in a batch of 2M tokens": 2.0**-10}
+PRECISIONS = ["fp32", "bf16", "fp16 + scaler", *FIXED_SCALES, "fp16 weights + masters", "fp16 weights alone"]
 
 
 def text(name):
@@ -72,12 +78,9 @@ def trainer_for(precision, model, steps):
         return PlainHalf(model, optimizer, schedule)
     dtype = torch.bfloat16 if precision == "bf16" else torch.float16
     trainer = MixedPrecisionTrainer(model, optimizer, dtype=dtype, scheduler=schedule)
-    if precision == "fp16 without scaling":
-        trainer.scaler = GradScaler(init_scale=1.0, growth_interval=NO_GROWTH)
+    if precision in FIXED_SCALES:
+        trainer.scaler = GradScaler(init_scale=FIXED_SCALES[precision], growth_interval=10**9)
     return trainer
-
-
-PRECISIONS = ["fp32", "bf16", "fp16 + scaler", "fp16 without scaling", "fp16 weights + masters", "fp16 weights alone"]
 
 
 @torch.no_grad()
@@ -97,25 +100,24 @@ def run(precision, seed, steps, data, held_out):
         trainer.train_step(*windows(data, BATCH, seed * 1_000_000 + step))
         if (step + 1) % (steps // 20) == 0:
             curve.append(evaluate(model, held_out))
-            print(f"{precision:24} seed {seed} step {step + 1:4d}  loss {curve[-1]:.4f}", flush=True)
-    return {"curve": curve, "final": curve[-1], "underflow": underflow(model, data)}
+    print(f"{precision}, seed {seed}: {curve[-1]:.4f}", flush=True)
+    final = curve[-1] if math.isfinite(curve[-1]) else None
+    return {"curve": [c if math.isfinite(c) else None for c in curve], "final": final, "lost": lost(model, data)}
 
 
-def underflow(model, data):
-    """Share of the nonzero FP32 gradients that FP16 would make zero, at these weights: of logits and of weights."""
+def lost(model, data):
+    """Share of the nonzero FP32 gradients of the logits that FP16 makes zero, at these weights and each fixed scale."""
     copy = new_model(0)
     copy.load_state_dict({name: value.float() for name, value in model.state_dict().items()})
     inputs, labels = windows(data, BATCH, 1)
     logits = copy(inputs)
     logits.retain_grad()
     F.cross_entropy(logits.flatten(0, 1), labels.flatten()).backward()
-    weights = torch.cat([p.grad.flatten() for p in copy.parameters()])
-
-    def share(gradient):
-        sizes = gradient[gradient != 0].abs()
-        return (sizes <= FP16.underflow_threshold).double().mean().item()
-
-    return {"logits": share(logits.grad), "weights": share(weights)}
+    sizes = logits.grad[logits.grad != 0].abs()
+    return {
+        str(scale): (sizes * scale <= FP16.underflow_threshold).double().mean().item()
+        for scale in (65536.0, *FIXED_SCALES.values())
+    }
 
 
 def draw(results, path):
@@ -124,34 +126,38 @@ def draw(results, path):
     matplotlib.use("svg")
     import matplotlib.pyplot as plt
 
-    figure, axes = plt.subplots(figsize=(7, 4))
-    steps = results["steps"]
+    figure, axes = plt.subplots(figsize=(8, 4.5))
     for name, runs in results["runs"].items():
         for i, one in enumerate(runs):
-            x = [j * steps / (len(one["curve"]) - 1) for j in range(len(one["curve"]))]
-            style = {"color": "black", "alpha": 0.4} if name == "fp32" else {}
-            axes.plot(x, one["curve"], label=f"{name} ({len(runs)} seeds)" if i == 0 and len(runs) > 1 else
-                      name if i == 0 else None, **style)  # fmt: skip
-    axes.set(xlabel="step", ylabel="held-out loss (nats a byte)", title="The same small model in six precisions")
-    axes.legend()
+            curve = [math.nan if loss is None else min(loss, 6.0) for loss in one["curve"]]
+            x = [j * results["steps"] / (len(curve) - 1) for j in range(len(curve))]
+            label = name if i == 0 else None
+            axes.plot(x, curve, label=label, **({"color": "black", "alpha": 0.4} if name == "fp32" else {}))
+    axes.set(xlabel="step", ylabel="held-out loss (nats a byte)", title="The same small model in seven precisions")
+    axes.legend(fontsize="small")
     figure.tight_layout()
     figure.savefig(path)
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--steps", type=int, default=300)
+    parser.add_argument("--steps", type=int, default=200)
     parser.add_argument("--seeds", type=int, default=3, help="FP32 runs, for the noise")
     parser.add_argument("--out", type=Path, default=Path(__file__).with_suffix(""))
     args = parser.parse_args()
+    path = args.out.with_suffix(".json")
+    machine = f"{platform.machine()}, {torch.get_num_threads()} CPU threads, torch {torch.__version__}"
+    results = {"steps": args.steps, "batch": [BATCH, LENGTH], "lr": LR, "machine": machine, "runs": {}}
+    if path.exists():
+        saved = json.loads(path.read_text(encoding="utf-8"))
+        if saved["steps"] == args.steps:
+            results["runs"] = saved["runs"]
     data, held_out = text("home_train"), windows(text("home_eval"), 128, 0)
-    runs = {
-        name: [run(name, seed, args.steps, data, held_out) for seed in range(args.seeds if name == "fp32" else 1)]
-        for name in PRECISIONS
-    }
-    machine = f"{platform.machine()}, {torch.get_num_threads()} threads, torch {torch.__version__}"
-    results = {"steps": args.steps, "batch": [BATCH, LENGTH], "lr": LR, "machine": machine, "runs": runs}
-    args.out.with_suffix(".json").write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
+    for name in PRECISIONS:
+        runs = results["runs"].setdefault(name, [])
+        while len(runs) < (args.seeds if name == "fp32" else 1):
+            runs.append(run(name, len(runs), args.steps, data, held_out))
+            path.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
     draw(results, args.out.with_suffix(".svg"))
 
 

@@ -20,7 +20,7 @@ FLOPs: 2MNr for each of dS and dB, 2MKr for dA. Bytes: dy once, x once.
 import torch
 
 from .dropout import ROUNDS, keep_tile
-from .lora_product import block_of, dot_settings, kernel_spec, masked, runs_kernel, splits_of, stored_dtype
+from .lora_product import block_of, cdiv, dot_settings, kernel_spec, masked, runs_kernel, splits_of, stored_dtype
 from .runtime import KernelSpec, on_device, tl, triton
 
 
@@ -87,10 +87,10 @@ def up_grads_blocks(M: int, N: int, r: int) -> dict:
     """Tile sizes of `lora_up_grads`, and into how many parts N is split. Tall slabs keep the parts of dB few."""
     block_r = block_of(r, 16, 128)
     blocks = {"BLOCK_M": block_of(M, 16, max(64, 4096 // block_r)), "BLOCK_N": 64, "BLOCK_R": block_r}
-    programs = triton.cdiv(M, blocks["BLOCK_M"]) * triton.cdiv(r, block_r)
-    steps = triton.cdiv(N, blocks["BLOCK_N"])
-    per_split = triton.cdiv(steps, splits_of(programs, steps))
-    return blocks | {"n_per_split": per_split * blocks["BLOCK_N"], "splits": triton.cdiv(steps, per_split)}
+    programs = cdiv(M, blocks["BLOCK_M"]) * cdiv(r, block_r)
+    steps = cdiv(N, blocks["BLOCK_N"])
+    per_split = cdiv(steps, splits_of(programs, steps))
+    return blocks | {"n_per_split": per_split * blocks["BLOCK_N"], "splits": cdiv(steps, per_split)}
 
 
 def _launch_up_grads(
@@ -100,11 +100,11 @@ def _launch_up_grads(
     if M == 0 or N == 0:
         return torch.zeros_like(S), torch.zeros_like(lora_B)
     blocks = up_grads_blocks(M, N, r)
-    splits, slabs = blocks.pop("splits"), triton.cdiv(M, blocks["BLOCK_M"])
+    splits, slabs = blocks.pop("splits"), cdiv(M, blocks["BLOCK_M"])
     dS = torch.empty((splits, M, r), dtype=torch.float32 if splits > 1 else stored_dtype(dy.dtype), device=dy.device)
     dB = torch.empty((slabs, N, r), dtype=torch.float32 if slabs > 1 else stored_dtype(lora_B.dtype), device=dy.device)
     with on_device(dy):
-        _up_grads_kernel[(slabs, splits, triton.cdiv(r, blocks["BLOCK_R"]))](
+        _up_grads_kernel[(slabs, splits, cdiv(r, blocks["BLOCK_R"]))](
             dy, S, lora_B, dS, dB, M, N, r, *dy.stride(), *S.stride(), *lora_B.stride(), scale=scale,
             **blocks, **dot_settings(dy.dtype), num_warps=8, num_stages=3,
         )  # fmt: skip
@@ -156,10 +156,10 @@ def _down_grad_kernel(
 def down_grad_blocks(M: int, K: int, r: int) -> dict:
     """Tile sizes of `lora_down_grad`, and into how many parts M is split."""
     blocks = {"BLOCK_M": block_of(M, 16, 64), "BLOCK_K": 64, "BLOCK_R": block_of(r, 16, 128)}
-    programs = triton.cdiv(K, blocks["BLOCK_K"]) * triton.cdiv(r, blocks["BLOCK_R"])
-    steps = triton.cdiv(M, blocks["BLOCK_M"])
-    per_split = triton.cdiv(steps, splits_of(programs, triton.cdiv(steps, 4)))
-    return blocks | {"m_per_split": per_split * blocks["BLOCK_M"], "splits": triton.cdiv(steps, per_split)}
+    programs = cdiv(K, blocks["BLOCK_K"]) * cdiv(r, blocks["BLOCK_R"])
+    steps = cdiv(M, blocks["BLOCK_M"])
+    per_split = cdiv(steps, splits_of(programs, cdiv(steps, 4)))
+    return blocks | {"m_per_split": per_split * blocks["BLOCK_M"], "splits": cdiv(steps, per_split)}
 
 
 def _launch_down_grad(
@@ -172,7 +172,7 @@ def _launch_down_grad(
     splits = blocks.pop("splits")
     dA = torch.empty((splits, r, K), dtype=torch.float32 if splits > 1 else stored_dtype(dtype), device=x.device)
     with on_device(x):
-        _down_grad_kernel[(triton.cdiv(K, blocks["BLOCK_K"]), splits, triton.cdiv(r, blocks["BLOCK_R"]))](
+        _down_grad_kernel[(cdiv(K, blocks["BLOCK_K"]), splits, cdiv(r, blocks["BLOCK_R"]))](
             dS, x, dA, seed, M, K, r, *dS.stride(), *x.stride(), threshold=threshold,
             ROUNDS=ROUNDS, **blocks, **dot_settings(x.dtype), num_warps=4, num_stages=4,
         )  # fmt: skip

@@ -47,6 +47,11 @@ def stored_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float32 if INTERPRETED and dtype == torch.bfloat16 else dtype
 
 
+def cdiv(a: int, b: int) -> int:
+    """a / b, rounded up."""
+    return -(-a // b)
+
+
 def block_of(size: int, low: int, high: int) -> int:
     """The power of two that covers `size`, within [low, high]."""
     return min(max(1 << (size - 1).bit_length() if size > 0 else 1, low), high)
@@ -129,10 +134,10 @@ def down_blocks(M: int, K: int, r: int) -> dict:
     blocks = {"BLOCK_M": block_of(M, 16, 128), "BLOCK_K": 64, "BLOCK_R": block_of(r, 16, 128)}
     if blocks["BLOCK_R"] == 128:
         blocks["BLOCK_M"] = min(blocks["BLOCK_M"], 64)
-    programs = triton.cdiv(M, blocks["BLOCK_M"]) * triton.cdiv(r, blocks["BLOCK_R"])
-    steps = max(1, triton.cdiv(K, blocks["BLOCK_K"]))
-    per_split = triton.cdiv(steps, splits_of(programs, steps // 4))
-    return blocks | {"k_per_split": per_split * blocks["BLOCK_K"], "splits": triton.cdiv(steps, per_split)}
+    programs = cdiv(M, blocks["BLOCK_M"]) * cdiv(r, blocks["BLOCK_R"])
+    steps = max(1, cdiv(K, blocks["BLOCK_K"]))
+    per_split = cdiv(steps, splits_of(programs, steps // 4))
+    return blocks | {"k_per_split": per_split * blocks["BLOCK_K"], "splits": cdiv(steps, per_split)}
 
 
 def _launch_down(
@@ -144,7 +149,7 @@ def _launch_down(
     blocks = down_blocks(M, K, r)
     splits = blocks.pop("splits")
     S = torch.empty((splits, M, r), dtype=torch.float32 if splits > 1 else stored_dtype(x.dtype), device=x.device)
-    grid = (triton.cdiv(M, blocks["BLOCK_M"]), splits, triton.cdiv(r, blocks["BLOCK_R"]))
+    grid = (cdiv(M, blocks["BLOCK_M"]), splits, cdiv(r, blocks["BLOCK_R"]))
     with on_device(x):
         _down_kernel[grid](
             x, lora_A, S, seed, M, K, r, *x.stride(), *lora_A.stride(), threshold=threshold,
@@ -281,7 +286,7 @@ def _launch_product(
         return y.to(x.dtype)
 
     def grid(tile):
-        return (triton.cdiv(M, tile["BLOCK_M"]) * triton.cdiv(N, tile["BLOCK_N"]),)
+        return (cdiv(M, tile["BLOCK_M"]) * cdiv(N, tile["BLOCK_N"]),)
 
     with on_device(x):
         _product_kernel[grid](

@@ -16,11 +16,7 @@ from collections import Counter
 from dataclasses import dataclass, field
 
 from .lora_backward import down_grad_blocks, up_grads_blocks
-from .lora_product import TILES, block_of, down_blocks
-
-
-def _ceil(a: int, b: int) -> int:
-    return -(-a // b)
+from .lora_product import TILES, block_of, cdiv, down_blocks
 
 
 @dataclass
@@ -43,15 +39,16 @@ class Work:
 
 def _product(work, kernel, M, N, K, r, low, adapter, tile):
     """x (M, K) · Wᵀ (N, K) with an accumulator that starts at S (M, r) · Bᵀ (N, r); r = 0: without."""
-    rows, columns = _ceil(M, tile["BLOCK_M"]), _ceil(N, tile["BLOCK_N"])
+    rows, columns = cdiv(M, tile["BLOCK_M"]), cdiv(N, tile["BLOCK_N"])
     padded = rows * tile["BLOCK_M"] * columns * tile["BLOCK_N"]
-    work.flops += 2 * padded * _ceil(K, tile["BLOCK_K"]) * tile["BLOCK_K"]
+    work.flops += 2 * padded * cdiv(K, tile["BLOCK_K"]) * tile["BLOCK_K"]
     work.touch(kernel, "x", M * K * low, columns)
+    work.requested += (rows * tile["BLOCK_M"] - M) * K * low * columns  # rows past the end read the last one again
     work.touch(kernel, "W", N * K * low, rows)
     work.touch(kernel, "y", M * N * low)
     if r:
         block_r = block_of(r, 16, 64)
-        work.flops += 2 * padded * _ceil(r, block_r) * block_r
+        work.flops += 2 * padded * cdiv(r, block_r) * block_r
         work.touch(kernel, "S", M * r * low, columns)
         work.touch(kernel, "B", N * r * adapter, rows)
 
@@ -75,8 +72,8 @@ def forward(M, N, K, r, low=2, adapter=4, tile=None) -> Work:
     tile = tile or TILES[1].kwargs
     if r:
         b = down_blocks(M, K, r)
-        rows, ranks = _ceil(M, b["BLOCK_M"]), _ceil(r, b["BLOCK_R"])
-        steps = _ceil(K, b["BLOCK_K"])
+        rows, ranks = cdiv(M, b["BLOCK_M"]), cdiv(r, b["BLOCK_R"])
+        steps = cdiv(K, b["BLOCK_K"])
         work.flops += 2 * rows * b["BLOCK_M"] * ranks * b["BLOCK_R"] * steps * b["BLOCK_K"]
         work.touch("down", "x", M * K * low, ranks)
         work.touch("down", "A", r * K * adapter, rows)
@@ -92,8 +89,8 @@ def backward(M, N, K, r, low=2, adapter=4, tile=None) -> Work:
     tile = tile or TILES[1].kwargs
     if r:
         b = up_grads_blocks(M, N, r)
-        slabs, ranks, splits = _ceil(M, b["BLOCK_M"]), _ceil(r, b["BLOCK_R"]), b["splits"]
-        steps = _ceil(N, b["BLOCK_N"])
+        slabs, ranks, splits = cdiv(M, b["BLOCK_M"]), cdiv(r, b["BLOCK_R"]), b["splits"]
+        steps = cdiv(N, b["BLOCK_N"])
         work.flops += 4 * slabs * b["BLOCK_M"] * steps * b["BLOCK_N"] * ranks * b["BLOCK_R"]
         work.touch("up_grads", "dy", M * N * low, ranks)
         work.touch("up_grads", "S", M * r * low, splits)
@@ -103,8 +100,8 @@ def backward(M, N, K, r, low=2, adapter=4, tile=None) -> Work:
         _sum(work, "up_grads dS", splits, M * r, low)
         _sum(work, "up_grads dB", slabs, N * r, adapter)
         b = down_grad_blocks(M, K, r)
-        columns, ranks, splits = _ceil(K, b["BLOCK_K"]), _ceil(r, b["BLOCK_R"]), b["splits"]
-        steps = _ceil(M, b["BLOCK_M"])
+        columns, ranks, splits = cdiv(K, b["BLOCK_K"]), cdiv(r, b["BLOCK_R"]), b["splits"]
+        steps = cdiv(M, b["BLOCK_M"])
         work.flops += 2 * columns * b["BLOCK_K"] * steps * b["BLOCK_M"] * ranks * b["BLOCK_R"]
         work.touch("down_grad", "x", M * K * low, ranks)
         work.touch("down_grad", "dS", M * r * low, columns)

@@ -21,7 +21,7 @@ from functools import lru_cache
 
 import torch
 
-from .lora_product import block_of, dot_settings, kernel_spec, stored_dtype
+from .lora_product import block_of, cdiv, dot_settings, kernel_spec, stored_dtype
 from .nf4 import NF4_CODE
 from .runtime import KernelSpec, on_device, tl, triton
 
@@ -270,10 +270,10 @@ def _launch_stream(
     with on_device(x):
         if M == 1:
             strides = (x.stride(1), S.stride(1), *lora_B.stride())
-            _one_row_kernel[(triton.cdiv(N, blocks["BLOCK_N"]),)](*tensors, N, K, r, *strides, **settings, **blocks)
+            _one_row_kernel[(cdiv(N, blocks["BLOCK_N"]),)](*tensors, N, K, r, *strides, **settings, **blocks)
         else:
             strides = (*x.stride(), *S.stride(), *lora_B.stride())
-            _few_rows_kernel[(triton.cdiv(N, blocks["BLOCK_N"]),)](
+            _few_rows_kernel[(cdiv(N, blocks["BLOCK_N"]),)](
                 *tensors, M, N, K, r, *strides, **settings, **blocks, **dot_settings(x.dtype)
             )
     return y.to(x.dtype)
@@ -296,7 +296,7 @@ def _launch_merge(
     merged = torch.empty((N, K), dtype=stored_dtype(dtype), device=packed.device)
     precision = dot_settings(dtype)["PRECISION"] if dtype == torch.float32 else "tf32"  # beside a rounding to 16 bits
     with on_device(packed):
-        _merge_kernel[(triton.cdiv(K, MERGE["BLOCK_K"]), triton.cdiv(N, MERGE["BLOCK_N"]))](
+        _merge_kernel[(cdiv(K, MERGE["BLOCK_K"]), cdiv(N, MERGE["BLOCK_N"]))](
             _words(packed), absmax, nested_absmax, nested_code, nested_offset, _table(packed.device),
             lora_A, lora_B, merged, N, K, r, *lora_A.stride(), *lora_B.stride(), scale, block_size, nested_block,
             PRECISION=precision, BLOCK_R=block_of(r, 16, 64), **MERGE, num_warps=8,

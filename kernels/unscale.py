@@ -40,8 +40,8 @@ def unscale_reference_(grads, inv_scale, found_inf):
 
 def squared_norm_reference(grads):
     """Plain torch: the sum of all squares, in FP32 within a tensor and in FP64 between tensors."""
-    norms = torch.stack([norm.float() for norm in torch._foreach_norm(grads, 2, torch.float32)])
-    return norms.double().square().sum().float()
+    wide = torch.float64 if any(grad.dtype == torch.float64 for grad in grads) else torch.float32
+    return torch.stack(torch._foreach_norm(grads, 2, wide)).double().square().sum().float()
 
 
 @triton.jit

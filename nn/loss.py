@@ -21,7 +21,7 @@ import torch
 import torch.nn.functional as F
 
 IGNORE_INDEX = -100
-CHUNK_BYTES = 32 * 2**20
+CHUNK_BYTES = 64 * 2**20
 
 
 class _LinearCrossEntropy(torch.autograd.Function):
@@ -82,7 +82,7 @@ def linear_cross_entropy(
         weight: (V, D), the output head (often the tied embedding).
         target: (...) int64, class of each position; −100 drops the position.
         bias: (V,) or None.
-        chunk: tokens at a time; by default as many as make 32 MiB of fp32 logits.
+        chunk: tokens at a time; by default as many as make 64 MiB of fp32 logits.
 
     Returns:
         A scalar in fp32; 0 with zero gradients when every target is −100.

@@ -1,8 +1,8 @@
 """Merging for good: into dense weights, or into NF4, and what each way costs.
 
-An NF4 weight stands on one of 16 levels, whose gaps are some tenths of the block's largest value. A
-trained ΔW is far smaller than that, so that rounding W + ΔW back to 4 bits leaves most codes as they
-were and loses most of ΔW, while adding an error of its own. That is why `merge_lora` refuses an
+An NF4 weight stands on one of 16 levels, 0.08 to 0.3 of the block's largest value apart. A trained ΔW
+is far smaller than that, so that rounding W + ΔW back to 4 bits leaves most codes as they were and
+loses most of ΔW, while adding an error of its own. That is why `merge_lora` refuses an
 NF4 base unless it may become dense. `merge_errors` measures all ways on the model at hand.
 """
 
@@ -18,6 +18,7 @@ from .lora import LoRALinear, dense_weight
 from .multi import ModuleToSave, carriers
 
 REFIT_ROUNDS = 5
+REFIT_ITERATIONS = 8  # of the randomized decomposition; the exact one takes minutes for a model
 
 
 def merge_and_unload(model: nn.Module, dequantize: bool = False, untie: bool = False) -> nn.Module:
@@ -160,14 +161,16 @@ def _refit(layer: LoRALinear, target: torch.Tensor):
     """(Q, A, B) with Q in NF4 and Q + s·BA near the target, the best of REFIT_ROUNDS rounds."""
     best = None
     update = torch.zeros_like(target)
-    for _ in range(REFIT_ROUNDS):
-        quantized = _quantized_like(layer.base_layer, target - update)
-        lost = target - quantized.dequantize(torch.float32)
-        A, B = leading_factors(lost, layer.rank, layer.scaling)
-        update = layer.scaling * (B @ A)
-        error = (lost - update).norm()
-        if best is None or error < best[0]:
-            best = error, quantized, A, B
+    with torch.random.fork_rng([target.device] if target.is_cuda else []):
+        torch.manual_seed(0)
+        for _ in range(REFIT_ROUNDS):
+            quantized = _quantized_like(layer.base_layer, target - update)
+            lost = target - quantized.dequantize(torch.float32)
+            A, B = leading_factors(lost, layer.rank, layer.scaling, REFIT_ITERATIONS)
+            update = layer.scaling * (B @ A)
+            error = (lost - update).norm()
+            if best is None or error < best[0]:
+                best = error, quantized, A, B
     return best[1:]
 
 

@@ -104,7 +104,9 @@ def pissa_init(model: nn.Module, iterations: int | None = None) -> None:
 
 
 @torch.no_grad()
-def loftq_init(model: nn.Module, original: Mapping[str, torch.Tensor] | str | Path) -> dict[str, tuple[float, float]]:
+def loftq_init(
+    model: nn.Module, original: Mapping[str, torch.Tensor] | str | Path, iterations: int | None = None
+) -> dict[str, tuple[float, float]]:
     """Start at the best rank-r correction of the quantization error W − NF4(W), leaving NF4(W) as it is.
 
     This is LoftQ with one iteration. Its further iterations re-quantize the base to something other
@@ -114,6 +116,7 @@ def loftq_init(model: nn.Module, original: Mapping[str, torch.Tensor] | str | Pa
         model: NF4 layers with adapters.
         original: the weights before quantization, `<path>.weight` by name: a state dict, or the directory of
             the model's safetensors files.
+        iterations: as in `pissa_init`.
 
     Returns:
         Path → (‖W − NF4(W)‖ / ‖W‖ before, ‖W − NF4(W) − s·BA‖ / ‖W‖ after).
@@ -134,7 +137,7 @@ def loftq_init(model: nn.Module, original: Mapping[str, torch.Tensor] | str | Pa
             quantized = dense_weight(layer.base_layer).float()
             W = weights[f"{path}.weight"].to(quantized)
             lost = W - quantized
-            A, B = leading_factors(lost, layer.rank, layer.scaling)
+            A, B = leading_factors(lost, layer.rank, layer.scaling, iterations)
             layer.lora_A.copy_(A)
             layer.lora_B.copy_(B)
             left = lost - delta_weight(layer)

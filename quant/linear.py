@@ -1,89 +1,127 @@
-"""A linear layer whose frozen weight lives in NF4."""
+"""A linear layer whose frozen weight lies in NF4.
 
-import threading
+    y = x Wᵀ + b        dx = dy W        no dW: the weight is frozen
+
+W (out, in) is made dense for the length of one product, in forward and again in backward, and is
+never saved: keeping it is what four bits are there to avoid. A few rows (decoding) do not need it
+dense at all on a GPU. Memory: 0.516 bytes a weight, plus one dense weight while a product runs.
+
+Dtypes, in this order: `torch.autocast` casts x as it would for `nn.Linear`; the product is computed in
+`compute_dtype`, or in x's dtype where that is None; the result has x's dtype. 16-bit
+products on a CPU are done in fp32 arithmetic on operands rounded to 16 bits: what a GPU does with its
+fp32 accumulators, and several times as fast as a CPU's own 16-bit product.
+"""
 
 import torch
+import torch.nn.functional as F
 from torch import nn
 
-from ..kernels.nf4 import NestedScales, nf4_dequantize
-from .nf4 import NF4Tensor, quantize_nf4
+from ..kernels.nf4 import DTYPES, NestedScales
+from ..kernels.nf4_matmul import dense_weight, plan
+from ..kernels.nf4_stream import nf4_stream
+from .codebooks import DYNAMIC_MAP
+from .nf4 import NESTED_BLOCK, NF4Tensor, check_block_size, quantize_nf4
 
-_LOCAL = threading.local()
-
-
-def _weight(packed, absmax, nested, shape, block_size, dtype):
-    """Dequantize into memory that this thread reuses on a CPU, where fresh pages cost more than the work."""
-    if packed.is_cuda:
-        return nf4_dequantize(packed, absmax, shape, dtype, block_size, nested)
-    size = shape[0] * shape[1]
-    scratch = getattr(_LOCAL, "scratch", None)
-    if scratch is None or scratch.numel() < size:
-        scratch = _LOCAL.scratch = torch.empty(size)
-    out = scratch[:size].view(shape)
-    nf4_dequantize(packed, absmax, shape, torch.float32, block_size, nested, out)
-    if dtype != torch.float32:
-        out.copy_(out.to(dtype))
-    return out
+TILE_ROWS = 512  # of W, upcast at a time on a CPU
 
 
-@torch.library.custom_op("handtuned::nf4_matmul", mutates_args=())
-def nf4_matmul(
+def _product(rows: torch.Tensor, q: NF4Tensor, transposed: bool, bias: torch.Tensor | None) -> torch.Tensor:
+    """rows @ Wᵀ + bias if `transposed`, else rows @ W."""
+    if transposed and plan(rows, q, dropout=True) == "stream":
+        # With an adapter of rank 0.
+        return nf4_stream(rows, q, bias, rows.new_empty(len(rows), 0), rows.new_empty(q.shape[0], 0), 0.0)
+    weight = dense_weight(q, rows)
+    if rows.device.type != "cpu" or rows.dtype.itemsize > 2:
+        return F.linear(rows, weight, bias) if transposed else rows @ weight
+    y = torch.zeros(len(rows), weight.shape[0 if transposed else 1])
+    wide = rows.float()
+    for start in range(0, weight.shape[0], TILE_ROWS):
+        tile = weight[start : start + TILE_ROWS].float()
+        if transposed:
+            torch.mm(wide, tile.t(), out=y[:, start : start + TILE_ROWS])
+        else:
+            y.addmm_(wide[:, start : start + TILE_ROWS], tile)
+    return (y if bias is None else y.add_(bias)).to(rows.dtype)
+
+
+@torch.library.custom_op("handtuned::nf4_linear", mutates_args=())
+def nf4_linear(
     x: torch.Tensor,
+    bias: torch.Tensor | None,
     packed: torch.Tensor,
     absmax: torch.Tensor,
     nested_absmax: torch.Tensor | None,
     nested_code: torch.Tensor | None,
     nested_offset: torch.Tensor | None,
-    nested_block_size: int,
+    nested_block: int,
     out_features: int,
     in_features: int,
     block_size: int,
     transposed: bool,
-    bias: torch.Tensor | None,
 ) -> torch.Tensor:
-    """x @ Wᵀ + bias if `transposed`, else x @ W; W is dequantized for the length of this call only."""
+    """x @ Wᵀ + bias if `transposed`, else x @ W, as one operation that autograd and `torch.compile` see.
+
+    Its gradient is itself with `transposed` flipped, so it can be differentiated any number of times.
+    """
     nested = None
     if nested_absmax is not None:
-        nested = NestedScales(nested_absmax, nested_code, nested_offset, nested_block_size)
+        nested = NestedScales(nested_absmax, nested_code, nested_offset, nested_block)
+    q = NF4Tensor(packed.view(-1), absmax, torch.Size((out_features, in_features)), x.dtype, block_size, nested)
+    rows = x.reshape(-1, x.shape[-1])
     with torch.autocast(x.device.type, enabled=False):
-        weight = _weight(packed, absmax, nested, (out_features, in_features), block_size, x.dtype)
-        weight = weight.t() if transposed else weight
-        rows = x.reshape(-1, x.shape[-1])
-        if weight.dtype == x.dtype:
-            y = rows @ weight if bias is None else torch.addmm(bias, rows, weight)
-        else:
-            y = rows.float() @ weight
-            y = (y if bias is None else y.add_(bias)).to(x.dtype)
-    return y.view(*x.shape[:-1], weight.shape[1])
+        y = _product(rows, q, transposed, bias)
+    return y.view(*x.shape[:-1], y.shape[-1])
 
 
-@nf4_matmul.register_fake
-def _(x, packed, absmax, na, nc, no, nb, out_features, in_features, block_size, transposed, bias):
+@nf4_linear.register_fake
+def _(x, bias, packed, absmax, na, nc, no, nb, out_features, in_features, block_size, transposed):
     return x.new_empty(*x.shape[:-1], out_features if transposed else in_features)
 
 
 def _setup_context(ctx, inputs, output):
-    _x, *weight, transposed, bias = inputs
+    _x, bias, *weight, ctx.transposed = inputs
     ctx.save_for_backward(*weight[:5])
-    ctx.facts = weight[5:]
-    ctx.transposed = transposed
-    ctx.bias_dtype = None if bias is None else bias.dtype
+    ctx.sizes = weight[5:]
+    ctx.has_bias = bias is not None
 
 
 def _backward(ctx, dy):
-    dx = db = None
+    dx = dbias = None
     if ctx.needs_input_grad[0]:
-        dx = nf4_matmul(dy, *ctx.saved_tensors, *ctx.facts, not ctx.transposed, None)
-    if ctx.needs_input_grad[11]:
-        db = dy.reshape(-1, dy.shape[-1]).sum(0).to(ctx.bias_dtype)
-    return dx, *[None] * 10, db
+        dx = nf4_linear(dy, None, *ctx.saved_tensors, *ctx.sizes, not ctx.transposed)
+    if ctx.has_bias and ctx.needs_input_grad[1]:
+        dbias = dy.reshape(-1, dy.shape[-1]).sum(0)
+    return dx, dbias, *[None] * 10
 
 
-nf4_matmul.register_autograd(_backward, setup_context=_setup_context)
+nf4_linear.register_autograd(_backward, setup_context=_setup_context)
 
 
 class NF4Linear(nn.Module):
-    """y = x Wᵀ + b with W frozen in NF4."""
+    """y = x Wᵀ + b with W frozen in NF4.
+
+    `state_dict` holds the keys and bytes of bitsandbytes' Linear4bit, and either loads the other's. Changing
+    the module's dtype (`.half()`, `.to(torch.bfloat16)`) changes the bias; codes and scales keep theirs.
+
+    Args:
+        in_features: K.
+        out_features: N.
+        bias: with a bias (N,).
+        block_size: weights that share a scale.
+        double_quant: scales in 8 bits.
+        compute_dtype: dtype of the product; None: that of x.
+        device: "meta" for a layer to be filled by `load_state_dict(assign=True)` or `load_quantized`.
+        dtype: of the bias, and what `dequantize` gives; float32, float16 or bfloat16.
+
+    Attributes:
+        weight: (⌈N K / 2⌉, 1) uint8, the codes.
+        quantized: the weight as an NF4Tensor over the same memory; may be assigned.
+
+    A new layer's weight is zero.
+
+    Raises:
+        TypeError, ValueError: `dtype` or `block_size` is not one of those named.
+    """
 
     def __init__(
         self,
@@ -93,93 +131,138 @@ class NF4Linear(nn.Module):
         block_size: int = 64,
         double_quant: bool = True,
         compute_dtype: torch.dtype | None = None,
-        device=None,
+        device: torch.device | str | None = None,
         dtype: torch.dtype = torch.float32,
     ):
         super().__init__()
-        self.in_features, self.out_features = in_features, out_features
-        self.block_size, self.compute_dtype, self.weight_dtype = block_size, compute_dtype, dtype
-        size = in_features * out_features
-        blocks = -(-size // block_size)
-        new = {"device": device}
-        self.weight = nn.Parameter(torch.zeros((size + 1) // 2, 1, dtype=torch.uint8, **new), requires_grad=False)
-        absmax = torch.zeros(blocks, dtype=torch.uint8 if double_quant else torch.float32, **new)
-        self.register_buffer("absmax", absmax, persistent=False)
-        self.nested_block_size = 256
-        for name, shape in (("absmax", (-(-blocks // 256),)), ("code", (256,)), ("offset", ())):
-            buffer = torch.zeros(shape, **new) if double_quant else None
-            self.register_buffer(f"nested_{name}", buffer, persistent=False)
-        self.bias = nn.Parameter(torch.zeros(out_features, dtype=dtype, **new)) if bias else None
+        if dtype not in DTYPES:
+            raise TypeError(f"dtype must be torch.float32, float16 or bfloat16, got {dtype}")
+        check_block_size(block_size)
+        self.in_features, self.out_features, self.compute_dtype = in_features, out_features, compute_dtype
+        shape = torch.Size((out_features, in_features))
+        blocks = -(-shape.numel() // block_size)
+        nested = None
+        if double_quant:
+            zeros = torch.zeros(-(-blocks // NESTED_BLOCK), device=device)
+            nested = NestedScales(zeros, DYNAMIC_MAP.to(zeros.device), zeros.new_zeros(()), NESTED_BLOCK)
+        packed = torch.full(((shape.numel() + 1) // 2,), 0x77, dtype=torch.uint8, device=device)
+        absmax = torch.zeros(blocks, dtype=torch.uint8 if double_quant else torch.float32, device=device)
+        for name in ("absmax", "nested_absmax", "nested_code", "nested_offset"):
+            self.register_buffer(name, None, persistent=False)
+        self.quantized = NF4Tensor(packed, absmax, shape, dtype, block_size, nested)
+        self.bias = nn.Parameter(torch.zeros(out_features, device=device, dtype=dtype)) if bias else None
 
     @property
     def quantized(self) -> NF4Tensor:
-        """The weight as an NF4Tensor that shares this layer's memory."""
         nested = None
         if self.nested_absmax is not None:
-            nested = NestedScales(self.nested_absmax, self.nested_code, self.nested_offset, self.nested_block_size)
+            nested = NestedScales(self.nested_absmax, self.nested_code, self.nested_offset, self.nested_block)
         shape = torch.Size((self.out_features, self.in_features))
-        return NF4Tensor(self.weight.view(-1), self.absmax, shape, self.weight_dtype, self.block_size, nested)
+        return NF4Tensor(self.weight.data.view(-1), self.absmax, shape, self.weight_dtype, self.block_size, nested)
 
     @quantized.setter
-    def quantized(self, q: NF4Tensor):
+    def quantized(self, q: NF4Tensor) -> None:
+        if q.shape != (self.out_features, self.in_features):
+            raise ValueError(f"quantized must be {self.out_features} × {self.in_features}, got {tuple(q.shape)}")
         self.weight = nn.Parameter(q.packed.view(-1, 1), requires_grad=False)
-        self.absmax = q.absmax
-        self.block_size, self.weight_dtype = q.block_size, q.dtype
-        self.nested_absmax = self.nested_code = self.nested_offset = None
-        if q.nested is not None:
-            self.nested_absmax, self.nested_code, self.nested_offset, self.nested_block_size = q.nested
+        self.absmax, self.block_size, self.weight_dtype = q.absmax, q.block_size, q.dtype
+        self.nested_absmax, self.nested_code, self.nested_offset, self.nested_block = q.nested or (None,) * 3 + (1,)
 
     @classmethod
-    def from_linear(cls, linear: nn.Linear, block_size: int = 64, double_quant: bool = True, compute_dtype=None):
-        q = quantize_nf4(linear.weight, block_size, double_quant, name="linear.weight")
-        layer = cls(
-            linear.in_features, linear.out_features, False, block_size, double_quant, compute_dtype, "meta",
-            linear.weight.dtype,
-        )
-        layer.quantized = q
+    def from_linear(
+        cls,
+        linear: nn.Linear,
+        block_size: int = 64,
+        double_quant: bool = True,
+        compute_dtype: torch.dtype | None = None,
+        *,
+        name: str = "linear",
+    ) -> "NF4Linear":
+        """Quantize a linear layer. The bias is shared with it; a layer on the meta device gives one on meta.
+
+        Args:
+            linear: nn.Linear; it is not changed.
+            block_size: as for `quantize_nf4`, like the next.
+            double_quant: scales in 8 bits.
+            compute_dtype: as for the class.
+            name: what error messages call it.
+
+        Raises:
+            TypeError: not an nn.Linear, or not of a float dtype that NF4 knows.
+            ValueError: the weight holds NaN or infinity.
+        """
+        if not isinstance(linear, nn.Linear):
+            raise TypeError(f"{name} must be an nn.Linear, got {type(linear).__name__}")
+        N, K = linear.weight.shape
+        meta = {"device": "meta", "dtype": linear.weight.dtype}
+        layer = cls(K, N, False, block_size, double_quant, compute_dtype, **meta)
+        if not linear.weight.is_meta:
+            layer.quantized = quantize_nf4(linear.weight, block_size, double_quant, name=f"{name}.weight")
         layer.bias = linear.bias
         return layer.train(linear.training)
 
     def dequantize(self, dtype: torch.dtype | None = None) -> nn.Linear:
+        """A dense nn.Linear of the same values, its weight frozen, with a bias of its own.
+
+        Args:
+            dtype: of the weight; None: the one that was quantized.
+        """
         linear = nn.Linear(self.in_features, self.out_features, bias=False, device="meta")
         linear.weight = nn.Parameter(self.quantized.dequantize(dtype), requires_grad=False)
-        linear.bias = self.bias
+        if self.bias is not None:
+            linear.bias = nn.Parameter(self.bias.detach().clone(), requires_grad=self.bias.requires_grad)
         return linear.train(self.training)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """x (…, in_features), floating point → (…, out_features), same dtype."""
+        if x.shape[-1] != self.in_features or not x.is_floating_point():
+            raise ValueError(f"x must be floating point (…, {self.in_features}), got {x.dtype} {tuple(x.shape)}")
         if torch.is_autocast_enabled(x.device.type):
             x = x.to(torch.get_autocast_dtype(x.device.type))
-        compute = self.compute_dtype or x.dtype
+        compute = x.dtype if self.compute_dtype is None else self.compute_dtype
         bias = None if self.bias is None else self.bias.to(compute)
-        y = nf4_matmul(
-            x.to(compute), self.weight, self.absmax, self.nested_absmax, self.nested_code, self.nested_offset,
-            self.nested_block_size, self.out_features, self.in_features, self.block_size, True, bias,
-        )
+        y = nf4_linear(
+            x.to(compute), bias, self.weight, self.absmax, self.nested_absmax, self.nested_code, self.nested_offset,
+            self.nested_block, self.out_features, self.in_features, self.block_size, True,
+        )  # fmt: skip
         return y.to(x.dtype)
 
     def _apply(self, fn, recurse=True):
+        """Everything that moves or casts a module comes through here: codes and scales move, but are never cast."""
         before = {"weight": self.weight.data} | dict(self._buffers)
         super()._apply(fn, recurse)
-        for name, old in before.items():
-            new = getattr(self, name)
-            if old is not None and new.dtype != old.dtype:
-                kept = old.to(new.device)
-                if name == "weight":
-                    self.weight = nn.Parameter(kept, requires_grad=False)
-                else:
-                    self._buffers[name] = kept
+        for name, tensor in before.items():
+            moved = getattr(self, name)
+            if tensor is not None and moved.dtype != tensor.dtype:
+                tensor = tensor.to(moved.device)
+                setattr(self, name, nn.Parameter(tensor, requires_grad=False) if name == "weight" else tensor)
         return self
 
     def _save_to_state_dict(self, destination, prefix, keep_vars):
         super()._save_to_state_dict(destination, prefix, keep_vars)
-        destination.update(self.quantized.state_dict(prefix))
+        for part, tensor in self.quantized.scale_state().items():
+            destination[f"{prefix}weight.{part}"] = tensor
 
-    def _load_from_state_dict(self, state_dict, prefix, metadata, strict, missing, unexpected, errors):
-        if prefix + "weight" in state_dict:
-            self.quantized = NF4Tensor.from_state_dict(state_dict, prefix).to(self.weight.device)
-        own = prefix + "weight."
-        rest = {key: value for key, value in state_dict.items() if not key.startswith(own)}
-        super()._load_from_state_dict(rest, prefix, metadata, strict, missing, unexpected, errors)
+    def _load_from_state_dict(self, state_dict, prefix, local_metadata, strict, missing, unexpected, errors):
+        key = prefix + "weight"
+        rest = {name: value for name, value in state_dict.items() if not name.startswith(key + ".")}
+        if key in state_dict:
+            try:
+                q = NF4Tensor.from_state_dict(state_dict, prefix)
+                if local_metadata.get("assign_to_params_buffers", False):
+                    self.quantized = q
+                else:
+                    own = {name: value.clone() for name, value in q.state_dict().items()}
+                    self.quantized = NF4Tensor.from_state_dict(own).to(self.weight.device)
+            except ValueError as error:
+                errors.append(f"{key}: {error}")
+            rest[key] = self.weight.data
+        super()._load_from_state_dict(rest, prefix, local_metadata, strict, missing, unexpected, errors)
 
     def extra_repr(self) -> str:
-        return f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}"
+        """What `print(model)` shows."""
+        return (
+            f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}, "
+            f"block_size={self.block_size}, double_quant={self.nested_absmax is not None}, "
+            f"compute_dtype={self.compute_dtype}"
+        )

@@ -13,11 +13,12 @@ import platform
 import warnings
 
 import torch
-from handtuned.bench import compare, table
 from handtuned.kernels.lora_work import report
 from handtuned.nn import LoRALinear
 from handtuned.quant import NF4Linear
 from torch import nn
+
+from handtuned.bench import compare, table
 
 
 class OneLayer(nn.Module):
@@ -108,7 +109,8 @@ def decode(N, K, rank, dtype, device, rounds):
         with torch.no_grad():
             contestants = {"handtuned": lambda x=x: (ours(x),), "peft + bitsandbytes": lambda x=x: (theirs(x),)}
             print(f"\nNF4, M {M}, {N} × {K}, r {rank}, {str(dtype)[6:]}: forward")
-            print(table(compare(contestants, same_as(contestants["handtuned"](), 0.03), rounds, str(device)), "handtuned"))
+            check = same_as(contestants["handtuned"](), 0.03)
+            print(table(compare(contestants, check, rounds, str(device)), "handtuned"))
 
 
 def main():

@@ -121,7 +121,7 @@ TENSOR_FAULTS = {
         lambda t: t.update({"base_model.model.embed.lora_embedding_A": torch.ones(2, 7)}),
         "lora_embedding_A in this place is not supported",
     ),
-    "adapter bias": (lambda t: t.update({A.replace("weight", "bias"): torch.ones(2)}), "lora_A.bias in this place is not supported"),
+    "adapter bias": (lambda t: t.update({A.replace("weight", "bias"): torch.ones(2)}), "lora_A.bias in this place"),
     "DoRA that the config denies": (
         lambda t: t.update({A.replace("lora_A.weight", "lora_magnitude_vector"): torch.ones(5)}),
         "use_dora is False",

@@ -1,0 +1,210 @@
+"""How much memory a training step takes: model states, activations, logits, and the moment when most is alive.
+
+States of A parameters, in bytes a parameter (Rajbhandari et al. 2020, "ZeRO", section 3.1):
+
+                        weight   gradient   master   Adam's moments
+    fp32                4        4          –        8                 = 16
+    fp16 or bf16        2        2          4        8                 = 16: mixed precision does not halve it
+    LoRA, trained part  4        4          –        8                 = 16, of a few per mille of A
+    NF4, frozen part    0.516    –          –        –
+
+Over N devices ZeRO-1 divides moments and masters by N, ZeRO-2 gradients too, ZeRO-3 weights too.
+
+Activations grow with batch × sequence and are counted in `activations.py`. They and the gradients
+are not at their largest together: backward frees the one while it makes the other, so the step is
+followed moment by moment (`timeline.py`), and the peak is that of the fullest one.
+"""
+
+import math
+from collections import Counter
+from collections.abc import Iterable
+
+import torch
+
+from .activations import LayerSetup
+from .ledger import Ledger, Line
+from .nn.checkpoint_plan import Segment, split_evenly
+from .presets import PROJECTIONS, Shape, shape_of
+from .timeline import Gradients, Loss, follow
+
+METHODS = ("full", "lora", "qlora")
+DTYPES = {"float32": 4, "float16": 2, "bfloat16": 2}
+MOMENTS = {"adamw": 2, "sgd-momentum": 1, "sgd": 0}
+NF4_BLOCK, NESTED_BLOCK = 64, 256
+
+
+def estimate(
+    model,
+    method: str = "full",
+    dtype: torch.dtype | str = torch.float32,
+    optimizer: str = "adamw",
+    batch: int = 1,
+    seq: int = 512,
+    checkpoint: bool | int = False,
+    zero: int = 0,
+    world_size: int = 1,
+    flash: bool = True,
+    *,
+    lora_r: int = 8,
+    target_modules: str | Iterable[str] = "all-linear",
+    logits: str = "chunked",
+    answer_tokens: int | None = None,
+    master_weights: bool | None = None,
+    accumulation_steps: int = 1,
+    offload: bool = False,
+) -> Ledger:
+    """Estimate the memory of one training step (forward, backward, optimizer) on one device.
+
+    Args:
+        model: a model or config of the Llama family, a preset ("llama-3-8b", "7b", …), a directory, or
+            a number of parameters (then states only). See `presets.shape_of`.
+        method: "full" trains everything, "lora" adapters on frozen weights, "qlora" adapters on
+            linears in NF4 with double quantization (embeddings, norms and the head stay in `dtype`).
+        dtype: of weights and activations: float32, float16 or bfloat16. Adapters are fp32.
+        optimizer: "adamw", "sgd-momentum" or "sgd".
+        batch, seq: rows, and tokens a row, of one forward pass on one device.
+        checkpoint: False; True for a checkpoint in every layer; or a number of segments.
+        zero: stage 0 (replicated) to 3, over `world_size` devices.
+        flash: fused attention, which keeps no probabilities; False for eager attention.
+        lora_r, target_modules: rank, and projections by name or "all-linear".
+        logits: "chunked" (`nn.loss`: never all at once, answer tokens only) or "full" (transformers'
+            own loss from `labels`).
+        answer_tokens: with "chunked", how many tokens have a label (default: all but the first of each row).
+        master_weights: keep fp32 masters (default: where weights in 16 bits are trained).
+        accumulation_steps: above 1, gradients of earlier passes are there during forward.
+        offload: optimizer state, masters and gradients lie in the host's memory.
+
+    Returns:
+        A `Ledger`.
+
+    Raises:
+        ValueError, TypeError: an argument out of range, or a model that is not of the Llama family.
+    """
+    shape = shape_of(model)
+    name = str(dtype).removeprefix("torch.")
+    _need("method", method, method in METHODS, f"one of {', '.join(METHODS)}")
+    _need("dtype", dtype, name in DTYPES, f"one of {', '.join(DTYPES)}")
+    _need("optimizer", optimizer, optimizer in MOMENTS, f"one of {', '.join(MOMENTS)}")
+    _need("logits", logits, logits in ("chunked", "full"), '"chunked" or "full"')
+    _need("zero", zero, zero in (0, 1, 2, 3), "0, 1, 2 or 3")
+    counts = {"batch": batch, "seq": seq, "world_size": world_size, "lora_r": lora_r,
+              "accumulation_steps": accumulation_steps}  # fmt: skip
+    for argument, count in counts.items():
+        _need(argument, count, isinstance(count, int) and count >= 1, "an integer of at least 1")
+    _need("model", shape.name, shape.layers or method == "full", "more than a number of parameters for LoRA")
+    tokens = batch * seq
+    answers = batch * (seq - 1) if answer_tokens is None else answer_tokens
+    _need("answer_tokens", answers, 0 <= answers <= tokens, f"from 0 to batch · seq = {tokens}")
+
+    c = DTYPES[name]
+    full = method == "full"
+    masters = full and c == 2 if master_weights is None else master_weights
+    adapted = frozenset() if full else _projections(target_modules)
+    in_layer = sum(lora_r * sum(shape.linears[each]) for each in adapted)  # adapter parameters
+    states = _states(shape, method, c, optimizer, masters, shape.layers * in_layer)
+    states, host = _spread(states, zero, world_size, offload)
+
+    share = world_size if zero >= 2 else 1
+    gradients = Gradients(
+        layer=math.ceil((c * shape.layer_parameters if full else 4 * in_layer) / share) * (not offload),
+        table=math.ceil(c * shape.table_parameters * full / share) * (not offload),
+        norm=math.ceil(c * shape.hidden * full / share) * (not offload),
+        held=accumulation_steps > 1,
+    )
+    moments: dict[str, Counter] = {}
+    if shape.layers:
+        setup = LayerSetup(shape, c, seq, full, adapted, lora_r, flash)
+        moments = follow(setup, tokens, _segments(shape.layers, checkpoint), Loss(logits == "full", answers), gradients)
+    step = Counter({"gradients": states["gradients"]})
+    if masters and not offload:
+        step["buffers"] = states["gradients"]  # FP32 gradients take the 16-bit ones' place: twice their bytes
+    moments["optimizer step"] = step
+
+    trainable = shape.parameters if full else shape.layers * in_layer
+    title = f"{shape.name}, {method}, {name}, {optimizer}"
+    if shape.layers:
+        title += f", {batch} × {seq} tokens" + (f", checkpoint={checkpoint}" if checkpoint else "")
+    if zero:
+        title += f", ZeRO-{zero} over {world_size}" + (" with offload" if offload else "")
+    return _ledger(title, shape, states, moments, trainable, host)
+
+
+def _need(argument: str, value, holds: bool, expected: str) -> None:
+    if not holds:
+        raise ValueError(f"{argument} must be {expected}, got {value!r}")
+
+
+def _projections(names: str | Iterable[str]) -> frozenset[str]:
+    if names == "all-linear":
+        return frozenset(PROJECTIONS)
+    names = [names] if isinstance(names, str) else list(names)
+    unknown = [name for name in names if name not in PROJECTIONS]
+    if unknown or not names:
+        raise ValueError(f"target_modules must be all-linear or some of {', '.join(PROJECTIONS)}, got {names}")
+    return frozenset(names)
+
+
+def _segments(layers: int, checkpoint: bool | int) -> tuple[Segment, ...]:
+    if checkpoint is False:
+        return (Segment(0, layers, recompute=False),)
+    if checkpoint is True:
+        return tuple(Segment(i, i + 1, recompute=True) for i in range(layers))
+    _need("checkpoint", checkpoint, isinstance(checkpoint, int) and 1 <= checkpoint <= layers,
+          f"False, True or a number of segments from 1 to {layers}")  # fmt: skip
+    return split_evenly(layers, checkpoint)
+
+
+def nf4_bytes(outputs: int, inputs: int) -> tuple[int, int]:
+    """(bytes of codes, bytes of scales) of one linear in NF4 with double quantization, in `NF4Tensor`'s layout."""
+    values = outputs * inputs
+    blocks = math.ceil(values / NF4_BLOCK)
+    return math.ceil(values / 2), blocks + 4 * math.ceil(blocks / NESTED_BLOCK) + 4
+
+
+def _states(shape: Shape, method: str, c: int, optimizer: str, masters: bool, adapters: int) -> dict[str, int]:
+    """Bytes of each state, undivided."""
+    full = method == "full"
+    frozen_linears = [nf4_bytes(*sizes) for sizes in shape.linears.values()] if method == "qlora" else []
+    packed = shape.layers * sum(out * into for out, into in shape.linears.values()) if method == "qlora" else 0
+    trained = shape.parameters if full else adapters
+    moment = 4 if masters or not full else c
+    return {
+        "weights": c * (shape.parameters - packed) + shape.layers * sum(codes for codes, _ in frozen_linears),
+        "quantization constants": shape.layers * sum(scales for _, scales in frozen_linears),
+        "adapters": 4 * adapters,
+        "gradients": (c if full else 4) * trained,
+        "optimizer state": MOMENTS[optimizer] * moment * trained,
+        "master weights": 4 * trained * masters,
+    }
+
+
+def _spread(states: dict[str, int], zero: int, world_size: int, offload: bool) -> tuple[dict[str, int], int]:
+    """(bytes of each state on one device, bytes moved to the host)."""
+    divided = {1: ("optimizer state", "master weights"), 2: ("gradients",),
+               3: ("weights", "quantization constants", "adapters")}  # fmt: skip
+    states = dict(states)
+    for stage in range(1, zero + 1):
+        for name in divided[stage]:
+            states[name] = math.ceil(states[name] / world_size)
+    host = 0
+    if offload:
+        for name in ("optimizer state", "master weights", "gradients"):
+            host += states[name]
+            states[name] = 0
+    return states, host
+
+
+def _ledger(title, shape, states, moments, trainable, host) -> Ledger:
+    steady = Counter({name: count for name, count in states.items() if name != "gradients"})
+    whole = {name: steady + alive for name, alive in moments.items()}
+    peak = max(whole, key=lambda name: whole[name].total())
+    names = list(states) + sorted({n for alive in moments.values() for n in alive} - set(states), key=_order)
+    most = {name: max(alive[name] for alive in whole.values()) for name in names} | states
+    lines = {name: Line(most[name], whole[peak][name]) for name in names}
+    notes = () if shape.layers else ("only the number of parameters is known: activations are not in this ledger",)
+    totals = {name: alive.total() for name, alive in whole.items()}
+    return Ledger(title, lines, totals, shape.parameters, trainable, host, notes)
+
+
+def _order(name: str) -> tuple[int, str]:
+    return (name == "buffers", name == "logits", name)
