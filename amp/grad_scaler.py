@@ -79,7 +79,8 @@ class GradScaler:
         # Made by the first scale(), on the device of the loss.
         self._scale: torch.Tensor | None = None
         self._growth_tracker: torch.Tensor | None = None
-        self._states: dict[int, _OptimizerState] = defaultdict(_OptimizerState)
+        # By the optimizer itself and not its id, which a new one may get when an old one is gone.
+        self._states: dict[torch.optim.Optimizer, _OptimizerState] = defaultdict(_OptimizerState)
 
     def scale(self, outputs):
         """Multiply a tensor, or every tensor of a (nested) list or tuple, by the scale.
@@ -109,7 +110,7 @@ class GradScaler:
         if not self._enabled:
             return
         self._require_scale("unscale_")
-        state = self._states[id(optimizer)]
+        state = self._states[optimizer]
         if state.stage is _Stage.UNSCALED:
             raise RuntimeError("unscale_() has already been called on this optimizer since the last update().")
         if state.stage is _Stage.STEPPED:
@@ -133,7 +134,7 @@ class GradScaler:
         if "closure" in kwargs:
             raise RuntimeError("Closure use is not currently supported if GradScaler is enabled.")
         self._require_scale("step")
-        state = self._states[id(optimizer)]
+        state = self._states[optimizer]
         if state.stage is _Stage.STEPPED:
             raise RuntimeError("step() has already been called since the last update().")
         if getattr(optimizer, "_step_supports_amp_scaling", False):
@@ -227,7 +228,7 @@ class GradScaler:
                         grad = param.grad = grad.coalesce()
                     grad = grad._values()
                 groups[grad.device, grad.dtype].append(grad)
-        flags = self._states[id(optimizer)].found_inf
+        flags = self._states[optimizer].found_inf
         flags.clear()
         for (device, _), grads in groups.items():
             flag = flags.setdefault(device, torch.zeros((), device=device))

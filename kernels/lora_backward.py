@@ -20,7 +20,7 @@ FLOPs: 2MNr for each of dS and dB, 2MKr for dA. Bytes: dy once, x once.
 import torch
 
 from .dropout import ROUNDS, keep_tile
-from .lora_product import block_of, cdiv, dot_settings, kernel_spec, masked, runs_kernel, splits_of, stored_dtype
+from .lora_product import block_of, cdiv, dot_settings, kernel_spec, runs_kernel, splits_of, stored_dtype
 from .runtime import KernelSpec, on_device, tl, triton
 
 
@@ -31,9 +31,9 @@ def lora_up_grads_reference(dy, S, lora_B, scale):
     return dS, dB
 
 
-def lora_down_grad_reference(dS, x, dtype, seed=None, threshold=0):
+def lora_down_grad_reference(dS, x, dtype, keep=None):
     """dS (M, r), x (M, K) → dA = dSᵀ x̂ (r, K) in `dtype`."""
-    return (dS.t() @ masked(x, seed, threshold)).to(dtype)
+    return (dS.t() @ (x if keep is None else x * keep)).to(dtype)
 
 
 @triton.jit
@@ -206,13 +206,13 @@ def lora_down_grad(
     dS: torch.Tensor,
     x: torch.Tensor,
     dtype: torch.dtype,
-    seed: torch.Tensor | None = None,
+    mask: torch.Tensor | None = None,
     threshold: int = 0,
 ) -> torch.Tensor:
-    """dA = dSᵀ x̂ (r, K) in `dtype`, from dS (M, r) and x (M, K), with forward's dropout mask if a seed is given."""
+    """dA = dSᵀ x̂ (r, K) in `dtype`, from dS (M, r) and x (M, K); `mask` and `threshold` as in `lora_down`."""
     if not runs_kernel(x):
-        return lora_down_grad_reference(dS, x, dtype, seed, threshold)
-    return (down_grad_op if torch.compiler.is_compiling() else _launch_down_grad)(dS, x, dtype, seed, threshold)
+        return lora_down_grad_reference(dS, x, dtype, mask)
+    return (down_grad_op if torch.compiler.is_compiling() else _launch_down_grad)(dS, x, dtype, mask, threshold)
 
 
 def xray_specs() -> list[KernelSpec]:

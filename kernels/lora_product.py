@@ -62,30 +62,33 @@ def splits_of(programs: int, steps: int) -> int:
     return max(1, min(TARGET_PROGRAMS // max(programs, 1), steps))
 
 
-def lora_down_reference(x, lora_A, seed=None, threshold=0):
+def drawn_mask(seed, x, columns, threshold):
+    """The dropout mask (M, columns) for x's M rows as the products here take it: see `lora_down`. No seed: None."""
+    if seed is None or runs_kernel(x):
+        return seed
+    return seeded_keep(seed, x.shape[0], columns, threshold)
+
+
+def lora_down_reference(x, lora_A, keep=None):
     """x (M, K), A (r, K) → S = x̂ Aᵀ (M, r), as the transpose of a contiguous (r, M).
 
     Of all layouts, CPU libraries are fastest at skinny products when r counts the *rows* of a
     contiguous left operand (1.5 to 4 times as fast as x Aᵀ); the other skinny products use S so.
     """
-    return (lora_A.to(x.dtype) @ masked(x, seed, threshold).t()).t()
+    x = x if keep is None else x * keep
+    return (lora_A.to(x.dtype) @ x.t()).t()
 
 
-def masked(x, seed, threshold):
-    """x with the dropped elements set to zero (not rescaled)."""
-    return x if seed is None else torch.where(seeded_keep(seed, *x.shape, threshold), x, 0)
-
-
-def lora_product_reference(x, weight, bias, S, lora_B, scale, seed=None, threshold=0):
+def lora_product_reference(x, weight, bias, S, lora_B, scale, keep=None):
     """x (M, K), W (N, K), b (N,), S (M, r), B (N, r) → y = x Wᵀ + b + keep ⊙ s S Bᵀ.
 
     The low-rank term is added in place by the product itself, so no further (M, N) array is made.
     """
     y = F.linear(x, weight.to(x.dtype), None if bias is None else bias.to(x.dtype))
     B_t = lora_B.t().to(x.dtype)
-    if seed is None:
+    if keep is None:
         return y.addmm_(S, B_t, alpha=scale)
-    return y.add_(masked(S @ B_t, seed, threshold), alpha=scale)
+    return y.addcmul_(S @ B_t, keep, value=scale)
 
 
 @triton.jit
@@ -313,22 +316,23 @@ def _(x, weight, bias, S, lora_B, scale, seed, threshold):
 
 
 def lora_down(
-    x: torch.Tensor, lora_A: torch.Tensor, seed: torch.Tensor | None = None, threshold: int = 0
+    x: torch.Tensor, lora_A: torch.Tensor, mask: torch.Tensor | None = None, threshold: int = 0
 ) -> torch.Tensor:
     """S = x̂ Aᵀ.
 
     Args:
         x: (M, K), any strides.
         lora_A: (r, K), of any floating dtype.
-        seed, threshold: of the dropout mask on x (see `dropout.py`); no seed, no dropout.
-            Dropped elements become zero, the others are *not* rescaled.
+        mask: None, or what `drawn_mask` gives for a dropout mask over x: kernels take its seed and `threshold`
+            and draw it themselves, the torch path takes the mask, (M, K) bool. Dropped elements
+            become zero, the others are *not* rescaled.
 
     Returns:
         (M, r) in x's dtype, accumulated in fp32; its strides are not specified.
     """
     if not runs_kernel(x):
-        return lora_down_reference(x, lora_A, seed, threshold)
-    return (down_op if torch.compiler.is_compiling() else _launch_down)(x, lora_A, seed, threshold)
+        return lora_down_reference(x, lora_A, mask)
+    return (down_op if torch.compiler.is_compiling() else _launch_down)(x, lora_A, mask, threshold)
 
 
 def lora_product(
@@ -338,7 +342,7 @@ def lora_product(
     S: torch.Tensor,
     lora_B: torch.Tensor,
     scale: float,
-    seed: torch.Tensor | None = None,
+    mask: torch.Tensor | None = None,
     threshold: int = 0,
 ) -> torch.Tensor:
     """y = x Wᵀ + b + keep ⊙ (scale · S Bᵀ), in one pass.
@@ -351,15 +355,15 @@ def lora_product(
         S: (M, r) in x's dtype.
         lora_B: (N, r), of any floating dtype.
         scale: a number.
-        seed, threshold: of a dropout mask of shape (M, N) on the low-rank term alone; no seed, no mask.
+        mask, threshold: as for `lora_down`, a mask of shape (M, N) on the low-rank term alone.
 
     Returns:
         (M, N) in x's dtype, contiguous.
     """
     if not runs_kernel(x):
-        return lora_product_reference(x, weight, bias, S, lora_B, scale, seed, threshold)
+        return lora_product_reference(x, weight, bias, S, lora_B, scale, mask)
     launch = product_op if torch.compiler.is_compiling() else _launch_product
-    return launch(x, weight, bias, S, lora_B, scale, seed, threshold)
+    return launch(x, weight, bias, S, lora_B, scale, mask, threshold)
 
 
 def kernel_spec(name, kernel, pointers, constexprs, elements, num_warps, num_stages, unit) -> KernelSpec:

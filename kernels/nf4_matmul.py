@@ -69,11 +69,11 @@ def quantized_product(x, weight, bias, S, lora_A, lora_B, scale, dropout=False):
     return lora_product(x, dense_weight(weight, x), bias, S, lora_B, scale)
 
 
-def quantized_product_dx(dy, weight, dS, lora_A, lora_B, scale, seed=None, threshold=0):
+def quantized_product_dx(dy, weight, dS, lora_A, lora_B, scale, mask=None, threshold=0):
     """dx = dy W + keep ⊙ (dS A) (M, K) with a quantized W (N, K); dS = scale · dy B."""
-    if plan(dy, weight, seed is not None) == "merged":
+    if plan(dy, weight, mask is not None) == "merged":
         return dy @ nf4_merge(weight, lora_A, lora_B, scale, dy.dtype)
-    return lora_product(dy, dense_weight(weight, dy).t(), None, dS, lora_A.t(), 1.0, seed, threshold)
+    return lora_product(dy, dense_weight(weight, dy).t(), None, dS, lora_A.t(), 1.0, mask, threshold)
 
 
 _local = threading.local()

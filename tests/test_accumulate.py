@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from handtuned.amp import GradScaler
 from handtuned.optim import AdamW, GradientAccumulationTrainer, cosine_with_warmup
-from hypothesis import given, settings
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 VOCABULARY = 7
@@ -58,7 +58,7 @@ def assert_equal_models(a, b, dtype=torch.float64, roundings=64):
 MICRO_BATCHES = st.lists(st.lists(st.integers(0, 6), min_size=1, max_size=3), min_size=1, max_size=9)
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(
     lengths=MICRO_BATCHES.filter(lambda micro: any(map(any, micro))),
     accumulation_steps=st.integers(1, 5),

@@ -7,7 +7,7 @@ import pickle
 import pytest
 import torch
 from handtuned.amp import GradScaler
-from hypothesis import given, settings
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 INF, NAN = float("inf"), float("nan")
@@ -46,7 +46,7 @@ STEPS = st.lists(
 )
 
 
-@settings(max_examples=1000, deadline=None)
+@settings(max_examples=1000, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(
     steps=STEPS,
     init_scale=st.sampled_from([1.0, 65536.0, 3.0, 1e-30, 2.0**127, 1e38]),
@@ -81,7 +81,7 @@ def test_1000_random_runs_equal_torchs(steps, init_scale, growth_factor, backoff
 CALLS = ["scale", "unscale", "step", "update"]
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(calls=st.lists(st.tuples(st.sampled_from(CALLS), st.integers(0, 1)), max_size=10), enabled=st.booleans())
 def test_calls_in_any_order_raise_what_torch_raises(calls, enabled):
     scalers = pair(enabled=enabled)
@@ -149,7 +149,7 @@ def optimizer_with(gradient, dtype=torch.float32):
 @pytest.mark.parametrize("scaler", pair(), ids=["ours", "torch"])
 def test_errors_say_what_went_wrong(scaler):
     """The same messages from both, so that a search for them finds the right threads."""
-    optimizer = optimizer_with(1.0)
+    optimizer, idle, half = optimizer_with(1.0), optimizer_with(None), optimizer_with(1.0, torch.float16)
     for call in (lambda: scaler.unscale_(optimizer), lambda: scaler.step(optimizer), lambda: scaler.update()):
         with pytest.raises(AssertionError, match=r"_scale is None.*scaler\.scale\(loss or outputs\)"):
             call()
@@ -157,9 +157,9 @@ def test_errors_say_what_went_wrong(scaler):
     with pytest.raises(AssertionError, match="No inf checks were recorded prior to update"):
         scaler.update()
     with pytest.raises(AssertionError, match="No inf checks were recorded for this optimizer"):
-        scaler.step(optimizer_with(None))
+        scaler.step(idle)
     with pytest.raises(ValueError, match="Attempting to unscale FP16 gradients"):
-        scaler.unscale_(optimizer_with(1.0, torch.float16))
+        scaler.unscale_(half)
     with pytest.raises(RuntimeError, match="Closure use is not currently supported"):
         scaler.step(optimizer, closure=lambda: None)
     scaler.unscale_(optimizer)
@@ -170,6 +170,14 @@ def test_errors_say_what_went_wrong(scaler):
         scaler.unscale_(optimizer)
     with pytest.raises(RuntimeError, match=r"step\(\) has already been called"):
         scaler.step(optimizer)
+
+
+def test_a_new_optimizer_is_not_taken_for_one_that_is_gone():
+    """torch's scaler goes by id(optimizer), which Python gives again as soon as the old one is collected."""
+    scaler = GradScaler()
+    scaler.scale(torch.ones(1))
+    for _ in range(20):
+        scaler.unscale_(optimizer_with(1.0))
 
 
 @pytest.mark.parametrize("make", [GradScaler, lambda **k: torch.amp.GradScaler("cpu", **k)], ids=["ours", "torch"])

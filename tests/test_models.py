@@ -106,6 +106,20 @@ def test_base_is_frozen_and_quantized_but_for_the_head(tmp_path):
     assert tokenizer.chat_template
 
 
+def test_loading_in_shards_gives_the_same_bits(tmp_path):
+    """Quantized while it is read, and read whole and then quantized: equal logits, equal generation settings."""
+    from handtuned.quant import quantize_model
+    from transformers import AutoModelForCausalLM
+
+    place = make_model(tmp_path / "m")
+    loaded, _ = models.load_base(place, "qlora")
+    whole = quantize_model(AutoModelForCausalLM.from_pretrained(place).eval())
+    ids = torch.randint(5, 40, (2, 7))
+    with torch.no_grad():
+        assert torch.equal(loaded(ids).logits, whole(ids).logits)
+    assert loaded.generation_config.eos_token_id == whole.generation_config.eos_token_id
+
+
 @pytest.mark.model
 @pytest.mark.skipif(not (models.cache_directory() / "SmolLM2-135M-Instruct").is_dir(), reason="SmolLM2 is not fetched")
 def test_smollm2_knows_the_capital_of_france_in_4_bits():

@@ -1,0 +1,99 @@
+"""What to change so that training fits, in the order in which the study documents advise it.
+
+002 lists: no array of batch × sequence × vocabulary, mixed precision, fused attention, a smaller batch
+with accumulation, ZeRO up to offloading; and, "to be considered carefully", LoRA, then QLoRA.
+Checkpointing it calls twice the work and puts last; it is at most a third more, so it stands here where
+001 has it, after mixed precision. A shorter context and a smaller model change the task and are not tried.
+"""
+
+from .estimate import estimate
+from .ledger import Ledger, both, size
+from .presets import shape_of
+
+Technique = tuple[str, dict]
+
+
+def techniques(settings: dict, host: bool = True) -> list[Technique]:
+    """(name, change of the settings) of everything that could still be done, what costs least first.
+
+    Args:
+        settings: the arguments of `estimate`.
+        host: whether the host's memory may be used.
+    """
+    rows = settings["batch"] * settings["accumulation_steps"]
+    ladder: list[Technique] = [
+        ("loss in chunks", {"logits": "chunked"}),
+        ("mixed precision (bfloat16)", {"dtype": "bfloat16"} if settings["dtype"] == "float32" else {}),
+        ("fused attention", {"flash": True}),
+        ("gradient checkpointing", {"checkpoint": settings["checkpoint"] or True}),
+        (f"batch 1, {rows} times accumulated", {"batch": 1, "accumulation_steps": rows}),
+    ]
+    if settings["world_size"] > 1:
+        stages = [(1, False), (2, False), (2, True), (3, False), (3, True)]
+        ladder += [
+            (f"ZeRO-{stage}" + " with offload" * offload, {"zero": stage, "offload": offload})
+            for stage, offload in stages
+            if (stage, offload) > (settings["zero"], settings["offload"]) and (host or not offload)
+        ]
+    elif host:
+        ladder.append(("optimizer offload", {"offload": True}))
+    if shape_of(settings["model"]).layers:
+        methods = {"full": ("lora", "qlora"), "lora": ("qlora",), "qlora": ()}[settings["method"]]
+        ladder += [({"lora": "LoRA", "qlora": "QLoRA"}[method], {"method": method}) for method in methods]
+    return [(name, change) for name, change in ladder if any(settings[key] != value for key, value in change.items())]
+
+
+def fit(settings: dict, budget: int, host: bool = True) -> tuple[list[tuple[str, Ledger]], list[str], Ledger | None]:
+    """Add technique after technique until the peak is within `budget` bytes; then leave out what was not needed.
+
+    Returns:
+        (every technique tried, with the ledger once it had been added; the names of those needed; their
+        ledger, or None if all together do not fit).
+    """
+    tried, chosen = [], []
+
+    def with_all(several: list[Technique]) -> Ledger:
+        changed = dict(settings)
+        for _, change in several:
+            changed.update(change)
+        return estimate(**changed)
+
+    for technique in techniques(settings, host):
+        chosen.append(technique)
+        tried.append((technique[0], with_all(chosen)))
+        if tried[-1][1].peak <= budget:
+            break
+    else:
+        return tried, [name for name, _ in chosen], None
+    for technique in reversed(chosen[:-1]):  # the dearest first
+        rest = [other for other in chosen if other is not technique]
+        if with_all(rest).peak <= budget:
+            chosen = rest
+    return tried, [name for name, _ in chosen], with_all(chosen)
+
+
+def advise(settings: dict, budget: int) -> str:
+    """Whether it fits into `budget` bytes and, if not, what would make it, told in a few lines."""
+    peak = estimate(**settings).peak
+    if peak <= budget:
+        return f"fits into {both(budget)}: {size(budget - peak)} are left (CUDA's own context not counted)"
+    lines = [f"does not fit into {both(budget)}: {size(peak - budget)} are missing. Step by step:"]
+    tried, needed, ledger = fit(settings, budget)
+    width = max((len(name) for name, _ in tried), default=0) + 2
+    lines += [
+        f"  + {name:{width}} peak {size(after.peak):>12}" + "  fits" * (after.peak <= budget) for name, after in tried
+    ]
+    if ledger is None:
+        lines.append("nothing of this is enough: a shorter context, a smaller model, or more devices")
+        return "\n".join(lines)
+    lines.append(_told("the cheapest set that fits", needed, ledger))
+    if ledger.host:
+        _, alone, without = fit(settings, budget, host=False)
+        if without is not None:
+            lines.append(_told("without the host's memory", alone, without))
+    return "\n".join(lines)
+
+
+def _told(what: str, names: list[str], ledger: Ledger) -> str:
+    text = f"{what}: {', '.join(names)} (peak {both(ledger.peak)})"
+    return text + (f", with {size(ledger.host)} on the host" if ledger.host else "")
