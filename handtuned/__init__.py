@@ -1,3 +1,18 @@
-"""handtuned: train big models on small memory, with kernels written by hand."""
+"""handtuned: train big models on small memory, with kernels written by hand.
+
+Start with `handtuned.quant` (NF4), `handtuned.nn` (LoRA, checkpointing), `handtuned.amp`
+(mixed precision), `handtuned.optim` (AdamW, schedule) and `handtuned.memory` (what fits where).
+"""
 
 __version__ = "0.1.0"
+__all__ = ["__version__", "analyze_lora_params", "analyze_memory_savings", "memory"]
+
+
+def __getattr__(name: str):
+    # The ledger is imported when it is asked for: `handtuned --version` needs no torch.
+    if name not in __all__:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    from importlib import import_module
+
+    memory = import_module(f"{__name__}.memory")
+    return memory if name == "memory" else getattr(memory, name)

@@ -15,9 +15,9 @@ from . import data
 from .adapted import add_adapter_arguments, load_adapted
 from .answers import AnswerModel
 from .models import choose_device, load_base
-from .nn import LoRALinear, merge_lora
 from .nn.adapters import load_adapter
 from .nn.files import whole_directory
+from .nn.merge import merge_and_unload
 from .quant import NF4Linear
 
 PROBE_ROWS = 32
@@ -58,17 +58,12 @@ def run(args) -> int:
 
 
 def to_plain_model(model: torch.nn.Module, dtype: torch.dtype) -> torch.nn.Module:
-    """Merge every adapter and turn every LoRA and NF4 layer into a plain `nn.Linear`, in place, in `dtype`.
+    """Merge the adapter and turn every LoRA and NF4 layer into a plain `nn.Linear`, in place, in `dtype`.
 
     A weight tied to the embedding that received an update is untied first, in the
     config too. The sum is formed in fp32 and rounded once.
     """
-    model = model.float()
-    if any(isinstance(module, LoRALinear) for module in model.modules()):
-        merge_lora(model, dequantize=True, untie=True)
-    for name, module in list(model.named_modules()):
-        if isinstance(module, LoRALinear):
-            model.set_submodule(name, module.base_layer)
+    model = merge_and_unload(model.float(), dequantize=True, untie=True)
     for name, module in list(model.named_modules()):
         if isinstance(module, NF4Linear):
             model.set_submodule(name, module.dequantize())

@@ -1,5 +1,7 @@
-"""LoRA layers, and how they enter a model."""
+"""LoRA and its variants, adapters on disk, gradient checkpointing, transformer blocks."""
 
+from .adapters import load_adapter, save_adapter, set_adapter
+from .checkpoint import checkpoint, manual_checkpoint_forward
 from .inject import (
     apply_lora_to_model,
     disable_lora,
@@ -9,14 +11,26 @@ from .inject import (
     unmerge_lora,
 )
 from .lora import LoRALayer, LoRALinear
+from .loss import linear_cross_entropy
+from .sequential import checkpoint_sequential
+from .transformer import CheckpointedTransformerLayer, TransformerBlock
 
 __all__ = [
+    "CheckpointedTransformerLayer",
     "LoRALayer",
     "LoRALinear",
+    "TransformerBlock",
     "apply_lora_to_model",
+    "checkpoint",
+    "checkpoint_sequential",
     "disable_lora",
+    "linear_cross_entropy",
+    "load_adapter",
     "lora_parameters",
+    "manual_checkpoint_forward",
     "mark_only_lora_as_trainable",
     "merge_lora",
+    "save_adapter",
+    "set_adapter",
     "unmerge_lora",
 ]

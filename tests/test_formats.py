@@ -43,6 +43,7 @@ def test_fp16_decodes_as_numpy_does():
 
 
 @SIXTEEN
+@pytest.mark.filterwarnings("ignore:overflow encountered in spacing")
 def test_spacing_at_every_number(fmt):
     """The distance to the next number up, which is the next bit pattern."""
     _, values = all_numbers(fmt)
