@@ -22,6 +22,8 @@ from dataclasses import dataclass
 
 from .presets import Shape
 
+KINDS = ("checkpoints", "norms", "attention", "attention scores", "MLP", "adapters")
+
 
 @dataclass(frozen=True)
 class LayerSetup:

@@ -21,11 +21,11 @@ from collections.abc import Iterable
 
 import torch
 
-from .activations import LayerSetup
+from .activations import KINDS, LayerSetup
 from .ledger import Ledger, Line
 from .nn.checkpoint_plan import Segment, split_evenly
 from .presets import PROJECTIONS, Shape, shape_of
-from .timeline import Gradients, Loss, follow
+from .timeline import PREFIX, Gradients, Loss, follow
 
 METHODS = ("full", "lora", "qlora")
 DTYPES = {"float32": 4, "float16": 2, "bfloat16": 2}
@@ -115,6 +115,8 @@ def estimate(
     if shape.layers:
         setup = LayerSetup(shape, c, seq, full, adapted, lora_r, flash)
         moments = follow(setup, tokens, _segments(shape.layers, checkpoint), Loss(logits == "full", answers), gradients)
+        for alive in moments.values():
+            alive["buffers"] += _made_whole(shape, method, c, zero)
     step = Counter({"gradients": states["gradients"]})
     if masters and not offload:
         step["buffers"] = states["gradients"]  # FP32 gradients take the 16-bit ones' place: twice their bytes
@@ -178,6 +180,14 @@ def _states(shape: Shape, method: str, c: int, optimizer: str, masters: bool, ad
     }
 
 
+def _made_whole(shape: Shape, method: str, c: int, zero: int) -> int:
+    """Weights that are there only while they are used: a dequantized one, or under ZeRO-3 a gathered layer."""
+    largest = max(out * into for out, into in shape.linears.values())
+    if zero < 3:
+        return c * largest * (method == "qlora")
+    return c * max(shape.layer_parameters, shape.table_parameters)
+
+
 def _spread(states: dict[str, int], zero: int, world_size: int, offload: bool) -> tuple[dict[str, int], int]:
     """(bytes of each state on one device, bytes moved to the host)."""
     divided = {1: ("optimizer state", "master weights"), 2: ("gradients",),
@@ -198,13 +208,11 @@ def _ledger(title, shape, states, moments, trainable, host) -> Ledger:
     steady = Counter({name: count for name, count in states.items() if name != "gradients"})
     whole = {name: steady + alive for name, alive in moments.items()}
     peak = max(whole, key=lambda name: whole[name].total())
-    names = list(states) + sorted({n for alive in moments.values() for n in alive} - set(states), key=_order)
+    names = [*states, *(PREFIX + kind for kind in KINDS), "logits", "buffers"]
     most = {name: max(alive[name] for alive in whole.values()) for name in names} | states
-    lines = {name: Line(most[name], whole[peak][name]) for name in names}
+    lines = {name: Line(most[name], whole[peak][name]) for name in names if most[name]}
     notes = () if shape.layers else ("only the number of parameters is known: activations are not in this ledger",)
+    if peak == "optimizer step" and "buffers" in lines:
+        notes = ("buffers at the peak: gradients as FP32, which the masters are stepped with", *notes)
     totals = {name: alive.total() for name, alive in whole.items()}
     return Ledger(title, lines, totals, shape.parameters, trainable, host, notes)
-
-
-def _order(name: str) -> tuple[int, str]:
-    return (name == "buffers", name == "logits", name)

@@ -65,6 +65,8 @@ class Ledger:
 
 def size(count: float) -> str:
     """Bytes for people: "1.23 GB" from a hundredth of a GB on, else MB."""
+    if not count:
+        return "–"
     return f"{count / GB:,.2f} GB" if count >= GB / 100 else f"{count / 1e6:,.2f} MB"
 
 

@@ -17,7 +17,7 @@ import torch
 from .advice import advise
 from .estimate import DTYPES, METHODS, MOMENTS, estimate
 from .ledger import GB, GIB, both, size
-from .models import choose_dtype
+from .models import choose_device, choose_dtype, load_base
 from .nn.live_memory import LiveMemory
 
 __all__ = ["Measurement", "analyze_lora_params", "analyze_memory_savings", "estimate", "korthikanti", "measure"]
@@ -161,7 +161,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
                         "as 7e9 (default: smollm2)")  # fmt: skip
     parser.add_argument("--method", choices=METHODS, default="qlora", help="(default: qlora)")
     parser.add_argument("--dtype", choices=("auto", *DTYPES), default="auto",
-                        help="of weights and computation (default: auto, as finetune chooses; bfloat16 with --gpu)")  # fmt: skip
+                        help="of weights and computation (default: as finetune; bfloat16 with --gpu)")  # fmt: skip
     parser.add_argument("--optimizer", choices=tuple(MOMENTS), default="adamw", help="(default: adamw)")
     parser.add_argument("--batch", "--batch-size", "--per-device-train-batch-size", type=int, default=8,
                         help="rows in one forward pass (default: 8)")  # fmt: skip
@@ -170,21 +170,22 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--gradient-checkpointing", action=on_off, default=False, help="a checkpoint in every layer")
     parser.add_argument("--flash", action=on_off, default=True, help="fused attention (default: on)")
     parser.add_argument("--logits", choices=("chunked", "full"), default="chunked",
-                        help="chunked: our loss; full: all logits at once, as transformers does (default: chunked)")  # fmt: skip
+                        help="full: all logits at once, as transformers does (default: chunked)")  # fmt: skip
     parser.add_argument("--lora-r", "--r", type=int, default=8, help="rank of the adapters (default: 8)")
     parser.add_argument("--target-modules", nargs="+", default=["all-linear"], help="(default: all-linear)")
     parser.add_argument("--zero", type=int, choices=(0, 1, 2, 3), default=0, help="ZeRO stage (default: 0)")
     parser.add_argument("--gpus", "--world-size", type=int, default=1, help="devices (default: 1)")
     parser.add_argument("--offload", action=on_off, default=False, help="optimizer state and gradients on the host")
     parser.add_argument("--gpu", metavar="SIZE", help="memory of one device (24GB, 80GiB): what would make it fit?")
+    parser.add_argument("--measure", action="store_true", help="also load the model, run a step and count (one device)")
 
 
 def run(args: argparse.Namespace) -> int:
     budget = parse_size(args.gpu) if args.gpu else None
     dtype = args.dtype
     if dtype == "auto":
-        place = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        dtype = "bfloat16" if budget else str(choose_dtype("auto", place)).removeprefix("torch.")
+        chosen = torch.bfloat16 if budget else choose_dtype("auto", choose_device("auto"))
+        dtype = str(chosen).removeprefix("torch.")
     targets = tuple(part for word in args.target_modules for part in word.split(","))
     settings = {
         "model": _number_or_name(args.model),
@@ -203,11 +204,29 @@ def run(args: argparse.Namespace) -> int:
         "accumulation_steps": args.gradient_accumulation_steps,
         "offload": args.offload,
     }
-    print(estimate(**settings))
+    ledger = estimate(**settings)
+    print(ledger)
+    if args.measure:
+        measured = _measured(settings, args.model)
+        print(f"measured: {measured}\nthe estimate is off by {100 * (ledger.peak / measured.peak - 1):+.1f} %")
     if budget:
         print()
         print(advise(settings, budget))
     return 0
+
+
+def _measured(settings: dict, model: str) -> Measurement:
+    if settings["world_size"] > 1 or settings["offload"] or not settings["flash"]:
+        raise ValueError("--measure runs on one device, with fused attention, without offload")
+    if settings["method"] == "full" and settings["dtype"] != "float32":
+        raise ValueError("--measure trains full models in float32; add --dtype float32")
+    from .rehearsal import training_step
+
+    place = choose_device("auto")
+    loaded, _ = load_base(model, settings["method"], getattr(torch, settings["dtype"]), place)
+    names = ("method", "batch", "seq", "checkpoint", "logits", "lora_r", "target_modules", "accumulation_steps")
+    step = training_step(loaded, **{name: settings[name] for name in names})
+    return measure(step, device=place.type)
 
 
 def _number_or_name(model: str):

@@ -104,10 +104,18 @@ def _note_loss(note, setup, tokens, loss, gradients, stored) -> None:
         # log-softmax, its incoming and its outgoing gradient, all in fp32
         note("loss", stored, 0, logits=12 * shape.vocab * tokens)
         if setup.trained:
-            note("backward of the head", stored, gradients.table, logits=c * shape.vocab * tokens, buffers=hidden * tokens)
+            note(
+                "backward of the head",
+                stored,
+                gradients.table,
+                logits=c * shape.vocab * tokens,
+                buffers=hidden * tokens,
+            )
         return
     chunk = min(loss.answer_tokens, max(1, CHUNK_BYTES // (4 * shape.vocab)))
-    logits = (8 if c == 4 else 10) * shape.vocab * chunk
+    following = min(chunk, loss.answer_tokens - chunk)
+    # A chunk's logits and probabilities are still there when the next one's logits are made.
+    logits = shape.vocab * ((8 * chunk + 4 * following) if c == 4 else (10 * chunk + 6 * following))
     rows = (hidden + 4 * shape.hidden) * loss.answer_tokens  # the rows with a label, and their gradient in fp32
     output = 0 if setup.trained else hidden * tokens  # of the last norm, still in use
     buffers = rows + output + hidden * chunk

@@ -20,7 +20,7 @@ Saved for backward: x and S, which is tiny. Nothing else: not the mask (a seed m
 a product with W, and a quantized W is dequantized a second time instead of being kept. dW is
 skipped when W is frozen: dx still crosses W, but a third of a full backward's products falls away.
 
-The pieces are in `lora_product.py` (S; y and dx) and `lora_backward.py` (dS and dB; dA).
+The pieces are in `lora_down.py` (S), `lora_product.py` (y, dx) and `lora_backward.py` (dS, dB, dA).
 """
 
 from collections.abc import Sequence
@@ -31,7 +31,8 @@ from torch.autograd.function import once_differentiable
 
 from .dropout import new_seed, threshold_of
 from .lora_backward import lora_down_grad, lora_up_grads
-from .lora_product import drawn_mask, lora_down, lora_product
+from .lora_down import drawn_mask, lora_down
+from .lora_product import lora_product
 from .nf4_matmul import QuantizedWeight, dense_weight, quantized_product, quantized_product_dx
 
 
@@ -83,7 +84,7 @@ class _LoRALinear(torch.autograd.Function):
 
 
 def _gradients(ctx, dys):
-    """Gradients of x, None for scalings and dropout_p, then of weight, bias, lora_A and lora_B of each layer in turn."""
+    """Gradients of x, None for scalings and dropout_p, then of weight, bias, lora_A and lora_B of each layer."""
     x, S, seed, *rest = ctx.saved_tensors
     count, threshold = len(dys), ctx.threshold
     As, Bs, weights = rest[:count], rest[count : 2 * count], rest[2 * count :]

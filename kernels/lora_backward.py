@@ -20,8 +20,8 @@ FLOPs: 2MNr for each of dS and dB, 2MKr for dA. Bytes: dy once, x once.
 import torch
 
 from .dropout import ROUNDS, keep_tile
-from .lora_product import block_of, cdiv, dot_settings, kernel_spec, runs_kernel, splits_of, stored_dtype
 from .runtime import KernelSpec, on_device, tl, triton
+from .tiles import block_of, cdiv, dot_settings, kernel_spec, runs_kernel, splits_of, stored_dtype
 
 
 def lora_up_grads_reference(dy, S, lora_B, scale):

@@ -16,7 +16,9 @@ from collections import Counter
 from dataclasses import dataclass, field
 
 from .lora_backward import down_grad_blocks, up_grads_blocks
-from .lora_product import TILES, block_of, cdiv, down_blocks
+from .lora_down import down_blocks
+from .lora_product import TILES
+from .tiles import block_of, cdiv
 
 
 @dataclass

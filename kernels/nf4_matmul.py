@@ -27,9 +27,12 @@ from typing import Protocol
 import torch
 import torch.nn.functional as F
 
-from .lora_product import lora_product, runs_kernel
+from .lora_product import lora_product
 from .nf4 import NestedScales, nf4_dequantize
-from .nf4_stream import nf4_merge, nf4_stream, tensors_of
+from .nf4_decode import tensors_of
+from .nf4_merge import nf4_merge
+from .nf4_stream import nf4_stream
+from .tiles import runs_kernel
 
 
 class QuantizedWeight(Protocol):

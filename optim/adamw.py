@@ -21,11 +21,10 @@ def adamw_step_cpu_(groups, grad_scale=None, found_inf=None, sq_norm=None, max_n
         return
     factor = gradient_factor(grad_scale, sq_norm, max_norm)
     for group in groups:
-        grads = group.grads if factor == 1.0 else torch._foreach_mul(group.grads, factor)
         # The C++ loop walks all four tensors by the same offsets and does not look at their strides.
         write_back, dense = [], []
         for param, grad, exp_avg, exp_avg_sq in zip(
-            group.params, grads, group.exp_avgs, group.exp_avg_sqs, strict=True
+            group.params, group.grads, group.exp_avgs, group.exp_avg_sqs, strict=True
         ):
             dense.append(same_layout([param, grad.to(param.dtype), exp_avg, exp_avg_sq], write_back))
         params, grads, exp_avgs, exp_avg_sqs = map(list, zip(*dense, strict=True))
@@ -37,6 +36,7 @@ def adamw_step_cpu_(groups, grad_scale=None, found_inf=None, sq_norm=None, max_n
             [],
             group.steps,
             fused=True,
+            grad_scale=None if factor == 1.0 else torch.tensor(factor, dtype=torch.float64).reciprocal().float(),
             amsgrad=False,
             beta1=group.betas[0],
             beta2=group.betas[1],
@@ -60,7 +60,7 @@ class AdamW(torch.optim.Optimizer):
     rounding; `amp.MasterWeights` keeps float32 copies for them.
 
     On a GPU it takes part in torch's protocol for loss scaling: a `GradScaler` hands over its
-    scale and overflow flag, and the step unscales and skips on the device. Gradients stay scaled then.
+    scale and overflow flag, and the step unscales and skips on the device, without writing gradients.
 
     Args:
         params: parameters, or dicts with `params` and their own hyperparameters.
@@ -133,7 +133,7 @@ class AdamW(torch.optim.Optimizer):
         Args:
             closure: recomputes the loss and gradients; its value is returned.
             max_norm: scale all gradients down so that their joint L2 norm is at most this, within
-                the step: the gradients themselves are not written.
+                the step. What `.grad` holds afterwards depends on the device.
             copies: parameter → 16-bit tensor of its shape that receives the rounded new value.
 
         Raises:

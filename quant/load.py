@@ -19,7 +19,7 @@ from torch import nn
 
 from .linear import NF4Linear
 from .model import is_conv1d, linear_layers, quantize_model
-from .nf4 import NF4Tensor, quantize_nf4
+from .nf4 import FACTS, NF4Tensor, quantize_nf4
 
 
 def load_quantized(
@@ -60,23 +60,26 @@ def load_quantized(
     """
     from safetensors import safe_open
 
+    if not all(parameter.is_meta for parameter in model.parameters()):
+        raise ValueError('model must have its parameters on the meta device: build it under torch.device("meta")')
     paths = _shards(files)
     transposed = {path for path, layer in linear_layers(model, skip) if is_conv1d(layer)}
     quantize_model(model, skip, block_size, double_quant, compute_dtype)
     target = _Target(model, torch.device(device), dtype)
     in_nf4: dict[str, dict[str, torch.Tensor]] = {}  # layer → what the files hold of it in NF4
+    keys = {path: _keys(path, rename) for path in paths}
+    everything = {name for names in keys.values() for name in names}
     for path in paths:
         with safe_open(str(path), framework="pt") as shard:
-            for key in shard.keys():  # noqa: SIM118  (it is no mapping)
+            for name, key in keys[path].items():
                 tensor = shard.get_tensor(key)
-                name = key if rename is None else rename(key)
                 layer, found, part = name.partition(".weight")
                 if not found or layer not in target.layers:
                     target.put(name, tensor)
-                elif not part and tensor.is_floating_point() and tensor.dim() == 2 and tensor.shape[1] > 1:
-                    target.quantize(layer, tensor.t() if layer in transposed else tensor, double_quant)
-                else:
+                elif part or f"{name}.{FACTS}" in everything:
                     in_nf4.setdefault(layer, {})[name] = tensor.clone()
+                else:
+                    target.quantize(layer, tensor.t() if layer in transposed else tensor, double_quant)
     for layer, state in in_nf4.items():
         target.layers[layer].quantized = NF4Tensor.from_state_dict(state, layer + ".").to(target.device)
     target.finish()
@@ -91,6 +94,14 @@ def _shards(files) -> list[Path]:
     if missing or not paths:
         raise FileNotFoundError(f"files must name safetensors files, got {', '.join(missing) or 'none'}")
     return paths
+
+
+def _keys(path: Path, rename: Callable[[str], str] | None) -> dict[str, str]:
+    """The model's names for a file's tensors, and the file's own."""
+    from safetensors import safe_open
+
+    with safe_open(str(path), framework="pt") as shard:
+        return {(key if rename is None else rename(key)): key for key in shard.keys()}  # noqa: SIM118  (no mapping)
 
 
 class _Target:
@@ -114,8 +125,9 @@ class _Target:
                     self.places[f"{path}.{name}" if path else name] = places
 
     def quantize(self, path: str, weight: torch.Tensor, double_quant: bool) -> None:
-        layer = self.layers[path]
-        name = f"{path}.weight"
+        layer, name = self.layers[path], f"{path}.weight"
+        if weight.shape != (layer.out_features, layer.in_features):
+            raise ValueError(f"{name} must be {layer.out_features} × {layer.in_features}, got {tuple(weight.shape)}")
         layer.quantized = quantize_nf4(weight.to(self.device), layer.block_size, double_quant, name=name)
 
     def put(self, name: str, tensor: torch.Tensor) -> None:

@@ -28,35 +28,34 @@ def test_levels(signed):
 @SIGNED
 @pytest.mark.parametrize("size", [1, 63, 256, 257, 1000])
 def test_nearest_level_in_every_block(signed, size):
-    """Within half the gap between neighbouring levels, relative to the block's own largest value."""
+    """No further off than the nearest level is, but for the FP16 rounding that the choice begins with."""
     x = torch.randn(size) * 10 ** torch.linspace(-6, 3, size)
     if not signed:
         x = x.abs()
     code = dynamic_code(signed)
-    levels, scale = quantize_blocks(x, code)
+    levels, scale = quantize_blocks(x, signed)
     assert levels.dtype == torch.uint8 and levels.shape == (size,) and scale.shape == (-(-size // 256),)
-    back = dequantize_blocks(levels, scale, code)
+    back = dequantize_blocks(levels, scale, signed)
     for start in range(0, size, 256):
         part = x[start : start + 256]
         largest = part.abs().max()
         distance = ((part / largest)[:, None] - code).abs().min(dim=1).values * largest
         error = (back[start : start + 256] - part).abs()
-        positive_to_zero = (part > 0) & (part / largest < code[code > 0].min())
-        assert (error[~positive_to_zero] <= distance[~positive_to_zero] + 1e-6 * largest).all()
+        raised = (part > 0) & (part / largest < code[code > 0].min())  # to the smallest level instead of zero
+        budget = distance + 2**-10 * part.abs() + 1e-11 * largest
+        assert (error <= budget)[~raised].all()
 
 
 def test_no_positive_value_becomes_zero():
-    code = dynamic_code(signed=False)
     x = torch.tensor([1.0, 1e-12, 0.0])
-    back = dequantize_blocks(*quantize_blocks(x, code), code)
+    back = dequantize_blocks(*quantize_blocks(x, signed=False), signed=False)
     assert back[0] == 1 and back[1] > 0 and back[2] == 0
 
 
 @SIGNED
 def test_zeros_and_empty(signed):
-    code = dynamic_code(signed)
     for x in (torch.zeros(300), torch.zeros(0)):
-        assert torch.equal(dequantize_blocks(*quantize_blocks(x, code), code), x)
+        assert torch.equal(dequantize_blocks(*quantize_blocks(x, signed), signed), x)
 
 
 def train(optimizer_class, seed, steps=150, **kwargs):

@@ -5,7 +5,8 @@ import torch
 from handtuned.kernels import dropout
 from handtuned.kernels.lora import lora_linear, lora_linear_reference, stacked_lora_linear
 from handtuned.kernels.lora_backward import lora_down_grad, lora_up_grads
-from handtuned.kernels.lora_product import lora_down, lora_product
+from handtuned.kernels.lora_down import lora_down
+from handtuned.kernels.lora_product import lora_product
 from helpers import assert_within_budget, max_error
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]

@@ -6,7 +6,8 @@ import torch.nn.functional as F
 from handtuned.kernels import nf4_matmul
 from handtuned.kernels.lora import lora_linear, lora_linear_reference
 from handtuned.kernels.nf4_matmul import dense_weight, plan, quantized_product, quantized_product_dx
-from handtuned.kernels.nf4_stream import nf4_merge, nf4_stream
+from handtuned.kernels.nf4_merge import nf4_merge
+from handtuned.kernels.nf4_stream import nf4_stream
 from handtuned.quant import quantize_nf4
 from helpers import assert_within_budget
 

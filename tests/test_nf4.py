@@ -1,0 +1,284 @@
+"""The NF4 format, bit for bit against bitsandbytes on a CPU; the real kernels against the references."""
+
+import json
+
+import pytest
+import torch
+from handtuned.kernels.nf4 import NF4_CODE, nf4_dequantize
+from handtuned.kernels.nf4_quantize import CELL_SLOPE, CELL_START, THRESHOLDS, _cells, nf4_quantize_reference
+from handtuned.quant import (
+    NF4Tensor,
+    dequantize_nf4,
+    dynamic_map,
+    normal_quantile_levels,
+    quantize_affine,
+    quantize_nf4,
+)
+
+DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+BLOCK_SIZES = (32, 64, 128, 256, 512, 1024, 2048, 4096)
+
+
+@pytest.fixture
+def bnb():
+    """bitsandbytes' functions; its torch.compile fallbacks run eagerly (the same arithmetic, without the wait)."""
+    functional = pytest.importorskip("bitsandbytes").functional
+    with torch.compiler.set_stance("force_eager"):
+        yield functional
+
+
+def _values(kind, n, dtype):
+    x = torch.randn(n)
+    limit = torch.finfo(dtype).max
+    return {
+        "random": x,
+        "heavy_tailed": x / torch.rand(n).clamp(min=1e-4),
+        "constant": torch.full((n,), 0.37),
+        "zero": torch.zeros(n),
+        "half_zero": x * (torch.arange(n) // 64 % 2),
+        "subnormal": x * 1e-40 if dtype != torch.float16 else x * 1e-6,
+        "huge": x.clamp(-1, 1) * limit,
+        "levels": NF4_CODE[torch.randint(16, (n,))],
+        "thresholds": THRESHOLDS[torch.randint(15, (n,))],
+    }[kind].to(dtype)
+
+
+KINDS = ("random", "heavy_tailed", "constant", "zero", "half_zero", "subnormal", "huge", "levels", "thresholds")
+
+
+@pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES.keys())
+@pytest.mark.parametrize("kind", KINDS)
+def test_bits_are_those_of_bitsandbytes(bnb, kind, dtype):
+    x = _values(kind, 4096 * 2, dtype)
+    for block_size in BLOCK_SIZES:
+        q = quantize_nf4(x, block_size, double_quant=False)
+        packed, state = bnb.quantize_4bit(x, blocksize=block_size, quant_type="nf4")
+        assert torch.equal(q.packed, packed.flatten())
+        assert torch.equal(q.absmax, state.absmax)
+        assert torch.equal(dequantize_nf4(q), bnb.dequantize_4bit(packed, state).view(x.shape))
+
+
+@pytest.mark.parametrize("n", [1, 2, 31, 63, 64, 65, 71, 1000, 4097, 131072 + 33, 600_001])
+@pytest.mark.parametrize("block_size", [32, 64, 4096])
+def test_ragged_sizes_are_those_of_bitsandbytes(bnb, n, block_size):
+    for x in (torch.randn(n), torch.randn(n).half(), torch.zeros(n)):
+        q = quantize_nf4(x, block_size, double_quant=False)
+        packed, state = bnb.quantize_4bit(x, blocksize=block_size, quant_type="nf4")
+        assert torch.equal(q.packed, packed.flatten())
+        assert torch.equal(q.absmax, state.absmax)
+        assert torch.equal(q.dequantize(), bnb.dequantize_4bit(packed, state).view(-1))
+
+
+@pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES.keys())
+@pytest.mark.parametrize("block_size", [32, 64, 256, 4096])
+def test_double_quantized_states_of_bitsandbytes_decode_to_its_bits(bnb, dtype, block_size, each_backend, device):
+    x = torch.randn(64, 4096).to(dtype)
+    packed, state = bnb.quantize_4bit(x, blocksize=block_size, quant_type="nf4", compress_statistics=True)
+    saved = {"weight": packed} | {f"weight.{k}": v for k, v in state.as_dict(packed=True).items()}
+    q = NF4Tensor.from_state_dict({k: v.to(device) for k, v in saved.items()})
+    assert torch.equal(q.dequantize().cpu(), bnb.dequantize_4bit(packed, state))
+
+
+def test_scale_codes_are_the_nearest_of_the_map():
+    x = torch.randn(300, 1000)
+    q, scales = quantize_nf4(x), quantize_nf4(x, double_quant=False).absmax
+    d = scales - scales.mean()
+    assert torch.equal(q.nested.offset, scales.mean())
+    for i, block in enumerate(d.split(256)):
+        assert q.nested.absmax[i] == block.abs().max()
+        distance = (block.double()[:, None] / block.abs().max().double() - dynamic_map().double()).abs()
+        chosen = distance.gather(1, q.absmax[i * 256 :][:256, None].long())[:, 0]
+        assert torch.all(chosen <= distance.amin(1) + 1e-7)
+
+
+def test_double_quantization_of_huge_scales_stays_finite():
+    x = torch.full((64 * 600,), 3e38)
+    x[::64] = -3e38
+    assert quantize_nf4(x).dequantize().isfinite().all()
+
+
+@pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES.keys())
+@pytest.mark.parametrize("double_quant", [False, True], ids=["plain", "nested"])
+@pytest.mark.parametrize("n", [0, 1, 63, 64, 65, 1000, 8192, 8193, 20_001])
+def test_kernels_give_the_references_bits(n, double_quant, dtype, device, monkeypatch):
+    x = torch.randn(n).to(dtype)
+    expected = quantize_nf4(x, 64, double_quant)
+    dense = expected.dequantize()
+    monkeypatch.delenv("HANDTUNED_BACKEND")
+    q = quantize_nf4(x.to(device), 64, double_quant)
+    assert torch.equal(q.packed.cpu(), expected.packed)
+    assert torch.equal(q.absmax.cpu(), expected.absmax)
+    assert torch.equal(q.dequantize().cpu(), dense)
+
+
+@pytest.mark.parametrize("block_size", BLOCK_SIZES)
+@pytest.mark.parametrize("kind", KINDS)
+def test_kernels_give_the_references_bits_on_hard_values(kind, block_size, device, monkeypatch):
+    x = _values(kind, 9000, torch.float32)
+    expected = quantize_nf4(x, block_size, False)
+    dense = {out: expected.dequantize(out) for out in DTYPES.values()}
+    monkeypatch.delenv("HANDTUNED_BACKEND")
+    q = quantize_nf4(x.to(device), block_size, False)
+    assert torch.equal(q.packed.cpu(), expected.packed)
+    assert torch.equal(q.absmax.cpu(), expected.absmax)
+    for out, values in dense.items():
+        assert torch.equal(q.dequantize(out).cpu(), values)
+
+
+def test_the_bucket_trick_equals_the_search():
+    """Every fp16 in [-1, 1], and the fp32 neighbours of each threshold and cell edge."""
+    halves = torch.arange(-(1 << 15), 1 << 15).to(torch.int16).view(torch.float16).float()
+    edges = (torch.arange(33) - CELL_START) / CELL_SLOPE
+    around = torch.cat([THRESHOLDS, edges]).view(torch.int32)[:, None] + torch.arange(-2000, 2001, dtype=torch.int32)
+    x = torch.cat([halves, around.view(torch.float32).flatten(), torch.rand(1_000_000) * 2 - 1])
+    x = x[x.abs() <= 1]
+    x = torch.cat([torch.ones(len(x), 1), x[:, None]], dim=1).repeat_interleave(16, 1).flatten()  # absmax 1 everywhere
+    packed, absmax = nf4_quantize_reference(x, 32)
+    assert torch.all(absmax == 1)
+    codes = torch.stack([packed >> 4, packed & 15], dim=1).view(-1)
+    assert torch.equal(codes.int(), torch.bucketize(x, THRESHOLDS, out_int32=True))
+
+
+def test_a_cell_holds_one_threshold_at_most_and_none_near_its_edge():
+    cells = THRESHOLDS.double() * CELL_SLOPE + CELL_START
+    assert len(set(cells.floor().tolist())) == 15
+    # Rounding moves a value by some 2^-24 relative to 32 cells; the kernel rounds to whole eighths of a cell.
+    assert (cells - cells.round()).abs().min() > 1e-4
+    assert (_cells(torch.device("cpu"))[0] < 2).sum() == 15
+
+
+def test_levels_and_map_are_derived_to_the_bit(bnb):
+    assert torch.equal(normal_quantile_levels(), NF4_CODE)
+    assert torch.equal(NF4_CODE, bnb.get_4bit_type("nf4", device="cpu"))
+    assert torch.equal(dynamic_map(), bnb.create_dynamic_map())
+    assert (dynamic_map() < 0).sum() == 127
+
+
+def test_example_bytes():
+    x = torch.tensor([-1.0, 1.0, 0.0, 0.5, 0.09])
+    q = quantize_nf4(x, double_quant=False)
+    assert q.packed.tolist() == [0x0F, 0x7C, 0x87]  # high nibble first; the odd one is padded with 7
+    assert q.absmax.tolist() == [1.0]
+    assert q.dequantize().tolist() == NF4_CODE[[0, 15, 7, 12, 8]].tolist()
+
+
+def test_shapes_layouts_and_originals_are_kept():
+    x = torch.randn(33, 70)
+    kept = x.clone()
+    for view in (x, x.t(), x[::2, 1::3], x[None, :, None], x.expand(2, 33, 70), x[3:, 5:]):
+        q = quantize_nf4(view)
+        assert q.shape == view.shape
+        assert torch.equal(q.dequantize(), quantize_nf4(view.contiguous()).dequantize())
+    assert torch.equal(x, kept)
+    assert quantize_nf4(torch.tensor(-3.0)).dequantize().shape == ()
+    assert quantize_nf4(torch.empty(0, 5)).dequantize().shape == (0, 5)
+    assert not quantize_nf4(x.requires_grad_()).dequantize().requires_grad
+
+
+def test_out_is_filled_and_checked(each_backend, device):
+    q = quantize_nf4(torch.randn(65, 64, device=device))
+    buffer = torch.full((65 * 64 + 3,), float("nan"), device=device)
+    out = buffer[1:-2].view(65, 64)  # starts between the reference's quads
+    assert dequantize_nf4(q, out=out) is out
+    assert torch.equal(out, q.dequantize())
+    assert buffer[[0, -2, -1]].isnan().all()
+    for wrong in (torch.empty(64, 65), torch.empty(65, 64).half(), torch.empty(64, 65).t()):
+        with pytest.raises(ValueError, match="out must be a contiguous"):
+            q.dequantize(out=wrong.to(device))
+    with pytest.raises(ValueError, match="needs"):
+        nf4_dequantize(q.packed[1:], q.absmax, q.shape, torch.float32, 64, q.nested)
+
+
+def test_zeros_stay_exactly_zero_with_double_quantization():
+    x = torch.randn(4096)
+    x[64:256] = 0
+    assert torch.all(quantize_nf4(x).dequantize()[64:256] == 0)
+
+
+@pytest.mark.parametrize("bad, count", [(float("nan"), "2 NaN and 0"), (float("inf"), "0 NaN and 2")])
+@pytest.mark.parametrize("n", [64, 100, 5000])
+def test_values_that_are_not_finite_are_refused(bad, count, n, each_backend, device):
+    x = torch.randn(n, device=device)
+    x[3], x[-1] = bad, -bad
+    with pytest.raises(ValueError, match=rf"layer\.7 must be finite, got {count} infinite among {n} values"):
+        quantize_nf4(x, name="layer.7")
+
+
+@pytest.mark.parametrize(
+    "call, error",
+    [
+        (lambda: quantize_nf4(torch.arange(64)), TypeError),
+        (lambda: quantize_nf4(torch.randn(64).double()), TypeError),
+        (lambda: quantize_nf4([1.0]), TypeError),
+        (lambda: quantize_nf4(torch.randn(64), block_size=48), ValueError),
+        (lambda: quantize_nf4(torch.randn(64), block_size=16), ValueError),
+    ],
+)
+def test_bad_arguments(call, error):
+    with pytest.raises(error):
+        call()
+
+
+@pytest.mark.parametrize("double_quant", [False, True], ids=["plain", "nested"])
+@pytest.mark.parametrize("storage", [torch.uint8, torch.bfloat16, torch.float32], ids=str)
+def test_state_dict_is_bitsandbytes_own(bnb, double_quant, storage):
+    x = torch.randn(512, 256)
+    q = quantize_nf4(x, double_quant=double_quant)
+    ours = q.state_dict("a.b.")
+    packed, state = bnb.quantize_4bit(
+        x, quant_type="nf4", compress_statistics=double_quant, quant_storage=storage, blocksize=64
+    )
+    theirs = {"a.b.weight": packed} | {f"a.b.weight.{k}": v for k, v in state.as_dict(packed=True).items()}
+    assert ours.keys() == theirs.keys()
+    for key, value in ours.items():
+        if key not in ("a.b.weight", "a.b.weight.absmax"):  # stored otherwise, or coded by its approximate CPU table
+            assert value.dtype == theirs[key].dtype and torch.equal(value, theirs[key]), key
+    assert json.loads(bytes(ours["a.b.weight.quant_state.bitsandbytes__nf4"].tolist()))["shape"] == [512, 256]
+    back = NF4Tensor.from_state_dict(theirs, "a.b.")
+    assert torch.equal(back.packed, q.packed)
+    assert torch.equal(back.dequantize(), bnb.dequantize_4bit(packed, state))
+    read = bnb.QuantState.from_dict({k.removeprefix("a.b.weight."): v for k, v in list(ours.items())[1:]}, "cpu")
+    assert torch.equal(bnb.dequantize_4bit(ours["a.b.weight"], read), q.dequantize())
+
+
+def test_incomplete_and_foreign_states_are_refused(bnb):
+    state = quantize_nf4(torch.randn(64, 64)).state_dict()
+    for key in state:
+        with pytest.raises(ValueError, match="not a complete NF4 weight"):
+            NF4Tensor.from_state_dict({k: v for k, v in state.items() if k != key})
+    packed, fp4 = bnb.quantize_4bit(torch.randn(64, 64), quant_type="fp4")
+    saved = {"weight": packed} | {f"weight.{k.replace('fp4', 'nf4')}": v for k, v in fp4.as_dict(packed=True).items()}
+    with pytest.raises(ValueError, match="fp4"):
+        NF4Tensor.from_state_dict(saved)
+    with pytest.raises(ValueError, match="needs 2048 bytes"):
+        NF4Tensor.from_state_dict(state | {"weight": state["weight"][1:]})
+
+
+def test_bytes_and_moving():
+    q = quantize_nf4(torch.randn(1024, 1024))
+    assert q.nbytes == 2**19 + 2**14 + 4 * 64 + 4
+    moved = q.to("cpu")
+    assert torch.equal(moved.dequantize(), q.dequantize()) and moved.nested.block_size == 256
+    meta = q.to("meta")
+    assert meta.dequantize().is_meta and meta.dequantize().shape == q.shape
+
+
+def _relative_error(x, back):
+    return ((x - back).double().norm() / x.double().norm()).item()
+
+
+def test_errors_on_gaussian_and_uniform_weights():
+    """Relative errors in groups of 64; 4 million values fix them to some 0.0002."""
+    for x, nf4, absmax_int4, affine in (
+        (torch.randn(4_000_000), 0.092, 0.108, 0.090),
+        (torch.rand(4_000_000) * 2 - 1, 0.091, 0.070, 0.064),
+    ):
+        groups = x.view(-1, 64)
+        step = groups.abs().amax(1, keepdim=True) / 7
+        found = (
+            _relative_error(x, quantize_nf4(x, double_quant=False).dequantize()),
+            _relative_error(groups, (groups / step).round() * step),
+            _relative_error(x, quantize_affine(x).dequantize()),
+        )
+        assert found == pytest.approx((nf4, absmax_int4, affine), abs=6e-4)
+        assert _relative_error(x, quantize_nf4(x).dequantize()) == pytest.approx(found[0], abs=1e-4)
