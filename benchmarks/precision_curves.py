@@ -102,7 +102,8 @@ def run(precision, seed, steps, data, held_out):
             curve.append(evaluate(model, held_out))
     print(f"{precision}, seed {seed}: {curve[-1]:.4f}", flush=True)
     final = curve[-1] if math.isfinite(curve[-1]) else None
-    return {"curve": [c if math.isfinite(c) else None for c in curve], "final": final, "lost": lost(model, data)}
+    share = {} if final is None else lost(model, data)
+    return {"curve": [c if math.isfinite(c) else None for c in curve], "final": final, "lost": share}
 
 
 def lost(model, data):

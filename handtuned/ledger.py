@@ -71,7 +71,9 @@ def size(count: float) -> str:
 
 
 def both(count: float) -> str:
-    """In GB (10⁹) and GiB (2³⁰), named as such."""
+    """In GB (10⁹) and GiB (2³⁰), named as such; in MB and MiB below a hundredth of a GB."""
+    if count < GB / 100:
+        return f"{count / 1e6:,.2f} MB = {count / 2**20:,.2f} MiB"
     return f"{count / GB:,.2f} GB = {count / GIB:,.2f} GiB"
 
 
