@@ -1,6 +1,4 @@
-"""Rows → chats → examples → batches."""
-
-import json
+"""Chats → examples → batches."""
 
 import numpy as np
 import pytest
@@ -9,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from handtuned import data
-from handtuned.data import IGNORE_INDEX, DataError, load_rows
+from handtuned.data import IGNORE_INDEX, DataError
 
 CHATML = (
     "{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\n' + m['content'] + '<|im_end|>\n' }}{% endfor %}"
@@ -35,6 +33,7 @@ THINKING = (
     "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
 )
 PREFILLED = CHATML.replace("'<|im_start|>assistant\n'", "'<|im_start|>assistant\n<think>\n'")
+MUTE = "{% for m in messages %}{% if m['role'] == 'user' %}{{ m['content'] }}{% endif %}{% endfor %}"
 UNENDED = "{% for m in messages %}{{ m['role'] + ': ' + m['content'] + '\n' }}{% endfor %}" + (
     "{% if add_generation_prompt %}{{ 'assistant: ' }}{% endif %}"
 )
@@ -90,162 +89,7 @@ def learnt_texts(example, tokenizer):
     return texts
 
 
-def write(path, *rows):
-    path.write_text(
-        "".join((row if isinstance(row, str) else json.dumps(row)) + "\n" for row in rows), encoding="utf-8"
-    )
-    return path
-
-
-ALPACA = {"instruction": "Add.", "input": "1 and 2", "output": "3"}
 AS_CHAT = [{"role": "user", "content": "Add.\n\n1 and 2"}, {"role": "assistant", "content": "3"}]
-
-BAD_ROWS = {
-    "broken": ('{"prompt": ', "not valid JSON"),
-    "two objects": ('{"a": 1} {"b": 2}', "not valid JSON"),
-    "deep": ('{"a":' * 100_000, "not valid JSON"),
-    "no object": ('"text"', "a row must be a JSON object, got str"),
-    "unknown columns": ({"question": "?", "answer": "!"}, "unknown columns: question, answer"),
-    "no columns": ({}, "unknown columns: none"),
-    "no output": ({"instruction": "Add."}, "field 'output' is missing"),
-    "no completion": ({"prompt": "Add."}, "field 'completion' is missing"),
-    "number": ({"prompt": "Add.", "completion": 3}, "field 'completion' must be text, got int"),
-    "null": ({"instruction": "Add.", "output": None}, "field 'output' must be text, got NoneType"),
-    "empty answer": ({"instruction": "Add.", "output": "  \n"}, "field 'output' is empty"),
-    "empty prompt": ({"prompt": "", "completion": "3"}, "field 'prompt' is empty"),
-    "bad input": ({"instruction": "Add.", "input": [1], "output": "3"}, "field 'input' must be text, got list"),
-    "surrogate": ('{"prompt": "a\\ud83d", "completion": "b"}', "field 'prompt' holds half of a surrogate pair"),
-    "no messages": ({"messages": []}, "field 'messages' must be a list"),
-    "messages text": ({"messages": "hi"}, "field 'messages' must be a list"),
-    "message text": ({"messages": ["hi"]}, "message 1: must be a JSON object, got str"),
-    "no role": ({"messages": [{"content": "hi"}]}, "message 1: unknown role None"),
-    "tool": ({"messages": [AS_CHAT[0], {"role": "tool", "content": "x"}]}, "message 2: unknown role 'tool'"),
-    "tool calls": (
-        {"messages": [AS_CHAT[0], {"role": "assistant", "content": None, "tool_calls": [{}]}]},
-        "message 2: tool calls are not supported",
-    ),
-    "tools": ({"messages": AS_CHAT, "tools": [{}]}, "tool calls are not supported"),
-    "no answer": ({"messages": [AS_CHAT[0]]}, "the last message must be the assistant's answer"),
-    "answer first": ({"messages": [AS_CHAT[1]]}, "message 1: role 'assistant' out of order"),
-    "two requests": ({"messages": [AS_CHAT[0], *AS_CHAT]}, "message 2: role 'user' out of order"),
-    "late system": ({"messages": [*AS_CHAT, CHAT[0]]}, "message 3: role 'system' out of order"),
-    "empty turn": (
-        {"messages": [AS_CHAT[0], {"role": "assistant", "content": ""}]},
-        "message 2: field 'content' is empty",
-    ),
-    "no content": ({"messages": [{"role": "user"}]}, "message 1: field 'content' is missing"),
-    "parts": (
-        {"messages": [{"role": "user", "content": [{"type": "text", "text": "hi"}]}]},
-        "message 1: field 'content' must be text, got list",
-    ),
-}
-
-
-class TestLoading:
-    def test_three_forms_of_row(self, tmp_path):
-        rows = [ALPACA, {"messages": AS_CHAT}, {"prompt": "Add.\n\n1 and 2", "completion": "3"}]
-        loaded = load_rows(write(tmp_path / "rows.jsonl", *rows))
-        assert loaded.rows == [AS_CHAT] * 3
-        assert loaded.notes() == []
-
-    @pytest.mark.parametrize("no_input", [{}, {"input": ""}, {"input": None}], ids=["missing", "empty", "null"])
-    def test_alpaca_without_input(self, tmp_path, no_input):
-        row = {"instruction": "Say hi.", "output": "hi", **no_input}
-        assert load_rows(write(tmp_path / "a.jsonl", row)).rows[0][0]["content"] == "Say hi."
-
-    def test_json_list(self, tmp_path):
-        path = tmp_path / "rows.json"
-        path.write_text(json.dumps([ALPACA, ALPACA], indent=2))
-        assert load_rows(path).rows == [AS_CHAT] * 2
-
-    def test_byte_order_mark_crlf_blank_lines_and_line_separators_in_strings(self, tmp_path):
-        row = {"prompt": "a\u2028b\x85c", "completion": "é"}
-        text = "\n\r\n" + json.dumps(row, ensure_ascii=False) + "\r\n   \r\n" + json.dumps(row)
-        (tmp_path / "rows.jsonl").write_bytes(b"\xef\xbb\xbf" + text.encode())
-        chat = [{"role": "user", "content": "a\u2028b\x85c"}, {"role": "assistant", "content": "é"}]
-        assert load_rows(tmp_path / "rows.jsonl").rows == [chat, chat]
-
-    def test_chat_keeps_system_and_every_turn(self, tmp_path):
-        assert load_rows(write(tmp_path / "c.jsonl", {"messages": CHAT})).rows == [CHAT]
-
-    def test_empty_system_message_is_kept(self, tmp_path):
-        chat = [{"role": "system", "content": ""}, *AS_CHAT]
-        assert load_rows(write(tmp_path / "c.jsonl", {"messages": chat})).rows == [chat]
-
-    def test_unread_columns_are_announced(self, tmp_path):
-        loaded = load_rows(write(tmp_path / "a.jsonl", {**ALPACA, "text": "x"}, {**ALPACA, "id": 7}))
-        assert loaded.ignored_columns == ["id", "text"]
-        assert loaded.notes() == ["ignored columns: id, text"]
-        messages = [{**AS_CHAT[0], "name": "Ann", "weight": None}, {**AS_CHAT[1], "tool_calls": []}]
-        loaded = load_rows(write(tmp_path / "m.jsonl", {"messages": messages, "source": "x"}))
-        assert loaded.rows == [AS_CHAT]
-        assert loaded.ignored_columns == ["messages.name", "source"]
-
-    @pytest.mark.parametrize("row, reason", BAD_ROWS.values(), ids=BAD_ROWS)
-    def test_bad_row_is_named_and_can_be_skipped(self, tmp_path, row, reason):
-        path = write(tmp_path / "rows.jsonl", ALPACA, "", row, ALPACA)
-        with pytest.raises(DataError) as error:
-            load_rows(path)
-        assert str(error.value).startswith(f"{path}:3: {reason}")
-        assert "\n" not in str(error.value)
-        loaded = load_rows(path, skip_bad_rows=True)
-        assert loaded.rows == [AS_CHAT] * 2
-        assert loaded.skipped == [str(error.value)]
-        assert loaded.notes()[0].startswith(f"bad rows skipped: 1 of 3, the first: {path}:3: {reason}")
-
-    def test_bad_row_of_a_list_is_named_by_line_and_number(self, tmp_path):
-        path = tmp_path / "rows.json"
-        path.write_text('[\n {"prompt": "a", "completion": "b"},\n\n {"prompt": "a"},\n 7]\n')
-        with pytest.raises(DataError, match=r"rows\.json:4: row 2: field 'completion' is missing"):
-            load_rows(path)
-        skipped = load_rows(path, skip_bad_rows=True).skipped
-        assert [message.removeprefix(f"{path}:") for message in skipped] == [
-            "4: row 2: field 'completion' is missing",
-            "5: row 3: a row must be a JSON object, got int",
-        ]
-
-    @pytest.mark.parametrize(
-        "text, reason",
-        {
-            "unclosed": ('[{"prompt": "a", "completion": "b"}', "1: row 1: not valid JSON: expected ',' or ']'"),
-            "no comma": (
-                '[{"prompt": "a", "completion": "b"}\n{"prompt": "a"}]',
-                "1: row 1: not valid JSON: expected ',' or ']'",
-            ),
-            "dangling": ('[{"prompt": "a", "completion": "b"},\n]', "2: row 2: not valid JSON: Expecting value"),
-            "broken": ('[\n{"prompt": ]', "2: row 1: not valid JSON: Expecting value"),
-            "only open": ("[", "1: row 1: not valid JSON: Expecting value"),
-            "more": ('[{"prompt": "a", "completion": "b"}] []', " not valid JSON: text after the end of the list"),
-        }.values(),
-    )
-    def test_broken_list_is_never_skipped(self, tmp_path, text, reason):
-        path = tmp_path / "rows.json"
-        path.write_text(text)
-        for skip_bad_rows in (False, True):
-            with pytest.raises(DataError) as error:
-                load_rows(path, skip_bad_rows)
-            assert str(error.value).startswith(f"{path}:{reason}")
-
-    @pytest.mark.parametrize("text", ["", "\n \n", "[]", "[ \n ]", "\ufeff"])
-    def test_empty_file(self, tmp_path, text):
-        path = tmp_path / "rows.jsonl"
-        path.write_text(text, encoding="utf-8")
-        with pytest.raises(DataError, match=r"rows\.jsonl: holds no rows"):
-            load_rows(path)
-
-    def test_no_usable_row(self, tmp_path):
-        path = write(tmp_path / "rows.jsonl", {}, {})
-        with pytest.raises(DataError, match=r"rows\.jsonl: no usable row among 2; .*rows\.jsonl:1: unknown columns"):
-            load_rows(path, skip_bad_rows=True)
-
-    def test_unreadable(self, tmp_path):
-        with pytest.raises(DataError, match=r"none\.jsonl: cannot be read: No such file"):
-            load_rows(tmp_path / "none.jsonl")
-        with pytest.raises(DataError, match="cannot be read"):
-            load_rows(tmp_path)
-        (tmp_path / "latin.jsonl").write_bytes(b'{"prompt": "a",\n"completion": "\xe9"}')
-        with pytest.raises(DataError, match=r"latin\.jsonl:2: not UTF-8"):
-            load_rows(tmp_path / "latin.jsonl")
 
 
 class TestEncoding:
@@ -314,9 +158,10 @@ class TestEncoding:
         assert learnt_texts(example, tokenizer)[-1] == " end 😀\n<|im_end|>"
         assert example.input_ids.tolist()[:-1] == tokenizer.apply_chat_template(CHAT)["input_ids"]
 
-    def test_template_that_rewrites_the_prompt_is_refused(self):
+    @pytest.mark.parametrize("template", [PREFILLED, MUTE], ids=["prefilled", "mute"])
+    def test_template_that_rewrites_the_chat_is_refused(self, template):
         with pytest.raises(DataError, match="message 3: the chat template rewrites this chat"):
-            data.encode(CHAT, make_tokenizer(PREFILLED))
+            data.encode(CHAT, make_tokenizer(template))
 
     def test_template_that_refuses_a_chat(self):
         template = "{% if messages[0]['role'] == 'system' %}{{ raise_exception('no system role') }}{% endif %}" + CHATML

@@ -101,7 +101,7 @@ def test_a_shared_module_stays_shared():
 
 
 def test_errors_name_model_and_layer():
-    with pytest.raises(ValueError, match="must hold an nn.Linear"):
+    with pytest.raises(ValueError, match=r"must hold an nn\.Linear"):
         quantize_model(nn.Sequential(nn.ReLU()))
     with pytest.raises(ValueError, match=r"NF4Linear\.from_linear"):
         quantize_model(nn.Linear(4, 4))
@@ -204,7 +204,7 @@ class _WithTable(nn.Module):
 def test_a_buffer_that_nobody_computes_is_an_error(tmp_path):
     save_file = pytest.importorskip("safetensors.torch").save_file
     save_file(_WithTable().state_dict(), tmp_path / "model.safetensors")
-    with pytest.raises(ValueError, match="does not recompute its buffers.*table"):
+    with pytest.raises(ValueError, match=r"does not recompute its buffers.*table"):
         load_quantized(_meta(_WithTable), tmp_path)
 
 

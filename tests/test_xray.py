@@ -70,7 +70,7 @@ def test_loops_and_tensor_cores_are_found_and_subroutines_left_out():
 
 @pytest.mark.skipif(not runtime.INTERPRETED, reason="kernels are compiled in this process")
 def test_an_interpreted_process_says_what_to_do():
-    with pytest.raises(RuntimeError, match="TRITON_INTERPRET=0 python -m handtuned.xray"):
+    with pytest.raises(RuntimeError, match=r"TRITON_INTERPRET=0 python -m handtuned\.xray"):
         xray(xray_specs()[0])
 
 
@@ -109,7 +109,7 @@ def test_machine_code_of_the_nf4_kernels():
         if name.startswith("nf4_dequantize"):
             assert list(stores) == ["128"], (name, arch)
             assert 0 < instructions <= 6, (name, arch, instructions)
-            assert not {"FFMA", "HFMA2"} & set(opcodes) - {"HFMA2"}, (name, arch)
+            assert "FFMA" not in opcodes, (name, arch)
         else:
             assert stores == {"128": 1, "32": 1}, (name, arch)  # codes, and one absmax
             assert instructions <= 22, (name, arch, instructions)

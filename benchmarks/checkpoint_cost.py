@@ -1,0 +1,105 @@
+"""What checkpointing costs and saves: FLOPs and peak activation bytes of forward + backward, by choice of segments.
+
+    python benchmarks/checkpoint_cost.py                     SmolLM2's sizes at 8 × 512 tokens, and a smaller model
+    python benchmarks/checkpoint_cost.py --batch 1 --seq 128 --real
+
+Bytes are those that forward and backward add to weights and gradients; FLOPs are those of matrix products.
+The blocks and the last norm are run, with `x.sum()` for a loss: the output head is never recomputed, so with it
+the share of added FLOPs would only be smaller. By default the program runs on tensors without values
+(`FakeTensorMode`), where every operation allocates and frees as ever and nothing is computed; `--real` computes.
+"""
+
+import argparse
+import contextlib
+
+import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils.flop_counter import FlopCounterMode
+
+from handtuned.nn.checkpoint_plan import plan_checkpoints
+from handtuned.nn.live_memory import LiveMemory
+from handtuned.nn.sequential import checkpoint_sequential
+from handtuned.nn.transformer import TransformerBlock
+from handtuned.presets import PRESETS, Shape
+
+SMALL = Shape("4 layers of 256", 4, 256, 4, 2, 64, 688, 1000)
+
+
+def attention_flops(q, k, v, *args, out_val=None, **kwargs) -> int:
+    """Two products of (s, d) × (d, s) size a head; causal masking is not taken off, as FlopCounterMode does not."""
+    batch, heads, rows, width = q
+    return 4 * batch * heads * rows * k[-2] * width
+
+
+def attention_backward_flops(grad, q, k, v, *args, out_val=None, **kwargs) -> int:
+    """Five products instead of two: the scores again, and the gradients of v, probabilities, q and k."""
+    return attention_flops(q, k, v) * 5 // 2
+
+
+ATTENTION = {
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: attention_flops,
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward: attention_backward_flops,
+}
+
+
+def cost(layers, x, segments) -> tuple[int, int]:
+    """(peak bytes, FLOPs) of forward and backward; gradients have their place already."""
+    for layer in layers:
+        for parameter in layer.parameters():
+            parameter.grad = torch.zeros_like(parameter)
+    with LiveMemory(scan=False) as memory, FlopCounterMode(display=False, custom_mapping=ATTENTION) as flops:
+        if segments is None:
+            y = x
+            for layer in layers:
+                y = layer(y)
+        else:
+            y = checkpoint_sequential(layers, x, segments)
+        y.sum().backward()
+    return memory.peak_added, flops.get_total_flops()
+
+
+def compare(shape: Shape, batch: int, seq: int, real: bool = False) -> dict[str, tuple[int, int]]:
+    """Choice of segments → (peak bytes, FLOPs)."""
+    with contextlib.nullcontext() if real else FakeTensorMode():
+        sizes = (shape.hidden, shape.heads, shape.intermediate, shape.kv_heads, shape.head_dim)
+        layers = [TransformerBlock(*sizes) for _ in range(shape.layers)]
+        x = torch.randn(batch, seq, shape.hidden, requires_grad=True)
+        every = [*range(1, shape.layers + 1)][-1]
+        least = plan_checkpoints(layers, x)
+        choices = {
+            "none": None,
+            "√n groups": "sqrt",
+            "every layer": every,
+            "auto": least,
+            "auto, within twice that": plan_checkpoints(layers, x, budget=2 * least.peak),
+        }
+        return {name: cost(layers, x, segments) for name, segments in choices.items()}
+
+
+def table(shape: Shape, batch: int, seq: int, costs: dict[str, tuple[int, int]]) -> str:
+    none_bytes, none_flops = costs["none"]
+    lines = [
+        f"{shape.name}, {batch} × {seq} tokens, fp32",
+        "",
+        "| checkpoints | peak of activations | times less | FLOPs | FLOPs over none |",
+        "|---|---|---|---|---|",
+    ]
+    lines += [
+        f"| {name} | {count / 1e6:,.1f} MB | {none_bytes / count:.2f} | {flops / 1e9:,.1f} G | {flops / none_flops:.3f} |"
+        for name, (count, flops) in costs.items()
+    ]
+    return "\n".join(lines)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--batch", type=int, default=8)
+    parser.add_argument("--seq", type=int, default=512)
+    parser.add_argument("--real", action="store_true", help="compute, instead of only allocating")
+    args = parser.parse_args()
+    for shape in (PRESETS["smollm2"], SMALL):
+        print(table(shape, args.batch, args.seq, compare(shape, args.batch, args.seq, args.real)), end="\n\n")
+
+
+if __name__ == "__main__":
+    main()
