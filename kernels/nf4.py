@@ -12,17 +12,20 @@ The fp32 product makes the result bit-equal with bitsandbytes for every output d
 and an add fused into one rounding would not be, so the kernel is compiled without fusion.
 
 Bytes: 0.5 + 1/64 (+ 4/16384) in, 2 (fp16, bf16) out: 2.516 a value, and no FLOPs worth counting.
-The floor is the memory's speed, so what counts is instructions a value. The design, in machine
-code for sm_90 (`handtuned xray nf4_dequantize`):
+The floor is the memory's speed, so what counts is instructions a value: about 20 would be the limit
+on an H200. In machine code for sm_90 (`python -m handtuned.xray nf4_dequantize --arch sm_90`; nothing
+here was timed on a GPU):
 
-- A byte indexes 256 pairs of fp32 values, held as 64-bit words in shared memory: extract, one
-  64-bit load, and both values stand in registers. 5.1 instructions a value in all.
+- A byte indexes 256 pairs of fp32 values, held as 64-bit words in shared memory: shift, mask, one
+  64-bit load, and both values stand in registers. 5.05 instructions a value in all, for fp16 with
+  double quantization. Random bytes meet in the same banks, some 6 cycles for a warp's 64 values.
 - A thread loads 16 bytes (32 codes); the bytes, not the values, change threads through shared
   memory, so that each store of 16 bytes lies beside its neighbours'.
-- Losers: the 16 values in shared memory, a load a value (7.8), the 256 pairs in global memory
-  through L1 (8.1), both before 32-bit offsets, which saved 1.2; 16 warps' worth of small programs
-  of 4,096 values (7.3), where the addresses weigh more.
-- Offsets inside a program are 32-bit, only the program's base is 64-bit.
+- Offsets inside a program are 32-bit, only the program's base is 64-bit; with 64-bit offsets throughout
+  it was 6.30. Scales are looked up for each 64 values whatever the block size: for each block, larger
+  blocks would be repeated in every thread (6.2, and 7.5 to fp32).
+- Losers, with 64-bit offsets: the 16 values in shared memory, a load a value (7.83); the 256 pairs
+  in global memory through L1 (8.05). Programs of 4,096 values amortize their addresses worse (7.31).
 
 There is no gradient: weights in four bits are frozen.
 """

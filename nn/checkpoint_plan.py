@@ -118,30 +118,31 @@ def _measure_layer(function: Callable, x, memory: LiveMemory):
 
     with saved_tensors_hooks(hand_in, handed_out.pop):
         recomputed = _measure_pass(function, x, memory)[1]  # and its output is let go
+    # FlopCounterMode holds on to tensors that have a gradient, so FLOPs are counted on their own.
+    with torch.no_grad(), FlopCounterMode(display=False) as flops:
+        function(tree_map(_cut_loose_copy, x) if recomputed["in_place"] else x)
     y, kept = _measure_pass(function, x, memory)
-    cost = LayerCost(recomputed_backward_peak=recomputed.pop("backward_peak"), **kept)
-    return cost, y
+    kept["work"] += flops.get_total_flops()
+    return LayerCost(recomputed_backward_peak=recomputed["backward_peak"], **kept), y
 
 
 def _measure_pass(function: Callable, x, memory: LiveMemory):
     parameters = [p for p in function.parameters() if p.requires_grad] if isinstance(function, nn.Module) else []
-    elements = memory.elements
-    with FlopCounterMode(display=False) as flops:
-        try:
-            x = tree_map(_cut_loose, x)
-            start = memory.added
-            memory.reset_peak()
-            versions = _versions(x)
-            y = function(x)
-            in_place = _versions(x) != versions
-        except RuntimeError:  # a layer may not work in place on a leaf
-            in_place = True
-            x = tree_map(_cut_loose_copy, x)
-            start = memory.added
-            memory.reset_peak()
-            y = function(x)
+    try:
+        x = tree_map(_cut_loose, x)
+        versions = _versions(x)
+        start, elements = memory.added, memory.elements
+        memory.reset_peak()
+        y = function(x)
+        in_place = _versions(x) != versions
+    except RuntimeError:  # a layer may not work in place on a leaf
+        in_place = True
+        x = tree_map(_cut_loose_copy, x)
+        start, elements = memory.added, memory.elements
+        memory.reset_peak()
+        y = function(x)
     kept, forward_peak = memory.added - start, memory.peak_added - start
-    work = flops.get_total_flops() + memory.elements - elements
+    work = memory.elements - elements
     outputs = [t for t in tree_leaves(y) if isinstance(t, torch.Tensor) and t.requires_grad]
     gradients = [torch.ones_like(t) for t in outputs]
     begin = memory.added

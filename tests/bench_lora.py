@@ -51,6 +51,13 @@ def with_bitsandbytes(linear, compute_dtype):
     return packed.to(linear.weight.device)
 
 
+def same_nf4(packed, linear, compute_dtype):
+    """Our layer with the bytes of bitsandbytes' one."""
+    layer = NF4Linear.from_linear(linear, compute_dtype=compute_dtype)
+    layer.load_state_dict(packed.state_dict())
+    return layer
+
+
 def step(layer, A, B, x, dy):
     """Forward and backward, as a training step runs them; returns y and the gradients of x, A and B."""
 
@@ -81,10 +88,11 @@ def contest(M, N, K, rank, dtype, device, dropout, rounds):
     x = torch.randn(M, K, device=device, dtype=dtype, requires_grad=True)
     dy = torch.randn(M, N, device=device, dtype=dtype)
     tolerance = 1e-4 if dtype == torch.float32 else 0.03
-    for title, base in (("Linear", linear), ("NF4", NF4Linear.from_linear(linear, compute_dtype=dtype))):
-        ours = LoRALinear(copy.deepcopy(base), rank, 2.0 * rank, dropout)
-        nn.init.normal_(ours.lora_B, std=0.02)
+    for title in ("Linear", "NF4"):
         rival = linear if title == "Linear" else with_bitsandbytes(linear, dtype)
+        base = copy.deepcopy(linear) if title == "Linear" else same_nf4(rival, linear, dtype)
+        ours = LoRALinear(base, rank, 2.0 * rank, dropout)
+        nn.init.normal_(ours.lora_B, std=0.02)
         theirs = with_peft(copy.deepcopy(rival), ours)
         contestants = {
             "handtuned": step(ours, ours.lora_A, ours.lora_B, x, dy),
@@ -101,9 +109,10 @@ def contest(M, N, K, rank, dtype, device, dropout, rounds):
 def decode(N, K, rank, dtype, device, rounds):
     """Forward alone for a few rows, where a 4-bit weight pays."""
     linear = nn.Linear(K, N, bias=False, device=device, dtype=dtype).requires_grad_(False)
-    ours = LoRALinear(NF4Linear.from_linear(linear, compute_dtype=dtype), rank).eval()
+    rival = with_bitsandbytes(linear, dtype)
+    ours = LoRALinear(same_nf4(rival, linear, dtype), rank).eval()
     nn.init.normal_(ours.lora_B, std=0.02)
-    theirs, _, _ = with_peft(with_bitsandbytes(linear, dtype), ours)
+    theirs, _, _ = with_peft(rival, ours)
     for M in (1, 4, 16):
         x = torch.randn(M, K, device=device, dtype=dtype)
         with torch.no_grad():

@@ -1,7 +1,9 @@
 """checkpoint_sequential: exact gradients, and the fewest bytes where it says so (bytes are counted, not predicted)."""
 
+import importlib.util
 import random
 from itertools import pairwise
+from pathlib import Path
 
 import pytest
 import torch
@@ -269,3 +271,17 @@ def test_bad_arguments_are_named(how, error, message):
 def test_no_functions():
     with pytest.raises(ValueError, match="at least one function"):
         checkpoint_sequential([], torch.randn(2))
+
+
+def test_the_cost_table():
+    """At 8 × 512 tokens SmolLM2's layers need 4 times fewer bytes for at most 4/3 of the FLOPs; nothing is computed."""
+    path = Path(__file__).resolve().parents[1] / "benchmarks" / "checkpoint_cost.py"
+    spec = importlib.util.spec_from_file_location("checkpoint_cost", path)
+    benchmark = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(benchmark)
+    costs = benchmark.compare(benchmark.PRESETS["smollm2"], 8, 512)
+    (none_bytes, none_flops), (every_bytes, every_flops) = costs["none"], costs["every layer"]
+    assert none_bytes >= 4 * every_bytes and every_flops <= none_flops * 4 / 3
+    assert costs["auto"][0] <= min(count for count, _ in costs.values())
+    assert "| every layer |" in benchmark.table(benchmark.PRESETS["smollm2"], 8, 512, costs)
+    assert benchmark.compare(benchmark.SMALL, 2, 64, real=True) == benchmark.compare(benchmark.SMALL, 2, 64)
