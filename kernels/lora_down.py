@@ -21,7 +21,7 @@ def drawn_mask(seed, x, columns, threshold):
     """The dropout mask (M, columns) for x's M rows as the products here take it: see `lora_down`. No seed: None."""
     if seed is None or runs_kernel(x):
         return seed
-    return seeded_keep(seed, x.shape[0], columns, threshold)
+    return seeded_keep(seed, x.shape[0], columns, threshold).to(x.dtype)  # products with bool are slow on a CPU
 
 
 def lora_down_reference(x, lora_A, keep=None):
@@ -121,8 +121,8 @@ def lora_down(
         x: (M, K), any strides.
         lora_A: (r, K), of any floating dtype.
         mask: None, or what `drawn_mask` gives for a dropout mask over x: kernels take its seed and `threshold`
-            and draw it themselves, the torch path takes the mask, (M, K) bool. Dropped elements
-            become zero, the others are *not* rescaled.
+            and draw it themselves, the torch path takes the mask, (M, K) of zeros and ones in x's dtype.
+            Dropped elements become zero, the others are *not* rescaled.
 
     Returns:
         (M, r) in x's dtype, accumulated in fp32; its strides are not specified.
