@@ -4,7 +4,7 @@
     python benchmarks/checkpoint_cost.py --batch 1 --seq 128 --real
 
 Bytes are those that forward and backward add to weights and gradients; FLOPs are those of matrix products.
-The blocks and the last norm are run, with `x.sum()` for a loss: the output head is never recomputed, so with it
+The blocks are run, without the last norm, with `x.sum()` for a loss: the output head is never recomputed, so with it
 the share of added FLOPs would only be smaller. By default the program runs on tensors without values
 (`FakeTensorMode`), where every operation allocates and frees as ever and nothing is computed; `--real` computes.
 """

@@ -49,6 +49,7 @@ class LayerCost:
         output: bytes of its output.
         new_gradients: bytes of parameter gradients that its backward pass leaves behind.
         work: FLOPs of its forward pass, plus one for each number that an operation writes.
+        stopped_work: the same up to the last tensor that it saves: a recomputation that ends with it stops there.
         in_place: it overwrites its input, so no recomputation can start with it.
     """
 
@@ -59,6 +60,7 @@ class LayerCost:
     output: int
     new_gradients: int
     work: int
+    stopped_work: int
     in_place: bool = False
 
 
@@ -118,12 +120,23 @@ def _measure_layer(function: Callable, x, memory: LiveMemory):
 
     with saved_tensors_hooks(hand_in, handed_out.pop):
         recomputed = _measure_pass(function, x, memory)[1]  # and its output is let go
-    # FlopCounterMode holds on to tensors that have a gradient, so FLOPs are counted on their own.
-    with torch.no_grad(), FlopCounterMode(display=False) as flops:
-        function(tree_map(_cut_loose_copy, x) if recomputed["in_place"] else x)
+    # FlopCounterMode holds on to tensors that have a gradient, so work is counted in a pass of its own.
+    stopped_work = 0
+
+    def note_work(tensor):
+        nonlocal stopped_work
+        stopped_work = flops.get_total_flops() + memory.elements - elements
+        return tensor.detach()
+
+    argument = tree_map(_cut_loose_copy if recomputed["in_place"] else _cut_loose, x)
+    elements = memory.elements
+    with saved_tensors_hooks(note_work, lambda tensor: tensor), FlopCounterMode(display=False) as flops:
+        function(argument)
+    work = flops.get_total_flops() + memory.elements - elements
+    del argument
     y, kept = _measure_pass(function, x, memory)
-    kept["work"] += flops.get_total_flops()
-    return LayerCost(recomputed_backward_peak=recomputed["backward_peak"], **kept), y
+    peak = recomputed["backward_peak"]
+    return LayerCost(recomputed_backward_peak=peak, work=work, stopped_work=stopped_work, **kept), y
 
 
 def _measure_pass(function: Callable, x, memory: LiveMemory):
@@ -131,18 +144,17 @@ def _measure_pass(function: Callable, x, memory: LiveMemory):
     try:
         x = tree_map(_cut_loose, x)
         versions = _versions(x)
-        start, elements = memory.added, memory.elements
+        start = memory.added
         memory.reset_peak()
         y = function(x)
         in_place = _versions(x) != versions
     except RuntimeError:  # a layer may not work in place on a leaf
         in_place = True
         x = tree_map(_cut_loose_copy, x)
-        start, elements = memory.added, memory.elements
+        start = memory.added
         memory.reset_peak()
         y = function(x)
     kept, forward_peak = memory.added - start, memory.peak_added - start
-    work = memory.elements - elements
     outputs = [t for t in tree_leaves(y) if isinstance(t, torch.Tensor) and t.requires_grad]
     gradients = [torch.ones_like(t) for t in outputs]
     begin = memory.added
@@ -159,7 +171,6 @@ def _measure_pass(function: Callable, x, memory: LiveMemory):
         "backward_peak": backward_peak,
         "output": output,
         "new_gradients": new_gradients,
-        "work": work,
         "in_place": in_place,
     }
 
@@ -232,7 +243,7 @@ def _steps(costs: Sequence[LayerCost], stop: int):
     """Ways to end a segment before layer `stop`: (segment, bytes it leaves, work it repeats)."""
     last = costs[stop - 1]
     yield Segment(stop - 1, stop, recompute=False), last.kept, 0
-    work = 0
+    work = last.stopped_work - last.work
     for start in range(stop - 1, -1, -1):
         work += costs[start].work
         if costs[start].in_place:
