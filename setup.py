@@ -23,6 +23,7 @@ extras = {
         "tokenizers",
         "safetensors",
         "gguf",
+        "accelerate",
         "tqdm",
         "matplotlib",
     ],
