@@ -6,6 +6,7 @@ import torch
 
 from . import records
 from .kernels import backend, runtime
+from .kernels.nf4_cpu import has_native
 from .models import cache_directory, choose_device, choose_dtype
 
 
@@ -33,7 +34,8 @@ def report() -> str:
         f"model cache   {cache_directory()}",
         "",
         "what runs where",
-        f"  a CPU tensor   {_explain(backend(torch.empty(0)))}",
+        f"  a CPU tensor   {_explain(backend(torch.empty(0)))}"
+        + (", with NF4 decoded by compiled C" if has_native() else ""),
     ]
     if torch.cuda.is_available() and runtime.HAS_TRITON:
         lines.append(f"  a CUDA tensor  {_explain(backend(torch.empty(0, device='cuda')))}")

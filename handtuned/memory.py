@@ -19,6 +19,7 @@ from .estimate import DTYPES, METHODS, MOMENTS, estimate
 from .ledger import GB, GIB, both, size
 from .models import choose_device, choose_dtype, load_base
 from .nn.live_memory import LiveMemory
+from .presets import shape_of
 
 __all__ = ["Measurement", "analyze_lora_params", "analyze_memory_savings", "estimate", "korthikanti", "measure"]
 
@@ -206,6 +207,13 @@ def run(args: argparse.Namespace) -> int:
     }
     ledger = estimate(**settings)
     print(ledger)
+    shape = shape_of(settings["model"])
+    if shape.layers:
+        sizes = (args.batch, args.seq, shape.hidden, shape.heads, shape.layers)
+        print(
+            "rule of thumb for activations (Korthikanti et al., a 16-bit GPT with dropout): "
+            f"{both(korthikanti(*sizes))} with attention scores, {both(korthikanti(*sizes, flash=True))} without"
+        )
     if args.measure:
         measured = _measured(settings, args.model)
         print(f"measured: {measured}\nthe estimate is off by {100 * (ledger.peak / measured.peak - 1):+.1f} %")

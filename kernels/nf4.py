@@ -37,6 +37,7 @@ from typing import NamedTuple
 
 import torch
 
+from .nf4_cpu import nf4_dequantize_native, runs_native
 from .runtime import KernelSpec, backend, on_device, tl, triton
 
 NF4_CODE = torch.tensor(
@@ -215,7 +216,8 @@ def nf4_dequantize(
         ValueError: `out` has another shape or dtype, or is not contiguous; or `packed` holds too few codes.
     """
     shape = torch.Size(shape)
-    if out is None:
+    fresh = out is None
+    if fresh:
         out = torch.empty(shape, dtype=dtype, device=packed.device)
     elif out.shape != shape or out.dtype != dtype or not out.is_contiguous():
         layout = "" if out.is_contiguous() else " not contiguous"
@@ -229,6 +231,8 @@ def nf4_dequantize(
         return out
     where = backend(packed)
     if where == "torch":
+        if dtype == torch.float32 and runs_native(packed, absmax, nested):
+            return nf4_dequantize_native(packed, absmax, block_size, nested, NF4_CODE, out, fresh)
         return nf4_dequantize_reference(packed, absmax, shape, dtype, block_size, nested, out)
     if where == "interpreter" and dtype == torch.bfloat16:
         # Triton's interpreter cuts fp32 down to bf16 instead of rounding.

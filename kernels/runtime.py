@@ -11,7 +11,7 @@ Which one runs is decided per call by `backend(tensor)`:
     any         HANDTUNED_BACKEND=torch      "torch"        (the reference, anywhere)
     any         TRITON_INTERPRET=1           "interpreter"  (the same kernel, run in numpy)
     CUDA        –                            "cuda"         (the compiled kernel)
-    CPU         –                            "torch"        (the reference)
+    CPU         –                            "torch"        (the reference; NF4 is decoded by C, see nf4_cpu.py)
 
 Triton reads `TRITON_INTERPRET` at the moment a kernel is decorated, so it must be
 set before `handtuned` is imported; setting it later changes nothing.

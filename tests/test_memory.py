@@ -290,6 +290,7 @@ def test_the_command(monkeypatch):
     for part in ("master weights", "model states 112.00 GB", "does not fit into 24.00 GB = 22.35 GiB", "on the host",
                  "the cheapest set that fits", "without the host's memory: "):  # fmt: skip
         assert part in done.stdout
+    assert "30.60 GB = 28.50 GiB with attention scores, 9.13 GB = 8.50 GiB without" in done.stdout  # 002's "28.5 G"
     bad = command("--gpu", "much")
     assert bad.returncode == 2 and bad.stderr.strip().endswith("--gpu must be a size such as 24GB or 80GiB, got 'much'")
 

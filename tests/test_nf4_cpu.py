@@ -1,0 +1,83 @@
+"""The compiled CPU dequantize: the reference's bits, nothing written beside the output, and when it runs."""
+
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+from handtuned.kernels import nf4_cpu
+from handtuned.kernels.nf4 import NF4_CODE, nf4_dequantize_reference
+from handtuned.quant import quantize_nf4
+
+pytestmark = pytest.mark.skipif(nf4_cpu._library() is None, reason="built only where there is a C compiler")
+
+
+def _native(q, out, fresh=False):
+    return nf4_cpu.nf4_dequantize_native(q.packed, q.absmax, q.block_size, q.nested, NF4_CODE, out, fresh)
+
+
+def _reference(q):
+    return nf4_dequantize_reference(q.packed, q.absmax, q.shape, torch.float32, q.block_size, q.nested)
+
+
+@pytest.mark.parametrize("double_quant", [False, True], ids=["plain", "nested"])
+@pytest.mark.parametrize("block_size", [32, 64, 128, 4096])
+@pytest.mark.parametrize("n", [1, 2, 15, 16, 17, 31, 63, 64, 65, 1000, 4097, 32_769, 600_001])
+def test_the_references_bits_between_canaries(n, block_size, double_quant):
+    q = quantize_nf4(torch.randn(n) * torch.rand(n).mul(20).sub(10).exp(), block_size, double_quant)
+    memory = torch.full((n + 8,), 123.25)
+    _native(q, memory[3 : n + 3])  # also an address that is no multiple of 16
+    assert torch.equal(memory[3 : n + 3], _reference(q))
+    assert (memory[:3] == 123.25).all() and (memory[n + 3 :] == 123.25).all()
+
+
+@pytest.mark.parametrize("value", [0.0, 1e-42, 3e38])
+def test_zero_subnormal_and_huge_blocks(value):
+    q = quantize_nf4(torch.randn(1000).clamp(-1, 1) * value, 64, double_quant=False)
+    assert torch.equal(_native(q, torch.empty(1000)), _reference(q))
+
+
+def test_scales_that_are_not_finite_pass_through():
+    q = quantize_nf4(torch.randn(256), 64, double_quant=False)
+    q.absmax[:2] = torch.tensor([float("inf"), float("nan")])
+    torch.testing.assert_close(_native(q, torch.empty(256)), _reference(q), rtol=0, atol=0, equal_nan=True)
+
+
+def test_fresh_memory_of_many_pages():
+    q = quantize_nf4(torch.randn(1024, 2049))
+    assert torch.equal(_native(q, torch.empty(q.shape), fresh=True), _reference(q))
+
+
+def test_one_thread_gives_the_same():
+    q, threads = quantize_nf4(torch.randn(300, 1000)), torch.get_num_threads()
+    many = _native(q, torch.empty(q.shape))
+    try:
+        torch.set_num_threads(1)
+        assert torch.equal(_native(q, torch.empty(q.shape)), many)
+    finally:
+        torch.set_num_threads(threads)
+
+
+@pytest.mark.parametrize("forced", ["", "torch"])
+def test_when_it_runs(forced):
+    code = """if True:
+        import torch
+        from handtuned.kernels import nf4_cpu
+        from handtuned.quant import quantize_nf4
+        calls = []
+        library = nf4_cpu._library()
+        nf4_cpu._library = lambda: lambda *args: calls.append(1) or library(*args)
+        q = quantize_nf4(torch.randn(100, 100))
+        q.dequantize(), q.dequantize(torch.bfloat16), q.dequantize(torch.float16)
+        q.absmax = q.absmax.repeat_interleave(2)[::2]
+        try:
+            q.dequantize()
+        except RuntimeError:
+            print("not contiguous")  # as the reference says
+        print(len(calls))
+    """
+    environment = {**os.environ, "TRITON_INTERPRET": "0", "HANDTUNED_BACKEND": forced}
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.split()[-1] == ("0" if forced else "1")
