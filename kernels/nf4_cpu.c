@@ -8,6 +8,7 @@
  * loop is plain C. Blocks are shared between the threads of OpenMP.
  */
 
+#include <Python.h>
 #include <stdint.h>
 #include <sys/mman.h>
 
@@ -65,3 +66,8 @@ void handtuned_nf4_dequantize(
         decode_block(packed + start / 2, scale, levels, out + start, left < block ? left : block, wide);
     }
 }
+
+/* Python finds the file as a module and calls the function in it through ctypes. */
+static struct PyModuleDef module = {PyModuleDef_HEAD_INIT, "_nf4_cpu", "NF4 dequantize for CPUs (nf4_cpu.py).", -1, NULL};
+
+PyMODINIT_FUNC PyInit__nf4_cpu(void) { return PyModule_Create(&module); }

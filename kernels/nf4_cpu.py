@@ -10,29 +10,23 @@ output would cost more for its page faults than for its values; it is asked for 
 """
 
 import ctypes
-import importlib.machinery
 import os
-from functools import lru_cache
-from pathlib import Path
 
 import torch
 
-
-@lru_cache
-def _library():
-    """The compiled function, or None where it was not built."""
-    file = Path(__file__).with_name("_nf4_cpu" + importlib.machinery.EXTENSION_SUFFIXES[0])
-    if not file.is_file():
-        return None
-    function = ctypes.CDLL(str(file)).handtuned_nf4_dequantize
-    function.argtypes = [ctypes.c_void_p] * 7 + [ctypes.c_int64] * 3 + [ctypes.c_int] * 2
-    function.restype = None
-    return function
+try:
+    from . import _nf4_cpu
+except ImportError:
+    _library = None
+else:
+    _library = ctypes.CDLL(_nf4_cpu.__file__).handtuned_nf4_dequantize
+    _library.argtypes = [ctypes.c_void_p] * 7 + [ctypes.c_int64] * 3 + [ctypes.c_int] * 2
+    _library.restype = None
 
 
 def has_native() -> bool:
     """Whether the C function is there and not switched off by HANDTUNED_BACKEND=torch."""
-    return _library() is not None and os.environ.get("HANDTUNED_BACKEND") != "torch"
+    return _library is not None and os.environ.get("HANDTUNED_BACKEND") != "torch"
 
 
 def runs_native(packed: torch.Tensor, absmax: torch.Tensor, nested) -> bool:
@@ -70,7 +64,7 @@ def nf4_dequantize_native(
     scales, nested_block = (None, None, None), 0
     if nested is not None:
         scales, nested_block = [tensor.data_ptr() for tensor in nested[:3]], nested.block_size
-    _library()(
+    _library(
         packed.data_ptr(), absmax.data_ptr(), *scales, levels.data_ptr(), out.data_ptr(),
         out.numel(), block_size, nested_block, fresh, torch.get_num_threads(),
     )  # fmt: skip

@@ -10,7 +10,7 @@ an FP32 gradient when it is written back, 4 when it is only looked at. What cost
 the *number* of launches, since a LoRA model has hundreds of small tensors. So the kernel gets a
 table of addresses instead of a tensor: program i looks up which piece of which tensor is its own.
 
-    tensors  (T, 2) int64: address, number of elements
+    tensors  (T, 3) int64: address, number of elements, dtype
     chunks   (C, 2) int32: which tensor, which block of it        C = Σ ceil(elements / BLOCK)
 
 The overflow flag stays on the device; every program that sees a non-finite value writes the
@@ -61,7 +61,7 @@ def load_pointer(address_ptr, DTYPE: tl.constexpr, ALIGNED: tl.constexpr):
 
 
 @triton.jit
-def _unscale_chunk(grad_ptr, offs, mask, inv_scale_ptr, DTYPE: tl.constexpr):
+def _unscale_tile(grad_ptr, offs, mask, inv_scale_ptr, DTYPE: tl.constexpr):
     grad = tl.load(grad_ptr + offs, mask=mask).to(tl.float32)  # [BLOCK]
     if inv_scale_ptr is not None:
         tl.store(grad_ptr + offs, (grad * tl.load(inv_scale_ptr)).to(DTYPE), mask=mask)
@@ -69,25 +69,18 @@ def _unscale_chunk(grad_ptr, offs, mask, inv_scale_ptr, DTYPE: tl.constexpr):
 
 
 @triton.jit
-def _unscale_kernel(
-    tensors_ptr,  # (T, 2)
-    chunks_ptr,  # (C, 2)
-    inv_scale_ptr,  # () or None: gradients are not written
-    found_inf_ptr,  # () or None
-    sums_ptr,  # (C,) or None
-    DTYPE: tl.constexpr,
-    ALIGNED: tl.constexpr,
-    BLOCK: tl.constexpr,
-):
-    tensor, chunk = find_chunk(chunks_ptr)
-    grad_ptr = load_pointer(tensors_ptr + 2 * tensor, DTYPE, ALIGNED)
-    elements = tl.load(tensors_ptr + 2 * tensor + 1)
+def _unscale_chunk(
+    tensor_ptr, chunk, inv_scale_ptr, found_inf_ptr, sums_ptr,
+    DTYPE: tl.constexpr, ALIGNED: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    grad_ptr = load_pointer(tensor_ptr, DTYPE, ALIGNED)
+    elements = tl.load(tensor_ptr + 1)
     offs = chunk * BLOCK + tl.arange(0, BLOCK)
     # A mask with an unknown bound forbids wide loads, so whole blocks go without one.
     if (chunk + 1) * BLOCK <= elements:
-        grad = _unscale_chunk(grad_ptr, offs, None, inv_scale_ptr, DTYPE)
+        grad = _unscale_tile(grad_ptr, offs, None, inv_scale_ptr, DTYPE)
     else:
-        grad = _unscale_chunk(grad_ptr, offs, offs < elements, inv_scale_ptr, DTYPE)
+        grad = _unscale_tile(grad_ptr, offs, offs < elements, inv_scale_ptr, DTYPE)
         grad = tl.where(offs < elements, grad, 0.0)
     if found_inf_ptr is not None:
         finite = tl.abs(grad) < float("inf")  # false for NaN too
@@ -95,6 +88,25 @@ def _unscale_kernel(
         tl.store(found_inf_ptr, 1.0, mask=bad != 0)
     if sums_ptr is not None:
         tl.store(sums_ptr + tl.program_id(0), tl.sum(grad * grad, axis=0))
+
+
+@triton.jit
+def _unscale_kernel(
+    tensors_ptr,  # (T, 3)
+    chunks_ptr,  # (C, 2)
+    inv_scale_ptr,  # () or None: gradients are not written
+    found_inf_ptr,  # () or None
+    sums_ptr,  # (C,) or None
+    DTYPES: tl.constexpr,  # that occur; the table holds an index into them
+    ALIGNED: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    tensor, chunk = find_chunk(chunks_ptr)
+    tensor_ptr = tensors_ptr + 3 * tensor
+    kind = tl.load(tensor_ptr + 2)
+    for i in tl.static_range(len(DTYPES)):
+        if kind == i:
+            _unscale_chunk(tensor_ptr, chunk, inv_scale_ptr, found_inf_ptr, sums_ptr, DTYPES[i], ALIGNED, BLOCK)
 
 
 @lru_cache(maxsize=16)
@@ -113,33 +125,32 @@ def address_table(rows: list[list[int]], device: torch.device) -> torch.Tensor:
     return table.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else table
 
 
-def _by_dtype(grads):
-    """Lists of gradients that may share a launch; refuses what the kernel cannot read."""
-    lists: dict[torch.dtype, list[torch.Tensor]] = {}
+def _split(grads):
+    """Gradients for the kernel and float64 ones, which take the reference; refuses any other dtype."""
     for grad in grads:
         if grad.dtype not in (*TRITON_DTYPES, torch.float64):
             raise TypeError(f"grads must be float32, float16, bfloat16 or float64, got {grad.dtype}")
-        if grad.numel():
-            lists.setdefault(grad.dtype, []).append(grad)
-    return lists.items()
+    grads = [grad for grad in grads if grad.numel()]
+    wide = [grad for grad in grads if grad.dtype == torch.float64]
+    return [grad for grad in grads if grad.dtype != torch.float64], wide
 
 
-def _launch(grads, dtype, inv_scale, found_inf, want_sums):
+def _launch(grads, inv_scale, found_inf, want_sums):
     device = grads[0].device
     dense = [g if torch.ops.aten.is_non_overlapping_and_dense(g) else g.contiguous() for g in grads]
-    addresses = [g.data_ptr() for g in dense]
-    elements = tuple(g.numel() for g in dense)
-    chunks = chunk_table(elements, BLOCK, device)
+    dtypes = sorted({g.dtype for g in grads}, key=str)
+    rows = [[g.data_ptr(), g.numel(), dtypes.index(g.dtype)] for g in dense]
+    chunks = chunk_table(tuple(row[1] for row in rows), BLOCK, device)
     sums = torch.empty(len(chunks), device=device) if want_sums else None
     with on_device(grads[0]):
         _unscale_kernel[(len(chunks),)](
-            address_table([list(row) for row in zip(addresses, elements, strict=True)], device),
+            address_table(rows, device),
             chunks,
             inv_scale,
             found_inf,
             sums,
-            DTYPE=TRITON_DTYPES[dtype],
-            ALIGNED=all(address % 16 == 0 for address in addresses),
+            DTYPES=tuple(TRITON_DTYPES[dtype] for dtype in dtypes),
+            ALIGNED=all(row[0] % 16 == 0 for row in rows),
             BLOCK=BLOCK,
             num_warps=8,
         )
@@ -154,7 +165,7 @@ def _launch(grads, dtype, inv_scale, found_inf, want_sums):
 def unscale_(grads: list[torch.Tensor], inv_scale: torch.Tensor | None, found_inf: torch.Tensor) -> None:
     """Multiply all gradients by `inv_scale` in place and set `found_inf` to 1 if any held inf or NaN before.
 
-    One launch for each dtype among the gradients; float64 ones take the reference.
+    One launch for all of them, whatever mixture of dtypes; float64 ones take the reference.
 
     Args:
         grads: dense float tensors of any shapes on one device.
@@ -169,11 +180,11 @@ def unscale_(grads: list[torch.Tensor], inv_scale: torch.Tensor | None, found_in
     if backend(grads[0]) == "torch":
         unscale_reference_(grads, inv_scale, found_inf)
         return
-    for dtype, same in _by_dtype(grads):
-        if dtype == torch.float64:
-            unscale_reference_(same, inv_scale, found_inf)
-        else:
-            _launch(same, dtype, inv_scale, found_inf, want_sums=False)
+    narrow, wide = _split(grads)
+    if narrow:
+        _launch(narrow, inv_scale, found_inf, want_sums=False)
+    if wide:
+        unscale_reference_(wide, inv_scale, found_inf)
 
 
 @torch.no_grad()
@@ -186,18 +197,18 @@ def squared_norm(grads: list[torch.Tensor]) -> torch.Tensor:
     if backend(grads[0]) == "torch":
         return squared_norm_reference(grads)
     total = torch.zeros((), dtype=torch.float64, device=grads[0].device)
-    for dtype, same in _by_dtype(grads):
-        if dtype == torch.float64:
-            total += squared_norm_reference(same)
-        else:
-            total += _launch(same, dtype, None, None, want_sums=True).sum(dtype=torch.float64)
+    narrow, wide = _split(grads)
+    if narrow:
+        total += _launch(narrow, None, None, want_sums=True).sum(dtype=torch.float64)
+    if wide:
+        total += squared_norm_reference(wide)
     return total.float()
 
 
 def xray_specs() -> list[KernelSpec]:
     return [
         KernelSpec(
-            name=f"unscale[{name}]",
+            name=f"unscale[{', '.join(map(str, dtypes))}]",
             kernel=_unscale_kernel,
             signature={
                 "tensors_ptr": "*i64",
@@ -205,15 +216,15 @@ def xray_specs() -> list[KernelSpec]:
                 "inv_scale_ptr": "*fp32",
                 "found_inf_ptr": "*fp32",
                 "sums_ptr": "constexpr",
-                "DTYPE": "constexpr",
+                "DTYPES": "constexpr",
                 "ALIGNED": "constexpr",
                 "BLOCK": "constexpr",
             },
-            constexprs={"sums_ptr": None, "DTYPE": dtype, "ALIGNED": True, "BLOCK": BLOCK},
+            constexprs={"sums_ptr": None, "DTYPES": dtypes, "ALIGNED": True, "BLOCK": BLOCK},
             elements=BLOCK,
             options={"num_warps": 8},
             aligned=("tensors_ptr", "chunks_ptr", "inv_scale_ptr", "found_inf_ptr"),
             unit="gradient",
         )
-        for name, dtype in (("fp32", tl.float32), ("fp16", tl.float16))
+        for dtypes in ((tl.float32,), (tl.float16,), (tl.bfloat16, tl.float32))
     ]

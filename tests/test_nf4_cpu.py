@@ -10,7 +10,7 @@ from handtuned.kernels import nf4_cpu
 from handtuned.kernels.nf4 import NF4_CODE, nf4_dequantize_reference
 from handtuned.quant import quantize_nf4
 
-pytestmark = pytest.mark.skipif(nf4_cpu._library() is None, reason="built only where there is a C compiler")
+pytestmark = pytest.mark.skipif(nf4_cpu._library is None, reason="built only where there is a C compiler")
 
 
 def _native(q, out, fresh=False):
@@ -66,8 +66,8 @@ def test_when_it_runs(forced):
         from handtuned.kernels import nf4_cpu
         from handtuned.quant import quantize_nf4
         calls = []
-        library = nf4_cpu._library()
-        nf4_cpu._library = lambda: lambda *args: calls.append(1) or library(*args)
+        library = nf4_cpu._library
+        nf4_cpu._library = lambda *args: calls.append(1) or library(*args)
         q = quantize_nf4(torch.randn(100, 100))
         q.dequantize(), q.dequantize(torch.bfloat16), q.dequantize(torch.float16)
         q.absmax = q.absmax.repeat_interleave(2)[::2]

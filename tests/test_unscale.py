@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from handtuned.kernels import runtime
+from handtuned.kernels import runtime, unscale
 from handtuned.kernels.unscale import BLOCK, squared_norm, unscale_
 
 SHAPES = [(1,), (63,), (64,), (65, 3), (1000,), (0,), (), (BLOCK,), (BLOCK + 1,)]
@@ -77,6 +77,17 @@ def test_dtypes_may_be_mixed(each_backend, device):
     grads = [torch.ones(5, dtype=dtype, device=device) for dtype in DTYPES]
     unscale_(grads, scalar(0.25, device), scalar(0, device))
     assert all(g.float().eq(0.25).all() for g in grads)
+
+
+def test_a_mixture_of_dtypes_is_one_launch(kernel_backend, device, monkeypatch):
+    grads = [torch.randn(3, 5, device=device).to(dtype) for dtype in (*DTYPES, torch.float32)]
+    launches, kernel = [], unscale._unscale_kernel
+    monkeypatch.setattr(unscale, "_unscale_kernel", {(4,): lambda *a, **k: (launches.append(1), kernel[(4,)](*a, **k))})
+    expected = sum(g.double().square().sum() for g in grads)
+    assert abs(squared_norm(grads).item() - expected.item()) <= 1e-6 * expected
+    grads[1][0, 0], found = float("nan"), scalar(0, device)
+    unscale_(grads, scalar(1, device), found)
+    assert len(launches) == 2 and found.item() == 1
 
 
 def test_same_as_torch(each_backend, device):
