@@ -18,7 +18,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from .rows import Chat, DataError, LoadedRows, load_rows
+from .rows import Chat, DataError, LoadedRows, load_rows, said
 
 __all__ = [
     "IGNORE_INDEX",
@@ -35,6 +35,7 @@ __all__ = [
     "encode_prompt",
     "encode_rows",
     "load_rows",
+    "said",
     "shared_system_prompt",
     "shipped_dataset",
     "split",
@@ -238,10 +239,16 @@ def _runs(flags: Sequence[bool]) -> Iterator[tuple[int, int]]:
     return pairwise(edges)
 
 
+def _tools_of(chat) -> list[dict] | None:
+    return getattr(chat, "tools", None)
+
+
 def _render(chat: Chat, tokenizer, **options) -> str:
     """The chat as text, by the tokenizer's template or the plain one."""
     from jinja2 import TemplateError
 
+    if _tools_of(chat):
+        options["tools"] = chat.tools
     if not tokenizer.chat_template:
         if not tokenizer.eos_token:
             raise DataError("the tokenizer has neither a chat template nor an end-of-sequence token")
@@ -258,11 +265,14 @@ def _tokenize(chat: Chat, tokenizer) -> tuple[list[int], list[tuple[int, int]]]:
     if not tokenizer.is_fast:
         raise DataError(f"{type(tokenizer).__name__} gives no character offsets; a fast tokenizer is needed")
     if tokenizer.chat_template and _GENERATION_MARK.search(tokenizer.get_chat_template()):
-        marked = tokenizer.apply_chat_template(chat, return_dict=True, return_assistant_tokens_mask=True)
+        marked = tokenizer.apply_chat_template(
+            chat, tools=_tools_of(chat), return_dict=True, return_assistant_tokens_mask=True
+        )
         ids, inside = marked["input_ids"], marked["assistant_masks"]
         spans = [(start, stop) for start, stop in _runs(inside) if inside[start]]
     else:
         text = _render(chat, tokenizer)
+        _check_tools_are_shown(chat, text, tokenizer)
         encoded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
         ids, offsets = encoded["input_ids"], np.array(encoded["offset_mapping"])
         spans = []
@@ -285,14 +295,36 @@ def _answers(chat: Chat, text: str, tokenizer) -> Iterator[tuple[int, int]]:
         if message["role"] != "assistant":
             continue
         prompt = _render(chat[:turn], tokenizer, add_generation_prompt=True)
-        # The template tells where the answer ends: what it writes around a stand-in for it.
-        stand_in = {"role": "assistant", "content": _STAND_IN}
-        before, found, after = _render([*chat[:turn], stand_in, *chat[turn + 1 :]], tokenizer).partition(_STAND_IN)
-        stop = len(text) - len(after)
-        in_place = text.startswith(prompt) and before.startswith(prompt) and text.endswith(after) and stop > len(prompt)
-        if not (found and in_place):
+        if "tool_calls" in message:
+            # The template writes them as it likes, so the turn ends where the chat up to it does.
+            upto = _render(chat[: turn + 1], tokenizer).rstrip()
+            stop, in_place = len(upto), text.startswith(upto) and upto.startswith(prompt)
+            if in_place and not all(call["function"]["name"] in upto[len(prompt) :] for call in message["tool_calls"]):
+                raise DataError(f"message {turn + 1}: the chat template does not show its tool calls")
+        else:
+            # The template tells where the answer ends: what it writes around a stand-in for it.
+            stand_in = _with(chat, turn, {"role": "assistant", "content": _STAND_IN})
+            before, found, after = _render(stand_in, tokenizer).partition(_STAND_IN)
+            stop = len(text) - len(after)
+            in_place = found and before.startswith(prompt) and text.endswith(after)
+        if not (in_place and text.startswith(prompt) and stop > len(prompt)):
             raise DataError(f"message {turn + 1}: the chat template rewrites this chat, so its answer cannot be found")
         yield len(prompt), stop
+
+
+def _with(chat: Chat, turn: int, message: dict) -> Chat:
+    return Chat([*chat[:turn], message, *chat[turn + 1 :]], _tools_of(chat))
+
+
+def _check_tools_are_shown(chat: Chat, text: str, tokenizer) -> None:
+    """Many templates leave tools out in silence; then the model would learn to call what it was never told of."""
+    if _tools_of(chat) and _render(list(chat), tokenizer) == text:
+        raise DataError("the chat template does not show the tools")
+    for turn, message in enumerate(chat):
+        if message["role"] == "tool":
+            hidden = _with(chat, turn, {**message, "content": _STAND_IN})
+            if _STAND_IN not in _render(hidden, tokenizer):
+                raise DataError(f"message {turn + 1}: the chat template does not show the tool's result")
 
 
 def _end_of_turn(ids: list[int], stop: int, tokenizer) -> int | None:

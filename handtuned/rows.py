@@ -2,13 +2,15 @@
 
 Three forms of row are read, as JSON Lines or as one JSON list:
 
-    {"messages": [{"role": "system" | "user" | "assistant", "content": "…"}, …]}
+    {"messages": [{"role": "system" | "user" | "assistant" | "tool", "content": "…"}, …], "tools": […]}
     {"instruction": "…", "input": "… or empty", "output": "…"}          Alpaca
     {"prompt": "…", "completion": "…"}
 
 All become a chat: an optional system message, then user and assistant in turn, the last
-word the assistant's. Nothing is dropped in silence: a bad row is an error that names file,
-line and reason, and skipped rows and unread columns are listed for the caller to announce.
+word the assistant's. `tools` and an assistant's `tool_calls` have the form of OpenAI's and
+transformers' chat templates; results (role "tool") follow the calls. Nothing is dropped in silence:
+a bad row is an error that names file, line and reason, and skipped rows and unread columns are
+listed for the caller to announce.
 """
 
 import json
@@ -17,13 +19,31 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-Chat = list[dict[str, str]]
+TOOL_FIELDS = {"tool_calls", "tool_call_id", "name"}  # of messages in a chat with tools
 
 _SPACE = re.compile(r"\s*")
 
 
 class DataError(ValueError):
     """Data that cannot be learnt from. The message is one line and names the place."""
+
+
+class Chat(list):
+    """Messages ({"role", "content", …}) and, if it has any, the tools that the model may call; slices keep them."""
+
+    def __init__(self, messages=(), tools: list[dict] | None = None):
+        super().__init__(messages)
+        self.tools = tools
+
+    def __getitem__(self, index):
+        part = super().__getitem__(index)
+        return Chat(part, self.tools) if isinstance(index, slice) else part
+
+
+def said(message: dict) -> str:
+    """What a message says, its tool calls as JSON."""
+    calls = [json.dumps(call["function"], ensure_ascii=False) for call in message.get("tool_calls", ())]
+    return "\n".join([message["content"], *calls] if message["content"] else calls)
 
 
 @dataclass(frozen=True)
@@ -128,12 +148,13 @@ def _as_chat(row: object) -> tuple[Chat, set[str]]:
     """A row as a chat, and the columns that were not read."""
     if not isinstance(row, dict):
         raise DataError(f"a row must be a JSON object, got {type(row).__name__}")
-    if row.get("tools"):
-        raise DataError("tool calls are not supported, got a column 'tools'")
     if "messages" in row:
-        chat = _messages(row["messages"])
+        chat = Chat(_messages(row["messages"]), _tools(row.get("tools")))
         fields = {f"messages.{key}" for message in row["messages"] for key, value in message.items() if value}
-        return chat, (set(row) | fields) - {"messages", "messages.role", "messages.content"}
+        read = {"messages", "tools", "messages.role", "messages.content"}
+        if _has_tools(chat):
+            read |= {f"messages.{field}" for field in TOOL_FIELDS}
+        return chat, (set(row) | fields) - read
     if "instruction" in row:
         request, unread = _text(row, "instruction"), set(row) - {"instruction", "input", "output"}
         if row.get("input") not in (None, ""):
@@ -147,7 +168,7 @@ def _as_chat(row: object) -> tuple[Chat, set[str]]:
             f"unknown columns: {', '.join(row) or 'none'}; "
             "expected messages, or instruction (input) and output, or prompt and completion"
         )
-    return [{"role": "user", "content": request}, {"role": "assistant", "content": answer}], unread
+    return Chat([{"role": "user", "content": request}, {"role": "assistant", "content": answer}]), unread
 
 
 def _text(fields: dict, name: str) -> str:
@@ -166,14 +187,34 @@ def _text(fields: dict, name: str) -> str:
     return value
 
 
-def _messages(messages: object) -> Chat:
-    """Check that a chat is an optional system message, then user and assistant in turn."""
+def _tools(tools: object) -> list[dict] | None:
+    """A list of function schemas, or None for none; some data sets hold it as JSON text."""
+    if isinstance(tools, str):
+        try:
+            tools = json.loads(tools)
+        except ValueError as error:
+            raise DataError(f"field 'tools' is not valid JSON: {error}") from None
+    if not tools:
+        return None
+    for tool in tools if isinstance(tools, list) else [None]:
+        function = tool.get("function", tool) if isinstance(tool, dict) else None
+        if not isinstance(function, dict) or not isinstance(function.get("name"), str):
+            raise DataError("field 'tools' must be a list of function schemas, each with a name")
+    return tools
+
+
+def _has_tools(chat: Chat) -> bool:
+    return bool(chat.tools) or any(message["role"] == "tool" or "tool_calls" in message for message in chat)
+
+
+def _messages(messages: object) -> list[dict]:
+    """Check that a chat is an optional system message, then user and assistant in turn, tools between them."""
     if not isinstance(messages, list) or not messages:
         raise DataError("field 'messages' must be a list with at least one message")
     chat = []
     for number, message in enumerate(messages, start=1):
         try:
-            chat.append(_message(message, before=chat[-1]["role"] if chat else None))
+            chat.append(_message(message, before=chat[-1] if chat else None))
         except DataError as error:
             raise DataError(f"message {number}: {error}") from None
     if chat[-1]["role"] != "assistant":
@@ -181,19 +222,56 @@ def _messages(messages: object) -> Chat:
     return chat
 
 
-def _message(message: object, before: str | None) -> dict[str, str]:
-    """One message of a chat; `before` is the role of the message before it."""
+def _message(message: object, before: dict | None) -> dict:
+    """One message of a chat; `before` is the message before it."""
     if not isinstance(message, dict):
         raise DataError(f"must be a JSON object, got {type(message).__name__}")
-    if message.get("tool_calls"):
-        raise DataError("tool calls are not supported")
     role = message.get("role")
-    if role not in ("system", "user", "assistant"):
-        raise DataError(f"unknown role {role!r}, expected system, user or assistant")
-    expected = {None: ("system", "user"), "user": ("assistant",)}.get(before, ("user",))
+    if role not in ("system", "user", "assistant", "tool"):
+        raise DataError(f"unknown role {role!r}, expected system, user, assistant or tool")
+    expected = _who_follows(before)
     if role not in expected:
         raise DataError(f"role {role!r} out of order, expected {' or '.join(expected)}")
-    # An empty system message is meant: it switches off the one that some templates add.
-    if role == "system" and message.get("content") == "":
-        return {"role": role, "content": ""}
-    return {"role": role, "content": _text(message, "content")}
+    calls = _tool_calls(message)
+    # Empty, and meant: a system message that switches off a template's own, and a call without a word.
+    if (role == "system" and message.get("content") == "") or (calls and not message.get("content")):
+        content = ""
+    else:
+        content = _text(message, "content")
+    links = {name: message[name] for name in ("tool_call_id", "name") if role == "tool" and message.get(name)}
+    return {"role": role, "content": content} | ({"tool_calls": calls} if calls else {}) | links
+
+
+def _who_follows(before: dict | None) -> tuple[str, ...]:
+    if before is None:
+        return "system", "user"
+    if before["role"] == "tool":
+        return "tool", "assistant"
+    if before["role"] == "user":
+        return ("assistant",)
+    return ("tool", "user") if "tool_calls" in before else ("user",)
+
+
+def _tool_calls(message: dict) -> list[dict] | None:
+    """The calls of an assistant's message, arguments as an object; None for none."""
+    calls = message.get("tool_calls")
+    if not calls:
+        return None
+    if message["role"] != "assistant" or not isinstance(calls, list):
+        raise DataError("field 'tool_calls' must be a list, in a message of the assistant")
+    read = []
+    for call in calls:
+        function = call.get("function", call) if isinstance(call, dict) else None
+        if not isinstance(function, dict) or not isinstance(function.get("name"), str):
+            raise DataError("field 'tool_calls' must hold calls with a function name")
+        arguments = function.get("arguments", {})
+        if isinstance(arguments, str):  # as OpenAI writes them; templates want the object
+            try:
+                arguments = json.loads(arguments)
+            except ValueError as error:
+                raise DataError(f"the arguments of {function['name']} are not valid JSON: {error}") from None
+        if not isinstance(arguments, dict):
+            raise DataError(f"the arguments of {function['name']} must be a JSON object")
+        plain = {key: value for key, value in call.items() if key == "id" and value}
+        read.append({"type": "function", **plain, "function": {"name": function["name"], "arguments": arguments}})
+    return read

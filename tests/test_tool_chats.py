@@ -1,0 +1,126 @@
+"""Chats with tools: kept, shown by the model's template, calls learnt, results not."""
+
+import json
+
+import pytest
+from test_data import CHATML, learnt_texts, make_tokenizer
+from test_rows import write
+
+from handtuned import data
+from handtuned.data import DataError
+from handtuned.rows import Chat, load_rows, said
+
+TOOLS = [{"type": "function", "function": {"name": "dim", "description": "Dim a lamp.", "parameters": {}}}]
+CALL = {"type": "function", "id": "c1", "function": {"name": "dim", "arguments": {"to": 4, "where": "hall é"}}}
+MESSAGES = [
+    {"role": "system", "content": "Be brief."},
+    {"role": "user", "content": "Dim it."},
+    {"role": "assistant", "content": "", "tool_calls": [CALL, CALL]},
+    {"role": "tool", "content": '{"done": true}', "tool_call_id": "c1", "name": "dim"},
+    {"role": "tool", "content": "ok", "tool_call_id": "c1"},
+    {"role": "assistant", "content": "Done."},
+    {"role": "user", "content": "Again."},
+    {"role": "assistant", "content": "On it.", "tool_calls": [CALL]},
+]
+# The way of Qwen2.5 and Hermes: tools in the system turn, calls in tags, results in a user turn that they share.
+TAGS = (
+    "{% if tools %}{{ '<|im_start|>system\n' }}{% for t in tools %}{{ t | tojson }}{% endfor %}{{ '<|im_end|>\n' }}"
+    "{% endif %}{% for m in messages %}{% if m.role == 'tool' %}"
+    "{% if loop.previtem.role != 'tool' %}{{ '<|im_start|>user' }}{% endif %}"
+    "{{ '\n<tool_response>\n' + m.content + '\n</tool_response>' }}"
+    "{% if loop.last or loop.nextitem.role != 'tool' %}{{ '<|im_end|>\n' }}{% endif %}"
+    "{% else %}{{ '<|im_start|>' + m.role + '\n' + m.content }}"
+    "{% for c in m.tool_calls or [] %}{{ '\n<tool_call>\n' }}{{ c.function | tojson }}{{ '\n</tool_call>' }}"
+    "{% endfor %}"
+    "{{ '<|im_end|>\n' }}{% endif %}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+)
+# The way of Mistral: calls stand in place of the words, and only the last turn's tools are shown.
+LIST = (
+    "{% if tools %}{{ '[TOOLS]' + tools | tojson }}{% endif %}{% for m in messages %}"
+    "{% if m.role == 'assistant' and m.tool_calls %}{{ '[CALLS]' + m.tool_calls | tojson + eos_token }}"
+    "{% elif m.role == 'assistant' %}{{ m.content + eos_token }}"
+    "{% else %}{{ '[' + m.role + ']' + m.content }}{% endif %}{% endfor %}"
+)
+
+
+def encoded(template, messages=MESSAGES, tools=TOOLS):
+    tokenizer = make_tokenizer(template)
+    example = data.encode(Chat(messages, tools), tokenizer)
+    assert example.input_ids.tolist() == tokenizer.apply_chat_template(messages, tools=tools)["input_ids"]
+    return learnt_texts(example, tokenizer)
+
+
+def test_calls_and_answers_are_learnt_results_are_not():
+    call = "\n<tool_call>\n" + json.dumps(CALL["function"], ensure_ascii=False) + "\n</tool_call>"
+    assert encoded(TAGS) == [2 * call + "<|im_end|>", "Done.<|im_end|>", "On it." + call + "<|im_end|>"]
+    one, two = ("[CALLS]" + json.dumps(calls, ensure_ascii=False) + "<|im_end|>" for calls in ([CALL], [CALL] * 2))
+    assert encoded(LIST) == [two, "Done.<|im_end|>", one]
+
+
+def test_rows_keep_tools_and_what_belongs_to_calls(tmp_path):
+    as_text = {**CALL, "function": {"name": "dim", "arguments": json.dumps(CALL["function"]["arguments"])}}
+    raw = [{**m, "tool_calls": [as_text] * len(m["tool_calls"])} if "tool_calls" in m else m for m in MESSAGES]
+    raw[2] = {**raw[2], "content": None}
+    rows = [{"messages": raw, "tools": TOOLS}, {"messages": raw, "tools": json.dumps(TOOLS)}]
+    loaded = load_rows(write(tmp_path / "rows.jsonl", *rows))
+    assert loaded.notes() == []
+    for chat in loaded.rows:
+        assert chat == MESSAGES and chat.tools == TOOLS and chat[:-1].tools == TOOLS
+    assert said(MESSAGES[-1]) == 'On it.\n{"name": "dim", "arguments": {"to": 4, "where": "hall é"}}'
+
+
+def test_the_prompt_of_an_answer_shows_the_tools():
+    tokenizer = make_tokenizer(TAGS)
+    text = tokenizer.decode(data.encode_prompt(Chat(MESSAGES, TOOLS)[:-1], tokenizer), skip_special_tokens=False)
+    assert '"description": "Dim a lamp."' in text and text.endswith("Again.<|im_end|>\n<|im_start|>assistant\n")
+
+
+@pytest.mark.parametrize(
+    ("messages", "tools", "message"),
+    [
+        ([MESSAGES[1], MESSAGES[5]], TOOLS, "does not show the tools"),
+        (MESSAGES[1:3], None, "message 2: .*(does not show its tool calls|cannot be found)"),
+        (MESSAGES[1:6], None, "message 2: "),
+    ],
+)
+def test_a_template_that_leaves_tools_out_is_refused(messages, tools, message):
+    for template in (CHATML, None):
+        with pytest.raises(DataError, match=message):
+            data.encode(Chat(messages, tools), make_tokenizer(template))
+
+
+def test_a_template_that_leaves_results_out_is_refused():
+    mute = TAGS.replace("+ m.content + '\n</tool_response>'", "+ '\n</tool_response>'")
+    with pytest.raises(DataError, match="message 4: the chat template does not show the tool's result"):
+        encoded(mute)
+
+
+@pytest.mark.parametrize(
+    ("row", "reason"),
+    {
+        "no list": ({"messages": MESSAGES[1:3], "tools": 3}, "field 'tools' must be a list of function schemas"),
+        "no name": ({"messages": MESSAGES[1:3], "tools": [{"function": {}}]}, "field 'tools' must be a list"),
+        "broken text": ({"messages": MESSAGES[1:3], "tools": "[{"}, "field 'tools' is not valid JSON"),
+        "no call": ({"messages": [MESSAGES[1], {**MESSAGES[2], "tool_calls": [3]}]}, "message 2: field 'tool_calls'"),
+        "a user's call": ({"messages": [{**MESSAGES[1], "tool_calls": [CALL]}]}, "message 1: field 'tool_calls'"),
+        "broken arguments": (
+            {"messages": [MESSAGES[1], {**MESSAGES[2], "tool_calls": [{"name": "dim", "arguments": "{"}]}]},
+            "message 2: the arguments of dim are not valid JSON",
+        ),
+        "arguments no object": (
+            {"messages": [MESSAGES[1], {**MESSAGES[2], "tool_calls": [{"name": "dim", "arguments": [4]}]}]},
+            "message 2: the arguments of dim must be a JSON object",
+        ),
+        "a result nobody asked for": ({"messages": [MESSAGES[1], MESSAGES[3]]}, "message 2: role 'tool' out of order"),
+        "ends with a result": ({"messages": MESSAGES[1:4]}, "the last message must be the assistant's answer"),
+        "no result text": (
+            {"messages": [*MESSAGES[1:3], {"role": "tool", "content": None}, MESSAGES[5]]},
+            "message 3: field 'content' must be text",
+        ),
+    }.values(),
+)
+def test_bad_rows_are_named(tmp_path, row, reason):
+    with pytest.raises(DataError) as error:
+        load_rows(write(tmp_path / "rows.jsonl", row))
+    assert reason in str(error.value) and "rows.jsonl:1: " in str(error.value)
