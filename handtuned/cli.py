@@ -12,6 +12,7 @@ from . import __version__
 COMMANDS = {
     "finetune": ("finetune", "train LoRA adapters on a (4-bit) model"),
     "generate": ("generate", "answer a prompt with a trained adapter"),
+    "tune": ("tune", "search for the settings of LoRA within a budget"),
     "merge": ("merge", "write base + adapter as one plain model directory"),
     "memory": ("memory", "estimate what training will take, and what would make it fit"),
     "bench": ("bench", "time the kernels against their rivals"),
@@ -71,7 +72,8 @@ def main(words: list[str] | None = None) -> int:
     except ModuleNotFoundError as error:
         if error.name is None or error.name.startswith(__package__):
             raise
-        return _fail(command, f'{error.name} is not installed; pip install "handtuned[finetune]" brings it', error)
+        extra = "tune" if error.name == "optuna" else "finetune"
+        return _fail(command, f'{error.name} is not installed; pip install "handtuned[{extra}]" brings it', error)
     except (ValueError, TypeError, OSError) as error:
         return _fail(command, str(error), error)
     except KeyboardInterrupt:

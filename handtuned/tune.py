@@ -1,0 +1,265 @@
+"""`handtuned tune`: a budgeted, seeded search for LoRA's settings, by Optuna.
+
+Each trial is a short fine-tuning run with settings of its own. The first has the settings that
+`finetune` would take, so the search ends no worse than it began. Successive halving (Jamieson &
+Talwalkar 2016; asynchronous: Li et al. 2020) stops a trial after 1/8, 1/4 or 1/2 of its steps
+unless it is among the better half of those that came as far.
+
+Half of the held-out rows choose; the other half are looked at once a finished trial, and decide nothing:
+what they say of the winner is not flattered by the choice.
+"""
+
+import argparse
+import dataclasses
+import json
+import math
+import shlex
+import time
+from pathlib import Path
+
+import torch
+
+from . import data, findings, records
+from .amp import GradScaler
+from .answers import AnswerModel
+from .findings import SEARCHED
+from .finetune import encode, load_rows
+from .models import choose_device, choose_dtype, fingerprint, load_base
+from .nn import apply_lora_to_model
+from .nn.adapters import save_adapter
+from .nn.files import write_json
+from .nn.inject import remove_lora
+from .nn.multi import linear_layers
+from .optim import AdamW, cosine_with_warmup
+from .settings import FinetuneSettings, add_flags, differences
+from .training import train
+
+TARGETS = ("q_proj,v_proj", "q_proj,k_proj,v_proj,o_proj", "gate_proj,up_proj,down_proj", "all-linear")
+BYTES_A_PARAMETER = 16  # trained in fp32: itself, its gradient, two moments
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    add_flags(parser)
+    parser.add_argument("--trials", type=int, default=16, help="settings to try (default: 16)")
+    parser.add_argument("--minutes", type=float, help="begin no new trial after this time (default: no limit)")
+    parser.add_argument("--search", nargs="+", default=list(SEARCHED), choices=SEARCHED, metavar="NAME",
+                        help=f"what to search over (default: {' '.join(SEARCHED)})")  # fmt: skip
+    parser.add_argument("--resume", action="store_true", help="go on with the study in --output-dir")
+
+
+def run(args) -> int:
+    own = ("trials", "minutes", "search", "resume")
+    typed = {name: value for name, value in vars(args).items() if name not in own}
+    if args.trials < 1:
+        raise ValueError(f"--trials must be at least 1, got {args.trials}")
+    if args.minutes is not None and not 0 < args.minutes < math.inf:
+        raise ValueError(f"--minutes must be a finite number above 0, got {args.minutes}")
+    settings = FinetuneSettings(**typed)
+    if settings.parallel != "none":
+        raise ValueError("--parallel must be none: trials run in one process")
+    settings.output_dir = settings.output_dir or "handtuned-out/tune"
+    record = Path(settings.output_dir) / "tune.json"
+    if args.resume:
+        if not record.exists():
+            raise ValueError(f"--resume: {settings.output_dir} holds no study (no tune.json)")
+        saved = json.loads(record.read_text(encoding="utf-8"))
+        changed = differences({name: getattr(settings, name) for name in typed if name != "output_dir"},
+                              saved["settings"])  # fmt: skip
+        if changed:
+            raise ValueError("--resume goes on with the study's own settings: " + "; ".join(changed))
+        settings = FinetuneSettings(**saved["settings"] | {"output_dir": settings.output_dir})
+        args.search = saved["search"]
+    elif record.parent.exists() and (not record.parent.is_dir() or any(record.parent.iterdir())):
+        raise ValueError(f"--output-dir {settings.output_dir} is not empty; name a new one, or go on with --resume")
+    try:
+        tune(settings, args.trials, args.minutes, tuple(args.search))
+    except KeyboardInterrupt:
+        again = shlex.join(["--output-dir", settings.output_dir, "--trials", str(args.trials), "--resume"])
+        print(f"\nstopped; go on with: handtuned tune {again}")
+        return 130
+    return 0
+
+
+def tune(settings: FinetuneSettings, trials: int, minutes: float | None = None, search=SEARCHED) -> dict:
+    """Search; everything lands in `settings.output_dir`, and a study that is there already is continued.
+
+    Args:
+        settings: of every trial, but for what is searched. `max_steps` (40 if None) is the length of a trial.
+        trials: how many there shall be in the end, stopped ones included.
+        minutes: no trial begins later than this.
+        search: names out of `SEARCHED`.
+
+    Returns:
+        {"best": trial, "first": trial, "trials": [...]}; a trial is {"number", "state", "settings", "loss",
+        "exact_match", "untouched", "bytes", "seconds_a_step", "steps"}. `best` and `first` are finished ones.
+
+    Raises:
+        ValueError: settings, data or model that cannot be used; nothing is written then.
+    """
+    import optuna
+
+    steps = settings.max_steps or 40
+    settings = dataclasses.replace(settings.with_defaults(), max_steps=steps)
+    bench = Bench(settings)
+    directory = Path(settings.output_dir)
+    directory.mkdir(parents=True, exist_ok=True)
+    marks = {"base": fingerprint(bench.model), "rows": len(bench.examples), "search": list(search)}
+    record = {"settings": settings.to_json(), "search": list(search), "marks": marks, "versions": records.versions()}
+    known = directory / "tune.json"
+    if known.exists() and json.loads(known.read_text(encoding="utf-8"))["marks"] != marks:
+        raise ValueError(f"{directory}: base model, data or search are not what they were when this study began")
+    write_json(known, record)
+
+    optuna.logging.set_verbosity(optuna.logging.WARNING)
+    backend = optuna.storages.journal.JournalFileBackend(str(directory / "study.log"))
+    study = optuna.create_study(
+        study_name="lora", storage=optuna.storages.JournalStorage(backend), load_if_exists=True,
+        pruner=optuna.pruners.SuccessiveHalvingPruner(min_resource=max(1, steps // 8), reduction_factor=2),
+    )  # fmt: skip
+    space = Space(settings, search, bench.model)
+    if not study.trials:
+        study.enqueue_trial(space.first(), user_attrs={"first": True})
+    _try_again(study)
+    done = sum(trial.state.is_finished() and trial.state.name != "FAIL" for trial in study.trials)
+    # The seed depends on how many there are: a resumed study goes its own way, but the same one each time.
+    study.sampler = optuna.samplers.TPESampler(seed=settings.seed + done, n_startup_trials=5)
+    rungs = sorted({max(1, steps >> k) for k in range(4)})
+    print(f"{trials - done} trials of up to {steps} steps, judged after {', '.join(map(str, rungs))}; "
+          f"{len(bench.choosing)} held-out rows choose, {len(bench.untouched)} are kept for the verdict")  # fmt: skip
+    if trials > done:
+        study.optimize(
+            lambda trial: bench.try_out(trial, space, rungs), n_trials=trials - done,
+            timeout=None if minutes is None else 60 * minutes, callbacks=[findings.say],
+        )  # fmt: skip
+    result = findings.summary(study)
+    write_json(directory / "trials.json", result)
+    findings.draw_pareto(result, directory / "pareto.png")
+    print(findings.told(result, settings, directory))
+    return result
+
+
+def _try_again(study) -> None:
+    """Put trials that were stopped in the middle, by a kill or Ctrl-C, back in the queue, each once."""
+    from optuna.trial import TrialState
+
+    for trial in study.get_trials(states=[TrialState.RUNNING]):
+        study.tell(trial.number, state=TrialState.FAIL)
+    queued = {trial.user_attrs.get("again") for trial in study.trials}
+    for trial in study.get_trials(states=[TrialState.FAIL]):
+        if trial.number not in queued:
+            known = {"first": trial.user_attrs.get("first", False), "again": trial.number}
+            study.enqueue_trial(trial.params, user_attrs=known)
+
+
+class Space:
+    """What may be searched, around the settings that a study starts from."""
+
+    def __init__(self, settings: FinetuneSettings, search, model):
+        start = settings.target_modules
+        start = start if isinstance(start, str) else ",".join(start)
+        names = {path.rsplit(".", 1)[-1] for path in linear_layers(model)}
+        fitting = {target for target in TARGETS if target == "all-linear" or names.issuperset(target.split(","))}
+        rate = settings.learning_rate
+        self.search, self.rates = search, (rate / 10, rate * 10)
+        # lora_alpha is searched as a multiple of the rank: the scale of the update.
+        self.start = {
+            "lora_r": settings.lora_r,
+            "lora_alpha": settings.lora_alpha / settings.lora_r,
+            "learning_rate": rate,
+            "target_modules": start,
+            "lora_dropout": settings.lora_dropout,
+        }
+        around = {
+            "lora_r": {2, 4, 8, 16, 32},
+            "lora_alpha": {0.5, 1.0, 2.0, 4.0},
+            "target_modules": fitting,
+            "lora_dropout": {0.0, 0.05, 0.1},
+        }
+        self.choices = {name: sorted({self.start[name], *values}) for name, values in around.items()}
+
+    def first(self) -> dict:
+        """What Optuna is to try first."""
+        return {name: self.start[name] for name in self.search}
+
+    def suggest(self, trial, settings: FinetuneSettings) -> FinetuneSettings:
+        """The settings of a trial."""
+
+        def pick(name: str):
+            if name not in self.search:
+                return self.start[name]
+            if name == "learning_rate":
+                return trial.suggest_float(name, *self.rates, log=True)
+            return trial.suggest_categorical(name, self.choices[name])
+
+        picked = {name: pick(name) for name in SEARCHED}
+        picked["lora_alpha"] *= picked["lora_r"]
+        return dataclasses.replace(settings, **picked | {"target_modules": (picked["target_modules"],)})
+
+
+class Bench:
+    """The base model and the rows, loaded once for all trials."""
+
+    def __init__(self, settings: FinetuneSettings):
+        self.settings = settings
+        self.device = choose_device(settings.device)
+        self.dtype = choose_dtype(settings.dtype, self.device)
+        train_rows, eval_rows = load_rows(settings)
+        self.model, tokenizer = load_base(settings.model, settings.method, self.dtype, self.device)
+        data.check_max_seq_length(settings.max_seq_length, getattr(self.model.config, "max_position_embeddings", None))
+        self.examples = encode(train_rows, "training", tokenizer, settings)
+        held_out = encode(eval_rows, "held-out", tokenizer, settings) if eval_rows else []
+        if len(held_out) < 2:
+            raise ValueError(f"tune needs at least 2 held-out rows to choose by, got {len(held_out)}: --eval-data, "
+                             "or --eval-fraction above 0")  # fmt: skip
+        self.choosing, self.untouched = held_out[0::2], held_out[1::2]
+        apply_lora_to_model(self.model, settings.lora_r, settings.lora_alpha, settings.target_modules)  # does it fit?
+        remove_lora(self.model)
+
+    def try_out(self, trial, space: Space, rungs: list[int]) -> float:
+        """One trial: its loss on the choosing rows. Raises optuna.TrialPruned when it is stopped early."""
+        import optuna
+        from tqdm import tqdm
+
+        settings = space.suggest(trial, self.settings)
+        torch.manual_seed(settings.seed)
+        apply_lora_to_model(
+            self.model, settings.lora_r, settings.lora_alpha, settings.target_modules, settings.lora_dropout
+        )
+        try:
+            parameters = [p for p in self.model.parameters() if p.requires_grad]
+            trial.set_user_attr("settings", {name: getattr(settings, name) for name in SEARCHED})
+            trial.set_user_attr("bytes", BYTES_A_PARAMETER * sum(p.numel() for p in parameters))
+            optimizer = AdamW(parameters, lr=settings.learning_rate, weight_decay=settings.weight_decay)
+            schedule = cosine_with_warmup(optimizer, settings.max_steps, settings.warmup_ratio)
+            scaler = GradScaler(enabled=self.dtype == torch.float16)
+            sample = torch.from_numpy(self.examples[0].input_ids[None, :8]).long().to(self.device)
+            answers = AnswerModel(self.model, sample)
+            clock = {"began": time.perf_counter(), "training": 0.0}
+
+            with tqdm(total=settings.max_steps, desc=f"trial {trial.number}", unit="step", dynamic_ncols=True,
+                      leave=False) as bar:  # fmt: skip
+
+                def on_step(row: dict) -> None:
+                    clock["training"] += time.perf_counter() - clock["began"]
+                    step = row["step"]
+                    bar.set_postfix_str(f"loss {row['loss']:.4f}")
+                    bar.update(1)
+                    if step in rungs:
+                        scores = answers.score(self.choosing)
+                        clock["loss"] = scores["loss"] if math.isfinite(scores["loss"]) else math.inf
+                        trial.report(clock["loss"], step)
+                        trial.set_user_attr("exact_match", scores["exact_match"])
+                        trial.set_user_attr("seconds_a_step", clock["training"] / step)
+                        spared = trial.user_attrs.get("first") or step == settings.max_steps
+                        if not spared and trial.should_prune():
+                            raise optuna.TrialPruned
+                    clock["began"] = time.perf_counter()
+
+                train(answers, self.examples, settings, optimizer, schedule, scaler, 0, settings.max_steps, on_step)
+            trial.set_user_attr("untouched", answers.score(self.untouched))
+            finished = trial.study.get_trials(states=[optuna.trial.TrialState.COMPLETE])
+            if all(clock["loss"] < other.value for other in finished):
+                save_adapter(self.model, Path(settings.output_dir) / "best", base_model=settings.model)
+            return clock["loss"]
+        finally:
+            remove_lora(self.model)

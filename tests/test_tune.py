@@ -1,0 +1,124 @@
+"""`handtuned tune` on a tiny model: budget, seed, resuming, the front, the verdict, bad input."""
+
+import json
+from pathlib import Path
+
+import pytest
+import tiny
+
+pytest.importorskip("optuna")
+pytest.importorskip("transformers")
+
+from handtuned import findings, training
+from handtuned import tune as tuning
+from handtuned.cli import main
+from handtuned.settings import FinetuneSettings
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory):
+    place = tmp_path_factory.mktemp("tune")
+    model = tiny.make_model(place / "model")
+    return ["--model", model, "--data", tiny.write_rows(place / "rows.jsonl"), "--eval-fraction", "0.3",
+            "--max-steps", "4", "--batch-size", "4", "--learning-rate", "1e-2", "--max-seq-length", "64"]  # fmt: skip
+
+
+def study(base, directory, *words):
+    assert main(["tune", *base, "--output-dir", str(directory), *words]) == 0
+    return json.loads((Path(directory) / "trials.json").read_text())
+
+
+def test_a_study_ends_no_worse_than_it_began_and_can_be_gone_on_with(base, tmp_path, capsys):
+    result = study(base, tmp_path / "a", "--trials", "4")
+    said = capsys.readouterr().out
+    assert result["best"]["loss"] <= result["first"]["loss"]
+    first = result["first"]
+    assert first["number"] == 0 and first["settings"]["lora_r"] == 8 and first["settings"]["learning_rate"] == 1e-2
+    assert len(result["trials"]) == 4
+    for part in ("4 held-out rows choose, 3 are kept", "whole run: handtuned", "--lora-r", "pareto.png"):
+        assert part in said
+    assert (tmp_path / "a" / "pareto.png").read_bytes().startswith(b"\x89PNG")
+    assert (tmp_path / "a" / "best" / "adapter_model.safetensors").exists()
+    for row in result["trials"]:
+        assert row["steps"] == 4 if row["state"] == "complete" else row["steps"] < 4
+
+    # The same seed gives the same study; one that was cut in two keeps its first part.
+    same = study(base, tmp_path / "b", "--trials", "2")
+    assert [row["settings"] for row in same["trials"]] == [row["settings"] for row in result["trials"][:2]]
+    assert [row["loss"] for row in same["trials"]] == [row["loss"] for row in result["trials"][:2]]
+    more = study(base, tmp_path / "b", "--trials", "3", "--resume")
+    assert len(more["trials"]) == 3 and more["trials"][:2] == same["trials"]
+
+
+@pytest.mark.parametrize("fatal", [0, 1], ids=["first", "second"])
+def test_a_stopped_trial_is_tried_again(base, tmp_path, monkeypatch, capsys, fatal):
+    trials = []
+
+    def train(*args):
+        trials.append(1)
+        if len(trials) > fatal:
+            raise KeyboardInterrupt
+        return training.train(*args)
+
+    words = ["--output-dir", str(tmp_path / "a"), "--trials", "3"]
+    with monkeypatch.context() as patch:
+        patch.setattr(tuning, "train", train)
+        assert main(["tune", *base, *words]) == 130
+    assert f"go on with: handtuned tune {' '.join(words)} --resume" in capsys.readouterr().out
+    result = study(base, tmp_path / "a", "--trials", "3", "--resume")
+    assert len(result["trials"]) == 3
+    assert result["first"]["first"] and result["first"]["settings"]["lora_r"] == 8
+
+
+def test_only_what_is_asked_for_is_searched(base, tmp_path):
+    result = study(base, tmp_path / "a", "--trials", "3", "--search", "learning_rate", "--lora-r", "3")
+    settings = [row["settings"] for row in result["trials"]]
+    assert len({row["learning_rate"] for row in settings}) == 3
+    assert {(row["lora_r"], row["lora_alpha"], row["target_modules"]) for row in settings} == {(3, 16.0, "all-linear")}
+
+
+def test_the_front():
+    row = lambda number, size, loss, state="complete": {  # noqa: E731
+        "number": number, "bytes": size, "loss": loss, "state": state}  # fmt: skip
+    rows = [row(0, 4, 1.0), row(1, 1, 3.0), row(2, 1, 2.5), row(3, 5, 1.0), row(4, 6, 0.5), row(5, 1, 0.1, "pruned")]
+    assert [found["number"] for found in findings.pareto_front(rows, "bytes")] == [2, 0, 4]
+
+
+def test_targets_are_those_that_the_model_has():
+    import torch
+
+    class Block(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.q_proj, self.v_proj = torch.nn.Linear(4, 4), torch.nn.Linear(4, 4)
+
+    space = tuning.Space(FinetuneSettings(learning_rate=1e-3), findings.SEARCHED, Block())
+    assert space.choices["target_modules"] == ["all-linear", "q_proj,v_proj"]
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--trials", "0"], "--trials must be at least 1, got 0"),
+        (["--minutes", "nan"], "--minutes must be a finite number above 0, got nan"),
+        (["--eval-fraction", "0"], "needs at least 2 held-out rows"),
+        (["--lora-r", "0"], "--lora-r must be at least 1"),
+        (["--parallel", "ddp"], "--parallel must be none"),
+        (["--search", "rank"], "invalid choice"),
+        (["--target-modules", "q_prj"], "q_prj"),
+    ],
+)
+def test_bad_input_is_told_in_one_line(base, tmp_path, capsys, words, message):
+    assert main(["tune", *base, "--output-dir", str(tmp_path / "out"), *words]) == 2
+    error = capsys.readouterr().err.strip().splitlines()
+    assert message in error[-1]
+    assert not (tmp_path / "out").exists()
+
+
+def test_directories(base, tmp_path, capsys):
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "file").touch()
+    assert main(["tune", *base, "--output-dir", str(tmp_path / "full")]) == 2
+    assert "is not empty" in capsys.readouterr().err
+    assert main(["tune", *base, "--output-dir", str(tmp_path / "none"), "--resume"]) == 2
+    assert "holds no study" in capsys.readouterr().err
