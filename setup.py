@@ -28,7 +28,8 @@ extras = {
         "matplotlib",
     ],
     "notebooks": ["jupyterlab", "jupytext", "ipykernel", "matplotlib", "nbclient"],
-    "test": ["pytest", "hypothesis", "bitsandbytes", "peft", "psutil", "ipykernel", "jupytext", "nbclient"],
+    "test": ["pytest", "hypothesis", "bitsandbytes", "peft", "psutil", "optuna", "tensorboard", "ipykernel",
+             "jupytext", "nbclient"],
     "tune": ["optuna"],
     "dev": ["ruff"],
 }

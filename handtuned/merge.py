@@ -17,7 +17,8 @@ from .answers import AnswerModel
 from .models import choose_device, load_base
 from .nn.adapters import load_adapter
 from .nn.files import whole_directory
-from .nn.merge import merge_and_unload
+from .nn.inject import lora_layers
+from .nn.merge import merge_and_unload, merge_errors
 from .quant import NF4Linear
 
 PROBE_ROWS = 32
@@ -30,6 +31,7 @@ def add_arguments(parser) -> None:
                         help="weights that receive the update (default: quantized, the ones trained on)")  # fmt: skip
     parser.add_argument("--save-dtype", default="bfloat16", choices=("bfloat16", "float16", "float32"),
                         help="dtype of the merged weights (default: bfloat16)")  # fmt: skip
+    parser.add_argument("--errors", action="store_true", help="also measure what merging into 4 bits would lose")
     parser.add_argument("--data", help="rows on which the loss before and after is told (default: those of training)")
 
 
@@ -40,6 +42,8 @@ def run(args) -> int:
     model, tokenizer, record = load_adapted(args)
     probe = _probe(args.data or record.get("eval_data"), tokenizer)
     before = _loss(model, probe)
+    if any(layer.lora_A is not None for _, layer in lora_layers(model)):  # not if whole modules were trained alone
+        print(merge_errors(model, four_bits=args.errors))
     if args.onto == "original":
         base = args.model or record.get("model")
         if not base:

@@ -28,7 +28,7 @@ from .models import choose_device, choose_dtype, fingerprint, load_base
 from .nn import apply_lora_to_model
 from .nn.adapters import save_adapter
 from .nn.files import write_json
-from .nn.inject import remove_lora
+from .nn.merge import unload
 from .nn.multi import linear_layers
 from .optim import AdamW, cosine_with_warmup
 from .settings import FinetuneSettings, add_flags, differences
@@ -213,7 +213,7 @@ class Bench:
                              "or --eval-fraction above 0")  # fmt: skip
         self.choosing, self.untouched = held_out[0::2], held_out[1::2]
         apply_lora_to_model(self.model, settings.lora_r, settings.lora_alpha, settings.target_modules)  # does it fit?
-        remove_lora(self.model)
+        unload(self.model)
 
     def try_out(self, trial, space: Space, rungs: list[int]) -> float:
         """One trial: its loss on the choosing rows. Raises optuna.TrialPruned when it is stopped early."""
@@ -262,4 +262,4 @@ class Bench:
                 save_adapter(self.model, Path(settings.output_dir) / "best", base_model=settings.model)
             return clock["loss"]
         finally:
-            remove_lora(self.model)
+            unload(self.model)

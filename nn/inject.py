@@ -219,18 +219,6 @@ def unmerge_lora(model: nn.Module) -> nn.Module:
     return model
 
 
-def remove_lora(model: nn.Module) -> nn.Module:
-    """Take every adapter off again: the original base layers stand in their old places, frozen as they were.
-
-    Raises:
-        ValueError: the model has no LoRA layers.
-    """
-    unmerge_lora(model)
-    for path, layer in _required_lora_layers(model):
-        model.set_submodule(path, layer.base_layer)
-    return model
-
-
 @contextlib.contextmanager
 def disable_lora(model: nn.Module):
     """Within this context the model computes as if it had no adapters, merged or not.

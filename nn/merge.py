@@ -48,19 +48,22 @@ def merge_and_unload(model: nn.Module, dequantize: bool = False, untie: bool = F
             if tied and hasattr(model, "config"):
                 model.config.tie_word_embeddings = False
     merge_lora(model, dequantize, untie)
-    return _unload(model)
+    return unload(model)
 
 
-def merge_errors(model: nn.Module) -> "MergeErrors":
+def merge_errors(model: nn.Module, four_bits: bool = True) -> "MergeErrors":
     """Measure, layer by layer and without changing anything, what every way of merging would lose.
 
     The error of a way is ‖result − (W + ΔW)‖ / ‖ΔW‖ (Frobenius), W being the weight that the adapter was
     trained on (the dequantized one for NF4). 0 is exact; 1 is as wrong as leaving the adapter out.
 
+    Args:
+        four_bits: also the ways that stay NF4, which take a second a large layer.
+
     Raises:
         ValueError: the model has no active adapter.
     """
-    return MergeErrors({path: _errors(layer) for path, layer in _trained_layers(model)})
+    return MergeErrors({path: _errors(layer, four_bits) for path, layer in _trained_layers(model)})
 
 
 def merge_into_nf4(model: nn.Module, method: str) -> "MergeErrors":
@@ -139,11 +142,11 @@ def _target(layer: LoRALinear) -> torch.Tensor:
 
 
 @torch.no_grad()
-def _errors(layer: LoRALinear) -> dict[str, float]:
+def _errors(layer: LoRALinear, four_bits: bool = True) -> dict[str, float]:
     target, length = _target(layer), layer.delta_weight().norm()
     dtypes = (torch.float32, torch.float16, torch.bfloat16)
     results = {str(dtype).removeprefix("torch."): target.to(dtype) for dtype in dtypes}
-    if isinstance(layer.base_layer, NF4Linear):
+    if four_bits and isinstance(layer.base_layer, NF4Linear):
         results["nf4, requantize"] = _quantized_like(layer.base_layer, target).dequantize(torch.float32)
         if layer.start_A is None and layer.lora_magnitude is None:
             quantized, A, B = _refit(layer, target)
@@ -174,7 +177,8 @@ def _refit(layer: LoRALinear, target: torch.Tensor):
     return best[1:]
 
 
-def _unload(model: nn.Module) -> nn.Module:
+def unload(model: nn.Module) -> nn.Module:
+    """Take everything of LoRA out of the model, in place: base layers stand where they stood, merged ones as merged."""
     for path, module in list(model.named_modules(remove_duplicate=False)):
         if isinstance(module, LoRALinear):
             model.set_submodule(path, module.base_layer)

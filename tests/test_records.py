@@ -1,0 +1,54 @@
+"""`--report-to`: what reaches TensorBoard and Weights & Biases."""
+
+import sys
+import types
+
+import pytest
+
+from handtuned.records import Reporter
+
+ROWS = [{"step": 1, "loss": 2.0, "learning_rate": 1e-3}, {"step": 2, "loss": 1.5, "learning_rate": 5e-4}]
+
+
+def report(kind, directory):
+    reporter = Reporter(kind, directory, {"lora_r": 8})
+    for row in ROWS:
+        reporter.log(row)
+    reporter.close()
+
+
+def test_tensorboard_files_hold_every_number(tmp_path):
+    pytest.importorskip("tensorboard")
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    report("tensorboard", tmp_path)
+    events = EventAccumulator(str(tmp_path / "tensorboard")).Reload()
+    assert set(events.Tags()["scalars"]) == {"train/loss", "train/learning_rate"}
+    assert [(event.step, event.value) for event in events.Scalars("train/loss")] == [(1, 2.0), (2, 1.5)]
+
+
+def test_wandb_gets_settings_rows_and_an_end(tmp_path, monkeypatch):
+    calls = []
+    run = types.SimpleNamespace(
+        log=lambda row, step: calls.append((step, row)), finish=lambda: calls.append("finished")
+    )
+    wandb = types.ModuleType("wandb")
+    wandb.init = lambda **options: calls.append(options) or run
+    monkeypatch.setitem(sys.modules, "wandb", wandb)
+    report("wandb", tmp_path)
+    assert calls[0] == {"project": "handtuned", "dir": str(tmp_path), "config": {"lora_r": 8}}
+    assert calls[1] == (1, {"train/loss": 2.0, "train/learning_rate": 1e-3})
+    assert calls[-1] == "finished" and len(calls) == 4
+
+
+@pytest.mark.parametrize("kind", ["tensorboard", "wandb"])
+def test_a_missing_library_is_named(kind, tmp_path, monkeypatch):
+    for name in (kind, "torch.utils.tensorboard"):
+        monkeypatch.setitem(sys.modules, name, None)
+    with pytest.raises(ValueError, match=f"--report-to {kind} needs its library: pip install {kind}"):
+        Reporter(kind, tmp_path, {})
+
+
+def test_none_writes_nothing(tmp_path):
+    report("none", tmp_path)
+    assert not list(tmp_path.iterdir())
