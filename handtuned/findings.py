@@ -71,7 +71,7 @@ def draw_pareto(result: dict, path: Path) -> None:
         for row in front:
             at = row[cost] / unit, row["loss"]
             axes.annotate(str(row["number"]), at, xytext=(5, 5), textcoords="offset points")
-        axes.set(xlabel=label, xscale="log", yscale="log")
+        axes.set(xlabel=label, yscale="log")
         axes.grid(alpha=0.3)
     figure.axes[0].set_ylabel("held-out loss (nats a token)")
     figure.axes[1].legend(fontsize=8)
