@@ -90,7 +90,8 @@ class MasterWeights:
     @torch.no_grad()
     def write_back(self) -> None:
         """Round the masters into the model."""
-        torch._foreach_copy_(list(self.params.values()), list(self.masters.values()))
+        if self.masters:  # a model in FP32 has none
+            torch._foreach_copy_(list(self.params.values()), list(self.masters.values()))
 
     def state_dict(self) -> dict[str, torch.Tensor]:
         """The masters by the model's parameter names: they hold bits that the model does not."""

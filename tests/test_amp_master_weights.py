@@ -150,3 +150,10 @@ def test_state_dict_keeps_the_bits_that_the_model_has_not():
 def test_foreign_parameters_are_refused():
     with pytest.raises(ValueError, match="optimizer"):
         MasterWeights(Product(1.0), torch.optim.SGD(Product(1.0, torch.float16).parameters(), lr=1.0))
+
+
+def test_a_model_in_fp32_needs_no_masters():
+    model = torch.nn.Linear(3, 2)
+    masters = MasterWeights(model, torch.optim.SGD(model.parameters(), lr=0.1))
+    masters.write_back()
+    masters.load_state_dict(masters.state_dict())

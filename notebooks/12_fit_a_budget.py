@@ -1,0 +1,432 @@
+# ---
+# jupyter:
+#   jupytext:
+#     text_representation:
+#       extension: .py
+#       format_name: percent
+#   kernelspec:
+#     display_name: Python 3
+#     language: python
+#     name: python3
+# ---
+
+# %% [markdown]
+# # 12. Capstone: how do I fit a budget?
+#
+# You have a model, a task and a number of bytes. What do you do? This lesson puts the course together: full fine-tuning, LoRA and QLoRA on one small model, measured in bytes and in loss; the question of the rank, on which the documents contradict themselves; and a search that chooses the settings for you within a budget.
+#
+# You need [lesson 04](04_where_memory_goes.ipynb) (where memory goes), [08](08_lora_in_a_model.ipynb) (LoRA) and [10](10_qlora.ipynb) (QLoRA). The claims come from documents 001 (efficient training), 003 (QLoRA diary) and 004 (LoRA lesson).
+#
+# Terms: full fine-tuning 全量微调, rank 秩, hyperparameter 超参数, search 搜索, AutoML 自动机器学习, held-out 留出集, Pareto front 帕累托前沿
+
+# %%
+import contextlib
+import copy
+import io
+import json
+import random
+import re
+import tempfile
+from pathlib import Path
+
+import torch
+from handtuned import lessons, memory
+from handtuned.data import batch_indices, shipped_dataset
+from handtuned.nn import apply_lora_to_model, checkpoint_sequential, linear_cross_entropy, lora_parameters
+from handtuned.nn.transformer import Transformer
+from handtuned.optim import AdamW, cosine_with_warmup
+from handtuned.quant import quantize_model
+from handtuned.settings import FinetuneSettings
+from handtuned.tune import tune
+
+GB = 10**9
+
+
+def bar(done, total, text=""):
+    print(f"\r{'█' * round(30 * done / total):30} {done}/{total} {text}", end="\n" if done == total else "", flush=True)
+
+
+# %% [markdown]
+# ## First on paper
+#
+# Before anything runs, the ledger of lesson 04 says what can fit. A 7B model, one row of 2048 tokens, a card of 24 GB:
+
+# %%
+print(f"{'method':38} {'states':>9} {'peak':>9}   24 GB?")
+for name, settings in {
+    "full, BF16 with masters": {"method": "full", "dtype": "bfloat16"},
+    "full, checkpointed, offloaded": {"method": "full", "dtype": "bfloat16", "checkpoint": True, "offload": True},
+    "LoRA r 8": {"method": "lora", "dtype": "bfloat16"},
+    "LoRA r 8, checkpointed": {"method": "lora", "dtype": "bfloat16", "checkpoint": True},
+    "QLoRA r 8": {"method": "qlora", "dtype": "bfloat16"},
+    "QLoRA r 8, checkpointed": {"method": "qlora", "dtype": "bfloat16", "checkpoint": True},
+    "QLoRA r 64, checkpointed": {"method": "qlora", "dtype": "bfloat16", "checkpoint": True, "lora_r": 64},
+}.items():
+    ledger = memory.estimate("7b", batch=1, seq=2048, **settings)
+    print(f"{name:38} {ledger.states / GB:6.1f} GB {ledger.peak / GB:6.1f} GB   {'fits' if ledger.peak <= 24 * GB else '–'}")
+
+# %% [markdown]
+# Several ways fit. Bytes alone do not choose between them: that takes the task. On a laptop a 7B model is out of reach, so the rest of the lesson does the same with a very small one, in two minutes.
+#
+# ## A model and two tasks
+#
+# The base model learns to turn the spoken requests that ship with the package into JSON commands. Then it is fine-tuned on two new tasks, on the same requests:
+#
+# - **backwards:** the fields of the command in reverse order. Nothing new to know, only another order.
+# - **cipher:** every word of the command is replaced by another one, by a fixed table of some hundred words. All of the table has to be learnt.
+#
+# Rows are cut into training, validation (for choosing) and test (looked at once, at the end).
+
+# %%
+TOKEN = re.compile(r"[A-Za-z]+|\d|[^\w\s]+")
+requests = []
+for file in shipped_dataset():
+    for line in file.read_text(encoding="utf-8").splitlines():
+        _, question, answer = (message["content"] for message in json.loads(line)["messages"])
+        requests.append((TOKEN.findall(question), json.loads(answer)))
+random.Random(1).shuffle(requests)
+
+
+def forwards(command):
+    return TOKEN.findall(json.dumps(command, separators=(",", ":")))
+
+
+def backwards(command):
+    return forwards(dict(reversed(command.items())))
+
+
+words = sorted({word for question, command in requests for word in question + forwards(command) + backwards(command)})
+letters = [word for word in words if word.isalpha()]
+table = dict(zip(letters, random.Random(0).sample(letters, len(letters)), strict=True))
+number = {word: index for index, word in enumerate(words, start=2)}  # 0: the answer begins; 1: it ends
+
+
+def cipher(command):
+    return [table.get(word, word) for word in forwards(command)]
+
+
+def encode(question, answer):
+    ids = [number[word] for word in question] + [0] + [number[word] for word in answer] + [1]
+    return ids[:-1], [-100] * len(question) + ids[len(question) + 1 :]
+
+
+def batch(rows):
+    width = max(len(ids) for ids, _ in rows)
+    return (torch.tensor([ids + [0] * (width - len(ids)) for ids, _ in rows]),
+            torch.tensor([labels + [-100] * (width - len(labels)) for _, labels in rows]))
+
+
+def rows_of(form):
+    rows = [encode(question, form(command)) for question, command in requests]
+    return {"train": rows[:796], "validation": rows[796:896], "test": rows[896:]}
+
+
+for form in (forwards, backwards, cipher):
+    print(f"{form.__name__:10}", " ".join(requests[0][0]), "→", "".join(form(requests[0][1])))
+
+# %%
+def loss_of(model, inputs, labels, segments=None):
+    """Mean cross-entropy of the answer tokens."""
+    x = model.model.embed_tokens(inputs)
+    if segments is None:
+        for block in model.model.layers:
+            x = block(x)
+    else:
+        x = checkpoint_sequential(model.model.layers, x, segments)
+    return linear_cross_entropy(model.model.norm(x), model.lm_head.weight, labels) / (labels != -100).sum()
+
+
+@torch.no_grad()
+def score(model, rows):
+    return loss_of(model.eval(), *batch(rows)).item()
+
+
+def train(model, parameters, rows, steps, learning_rate, segments=None, watch=lambda done: None):
+    """AdamW, warmup and cosine, 16 rows a step."""
+    optimizer = AdamW(parameters, lr=learning_rate, weight_decay=0.0)
+    schedule = cosine_with_warmup(optimizer, steps)
+
+    def step(number):
+        inputs, labels = batch([rows[i] for i in batch_indices(number, len(rows), 16, seed=0)])
+        loss_of(model, inputs, labels, segments).backward()
+        torch.nn.utils.clip_grad_norm_(parameters, 1.0)
+        optimizer.step()
+        schedule.step()
+        optimizer.zero_grad(set_to_none=True)
+
+    model.train()
+    for number in range(steps):
+        step(number)
+        watch(number + 1)
+    return optimizer, step
+
+
+torch.manual_seed(0)
+base = Transformer(vocab_size=len(number) + 2, num_layers=2, d_model=64, num_heads=4, d_ff=172)
+data = {form.__name__: rows_of(form) for form in (forwards, backwards, cipher)}
+train(base, list(base.parameters()), data["forwards"]["train"], 300, 4e-3, watch=lambda done: bar(done, 300, "steps: base model"))
+before = {name: score(base, data[name]["validation"]) for name in data}
+print(f"{sum(p.numel() for p in base.parameters()):,} parameters; loss on held-out rows, nats a token:",
+      {name: round(value, 2) for name, value in before.items()})
+
+# %% [markdown]
+# ## Three methods, in bytes and loss
+#
+# `finetune` below is all of lessons 04 to 10 in twenty lines: copy the base, quantize it or not, put adapters on it or not, train, score, and count the peak of one more step. The bytes are weights, adapters, optimizer state, and what the step adds: gradients, activations, logits.
+#
+# **Write down your guess:** order the three methods by bytes and by loss. How much does QLoRA lose to LoRA?
+
+# %%
+STEPS = 48
+
+
+def finetune(task, method, rank=8, learning_rate=5e-3, scaling=2.0, segments=None):
+    torch.manual_seed(1)
+    model = copy.deepcopy(base)
+    if method == "qlora":
+        quantize_model(model)
+    if method == "full":
+        parameters = list(model.parameters())
+    else:
+        apply_lora_to_model(model, rank, scaling * rank, "all-linear")
+        parameters = list(lora_parameters(model))
+    rows = data[task]
+    optimizer, step = train(model, parameters, rows["train"], STEPS, learning_rate, segments)
+    result = {name: score(model, rows[name]) for name in ("validation", "test")}
+    model.train()
+    state = sum(t.nbytes for s in optimizer.state.values() for t in s.values() if isinstance(t, torch.Tensor))
+    weights = sum(t.nbytes for t in (*model.parameters(), *model.buffers()))
+    result["peak"] = weights + state + memory.measure(step, 0).added
+    result["trained"] = sum(p.numel() for p in parameters)
+    result["states"] = weights + state + 4 * result["trained"]  # the last: gradients
+    return result
+
+
+runs = {
+    "full": dict(method="full", learning_rate=2e-3),
+    "full, checkpointed": dict(method="full", learning_rate=2e-3, segments=2),
+    "LoRA r 8": dict(method="lora"),
+    "LoRA r 8, checkpointed": dict(method="lora", segments=2),
+    "QLoRA r 8": dict(method="qlora"),
+    "QLoRA r 8, checkpointed": dict(method="qlora", segments=2),
+}
+compared = {}
+for done, (name, settings) in enumerate(runs.items(), start=1):
+    compared[name] = finetune("backwards", **settings)
+    bar(done, len(runs), "runs")
+for name, run in compared.items():
+    print(f"{name:24} trains {run['trained']:7,}   states {run['states'] / 1e6:5.2f} MB   peak {run['peak'] / 1e6:5.2f} MB   loss {run['validation']:.3f}")
+
+# %% [markdown]
+# Checkpointing changes bytes and not one bit of the loss ([lesson 05](05_trading_time_for_memory.ipynb)). In a model this small the embedding table and the head, which stay in FP32, are most of the weights. In a 7B model they are a few per cent, and QLoRA's gap is far larger: the table on paper above shows it.
+
+# %%
+assert compared["LoRA r 8"]["validation"] == compared["LoRA r 8, checkpointed"]["validation"]
+assert compared["QLoRA r 8"]["peak"] < compared["LoRA r 8"]["peak"] < compared["full"]["peak"]
+
+# %% [markdown]
+# One more thing to see: the three methods were given learning rates that differ. LoRA wants a larger one than full fine-tuning, as its update is a product of two small matrices. Comparing methods at one learning rate compares nothing.
+#
+# ## Which rank?
+#
+# 001 says 8 to 64, "the harder the task, the larger". 003 says 4 to 32 in one place and 4 to 16 in another. They cannot all be rules.
+#
+# **Write down your guess** for our two tasks: from which rank on does more rank stop paying? Every rank gets the same steps and the better of two learning rates.
+
+# %%
+ranks, rates = (1, 4, 16, 64), (5e-3, 1.5e-2)
+curve = {}
+for task in ("backwards", "cipher"):
+    for rank in ranks:
+        curve[task, rank] = min(finetune(task, "lora", rank, rate)["validation"] for rate in rates)
+        bar(len(curve), 2 * len(ranks), f"ranks: {task} r {rank}")
+
+fig, ax = lessons.figure(height=2.8)
+for task, style in (("backwards", ("0.1", "-", "o")), ("cipher", (lessons.ACCENT, "--", "s"))):
+    ax.plot(ranks, [curve[task, rank] for rank in ranks], color=style[0], linestyle=style[1], marker=style[2], label=task)
+for low, high, row, text in ((8, 64, -0.1, "001"), (4, 32, -0.25, "003"), (4, 16, -0.4, "003")):
+    ax.plot((low, high), (row, row), color="0.55", lw=3, linestyle="-", solid_capstyle="butt")
+    ax.text(high * 1.06, row, f"{text}: {low}–{high}", va="center", color="0.4", fontsize=8)
+ax.axhline(0, color="0.8", lw=0.8, linestyle="-")
+ax.set(xscale="log", xlabel="rank", ylabel="held-out loss, nats a token", xlim=(0.9, 130), ylim=(-0.5, None))
+ax.set_xticks(ranks, [str(rank) for rank in ranks])
+ax.minorticks_off()
+ax.legend(loc="upper right")
+lessons.show(fig, alt="Held-out loss against rank, with the ranges that the notes recommend as bars below: the task backwards is "
+             "nearly done at rank 4, the task cipher gains all the way to rank 64.")
+
+# %%
+def enough(task, within=0.2):
+    """The least rank whose loss is within so many nats of the best."""
+    best = min(curve[task, rank] for rank in ranks)
+    return next(rank for rank in ranks if curve[task, rank] <= best + within)
+
+
+gain = {task: curve[task, 4] - min(curve[task, rank] for rank in ranks) for task in ("backwards", "cipher")}
+lessons.claim(
+    30,
+    measured=f"reversing fields needs rank {enough('backwards')} (more than 4 gains {gain['backwards']:.2f} nats), a table of "
+    f"words gains {gain['cipher']:.2f} nats beyond rank 4 and wants {enough('cipher')}. No range is right for both; what 001 says "
+    "beside its range, that harder tasks want more, holds",
+    holds=enough("backwards") < enough("cipher") and gain["cipher"] > 2 * gain["backwards"],
+)
+
+# %% [markdown]
+# Why do the tasks differ? Reversing the fields is one rule, the same for every word: a change of a few directions. The table has a separate entry for each word, so the update must act on hundreds of directions independently, and a product of rank 4 has four ([lesson 07](07_low_rank_updates.ipynb)). When you fine-tune, ask which of the two your task resembles: a new form for what the model knows, or new facts.
+#
+# ## Let a search choose
+#
+# Rank, scaling, learning rate, targets: four knobs, and they depend on each other (at rank 64 the large learning rate is a bad one). A reader of document 004 asked whether a machine could turn them: *AutoML*. It can, if one does it on a budget. The library's command for that is `handtuned tune` (with Optuna: `pip install "handtuned[tune]"`). What it needs:
+#
+# - **A budget of steps.** Eight trials. A trial is looked at after 1/8, 1/4 and 1/2 of its steps and stopped unless it is among the better half of those that came as far. This is *successive halving*; you write it yourself in exercise 12.3.
+# - **A budget of bytes.** Each trial notes what its adapter takes: 16 bytes a trained parameter. What does not fit is not chosen; our limit is twice what the usual settings take.
+# - **A seed,** so that the search can be repeated, and a **sampler** that learns from the trials before (Optuna's TPE).
+# - **The usual settings as the first trial,** so that the search ends no worse than it began.
+# - **Rows for choosing and other rows for the verdict.** The best of eight is lucky as well as good.
+#
+# `tune` works on files, as `finetune` does: a model directory and rows of text. So the base model is written out as an ordinary Llama with its word list as tokenizer, and the cipher task as JSON Lines.
+#
+# **Write down your guess:** by how much does the best of eight trials beat rank 8 with the usual settings? And with more or fewer bytes?
+
+# %%
+def save_base(directory):
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
+
+    sizes = dict(vocab_size=len(number) + 2, hidden_size=64, intermediate_size=172, num_hidden_layers=2, num_attention_heads=4,
+                 num_key_value_heads=4, max_position_embeddings=128, eos_token_id=1, pad_token_id=1, tie_word_embeddings=False)
+    llama = LlamaForCausalLM(LlamaConfig(**sizes))
+    llama.load_state_dict(base.state_dict())  # the names are the same
+    llama.save_pretrained(directory)
+    tokenizer = Tokenizer(models.WordLevel({"<answer>": 0, "<end>": 1, **number}, unk_token="<end>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<end>", pad_token="<end>", unk_token="<end>",
+                                   additional_special_tokens=["<answer>"])
+    fast.chat_template = "{% for m in messages %}{{ m['content'] }} {{ '<answer> ' if m['role'] == 'user' else '<end> ' }}{% endfor %}"
+    fast.save_pretrained(directory)
+
+
+TRIALS = 8
+with tempfile.TemporaryDirectory() as directory:
+    directory = Path(directory)
+    with contextlib.redirect_stdout(io.StringIO()):  # what tune prints is shown below, without this machine's paths
+        save_base(directory / "base")
+        for name, part in (("train", requests[:796]), ("held-out", requests[796:])):
+            lines = [json.dumps({"prompt": " ".join(q), "completion": " ".join(cipher(command))}) for q, command in part]
+            (directory / f"{name}.jsonl").write_text("\n".join(lines), encoding="utf-8")
+        settings = FinetuneSettings(
+            model=str(directory / "base"), data=str(directory / "train.jsonl"), eval_data=str(directory / "held-out.jsonl"),
+            output_dir=str(directory / "study"), method="qlora", lora_r=8, lora_alpha=16, learning_rate=5e-3, max_steps=STEPS,
+            per_device_train_batch_size=16, max_grad_norm=1.0, warmup_ratio=0.1, max_seq_length=64, seed=0)
+        study = tune(settings, TRIALS, search=("lora_r", "lora_alpha", "learning_rate", "target_modules"))
+
+for trial in sorted(study["trials"], key=lambda trial: (-trial["steps"], trial["loss"])):
+    chosen = trial["settings"]
+    targets = chosen["target_modules"] if isinstance(chosen["target_modules"], str) else ",".join(chosen["target_modules"])
+    print(f"trial {trial['number']:2}  {trial['steps']:3} steps  loss {trial['loss']:.3f}  {trial['bytes'] / 1e3:4.0f} KB  r {chosen['lora_r']:<2} "
+          f"alpha {chosen['lora_alpha']:<4g} lr {chosen['learning_rate']:.1e}  {targets.replace('_proj', '')}"
+          + "  ← the usual settings" * bool(trial["first"]))
+
+# %%
+usual = study["first"]
+finished = [trial for trial in study["trials"] if trial["state"] == "complete"]
+best = min((trial for trial in finished if trial["bytes"] <= 2 * usual["bytes"]), key=lambda trial: trial["loss"])
+as_good = min((trial for trial in finished if trial["untouched"]["loss"] <= usual["untouched"]["loss"] + 0.05), key=lambda trial: trial["bytes"])
+spent = sum(trial["steps"] for trial in study["trials"])
+lessons.claim(
+    57,
+    measured=f"{TRIALS} trials in {spent} steps ({spent / (TRIALS * STEPS):.0%} of running all to the end) found settings with a loss of "
+    f"{best['untouched']['loss']:.2f} on rows that decided nothing, in {best['bytes'] / 1e3:.0f} KB, where the usual ones reach "
+    f"{usual['untouched']['loss']:.2f} in {usual['bytes'] / 1e3:.0f} KB; and the smallest adapter within 0.05 of that has "
+    f"{as_good['bytes'] / 1e3:.0f} KB",
+    holds=best["untouched"]["loss"] < usual["untouched"]["loss"] and spent < TRIALS * STEPS,
+)
+
+# %% [markdown]
+# ## The Pareto picture
+#
+# A setting is on the *Pareto front* if no other is at least as good in bytes and in loss and better in one. Everything off the front is a waste, everything on it is a fair choice. The picture has the finished trials, and full fine-tuning and LoRA with the same number of steps. Bytes are the model states; activations are nearly the same for all.
+
+# %%
+packed = compared["QLoRA r 8"]["states"] - 16 * compared["QLoRA r 8"]["trained"]  # frozen weights and constants in NF4
+everything = [("trial", packed + trial["bytes"], trial["untouched"]["loss"]) for trial in finished]
+everything += [(name, run["states"], run["test"]) for name, run in {
+    "full": finetune("cipher", **runs["full"]), "LoRA r 8": finetune("cipher", **runs["LoRA r 8"])}.items()]
+everything.append(("QLoRA r 8", packed + usual["bytes"], usual["untouched"]["loss"]))
+
+front = sorted({(size, loss) for _, size, loss in everything
+                if not any(s <= size and other <= loss and (s, other) != (size, loss) for _, s, other in everything)})
+fig, ax = lessons.figure(height=3)
+ax.step([size / 1e6 for size, _ in front], [loss for _, loss in front], where="post", color="0.8", lw=4, linestyle="-", label="Pareto front")
+ax.plot(*zip(*[(size / 1e6, loss) for name, size, loss in everything if name == "trial"], strict=True), linestyle="none", marker="o", color="0.3",
+        markersize=5, label="finished trials of the search (QLoRA)")
+for (name, size, loss), marker in zip(everything[-3:], "s^D", strict=True):
+    ax.plot(size / 1e6, loss, marker, color=lessons.ACCENT, markersize=6, linestyle="none")
+    ax.annotate(name, (size / 1e6, loss), (0, 9), textcoords="offset points", color=lessons.ACCENT, ha="center")
+ax.margins(x=0.08, y=0.2)
+ax.set(xlabel="model states, MB", ylabel="loss on untouched rows, nats a token")
+ax.legend(loc="upper right")
+lessons.show(fig, alt="Loss against bytes of model states, with the Pareto front as a staircase: the search's QLoRA trials at the left, "
+             "LoRA with rank 8 to their right and above the front, full fine-tuning far to the right with the least loss.")
+for size, loss in front:
+    print(f"on the front: {size / 1e6:.2f} MB, loss {loss:.3f}")
+
+# %% [markdown]
+# Read the picture as a price list. In a model this small a few hundred kilobytes buy a lot of loss, and full fine-tuning is on the front: if its bytes fit, take it (document 002 says so too). In a model of 7 billion the same step to the right costs a hundred gigabytes.
+
+# %%
+if lessons.gpu():
+    ledger = memory.estimate("smollm2", "qlora", "bfloat16", batch=8, seq=512)
+    print(torch.cuda.get_device_name(), f"predicted for `handtuned finetune` with 8 × 512 tokens: {ledger.peak / GB:.2f} GB; "
+          "run `handtuned memory --model smollm2 --measure` and compare")
+else:
+    lessons.skipped("the ledger of `handtuned finetune` on this GPU")
+
+# %% [markdown]
+# ## Exercise 12.1: The Pareto front
+#
+# Write `pareto(points)`: from a list of (bytes, loss), the points that no other point beats, sorted by bytes. A point beats another if it is at most as large in both and smaller in at least one.
+
+# %%
+def pareto(points):
+    raise NotImplementedError
+
+
+lessons.check("12.1", pareto);
+
+# %% [markdown]
+# ## Exercise 12.2: The best that fits
+#
+# Write `choose(budget, runs)`: `runs` maps a name to (loss, moments), and moments maps the moments of a training step to the bytes alive then. Return the name with the least loss among those that fit into `budget` bytes, or None.
+
+# %%
+def choose(budget, runs):
+    raise NotImplementedError
+
+
+lessons.check("12.2", choose);
+
+# %% [markdown]
+# ## Exercise 12.3: Successive halving
+#
+# Write `halving(settings, evaluate, steps)`: evaluate all settings for `steps` steps with `evaluate(setting, steps)`, which returns a loss; keep the better half (rounded up); double the steps; go on until one is left, and return it.
+
+# %%
+def halving(settings, evaluate, steps):
+    raise NotImplementedError
+
+
+lessons.check("12.3", halving);
+
+# %% [markdown]
+# ## What to remember
+#
+# - Add up on paper first: the ledger rules out most settings for free.
+# - What fits is chosen by the task. QLoRA costs little loss and saves most where the linear layers are most of the model.
+# - There is no rank for all tasks. Learning another form takes little rank, learning facts takes much.
+# - A search needs four things: a budget of bytes, a budget of steps, a seed, and rows that it never saw.
+#
+# This was the last lesson. For a real model: `handtuned finetune` trains one with the techniques of this course, `handtuned memory --gpu SIZE` says what fits, and the [map of the course](README.md) leads back to any lesson.
