@@ -1,26 +1,39 @@
-# `make demo` and `make test` need nothing but Python ≥ 3.10: they install into .venv by themselves.
+# `make demo`, `make lessons` and `make test` need nothing but Python ≥ 3.10: they install into .venv by themselves.
 
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test lint clean
+.PHONY: demo lessons check-lessons test lint clean
 
 demo: $(VENV)/finetune.installed
 	$(BIN)/handtuned finetune
 
+lessons: $(VENV)/notebooks.installed
+	$(BIN)/jupyter lab notebooks/00_start_here.ipynb
+
+# Runs every notebook from its script, two at a time with one thread each.
+check-lessons: $(VENV)/notebooks.installed
+	OMP_NUM_THREADS=1 $(BIN)/python -m handtuned.lessons check --jobs 2
+
+# As many workers as cores, one thread each.
 test: $(VENV)/test.installed
-	$(BIN)/pytest
+	OMP_NUM_THREADS=1 $(BIN)/pytest -n auto --dist worksteal
 
 lint: $(VENV)/test.installed
 	$(BIN)/ruff check .
 
-$(VENV)/finetune.installed: setup.py constraints.txt handtuned/__init__.py
+$(VENV)/finetune.installed: setup.py constraints.txt handtuned/__init__.py kernels/nf4_cpu.c
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install -c constraints.txt -e ".[finetune]"
 	touch $@
 
-$(VENV)/test.installed: setup.py constraints.txt handtuned/__init__.py
+$(VENV)/notebooks.installed: setup.py constraints.txt handtuned/__init__.py kernels/nf4_cpu.c
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install -c constraints.txt -e ".[finetune,notebooks,tune]"
+	touch $@
+
+$(VENV)/test.installed: setup.py constraints.txt handtuned/__init__.py kernels/nf4_cpu.c
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install -c constraints.txt -e ".[finetune,test,dev]"
 	touch $@

@@ -28,7 +28,7 @@ extras = {
         "matplotlib",
     ],
     "notebooks": ["jupyterlab", "jupytext", "ipykernel", "matplotlib", "nbclient"],
-    "test": ["pytest", "hypothesis", "bitsandbytes", "peft", "psutil", "optuna", "tensorboard", "ipykernel",
+    "test": ["pytest", "pytest-xdist", "hypothesis", "bitsandbytes", "peft", "psutil", "optuna", "tensorboard", "ipykernel",
              "jupytext", "nbclient"],
     "tune": ["optuna"],
     "dev": ["ruff"],

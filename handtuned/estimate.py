@@ -72,7 +72,8 @@ def estimate(
         answer_tokens: with "chunked", how many tokens have a label (default: all but the first of each row).
         master_weights: keep fp32 masters (default: where weights in 16 bits are trained).
         accumulation_steps: above 1, gradients of earlier passes are there during forward.
-        offload: optimizer state, masters and gradients lie in the host's memory.
+        offload: optimizer state, masters and gradients lie in the host's memory (under stage 1 the full
+            gradients stay on the device). `ZeroOptimizer` also keeps the rank's weights there, not counted.
 
     Returns:
         A `Ledger`.
@@ -105,10 +106,11 @@ def estimate(
     states, host = _spread(states, zero, world_size, offload)
 
     share = world_size if zero >= 2 else 1
+    on_device = states["gradients"] > 0
     gradients = Gradients(
-        layer=math.ceil((c * shape.layer_parameters if full else 4 * in_layer) / share) * (not offload),
-        table=math.ceil(c * shape.table_parameters * full / share) * (not offload),
-        norm=math.ceil(c * shape.hidden * full / share) * (not offload),
+        layer=math.ceil((c * shape.layer_parameters if full else 4 * in_layer) / share) * on_device,
+        table=math.ceil(c * shape.table_parameters * full / share) * on_device,
+        norm=math.ceil(c * shape.hidden * full / share) * on_device,
         held=accumulation_steps > 1,
     )
     moments: dict[str, Counter] = {}
@@ -116,13 +118,14 @@ def estimate(
         setup = LayerSetup(shape, c, seq, full, adapted, lora_r, flash)
         moments = follow(setup, tokens, _segments(shape.layers, checkpoint), Loss(logits == "full", answers), gradients)
         for alive in moments.values():
-            alive["buffers"] += _made_whole(shape, method, c, zero)
+            alive["buffers"] += _made_whole(shape, method, c, zero, gradients_too=full)
+    trainable = shape.parameters if full else shape.layers * in_layer
     step = Counter({"gradients": states["gradients"]})
     if masters and not offload:
-        step["buffers"] = states["gradients"]  # FP32 gradients take the 16-bit ones' place: twice their bytes
+        # The masters are stepped with FP32 gradients: in the 16-bit ones' place, or beside them for a rank's shard.
+        step["buffers"] = math.ceil(4 * trainable / world_size) if zero else states["gradients"]
     moments["optimizer step"] = step
 
-    trainable = shape.parameters if full else shape.layers * in_layer
     title = f"{shape.name}, {method}, {name}, {optimizer}"
     if shape.layers:
         title += f", {batch} × {seq} tokens" + (f", checkpoint={checkpoint}" if checkpoint else "")
@@ -180,12 +183,16 @@ def _states(shape: Shape, method: str, c: int, optimizer: str, masters: bool, ad
     }
 
 
-def _made_whole(shape: Shape, method: str, c: int, zero: int) -> int:
-    """Weights that are there only while they are used: a dequantized one, or under ZeRO-3 a gathered layer."""
+def _made_whole(shape: Shape, method: str, c: int, zero: int, gradients_too: bool) -> int:
+    """What is there only while it is used: a dequantized weight, or under ZeRO-3 a layer's weights and gradients.
+
+    Of a gathered layer its weights, and with them either the buffer that they came in or, in backward, its
+    gradients and the buffer that these leave in.
+    """
     largest = max(out * into for out, into in shape.linears.values())
     if zero < 3:
         return c * largest * (method == "qlora")
-    return c * max(shape.layer_parameters, shape.table_parameters)
+    return c * max(shape.layer_parameters, shape.table_parameters) * (3 if gradients_too else 2)
 
 
 def _spread(states: dict[str, int], zero: int, world_size: int, offload: bool) -> tuple[dict[str, int], int]:
@@ -198,7 +205,11 @@ def _spread(states: dict[str, int], zero: int, world_size: int, offload: bool) -
             states[name] = math.ceil(states[name] / world_size)
     host = 0
     if offload:
-        for name in ("optimizer state", "master weights", "gradients"):
+        moved = ["optimizer state", "master weights", "gradients"]
+        if zero == 1:  # the full gradients stay, and the rank's part of their mean is on the host
+            moved.remove("gradients")
+            host = math.ceil(states["gradients"] / world_size)
+        for name in moved:
             host += states[name]
             states[name] = 0
     return states, host

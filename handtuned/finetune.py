@@ -9,28 +9,31 @@ import json
 import math
 import shutil
 import signal
+import sys
 import time
 from pathlib import Path
 
 import torch
 
-from . import data, records, runstate, telling
+from . import data, evaluation, parallel, records, runstate, telling
 from .adapted import TRAINING_RECORD
 from .amp import GradScaler
-from .answers import AnswerModel, write_answers
-from .models import choose_device, choose_dtype, fingerprint, load_base
-from .nn import apply_lora_to_model, lora_parameters
+from .answers import AnswerModel
+from .faults import Fault
+from .models import choose_dtype, fingerprint, load_base, resolve
+from .nn import apply_lora_to_model
 from .nn.adapters import save_adapter
 from .nn.files import write_json
 from .optim import AdamW, cosine_with_warmup
-from .settings import FinetuneSettings, add_flags, differences, next_output_dir
+from .settings import FinetuneSettings, add_flags, differences, flag, next_output_dir
+from .shards import weight_bytes, whole_adapter
 from .training import peak_memory, train
 
 SHOWN_PROMPTS = 3
 
 
 class Interrupted(Exception):
-    """Ctrl-C; the state has been saved."""
+    """Ctrl-C, on any rank; the state has been saved."""
 
 
 def add_arguments(parser) -> None:
@@ -41,24 +44,45 @@ def add_arguments(parser) -> None:
 
 def run(args) -> int:
     typed = {name: value for name, value in vars(args).items() if name != "resume"}
-    settings = FinetuneSettings(**typed)
-    if args.resume is not None:
-        settings = _settings_to_resume(args.resume or settings.output_dir, typed, settings)
-    else:
-        settings.output_dir = settings.output_dir or next_output_dir()
-        directory = Path(settings.output_dir)
-        if directory.exists() and (not directory.is_dir() or any(directory.iterdir())):
-            raise ValueError(f"--output-dir {directory} holds another run; name a new one, or go on with --resume")
+    again = ""
     try:
-        finetune(settings)
+        with parallel.start(typed.get("parallel", "none"), typed.get("device", "auto")) as team, team.quiet():
+            with team.together():
+                settings = FinetuneSettings(**typed)
+            team.agree({flag(name): value for name, value in settings.to_json().items()} | {"--resume": args.resume})
+            with team.together():
+                if team.main:
+                    settings = _settings(args.resume, typed, settings, team.size)
+            settings = team.from_main(settings)
+            again = f"\ngo on with: {team.command()} --resume {settings.output_dir}"
+            finetune(settings, team)
     except Interrupted as stop:
-        print(f"\n{stop}\ngo on with: handtuned finetune --resume {settings.output_dir}")
+        if team.main:
+            print(f"\n{stop}{again}")
         return 130
+    except Fault as fault:
+        if fault.tell:
+            print(f"handtuned finetune: error: {fault}{again}", file=sys.stderr)
+        return 1
     return 0
 
 
-def _settings_to_resume(place: str | None, typed: dict, fresh: FinetuneSettings) -> FinetuneSettings:
-    """The settings of the run at `place`; what was typed again must agree. A run that never began starts afresh."""
+def _settings(resume: str | None, typed: dict, fresh: FinetuneSettings, ranks: int) -> FinetuneSettings:
+    """With a directory that is free, or that of the run to be resumed and its settings."""
+    if resume is not None:
+        return _settings_to_resume(resume or fresh.output_dir, typed, fresh, ranks)
+    fresh.output_dir = fresh.output_dir or next_output_dir()
+    directory = Path(fresh.output_dir)
+    if directory.exists() and (not directory.is_dir() or any(directory.iterdir())):
+        raise ValueError(f"--output-dir {directory} holds another run; name a new one, or go on with --resume")
+    return fresh
+
+
+def _settings_to_resume(place: str | None, typed: dict, fresh: FinetuneSettings, ranks: int) -> FinetuneSettings:
+    """The settings of the run at `place`; what was typed again must agree. A run that never began starts afresh.
+
+    Another number of ranks than before shares out the same rows a step.
+    """
     if not place:
         raise ValueError("--resume needs the run's directory: --resume DIR, or --output-dir DIR")
     directory = Path(place)
@@ -71,18 +95,29 @@ def _settings_to_resume(place: str | None, typed: dict, fresh: FinetuneSettings)
         print(f"nothing to resume in {directory}: starting afresh")
         fresh.output_dir = str(directory)
         return fresh
-    saved = json.loads(record.read_text(encoding="utf-8"))["settings"]
-    changed = differences({name: getattr(fresh, name) for name in typed if name != "output_dir"}, saved)
+    run = json.loads(record.read_text(encoding="utf-8"))
+    saved = run["settings"]
+    free = ("output_dir", "parallel")
+    changed = differences({name: getattr(fresh, name) for name in typed if name not in free}, saved)
     if changed:
         raise ValueError("--resume goes on with the run's own settings: " + "; ".join(changed))
-    return FinetuneSettings(**saved | {"output_dir": str(directory)})
+    micro, accumulate = saved["per_device_train_batch_size"], saved["gradient_accumulation_steps"]
+    rows, odd = divmod(micro * accumulate * run["marks"].get("ranks", 1), ranks)
+    if odd:
+        raise ValueError(f"--resume: {ranks} ranks cannot evenly share the {rows * ranks + odd} rows of a step")
+    micro = max(size for size in range(1, micro + 1) if rows % size == 0)
+    shares = {"per_device_train_batch_size": micro, "gradient_accumulation_steps": rows // micro}
+    return FinetuneSettings(**saved | shares | {"output_dir": str(directory), "parallel": fresh.parallel})
 
 
-def finetune(settings: FinetuneSettings) -> dict:
+def finetune(settings: FinetuneSettings, team: parallel.Team | None = None) -> dict:
     """Fine-tune as `settings` say; everything lands in `settings.output_dir`.
 
     A directory that holds a checkpoint of the same run is gone on with from there, to
     the bit where an unbroken run would be.
+
+    Args:
+        team: the ranks that share the work (default: this process alone).
 
     Returns:
         what `results.json` holds: {"before": scores, "after": scores, "answers": …, …}.
@@ -92,96 +127,126 @@ def finetune(settings: FinetuneSettings) -> dict:
         Interrupted: Ctrl-C; a checkpoint of the last whole step has been written.
     """
     started = time.perf_counter()
+    team = team or parallel.Team()
     settings = settings.with_defaults()
-    device = choose_device(settings.device)
-    dtype = choose_dtype(settings.dtype, device)
     directory = Path(settings.output_dir)
 
-    train_rows, eval_rows = load_rows(settings)
-    model, tokenizer = load_base(settings.model, settings.method, dtype, device)
-    data.check_max_seq_length(settings.max_seq_length, getattr(model.config, "max_position_embeddings", None))
-    examples = encode(train_rows, "training", tokenizer, settings)
-    held_out = encode(eval_rows, "held-out", tokenizer, settings) if eval_rows else []
-    marks = {"base": fingerprint(model), "data": _data_mark(examples)}
+    with team.together():
+        if team.local_rank == 0:
+            resolve(settings.model)  # fetched once a machine
+    with team.together():
+        device = team.device(settings.device)
+        dtype = choose_dtype(settings.dtype, device)
+        train_rows, eval_rows = load_rows(settings)
+        # FSDP moves block after block to its GPU, which need not hold the whole model at any moment.
+        model, tokenizer = load_base(settings.model, settings.method, dtype, "cpu" if team.mode == "fsdp" else device)
+        data.check_max_seq_length(settings.max_seq_length, getattr(model.config, "max_position_embeddings", None))
+        examples = encode(train_rows, "training", tokenizer, settings)
+        held_out = encode(eval_rows, "held-out", tokenizer, settings) if eval_rows else []
+        marks = {"base": fingerprint(model), "data": _data_mark(examples)}
 
-    torch.manual_seed(settings.seed)
-    apply_lora_to_model(model, settings.lora_r, settings.lora_alpha, settings.target_modules, settings.lora_dropout)
-    if settings.gradient_checkpointing:
-        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-    parameters = list(lora_parameters(model))
-    rows_a_step = settings.per_device_train_batch_size * settings.gradient_accumulation_steps
-    total = settings.max_steps or max(1, math.ceil(settings.num_train_epochs * len(examples) / rows_a_step))
+        torch.manual_seed(settings.seed)
+        apply_lora_to_model(model, settings.lora_r, settings.lora_alpha, settings.target_modules, settings.lora_dropout)
+        if settings.gradient_checkpointing:
+            model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        rows_a_step = settings.per_device_train_batch_size * settings.gradient_accumulation_steps * team.size
+        total = settings.max_steps or max(1, math.ceil(settings.num_train_epochs * len(examples) / rows_a_step))
+        print(telling.plan(settings, model, len(examples), len(held_out), total, device, dtype))
+    team.agree({"base model (--model)": marks["base"][:12], "training data (--data)": marks["data"][:12]})
+
+    trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    parameters = team.wrap(model, device)
     optimizer = AdamW(parameters, lr=settings.learning_rate, weight_decay=settings.weight_decay)
     schedule = cosine_with_warmup(optimizer, total, settings.warmup_ratio)
     scaler = GradScaler(enabled=dtype == torch.float16)
-    answers = AnswerModel(model, torch.from_numpy(examples[0].input_ids[None, :8]).long().to(device))
-
-    print(telling.plan(settings, model, len(examples), len(held_out), total, device, dtype))
+    sample = torch.from_numpy(examples[0].input_ids[None, :8]).long().to(device)
+    answers = team.evaluate(lambda: AnswerModel(model, sample))
+    held = team.gather(weight_bytes(model))
+    if team.mode != "none":
+        print(f"ranks        {team.size}, {team.mode}: {telling.megabytes(max(held))} of weights and adapter on each")
     print(data.describe_example(examples[0], tokenizer))
-    _need_disk(directory, sum(p.numel() for p in parameters) * 4 * 3 * (settings.save_total_limit + 2))
-    directory.mkdir(parents=True, exist_ok=True)
-    _begin_or_recognize(directory, settings, marks)
+    with team.together():
+        if team.main:
+            _need_disk(directory, trainable * 4 * 3 * (settings.save_total_limit + 2))
+            directory.mkdir(parents=True, exist_ok=True)
+            runstate.clear_unfinished(directory)
+            _begin_or_recognize(directory, settings, marks | {"ranks": team.size})
 
     results_file = directory / "results.json"
-    results = json.loads(results_file.read_text(encoding="utf-8")) if results_file.exists() else {}
+    results = team.from_main(_read_results(results_file) if team.main else None)
     shown = eval_rows[:SHOWN_PROMPTS]
     prompts = [chat[:-1] for chat in shown]
     if "before" not in results:
-        results["before"] = telling.score(answers, held_out, "held-out, before")
+        results["before"] = evaluation.score(team, answers, held_out, "held-out, before")
+        written = evaluation.write_answers(team, model, tokenizer, prompts)
         results["answers"] = [
-            {"prompt": prompt[-1]["content"], "expected": chat[-1]["content"], "before": answer}
-            for prompt, chat, answer in zip(prompts, shown, write_answers(model, tokenizer, prompts), strict=True)
+            {"prompt": data.said(prompt[-1]), "expected": data.said(chat[-1]), "before": answer}
+            for prompt, chat, answer in zip(prompts, shown, written, strict=True)
         ]
-        write_json(results_file, results)
+        if team.main:
+            write_json(results_file, results)
 
     first = 0
-    if saved := runstate.checkpoints(directory):
-        first = runstate.load_checkpoint(saved[-1], model, optimizer, schedule, scaler)
+    saved = team.from_main(runstate.checkpoints(directory))
+    if saved:
+        with team.together():
+            first = runstate.load_checkpoint(saved[-1], model, optimizer, schedule, scaler, team)
         print(f"going on after step {first} of {total}")
     metrics = records.Metrics(directory / "metrics.jsonl")
-    metrics.keep_until(first)
+    if team.main:
+        metrics.keep_until(first)
 
     def save(step: int) -> Path:
         return runstate.save_checkpoint(
-            directory, step, model, optimizer, schedule, scaler, settings.save_total_limit, settings.model
+            directory, step, model, optimizer, schedule, scaler, settings.save_total_limit, settings.model, team
         )
 
-    reporter = records.Reporter(settings.report_to, directory, settings.to_json())
-    with telling.progress_bar(first, total) as bar, _CtrlC() as ctrl_c:
+    reporter = records.Reporter(settings.report_to if team.main else "none", directory, settings.to_json())
+    with telling.progress_bar(first, total) as bar, _CtrlC(team) as ctrl_c:
 
         def on_step(row: dict) -> None:
             step = row["step"]
             bar.show(row)
-            if step % settings.logging_steps == 0 or step == total:
+            if team.main and (step % settings.logging_steps == 0 or step == total):
                 metrics.append(row)
                 reporter.log(row)
             if step % settings.save_steps == 0 and step < total:
                 save(step)
-            if ctrl_c.pressed and step < total:
+            if team.sum(ctrl_c.pressed or team.stopping) and step < total:
                 raise Interrupted(f"stopped after step {step} of {total}; saved in {save(step)}")
 
-        train(answers, examples, settings, optimizer, schedule, scaler, first, total, on_step)
+        train(answers, examples, settings, optimizer, schedule, scaler, first, total, on_step, team)
     reporter.close()
 
     save(total)
-    save_adapter(model, directory, base_model=settings.model)
-    write_json(directory / TRAINING_RECORD, {
-        "model": settings.model,
-        "method": settings.method,
-        "fingerprint": marks["base"],
-        "system_prompt": data.shared_system_prompt(train_rows),
-        "eval_data": _eval_source(settings),
-        "versions": records.versions(),
-    })  # fmt: skip
-    results["after"] = telling.score(answers, held_out, "held-out, after ")
-    for entry, answer in zip(results["answers"], write_answers(model, tokenizer, prompts), strict=True):
+    with whole_adapter(model):
+        if team.main:
+            save_adapter(model, directory, base_model=settings.model)
+    if team.main:
+        write_json(directory / TRAINING_RECORD, {
+            "model": settings.model,
+            "method": settings.method,
+            "fingerprint": marks["base"],
+            "system_prompt": data.shared_system_prompt(train_rows),
+            "eval_data": _eval_source(settings),
+            "versions": records.versions(),
+        })  # fmt: skip
+    results["after"] = evaluation.score(team, answers, held_out, "held-out, after ")
+    written = evaluation.write_answers(team, model, tokenizer, prompts)
+    for entry, answer in zip(results["answers"], written, strict=True):
         entry["after"] = answer
-    results["peak_memory_bytes"] = peak_memory(device)
+    results["weight_bytes_by_rank"] = held
+    results["peak_memory_bytes"] = max(team.gather(peak_memory(device)))
     results["seconds"] = round(time.perf_counter() - started, 1)
-    write_json(results_file, results)
-    records.draw_loss(metrics.rows(), directory / "loss.png", f"{Path(settings.model).name}, {settings.method}")
+    if team.main:
+        write_json(results_file, results)
+        records.draw_loss(metrics.rows(), directory / "loss.png", f"{Path(settings.model).name}, {settings.method}")
     print(telling.outcome(results, directory))
     return results
+
+
+def _read_results(path: Path) -> dict:
+    return json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
 
 
 def load_rows(settings: FinetuneSettings) -> tuple[list, list]:
@@ -246,7 +311,13 @@ def _need_disk(directory: Path, needed: int) -> None:
 
 
 class _CtrlC:
-    """Turns the first Ctrl-C into a wish to stop after this step; the second stops at once."""
+    """Turns the first Ctrl-C into a wish to stop after this step; the second stops at once.
+
+    Not so under torchrun, which passes on a Ctrl-C that has reached its processes already.
+    """
+
+    def __init__(self, team: parallel.Team):
+        self.patient = team.mode != "none"
 
     def __enter__(self):
         self.pressed = False
@@ -254,7 +325,7 @@ class _CtrlC:
         return self
 
     def _note(self, number, frame):
-        if self.pressed:
+        if self.pressed and not self.patient:
             raise KeyboardInterrupt
         self.pressed = True
 

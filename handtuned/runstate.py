@@ -2,11 +2,12 @@
 
     adapter_model.safetensors, adapter_config.json     the adapter (PEFT's format)
     optimizer.safetensors                              AdamW's moments
-    rng.safetensors                                    torch's generators (CPU, and each GPU)
+    rng.safetensors                                    torch's generators (CPU, and in a run alone each GPU)
     state.json                                         step, schedule, loss scale, parameter groups
 
 The data order needs no file: it is a function of seed and step. A checkpoint is
 written under a temporary name and renamed, so a `checkpoint-N` that exists is whole.
+All tensors in it are whole too, whatever number of ranks wrote or reads it.
 """
 
 import json
@@ -18,7 +19,9 @@ import torch
 
 from .nn.adapters import save_adapter
 from .nn.files import whole_directory, write_json, write_safetensors
-from .nn.inject import lora_layers
+from .nn.inject import lora_layers, lora_parameters
+from .parallel import Team
+from .shards import local, part, whole, whole_adapter
 
 
 def checkpoints(directory: Path) -> list[Path]:
@@ -27,37 +30,48 @@ def checkpoints(directory: Path) -> list[Path]:
     return sorted(found, key=_step)
 
 
+def clear_unfinished(directory: Path) -> None:
+    """Remove what a process that was killed in the middle of writing has left under temporary names."""
+    for left in directory.glob(".*.tmp"):
+        shutil.rmtree(left) if left.is_dir() else left.unlink()
+
+
 def _step(checkpoint: Path) -> int:
     return int(checkpoint.name.rsplit("-", 1)[1])
 
 
-def save_checkpoint(directory: Path, step: int, model, optimizer, schedule, scaler, keep: int, base_model: str) -> Path:
-    """Write `checkpoint-<step>` and delete all but the newest `keep`."""
+def save_checkpoint(
+    directory: Path, step: int, model, optimizer, schedule, scaler, keep: int, base_model: str, team: Team
+) -> Path:
+    """Write `checkpoint-<step>` and delete all but the newest `keep`. All ranks call it, the main one writes."""
     path = directory / f"checkpoint-{step}"
-    if not path.exists():
-        state = optimizer.state_dict()
-        moments = {
-            f"{index}.{key}": torch.as_tensor(value)
-            for index, entry in state["state"].items()
-            for key, value in entry.items()
-        }
-        with whole_directory(path) as temporary:
-            save_adapter(model, temporary, base_model)
-            write_safetensors(temporary / "optimizer.safetensors", moments)
-            write_safetensors(temporary / "rng.safetensors", _generators())
+    state = optimizer.state_dict()
+    parameters = list(lora_parameters(model))
+    moments = {
+        f"{index}.{key}": whole(torch.as_tensor(value), like=parameters[index])
+        for index, entry in state["state"].items()
+        for key, value in entry.items()
+    }
+    with whole_adapter(model):
+        if team.main and not path.exists():
             progress = {
                 "step": step,
                 "param_groups": state["param_groups"],
                 "schedule": schedule.state_dict(),
                 "scaler": scaler.state_dict(),
             }
-            write_json(temporary / "state.json", progress)
-    for old in checkpoints(directory)[:-keep]:
-        shutil.rmtree(old)
+            with whole_directory(path) as temporary:
+                save_adapter(model, temporary, base_model)
+                write_safetensors(temporary / "optimizer.safetensors", moments)
+                write_safetensors(temporary / "rng.safetensors", _generators(team))
+                write_json(temporary / "state.json", progress)
+    if team.main:
+        for old in checkpoints(directory)[:-keep]:
+            shutil.rmtree(old)
     return path
 
 
-def load_checkpoint(path: Path, model, optimizer, schedule, scaler) -> int:
+def load_checkpoint(path: Path, model, optimizer, schedule, scaler, team: Team) -> int:
     """Put a run back to where `path` was written; returns the number of optimizer steps done.
 
     Raises:
@@ -75,24 +89,27 @@ def load_checkpoint(path: Path, model, optimizer, schedule, scaler) -> int:
         raise ValueError(f"{path} is not a whole checkpoint: {error}") from error
     with torch.no_grad():  # into the parameters that the optimizer holds
         for name, layer in lora_layers(model):
-            layer.lora_A.copy_(adapter[f"base_model.model.{name}.lora_A.weight"])
-            layer.lora_B.copy_(adapter[f"base_model.model.{name}.lora_B.weight"])
+            for own in ("lora_A", "lora_B"):
+                parameter = getattr(layer, own)
+                local(parameter).copy_(part(adapter[f"base_model.model.{name}.{own}.weight"], like=parameter))
+    parameters = list(lora_parameters(model))
     state: dict[int, dict] = {}
     for name, value in moments.items():
         index, key = name.split(".", 1)
-        state.setdefault(int(index), {})[key] = value.clone()
+        state.setdefault(int(index), {})[key] = part(value, like=parameters[int(index)]).clone()
     optimizer.load_state_dict({"state": state, "param_groups": progress["param_groups"]})
     schedule.load_state_dict(progress["schedule"])
     scaler.load_state_dict(progress["scaler"])
     torch.set_rng_state(generators["cpu"])
-    for index in range(torch.cuda.device_count() if torch.cuda.is_available() else 0):
+    for index in range(torch.cuda.device_count() if team.mode == "none" else 0):
         if f"cuda{index}" in generators:
             torch.cuda.set_rng_state(generators[f"cuda{index}"], index)
     return progress["step"]
 
 
-def _generators() -> dict[str, torch.Tensor]:
+def _generators(team: Team) -> dict[str, torch.Tensor]:
+    """Ranks draw from generators seeded anew for each forward pass, and must not touch each other's GPUs."""
     states = {"cpu": torch.get_rng_state()}
-    if torch.cuda.is_available():
+    if torch.cuda.is_available() and team.mode == "none":
         states.update({f"cuda{index}": state for index, state in enumerate(torch.cuda.get_rng_state_all())})
     return states

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 
 METHODS = ("qlora", "lora")
 DTYPES = ("auto", "float32", "bfloat16", "float16")
+PARALLEL = ("none", "ddp", "fsdp")
 REPORTERS = ("none", "tensorboard", "wandb")
 
 
@@ -54,6 +55,8 @@ class FinetuneSettings:
     gradient_checkpointing: bool = _setting(False, "recompute activations in the backward pass: less memory, more time")
     dtype: str = _setting("auto", "compute dtype; auto: bfloat16 or float16 on a GPU, float32 on a CPU", choices=DTYPES)
     device: str = _setting("auto", "auto, cpu, cuda or cuda:N")
+    parallel: str = _setting(
+        "none", "under torchrun: ddp (a whole model in each process) or fsdp (weights shared out)", choices=PARALLEL)
     logging_steps: int = _setting(1, "steps between two lines of metrics.jsonl")
     save_steps: int = _setting(25, "steps between two checkpoints")
     save_total_limit: int = _setting(2, "checkpoints kept")
@@ -76,7 +79,8 @@ class FinetuneSettings:
             self._need(name, 0 <= getattr(self, name) < math.inf, "a finite number, 0 or above")
         for name in ("lora_dropout", "warmup_ratio", "eval_fraction"):
             self._need(name, 0 <= getattr(self, name) < 1, "in [0, 1)")
-        for name, allowed in (("method", METHODS), ("dtype", DTYPES), ("report_to", REPORTERS)):
+        for name, allowed in (("method", METHODS), ("dtype", DTYPES), ("parallel", PARALLEL),
+                              ("report_to", REPORTERS)):
             self._need(name, getattr(self, name) in allowed, f"one of {', '.join(allowed)}")
         self._need("seed", 0 <= self.seed < 2**63, "in [0, 2^63)")
         self._need("target_modules", bool(self.target_modules), "at least one name")

@@ -4,52 +4,58 @@ import math
 import resource
 import sys
 import time
+from functools import partial
 
 import torch
 
 from . import data
 from .models import choose_dtype
-from .nn import lora_parameters
+from .parallel import Team
 
 
-def train(answers, examples, settings, optimizer, schedule, scaler, first, total, on_step):
+def train(answers, examples, settings, optimizer, schedule, scaler, first, total, on_step, team=None):
     """Train until `total` optimizer steps are done.
 
     The loss of a step is the sum of all its tokens' losses divided by the count of all its
-    answer tokens, over every accumulated forward pass: 1 × 8 rows and 8 × 1 rows give the
-    same gradient, and a long answer weighs as much a token as a short one.
+    answer tokens, over every accumulated forward pass of every rank: 1 × 8 rows, 8 × 1 rows and
+    2 ranks of 4 × 1 rows give the same gradient, and a long answer weighs as much a token as a short one.
 
     Args:
         answers: the AnswerModel.
         examples: encoded rows; step i takes the rows that `data.batch_indices` names for it.
         first, total: optimizer steps done already, and in the whole run.
         on_step: called after every step with its measurements; raises to stop.
+        team: the ranks that share the work (default: this process alone).
     """
+    team = team or Team()
     model = answers.model.train()
-    parameters = list(lora_parameters(model))
-    place = parameters[0].device
+    place = next(model.parameters()).device
+    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     dtype = choose_dtype(settings.dtype, place)
     micro = settings.per_device_train_batch_size
-    rows_a_step = micro * settings.gradient_accumulation_steps
+    rows_a_step = micro * settings.gradient_accumulation_steps * team.size
 
     for step in range(first, total):
         started = time.perf_counter()
         rows = [examples[i] for i in data.batch_indices(step, len(examples), rows_a_step, settings.seed)]
-        batches = [data.collate(rows[at : at + micro], pad_id=0) for at in range(0, len(rows), micro)]
-        answer_tokens = sum(int((batch["labels"][:, 1:] != data.IGNORE_INDEX).sum()) for batch in batches)
+        answer_tokens = sum(row.answer_tokens for row in rows)  # of all ranks: each knows the whole batch
         loss_sum = torch.zeros((), device=place)
 
-        for batch in batches:
+        mine = range(0, len(rows), micro)[team.rank :: team.size]
+        for at in mine:
+            batch = data.collate(rows[at : at + micro], pad_id=0)
             batch = {name: tensor.to(place) for name, tensor in batch.items()}
+            team.seed(settings.seed, step, at)
             with torch.autocast(place.type, dtype=dtype, enabled=dtype != torch.float32):
-                loss = answers.loss(batch)
-            scaler.scale(loss / answer_tokens).backward()
+                loss = team.run(partial(answers.loss, batch), sync=at == mine[-1])
+            scaler.scale(loss * team.size / answer_tokens).backward()  # gradients are averaged over ranks
             loss_sum += loss.detach()
 
         if step == first:
             _check_gradients(model)
+        team.collect_gradients(scaler)
         scaler.unscale_(optimizer)
-        grad_norm = torch.nn.utils.clip_grad_norm_(parameters, settings.max_grad_norm or math.inf)
+        grad_norm = team.clip_gradients(parameters, settings.max_grad_norm or math.inf)
         learning_rate = schedule.get_last_lr()[0]
         scale_before = scaler.get_scale()
         scaler.step(optimizer)
@@ -62,7 +68,7 @@ def train(answers, examples, settings, optimizer, schedule, scaler, first, total
         on_step({
             "step": step + 1,
             "epoch": round((step + 1) * rows_a_step / len(examples), 4),
-            "loss": loss_sum.item() / answer_tokens,
+            "loss": team.sum(loss_sum.item()) / answer_tokens,
             "learning_rate": learning_rate,
             "grad_norm": _finite(grad_norm.item()),
             "answer_tokens": answer_tokens,

@@ -4,7 +4,7 @@ Triton compiles for any NVIDIA architecture on any machine, and its wheel brings
 `cuobjdump` and `nvdisasm`. So a change that spills registers, halves a store's
 width or loses the tensor cores shows here, before anything is timed.
 
-    python -m handtuned.xray nf4 --arch sm_80,sm_90,sm_100
+    handtuned xray nf4 --arch sm_80,sm_90,sm_100
 
 Instructions an element = machine instructions of one thread, times the threads of a
 program, over the elements that one program produces (its `KernelSpec.elements`).
@@ -12,6 +12,9 @@ All instructions up to the last EXIT count, masked ones and both sides of a bran
 too, so it is an upper bound. It is given for code without a loop only; where there
 is a loop, its static size is reported instead. Subroutines that the compiler adds
 for rare cases (the slow path of a division) are not counted.
+
+From the counts follow how many programs a multiprocessor holds at once (`gpus.py`) and what to expect on the GPUs
+of that architecture (`predict.py`, a model); where `benchmarks/` holds times from such a GPU they stand beside it.
 """
 
 import argparse
@@ -26,10 +29,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from . import kernels
+from .gpus import ARCHS, GPUS, Occupancy, occupancy
 from .kernels.runtime import HAS_TRITON, INTERPRETED, KernelSpec, triton
+from .predict import ASSUMES, Prediction, Size, measurements, predictions
 
-ARCHITECTURES = ("sm_75", "sm_80", "sm_89", "sm_90", "sm_100")
+ARCHITECTURES = tuple(ARCHS)
 DEFAULT_ARCHITECTURES = ("sm_80", "sm_90", "sm_100")
+RESULTS = Path(__file__).resolve().parents[1] / "benchmarks"
 
 # Machine instructions that feed the tensor cores, and the PTX family they come from.
 TENSOR_CORE = {
@@ -51,10 +57,12 @@ _TARGET = re.compile(r"`\((\.L_x_\d+)\)")
 
 @dataclass(frozen=True)
 class Loop:
-    """One loop: the instructions between its first label and the branch back, inner loops included."""
+    """One loop: the instructions between its first label and the branch back, inner loops included; depth 0: outermost.
+    """
 
     instructions: int
     tensor_core: int
+    depth: int = 0
 
 
 @dataclass(frozen=True)
@@ -100,6 +108,11 @@ class Xray:
     instructions_per_element: float | None = None
     sass: str = field(default="", repr=False)
     error: str = ""
+
+    @property
+    def occupancy(self) -> Occupancy:
+        """What one multiprocessor holds at once."""
+        return occupancy(self.arch, self.threads, self.registers, self.shared_bytes)
 
     def widths(self, kind: str) -> dict[int, int]:
         """Bits → count of the accesses of one kind, for example `widths("store global")`."""
@@ -147,8 +160,9 @@ def read_machine_code(sass: str) -> MachineCode:
         start = labels.get(target[1]) if target and opcode.startswith("BRA") else None
         if start is not None and start < i:
             body = code[start : i + 1]
-            loops.append((start, Loop(len(body), sum(op.split(".")[0] in TENSOR_CORE for op, _ in body))))
-    loops.sort(key=lambda pair: (pair[0], -pair[1].instructions))
+            loops.append((start, i, sum(op.split(".")[0] in TENSOR_CORE for op, _ in body)))
+    loops.sort(key=lambda loop: (loop[0], -loop[1]))
+    depths = [sum(a <= start and end <= b for a, b, _ in loops[:at]) for at, (start, end, _) in enumerate(loops)]
 
     opcodes = Counter(opcode.split(".")[0] for opcode, _ in code if opcode != "NOP")
     memory, tensor_core = Counter(), Counter()
@@ -158,7 +172,8 @@ def read_machine_code(sass: str) -> MachineCode:
             memory[MEMORY[head], _bits(opcode)] += 1
         if head in TENSOR_CORE:
             tensor_core[TENSOR_CORE[head]] += 1
-    return MachineCode(sum(opcodes.values()), memory, tensor_core, opcodes, tuple(loop for _, loop in loops))
+    found = tuple(Loop(end - start + 1, n, depth) for (start, end, n), depth in zip(loops, depths, strict=True))
+    return MachineCode(sum(opcodes.values()), memory, tensor_core, opcodes, found)
 
 
 def _tool(name: str, *arguments: str) -> str:
@@ -233,28 +248,40 @@ def xray(spec: KernelSpec, arch: str = "sm_90") -> Xray:
     )
 
 
+def describe(ray: Xray, expected: Sequence[Prediction] = ()) -> str:
+    """One kernel's findings as text, and below them what they let one expect."""
+    if ray.error:
+        return f"{ray.name}  {ray.arch}  does not compile: {ray.error}"
+    code, held = ray.code, ray.occupancy
+    head = f"{ray.registers} registers, {ray.spill_bytes} B spilled, {ray.shared_bytes} B shared, "
+    lines = [f"{ray.name}  {ray.arch}  {head}{ray.threads} threads"]
+    lines.append(f"    a multiprocessor holds {held.blocks} programs, {held.warps} of {held.of_warps} warps; "
+                 f"no more for {held.limit}")  # fmt: skip
+    if ray.instructions_per_element is not None:
+        lines.append(f"    {code.instructions} instructions, {ray.instructions_per_element:.2f} for each {ray.unit}")
+    else:
+        loops = ", ".join(f"{loop.instructions} ({loop.tensor_core} tensor-core)" for loop in code.loops)
+        lines.append(f"    {code.instructions} instructions, loops of {loops}")
+    accesses = sorted(code.memory.items(), key=lambda item: (item[0][0], -item[0][1]))
+    if accesses:
+        lines.append("    " + ", ".join(f"{n} × {kind} {bits} bit" for (kind, bits), n in accesses))
+    if code.tensor_core:
+        lines.append("    " + ", ".join(f"{n} × {family}" for family, n in code.tensor_core.items()))
+    lines += [f"    {_told(p)}" for p in expected]
+    return "\n".join(lines)
+
+
+def _told(p: Prediction) -> str:
+    parts = ", ".join(f"{kind} {getattr(p, kind) * 1e6:.1f}" for kind in ("memory", "tensor", "issue"))
+    said = f"{p.gpu.name}: predicted {p.seconds * 1e6:.1f} µs, {p.bound} bound ({parts}; floor {p.floor * 1e6:.1f})"
+    if p.measured is not None:
+        said += f"; measured {p.measured * 1e6:.1f} µs, {p.measured / p.seconds:.2f} × predicted, at {p.size}"
+    return said
+
+
 def report(rays: Sequence[Xray]) -> str:
     """The findings as text, a block of lines for each kernel."""
-    lines = []
-    for ray in rays:
-        if ray.error:
-            lines.append(f"{ray.name}  {ray.arch}  does not compile: {ray.error}")
-            continue
-        code = ray.code
-        head = f"{ray.registers} registers, {ray.spill_bytes} B spilled, {ray.shared_bytes} B shared, "
-        lines.append(f"{ray.name}  {ray.arch}  {head}{ray.threads} threads")
-        if ray.instructions_per_element is not None:
-            size = f"{code.instructions} instructions, {ray.instructions_per_element:.2f} for each {ray.unit}"
-        else:
-            loops = ", ".join(f"{loop.instructions} ({loop.tensor_core} tensor-core)" for loop in code.loops)
-            size = f"{code.instructions} instructions, loops of {loops}"
-        lines.append(f"    {size}")
-        accesses = sorted(code.memory.items(), key=lambda item: (item[0][0], -item[0][1]))
-        if accesses:
-            lines.append("    " + ", ".join(f"{n} × {kind} {bits} bit" for (kind, bits), n in accesses))
-        if code.tensor_core:
-            lines.append("    " + ", ".join(f"{n} × {family}" for family, n in code.tensor_core.items()))
-    return "\n".join(lines)
+    return "\n".join(describe(ray) for ray in rays)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -262,6 +289,20 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("names", nargs="*", help="only kernels whose name contains one of these (default: all)")
     parser.add_argument("--arch", default=",".join(DEFAULT_ARCHITECTURES), help=f"of {','.join(ARCHITECTURES)}")
     parser.add_argument("--sass", action="store_true", help="also print the machine code")
+    parser.add_argument("--html", metavar="FILE", help="also write a page with the predicted times as bars")
+    for flag, meaning in (("rows", "M"), ("out-features", "N"), ("in-features", "K"), ("rank", "r")):
+        default = 16 if flag == "rank" else 4096
+        parser.add_argument(f"--{flag}", type=int, default=default, help=f"{meaning} of the predicted problem")
+    parser.add_argument("--parameters", type=int, default=Size.parameters, help="for kernels over all tensors")
+    parser.add_argument("--results", default=RESULTS, metavar="DIR", type=Path, help="where GPU results lie")
+
+
+def _size(args: argparse.Namespace) -> Size:
+    size = Size(args.rows, args.out_features, args.in_features, args.rank, args.parameters)
+    for flag, value in vars(args).items():
+        if flag in ("rows", "out_features", "in_features", "rank", "parameters") and value < 1:
+            raise ValueError(f"--{flag.replace('_', '-')} must be at least 1, got {value}")
+    return size
 
 
 def run(args: argparse.Namespace) -> int:
@@ -269,14 +310,25 @@ def run(args: argparse.Namespace) -> int:
     specs = [s for s in all_specs() if not args.names or any(name in s.name for name in args.names)]
     if not specs:
         raise ValueError(f"no kernel's name contains {args.names}; there are {[s.name for s in all_specs()]}")
-    bad = 0
+    archs, size, known = args.arch.split(","), _size(args), measurements(args.results)
+    print(f"problem: {size}", flush=True)
+    bad, found = 0, []
     for spec in specs:
-        for arch in args.arch.split(","):
+        for arch in archs:
             ray = xray(spec, arch)
-            print(report([ray]), flush=True)
+            expected = list(predictions(spec, ray, size, known))
+            found.append((ray, expected))
+            print(describe(ray, expected), flush=True)
             if args.sass:
                 print(ray.sass)
             bad += bool(ray.error or ray.spill_bytes)
+    print(f"\n{ASSUMES}")
+    for gpu in (gpu for gpu in GPUS if gpu.arch in archs):
+        print(gpu)
+    if args.html:
+        from .xray_page import write_page
+
+        write_page(Path(args.html), found, size)
     return int(bad > 0)
 
 

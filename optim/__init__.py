@@ -1,8 +1,16 @@
-"""Optimizers, schedules and gradient accumulation."""
+"""Optimizers, schedules, gradient accumulation and ZeRO."""
 
 from .accumulate import GradientAccumulationTrainer
 from .adamw import AdamW
 from .adamw8bit import AdamW8bit
 from .schedule import cosine_with_warmup, optimizer_steps
+from .zero import ZeroOptimizer
 
-__all__ = ["AdamW", "AdamW8bit", "GradientAccumulationTrainer", "cosine_with_warmup", "optimizer_steps"]
+__all__ = [
+    "AdamW",
+    "AdamW8bit",
+    "GradientAccumulationTrainer",
+    "ZeroOptimizer",
+    "cosine_with_warmup",
+    "optimizer_steps",
+]

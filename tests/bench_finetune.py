@@ -1,172 +1,278 @@
-"""A whole training step of SmolLM2-135M, ours against peft: time and peak memory on this machine.
+"""Training steps of SmolLM2-135M, ours against peft: time, peak memory and losses on the same batches.
 
-    python tests/bench_finetune.py [--rounds 5] [--json FILE]
+    python tests/bench_finetune.py        the same as `handtuned bench finetune`
 
-Each contestant trains in a process of its own (so that its peak memory is its own), on
-the same batch of 4 × 128 tokens, r 8 and alpha 16 on all seven projections, fp32. The
-processes take turns, step by step (A B A B), one running at a time, so that a slow
-spell of the machine falls on all alike.
+Each contestant trains in a process of its own, so that its peak memory is its own. The processes take turns, step by
+step (A B A B), one running at a time. All have the same batches of the shipped data set, the same first
+adapter (r 8, alpha 16, all seven projections), AdamW and clipping.
 
-    handtuned qlora   NF4 base with double quantization: what `handtuned finetune` does
-    peft fp32         peft LoRA on the fp32 model, logits and loss by transformers
-    peft nf4          the same on bitsandbytes NF4 with double quantization
+    handtuned               NF4 base with double quantization: what `handtuned finetune` does
+    peft                    peft LoRA on the dense model, logits and loss by transformers
+    peft + bitsandbytes     the same on bitsandbytes NF4 with double quantization
 
-A third of each row is the answer, as in the shipped data set.
+4 × 128 tokens in fp32 on a CPU, 16 × 512 in bf16 on a GPU. Where the weights can be neither found nor fetched, a model
+of the same shape with random weights and random batches takes its place, and the record's name says so.
 """
 
 import argparse
 import json
+import os
 import resource
-import statistics
 import subprocess
 import sys
+import tempfile
 import time
+from pathlib import Path
 
-ROWS, TOKENS, RANK, ALPHA = 4, 128, 8, 16
-CONTESTANTS = ("handtuned qlora", "peft fp32", "peft nf4")
+import torch
+
+from handtuned import bench
+from handtuned.contest import summary
+from handtuned.data import encode, shipped_dataset
+from handtuned.models import choose_dtype, load_base, smollm2
+from handtuned.rows import load_rows
+
+RANK, ALPHA, RATE, MAX_NORM = 8, 16, 1e-3, 0.3
+SHAPES = {"cpu": (4, 128), "cuda": (16, 512)}
+CONTESTANTS = ("handtuned", "peft", "peft + bitsandbytes")
+LOSS_APART = 0.05  # between two contestants on the same NF4 weights, at any step, relative
 
 
-def batch():
-    import torch
-
+def batches(model, random, rows, tokens, count):
+    """(count, rows, tokens) ids and labels: the shipped chats one after another, or random, a third of them learnt."""
     generator = torch.Generator().manual_seed(0)
-    ids = torch.randint(1000, 40000, (ROWS, TOKENS), generator=generator)
-    labels = ids.clone()
-    labels[:, : -(TOKENS // 3)] = -100
-    return ids, labels
+    if random:
+        ids = torch.randint(1000, 40000, (count, rows, tokens), generator=generator)
+        labels = ids.clone()
+        labels[..., : -(tokens // 3)] = -100
+        return ids, labels
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(model)
+    ids, labels = [], []
+    chats = load_rows(shipped_dataset()[0]).rows
+    while len(ids) < count * rows * tokens:
+        for chat in chats:
+            example = encode(chat, tokenizer)
+            ids += example.input_ids.tolist()
+            labels += example.labels.tolist()
+            if len(ids) >= count * rows * tokens:
+                break
+    return tuple(torch.tensor(part[: count * rows * tokens]).view(count, rows, tokens) for part in (ids, labels))
 
 
-def handtuned_step():
-    """(step function, bytes a parameter of the quantized linears)"""
-    import torch
+def same_adapter(parameters):
+    """Fill A's with the same values whoever made them; B's are zero already."""
+    generator = torch.Generator().manual_seed(0)
+    for parameter in parameters:
+        if parameter.shape[0] == RANK:
+            values = torch.randn(parameter.shape, generator=generator) / parameter.shape[1] ** 0.5
+            parameter.data.copy_(values)
+
+
+def handtuned_model(model, random, dtype, device):
     from handtuned.nn import apply_lora_to_model, lora_parameters
     from handtuned.optim import AdamW
-    from handtuned.quant import NF4Linear
-
-    from handtuned.answers import AnswerModel
-    from handtuned.models import load_base
-
-    model, _ = load_base("smollm2", "qlora")
-    packed = [module for module in model.modules() if isinstance(module, NF4Linear)]
-    stored = sum(module.quantized.nbytes for module in packed)
-    share = stored / sum(module.in_features * module.out_features for module in packed)
-    apply_lora_to_model(model, RANK, ALPHA, "all-linear")
-    model.train()
-    parameters = list(lora_parameters(model))
-    optimizer = AdamW(parameters, lr=1e-4)
-    ids, labels = batch()
-    answers = AnswerModel(model, ids[:1, :8])
-    count = int((labels[:, 1:] != -100).sum())
-
-    def step():
-        loss = answers.loss({"input_ids": ids, "labels": labels}) / count
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(parameters, 0.3)
-        optimizer.step()
-        optimizer.zero_grad()
-        return loss.item()
-
-    return step, share
-
-
-def peft_step(four_bit):
-    import torch
-    from peft import LoraConfig, get_peft_model
+    from handtuned.quant import quantize_model
     from transformers import AutoModelForCausalLM
 
-    from handtuned.models import smollm2
+    from handtuned.answers import AnswerModel
+
+    if random:
+        base = AutoModelForCausalLM.from_pretrained(model, dtype=dtype).requires_grad_(False)
+        base = quantize_model(base).to(device)
+    else:
+        base, _ = load_base(model, "qlora", dtype, device)
+    apply_lora_to_model(base, RANK, ALPHA, "all-linear")
+    parameters = list(lora_parameters(base.train()))
+    answers = AnswerModel(base, torch.arange(1000, 1008, device=device)[None])
+
+    def loss(ids, labels):
+        return answers.loss({"input_ids": ids, "labels": labels}) / (labels[:, 1:] != -100).sum()
+
+    return loss, parameters, AdamW(parameters, lr=RATE)
+
+
+def peft_model(model, dtype, device, four_bit):
+    from peft import LoraConfig, get_peft_model
+    from transformers import AutoModelForCausalLM
 
     options = {}
     if four_bit:
         from transformers import BitsAndBytesConfig
 
         options["quantization_config"] = BitsAndBytesConfig(
-            load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True,
-            bnb_4bit_compute_dtype=torch.float32)  # fmt: skip
-    base = AutoModelForCausalLM.from_pretrained(smollm2(), dtype=torch.float32, **options)
-    model = get_peft_model(base, LoraConfig(r=RANK, lora_alpha=ALPHA, target_modules="all-linear")).train()
-    parameters = [p for p in model.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(parameters, lr=1e-4)
-    ids, labels = batch()
+            load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=dtype)
+        if device.type == "cuda":
+            options["device_map"] = {"": device}
+    base = AutoModelForCausalLM.from_pretrained(model, dtype=dtype, **options)
+    base = base if four_bit else base.to(device)
+    config = LoraConfig(r=RANK, lora_alpha=ALPHA, target_modules="all-linear")
+    adapted = get_peft_model(base, config).train()
+    parameters = [p for p in adapted.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(parameters, lr=RATE)
+    return lambda ids, labels: adapted(input_ids=ids, labels=labels, use_cache=False).loss, parameters, optimizer
 
-    def step():
-        loss = model(input_ids=ids, labels=labels, use_cache=False).loss
+
+def serve(name, job):
+    """Child process: prepare, then one step for every line on standard input."""
+    device = torch.device(job["device"])
+    dtype = choose_dtype("auto", device)
+    if name == "handtuned":
+        loss_of, parameters, optimizer = handtuned_model(job["model"], job["random"], dtype, device)
+    else:
+        loss_of, parameters, optimizer = peft_model(job["model"], dtype, device, "bitsandbytes" in name)
+    same_adapter(parameters)
+    steps = zip(*torch.load(job["batches"]), strict=True)
+    print("ready", flush=True)
+    for _ in sys.stdin:
+        ids, labels = (t.to(device) for t in next(steps))
+        start = time.perf_counter()
+        loss = loss_of(ids, labels)
         loss.backward()
-        torch.nn.utils.clip_grad_norm_(parameters, 0.3)
+        torch.nn.utils.clip_grad_norm_(parameters, MAX_NORM)
         optimizer.step()
         optimizer.zero_grad()
-        return loss.item()
-
-    return step, None
-
-
-def serve(name):
-    """Child process: prepare, then one step for every line on standard input."""
-    step, share = handtuned_step() if name == "handtuned qlora" else peft_step(name == "peft nf4")
-    print(json.dumps({"share": share}), flush=True)
-    for _ in sys.stdin:
-        start = time.perf_counter()
-        loss = step()
+        value = loss.item()
+        if device.type == "cuda":
+            torch.cuda.synchronize()
         seconds = time.perf_counter() - start
-        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-        print(json.dumps({"seconds": seconds, "loss": loss, "peak": peak}), flush=True)
+        if device.type == "cuda":
+            peak = torch.cuda.max_memory_allocated()
+            torch.cuda.reset_peak_memory_stats()
+        else:
+            peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+        print(json.dumps({"seconds": seconds, "loss": value, "peak": peak}), flush=True)
 
 
-def check(first_losses):
-    """Both NF4 contestants start from the same weights; quantization may move the loss of the fp32 one a little."""
-    reference = first_losses.get("peft nf4", first_losses.get("handtuned qlora"))
-    for name, loss in first_losses.items():
-        allowed = 0.1 if name == "peft fp32" else 1e-3
-        if reference and abs(loss - reference) > allowed * reference:
-            raise SystemExit(f"the contestants do not compute the same: first losses {first_losses}")
+def random_model(directory):
+    """SmolLM2-135M's shape with random weights, as transformers saves it."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    config = LlamaConfig(
+        vocab_size=49152, hidden_size=576, intermediate_size=1536, num_hidden_layers=30, num_attention_heads=9,
+        num_key_value_heads=3, max_position_embeddings=8192, tie_word_embeddings=True)  # fmt: skip
+    torch.manual_seed(0)
+    LlamaForCausalLM(config).save_pretrained(directory)
 
 
-def main():
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--json", help="also write the result here")
-    parser.add_argument("--only", nargs="+", default=CONTESTANTS, choices=CONTESTANTS)
-    parser.add_argument("--serve", help=argparse.SUPPRESS)
-    args = parser.parse_args()
-    if args.serve:
-        return serve(args.serve)
+class Child:
+    """One contestant's process; talking to it raises RuntimeError with the end of its messages if it died."""
 
-    children, notes, turns = {}, {}, {name: [] for name in args.only}
-    for name in args.only:
-        children[name] = subprocess.Popen([sys.executable, __file__, "--serve", name],
-                                          stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)  # fmt: skip
-        notes[name] = json.loads(children[name].stdout.readline())
-    for _ in range(args.rounds + 1):
-        for name, child in children.items():
-            child.stdin.write("go\n")
-            child.stdin.flush()
-            turns[name].append(json.loads(child.stdout.readline()))
-    for child in children.values():
-        child.stdin.close()
-        child.wait()
+    def __init__(self, name, job, folder):
+        self.errors = Path(folder, f"{name}.txt")
+        with open(self.errors, "w", encoding="utf-8") as log:
+            self.process = subprocess.Popen(
+                [sys.executable, __file__, "--serve", name, "--job", json.dumps(job)],
+                stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=log, text=True)  # fmt: skip
 
-    check({name: taken[0]["loss"] for name, taken in turns.items()})
-    results = {
-        name: {
-            "median_s": statistics.median(turn["seconds"] for turn in taken[1:]),
-            "min_s": min(turn["seconds"] for turn in taken[1:]),
-            "peak_rss_mb": taken[-1]["peak"] / 1e6,
-            "first_loss": taken[0]["loss"],
-        }
-        for name, taken in turns.items()
-    }
-    rival = results.get("peft fp32")
-    for name, row in results.items():
-        ratio = f"  {row['median_s'] / rival['median_s']:.2f}x of peft fp32" if rival else ""
-        print(f"{name:16} {row['median_s']:6.2f} s a step (min {row['min_s']:.2f})  "
-              f"peak RSS {row['peak_rss_mb']:6.0f} MB{ratio}")  # fmt: skip
-    if share := notes.get("handtuned qlora", {}).get("share"):
-        print(f"quantized linears: {share:.4f} byte a parameter")
-        results["handtuned qlora"]["bytes_a_parameter"] = share
-    if args.json:
-        with open(args.json, "w", encoding="utf-8") as file:
-            json.dump(results, file, indent=2)
+    def listen(self):
+        line = self.process.stdout.readline()
+        if not line:
+            self.process.wait()
+            lines = self.errors.read_text(encoding="utf-8", errors="replace").strip().splitlines()
+            raise RuntimeError(lines[-1] if lines else f"exit code {self.process.returncode}")
+        return line.strip()
+
+    def step(self):
+        try:
+            self.process.stdin.write("go\n")
+            self.process.stdin.flush()
+        except BrokenPipeError:
+            pass  # `listen` tells why
+        return json.loads(self.listen())
+
+    def close(self):
+        self.process.stdin.close()
+        self.process.wait()
+
+
+def not_installed(name):
+    import importlib.util
+
+    missing = [library for library in bench.libraries(name) if importlib.util.find_spec(library) is None]
+    return f"{missing[0]} is not installed" if missing else ""
+
+
+def apart(turns):
+    """Why contestants' losses show that they do not compute the same: name → what is wrong."""
+    losses = {name: [turn["loss"] for turn in taken] for name, taken in turns.items()}
+    wrong = {}
+    ours = losses.get("handtuned")
+    for name, theirs in losses.items():
+        if not all(value == value and value < 1e4 for value in theirs):
+            wrong[name] = f"losses {theirs}"
+        elif ours and "bitsandbytes" in name:
+            worst = max(abs(a / b - 1) for a, b in zip(ours, theirs, strict=True))
+            if worst > LOSS_APART:
+                wrong[name] = f"its losses are up to {worst:.0%} from ours on the same NF4 weights: {theirs}, {ours}"
+    return wrong
+
+
+def measure(device, quick, rounds, against):
+    """One record; its contestants have `tokens_per_second`, `peak_bytes` and `losses` (one a step) beside the times."""
+    rows, tokens = SHAPES[device.type]
+    rounds = min(rounds, 3 if quick else 9)
+    record = {
+        "name": "", "size": {"rows": rows, "tokens": tokens, "rank": RANK}, "bytes": 0, "flops": 0, "kernel": "",
+        "dtype": str(choose_dtype("auto", device))[6:], "contestants": {}, "skipped": {}, "failed": {},
+    }  # fmt: skip
+    os.environ.setdefault("PIP_RETRIES", "1")
+    with tempfile.TemporaryDirectory() as folder:
+        random = False
+        try:
+            model = str(smollm2())
+        except ValueError:
+            random, model = True, str(Path(folder, "model"))
+            random_model(model)
+        what = "a model of SmolLM2-135M's shape, random weights" if random else "SmolLM2-135M"
+        record["name"] = f"training step of {what}, {rows} × {tokens} tokens, r {RANK}, {record['dtype']}"
+        job = {"model": model, "random": random, "device": str(device), "batches": str(Path(folder, "batches.pt"))}
+        torch.save(batches(model, random, rows, tokens, rounds + 1), job["batches"])
+        children, turns = {}, {}
+        for name in CONTESTANTS:
+            if not bench.libraries(name) <= set(against):
+                continue
+            if why := not_installed(name):
+                record["skipped"][name] = why
+                continue
+            children[name], turns[name] = Child(name, job, folder), []
+            try:
+                children[name].listen()
+            except RuntimeError as error:
+                record["failed"][name] = str(error)
+        for _ in range(rounds + 1):
+            for name in [name for name in children if name not in record["failed"]]:
+                try:
+                    turns[name].append(children[name].step())
+                except RuntimeError as error:
+                    record["failed"][name] = str(error)
+        for child in children.values():
+            child.close()
+    done = {name: taken for name, taken in turns.items() if name not in record["failed"]}
+    record["failed"] |= apart(done)
+    for name, taken in done.items():
+        if name in record["failed"]:
+            continue
+        times = summary([turn["seconds"] for turn in taken[1:]])
+        record["contestants"][name] = times | {
+            "host": times["median"], "rounds": rounds, "calls": 1, "tokens_per_second": rows * tokens / times["median"],
+            "peak_bytes": max(turn["peak"] for turn in taken), "losses": [round(turn["loss"], 4) for turn in taken],
+        }  # fmt: skip
+    ours = record["contestants"].get("handtuned")
+    for taken in record["contestants"].values():
+        taken["ratio"] = taken["median"] / ours["median"] if ours else 0.0
+    if not ours:
+        record["contestants"] = {}
+    return [record]
 
 
 if __name__ == "__main__":
-    main()
+    if "--serve" in sys.argv:
+        parser = argparse.ArgumentParser()
+        parser.add_argument("--serve")
+        parser.add_argument("--job", type=json.loads)
+        child = parser.parse_args()
+        serve(child.serve, child.job)
+    else:
+        raise SystemExit(bench.script(__file__))

@@ -1,146 +1,185 @@
-"""Time one LoRA layer, forward and backward, against PEFT on the same layer and on bitsandbytes NF4.
+"""One LoRA layer, forward and backward, beside peft's on the same weights, and beside the base layer alone.
 
-    python tests/bench_lora.py            on a CPU: M = 512, 1024 × 1024, r = 8
+    python tests/bench_lora.py            the same as `handtuned bench lora`
     python tests/bench_lora.py --work     counts bytes and FLOPs instead, without running anything
 
-On a CUDA GPU the sizes are 4096 × 4096, r = 16, bf16, and the base product alone is timed too.
-Results are compared before anything is timed. Turns alternate, so a slow spell falls on all alike.
+Every result is compared with one computed in fp64.
 """
 
-import argparse
-import copy
-import platform
-import warnings
+import sys
+from dataclasses import dataclass
 
 import torch
-from handtuned.kernels.lora_work import report
+from handtuned.kernels.lora_work import floors, report
 from handtuned.nn import LoRALinear
-from handtuned.quant import NF4Linear
 from torch import nn
 
-from handtuned.bench import compare, table
+from handtuned import bench
+from handtuned.contest import Case
+
+
+@dataclass
+class Layer:
+    """A frozen linear layer, an adapter's values, a batch and the gradient of its result."""
+
+    linear: nn.Module
+    x: torch.Tensor
+    dy: torch.Tensor
+    A: torch.Tensor
+    B: torch.Tensor
+    scaling: float = 2.0
+
+    @classmethod
+    def random(cls, M, N, K, rank, dtype, device):
+        return cls(
+            nn.Linear(K, N, bias=False, device=device, dtype=dtype).requires_grad_(False),
+            torch.randn(M, K, device=device, dtype=dtype).requires_grad_(),
+            torch.randn(M, N, device=device, dtype=dtype),
+            torch.randn(rank, K, device=device) / K**0.5,
+            torch.randn(N, rank, device=device) * 0.02,
+        )
 
 
 class OneLayer(nn.Module):
+    """A model of one layer, for peft."""
+
     def __init__(self, linear):
         super().__init__()
         self.q_proj = linear
 
 
-def with_peft(linear, ours):
-    """PEFT's layer around `linear`, with our adapter's values and dropout."""
+def with_ours(linear, layer, dropout=0.0):
+    rank = layer.A.shape[0]
+    wrapped = LoRALinear(linear, rank, layer.scaling * rank, dropout)
+    wrapped.lora_A.data, wrapped.lora_B.data = layer.A.clone(), layer.B.clone()
+    return wrapped, wrapped.lora_A, wrapped.lora_B
+
+
+def with_peft(linear, layer, dropout=0.0):
     import peft
 
-    config = peft.LoraConfig(
-        r=ours.rank, lora_alpha=ours.lora_alpha, lora_dropout=ours.lora_dropout, target_modules=["q_proj"]
-    )
-    layer = peft.get_peft_model(OneLayer(linear), config).base_model.model.q_proj
-    A, B = layer.lora_A["default"].weight, layer.lora_B["default"].weight
-    A.data, B.data = ours.lora_A.data.clone(), ours.lora_B.data.clone()
-    return layer, A, B
+    rank = layer.A.shape[0]
+    config = peft.LoraConfig(r=rank, lora_alpha=layer.scaling * rank, lora_dropout=dropout, target_modules=["q_proj"])
+    wrapped = peft.get_peft_model(OneLayer(linear), config).base_model.model.q_proj
+    A, B = wrapped.lora_A["default"].weight, wrapped.lora_B["default"].weight
+    A.data, B.data = layer.A.clone(), layer.B.clone()
+    return wrapped.train(), A, B
 
 
-def with_bitsandbytes(linear, compute_dtype):
-    import bitsandbytes as bnb
+def with_unsloth(weight, state, layer):
+    """unsloth's fused function for one projection; it takes (batch, tokens, features)."""
+    from unsloth.kernels.fast_lora import LoRA_W
 
-    packed = bnb.nn.Linear4bit(
-        linear.in_features, linear.out_features, linear.bias is not None,
-        quant_type="nf4", compress_statistics=True, compute_dtype=compute_dtype,
-    )  # fmt: skip
-    packed.load_state_dict(linear.state_dict())
-    return packed.to(linear.weight.device)
+    A, B = (t.clone().requires_grad_() for t in (layer.A, layer.B))
+    return lambda x: LoRA_W.apply(x[None], weight, state, A, B, layer.scaling)[0], A, B
 
 
-def same_nf4(packed, linear, compute_dtype):
-    """Our layer with the bytes of bitsandbytes' one."""
-    layer = NF4Linear.from_linear(linear, compute_dtype=compute_dtype)
-    layer.load_state_dict(packed.state_dict())
-    return layer
-
-
-def step(layer, A, B, x, dy):
-    """Forward and backward, as a training step runs them; returns y and the gradients of x, A and B."""
+def step(wrapped, layer):
+    """Forward and backward, as a training step runs them; gives y and the gradients of x, A and B."""
+    module, A, B = wrapped
+    x, dy = layer.x, layer.dy
 
     def run():
         x.grad = A.grad = B.grad = None
-        y = layer(x)
+        y = module(x)
         y.backward(dy)
         return y.detach(), x.grad, A.grad, B.grad
 
     return run
 
 
-def same_as(reference, tolerance):
-    """A check that each result lies within `tolerance` of the reference, relative to its largest value."""
-    expected = [t.double() for t in reference]
+def base_step(layer):
+    def run():
+        layer.x.grad = None
+        y = layer.linear(layer.x)
+        y.backward(layer.dy)
+        return y.detach(), layer.x.grad
 
-    def check(name, results):
-        for got, want in zip(results, expected, strict=False):
-            error = (got.double() - want).abs().max() / want.abs().max()
-            assert error < tolerance, f"{name} is off by {error:.1e}"
+    return run
+
+
+def tolerance(dtype):
+    """Of the largest value: a few roundings of a 16-bit result; the rounding of sums of a thousand terms in fp32."""
+    return torch.finfo(dtype).eps * (256 if dtype == torch.float32 else 4)
+
+
+def close(result, expected, dtype):
+    for got, want, what in zip(result, expected, ("y", "dx", "dA", "dB"), strict=False):
+        error = ((got.double() - want).abs().max() / want.abs().max()).item()
+        assert error < tolerance(dtype), f"{what} is off by {error:.1e}"
+
+
+def exact(layer, weight):
+    """y, dx, dA and dB in fp64, of the base layer alone and with the adapter."""
+    x, dy, W, A, B = (t.detach().double() for t in (layer.x, layer.dy, weight, layer.A, layer.B))
+    S, dS, base = x @ A.t(), layer.scaling * dy @ B, (x @ W.t(), dy @ W)
+    adapted = (base[0] + layer.scaling * S @ B.t(), base[1] + dS @ A, dS.t() @ x, layer.scaling * dy.t() @ S)
+    return base, adapted
+
+
+def check_step(layer):
+    base, adapted = exact(layer, layer.linear.weight)
+    return lambda name, result: close(result, base if "alone" in name else adapted, layer.x.dtype)
+
+
+def check_dropout(dropout):
+    """Masks differ from one to the next, so what is compared is the size of the adapter's term: E‖s x̂AᵀBᵀ‖²."""
+
+    def check(layer):
+        base, adapted = exact(layer, layer.linear.weight)
+        expected = (adapted[0] - base[0]).square().sum() / (1 - dropout)
+
+        def same_size(name, result):
+            if "alone" in name:
+                return
+            size = (result[0].double() - base[0]).square().sum()
+            assert abs(size / expected - 1) < 0.1, f"the adapter's term is {size / expected:.2f} of its expected size"
+
+        return same_size
 
     return check
 
 
-def contest(M, N, K, rank, dtype, device, dropout, rounds):
-    torch.manual_seed(0)
-    linear = nn.Linear(K, N, bias=False, device=device, dtype=dtype).requires_grad_(False)
-    x = torch.randn(M, K, device=device, dtype=dtype, requires_grad=True)
-    dy = torch.randn(M, N, device=device, dtype=dtype)
-    tolerance = 1e-4 if dtype == torch.float32 else 0.03
-    for title in ("Linear", "NF4"):
-        rival = linear if title == "Linear" else with_bitsandbytes(linear, dtype)
-        base = copy.deepcopy(linear) if title == "Linear" else same_nf4(rival, linear, dtype)
-        ours = LoRALinear(base, rank, 2.0 * rank, dropout)
-        nn.init.normal_(ours.lora_B, std=0.02)
-        theirs = with_peft(copy.deepcopy(rival), ours)
-        contestants = {
-            "handtuned": step(ours, ours.lora_A, ours.lora_B, x, dy),
-            "peft" if title == "Linear" else "peft + bitsandbytes": step(*theirs, x, dy),
-        }
-        check = None if dropout else same_as(contestants["handtuned"](), tolerance)
-        if title == "Linear":
-            contestants["base layer alone"] = lambda: (linear(x).backward(dy), x.grad)[1:]
-            check = None if dropout else lambda name, r, check=check: name == "base layer alone" or check(name, r)
-        print(f"\n{title}, M {M}, {N} × {K}, r {rank}, {str(dtype)[6:]}, dropout {dropout}: forward and backward")
-        print(table(compare(contestants, check, rounds, str(device)), "handtuned"))
+def case(M, N, K, rank, dtype, device, dropout=0.0):
+    low = dtype.itemsize
+    floor = floors(M, N, K, rank, low)
+    contestants = {
+        "handtuned": lambda layer: step(with_ours(layer.linear, layer, dropout), layer),
+        "peft": lambda layer: step(with_peft(layer.linear, layer, dropout), layer),
+        "base layer alone": base_step,
+    }
+    if device.type == "cuda" and not dropout:
+        contestants["unsloth"] = lambda layer: step(with_unsloth(layer.linear.weight, None, layer), layer)
+    return Case(
+        name=f"LoRA layer, forward and backward, M {M}, {N} × {K}, r {rank}, {str(dtype)[6:]}"
+        + (f", dropout {dropout}" if dropout else ""),
+        inputs=lambda: Layer.random(M, N, K, rank, dtype, device),
+        contestants=contestants,
+        check=check_dropout(dropout) if dropout else check_step,
+        bytes=floor["forward"] + floor["backward"],
+        flops=4 * M * N * K + 6 * M * rank * (N + K),
+        footprint=low * (2 * M * K + 2 * M * N + N * K),
+        dtype=dtype,
+        size={"M": M, "N": N, "K": K, "rank": rank},
+    )
 
 
-def decode(N, K, rank, dtype, device, rounds):
-    """Forward alone for a few rows, where a 4-bit weight pays."""
-    linear = nn.Linear(K, N, bias=False, device=device, dtype=dtype).requires_grad_(False)
-    rival = with_bitsandbytes(linear, dtype)
-    ours = LoRALinear(same_nf4(rival, linear, dtype), rank).eval()
-    nn.init.normal_(ours.lora_B, std=0.02)
-    theirs, _, _ = with_peft(rival, ours)
-    for M in (1, 4, 16):
-        x = torch.randn(M, K, device=device, dtype=dtype)
-        with torch.no_grad():
-            contestants = {"handtuned": lambda x=x: (ours(x),), "peft + bitsandbytes": lambda x=x: (theirs(x),)}
-            print(f"\nNF4, M {M}, {N} × {K}, r {rank}, {str(dtype)[6:]}: forward")
-            check = same_as(contestants["handtuned"](), 0.03)
-            print(table(compare(contestants, check, rounds, str(device)), "handtuned"))
-
-
-def main():
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--work", action="store_true", help="count bytes and FLOPs at 4096³, r = 16")
-    parser.add_argument("--dropout", type=float, default=0.0)
-    parser.add_argument("--rounds", type=int, default=25)
-    args = parser.parse_args()
-    if args.work:
-        print(report(4096, 4096, 4096, 16))
-        return
-    warnings.simplefilter("ignore")
-    if torch.cuda.is_available():
-        print(torch.cuda.get_device_name())
-        for M in (512, 4096, 8192):
-            contest(M, 4096, 4096, 16, torch.bfloat16, "cuda", args.dropout, args.rounds)
-        decode(4096, 4096, 16, torch.bfloat16, "cuda", args.rounds)
+def cases(device, quick):
+    if device.type == "cuda":
+        dtype = bench.low_precision(device)
+        for M in (4096,) if quick else (4096, 512, 8192):
+            yield case(M, 4096, 4096, 16, dtype, device)
+        if not quick:
+            yield case(4096, 4096, 4096, 16, dtype, device, dropout=0.05)
     else:
-        print(f"{platform.processor() or platform.machine()}, {torch.get_num_threads()} threads")
-        contest(512, 1024, 1024, 8, torch.float32, "cpu", args.dropout, args.rounds)
+        yield case(128 if quick else 512, 1024, 1024, 8, torch.float32, device)
+        if not quick:
+            yield case(512, 1536, 576, 8, torch.float32, device)  # an up projection of SmolLM2-135M
+            yield case(512, 1024, 1024, 8, torch.float32, device, dropout=0.05)
 
 
 if __name__ == "__main__":
-    main()
+    if "--work" in sys.argv:
+        print(report(4096, 4096, 4096, 16))
+    else:
+        raise SystemExit(bench.script(__file__))

@@ -1,56 +1,64 @@
-"""scaled_matmul against torch's product followed by a scale and a check for overflow.
+"""scaled_matmul beside torch's product followed by a scale and a check for overflow.
 
-    python tests/bench_matmul.py [--device cpu|cuda] [--sizes 1024 4096 8192] [--rounds 9]
+    python tests/bench_matmul.py          the same as `handtuned bench matmul`
 
-On a GPU the operands are rotated among several buffers, so that they come from memory and not from
-the L2 cache, and TFLOP/s are printed. On a CPU this times the reference, in FP32.
+On a CPU this times the reference.
 """
-
-import argparse
-import itertools
 
 import torch
 from handtuned.amp import scaled_matmul
 
-from handtuned.bench import compare, table
+from handtuned import bench
+from handtuned.contest import Case
+
+SCALE = 0.125
 
 
-def main():
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--sizes", type=int, nargs="+")
-    parser.add_argument("--rounds", type=int, default=9)
-    args = parser.parse_args()
-    for size in args.sizes or ([1024, 4096, 8192] if args.device == "cuda" else [256, 512]):
-        buffers = [
-            [torch.randn(size, size, device=args.device).half() for _ in range(2)]
-            for _ in range(4 if args.device == "cuda" else 1)
-        ]
-        exact = buffers[0][0].double() @ buffers[0][1].double() * 0.125
+def separate(a, b):
+    c = (a @ b) * SCALE
+    return c, (~torch.isfinite(c)).any()
 
-        def check(name, result, exact=exact):
-            c = result[0] if isinstance(result, tuple) else result
-            error = (c.double() - exact).abs().max() / exact.abs().max()
-            assert error < 2**-9, f"{name}: relative error {error:.1e}"
 
-        def rotate(product, buffers=buffers):
-            turn = itertools.cycle(buffers)
-            return lambda: product(*next(turn))
+def check(inputs):
+    exact = inputs[0].double() @ inputs[1].double()
 
-        def separate(a, b):
-            c = (a @ b) * 0.125
-            return c, (~torch.isfinite(c)).any()
+    def close(name, result):
+        alone = name == "torch product alone"
+        c, expected = (result, exact) if alone else (result[0], exact * SCALE)
+        error = ((c.double() - expected).abs().max() / expected.abs().max()).item()
+        assert error < 2**-9, f"off by {error:.1e}"
+        assert alone or not result[1], "an overflow was reported"
 
-        contestants = {
-            "scaled_matmul": rotate(lambda a, b: scaled_matmul(a, b, 0.125)),
-            "torch, scale, check": rotate(separate),
-            "torch alone": rotate(lambda a, b: a @ b),
-        }
-        times = compare(contestants, lambda name, r: name == "torch alone" or check(name, r), args.rounds, args.device)
-        print(f"{size} × {size} × {size} fp16, {args.device}")
-        print(table(times, "scaled_matmul"))
-        print(f"scaled_matmul: {2 * size**3 / times['scaled_matmul']['median'] / 1e12:.2f} TFLOP/s\n")
+    return close
+
+
+def case(n, device):
+    return Case(
+        name=f"product with a scale, {n} × {n} × {n} float16",
+        inputs=lambda: [torch.randn(n, n, device=device).half() for _ in range(2)],
+        contestants={
+            "handtuned": lambda ab: lambda: scaled_matmul(*ab, SCALE),
+            "torch": lambda ab: lambda: separate(*ab),
+            "torch product alone": lambda ab: lambda: ab[0] @ ab[1],
+        },
+        check=check,
+        bytes=6 * n * n,
+        flops=2 * n**3,
+        footprint=4 * n * n,
+        dtype=torch.float16,
+        size={"M": n, "N": n, "K": n},
+        kernel="scaled_matmul[fp16,nn,",
+    )
+
+
+def cases(device, quick):
+    if device.type == "cuda":
+        sizes = (4096,) if quick else (4096, 8192, 1024)
+    else:
+        sizes = (256,) if quick else (512,)
+    for n in sizes:
+        yield case(n, device)
 
 
 if __name__ == "__main__":
-    main()
+    raise SystemExit(bench.script(__file__))

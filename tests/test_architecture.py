@@ -17,7 +17,10 @@ MAY_IMPORT = {
     "handtuned": {"kernels", "quant", "amp", "optim", "nn"},
 }
 OPTIONAL = {"transformers", "tokenizers", "safetensors", "gguf", "tqdm", "matplotlib", "peft", "bitsandbytes",
-            "optuna", "tensorboard", "wandb"}  # fmt: skip
+            "optuna", "tensorboard", "wandb", "IPython", "jupytext", "jupyter_client", "nbclient",
+            "nbformat"}  # fmt: skip
+# Folder → dots that lead from its modules to the package.
+LESSONS = {"handtuned/lessons": 2, "handtuned/lessons/exercises": 3}
 LINES = 350
 
 
@@ -37,10 +40,11 @@ def imports(path):
                 yield 0, alias.name
 
 
-ALL = [path for floor in MAY_IMPORT for path in modules(floor)]
+FLOORS = [path for floor in MAY_IMPORT for path in modules(floor)]
+ALL = FLOORS + [path for folder in LESSONS for path in modules(folder)]
 
 
-@pytest.mark.parametrize("path", ALL, ids=lambda path: f"{path.parent.name}/{path.name}")
+@pytest.mark.parametrize("path", FLOORS, ids=lambda path: f"{path.parent.name}/{path.name}")
 def test_arrows_point_one_way(path):
     floor = path.parent.name
     for level, name in imports(path):
@@ -56,6 +60,18 @@ def test_arrows_point_one_way(path):
         if level == 0:
             assert first != "handtuned", f"{path} imports handtuned by its absolute name"
             assert first not in MAY_IMPORT, f"{path} imports the bare top-level folder {first}"
+        assert not (floor == "handtuned" and level == 1 and first == "lessons"), "the lessons stand on top of all"
+
+
+@pytest.mark.parametrize("folder", LESSONS)
+def test_lessons_import_relatively_from_within_the_package(folder):
+    for path in modules(folder):
+        for level, name in imports(path):
+            first = name.split(".")[0]
+            assert level <= LESSONS[folder], f"{path.name} imports from outside the package"
+            if level == 0:
+                assert first != "handtuned", f"{path} imports handtuned by its absolute name"
+                assert first not in MAY_IMPORT, f"{path} imports the bare top-level folder {first}"
 
 
 @pytest.mark.parametrize("path", ALL, ids=lambda path: f"{path.parent.name}/{path.name}")
@@ -86,11 +102,14 @@ import sys
 for name in {hidden!r}:
     sys.modules[name] = None
 import handtuned, handtuned.kernels, handtuned.quant, handtuned.amp, handtuned.optim, handtuned.nn, handtuned.cli
+import handtuned.lessons
 import importlib, pkgutil
 for floor in ("kernels", "quant", "amp", "optim", "nn"):
     package = importlib.import_module(f"handtuned.{{floor}}")
     for found in pkgutil.iter_modules(package.__path__):
         importlib.import_module(f"handtuned.{{floor}}.{{found.name}}")
+for number in range(13):
+    handtuned.lessons.exercises_of(f"{{number:02d}}")
 import torch
 from handtuned.kernels import backend
 print(backend(torch.empty(0)))

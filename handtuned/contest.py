@@ -1,0 +1,281 @@
+"""Contests: several ways to compute one thing, each checked first and then timed in turns (A B A B).
+
+What makes a time honest here:
+
+- a contestant whose result is wrong is not timed;
+- turns alternate, so a slow spell of the machine falls on all alike;
+- each turn goes on to the next of several input sets, together larger than the last cache, so that
+  operands come from memory, as they do in training;
+- inputs are random: on zeros a GPU is faster than it is on data;
+- on a GPU the time is the device's own (events). The device first sleeps while the host queues the calls of a
+  turn, so gaps between launches do not count; what the host needs for a call is told beside it.
+"""
+
+import gc
+import itertools
+import math
+import statistics
+import time
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+RIVALS = ("torch", "peft", "bitsandbytes", "liger", "unsloth")
+OURS = "handtuned"
+MODULES = {"liger": "liger_kernel"}  # a rival's import name where it differs
+MOST_SETS = 32
+SLEEP_CYCLES = 2e9  # of a GPU's clock in a second, roughly: only sets how long the device waits for the host
+
+
+@dataclass
+class Case:
+    """One thing to compute, and who computes it.
+
+    Attributes:
+        name: for people; with its sizes.
+        inputs: makes one set of random inputs.
+        contestants: name → function of one input set that returns the callable to time. The first is ours. A rival's
+            name is made of library names ("peft + bitsandbytes"); those not asked for or not installed are left out.
+        check: from one input set, a function of (name, result) that raises when the result is wrong.
+        bytes, flops: the least that any implementation must move and compute; the floor follows from them.
+        footprint: bytes of one input set (0: `bytes`), which decides how many sets make up more than the cache.
+        dtype: of products.
+        size: the problem's sizes, for example {"M": 512, "N": 4096, "K": 4096, "rank": 16}.
+        kernel: beginning of the name under which `handtuned xray` knows the kernel, if it is only one.
+    """
+
+    name: str
+    inputs: Callable[[], Any]
+    contestants: dict[str, Callable[[Any], Callable[[], object]]]
+    check: Callable[[Any], Callable[[str, object], None]]
+    bytes: int = 0
+    flops: int = 0
+    footprint: int = 0
+    dtype: torch.dtype = torch.float32
+    size: dict[str, int] = field(default_factory=dict)
+    kernel: str = ""
+
+
+def libraries(name: str) -> set[str]:
+    """The rival libraries that a contestant's name mentions: "peft + bitsandbytes" → {"peft", "bitsandbytes"}."""
+    return {word for word in name.replace("+", " ").split() if word in RIVALS}
+
+
+def cache_bytes(device: torch.device) -> int:
+    """Size of the last cache before memory; 32 MiB where it cannot be read."""
+    if device.type == "cuda":
+        return getattr(torch.cuda.get_device_properties(device), "L2_cache_size", 64 * 2**20)
+    found = [0]
+    for path in Path("/sys/devices/system/cpu/cpu0/cache").glob("index*/size"):
+        digits = path.read_text().strip()
+        unit = {"K": 2**10, "M": 2**20}.get(digits[-1:], 1)
+        found.append(int(digits.rstrip("KM")) * unit)
+    return max(found) or 32 * 2**20
+
+
+class HostClock:
+    """Times a turn of calls on a CPU."""
+
+    def turn(self, calls: list[Callable], lead: float = 0.0) -> tuple[float, float]:
+        """(seconds a call, seconds of the host a call)."""
+        start = time.perf_counter()
+        for call in calls:
+            call()
+        seconds = (time.perf_counter() - start) / len(calls)
+        return seconds, seconds
+
+
+class CudaClock:
+    """Times a turn of calls on a GPU by events, with the launches hidden behind a sleep of the device."""
+
+    def turn(self, calls: list[Callable], lead: float = 1e-3) -> tuple[float, float]:
+        """(seconds of the device a call, seconds of the host a call); `lead`: seconds that the host will need for all.
+        """
+        start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        torch.cuda.synchronize()
+        torch.cuda._sleep(int(min(1.5 * lead + 1e-4, 0.1) * SLEEP_CYCLES))
+        start.record()
+        begun = time.perf_counter()
+        for call in calls:
+            call()
+        host = time.perf_counter() - begun
+        end.record()
+        torch.cuda.synchronize()
+        return start.elapsed_time(end) / 1e3 / len(calls), host / len(calls)
+
+
+def clock_of(device: torch.device):
+    """The clock that a device needs."""
+    return CudaClock() if device.type == "cuda" else HostClock()
+
+
+def summary(seconds: list[float]) -> dict[str, float]:
+    """Median and spread of turns: {"median", "p20", "p80", "min", "max"} in the unit given."""
+    ordered = sorted(seconds)
+    last = len(ordered) - 1
+    return {
+        "median": statistics.median(ordered),
+        "p20": ordered[round(0.2 * last)],
+        "p80": ordered[round(0.8 * last)],
+        "min": ordered[0],
+        "max": ordered[-1],
+    }
+
+
+def take_turns(
+    runs: dict[str, list[Callable]], rounds: int, device: torch.device, limit: float = math.inf, least: float = 2e-3
+) -> dict[str, dict[str, float]]:
+    """Time contestants in turn, each going round its own list of callables (one an input set).
+
+    Args:
+        runs: name → callables that do the same work on different memory, warm already.
+        rounds: turns of each; fewer, but at least 3, where `limit` seconds are over.
+        least: seconds that a turn lasts at least; short calls are repeated (at most 50 times).
+
+    Returns:
+        name → `summary` of the seconds a call, and "host" (median seconds of the host), "rounds", "calls" (a turn).
+    """
+    clock = clock_of(device)
+    endless = {name: itertools.cycle(calls) for name, calls in runs.items()}
+    counts, lead = {}, {}
+    for name, calls in endless.items():
+        _, waited = clock.turn([next(calls)])
+        once, waited = clock.turn([next(calls)], waited)
+        counts[name] = min(50, max(1, math.ceil(least / max(once, 1e-9))))
+        lead[name] = waited * counts[name]
+    seconds = {name: [] for name in runs}
+    host = {name: [] for name in runs}
+    end = time.perf_counter() + limit
+    for done in range(rounds):
+        if done >= 3 and time.perf_counter() > end:
+            break
+        for name, calls in endless.items():
+            device_time, host_time = clock.turn(list(itertools.islice(calls, counts[name])), lead[name])
+            lead[name] = host_time * counts[name]
+            seconds[name].append(device_time)
+            host[name].append(host_time)
+    return {
+        name: summary(taken)
+        | {"host": statistics.median(host[name]), "rounds": len(taken), "calls": counts[name]}
+        for name, taken in seconds.items()
+    }
+
+
+def compare(
+    contestants: dict[str, Callable[[], object]],
+    check: Callable[[str, object], None] | None = None,
+    rounds: int = 9,
+    device: str | torch.device = "cpu",
+) -> dict[str, dict[str, float]]:
+    """Time callables in turn and return their seconds.
+
+    Each is run once to warm up and its result handed to `check(name, result)`, which
+    raises when it is wrong: nothing wrong is ever timed.
+
+    Args:
+        contestants: name → function of no arguments.
+        check: called with each name and its first result.
+        rounds: timed turns for each.
+        device: "cpu" or "cuda".
+
+    Returns:
+        name → {"median", "p20", "p80", "min", "max", "host", "rounds", "calls"}, times in seconds a call.
+    """
+    for name, run in contestants.items():
+        result = run()
+        if check is not None:
+            check(name, result)
+    return take_turns({name: [run] for name, run in contestants.items()}, rounds, torch.device(device))
+
+
+def table(times: dict[str, dict[str, float]], ours: str) -> str:
+    """The times as text, with each rival's median as a multiple of `ours` (above 1 means that ours is faster)."""
+    width = max(map(len, times))
+    lines = [f"{'':{width}}  median ms    min ms    max ms  ratio"]
+    for name, t in times.items():
+        ratio = t["median"] / times[ours]["median"]
+        cells = "".join(f"{t[key] * 1e3:10.2f}" for key in ("median", "min", "max"))
+        lines.append(f"{name:{width}} {cells} {ratio:6.2f}x")
+    return "\n".join(lines)
+
+
+def _told(error: Exception) -> str:
+    return f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
+
+
+def _enter(name: str, make: Callable, sets: list, check: Callable) -> list[Callable]:
+    """A contestant's callables, one an input set, all of them run once, and the first result checked."""
+    calls = [make(inputs) for inputs in sets]
+    for at, call in enumerate(calls):
+        result = call()
+        if at == 0:
+            check(name, result)
+    return calls
+
+
+def contest(
+    case: Case,
+    device: torch.device,
+    against: Iterable[str] = RIVALS,
+    rounds: int = 15,
+    limit: float = math.inf,
+) -> dict:
+    """Check and time one case.
+
+    Args:
+        case: what to compute.
+        device: where its inputs lie.
+        against: rival libraries wanted.
+        rounds, limit: as for `take_turns`.
+
+    Returns:
+        A record, ready for JSON: the case's name, sizes and work; "sets" of inputs and whether they are larger than
+        the cache ("cold"); "contestants", name → times and "ratio" (its median over ours; above 1: ours is faster);
+        "skipped", name → why (not installed); "failed", name → the error or what was wrong with the result.
+    """
+    footprint = case.footprint or case.bytes
+    cache = cache_bytes(device)
+    count = min(MOST_SETS, max(1, math.ceil(2 * cache / max(footprint, 1))))
+    record = {
+        "name": case.name, "size": case.size, "dtype": str(case.dtype).removeprefix("torch."), "kernel": case.kernel,
+        "bytes": case.bytes, "flops": case.flops, "sets": count, "cold": count * footprint > cache,
+        "contestants": {}, "skipped": {}, "failed": {},
+    }  # fmt: skip
+    wanted = set(against)
+    try:
+        sets = [case.inputs() for _ in range(count)]
+        check = case.check(sets[0])
+    except Exception as error:  # out of memory, for one; other cases may still run
+        record["failed"][OURS] = f"no inputs: {_told(error)}"
+        return record
+    runs = {}
+    for name, make in case.contestants.items():
+        needs = libraries(name)
+        if not needs <= wanted:
+            continue
+        try:
+            runs[name] = _enter(name, make, sets, check)
+        except ModuleNotFoundError as error:
+            rivals = {MODULES.get(library, library) for library in needs}
+            if error.name is None or error.name.split(".")[0] not in rivals:
+                record["failed"][name] = _told(error)
+            else:
+                record["skipped"][name] = f"{error.name.split('.')[0]} is not installed"
+        except Exception as error:  # whatever a rival's library raises, the others are still timed
+            record["failed"][name] = _told(error)
+    if OURS in runs:
+        try:
+            times = take_turns(runs, rounds, device, limit)
+        except Exception as error:
+            record["failed"][OURS] = f"while timing: {_told(error)}"
+            times = {}
+        for name, taken in times.items():
+            record["contestants"][name] = taken | {"ratio": taken["median"] / times[OURS]["median"]}
+    del runs, sets, check
+    gc.collect()
+    if device.type == "cuda" and not record["failed"]:
+        torch.cuda.empty_cache()
+    return record

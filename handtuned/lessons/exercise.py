@@ -1,0 +1,155 @@
+"""Exercises: a specification, a stub to fill in, a checker that points at the mistake, hints.
+
+The exercises of lesson NN live in `exercises/eNN.py` as `EXERCISES = {"NN.1": Exercise(…), …}`.
+`tests/test_lessons.py` proves each: the hidden solution passes, the stub and the typical wrong
+answers fail, and a wrong answer's message says what is wrong with it.
+"""
+
+import traceback
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from importlib import import_module
+
+
+class WrongAnswer(AssertionError):
+    """Raised by a checker; its message tells the reader where to look."""
+
+
+@dataclass(frozen=True)
+class Exercise:
+    """One exercise.
+
+    Attributes:
+        title: a few words.
+        specification: what to write, as the notebook tells it.
+        stub: what stands in the notebook: raises NotImplementedError, or returns something useless.
+        checker: called with the reader's answer; raises `WrongAnswer`; may return what it tried, in words.
+        solution: an answer that passes.
+        wrong: name → (a typical wrong answer, a phrase that its message must contain).
+        hints: from gentle to nearly the solution.
+    """
+
+    title: str
+    specification: str
+    stub: Callable
+    checker: Callable[[Callable], str | None]
+    solution: Callable
+    wrong: Mapping[str, tuple[Callable, str]]
+    hints: tuple[str, ...]
+
+
+def exercises_of(lesson: str) -> dict[str, Exercise]:
+    """The exercises of a lesson, "00"…"12".
+
+    Raises:
+        ValueError: no such lesson.
+    """
+    try:
+        module = import_module(f".exercises.e{lesson}", __package__)
+    except ModuleNotFoundError as error:
+        if error.name != f"{__package__}.exercises.e{lesson}":
+            raise
+        raise ValueError(f'lesson must be one of "00"…"12", got {lesson!r}') from None
+    return module.EXERCISES
+
+
+def _find(key: str) -> Exercise:
+    exercises = exercises_of(key.partition(".")[0])
+    if key not in exercises:
+        raise ValueError(f"key must be one of {', '.join(exercises)}, got {key!r}")
+    return exercises[key]
+
+
+def check(key: str, candidate: Callable) -> bool:
+    """Try the reader's answer to exercise `key` ("05.2") and say what came of it; never raises for a wrong one.
+
+    Returns:
+        whether it is right.
+
+    Raises:
+        ValueError: no such exercise.
+    """
+    exercise = _find(key)
+    right, message = verdict(exercise, candidate)
+    print(f"{key} {exercise.title}: {message}")
+    if not right and exercise.hints:
+        more = f'  (more: lessons.hint("{key}", 2))' if len(exercise.hints) > 1 else ""
+        print(f"Hint 1 of {len(exercise.hints)}: {exercise.hints[0]}{more}")
+    return right
+
+
+def verdict(exercise: Exercise, candidate: Callable) -> tuple[bool, str]:
+    """Whether an answer is right, and the message that the reader gets."""
+    if not callable(candidate):
+        return False, f"not yet. Pass the function itself, not {type(candidate).__name__}: check(key, my_function)"
+    try:
+        tried = exercise.checker(candidate)
+    except WrongAnswer as wrong:
+        return False, f"not yet. {wrong}"
+    except NotImplementedError:
+        return False, "not yet. This is still the stub: write your answer in its place."
+    except Exception as error:
+        return False, f"not yet. {type(error).__name__}: {error}{_where(error, candidate)}"
+    return True, f"right. {tried}" if tried else "right."
+
+
+def _where(error: Exception, candidate: Callable) -> str:
+    """The last line of the reader's own code that the error came through."""
+    file = getattr(getattr(candidate, "__code__", None), "co_filename", None)
+    lines = [frame for frame in traceback.extract_tb(error.__traceback__) if frame.filename == file]
+    return f" (line {lines[-1].lineno}: {lines[-1].line})" if lines else ""
+
+
+def hint(key: str, n: int = 1) -> None:
+    """Print the n-th hint to exercise `key`, the first being the gentlest.
+
+    Raises:
+        ValueError: no such exercise or hint.
+    """
+    hints = _find(key).hints
+    if not 1 <= n <= len(hints):
+        raise ValueError(f"n must be 1…{len(hints)}, got {n}")
+    print(f"Hint {n} of {len(hints)}: {hints[n - 1]}")
+
+
+def expect(condition: bool, message: str) -> None:
+    """Raise `WrongAnswer(message)` unless `condition` holds."""
+    if not condition:
+        raise WrongAnswer(message)
+
+
+def expect_close(got, want, what: str, rtol: float = 0.0, atol: float = 0.0, hint: str = "") -> None:
+    """Compare an answer with what it should be and print the first difference.
+
+    Args:
+        got, want: tensors, arrays, numbers or lists; shapes must be equal, dtypes too where both are tensors.
+        what: what is compared, for the message: "the gradient of x".
+        rtol, atol: as in `torch.allclose`; exact by default. NaN equals NaN.
+        hint: added to the message.
+
+    Raises:
+        WrongAnswer: they differ.
+    """
+    import torch
+
+    expect(got is not None, f"{what} is None: does your function return it?")
+    try:
+        mine, theirs = (torch.as_tensor(value) for value in (got, want))
+    except (TypeError, ValueError, RuntimeError):
+        raise WrongAnswer(f"{what} should be a number or tensor, got {type(got).__name__}.") from None
+    tail = f" {hint}" if hint else ""
+    expect(
+        mine.shape == theirs.shape,
+        f"{what} has the shape {tuple(mine.shape)}, expected {tuple(theirs.shape)}.{tail}",
+    )
+    if isinstance(got, torch.Tensor) and isinstance(want, torch.Tensor):
+        expect(mine.dtype == theirs.dtype, f"{what} has dtype {mine.dtype}, expected {theirs.dtype}.{tail}")
+    mine, theirs = mine.detach().double().cpu(), theirs.detach().double().cpu()
+    bad = ~torch.isclose(mine, theirs, rtol=rtol, atol=atol, equal_nan=True)
+    if not bad.any():
+        return
+    place = bad.nonzero()[0]
+    index = tuple(place.tolist())
+    where = f" at {list(index)}" if index else ""
+    count = f" ({int(bad.sum())} of {bad.numel()} values differ)" if bad.numel() > 1 else ""
+    raise WrongAnswer(f"{what} is {mine[index].item():.6g}{where}, expected {theirs[index].item():.6g}{count}.{tail}")

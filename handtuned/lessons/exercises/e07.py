@@ -1,0 +1,335 @@
+"""Exercises of lesson 07: the best matrix of rank r, LoRA's forward pass, a kernel for S = x Aᵀ, gradients."""
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch.utils.flop_counter import FlopCounterMode
+
+from ...kernels.runtime import tl, triton
+from ..canaries import check_canaries, guarded, need_interpreter, no_holes
+from ..exercise import Exercise, WrongAnswer, expect, expect_close
+
+# 07.1
+
+
+def best_rank_r_stub(M, r):
+    raise NotImplementedError
+
+
+def best_rank_r(M, r):
+    U, sigma, Vt = np.linalg.svd(M, full_matrices=False)
+    return U[:, :r] * sigma[:r], Vt[:r]
+
+
+def _without_sigma(M, r):
+    U, _, Vt = np.linalg.svd(M, full_matrices=False)
+    return U[:, :r], Vt[:r]
+
+
+def _swapped(M, r):
+    B, A = best_rank_r(M, r)
+    return A, B
+
+
+def _smallest(M, r):
+    U, sigma, Vt = np.linalg.svd(M, full_matrices=False)
+    return U[:, -r:] * sigma[-r:], Vt[-r:]
+
+
+def check_best_rank_r(candidate):
+    rng = np.random.default_rng(3)
+    for m, n, r in ((7, 5, 2), (5, 7, 3), (6, 6, 1), (4, 9, 4)):
+        M = rng.normal(size=(m, n))
+        B, A = candidate(M.copy(), r)
+        B, A = np.asarray(B), np.asarray(A)
+        expect(
+            B.shape == (m, r) and A.shape == (r, n),
+            f"For a {m} × {n} matrix and r = {r} the shapes must be B {(m, r)} and A {(r, n)}, in this order; "
+            f"got {B.shape} and {A.shape}.",
+        )
+        U, sigma, Vt = np.linalg.svd(M, full_matrices=False)
+        best, error = np.sqrt((sigma[r:] ** 2).sum()), np.linalg.norm(M - B @ A)
+        if error > best + 1e-9:
+            why = ""
+            if np.allclose(B @ A, U[:, :r] @ Vt[:r]):
+                why = " The singular values are missing: BA must be UΣVᵀ, not UVᵀ."
+            elif np.allclose(B @ A, (U[:, -r:] * sigma[-r:]) @ Vt[-r:]):
+                why = " You kept the smallest singular values; numpy sorts them from the largest down."
+            raise WrongAnswer(f"{m} × {n}, r = {r}: ‖M − BA‖ is {error:.4f}, the best is {best:.4f}.{why}")
+    return "Tall, wide and square matrices; every error equals that of the singular values cut off."
+
+
+# 07.2
+
+
+def lora_forward_stub(x, W, bias, A, B, alpha):
+    raise NotImplementedError
+
+
+def lora_forward(x, W, bias, A, B, alpha):
+    return F.linear(x, W, bias) + alpha / A.shape[0] * F.linear(F.linear(x, A), B)
+
+
+def _scaled_by_alpha(x, W, bias, A, B, alpha):
+    return F.linear(x, W, bias) + alpha * F.linear(F.linear(x, A), B)
+
+
+def _product_first(x, W, bias, A, B, alpha):
+    return F.linear(x, W, bias) + alpha / A.shape[0] * x @ (B @ A).t()
+
+
+def _bias_needed(x, W, bias, A, B, alpha):
+    return x @ W.t() + bias + alpha / A.shape[0] * (x @ A.t()) @ B.t()
+
+
+def check_lora_forward(candidate):
+    generator = torch.Generator().manual_seed(5)
+    for lead, inputs, outputs, r, alpha, biased in (
+        ((3,), 5, 7, 2, 8.0, True),
+        ((2, 3, 1), 6, 4, 3, 1.5, False),
+        ((65,), 33, 17, 1, 16.0, True),
+    ):
+        x = torch.randn(*lead, inputs, generator=generator)
+        W, A = torch.randn(outputs, inputs, generator=generator), torch.randn(r, inputs, generator=generator)
+        B = torch.randn(outputs, r, generator=generator)
+        bias = torch.randn(outputs, generator=generator) if biased else None
+        where = f"x of shape {tuple(x.shape)}, r = {r}, alpha = {alpha}, {'a' if biased else 'no'} bias"
+        try:
+            y = candidate(x, W, bias, A, B, alpha)
+        except TypeError as error:
+            if biased:
+                raise
+            raise WrongAnswer(f"With bias=None: {error}. F.linear takes None for a bias.") from None
+        want = lora_forward(x, W, bias, A, B, alpha)
+        hint = ""
+        if torch.is_tensor(y) and y.shape == want.shape and torch.allclose(
+            y, _scaled_by_alpha(x, W, bias, A, B, alpha), atol=1e-4
+        ):  # fmt: skip
+            hint = "The factor is alpha / r, not alpha."
+        expect_close(y, want, f"The output for {where}", rtol=1e-4, atol=1e-4, hint=hint)
+    x, W, A, B = (torch.empty(*size, device="meta") for size in ((64, 256), (512, 256), (4, 256), (512, 4)))
+    with FlopCounterMode(display=False) as counter:
+        candidate(x, W, None, A, B, 8.0)
+    used, needed = counter.get_total_flops(), 2 * 64 * 512 * 256 + 2 * 64 * 4 * (256 + 512)
+    expect(
+        used <= needed,
+        f"The values are right, but 64 rows through 256 → 512 at r = 4 took {used:,} FLOPs where {needed:,} do: "
+        "multiply x by Aᵀ first, then by Bᵀ, and never form BA.",
+    )
+    return f"Odd shapes, leading dimensions, no bias, and {used:,} FLOPs where {needed:,} are needed."
+
+
+# 07.3
+
+
+def down_stub(x, A, S):
+    raise NotImplementedError
+
+
+@triton.jit
+def _down_kernel(x_ptr, a_ptr, s_ptr, K, R, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr):
+    m = tl.program_id(0)
+    offs_r = tl.arange(0, BLOCK_R)
+    acc = tl.zeros([BLOCK_R], dtype=tl.float32)
+    for k in range(0, K, BLOCK_K):
+        offs_k = k + tl.arange(0, BLOCK_K)
+        x = tl.load(x_ptr + m * K + offs_k, mask=offs_k < K, other=0.0)
+        a_mask = (offs_r[:, None] < R) & (offs_k[None, :] < K)
+        a = tl.load(a_ptr + offs_r[:, None] * K + offs_k[None, :], mask=a_mask, other=0.0)
+        acc += tl.sum(a * x[None, :], axis=1)
+    tl.store(s_ptr + m * R + offs_r, acc, mask=offs_r < R)
+
+
+def _launcher(kernel):
+    def down(x, A, S):
+        (M, K), R = x.shape, A.shape[0]
+        kernel[(M,)](x, A, S, K, R, BLOCK_K=32, BLOCK_R=triton.next_power_of_2(R))
+
+    return down
+
+
+@triton.jit
+def _unmasked_k_kernel(x_ptr, a_ptr, s_ptr, K, R, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr):
+    m = tl.program_id(0)
+    offs_r = tl.arange(0, BLOCK_R)
+    acc = tl.zeros([BLOCK_R], dtype=tl.float32)
+    for k in range(0, K, BLOCK_K):
+        offs_k = k + tl.arange(0, BLOCK_K)
+        x = tl.load(x_ptr + m * K + offs_k)
+        a = tl.load(a_ptr + offs_r[:, None] * K + offs_k[None, :], mask=(offs_r < R)[:, None], other=0.0)
+        acc += tl.sum(a * x[None, :], axis=1)
+    tl.store(s_ptr + m * R + offs_r, acc, mask=offs_r < R)
+
+
+@triton.jit
+def _last_tile_kernel(x_ptr, a_ptr, s_ptr, K, R, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr):
+    m = tl.program_id(0)
+    offs_r = tl.arange(0, BLOCK_R)
+    acc = tl.zeros([BLOCK_R], dtype=tl.float32)
+    for k in range(0, K, BLOCK_K):
+        offs_k = k + tl.arange(0, BLOCK_K)
+        x = tl.load(x_ptr + m * K + offs_k, mask=offs_k < K, other=0.0)
+        a_mask = (offs_r[:, None] < R) & (offs_k[None, :] < K)
+        a = tl.load(a_ptr + offs_r[:, None] * K + offs_k[None, :], mask=a_mask, other=0.0)
+        acc = tl.sum(a * x[None, :], axis=1)
+    tl.store(s_ptr + m * R + offs_r, acc, mask=offs_r < R)
+
+
+@triton.jit
+def _unmasked_store_kernel(x_ptr, a_ptr, s_ptr, K, R, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr):
+    m = tl.program_id(0)
+    offs_r = tl.arange(0, BLOCK_R)
+    acc = tl.zeros([BLOCK_R], dtype=tl.float32)
+    for k in range(0, K, BLOCK_K):
+        offs_k = k + tl.arange(0, BLOCK_K)
+        x = tl.load(x_ptr + m * K + offs_k, mask=offs_k < K, other=0.0)
+        a_mask = (offs_r[:, None] < R) & (offs_k[None, :] < K)
+        a = tl.load(a_ptr + offs_r[:, None] * K + offs_k[None, :], mask=a_mask, other=0.0)
+        acc += tl.sum(a * x[None, :], axis=1)
+    tl.store(s_ptr + m * R + offs_r, acc)
+
+
+def check_down(candidate):
+    need_interpreter()
+    generator = torch.Generator().manual_seed(6)
+    for M, K, R in ((7, 64, 8), (1, 1, 1), (3, 33, 5), (2, 100, 3)):
+        x_values, a_values = torch.randn(M, K, generator=generator), torch.randn(R, K, generator=generator)
+        x, A, S = guarded((M, K), values=x_values), guarded((R, K), values=a_values), guarded((M, R))
+        candidate(x, A, S)
+        what = f"x {M} × {K}, r = {R}"
+        for name, tensor in (("S", S), ("x", x), ("A", A)):
+            check_canaries(f"{what}: {name}", tensor)
+        no_holes(f"{what}: S", S)
+        want = x_values @ a_values.t()
+        hint = ""
+        if K > 1 and torch.allclose(S.cpu(), x_values[:, K // 2 :] @ a_values[:, K // 2 :].t(), atol=1e-4):
+            hint = "Only the last tile of K is in it: add each tile's part to the accumulator."
+        expect_close(S.cpu(), want, f"S ({what})", rtol=1e-4, atol=1e-4, hint=hint)
+    return "Four shapes between canaries, with tails in K and in r; nothing outside was touched."
+
+
+# 07.4
+
+
+def lora_gradients_stub(x, dy, W, A, B, s):
+    raise NotImplementedError
+
+
+def lora_gradients(x, dy, W, A, B, s):
+    dS = s * dy @ B
+    return dy @ W + dS @ A, dS.t() @ x, s * dy.t() @ (x @ A.t())
+
+
+def _dx_without_W(x, dy, W, A, B, s):
+    _, dA, dB = lora_gradients(x, dy, W, A, B, s)
+    return s * dy @ B @ A, dA, dB
+
+
+def _scale_forgotten(x, dy, W, A, B, s):
+    dx, _, _ = lora_gradients(x, dy, W, A, B, s)
+    return dx, (dy @ B).t() @ x, dy.t() @ (x @ A.t())
+
+
+def _dB_transposed(x, dy, W, A, B, s):
+    dx, dA, dB = lora_gradients(x, dy, W, A, B, s)
+    return dx, dA, dB.t()
+
+
+def check_lora_gradients(candidate):
+    generator = torch.Generator().manual_seed(7)
+    for rows, inputs, outputs, r, s in ((3, 5, 7, 2, 2.0), (1, 8, 4, 3, 0.5), (65, 6, 6, 1, 4.0)):
+        x, W, A, B = (
+            torch.randn(*size, generator=generator, dtype=torch.float64)
+            for size in ((rows, inputs), (outputs, inputs), (r, inputs), (outputs, r))
+        )
+        dy = torch.randn(rows, outputs, generator=generator, dtype=torch.float64)
+        leaves = [t.clone().requires_grad_() for t in (x, A, B)]
+        y = leaves[0] @ W.t() + s * (leaves[0] @ leaves[1].t()) @ leaves[2].t()
+        wanted = torch.autograd.grad(y, leaves, dy)
+        got = candidate(x, dy, W, A, B, s)
+        expect(isinstance(got, (tuple, list)) and len(got) == 3, "Return three tensors: (dx, dA, dB).")
+        low_rank = s * dy @ B @ A
+        for name, mine, theirs in zip(("dx", "dA", "dB"), got, wanted, strict=True):
+            hint = ""
+            if torch.is_tensor(mine) and mine.shape == theirs.shape:
+                if name == "dx" and torch.allclose(mine, low_rank):
+                    hint = "dx still crosses W: its first term is dy W."
+                elif name != "dx" and torch.allclose(mine * s, theirs):
+                    hint = "The factor s is missing: y depends on A and B through s B A."
+            what = f"{name} (x {rows} × {inputs}, r = {r}, s = {s})"
+            expect_close(mine, theirs, what, rtol=1e-9, atol=1e-9, hint=hint)
+    return "Three shapes in fp64, all three gradients equal to autograd's."
+
+
+EXERCISES = {
+    "07.1": Exercise(
+        title="the best matrix of rank r",
+        specification="best_rank_r(M, r) → (B, A), shapes (m, r) and (r, n), with BA nearest to M among rank r.",
+        stub=best_rank_r_stub,
+        checker=check_best_rank_r,
+        solution=best_rank_r,
+        wrong={
+            "without singular values": (_without_sigma, "singular values are missing"),
+            "A before B": (_swapped, "shapes must be"),
+            "smallest values kept": (_smallest, "smallest singular values"),
+        },
+        hints=(
+            "np.linalg.svd(M, full_matrices=False) gives U (m, k), σ (k,) and Vᵀ (k, n) with k = min(m, n).",
+            "Keep the first r columns of U, the first r values of σ, the first r rows of Vᵀ.",
+            "B = U[:, :r] * sigma[:r] multiplies each column by its singular value.",
+        ),
+    ),
+    "07.2": Exercise(
+        title="LoRA's forward pass",
+        specification="lora_forward(x, W, bias, A, B, alpha) → x Wᵀ + bias + (alpha / r) x Aᵀ Bᵀ; x is (…, in).",
+        stub=lora_forward_stub,
+        checker=check_lora_forward,
+        solution=lora_forward,
+        wrong={
+            "scaled by alpha": (_scaled_by_alpha, "alpha / r"),
+            "BA formed": (_product_first, "never form BA"),
+            "no bias crashes": (_bias_needed, "bias=None"),
+        },
+        hints=(
+            "r is A.shape[0].",
+            "F.linear(x, W, bias) computes x Wᵀ + bias for any leading dimensions, and takes None for the bias.",
+            "The low-rank part is two such calls, one inside the other.",
+        ),
+    ),
+    "07.3": Exercise(
+        title="the skinny product as a kernel",
+        specification="down(x, A, S): launch your Triton kernel so that S (M, r) = x Aᵀ; x (M, K), A (r, K), all fp32.",
+        stub=down_stub,
+        checker=check_down,
+        solution=_launcher(_down_kernel),
+        wrong={
+            "no mask along K": (_launcher(_unmasked_k_kernel), "read past the end"),
+            "only the last tile": (_launcher(_last_tile_kernel), "last tile of K"),
+            "no mask on the store": (_launcher(_unmasked_store_kernel), "past its end"),
+        },
+        hints=(
+            "One program a row is enough: m = tl.program_id(0), the grid is (M,). BLOCK_R must be a power of two: "
+            "triton.next_power_of_2(r).",
+            "In the loop over k load x's tile [BLOCK_K] and A's tile [BLOCK_R, BLOCK_K]; mask both where offs_k >= K, "
+            "A also where offs_r >= r; other=0.0.",
+            "acc += tl.sum(a * x[None, :], axis=1), and after the loop one store with mask=offs_r < R.",
+        ),
+    ),
+    "07.4": Exercise(
+        title="LoRA's gradients",
+        specification="lora_gradients(x, dy, W, A, B, s) → (dx, dA, dB) of y = x Wᵀ + s (x Aᵀ) Bᵀ, without autograd.",
+        stub=lora_gradients_stub,
+        checker=check_lora_gradients,
+        solution=lora_gradients,
+        wrong={
+            "dx skips W": (_dx_without_W, "still crosses W"),
+            "scale forgotten": (_scale_forgotten, "factor s is missing"),
+            "dB transposed": (_dB_transposed, "shape"),
+        },
+        hints=(
+            "For y = x Mᵀ: dx = dy M and dM = dyᵀ x. Use it three times.",
+            "Let S = x Aᵀ. Then y = x Wᵀ + s S Bᵀ, so dS = s dy B and dB = s dyᵀ S.",
+            "From dS come dA = dSᵀ x and the second part of dx, dS A.",
+        ),
+    ),
+}

@@ -1,0 +1,195 @@
+"""Lesson 12: choosing within a budget."""
+
+import math
+
+from ..exercise import Exercise, WrongAnswer
+
+
+def _pareto(points):
+    return sorted(
+        p for p in points if not any(q[0] <= p[0] and q[1] <= p[1] and (q[0] < p[0] or q[1] < p[1]) for q in points)
+    )
+
+
+def _check_pareto(candidate):
+    cases = {
+        "a staircase with one point behind it": [(4, 1.0), (1, 4.0), (2, 2.0), (3, 3.0)],
+        "two of equal bytes": [(1, 4.0), (2, 2.0), (2, 3.0), (5, 1.0)],
+        "two of equal loss": [(1, 4.0), (2, 2.0), (3, 2.0)],
+        "a single point": [(7, 7.0)],
+        "none": [],
+    }
+    for what, points in cases.items():
+        wanted, got = _pareto(points), candidate(list(points))
+        if got is None or [tuple(p) for p in got] != wanted:
+            raise WrongAnswer(f"{what}: of {points} the front is {wanted}, got {got}")
+
+
+def _choose(budget, runs):
+    fitting = {name: loss for name, (loss, moments) in runs.items() if max(moments.values()) <= budget}
+    return min(fitting, key=fitting.get) if fitting else None
+
+
+def _check_choose(candidate):
+    runs = {
+        "full": (0.10, {"loss": 60, "backward": 70, "optimizer step": 112}),
+        "LoRA": (0.20, {"loss": 20, "backward": 18, "optimizer step": 15}),
+        "QLoRA": (0.30, {"loss": 11, "backward": 12, "optimizer step": 5}),
+    }
+    for budget, why in (
+        (200, "everything fits"),
+        (112, "a peak equal to the budget fits"),
+        (111, "full fits while the loss is taken (60), but not in its optimizer step (112)"),
+        (24, "LoRA has 53 bytes over its moments, but never more than 20 at once"),
+        (15, "LoRA fits in its last moment, but not in its fullest"),
+        (5, "nothing fits: None"),
+    ):
+        copies = {name: (loss, dict(moments)) for name, (loss, moments) in runs.items()}
+        wanted, got = _choose(budget, runs), candidate(budget, copies)
+        if got != wanted:
+            raise WrongAnswer(f"budget {budget}: {why}; expected {wanted!r}, got {got!r}")
+
+
+def _halving(settings, evaluate, steps):
+    alive = list(settings)
+    while len(alive) > 1:
+        losses = {s: evaluate(s, steps) for s in alive}
+        alive = sorted(alive, key=losses.get)[: math.ceil(len(alive) / 2)]
+        steps *= 2
+    return alive[0]
+
+
+def _run_to_the_end(settings, evaluate, steps):
+    return min(settings, key=lambda s: evaluate(s, steps))
+
+
+def _never_doubled(settings, evaluate, steps):
+    alive = list(settings)
+    while len(alive) > 1:
+        losses = {s: evaluate(s, steps) for s in alive}
+        alive = sorted(alive, key=losses.get)[: math.ceil(len(alive) / 2)]
+    return alive[0]
+
+
+def _worse_half(settings, evaluate, steps):
+    alive = list(settings)
+    while len(alive) > 1:
+        losses = {s: evaluate(s, steps) for s in alive}
+        alive = sorted(alive, key=losses.get, reverse=True)[: math.ceil(len(alive) / 2)]
+        steps *= 2
+    return alive[0]
+
+
+def _check_halving(candidate):
+    # Setting s reaches the loss s in the end; fast starters lead at first.
+    head_start = {0.1: 3.0, 0.2: 0.4, 0.3: 0.2, 0.4: 9.0, 0.5: 0.1, 0.6: 9.0, 0.7: 9.0}
+    called = []
+
+    def evaluate(setting, steps):
+        called.append((setting, steps))
+        return setting + head_start[setting] / steps
+
+    settings = (0.4, 0.7, 0.2, 0.6, 0.1, 0.3, 0.5)
+    expected_calls = []
+
+    def record(setting, steps):
+        expected_calls.append((setting, steps))
+        return setting + head_start[setting] / steps
+
+    wanted = _halving(settings, record, 10)
+    got = candidate(list(settings), evaluate, 10)
+    rounds = [sum(1 for _, steps in expected_calls if steps == s) for s in (10, 20, 40)]
+    made = [sum(1 for _, steps in called if steps == s) for s in (10, 20, 40)]
+    if got in (0.4, 0.6, 0.7):
+        raise WrongAnswer(f"the setting that is left, {got}, has one of the largest losses: keep the better half")
+    if made != rounds:
+        raise WrongAnswer(
+            f"7 settings: {rounds} evaluations were expected with 10, 20 and 40 steps (7, then 4, then 2), got {made}"
+        )
+    if got != wanted:
+        raise WrongAnswer(f"the setting left must be {wanted}, got {got}")
+
+
+def _not_written(*args):
+    raise NotImplementedError
+
+
+EXERCISES = {
+    "12.1": Exercise(
+        title="The Pareto front",
+        specification="pareto(points) → the (bytes, loss) that no other point beats, sorted by bytes",
+        stub=_not_written,
+        checker=_check_pareto,
+        solution=_pareto,
+        wrong={
+            "larger is better": (
+                lambda points: sorted(
+                    p for p in points if not any(q != p and q[0] >= p[0] and q[1] >= p[1] for q in points)
+                ),
+                "a staircase",
+            ),
+            "beaten in both only": (
+                lambda points: sorted(p for p in points if not any(q[0] < p[0] and q[1] < p[1] for q in points)),
+                "two of equal bytes",
+            ),
+            "the best alone": (lambda points: sorted(points, key=lambda p: p[1])[:1], "a staircase"),
+        },
+        hints=(
+            "For each point ask: is there another with bytes ≤ and loss ≤, and < in one of them?",
+            "sorted() of tuples sorts by the first entry.",
+        ),
+    ),
+    "12.2": Exercise(
+        title="The best that fits",
+        specification="choose(budget, runs) → name of the run with the least loss that fits the budget, or None",
+        stub=_not_written,
+        checker=_check_choose,
+        solution=_choose,
+        wrong={
+            "moments added up": (
+                lambda budget, runs: min(
+                    (n for n, (_, m) in runs.items() if sum(m.values()) <= budget),
+                    key=lambda n: runs[n][0],
+                    default=None,
+                ),
+                "expected 'full'",
+            ),
+            "last moment only": (
+                lambda budget, runs: min(
+                    (n for n, (_, m) in runs.items() if list(m.values())[-1] <= budget),
+                    key=lambda n: runs[n][0],
+                    default=None,
+                ),
+                "not in its fullest",
+            ),
+            "first moment only": (
+                lambda budget, runs: min(
+                    (n for n, (_, m) in runs.items() if next(iter(m.values())) <= budget),
+                    key=lambda n: runs[n][0],
+                    default=None,
+                ),
+                "not in its optimizer step",
+            ),
+        },
+        hints=(
+            "A run fits if its fullest moment fits.",
+            "min(…, default=None), or an if, for the case that nothing fits.",
+        ),
+    ),
+    "12.3": Exercise(
+        title="Successive halving",
+        specification="halving(settings, evaluate, steps): keep the better half (rounded up), double the steps, repeat",
+        stub=_not_written,
+        checker=_check_halving,
+        solution=_halving,
+        wrong={
+            "one round": (_run_to_the_end, "7, then 4, then 2"),
+            "steps never doubled": (_never_doubled, "7, then 4, then 2"),
+            "the worse half": (_worse_half, "keep the better half"),
+        },
+        hints=(
+            "while more than one is left: evaluate each once, sort by loss, cut, double.",
+            "math.ceil(len(alive) / 2) are kept.",
+        ),
+    ),
+}

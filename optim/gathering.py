@@ -1,0 +1,185 @@
+"""ZeRO stage 3: parameters that are whole only while a module uses them.
+
+Between uses a parameter is an empty tensor and its memory is given back; what is left of it
+is this rank's shard. Hooks on every module's call gather and release:
+
+    before a module's forward       all-gather the parameters that it holds itself
+    after it                        release them, and hook the output:
+    when a gradient reaches that    all-gather them again
+    when a parameter's own gradient has been accumulated, release that parameter
+
+That is A elements gathered in forward and A in backward. What autograd has saved of a parameter (often a
+view, `weight.t()`) points into the parameter's storage, so the storage is shrunk to 0 bytes and
+grown again, never replaced.
+
+Collectives must be called in the same order on all ranks, and the gradients of a rank come in the order of
+its own graph: on one of them an output may not reach the loss at all. So backward marches in
+lockstep, through the modules in the reverse of the order in which they ran forward; a gradient
+that reaches a module first makes up for those that were passed over, gathering and reducing
+each, with zeros for gradients that have not come. Forward must run the same modules on all ranks.
+"""
+
+import contextlib
+import weakref
+
+import torch
+from torch import nn
+from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
+from torch.utils._pytree import tree_leaves
+
+from .shards import Shard, alike, pack_row, unpack
+
+# Their forward reads the parameters of submodules without calling these.
+READ_INTO = (nn.MultiheadAttention, nn.TransformerEncoderLayer)
+
+
+class Gathering:
+    """Gathers and releases the parameters of a stage 3 `ZeroOptimizer`.
+
+    Args:
+        shards: of all parameters.
+        group: `Collectives`.
+        reduction: `Reduction` of the gradients; it is told of backward, and called for each module.
+        model: if it is known, the members of its ModuleLists (a decoder's layers) are gathered as a whole: fewer
+            and larger collectives, and their modules may read each other's parameters.
+    """
+
+    def __init__(self, shards, group, reduction, model: nn.Module | None = None):
+        self.group = group
+        lists = [module for module in model.modules() if isinstance(module, nn.ModuleList)] if model else []
+        self.blocks = {block for blocks in lists for block in blocks}
+        self.reduction = weakref.proxy(reduction)
+        self.by_param = {shard.param: shard for shard in shards}
+        self.full: dict[Shard, torch.Tensor] = {}  # of the whole shape, with memory only while it is whole
+        self.empty: dict[Shard, torch.Tensor] = {}
+        self.whole: set[Shard] = set()
+        self.held = False  # all of them, for a while
+        self.users = dict.fromkeys(shards, 0)  # running forward calls
+        self.pending = dict.fromkeys(shards, 0)  # calls whose backward still needs a frozen parameter
+        self.order: dict[tuple[Shard, ...], None] = {}  # modules' shards as they ran, not yet met in backward
+        self.home: dict[Shard, tuple[Shard, ...]] = {}  # with which of these a shard's gradient is reduced
+        self.last: tuple[Shard, ...] = ()
+        for shard in shards:
+            self.full[shard] = torch.empty_like(shard.param.data)
+            self.full[shard].untyped_storage().resize_(0)
+            self.empty[shard] = shard.param.data = self.full[shard].new_empty(0)
+
+    def hooks(self) -> list:
+        me = weakref.ref(self)
+        before = register_module_forward_pre_hook(lambda module, args: me().before_forward(module, args))
+        after = register_module_forward_hook(lambda module, _, out: me().after_forward(module, out), always_call=True)
+        return [before, after]
+
+    @torch.no_grad()
+    def gather(self, shards) -> None:
+        """Make parameters whole."""
+        for group in alike(shard for shard in shards if shard not in self.whole):
+            numels = [shard.numel for shard in group]
+            row = pack_row([shard.owned for shard in group], numels, self.group.size)
+            for shard, flat in zip(group, unpack(self.group.all_gather(row), numels), strict=True):
+                full = self.full[shard]
+                full.untyped_storage().resize_(shard.numel * full.element_size())
+                full.view(-1).copy_(flat)
+                shard.param.data = full
+                self.whole.add(shard)
+
+    def release(self, shards) -> None:
+        """Give back the memory of parameters that no running forward call uses."""
+        if self.held:
+            return
+        for shard in shards:
+            if shard in self.whole and self.users[shard] == 0:
+                shard.param.data = self.empty[shard]
+                self.full[shard].untyped_storage().resize_(0)
+                self.whole.remove(shard)
+
+    @contextlib.contextmanager
+    def all_whole(self):
+        self.gather(self.by_param.values())
+        self.held = True
+        try:
+            yield
+        finally:
+            self.held = False
+            self.release(self.by_param.values())
+
+    def of_module(self, module: nn.Module) -> tuple[Shard, ...]:
+        params = module.parameters(recurse=isinstance(module, READ_INTO) or module in self.blocks)
+        return tuple(self.by_param[param] for param in params if param in self.by_param)
+
+    def before_forward(self, module: nn.Module, args: tuple) -> None:
+        shards = self.of_module(module)
+        if not shards:
+            return
+        self.gather(shards)
+        if self.reduction.in_backward:  # a checkpoint's second forward pass: backward uses them next
+            return
+        for shard in shards:
+            self.users[shard] += 1
+        frozen = [shard for shard in shards if not shard.param.requires_grad]
+        if frozen and torch.is_grad_enabled():
+            self._release_after_backward(frozen, args)
+
+    def _release_after_backward(self, frozen: list[Shard], args: tuple) -> None:
+        """A frozen parameter has no gradient to wait for, but its module's input has one, after the last use."""
+        entered = next((x for x in args if isinstance(x, torch.Tensor) and x.requires_grad and not x.is_leaf), None)
+        if entered is None:
+            return
+        for shard in frozen:
+            self.pending[shard] += 1
+
+        def passed(_):
+            for shard in frozen:
+                self.pending[shard] -= 1
+            self.release(shard for shard in frozen if self.pending[shard] == 0)
+
+        entered.register_hook(passed)
+
+    def after_forward(self, module: nn.Module, output) -> None:
+        shards = self.of_module(module)
+        if not shards or self.reduction.in_backward:
+            return
+        for shard in shards:
+            self.users[shard] -= 1
+        self.release(shards)
+        outputs = [x for x in tree_leaves(output) if isinstance(x, torch.Tensor) and x.requires_grad]
+        if outputs:
+            if module in self.blocks:  # the calls within were a part of this one
+                for inner in [key for key in self.order if set(key) < set(shards)]:
+                    del self.order[inner]
+                self.home.update(dict.fromkeys(shards, shards))
+            self.order.pop(shards, None)
+            self.order[shards] = None
+            for shard in shards:
+                self.home.setdefault(shard, shards)
+            for x in outputs:
+                x.register_hook(lambda _: self.before_backward(shards))
+
+    def before_backward(self, shards: tuple[Shard, ...]) -> None:
+        """A gradient has reached a module's output."""
+        self.reduction.enter_backward()
+        while any(set(shards) <= set(waiting) for waiting in self.order):
+            self._march()
+        self.gather(shards)  # another backward pass through the same graph
+
+    def _march(self) -> None:
+        """One step of the lockstep: reduce what the last module has left, gather the next one."""
+        following, _ = self.order.popitem()
+        self._reduce_last()
+        self.gather(following)
+        self.last = following
+
+    def _reduce_last(self) -> None:
+        mine = [shard for shard in self.last if shard.param.requires_grad and self.home.get(shard) == self.last]
+        self.last = ()
+        self.reduction.reduce(mine, early=True)
+
+    def finish_backward(self) -> None:
+        """March through what other ranks may have met, and release everything."""
+        while self.order:
+            self._march()
+        self._reduce_last()
+        self.home.clear()
+        self.pending = dict.fromkeys(self.pending, 0)
+        self.users = dict.fromkeys(self.users, 0)  # of calls that a checkpoint has cut short
+        self.release(self.by_param.values())

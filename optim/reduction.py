@@ -1,0 +1,203 @@
+"""ZeRO's backward pass: from each rank's own gradients to the shards of their mean.
+
+Hooks note every gradient as it is accumulated, and reductions are called
+
+    stage 1     bucket by bucket when backward has ended; the full gradients stay
+    stage 2     a bucket when its parameters have their gradients; the full ones are freed
+    stage 3     a module's when backward goes on to the next module (`gathering.py`)
+
+All ranks must call them in the same order, though on one of them a parameter may have no gradient at
+all. So buckets go in a fixed order, one that lacks a gradient waits (and all behind it) until backward has
+ended, and what is missing then counts as zero. At last the ranks tell each other which parameters
+any of them has used (a parameter that nobody used has no gradient, and weight decay must
+not touch it), and whether any gradient overflowed.
+"""
+
+import weakref
+
+import torch
+import torch.distributed as dist
+
+from .shards import Shard, alike, buckets, pack, width
+
+
+class Reduction:
+    """Puts the shards of the mean gradient into `shard.value.grad` when backward has ended.
+
+    Args:
+        shards: of all parameters.
+        stage: 1, 2 or 3.
+        group: `Collectives`.
+        host: `Host` if gradient shards are kept there, else None.
+        bucket_elements: size of one reduction under stages 1 and 2.
+
+    Attributes:
+        trained: shards of parameters with gradients.
+        buckets: of these.
+        gathering: `Gathering` under stage 3.
+        syncing: False while gradients are only accumulated.
+        settled: what backward left has been reduced.
+    """
+
+    def __init__(self, shards, stage, group, host, bucket_elements):
+        self.shards, self.stage, self.group, self.host = shards, stage, group, host
+        self.trained = [shard for shard in shards if shard.param.requires_grad]
+        self.buckets = buckets(self.trained, bucket_elements)
+        self.gathering = None
+        self.syncing = True
+        self.settled = False
+        self._averaged: set[Shard] = set()  # stage 1: parameters whose .grad has been reduced
+        self._begin()
+
+    def _begin(self) -> None:
+        """Be ready for a backward pass."""
+        self.in_backward = False
+        self._waiting = list(self.buckets) if self.stage < 3 else []
+        self._ready: set[Shard] = set()
+        self._arrived: dict[Shard, torch.Tensor] = {}  # reduced, not yet in .grad
+        self._used: set[int] = set()
+        self._largest: list[torch.Tensor] = []
+
+    def hooks(self) -> list:
+        me = weakref.ref(self)  # the parameters must not keep this alive
+        handles = []
+        for shard in self.trained:
+            param = shard.param
+            handles.append(param.register_post_accumulate_grad_hook(lambda _, shard=shard: me()._accumulated(shard)))
+            if self.stage == 1:
+                handles.append(param.register_hook(lambda _, shard=shard: me()._set_aside(shard)))
+        return handles
+
+    def enter_backward(self) -> None:
+        if not self.in_backward:
+            self.in_backward, self.settled = True, False
+            torch.autograd.Variable._execution_engine.queue_callback(self.end_backward)
+
+    def _accumulated(self, shard: Shard) -> None:
+        """A parameter's gradient is complete."""
+        self.enter_backward()
+        self._ready.add(shard)
+        if self.stage == 3:
+            self.gathering.release([shard])
+        if self.stage == 2 and self.syncing:
+            while self._waiting and self._ready.issuperset(self._waiting[0]):
+                self.reduce(self._waiting.pop(0))
+
+    def _set_aside(self, shard: Shard) -> None:
+        """Before stage 1 accumulates again: what has been averaged must not be averaged twice."""
+        if shard not in self._averaged:
+            return
+        self._averaged.remove(shard)
+        if shard.param.grad is None:  # cleared by the model's zero_grad
+            shard.value.grad = None
+        elif self.host is None:
+            shard.value.grad = shard.value.grad.clone()  # it was a view of the full gradient
+        shard.param.grad = None
+
+    @torch.no_grad()
+    def reduce(self, shards: list[Shard], early: bool = False) -> None:
+        """Average the gradients of these parameters over the ranks, each rank receiving its shards'.
+
+        With `early` only gradients that this backward pass has completed: others may hold a part from before it.
+        """
+        if not self.syncing:
+            return
+        size = self.group.size
+        for group in alike(shards):
+            # Divided before they are summed, as DDP does: an FP16 sum could overflow where the mean does not.
+            rows = pack([self._take(shard, early) for shard in group], size).mul_(1 / size)
+            mine = self.group.reduce_scatter(rows)
+            if mine.numel():
+                self._largest.append(torch.linalg.vector_norm(mine, torch.inf).float())
+            for shard, padded in zip(group, mine.split([width(shard.numel, size) for shard in group]), strict=True):
+                mean = padded[: shard.stop - shard.start]
+                mean = mean if self.host is None else self.host.fetch(mean)
+                if shard in self._arrived:
+                    self._wait()
+                    mean += self._arrived[shard]
+                self._arrived[shard] = mean
+
+    def _take(self, shard: Shard, early: bool) -> torch.Tensor:
+        """This rank's own gradient, which stages 2 and 3 do not keep; zeros if there is nothing new."""
+        grad = shard.param.grad
+        if grad is None or shard in self._averaged or (early and shard not in self._ready):
+            return shard.owned.new_zeros(shard.numel)
+        if grad.is_sparse:
+            raise RuntimeError("ZeroOptimizer does not support sparse gradients")
+        self._used.add(shard.index)
+        if self.stage > 1:
+            shard.param.grad = None
+        return grad
+
+    def end_backward(self) -> None:
+        """Reduce what has not been reduced, and let it appear."""
+        if self.gathering:
+            self.gathering.finish_backward()
+        if self.syncing:
+            for bucket in self._waiting:
+                self.reduce(bucket)
+            if self.stage == 3:
+                self.reduce(self._left_over())
+            self._settle()
+        self._begin()
+
+    def _left_over(self) -> list[Shard]:
+        """Parameters whose gradient came after their module's turn, on any rank: of tied weights, or no module's."""
+        late = self._on_any_rank(shard.index for shard in self.trained if shard.param.grad is not None)
+        return [shard for shard in self.trained if late[shard.index]]
+
+    @torch.no_grad()
+    def _settle(self) -> None:
+        overflow = ~torch.stack(self._largest).isfinite().all() if self._largest else None
+        *used, overflow = self._on_any_rank(self._used, overflow)
+        self._wait()
+        for shard, mean in self._arrived.items():
+            if not used[shard.index]:
+                continue
+            value = shard.value
+            if value.grad is not None:
+                mean += value.grad
+            if self.stage == 1:
+                self._averaged.add(shard)
+                mean = mean if self.host else self._put_back(shard, mean)
+            value.grad = mean
+        if overflow:
+            # It is in one rank's shard, and a GradScaler looks at its own rank's only.
+            for shard in self.trained:
+                if shard.value.grad is not None and shard.value.numel():
+                    shard.value.grad[0] = torch.inf
+                    break
+        self.settled = True
+
+    def _put_back(self, shard: Shard, mean: torch.Tensor) -> torch.Tensor:
+        """Stage 1 has room for one gradient: the mean goes into this rank's part of the full one."""
+        param = shard.param
+        param.grad = torch.zeros_like(param) if param.grad is None else param.grad.contiguous()
+        return param.grad.view(-1)[shard.start : shard.stop].copy_(mean)
+
+    def _on_any_rank(self, indices, overflow: torch.Tensor | None = None) -> list[int]:
+        """A flag for each parameter, and one for the overflow: set if it is on any rank."""
+        flags = torch.zeros(len(self.shards) + 1, dtype=torch.int32)
+        flags[list(indices)] = 1
+        flags = flags.to(self.shards[0].param.device)
+        if overflow is not None:
+            flags[-1] = overflow
+        return self.group.all_reduce(flags, dist.ReduceOp.MAX).tolist()
+
+    def _wait(self) -> None:
+        if self.host:
+            self.host.wait()
+
+    def clear(self, set_to_none: bool) -> None:
+        """Clear the gradients of parameters and shards, and forget a backward pass that did not end."""
+        for tensor in (tensor for shard in self.shards for tensor in (shard.param, shard.value)):
+            if tensor.grad is None:
+                continue
+            if set_to_none:
+                tensor.grad = None
+            else:
+                tensor.grad.zero_()
+        if set_to_none:
+            self._averaged.clear()
+        self.settled = False
+        self._begin()

@@ -1,0 +1,175 @@
+"""Cutting tensors into shards, and the collectives that put them together again.
+
+The rule for N processes: a tensor of n elements, flattened and padded with zeros to N · w
+elements, w = ceil(n / N), is cut into N rows; row r belongs to rank r. Several tensors travel
+in one collective when their rows are laid side by side:
+
+    rank 0's row   | tensor a: 0 … w_a | tensor b: 0 … w_b |
+    rank 1's row   |          w_a … 2w_a |         w_b … 2w_b |
+
+reduce-scatter sums all ranks' (N, Σw) buffers and leaves rank r with row r of the sum; all-gather
+takes a row from each rank and leaves the whole buffer on all of them. A ring does either by
+sending (N − 1)/N of the buffer once through every link, so each counts as "A elements a rank" for
+A elements; all-reduce is one after the other, 2A (Rajbhandari et al. 2020, "ZeRO", section 7.1).
+"""
+
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+
+# torch 2.13 renamed them.
+_reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
+_all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+
+
+class Collectives:
+    """The calls on torch.distributed's default group, and how many elements went through them.
+
+    Without an initialized process group it is a world of one process, where each call is the identity.
+
+    Attributes:
+        rank, size: of this process, and of the group.
+        traffic: collective → elements of its whole buffer, summed over the calls of this rank.
+        calls: collective → how often it was called.
+    """
+
+    def __init__(self):
+        initialized = dist.is_available() and dist.is_initialized()
+        self.rank = dist.get_rank() if initialized else 0
+        self.size = dist.get_world_size() if initialized else 1
+        self.traffic: Counter[str] = Counter()
+        self.calls: Counter[str] = Counter()
+
+    def _count(self, collective: str, elements: int) -> None:
+        self.traffic[collective] += elements
+        self.calls[collective] += 1
+
+    def reduce_scatter(self, rows: torch.Tensor) -> torch.Tensor:
+        """(N, w) → (w,): this rank's row of the sum over ranks."""
+        self._count("reduce-scatter", rows.numel())
+        if self.size == 1:
+            return rows[0]
+        mine = rows.new_empty(rows.shape[1])
+        _reduce_scatter(mine, rows.view(-1))
+        return mine
+
+    def all_gather(self, mine: torch.Tensor) -> torch.Tensor:
+        """(w,) → (N, w): every rank's row."""
+        self._count("all-gather", self.size * mine.numel())
+        if self.size == 1:
+            return mine[None]
+        rows = mine.new_empty(self.size, mine.numel())
+        _all_gather(rows.view(-1), mine)
+        return rows
+
+    def all_reduce(self, tensor: torch.Tensor, op=dist.ReduceOp.SUM) -> torch.Tensor:
+        """In place; used for a few flags and norms only."""
+        self._count("all-reduce", tensor.numel())
+        if self.size > 1:
+            dist.all_reduce(tensor, op=op)
+        return tensor
+
+    def broadcast(self, tensor: torch.Tensor) -> None:
+        """Rank 0's values to all, in place."""
+        self._count("broadcast", tensor.numel())
+        if self.size > 1:
+            dist.broadcast(tensor, src=0)
+
+
+@dataclass(eq=False)
+class Shard:
+    """What one rank owns of one parameter.
+
+    Attributes:
+        param: the model's parameter.
+        index: its position among all parameters of the optimizer.
+        shape: of the whole parameter.
+        start, stop: the range of the flattened parameter that is owned.
+        owned: those elements on the parameter's device, in its dtype: a view of the parameter, or under
+            stage 3 all that is kept of it.
+        value: what the optimizer's `param_groups` hold: `owned` itself, or its copy in host memory.
+        master: what is updated: `value` itself, or an FP32 copy where that is a 16-bit tensor.
+        version: of the parameter when `master` was last in step with it.
+    """
+
+    param: torch.nn.Parameter
+    index: int
+    shape: torch.Size
+    start: int
+    stop: int
+    owned: torch.Tensor
+    value: torch.Tensor
+    master: torch.Tensor
+    version: int = 0
+
+    @property
+    def numel(self) -> int:
+        return self.shape.numel()
+
+
+def width(numel: int, size: int) -> int:
+    """w, elements of a row."""
+    return -(-numel // size)
+
+
+def bounds(numel: int, rank: int, size: int) -> tuple[int, int]:
+    """Range of the flattened tensor that `rank` owns; empty for the last ranks of a small tensor."""
+    w = width(numel, size)
+    return min(rank * w, numel), min((rank + 1) * w, numel)
+
+
+def pack(tensors: list[torch.Tensor], size: int) -> torch.Tensor:
+    """Whole tensors of one dtype → the (N, Σw) buffer, in new memory."""
+    widths = [width(tensor.numel(), size) for tensor in tensors]
+    rows = tensors[0].new_zeros(size, sum(widths))
+    for columns, tensor, w in zip(rows.split(widths, dim=1), tensors, widths, strict=True):
+        flat = tensor.reshape(-1)
+        filled = len(flat) // w if w else 0
+        columns[:filled] = flat[: filled * w].view(filled, w)
+        if filled < size:
+            columns[filled, : len(flat) - filled * w] = flat[filled * w :]
+    return rows
+
+
+def pack_row(pieces: list[torch.Tensor], numels: list[int], size: int) -> torch.Tensor:
+    """This rank's pieces of tensors with `numels` elements → its (Σw,) row."""
+    widths = [width(numel, size) for numel in numels]
+    row = pieces[0].new_zeros(sum(widths))
+    for columns, piece in zip(row.split(widths), pieces, strict=True):
+        columns[: len(piece)] = piece
+    return row
+
+
+def unpack(rows: torch.Tensor, numels: list[int]) -> Iterator[torch.Tensor]:
+    """The (N, Σw) buffer → one whole tensor after the other, flat and without padding."""
+    columns = rows.split([width(numel, len(rows)) for numel in numels], dim=1)
+    for column, numel in zip(columns, numels, strict=True):
+        yield column.reshape(-1)[:numel]
+
+
+def alike(shards) -> list[list[Shard]]:
+    """Shards grouped by dtype and device, since one buffer has one of each."""
+    groups: dict[tuple, list[Shard]] = {}
+    for shard in shards:
+        groups.setdefault((shard.owned.dtype, shard.owned.device), []).append(shard)
+    return list(groups.values())
+
+
+def buckets(shards: list[Shard], elements: int) -> list[list[Shard]]:
+    """Runs of alike shards, last parameter first (the order in which backward makes gradients), each of about
+    `elements` elements: large enough that a collective is worth its latency, small beside the model."""
+    result = []
+    for group in alike(reversed(shards)):
+        bucket, count = [], 0
+        for shard in group:
+            bucket.append(shard)
+            count += shard.numel
+            if count >= elements:
+                result.append(bucket)
+                bucket, count = [], 0
+        if bucket:
+            result.append(bucket)
+    return result

@@ -1,0 +1,330 @@
+"""ZeRO: data-parallel training in which no two ranks store the same thing.
+
+Under data parallelism each of N ranks computes gradients of its own part of the batch, and all of
+them store everything: A parameters and gradients in 16 bits, FP32 masters and Adam's two moments,
+2A + 2A + 12A = 16A bytes. The optimizer is element-wise, so a rank needs optimizer state only for the
+elements that it updates. Rajbhandari et al. 2020, "ZeRO: Memory optimizations toward training
+trillion parameter models", sections 3 and 5, cut in three stages:
+
+    stage   cut among the ranks          bytes a rank    A = 7·10⁹, N = 8      elements a rank sends a step
+    DDP     –                            16A             112    GB             2A   (all-reduce of gradients)
+    1       optimizer state, masters     4A + 12A/N       38.5  GB             2A
+    2       and gradients                2A + 14A/N       26.25 GB             2A
+    3       and parameters               16A/N            14    GB             3A
+
+(FP32 parameters need no masters: 8A + 8A/N, 4A + 12A/N, 16A/N.)
+
+Communication (section 7): all-reduce is a reduce-scatter, A, and an all-gather, A. Stages 1 and 2 put the
+optimizer's step between the two: gradients are reduce-scattered, each rank updates its shard, the
+new parameters are all-gathered; still 2A. Stage 3 has nowhere to keep gathered parameters: it
+all-gathers them for forward, A, and again for backward, A, and reduce-scatters gradients, A: 3A.
+
+How tensors are cut is told in `shards.py`, how gradients are reduced during backward in `reduction.py`, how
+stage 3 gathers parameters in `gathering.py`, and what offloading moves in `offload.py`.
+"""
+
+import contextlib
+import weakref
+
+import torch
+import torch.distributed as dist
+
+from .gathering import Gathering
+from .offload import Host
+from .reduction import Reduction
+from .shards import Collectives, Shard, bounds, pack_row, unpack
+from .zero_state import load_cut_state, whole_state
+
+LOW = (torch.float16, torch.bfloat16)
+
+
+class ZeroOptimizer(torch.optim.Optimizer):
+    """An element-wise optimizer (SGD, AdamW, …) whose state, gradients and parameters are cut among the ranks.
+
+        dist.init_process_group("nccl")                  # without: a world of one process, by the same code
+        optimizer = ZeroOptimizer(model.parameters(), AdamW, stage=2, lr=1e-4)
+        for inputs, labels in loader_of_this_rank:
+            loss(model(inputs), labels).backward()       # leaves the mean gradient over all ranks
+            optimizer.clip_grad_norm_(1.0)
+            optimizer.step()
+            optimizer.zero_grad()
+
+    It takes the place of DistributedDataParallel (do not wrap the model in both) and computes the
+    same: parameters begin as rank 0's, gradients are averaged, a parameter that no rank used keeps its value.
+
+    `param_groups` hold this rank's shards as flat tensors with their `.grad`, so schedulers and GradScaler
+    (torch's and ours) work as ever, and an overflow on one rank is made to show on all. Norms
+    need all ranks: clip with `clip_grad_norm_` of this class. Clear gradients with its `zero_grad`.
+
+    Under stage 3 a parameter is empty outside of the forward and backward of the modules that hold it; read or
+    load weights under `with optimizer.gathered():`. All ranks must run the same modules. Pass the model itself
+    rather than its parameters if modules read each other's within the layers of a ModuleList (LoRA layers do);
+    the layers are gathered as a whole then.
+
+    Args:
+        params: the model's parameters, or groups of them as for any optimizer, or the model. FP16 and
+            BF16 ones get FP32 masters. Those that are not contiguous are made so.
+        optimizer_class: called with this rank's shards and `kwargs`.
+        stage: 1, 2 or 3, as above.
+        offload: keep gradient shards, masters and optimizer state in the host's memory, and step there.
+        **kwargs: for `optimizer_class`: lr, betas, …
+
+    Attributes:
+        inner: the optimizer of the shards.
+        group: its `traffic` and `calls` count what was communicated, by collective.
+        bucket_elements: size of one reduction under stages 1 and 2; smaller ones leave fewer full gradients in
+            stage 2 and are slower, since each of the N − 1 hops of a ring has its latency.
+
+    Raises:
+        ValueError: another stage, no parameters or one given twice.
+        TypeError: `optimizer_class` cannot be called, or a parameter is complex.
+        RuntimeError: from backward, a gradient is sparse.
+    """
+
+    bucket_elements = 2**26
+
+    def __init__(self, params, optimizer_class, stage: int = 1, offload: bool = False, **kwargs):
+        if stage not in (1, 2, 3):
+            raise ValueError(f"stage must be 1, 2 or 3, got {stage!r}")
+        if not callable(optimizer_class):
+            raise TypeError(f"optimizer_class must be a class of optimizers, got {optimizer_class!r}")
+        model = params if isinstance(params, torch.nn.Module) else None
+        super().__init__(params if model is None else model.parameters(), {})
+        whole = [param for group in self.param_groups for param in group["params"]]
+        if len(set(whole)) < len(whole):
+            raise ValueError("params must hold each parameter once, got one of them twice")
+        self.stage = stage
+        self.group = Collectives()
+        self.host = Host(whole[0].device) if offload else None
+        self.shards = [self._cut(param, index) for index, param in enumerate(whole)]
+        self.reduction = Reduction(self.shards, stage, self.group, self.host, self.bucket_elements)
+        self.trained = self.reduction.trained
+
+        remaining = iter(self.shards)
+        cut = [[next(remaining) for _ in group["params"]] for group in self.param_groups]
+        self.inner = optimizer_class(
+            [
+                {**_hyperparameters(group), "params": [shard.master for shard in shards]}
+                for group, shards in zip(self.param_groups, cut, strict=True)
+            ],
+            **kwargs,
+        )
+        self.defaults = self.inner.defaults
+        self.state = self.inner.state
+        for group, ours, shards in zip(self.param_groups, self.inner.param_groups, cut, strict=True):
+            group.update(_hyperparameters(ours), params=[shard.value for shard in shards])
+
+        self._hooks = self.reduction.hooks()
+        if stage == 3:
+            self.reduction.gathering = Gathering(self.shards, self.group, self.reduction, model)
+            self._hooks += self.reduction.gathering.hooks()
+        weakref.finalize(self, _remove, self._hooks)
+
+    def add_param_group(self, param_group: dict) -> None:
+        if hasattr(self, "inner"):
+            raise ValueError("parameters cannot be added: the cut is made once; build a new ZeroOptimizer")
+        super().add_param_group(param_group)
+
+    @torch.no_grad()
+    def _cut(self, param: torch.nn.Parameter, index: int) -> Shard:
+        if param.is_complex():
+            raise TypeError(f"params must be real, got {param.dtype}")
+        param.data = param.data.contiguous()
+        self.group.broadcast(param.data)
+        start, stop = bounds(param.numel(), self.group.rank, self.group.size)
+        owned = param.detach().view(-1)[start:stop]
+        if self.stage == 3:
+            owned = owned.clone()
+        value = self.host.fetch(owned) if self.host and param.requires_grad else owned
+        if self.host:
+            self.host.wait()
+        master = value.float() if param.requires_grad and value.dtype in LOW else value
+        return Shard(param, index, param.shape, start, stop, owned, value, master, param._version)
+
+    @contextlib.contextmanager
+    def no_sync(self):
+        """Within, backward only accumulates, in each rank's own `.grad`, and the next one outside reduces the sum.
+
+        Without it every backward pass reduces: more traffic, but no full gradients between them (stages 2 and 3).
+        """
+        before, self.reduction.syncing = self.reduction.syncing, False
+        try:
+            yield
+        finally:
+            self.reduction.syncing = before
+
+    @torch.no_grad()
+    def clip_grad_norm_(self, max_norm: float, norm_type: float = 2.0) -> torch.Tensor:
+        """Scale the gradients of all ranks so that their joint norm is at most `max_norm`; the norm before (0-dim).
+
+        All ranks must call it. As `torch.nn.utils.clip_grad_norm_` on whole gradients.
+        """
+        grads = [shard.value.grad for shard in self.trained if shard.value.grad is not None]
+        return self._clip(grads, max_norm, norm_type)
+
+    def _clip(self, grads: list[torch.Tensor], max_norm: float, norm_type: float = 2.0) -> torch.Tensor:
+        device = self.shards[0].param.device
+        norms = [torch.linalg.vector_norm(g, norm_type, dtype=_at_least_fp32(g.dtype)) for g in grads if g.numel()]
+        local = torch.stack(norms).to(device) if norms else torch.zeros(1, device=device)
+        if norm_type == torch.inf:
+            norm = self.group.all_reduce(local.max(), dist.ReduceOp.MAX)
+        else:
+            norm = self.group.all_reduce(local.pow(norm_type).sum()).pow(1 / norm_type)
+        if grads:
+            torch._foreach_mul_(grads, (max_norm / (norm + 1e-6)).clamp(max=1.0).to(grads[0].device))
+        return norm
+
+    @torch.no_grad()
+    def step(self, closure=None, *, max_norm: float | None = None):
+        """Update this rank's shards, and under stages 1 and 2 gather the new parameters.
+
+        All ranks must call it.
+
+        Args:
+            closure: computes loss and gradients; its value is returned.
+            max_norm: clip the global norm, after unscaling if a GradScaler left that to this step (it does
+                for FP16 parameters).
+        """
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        if not self.reduction.settled:  # no gradient came on this rank, or all of them under no_sync
+            self.reduction.end_backward()
+        self.reduction.settled = False
+        found_inf, scale = getattr(self, "found_inf", None), getattr(self, "grad_scale", None)
+        if found_inf is not None and found_inf.item():
+            return loss
+        for group, ours in zip(self.param_groups, self.inner.param_groups, strict=True):
+            ours.update(_hyperparameters(group))
+        moved = [shard for shard in self.trained if shard.value.grad is not None]
+        for shard in moved:
+            if shard.param._version != shard.version:
+                self._adopt(shard)
+            if shard.master is not shard.value:
+                shard.master.grad = shard.value.grad.float()
+        grads = [shard.master.grad for shard in moved]
+        if scale is not None and grads:
+            torch._foreach_div_(grads, scale.to(grads[0].device))
+        if max_norm is not None:
+            self._clip(grads, max_norm)
+        del grads  # FP32 ones are not to outlive the update
+        self.inner.step()
+        for shard in moved:
+            if shard.master is not shard.value:
+                shard.value.copy_(shard.master)
+                shard.master.grad = None
+            if self.host:
+                self.host.send(shard.value, shard.owned)
+        if self.host:
+            self.host.wait()
+        if self.stage < 3:
+            self._gather_parameters()
+        return loss
+
+    def _gather_parameters(self) -> None:
+        for bucket in self.reduction.buckets:
+            numels = [shard.numel for shard in bucket]
+            row = pack_row([shard.owned for shard in bucket], numels, self.group.size)
+            for shard, flat in zip(bucket, unpack(self.group.all_gather(row), numels), strict=True):
+                shard.param.view(-1).copy_(flat)
+                shard.version = shard.param._version
+
+    def _adopt(self, shard: Shard) -> None:
+        """Take over what somebody has written into the parameter; masters that round to it stay."""
+        shard.version = shard.param._version
+        if self.host:
+            shard.value.copy_(shard.owned)
+        if shard.master is not shard.value:
+            same = shard.master.to(shard.value.dtype) == shard.value
+            shard.master.copy_(torch.where(same, shard.master, shard.value.float()))
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """Clear the gradients: of the parameters and of the shards."""
+        self.reduction.clear(set_to_none)
+
+    @property
+    def _step_supports_amp_scaling(self) -> bool:
+        """Asked by GradScaler: FP16 gradients cannot be unscaled in place, `step` does it in FP32."""
+        return any(shard.value.dtype == torch.float16 for shard in self.trained)
+
+    @contextlib.contextmanager
+    def gathered(self):
+        """Within, parameters are whole on every rank, to be read or written; what was written is kept.
+
+        All ranks must enter it, and write the same. Only stage 3 needs it.
+        """
+        if not self.reduction.gathering:
+            yield
+            return
+        with self.reduction.gathering.all_whole():
+            yield
+            for shard in self.shards:
+                part = shard.param.detach().view(-1)[shard.start : shard.stop]
+                if not torch.equal(part, shard.owned):
+                    shard.owned.copy_(part)
+                    self._adopt(shard)
+
+    def close(self) -> None:
+        """Leave a plain model: whole parameters, and no hooks. All ranks must call it."""
+        _remove(self._hooks)
+        if self.reduction.gathering:
+            self.reduction.gathering.gather(self.shards)
+
+    def bytes_held(self) -> dict[str, int]:
+        """Bytes of "parameters", "gradients" and "optimizer state" on the device, and of all in "host" memory.
+
+        Storages are counted once, whole, on this rank and as they are now.
+        """
+        held, seen = dict.fromkeys(("parameters", "gradients", "optimizer state", "host"), 0), set()
+
+        def count(role, *tensors):
+            for tensor in tensors:
+                storage = tensor.untyped_storage() if isinstance(tensor, torch.Tensor) else None
+                if storage is not None and storage.nbytes() and storage.data_ptr() not in seen:
+                    seen.add(storage.data_ptr())
+                    held[role] += storage.nbytes()
+
+        for shard in self.shards:
+            count("parameters", shard.param, shard.owned)
+            count("gradients", shard.param.grad)
+            count("host" if self.host else "gradients", shard.value.grad)
+            states = self.inner.state[shard.master].values() if shard.master in self.inner.state else ()
+            count("host" if self.host else "optimizer state", shard.value, shard.master, *states)
+        return held
+
+    def state_dict(self) -> dict:
+        """That of the inner optimizer on whole parameters, on the host, the same on every rank.
+
+        So `optimizer_class` can load it without ZeRO, or a ZeroOptimizer in another world size or stage. The
+        FP32 master of a 16-bit parameter is in its state as "master". All ranks must call it.
+
+        Raises:
+            ValueError: a state tensor that is not element-wise.
+        """
+        return whole_state(self)
+
+    @torch.no_grad()
+    def load_state_dict(self, state_dict: dict) -> None:
+        """Load what `state_dict` or the inner optimizer's own returned; each rank takes its part.
+
+        Masters that it does not have are made from the parameters.
+
+        Raises:
+            ValueError: other groups, or a state tensor that is not element-wise.
+        """
+        load_cut_state(self, state_dict)
+
+
+def _hyperparameters(group: dict) -> dict:
+    return {key: value for key, value in group.items() if key not in ("params", "param_names")}
+
+
+def _at_least_fp32(dtype: torch.dtype) -> torch.dtype:
+    return torch.promote_types(dtype, torch.float32)
+
+
+def _remove(hooks: list) -> None:
+    for hook in hooks:
+        hook.remove()
+    hooks.clear()

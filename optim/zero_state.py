@@ -1,0 +1,77 @@
+"""The state dict of a `ZeroOptimizer`: gathered when it is saved, cut again when it is loaded."""
+
+import copy
+
+import torch
+
+from .shards import Shard, pack_row, unpack
+
+
+def whole_state(zero) -> dict:
+    """Gather shard by shard: no more than one whole tensor is on the device at a time."""
+    local = zero.inner.state_dict()
+    state = {}
+    for index in sorted(local["state"]):
+        shard = zero.shards[index]
+        state[index] = {key: _whole(zero, shard, key, value) for key, value in local["state"][index].items()}
+        if shard.master.dtype != shard.value.dtype:
+            state[index]["master"] = _whole(zero, shard, "master", shard.master)
+    groups = [
+        {**{key: value for key, value in group.items() if key != "params"}, "params": ours["params"]}
+        for group, ours in zip(zero.param_groups, local["param_groups"], strict=True)
+    ]
+    return {"state": state, "param_groups": groups}
+
+
+def _whole(zero, shard: Shard, key: str, value):
+    if not isinstance(value, torch.Tensor) or value.dim() == 0:
+        return copy.deepcopy(value).cpu() if isinstance(value, torch.Tensor) else value
+    if value.shape != shard.value.shape:
+        raise ValueError(
+            f"state must be element-wise to be gathered, got {key!r} of shape {tuple(value.shape)} for "
+            f"{shard.value.numel()} elements"
+        )
+    row = pack_row([value.to(shard.owned.device)], [shard.numel], zero.group.size)
+    return next(unpack(zero.group.all_gather(row), [shard.numel])).view(shard.shape).cpu()
+
+
+def load_cut_state(zero, state_dict: dict) -> None:
+    groups = copy.deepcopy(state_dict["param_groups"])
+    if [len(group["params"]) for group in groups] != [len(group["params"]) for group in zero.param_groups]:
+        raise ValueError(
+            "state_dict must have groups of as many parameters as the optimizer's, "
+            f"{[len(group['params']) for group in zero.param_groups]}, got {[len(group['params']) for group in groups]}"
+        )
+    names = [name for group in groups for name in group["params"]]
+    position = {name: index for index, name in enumerate(names)}
+    state, masters = {}, {}
+    for name, values in state_dict["state"].items():
+        index = position[name]
+        shard = zero.shards[index]
+        state[name] = {key: _cut(shard, key, value) for key, value in values.items() if key != "master"}
+        if "master" in values:
+            masters[index] = _cut(shard, "master", values["master"])
+    zero.inner.load_state_dict({"state": state, "param_groups": [_without_names(group) for group in groups]})
+    zero.state = zero.inner.state
+    for group, ours in zip(zero.param_groups, groups, strict=True):
+        group.update({key: value for key, value in ours.items() if key != "params"})
+    for shard in zero.trained:
+        if shard.value is not shard.owned:
+            shard.value.copy_(shard.owned)
+        if shard.master is not shard.value:
+            shard.master.copy_(masters.get(shard.index, shard.value))
+
+
+def _cut(shard: Shard, key: str, value):
+    if not isinstance(value, torch.Tensor) or (value.dim() == 0 and (key == "step" or shard.shape != value.shape)):
+        return copy.deepcopy(value)
+    if value.shape != shard.shape:
+        raise ValueError(
+            f"state must be element-wise to be cut, got {key!r} of shape {tuple(value.shape)} for a parameter of "
+            f"shape {tuple(shard.shape)}"
+        )
+    return value.reshape(-1)[shard.start : shard.stop].clone()
+
+
+def _without_names(group: dict) -> dict:
+    return {key: value for key, value in group.items() if key != "param_names"}

@@ -1,0 +1,107 @@
+"""One LoRA layer on an NF4 weight beside peft on bitsandbytes': training batches, and a few rows forward.
+
+    python tests/bench_qlora.py           the same as `handtuned bench qlora`
+"""
+
+import torch
+from bench_lora import Layer, close, exact, step, with_ours, with_peft, with_unsloth
+from handtuned.kernels.lora_work import floors
+from handtuned.quant import NF4Linear
+
+from handtuned import bench
+from handtuned.contest import Case
+
+
+def random_layer(*sizes):
+    """A layer whose base is in NF4; all contestants work on the same bytes."""
+    layer = Layer.random(*sizes)
+    layer.linear = NF4Linear.from_linear(layer.linear)
+    return layer
+
+
+def with_bitsandbytes(ours, dtype):
+    """bitsandbytes' layer on the bytes of ours."""
+    import bitsandbytes as bnb
+
+    saved = ours.state_dict()
+    packed = bnb.nn.Linear4bit(ours.in_features, ours.out_features, False, compute_dtype=dtype, device="meta")
+    weight = saved.pop("weight")
+    packed.weight = bnb.nn.Params4bit.from_prequantized(
+        data=weight, quantized_stats=saved, requires_grad=False, device=weight.device
+    )
+    return packed
+
+
+def ours(layer):
+    return with_ours(layer.linear, layer)
+
+
+def theirs(layer):
+    return with_peft(with_bitsandbytes(layer.linear, layer.x.dtype), layer)
+
+
+def unsloth(layer):
+    packed = with_bitsandbytes(layer.linear, layer.x.dtype)
+    return with_unsloth(packed.weight, packed.weight.quant_state, layer)
+
+
+def check(layer):
+    """fp64 from the weight as NF4 holds it."""
+    weight = layer.linear.dequantize().weight
+    _, adapted = exact(layer, weight)
+    return lambda name, result: close(result, adapted, layer.x.dtype)
+
+
+def forward(wrapped, layer):
+    module = wrapped[0]
+
+    def run():
+        with torch.no_grad():
+            return (module(layer.x),)
+
+    return run
+
+
+def case(M, N, K, rank, dtype, device, training):
+    low, run = dtype.itemsize, step if training else forward
+    floor = floors(M, N, K, rank, low)
+    passes = 2 if training else 1
+    saved = round(N * K * (low - (0.5 + 1 / 64 + 4 / 16384))) * passes  # W is read as codes
+    contestants = {
+        "handtuned": lambda layer: run(ours(layer), layer),
+        "peft + bitsandbytes": lambda layer: run(theirs(layer), layer),
+    }
+    if device.type == "cuda":
+        contestants["unsloth + bitsandbytes"] = lambda layer: run(unsloth(layer), layer)
+    what = "forward and backward" if training else "forward"
+    return Case(
+        name=f"LoRA on NF4, {what}, M {M}, {N} × {K}, r {rank}, {str(dtype)[6:]}",
+        inputs=lambda: random_layer(M, N, K, rank, dtype, device),
+        contestants=contestants,
+        check=check,
+        bytes=floor["forward"] + (floor["backward"] if training else 0) - saved,
+        flops=2 * passes * M * N * K + (6 if training else 2) * M * rank * (N + K),
+        footprint=low * passes * (M * K + M * N) + N * K // 2,
+        dtype=dtype,
+        size={"M": M, "N": N, "K": K, "rank": rank},
+    )
+
+
+def cases(device, quick):
+    if device.type == "cuda":
+        dtype = bench.low_precision(device)
+        shapes = [(4096, 4096)] if quick else [(4096, 4096), (4096, 14336)]
+        for M in (4096,) if quick else (4096, 512):
+            yield case(M, 4096, 4096, 16, dtype, device, training=True)
+        for N, K in shapes:
+            for M in (1, 16) if quick else (1, 4, 16):
+                yield case(M, N, K, 16, dtype, device, training=False)
+    else:
+        yield case(128 if quick else 512, 1024, 1024, 8, torch.float32, device, training=True)
+        if not quick:
+            yield case(512, 1536, 576, 8, torch.float32, device, training=True)
+            yield case(1, 4096, 4096, 8, torch.float32, device, training=False)
+
+
+if __name__ == "__main__":
+    raise SystemExit(bench.script(__file__))

@@ -1,0 +1,436 @@
+"""`torchrun … -m handtuned finetune --parallel`: two processes on a CPU beside one with twice the accumulation.
+
+Every start of two processes takes seconds, so runs are shared: `alone`, one process; `two`, three runs of two
+processes one after another; and `killed`, an FSDP run that loses rank 1 in the middle.
+"""
+
+import json
+import os
+import re
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from tiny import make_model, write_rows
+
+from handtuned import cli, evaluation, faults
+from handtuned.finetune import _settings_to_resume
+from handtuned.parallel import Team
+from handtuned.settings import FinetuneSettings
+
+pytest.importorskip("transformers")
+linux = pytest.mark.skipif(sys.platform != "linux", reason="finds ranks in /proc")
+
+STEPS = 24
+# Losses of runs that sum in another order. fp32 rounds to 6e-8; 24 steps of AdamW at the rate here multiply that by
+# some tens (one process with 2 × 2 rows and with 1 × 4 rows, whose order differs as well, are that far apart).
+CLOSE = {"rtol": 2e-5, "atol": 2e-5}
+
+
+@pytest.fixture(scope="module")
+def flags(tmp_path_factory):
+    place = tmp_path_factory.mktemp("given")
+    model, rows = make_model(place / "model"), write_rows(place / "rows.jsonl", count=25)
+    return ["--model", model, "--data", rows, "--eval-fraction", "0.2", "--per-device-train-batch-size", "2",
+            "--learning-rate", "2e-3", "--device", "cpu", "--max-seq-length", "64", "--max-steps", str(STEPS),
+            "--save-steps", "4"]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory):
+    return tmp_path_factory.mktemp("runs")
+
+
+def torchrun(words, ranks=2):
+    """Start `handtuned finetune` on several ranks; stdout and stderr of all of them in one pipe."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)]
+    return subprocess.Popen([*command, *words], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+
+
+def wait(run):
+    """What was printed until the end; nothing that hangs stays behind."""
+    try:
+        return run.communicate(timeout=280)[0]
+    finally:
+        if run.poll() is None:
+            run.terminate()  # torchrun ends its processes
+            run.wait(60)
+
+
+def finetune(*words, ranks=2):
+    run = torchrun(["-m", "handtuned", "finetune", *words], ranks)
+    printed = wait(run)
+    assert run.returncode == 0, printed
+
+
+def losses(out):
+    return [json.loads(line)["loss"] for line in (Path(out) / "metrics.jsonl").read_text().splitlines()]
+
+
+def results(out):
+    return json.loads((Path(out) / "results.json").read_text())
+
+
+def adapter(out):
+    from safetensors.torch import load_file
+
+    return load_file(Path(out) / "adapter_model.safetensors")
+
+
+def assert_same_run(out, other):
+    torch.testing.assert_close(torch.tensor(losses(out)), torch.tensor(losses(other)), **CLOSE)
+    for name in ("loss", "token_accuracy", "exact_match"):
+        assert results(out)["after"][name] == pytest.approx(results(other)["after"][name], rel=1e-4)
+    ours, theirs = adapter(out), adapter(other)
+    assert ours.keys() == theirs.keys()
+    for key, tensor in ours.items():
+        assert (tensor - theirs[key]).norm() <= 1e-3 * theirs[key].norm(), key
+
+
+@pytest.fixture(scope="module")
+def alone(flags, runs):
+    out = runs / "alone"
+    assert cli.main(["finetune", *flags, "--output-dir", str(out), "--gradient-accumulation-steps", "2"]) == 0
+    return out
+
+
+ONE_AFTER_ANOTHER = """
+import json, os, sys
+from handtuned import cli
+# BEFORE
+for number, words in enumerate(json.loads(sys.argv[1])):
+    os.environ["TORCHELASTIC_RESTART_COUNT"] = str(number)  # each run with a part of the store to itself
+    code = cli.main([word.replace("RANK", os.environ["RANK"]) for word in words])
+    print(f"\\n=== rank {os.environ['RANK']} exit code {code}", flush=True)
+"""
+
+
+@pytest.fixture(scope="module")
+def two(flags, runs):
+    """What was printed by each of: a run whose ranks have different seeds, one with DDP, one with FSDP."""
+    codes, printed = one_after_another(flags, runs, {
+        "refused": ["--parallel", "ddp", "--seed", "RANK"], "ddp": ["--parallel", "ddp"],
+        "fsdp": ["--parallel", "fsdp"]})  # fmt: skip
+    assert codes == {0: ["2", "0", "0"], 1: ["2", "0", "0"]}, printed
+    return printed
+
+
+def one_after_another(flags, runs, named, ranks=2, before=""):
+    """Several runs in one start of the processes; returns ({rank: exit codes}, {name: what was printed})."""
+    commands = [["finetune", *flags, "--output-dir", str(runs / name), *more] for name, more in named.items()]
+    script = runs / "one_after_another.py"
+    script.write_text(ONE_AFTER_ANOTHER.replace("# BEFORE", before))
+    run = torchrun([str(script), json.dumps(commands)], ranks)
+    printed = wait(run)
+    assert run.returncode == 0, printed
+    codes = {rank: re.findall(rf"^=== rank {rank} exit code (\d)", printed, re.M) for rank in range(ranks)}
+    return codes, dict(zip(named, printed.split("=== rank 0 exit code", len(named) - 1), strict=True))
+
+
+def process_of_rank(launcher, rank):
+    children = Path(f"/proc/{launcher.pid}/task/{launcher.pid}/children").read_text().split()
+    for child in children:
+        if f"RANK={rank}" in Path(f"/proc/{child}/environ").read_text().split("\0"):
+            return int(child)
+    raise AssertionError(f"no process of rank {rank} among {children}")
+
+
+def kill_after(checkpoint, launcher, rank):
+    """SIGKILL a rank as soon as a checkpoint stands; returns (seconds until all is over, what was printed)."""
+    deadline = time.monotonic() + 120
+    while not checkpoint.exists() and time.monotonic() < deadline and launcher.poll() is None:
+        time.sleep(0.005)
+    os.kill(process_of_rank(launcher, rank), signal.SIGKILL)
+    started = time.monotonic()
+    printed = wait(launcher)
+    return time.monotonic() - started, printed
+
+
+@pytest.fixture(scope="module")
+def killed(flags, runs):
+    out = runs / "killed"
+    words = ["-m", "handtuned", "finetune", *flags, "--output-dir", str(out), "--parallel", "fsdp"]
+    seconds, printed = kill_after(out / "checkpoint-4", torchrun(words), rank=1)
+    return out, seconds, printed
+
+
+def test_ddp_is_one_process_with_twice_the_accumulation(alone, two, runs):
+    assert_same_run(runs / "ddp", alone)
+
+
+def test_fsdp_over_an_nf4_base_is_too(alone, two, runs):
+    assert_same_run(runs / "fsdp", alone)
+
+
+def test_fsdp_shards_the_packed_weights(alone, two, runs):
+    """Half of everything but the scales; under DDP each rank holds what one process holds."""
+    (whole,) = results(alone)["weight_bytes_by_rank"]
+    assert results(runs / "ddp")["weight_bytes_by_rank"] == [whole, whole]
+    held = results(runs / "fsdp")["weight_bytes_by_rank"]
+    assert all(0.5 * whole < part < 0.56 * whole for part in held)
+
+
+@pytest.mark.parametrize("mode", ["ddp", "fsdp"])
+def test_one_rank_talks_and_writes(two, runs, mode):
+    assert two[mode].count("talk to it") == 1 and two[mode].count(f"ranks        2, {mode}") == 1
+    assert json.loads((runs / mode / "run.json").read_text())["marks"]["ranks"] == 2
+    rows = (runs / mode / "metrics.jsonl").read_text().splitlines()
+    assert [json.loads(row)["step"] for row in rows] == [*range(1, STEPS + 1)]
+    assert not [path for path in (runs / mode).rglob("*") if ".tmp" in path.name]
+
+
+def test_ranks_with_other_settings_are_refused(two, runs):
+    lines = [line for line in two["refused"].splitlines() if "error" in line]
+    assert lines == ["handtuned finetune: error: ranks must have the same --seed: rank 0 has 0, rank 1 has 1"]
+    assert not (runs / "refused").exists()
+
+
+def test_one_process_and_peft_load_what_fsdp_wrote(flags, two, runs, capsys):
+    peft = pytest.importorskip("peft")
+    from transformers import AutoModelForCausalLM
+
+    from handtuned.adapted import load_adapted
+
+    class Args:
+        adapter, model, method, dtype, device = str(runs / "fsdp"), None, "qlora", "float32", "cpu"
+
+    load_adapted(Args)
+    assert "not, bit for bit" not in capsys.readouterr().err
+    Args.method = "lora"
+    ours, _, _ = load_adapted(Args)
+    base = AutoModelForCausalLM.from_pretrained(flags[1])
+    ids = torch.randint(5, 40, (2, 9))
+    with torch.no_grad():
+        before = base(ids).logits
+        theirs = peft.PeftModel.from_pretrained(base, str(runs / "fsdp")).eval()(ids).logits
+        assert (ours(input_ids=ids).logits - theirs).abs().max() <= 1e-4
+        assert (theirs - before).abs().max() > 1e-2
+
+
+@linux
+def test_a_killed_rank_ends_the_others_and_is_named(killed):
+    out, seconds, printed = killed
+    assert seconds < 60
+    assert printed.count("error: ") == 1, printed
+    again = f"torchrun --nproc-per-node 2 -m handtuned finetune --parallel fsdp --resume {out}"
+    assert f"handtuned finetune: error: rank 1 has died\ngo on with: {again}\n" in printed
+    assert not (out / "adapter_model.safetensors").exists()
+    assert not [path for path in out.rglob("*") if ".tmp" in path.name]
+
+
+@linux
+def test_resume_after_a_kill_is_bit_equal(killed, two, runs):
+    out = runs / "resumed"
+    shutil.copytree(killed[0], out)
+    (out / ".checkpoint-20.1.tmp").mkdir()  # as a main rank leaves it that is killed while it writes
+    finetune("--resume", str(out), "--parallel", "fsdp")
+    assert not [path for path in out.rglob("*") if ".tmp" in path.name]
+    assert losses(out) == losses(runs / "fsdp")
+    weights = "adapter_model.safetensors"
+    assert (out / weights).read_bytes() == (runs / "fsdp" / weights).read_bytes()
+
+
+@linux
+def test_one_process_goes_on_with_what_two_began(killed, alone, runs):
+    out = runs / "resumed-alone"
+    shutil.copytree(killed[0], out)
+    assert cli.main(["finetune", "--resume", str(out)]) == 0
+    assert_same_run(out, alone)
+
+
+@pytest.mark.slow
+def test_two_processes_go_on_with_what_one_began(flags, alone, runs, monkeypatch):
+    from handtuned import records
+
+    class Killed(BaseException):
+        pass
+
+    append = records.Metrics.append
+
+    def stop(self, row):
+        if row["step"] > 6:
+            raise Killed
+        append(self, row)
+
+    out = runs / "one-then-two"
+    with monkeypatch.context() as patch, pytest.raises(Killed):
+        patch.setattr(records.Metrics, "append", stop)
+        cli.main(["finetune", *flags, "--output-dir", str(out), "--gradient-accumulation-steps", "2"])
+    finetune("--resume", str(out), "--parallel", "fsdp")
+    assert_same_run(out, alone)
+
+
+@pytest.mark.slow
+def test_shards_of_three_ranks_are_uneven_and_right(flags, runs):
+    """Rank 8 over three processes: 3, 3 and 2 rows of each lora_A."""
+    alone, out = runs / "alone-of-three", runs / "three"
+    assert cli.main(["finetune", *flags, "--output-dir", str(alone), "--gradient-accumulation-steps", "3"]) == 0
+    finetune(*flags, "--output-dir", str(out), "--parallel", "fsdp", ranks=3)
+    assert_same_run(out, alone)
+
+
+@pytest.mark.slow
+def test_other_bases_checkpointing_and_loss_scaling(flags, runs):
+    """Each under FSDP and alone. FP16 starts at a loss scale that overflows; all ranks must skip those steps."""
+    variants = {
+        "plain": ["--method", "lora", "--gradient-checkpointing"],
+        "checkpointed": ["--gradient-checkpointing"],
+        "float16": ["--dtype", "float16"],
+        "accumulated": ["--gradient-accumulation-steps", "2", "--per-device-train-batch-size", "1"],
+    }
+    parallel = {name: ["--parallel", "fsdp", *more] for name, more in variants.items()}
+    codes, printed = one_after_another(flags, runs, parallel)
+    assert codes[0] == codes[1] == ["0"] * len(variants), printed
+    for name, more in variants.items():
+        out, double = runs / f"{name}-alone", [] if name == "accumulated" else ["--gradient-accumulation-steps", "2"]
+        if name == "accumulated":
+            more = ["--gradient-accumulation-steps", "4", "--per-device-train-batch-size", "1"]
+        assert cli.main(["finetune", *flags, "--output-dir", str(out), *more, *double]) == 0
+        if name != "float16":
+            assert_same_run(runs / name, out)
+            continue
+        curves = torch.tensor(losses(runs / name)), torch.tensor(losses(out))
+        torch.testing.assert_close(*curves, rtol=5e-3, atol=5e-3)  # a few roundings of 2^-11
+        ours, theirs = ((place / f"checkpoint-{STEPS}" / "state.json").read_text() for place in (runs / name, out))
+        assert json.loads(ours)["scaler"] == json.loads(theirs)["scaler"]
+
+
+@linux
+@pytest.mark.slow
+def test_dropout_is_the_same_after_a_kill_and_on_other_ranks(flags, runs):
+    flags = [*flags, "--lora-dropout", "0.2", "--parallel", "ddp"]
+    finetune(*flags, "--output-dir", str(runs / "unbroken"))
+    out = runs / "broken"
+    launcher = torchrun(["-m", "handtuned", "finetune", *flags, "--output-dir", str(out)])
+    _, printed = kill_after(out / "checkpoint-8", launcher, rank=0)
+    assert "rank 0 has died" in printed
+    shutil.copytree(out, runs / "on-one-rank")
+    finetune("--resume", str(out), "--parallel", "ddp")
+    assert losses(out) == losses(runs / "unbroken")
+    finetune("--resume", str(runs / "on-one-rank"), "--parallel", "ddp", ranks=1)
+    assert_same_run(runs / "on-one-rank", runs / "unbroken")
+
+
+@linux
+@pytest.mark.slow
+def test_ctrl_c_stops_all_ranks_after_a_saved_step(flags, two, runs):
+    out = runs / "stopped"
+    words = ["-m", "handtuned", "finetune", *flags, "--output-dir", str(out), "--parallel", "fsdp"]
+    launcher = torchrun(words)
+    while not (out / "checkpoint-4").exists() and launcher.poll() is None:
+        time.sleep(0.005)
+    for target in (process_of_rank(launcher, 0), process_of_rank(launcher, 1), launcher.pid):  # as a terminal does
+        os.kill(target, signal.SIGINT)
+    printed = wait(launcher)
+    assert f"go on with: torchrun --nproc-per-node 2 -m handtuned finetune --parallel fsdp --resume {out}" in printed
+    finetune("--resume", str(out), "--parallel", "fsdp")
+    assert losses(out) == losses(runs / "fsdp")
+
+
+@linux
+@pytest.mark.slow
+def test_torchrun_may_start_all_ranks_again(flags, two, runs):
+    """With --max-restarts, and --resume from the beginning, a killed rank costs some steps and no word."""
+    out = runs / "restarted"
+    words = ["-m", "handtuned", "finetune", *flags, "--parallel", "fsdp", "--output-dir", str(out), "--resume"]
+    launcher = torchrun(["--max-restarts", "1", *words])
+    _, printed = kill_after(out / "checkpoint-8", launcher, rank=1)
+    assert launcher.returncode == 0, printed
+    assert losses(out) == losses(runs / "fsdp")
+
+
+@pytest.mark.slow
+def test_ranks_with_other_data_are_refused(flags, runs):
+    """The same command, but each rank in a directory of its own."""
+    at = flags.index("--data")
+    for rank in (0, 1):
+        (runs / f"machine-{rank}").mkdir()
+        write_rows(runs / f"machine-{rank}" / "rows.jsonl", seed=rank)
+    flags = [*flags[:at], "--data", "rows.jsonl", *flags[at + 2 :]]
+    move = f"os.chdir({str(runs)!r} + '/machine-' + os.environ['RANK'])"
+    codes, printed = one_after_another(flags, runs, {"other-data": ["--parallel", "ddp"]}, before=move)
+    assert codes == {0: ["2"], 1: ["2"]}
+    assert "error: ranks must have the same training data (--data): rank 0 has" in printed["other-data"]
+    assert not (runs / "other-data").exists()
+
+
+@pytest.mark.slow
+def test_what_fails_on_one_rank_is_told_by_the_others(flags, runs):
+    full_disk = """
+from handtuned import runstate
+def full(path, tensors):
+    raise OSError(28, "No space left on device")
+runstate.write_safetensors = full
+"""
+    codes, printed = one_after_another(flags, runs, {"full": ["--parallel", "ddp"]}, before=full_disk)
+    assert codes == {0: ["2"], 1: ["1"]}
+    everything = "".join(printed.values())
+    assert "rank 0 has failed: OSError: [Errno 28] No space left on device" in everything
+    assert not [path for path in (runs / "full").iterdir() if "checkpoint" in path.name]
+
+
+def test_parallel_and_torchrun_go_together(flags, tmp_path, capsys, monkeypatch):
+    words = ["finetune", *flags, "--output-dir", str(tmp_path / "out")]
+    assert cli.main([*words, "--parallel", "ddp"]) == 2
+    assert "torchrun --nproc-per-node 2 -m handtuned finetune --parallel ddp" in capsys.readouterr().err
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("RANK", "0")
+    assert cli.main(words) == 2
+    assert "--parallel ddp or --parallel fsdp" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+def test_roll_call_finds_out_who_is_lost(monkeypatch):
+    """Rank 0 asks; each case has ranks that left word before, and ranks whose process is gone or far away."""
+    gone = subprocess.Popen([sys.executable, "-S", "-c", ""])
+    gone.wait()
+    here, there, dead = (socket.gethostname(), os.getpid()), ("elsewhere", 1), (socket.gethostname(), gone.pid)
+    monkeypatch.setattr(faults, "PATIENCE", 0.3)
+    for homes, words, text, told in (
+        ([here, dead], {}, "rank 1 has died", True),
+        ([here, here, dead], {1: ""}, "rank 2 has died", True),
+        ([here, dead, dead], {}, "ranks 1, 2 have died", True),
+        ([here, there], {}, "rank 1 has died, or not answered for 0.3 s", True),
+        ([here, dead], {1: "OSError: disk"}, "rank 1 has failed: OSError: disk", True),
+        ([here, there], {1: ""}, "rank 0 has lost its connection to the others", True),
+    ):
+        store = torch.distributed.HashStore()
+        for rank, word in words.items():
+            store.set(f"word/{rank}", word)
+        fault = faults.RollCall(store, 0, homes).take()
+        assert (str(fault), fault.tell) == (text, told)
+    store = torch.distributed.HashStore()
+    store.set("word/0", "")
+    assert not faults.RollCall(store, 2, [here, dead, here]).take().tell, "the lowest rank that is left tells"
+
+
+def test_nothing_held_out():
+    assert evaluation.write_answers(Team(), None, None, []) == []
+    assert evaluation.score(Team(), None, [], "nothing") is None
+
+
+@pytest.mark.parametrize("rows", [0, 1, 2, 3, 7, 8], ids=lambda n: f"{n}-rows")
+def test_held_out_rows_are_dealt_once_and_in_step(rows):
+    dealt = [evaluation.deal(list(range(rows)), rank, 3) for rank in range(3)]
+    counted = [row for mine, extra, counts in dealt for row in mine + extra * counts]
+    assert sorted(counted) == list(range(rows))
+    assert len({(len(mine), len(extra)) for mine, extra, _ in dealt}) == 1
+
+
+@pytest.mark.parametrize(
+    "ranks, micro, accumulate", [(1, 4, 6), (2, 4, 3), (3, 4, 2), (4, 3, 2), (8, 3, 1), (24, 1, 1)]
+)
+def test_resume_shares_the_same_rows_among_other_ranks(tmp_path, ranks, micro, accumulate):
+    saved = FinetuneSettings(per_device_train_batch_size=4, gradient_accumulation_steps=3)
+    run = {"settings": saved.to_json(), "marks": {"base": "", "data": "", "ranks": 2}}
+    (tmp_path / "run.json").write_text(json.dumps(run))
+    settings = _settings_to_resume(str(tmp_path), {}, FinetuneSettings(parallel="ddp"), ranks)
+    assert (settings.per_device_train_batch_size, settings.gradient_accumulation_steps) == (micro, accumulate)
+    with pytest.raises(ValueError, match="5 ranks cannot evenly share the 24 rows"):
+        _settings_to_resume(str(tmp_path), {}, FinetuneSettings(parallel="ddp"), 5)
