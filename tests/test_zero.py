@@ -35,7 +35,7 @@ TWO = (
     "a_rank_without_any_gradient",
 )
 FOUR = ("5_steps_to_rounding", "the_same_batch_equals_one_process", "load_from_another_world_size",
-        "scalers_skip_together", "bytes_a_rank", "elements_a_step")  # fmt: skip
+        "bytes_a_rank", "elements_a_step")  # fmt: skip
 
 
 @pytest.fixture(scope="module")
