@@ -21,6 +21,7 @@ What must see whole tensors (clipping, files) says so here.
 """
 
 import contextlib
+import gc
 import os
 import signal
 import socket
@@ -293,4 +294,8 @@ def start(mode: str, device: str) -> Iterator[Team]:
         raise team.roll_call.take() from error
     finally:
         signal.signal(signal.SIGTERM, before)
+        # Were DDP's reducer the last to let go of gloo, it would wait for gloo's threads while it holds Python's
+        # lock, and they may wait for that lock to free a tensor: for ever.
+        team.wrapped = None
+        gc.collect()
         dist.destroy_process_group()
