@@ -124,16 +124,21 @@ def serve(name, job):
         loss_of, parameters, optimizer = peft_model(job["model"], dtype, device, "bitsandbytes" in name)
     same_adapter(parameters)
     steps = zip(*torch.load(job["batches"]), strict=True)
-    print("ready", flush=True)
-    for _ in sys.stdin:
-        ids, labels = (t.to(device) for t in next(steps))
-        start = time.perf_counter()
+
+    def step(ids, labels):
+        """One step; its graph is gone when it returns, as in any training loop."""
         loss = loss_of(ids, labels)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(parameters, MAX_NORM)
         optimizer.step()
         optimizer.zero_grad()
-        value = loss.item()
+        return loss.item()
+
+    print("ready", flush=True)
+    for _ in sys.stdin:
+        ids, labels = (t.to(device) for t in next(steps))
+        start = time.perf_counter()
+        value = step(ids, labels)
         if device.type == "cuda":
             torch.cuda.synchronize()
         seconds = time.perf_counter() - start

@@ -59,7 +59,7 @@ def main(rank, size, directory, names):
     warnings.simplefilter("ignore")
     dist.init_process_group(
         "gloo", init_method=f"file://{directory / 'meeting'}", rank=rank, world_size=size,
-        timeout=datetime.timedelta(seconds=120),
+        timeout=datetime.timedelta(seconds=600),
     )  # fmt: skip
     gc.collect()
     gc.freeze()  # makes the walks over all objects short, which count live tensors
