@@ -55,6 +55,8 @@ class MixedPrecisionTrainer:
             raise ValueError(f"accumulation_steps must be at least 1, got {accumulation_steps}")
         if max_norm is not None and not max_norm > 0:
             raise ValueError(f"max_norm must be above 0 or None, got {max_norm}")
+        if getattr(optimizer, "across_ranks", False):  # a ZeroOptimizer's
+            raise ValueError("optimizer must not be cut among ranks: this trainer takes its norm on one rank")
         self.model = model
         self.optimizer = optimizer
         self.dtype = dtype

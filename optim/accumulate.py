@@ -53,7 +53,7 @@ class GradientAccumulationTrainer:
         last_loss: mean loss of the last micro-batch's answer tokens (0-dim; NaN if it had none).
 
     Raises:
-        ValueError: `accumulation_steps` < 1 or `max_norm` ≤ 0.
+        ValueError: `accumulation_steps` < 1, `max_norm` ≤ 0, or a ZeroOptimizer on several ranks.
     """
 
     def __init__(self, model, optimizer, accumulation_steps=4, max_norm=1.0, scheduler=None, scaler=None):
@@ -61,6 +61,8 @@ class GradientAccumulationTrainer:
             raise ValueError(f"accumulation_steps must be at least 1, got {accumulation_steps}")
         if max_norm is not None and not max_norm > 0:
             raise ValueError(f"max_norm must be above 0 or None, got {max_norm}")
+        if getattr(optimizer, "across_ranks", False):  # a ZeroOptimizer's
+            raise ValueError("optimizer must not be cut among ranks: this trainer takes its norm on one rank")
         self.model = model
         self.optimizer = optimizer
         self.accumulation_steps = accumulation_steps

@@ -141,6 +141,11 @@ class ZeroOptimizer(torch.optim.Optimizer):
         master = value.float() if param.requires_grad and value.dtype in LOW else value
         return Shard(param, index, param.shape, start, stop, owned, value, master, param._version)
 
+    @property
+    def across_ranks(self) -> bool:
+        """Several ranks share the work; trainers that count tokens and norms on one rank refuse then."""
+        return self.group.size > 1
+
     @contextlib.contextmanager
     def no_sync(self):
         """Within, backward only accumulates, in each rank's own `.grad`, and the next one outside reduces the sum.

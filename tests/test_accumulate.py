@@ -5,7 +5,7 @@ import copy
 import pytest
 import torch
 import torch.nn.functional as F
-from handtuned.amp import GradScaler
+from handtuned.amp import GradScaler, MixedPrecisionTrainer
 from handtuned.optim import AdamW, GradientAccumulationTrainer, cosine_with_warmup
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
@@ -291,3 +291,12 @@ def test_two_processes_equal_one_big_batch(tmp_path):
         other = TinyLanguageModel()
         other.load_state_dict({name: torch.from_numpy(value) for name, value in parameters.items()})
         assert_equal_models(other, model)
+
+
+@pytest.mark.parametrize("trainer", [GradientAccumulationTrainer, MixedPrecisionTrainer])
+def test_an_optimizer_cut_among_ranks_is_refused(trainer):
+    model = torch.nn.Linear(2, 2)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    optimizer.across_ranks = True
+    with pytest.raises(ValueError, match="optimizer must not be cut among ranks"):
+        trainer(model, optimizer)
