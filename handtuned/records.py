@@ -1,6 +1,7 @@
 """What a run leaves behind beside the adapter: run.json, metrics.jsonl, loss.png."""
 
 import json
+import os
 import platform
 import shlex
 import sys
@@ -27,7 +28,10 @@ def versions() -> dict[str, str]:
 def command_line() -> str:
     """The command as it was typed, ready to paste."""
     name = "handtuned" if Path(sys.argv[0]).name in ("handtuned", "__main__.py") else sys.argv[0]
-    return shlex.join([name, *sys.argv[1:]])
+    words = [name, *sys.argv[1:]]
+    if "TORCHELASTIC_RUN_ID" in os.environ:
+        words = ["torchrun", "--nproc-per-node", os.environ["LOCAL_WORLD_SIZE"], "-m", *words]
+    return shlex.join(words)
 
 
 class Metrics:

@@ -27,11 +27,8 @@
 
 # %%
 import copy
-import json
 import math
 import os
-import re
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -49,8 +46,9 @@ from handtuned import lessons
 from handtuned.kernels import lora, lora_down, lora_work
 from handtuned.kernels.runtime import tl, triton  # Triton, or stand-ins where it cannot be installed
 from handtuned.lessons import ACCENT, GREYS, bars, claim, figure, gpu, show, skipped, source, who_reads
+from handtuned.lessons.house import HOUSE_A, House, accuracy, fit
 from handtuned.nn import LoRALinear, apply_lora_to_model, lora_parameters
-from handtuned.nn.transformer import SwiGLU, Transformer
+from handtuned.nn.transformer import SwiGLU
 from handtuned.optim import AdamW
 from handtuned.presets import shape_of
 
@@ -125,73 +123,18 @@ lessons.check("07.1", best_rank_r);
 # A model is needed. Ours reads a household request and answers with a small JSON command; the 900 rows come with
 # the package. It is a Llama in miniature: two layers of width 64, one token a word. First it learns the commands
 # as they are: that is our *pretrained* model. Then the house changes its language (`light` becomes `lamp`, `room`
-# becomes `place`, …) and the model is fine-tuned, in full, on the new words.
+# becomes `place`, …) and the model is fine-tuned, in full, on the new words. The loss looks at the answer only: a
+# label of −100 is not counted. How well a model does is the share of held-out answer tokens that it predicts right.
+# All of it is one short file, `handtuned/lessons/house.py`; two pieces of it:
 
 # %%
-def load(name):
-    lines = (Path(handtuned.__file__).parent / "datasets" / name).read_text(encoding="utf-8").splitlines()
-    rows = [json.loads(line)["messages"] for line in lines]
-    return [(row[1]["content"], row[2]["content"]) for row in rows]
-
-
-def words(text):
-    return re.findall(r"\w+|[^\w\s]", text)
-
-
-NEW = {"light": "lamp", "buy": "order", "weather": "forecast", "remember": "note", "room": "place",
-       "percent": "level", "quantity": "count", "command": "do", "city": "town"}  # fmt: skip
-train, held_out = load("home_train.jsonl"), load("home_eval.jsonl")
-vocabulary = sorted({w for pair in train + held_out for text in pair for w in words(text)} | set(NEW.values()))
-ids = {word: i for i, word in enumerate(vocabulary, start=2)}  # 0 ends a row, 1 stands between request and answer
-
-
-def encode(rows, change=None):
-    """(tokens, labels), both (rows, 52): the loss looks at the answer only."""
-    tokens, labels = torch.zeros(len(rows), 52, dtype=torch.long), torch.full((len(rows), 52), -100)
-    for i, (request, answer) in enumerate(rows):
-        said = [ids[w] for w in words(request)] + [1]
-        told = [ids[(change or {}).get(w, w)] for w in words(answer)] + [0]
-        tokens[i, : len(said + told)] = torch.tensor(said + told)
-        labels[i, len(said) - 1 : len(said + told) - 1] = torch.tensor(told)
-    return tokens, labels
-
-
-def draw(rows, order):
-    """16 rows, as wide as the longest of them."""
-    batch = torch.randint(len(rows[0]), (16,), generator=order)
-    width = int(rows[0][batch].any(0).sum()) + 1
-    return rows[0][batch, :width], rows[1][batch, :width]
-
-
-def fit(model, rows, steps, lr, parameters=None):
-    """Train with AdamW; the loss of each step."""
-    optimizer = AdamW(list(parameters or model.parameters()), lr=lr, weight_decay=0.0)
-    order, losses = torch.Generator().manual_seed(0), []
-    for _ in range(steps):
-        tokens, labels = draw(rows, order)
-        loss = F.cross_entropy(model(tokens).flatten(0, 1), labels.flatten(), ignore_index=-100)
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-        losses.append(loss.item())
-    return losses
-
-
-@torch.no_grad()
-def accuracy(model, rows):
-    """Share of the answers' tokens that are predicted right."""
-    asked = rows[1] != -100
-    return (model(rows[0]).argmax(-1) == rows[1])[asked].float().mean().item()
-
-
-def new_model():
-    return Transformer(len(vocabulary) + 2, num_layers=2, d_model=64, num_heads=4, d_ff=192)
-
+source(House.encode)
+source(fit, first="for _ in range(steps)", last="optimizer.step()")
 
 torch.manual_seed(7)
-old_house, old_test = encode(train), encode(held_out)
-new_house, new_test = encode(train, NEW), encode(held_out, NEW)
-base = new_model()
+house = House({"old": None, "new": HOUSE_A})
+(old_house, new_house), (old_test, new_test) = house.training.values(), house.testing.values()
+base = house.new_model()
 fit(base, old_house, 200, 3e-3)
 full = copy.deepcopy(base)
 fit(full, new_house, 100, 1e-3)
@@ -220,7 +163,7 @@ def with_cut(r, what):
         key = f"{name}.weight"
         W, delta = before[key], after[key] - before[key]
         state[key] = cut_to_rank(W, r) + delta if what == "W" else W + cut_to_rank(delta, r)
-    model = new_model()
+    model = house.new_model()
     model.load_state_dict(state)
     return model
 

@@ -26,8 +26,6 @@
 
 # %%
 import copy
-import json
-import re
 import tempfile
 from pathlib import Path
 
@@ -36,9 +34,9 @@ import torch.nn.functional as F
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
-import handtuned
 from handtuned import lessons
 from handtuned.lessons import ACCENT, GREYS, bars, claim, figure, gpu, show, skipped, source
+from handtuned.lessons.house import HOUSE_A, HOUSE_B, House, accuracy, draw, fit, loss_of
 from handtuned.nn import (
     LoRALayer,
     LoRALinear,
@@ -52,7 +50,6 @@ from handtuned.nn import (
 )
 from handtuned.nn.combine import add_weighted_adapter
 from handtuned.nn.multi import adapters_by_row
-from handtuned.nn.transformer import Transformer
 from handtuned.optim import AdamW
 
 
@@ -67,81 +64,17 @@ def flops(function):
 #
 # The model is that of lesson 07: a Llama in miniature that answers household requests with small JSON commands, one
 # token a word. It is pretrained on the commands as they ship. Two customers speak other dialects: house A renames
-# some words, house B renames others. Each is to get an adapter.
+# some words, house B renames others. Each is to get an adapter. The rows of all dialects share one vocabulary:
 
 # %%
-def load(name):
-    lines = (Path(handtuned.__file__).parent / "datasets" / name).read_text(encoding="utf-8").splitlines()
-    rows = [json.loads(line)["messages"] for line in lines]
-    return [(row[1]["content"], row[2]["content"]) for row in rows]
-
-
-def words(text):
-    return re.findall(r"\w+|[^\w\s]", text)
-
-
-HOUSE_A = {"light": "lamp", "buy": "order", "weather": "forecast", "remember": "note", "room": "place",
-           "percent": "level", "quantity": "count", "command": "do", "city": "town"}  # fmt: skip
-HOUSE_B = {"command": "act", "light": "bulb", "room": "area", "heat": "warm", "degrees": "celsius", "timer": "clock",
-           "minutes": "min", "wake": "rouse", "item": "thing", "action": "verb"}  # fmt: skip
-train, held_out = load("home_train.jsonl"), load("home_eval.jsonl")
-known = {w for pair in train + held_out for text in pair for w in words(text)}
-vocabulary = sorted(known | set(HOUSE_A.values()) | set(HOUSE_B.values()))
-ids = {word: i for i, word in enumerate(vocabulary, start=2)}  # 0 ends a row, 1 stands between request and answer
-
-
-def encode(rows, change=None):
-    """(tokens, labels), both (rows, 52): the loss looks at the answer only."""
-    tokens, labels = torch.zeros(len(rows), 52, dtype=torch.long), torch.full((len(rows), 52), -100)
-    for i, (request, answer) in enumerate(rows):
-        said = [ids[w] for w in words(request)] + [1]
-        told = [ids[(change or {}).get(w, w)] for w in words(answer)] + [0]
-        tokens[i, : len(said + told)] = torch.tensor(said + told)
-        labels[i, len(said) - 1 : len(said + told) - 1] = torch.tensor(told)
-    return tokens, labels
-
-
-def loss_of(logits, labels):
-    return F.cross_entropy(logits.flatten(0, 1), labels.flatten(), ignore_index=-100)
-
-
-def draw(rows, order):
-    """16 rows, as wide as the longest of them."""
-    batch = torch.randint(len(rows[0]), (16,), generator=order)
-    width = int(rows[0][batch].any(0).sum()) + 1
-    return rows[0][batch, :width], rows[1][batch, :width]
-
-
-def fit(model, rows, steps, lr, parameters=None):
-    """Train with AdamW; the loss of each step."""
-    optimizer = AdamW(list(parameters or model.parameters()), lr=lr, weight_decay=0.0)
-    order, losses = torch.Generator().manual_seed(0), []
-    for _ in range(steps):
-        tokens, labels = draw(rows, order)
-        loss = loss_of(model(tokens), labels)
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-        losses.append(loss.item())
-    return losses
-
-
-@torch.no_grad()
-def accuracy(model, rows):
-    """Share of the answers' tokens that are predicted right."""
-    asked = rows[1] != -100
-    return (model(rows[0]).argmax(-1) == rows[1])[asked].float().mean().item()
-
-
-def new_model():
-    return Transformer(len(vocabulary) + 2, num_layers=2, d_model=64, num_heads=4, d_ff=192)
-
+source(House.__init__)
+print("house A:", HOUSE_A, "\nhouse B:", HOUSE_B)
 
 torch.manual_seed(7)
 DIALECTS = {"as shipped": None, "house A": HOUSE_A, "house B": HOUSE_B}
-training = {name: encode(train, change) for name, change in DIALECTS.items()}
-testing = {name: encode(held_out, change) for name, change in DIALECTS.items()}
-base = new_model()
+house = House(DIALECTS)
+training, testing = house.training, house.testing
+base = house.new_model()
 fit(base, training["as shipped"], 200, 3e-3)
 print({name: f"{accuracy(base, rows):.1%}" for name, rows in testing.items()})
 
@@ -677,7 +610,7 @@ def fit_subspace(d, rows, steps=100, lr=2e-3):
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
-    model = new_model()
+    model = house.new_model()
     model.load_state_dict({name: part.detach() for name, part in parameters().items()})
     return model
 

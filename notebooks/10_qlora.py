@@ -25,10 +25,7 @@
 
 # %%
 import copy
-import json
 import os
-import re
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -40,7 +37,6 @@ if not torch.cuda.is_available():  # before anything imports Triton
 import torch.nn.functional as F
 from torch import nn
 
-import handtuned
 from handtuned import lessons, memory
 from handtuned.kernels import nf4_matmul, nf4_stream
 from handtuned.lessons import (
@@ -56,12 +52,11 @@ from handtuned.lessons import (
     stacked,
     who_reads,
 )
+from handtuned.lessons.house import HOUSE_A, House, accuracy, fit
 from handtuned.nn import apply_lora_to_model, lora_parameters
 from handtuned.nn.inject import lora_layers
 from handtuned.nn.merge import merge_errors, merge_into_nf4
-from handtuned.nn.transformer import Transformer
 from handtuned.nn.variants import loftq_init
-from handtuned.optim import AdamW
 from handtuned.presets import shape_of
 from handtuned.quant import NF4_CODE, NF4Linear, quantize_model, quantize_nf4
 from handtuned.quant import linear as nf4_linear_module
@@ -283,66 +278,13 @@ claim(
 # LoRA?
 
 # %%
-def load(name):
-    lines = (Path(handtuned.__file__).parent / "datasets" / name).read_text(encoding="utf-8").splitlines()
-    rows = [json.loads(line)["messages"] for line in lines]
-    return [(row[1]["content"], row[2]["content"]) for row in rows]
-
-
-def words(text):
-    return re.findall(r"\w+|[^\w\s]", text)
-
-
-NEW = {"light": "lamp", "buy": "order", "weather": "forecast", "remember": "note", "room": "place",
-       "percent": "level", "quantity": "count", "command": "do", "city": "town"}  # fmt: skip
-train, held_out = load("home_train.jsonl"), load("home_eval.jsonl")
-vocabulary = sorted({w for pair in train + held_out for text in pair for w in words(text)} | set(NEW.values()))
-ids = {word: i for i, word in enumerate(vocabulary, start=2)}  # 0 ends a row, 1 stands between request and answer
-
-
-def encode(rows, change=None):
-    """(tokens, labels), both (rows, 52): the loss looks at the answer only."""
-    tokens, labels = torch.zeros(len(rows), 52, dtype=torch.long), torch.full((len(rows), 52), -100)
-    for i, (request, answer) in enumerate(rows):
-        said = [ids[w] for w in words(request)] + [1]
-        told = [ids[(change or {}).get(w, w)] for w in words(answer)] + [0]
-        tokens[i, : len(said + told)] = torch.tensor(said + told)
-        labels[i, len(said) - 1 : len(said + told) - 1] = torch.tensor(told)
-    return tokens, labels
-
-
-def draw(rows, order):
-    """16 rows, as wide as the longest of them."""
-    batch = torch.randint(len(rows[0]), (16,), generator=order)
-    width = int(rows[0][batch].any(0).sum()) + 1
-    return rows[0][batch, :width], rows[1][batch, :width]
-
-
-def fit(model, rows, steps, lr, parameters=None):
-    """Train with AdamW; the loss of each step."""
-    optimizer = AdamW(list(parameters or model.parameters()), lr=lr, weight_decay=0.0)
-    order, losses = torch.Generator().manual_seed(0), []
-    for _ in range(steps):
-        tokens, labels = draw(rows, order)
-        loss = F.cross_entropy(model(tokens).flatten(0, 1), labels.flatten(), ignore_index=-100)
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-        losses.append(loss.item())
-    return losses
-
-
-@torch.no_grad()
-def accuracy(model, rows):
-    """Share of the answers' tokens that are predicted right."""
-    asked = rows[1] != -100
-    return (model(rows[0]).argmax(-1) == rows[1])[asked].float().mean().item()
-
+source(House.new_model)
+source(accuracy)
 
 torch.manual_seed(7)
-old_house, old_test = encode(train), encode(held_out)
-new_house, new_test = encode(train, NEW), encode(held_out, NEW)
-base = Transformer(len(vocabulary) + 2, num_layers=2, d_model=64, num_heads=4, d_ff=192)
+house = House({"old": None, "new": HOUSE_A})
+(old_house, new_house), (old_test, new_test) = house.training.values(), house.testing.values()
+base = house.new_model()
 fit(base, old_house, 200, 3e-3)
 in_nf4 = quantize_model(copy.deepcopy(base))
 print(f"old house, held out: fp32 base {accuracy(base, old_test):.2%}, NF4 base {accuracy(in_nf4, old_test):.2%}")

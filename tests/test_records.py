@@ -5,7 +5,7 @@ import types
 
 import pytest
 
-from handtuned.records import Reporter
+from handtuned.records import Reporter, command_line
 
 ROWS = [{"step": 1, "loss": 2.0, "learning_rate": 1e-3}, {"step": 2, "loss": 1.5, "learning_rate": 5e-4}]
 
@@ -52,3 +52,12 @@ def test_a_missing_library_is_named(kind, tmp_path, monkeypatch):
 def test_none_writes_nothing(tmp_path):
     report("none", tmp_path)
     assert not list(tmp_path.iterdir())
+
+
+def test_the_command_under_torchrun(monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["/somewhere/handtuned/__main__.py", "finetune", "--data", "my rows.jsonl"])
+    monkeypatch.delenv("TORCHELASTIC_RUN_ID", raising=False)
+    assert command_line() == "handtuned finetune --data 'my rows.jsonl'"
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "none")
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
+    assert command_line() == "torchrun --nproc-per-node 2 -m handtuned finetune --data 'my rows.jsonl'"
