@@ -4,7 +4,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo lessons check-lessons test lint clean
+.PHONY: demo lessons check-lessons check-kernels test lint clean
 
 demo: $(VENV)/finetune.installed
 	$(BIN)/handtuned finetune
@@ -19,6 +19,10 @@ check-lessons: $(VENV)/notebooks.installed
 # As many workers as cores, one thread each.
 test: $(VENV)/test.installed
 	OMP_NUM_THREADS=1 $(BIN)/pytest -n auto --dist worksteal
+
+# Compiles every kernel without a GPU; fails if one does not compile, or spills registers.
+check-kernels: $(VENV)/test.installed
+	$(BIN)/handtuned xray --arch sm_80,sm_90,sm_100
 
 lint: $(VENV)/test.installed
 	$(BIN)/ruff check .

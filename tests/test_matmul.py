@@ -158,21 +158,22 @@ import json
 from handtuned.kernels.matmul import xray_specs
 from handtuned.xray import xray
 specs = [spec for spec in xray_specs() if "128x256x64,3" in spec.name]
-rays = [xray(spec, "sm_90") for spec in specs]
-print(json.dumps({ray.name: [ray.error, ray.spill_bytes, ray.code.tensor_core["wgmma"]] for ray in rays}))
+rays = [(xray(spec, "sm_90"), "wgmma") for spec in specs] + [(xray(specs[0], "sm_100"), "tcgen05")]
+told = [[ray.name, ray.error, ray.spill_bytes, ray.code and ray.code.tensor_core[kind]] for ray, kind in rays]
+print(json.dumps(told))
 """
 
 
 @pytest.mark.skipif(not runtime.HAS_TRITON, reason="Triton is not installed")
 def test_largest_tile_uses_wgmma_and_spills_nothing():
-    """Forward and both layouts of backward, full and ragged tiles, compiled for sm_90 without a GPU."""
+    """Forward and both layouts of backward, full and ragged tiles, compiled for sm_90 without a GPU; one for sm_100."""
     environment = os.environ | {"TRITON_INTERPRET": "0", "HANDTUNED_BACKEND": ""}
     done = subprocess.run([sys.executable, "-c", XRAY], capture_output=True, text=True, env=environment)
     assert done.returncode == 0, done.stderr
     kernels = json.loads(done.stdout)
-    assert len(kernels) == 5
-    for name, (error, spilled, wgmma) in kernels.items():
-        assert not error and spilled == 0 and wgmma > 0, (name, error, spilled, wgmma)
+    assert len(kernels) == 6
+    for name, error, spilled, tensor_core in kernels:
+        assert not error and spilled == 0 and tensor_core > 0, (name, error, spilled, tensor_core)
 
 
 def test_kernel_really_ran(kernel_backend, device):
