@@ -143,7 +143,7 @@ def finetune(settings: FinetuneSettings, team: parallel.Team | None = None) -> d
         data.check_max_seq_length(settings.max_seq_length, getattr(model.config, "max_position_embeddings", None))
         examples = encode(train_rows, "training", tokenizer, settings)
         held_out = encode(eval_rows, "held-out", tokenizer, settings) if eval_rows else []
-        marks = {"base": fingerprint(model), "data": _data_mark(examples)}
+        marks = {"base": fingerprint(model), "data": data_mark(examples)}
 
         torch.manual_seed(settings.seed)
         apply_lora_to_model(model, settings.lora_r, settings.lora_alpha, settings.target_modules, settings.lora_dropout)
@@ -281,7 +281,8 @@ def encode(rows: list, what: str, tokenizer, settings: FinetuneSettings) -> list
     return encoded.examples
 
 
-def _data_mark(examples: list) -> str:
+def data_mark(examples: list) -> str:
+    """A hash of what is learnt from, by which a run or a study that is resumed knows its data again."""
     digest = hashlib.sha256()
     for example in examples:
         digest.update(example.input_ids.tobytes() + example.labels.tobytes())

@@ -23,7 +23,7 @@ from . import data, findings, records
 from .amp import GradScaler
 from .answers import AnswerModel
 from .findings import SEARCHED
-from .finetune import encode, load_rows
+from .finetune import data_mark, encode, load_rows
 from .models import choose_device, choose_dtype, fingerprint, load_base
 from .nn import apply_lora_to_model
 from .nn.adapters import save_adapter
@@ -103,7 +103,7 @@ def tune(settings: FinetuneSettings, trials: int, minutes: float | None = None, 
     bench = Bench(settings)
     directory = Path(settings.output_dir)
     directory.mkdir(parents=True, exist_ok=True)
-    marks = {"base": fingerprint(bench.model), "rows": len(bench.examples), "search": list(search)}
+    marks = {"base": fingerprint(bench.model), "data": data_mark(bench.examples), "search": list(search)}
     record = {"settings": settings.to_json(), "search": list(search), "marks": marks, "versions": records.versions()}
     known = directory / "tune.json"
     if known.exists() and json.loads(known.read_text(encoding="utf-8"))["marks"] != marks:

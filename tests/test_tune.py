@@ -70,6 +70,16 @@ def test_a_stopped_trial_is_tried_again(base, tmp_path, monkeypatch, capsys, fat
     assert result["first"]["first"] and result["first"]["settings"]["lora_r"] == 8
 
 
+def test_another_data_set_of_the_same_length_is_noticed(base, tmp_path, capsys):
+    rows = tmp_path / "rows.jsonl"
+    tiny.write_rows(rows, seed=1)
+    words = ["tune", *base, "--data", str(rows), "--output-dir", str(tmp_path / "a")]
+    assert main([*words, "--trials", "1"]) == 0
+    tiny.write_rows(rows, seed=2)
+    assert main([*words, "--trials", "2", "--resume"]) == 2
+    assert "data or search are not what they were" in capsys.readouterr().err
+
+
 def test_only_what_is_asked_for_is_searched(base, tmp_path):
     result = study(base, tmp_path / "a", "--trials", "3", "--search", "learning_rate", "--lora-r", "3")
     settings = [row["settings"] for row in result["trials"]]
