@@ -20,8 +20,11 @@ Saved for backward: a, b and s. The flag is a value on the device; any program w
 output writes the same 1.0 to it.
 """
 
+from contextlib import nullcontext
+
 import torch
 from torch.autograd.function import once_differentiable
+from torch.overrides import handle_torch_function, has_torch_function
 
 from .runtime import INTERPRETED, KernelSpec, backend, on_device, tl, triton
 
@@ -134,14 +137,20 @@ def _product(a, b, scale, found_inf):
     return c
 
 
+def _in_fp32(a, b, scale):
+    """The reference, out of reach of `torch.autocast`, which would take its FP32 operands down to 16 bits."""
+    with nullcontext() if a.is_meta else torch.autocast(a.device.type, enabled=False):
+        return scaled_matmul_reference(a, b, scale)
+
+
 class _ScaledMatmul(torch.autograd.Function):
     @staticmethod
     def forward(ctx, a, b, scale):
         ctx.save_for_backward(a, b, scale)
         if backend(a) == "torch" or a.dtype not in TRITON_DTYPES:
-            c, found_inf = scaled_matmul_reference(a, b, scale)
+            c, found_inf = _in_fp32(a, b, scale)
         else:
-            found_inf = torch.zeros((), device=a.device)
+            found_inf = torch.zeros((), dtype=torch.float32, device=a.device)
             c = _product(a, b, scale, found_inf)
         ctx.mark_non_differentiable(found_inf)
         return c, found_inf
@@ -152,7 +161,7 @@ class _ScaledMatmul(torch.autograd.Function):
         a, b, scale = ctx.saved_tensors
         needs_a, needs_b, _ = ctx.needs_input_grad
         if backend(dc) == "torch" or a.dtype not in TRITON_DTYPES:
-            product = lambda x, y: scaled_matmul_reference(x, y, scale)[0]  # noqa: E731
+            product = lambda x, y: _in_fp32(x, y, scale)[0]  # noqa: E731
         else:
             product = lambda x, y: _product(x, y, scale, None)  # noqa: E731
         da = product(dc, b.t()) if needs_a else None
@@ -176,8 +185,12 @@ def scaled_matmul(
 
     Raises:
         ValueError: shapes or devices do not fit, or `scale` has several elements or requires a gradient.
-        TypeError: dtypes differ or are no floats.
+        TypeError: a or b is no tensor, or dtypes differ or are no floats.
     """
+    if not isinstance(a, torch.Tensor) or not isinstance(b, torch.Tensor):
+        raise TypeError(f"a and b must be tensors, got {type(a).__name__} and {type(b).__name__}")
+    if has_torch_function((a, b)):  # `amp.autocast` sees one operation then, and not the reference's own
+        return handle_torch_function(scaled_matmul, (a, b), a, b, scale)
     if a.dim() < 2 or b.dim() != 2 or a.shape[-1] != b.shape[0]:
         raise ValueError(f"a must be (..., M, K) and b (K, N), got {tuple(a.shape)} and {tuple(b.shape)}")
     if a.device != b.device:

@@ -48,12 +48,19 @@ NF4_CODE = torch.tensor(
         0.44070982933044434, 0.5626170039176941, 0.7229568362236023, 1.0,
     ],
     dtype=torch.float32,
+    device="cpu",
 )  # fmt: skip
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 BLOCK = 8192  # values a program
 NUM_WARPS = 4
 TILE = 1 << 19  # values a step of the reference
+
+
+def check_float(dtype: torch.dtype) -> None:
+    """Raise TypeError unless it can hold decoded values."""
+    if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
+        raise TypeError(f"dtype must be a floating-point torch.dtype, got {dtype!r}")
 
 
 class NestedScales(NamedTuple):
@@ -70,6 +77,31 @@ class NestedScales(NamedTuple):
     code: torch.Tensor
     offset: torch.Tensor
     block_size: int = 256
+
+
+def check_layout(
+    packed: torch.Tensor,
+    absmax: torch.Tensor,
+    shape: torch.Size,
+    block_size: int,
+    nested: NestedScales | None,
+    name: str = "weight",
+) -> None:
+    """Raise ValueError unless the tensors are what a kernel will read, by address, for `shape` values."""
+    scales = -(-shape.numel() // block_size)
+    wanted = {"codes": (packed, (shape.numel() + 1) // 2, torch.uint8)}
+    wanted["absmax"] = (absmax, scales, torch.float32 if nested is None else torch.uint8)
+    if nested is not None:
+        wanted["nested absmax"] = (nested.absmax, -(-scales // nested.block_size), torch.float32)
+        wanted["nested map"] = (nested.code, 256, torch.float32)
+        wanted["nested offset"] = (nested.offset, 1, torch.float32)
+    for what, (tensor, count, dtype) in wanted.items():
+        if tensor.numel() != count or tensor.dtype != dtype or not tensor.is_contiguous():
+            layout = "" if tensor.is_contiguous() else " not contiguous"
+            raise ValueError(
+                f"{name} of shape {tuple(shape)} in blocks of {block_size} needs {count} contiguous {dtype} as its "
+                f"{what}, got{layout} {tensor.numel()} {tensor.dtype}"
+            )
 
 
 def decode_scales(absmax: torch.Tensor, nested: NestedScales | None) -> torch.Tensor:
@@ -95,7 +127,7 @@ def _scale_blocks(values: torch.Tensor, scales: torch.Tensor, block_size: int) -
 @lru_cache
 def _pairs(device: torch.device) -> torch.Tensor:
     """(256,) int64: the two fp32 values in a byte, the first in the low half."""
-    byte = torch.arange(256)
+    byte = torch.arange(256, device="cpu")
     return NF4_CODE[torch.stack([byte >> 4, byte & 15], dim=1)].view(torch.int64).view(256).to(device)
 
 
@@ -107,7 +139,8 @@ def _index_buffer(count: int, device: torch.device) -> torch.Tensor:
     if device.type != "cpu" or torch.compiler.is_compiling():
         return torch.empty(count, dtype=torch.int64, device=device)
     if getattr(_local, "index", None) is None:
-        _local.index = torch.empty(TILE // 2, dtype=torch.int64)
+        with torch.inference_mode(False):  # made within that mode, it could not be written to outside
+            _local.index = torch.empty(TILE // 2, dtype=torch.int64, device="cpu")
     return _local.index[:count]
 
 
@@ -128,7 +161,7 @@ def nf4_dequantize_reference(
     tile_pairs = min(TILE, flat.numel() + 1) // 2
     index = _index_buffer(tile_pairs, packed.device)
     in_place = dtype == torch.float32 and flat.storage_offset() % 2 == 0
-    values = None if in_place else torch.empty(tile_pairs * 2, device=packed.device)
+    values = None if in_place else torch.empty(tile_pairs * 2, dtype=torch.float32, device=packed.device)
     for start in range(0, flat.numel(), TILE):
         stop = min(start + TILE, flat.numel())
         tile = flat[start:stop] if in_place else values[: stop - start]
@@ -204,7 +237,7 @@ def nf4_dequantize(
             rounded up to an even number.
         absmax: (⌈codes / block_size⌉,) fp32 scales, or uint8 scale codes when `nested` is given; contiguous.
         shape: of the result.
-        dtype: torch.float32, float16 or bfloat16.
+        dtype: torch.float32, float16 or bfloat16; others (float64) are rounded from fp32.
         block_size: codes that share a scale, running over the flattened tensor: a power of two, 32 to 4096.
         nested: how to decode `absmax`, or None.
         out: contiguous tensor of `shape` and `dtype` to write into; a fresh one if None.
@@ -213,8 +246,10 @@ def nf4_dequantize(
         `out`.
 
     Raises:
-        ValueError: `out` has another shape or dtype, or is not contiguous; or `packed` holds too few codes.
+        TypeError: `dtype` is no floating-point dtype.
+        ValueError: `out` has another shape or dtype, or is not contiguous; or codes and scales are not as described.
     """
+    check_float(dtype)
     shape = torch.Size(shape)
     fresh = out is None
     if fresh:
@@ -222,11 +257,7 @@ def nf4_dequantize(
     elif out.shape != shape or out.dtype != dtype or not out.is_contiguous():
         layout = "" if out.is_contiguous() else " not contiguous"
         raise ValueError(f"out must be a contiguous {dtype} {tuple(shape)}, got{layout} {out.dtype} {tuple(out.shape)}")
-    if packed.numel() != (out.numel() + 1) // 2 or absmax.numel() != -(-out.numel() // block_size):
-        raise ValueError(
-            f"shape {tuple(shape)} at block_size {block_size} needs {(out.numel() + 1) // 2} bytes of codes and "
-            f"{-(-out.numel() // block_size)} scales, got {packed.numel()} and {absmax.numel()}"
-        )
+    check_layout(packed, absmax, shape, block_size, nested)
     if out.numel() == 0 or out.is_meta:
         return out
     where = backend(packed)
@@ -236,7 +267,7 @@ def nf4_dequantize(
         return nf4_dequantize_reference(packed, absmax, shape, dtype, block_size, nested, out)
     if where == "interpreter" and dtype == torch.bfloat16:
         # Triton's interpreter cuts fp32 down to bf16 instead of rounding.
-        exact = torch.empty(shape, device=out.device)
+        exact = torch.empty(shape, dtype=torch.float32, device=out.device)
         _launch(packed, absmax, block_size, nested, exact)
         return out.copy_(exact)
     _launch(packed, absmax, block_size, nested, out)

@@ -1,4 +1,4 @@
-"""NF4 dequantize for CPU tensors in C: the reference's result to the bit, several times as fast.
+"""NF4 for CPU tensors in C: dequantize, to the reference's bits, and the product that leaves W in NF4.
 
 Torch has no operation that looks 4-bit codes up, so the reference casts every byte to a 64-bit
 index, gathers, and multiplies: three passes over memory and a dozen calls. `nf4_cpu.c` does it in one
@@ -7,6 +7,10 @@ and with HANDTUNED_BACKEND=torch, CPU tensors run the reference.
 
 Time for 4096 × 4096 in fp32 (`python tests/bench_nf4.py`) is the memory's: 67 MB to write. A fresh
 output would cost more for its page faults than for its values; it is asked for in pages of 2 MiB.
+
+The product goes further: codes become values in the cache, and W is never dense. On a CPU that is
+right for any number of rows. Decoding takes four instructions for 16 weights, and 16 weights meet
+up to 512 rows of x; on a GPU the decoding would take turns with the units that should multiply.
 """
 
 import ctypes
@@ -19,26 +23,48 @@ try:
 except ImportError:
     _library = None
 else:
-    _library = ctypes.CDLL(_nf4_cpu.__file__).handtuned_nf4_dequantize
-    _library.argtypes = [ctypes.c_void_p] * 7 + [ctypes.c_int64] * 3 + [ctypes.c_int] * 2
-    _library.restype = None
+    _library = ctypes.CDLL(_nf4_cpu.__file__)
+if _library is not None and not hasattr(_library, "handtuned_nf4_product"):
+    _library = None  # built from older sources than these
+if _library is not None:
+    _P, _I, _INT = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int
+    _library.handtuned_nf4_dequantize.argtypes = [_P, _P, _I, _INT, _INT]
+    _library.handtuned_nf4_product.argtypes = [
+        _P, _I, _I, _INT, _P, _I, _I, _P, _P, _P, _I, _I, _I, ctypes.c_float, _P, _INT,
+    ]  # fmt: skip
+
+
+class _Weight(ctypes.Structure):
+    """`weight` of nf4_cpu.c: addresses, valid as long as the tensors are."""
+
+    _fields_ = [
+        (name, ctypes.c_void_p) for name in ("packed", "absmax", "nested_absmax", "map", "offset", "levels")
+    ] + [("block", ctypes.c_int64), ("nested_block", ctypes.c_int64)]
+
+
+def _weight(packed, absmax, block_size, nested, levels) -> _Weight:
+    scales, nested_block = (None, None, None), 0
+    if nested is not None:
+        scales, nested_block = [tensor.data_ptr() for tensor in nested[:3]], nested.block_size
+    return _Weight(packed.data_ptr(), absmax.data_ptr(), *scales, levels.data_ptr(), block_size, nested_block)
 
 
 def has_native() -> bool:
-    """Whether the C function is there and not switched off by HANDTUNED_BACKEND=torch."""
+    """Whether the C functions are there and not switched off by HANDTUNED_BACKEND=torch."""
     return _library is not None and os.environ.get("HANDTUNED_BACKEND") != "torch"
 
 
 def runs_native(packed: torch.Tensor, absmax: torch.Tensor, nested) -> bool:
-    """Whether the C function may take these: plain memory of a CPU, laid out as it reads them."""
+    """Whether the C functions may take these: plain memory of a CPU, laid out as they read it."""
+    if not has_native() or torch.compiler.is_compiling():
+        return False
     tensors = (packed, absmax) if nested is None else (packed, absmax, *nested[:3])
-    return (
-        has_native()
-        and not torch.compiler.is_compiling()
-        and absmax.dtype == (torch.float32 if nested is None else torch.uint8)
-        and all(t.device.type == "cpu" and t.is_contiguous() for t in tensors)
-        and all(t.dtype == torch.float32 for t in tensors[2:])
-    )
+    for tensor in tensors:
+        if not (tensor.is_cpu and tensor.is_contiguous()):
+            return False
+    if nested is None:
+        return absmax.dtype == torch.float32
+    return absmax.dtype == torch.uint8 and all(tensor.dtype == torch.float32 for tensor in nested[:3])
 
 
 def nf4_dequantize_native(
@@ -61,11 +87,70 @@ def nf4_dequantize_native(
     Returns:
         `out`.
     """
-    scales, nested_block = (None, None, None), 0
-    if nested is not None:
-        scales, nested_block = [tensor.data_ptr() for tensor in nested[:3]], nested.block_size
-    _library(
-        packed.data_ptr(), absmax.data_ptr(), *scales, levels.data_ptr(), out.data_ptr(),
-        out.numel(), block_size, nested_block, fresh, torch.get_num_threads(),
-    )  # fmt: skip
+    w = _weight(packed, absmax, block_size, nested, levels)
+    _library.handtuned_nf4_dequantize(
+        ctypes.byref(w), out.data_ptr(), out.numel(), fresh, torch.get_num_threads()
+    )
     return out
+
+
+def runs_native_product(x: torch.Tensor, weight) -> bool:
+    """Whether `nf4_product_native` may take x (M, ·) and an NF4 weight (N, K): it needs fp32, 32 | K and AVX-512.
+
+    Codes or scales that are too few are left to `nf4_dequantize`, which says so.
+    """
+    values, scales, nested = weight.shape.numel(), weight.absmax.numel(), weight.nested
+    return (
+        x.dtype == torch.float32
+        and x.is_cpu
+        and values > 0
+        and weight.shape[1] % 32 == 0
+        and weight.packed.numel() == values // 2
+        and scales == -(-values // weight.block_size)
+        and (nested is None or nested.absmax.numel() == -(-scales // nested.block_size))
+        and runs_native(weight.packed, weight.absmax, nested)
+        and _library.handtuned_has_nf4_product() == 1
+    )
+
+
+def nf4_product_native(
+    x: torch.Tensor,
+    weight,
+    levels: torch.Tensor,
+    transposed: bool,
+    bias: torch.Tensor | None = None,
+    S: torch.Tensor | None = None,
+    low: torch.Tensor | None = None,
+    scale: float = 1.0,
+) -> torch.Tensor:
+    """y = x Wᵀ + b + scale · S Lᵀ, or x W + b + scale · S L, with W (N, K) in NF4, where `runs_native_product`.
+
+    Args:
+        x: (M, K) if `transposed`, else (M, N), fp32.
+        weight: packed, absmax, shape, block_size and nested, as `quant.NF4Tensor` has them.
+        levels: (16,) fp32, the values of the codes.
+        transposed: whether x meets Wᵀ.
+        bias: fp32, one value a column of y, or None.
+        S: (M, r) fp32, or None for no low-rank term.
+        low: L (N, r) if `transposed`, else (r, K), fp32, any strides.
+        scale: of the low-rank term.
+
+    Returns:
+        (M, N) or (M, K), fp32. Sums are fp32; their order, so every bit, is the same for any number of threads and
+        for a row whatever other rows x has.
+    """
+    (N, K), M = weight.shape, x.shape[0]
+    y = x.new_empty(M, N if transposed else K)
+    x = x if x.stride(1) == 1 else x.contiguous()
+    adapter = None, None, 0, 0, 0
+    if S is not None:
+        S = S.contiguous()
+        strides = low.stride() if transposed else (low.stride(1), low.stride(0))
+        adapter = S.data_ptr(), low.data_ptr(), S.shape[1], *strides
+    bias = None if bias is None else bias.contiguous()
+    w = _weight(weight.packed, weight.absmax, weight.block_size, weight.nested, levels)
+    _library.handtuned_nf4_product(
+        ctypes.byref(w), N, K, transposed, x.data_ptr(), x.stride(0), M, None if bias is None else bias.data_ptr(),
+        *adapter, scale, y.data_ptr(), torch.get_num_threads(),
+    )  # fmt: skip
+    return y

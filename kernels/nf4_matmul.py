@@ -19,6 +19,9 @@ rounds W + ΔW once, as it would round W; where ΔW is far below W's rounding st
 is rounded off, as it would be in y itself, while dA and dB never see W' and stay exact. With
 dropout there is no W' (each row of x has its own ΔW), so then, and for middle M, W alone is made
 dense and `lora_product` starts its accumulator at S Bᵀ: the exact path.
+
+A CPU with AVX-512 has one way for fp32 and any M, "native": a product in C that decodes W as it goes
+(`nf4_cpu.py`). Elsewhere, and in other dtypes, torch takes the exact path.
 """
 
 import threading
@@ -28,7 +31,8 @@ import torch
 import torch.nn.functional as F
 
 from .lora_product import lora_product
-from .nf4 import NestedScales, nf4_dequantize
+from .nf4 import NF4_CODE, NestedScales, nf4_dequantize
+from .nf4_cpu import nf4_product_native, runs_native_product
 from .nf4_decode import tensors_of
 from .nf4_merge import nf4_merge
 from .nf4_stream import nf4_stream
@@ -48,12 +52,14 @@ class QuantizedWeight(Protocol):
 
 
 def plan(x: torch.Tensor, weight: QuantizedWeight, dropout: bool) -> str:
-    """Which way a product of x (M, ·) with a quantized weight goes: "stream", "merged" or "exact".
+    """Which way a product of x (M, ·) with a quantized weight goes: "native", "stream", "merged" or "exact".
 
-    In torch it is always "exact": there the adapter's part costs one in-place product on y, and a
-    merge would cost one on W, which is the larger array for all but very long batches.
+    In torch there is no merge: the adapter's part costs one in-place product on y, and a merge would
+    cost one on W, which is the larger array for all but very long batches.
     """
     M, K = x.shape[0], weight.shape[1]
+    if not runs_kernel(x) and runs_native_product(x, weight):
+        return "native"
     if not runs_kernel(x) or K % 64 or weight.block_size % 64:
         return "exact"
     if M <= 16:
@@ -64,6 +70,9 @@ def plan(x: torch.Tensor, weight: QuantizedWeight, dropout: bool) -> str:
 def quantized_product(x, weight, bias, S, lora_A, lora_B, scale, dropout=False):
     """y = x Wᵀ + b + scale · S Bᵀ (M, N) with a quantized W (N, K); S = x̂ Aᵀ. Otherwise as `lora_product`."""
     way = plan(x, weight, dropout)
+    if way == "native":
+        bias = None if bias is None else bias.to(x.dtype)
+        return nf4_product_native(x, weight, NF4_CODE, True, bias, S, lora_B.to(x.dtype), scale)
     if way == "stream":
         return nf4_stream(x, weight, bias, S, lora_B, scale)
     if way == "merged":
@@ -74,7 +83,12 @@ def quantized_product(x, weight, bias, S, lora_A, lora_B, scale, dropout=False):
 
 def quantized_product_dx(dy, weight, dS, lora_A, lora_B, scale, mask=None, threshold=0):
     """dx = dy W + keep ⊙ (dS A) (M, K) with a quantized W (N, K); dS = scale · dy B."""
-    if plan(dy, weight, mask is not None) == "merged":
+    way = plan(dy, weight, mask is not None)
+    if way == "native" and mask is None:
+        return nf4_product_native(dy, weight, NF4_CODE, False, None, dS, lora_A.to(dy.dtype))
+    if way == "native":
+        return nf4_product_native(dy, weight, NF4_CODE, False).addcmul_(dS @ lora_A.to(dy.dtype), mask)
+    if way == "merged":
         return dy @ nf4_merge(weight, lora_A, lora_B, scale, dy.dtype)
     return lora_product(dy, dense_weight(weight, dy).t(), None, dS, lora_A.t(), 1.0, mask, threshold)
 
@@ -92,7 +106,8 @@ def _scratch(shape: torch.Size, dtype: torch.dtype, device: torch.device) -> tor
         return torch.empty(shape, dtype=dtype, device=device)
     blocks = _local.__dict__.setdefault("blocks", {})
     if dtype not in blocks or blocks[dtype].numel() < shape.numel():
-        blocks[dtype] = torch.empty(shape.numel(), dtype=dtype)
+        with torch.inference_mode(False):  # made within that mode, it could not be written to outside
+            blocks[dtype] = torch.empty(shape.numel(), dtype=dtype, device="cpu")
     return blocks[dtype][: shape.numel()].view(shape)
 
 

@@ -38,7 +38,7 @@ NUM_WARPS = 4
 @lru_cache
 def _cells(device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
     """Of each of the 32 cells: the threshold in it (2, out of reach, if none), and the thresholds below it."""
-    start = (torch.arange(33) - CELL_START) / CELL_SLOPE
+    start = (torch.arange(33, dtype=torch.float32, device="cpu") - CELL_START) / CELL_SLOPE
     below = torch.searchsorted(THRESHOLDS, start, out_int32=True)
     threshold = torch.where(below[:-1] < below[1:], THRESHOLDS[below[:-1].clamp(max=14)], 2.0)
     return threshold.to(device), below[:-1].to(torch.uint8).to(device)
@@ -56,8 +56,8 @@ class _Codes:
 
     def __init__(self, size: int, device: torch.device):
         self.threshold_of, self.below = _cells(device)
-        self.start = torch.full((), CELL_START, device=device)
-        self.values = torch.empty(size, device=device)
+        self.start = torch.full((), CELL_START, dtype=torch.float32, device=device)
+        self.values = torch.empty(size, dtype=torch.float32, device=device)
         self.cell = torch.empty(size, dtype=torch.int32, device=device)
         self.codes = torch.empty(size, dtype=torch.uint8, device=device)
         self.above = torch.empty(size, dtype=torch.bool, device=device)
@@ -81,10 +81,10 @@ def nf4_quantize_reference(x: torch.Tensor, block_size: int) -> tuple[torch.Tens
     flat = x.reshape(-1)
     size = flat.numel()
     packed = torch.empty((size + 1) // 2, dtype=torch.uint8, device=x.device)
-    absmax = torch.empty(-(-size // block_size), device=x.device)
+    absmax = torch.empty(-(-size // block_size), dtype=torch.float32, device=x.device)
     tile_size = min(TILE, size + size % 2)
     coder = _Codes(tile_size, x.device)
-    scaled = torch.empty(tile_size, device=x.device)
+    scaled = torch.empty(tile_size, dtype=torch.float32, device=x.device)
     for start in range(0, size, TILE):
         stop = min(start + TILE, size)
         tile, first = flat[start:stop].float(), start // block_size
@@ -151,7 +151,7 @@ def _nf4_quantize(
 def _launch(x, block_size, short):
     """Codes of x, a flat tensor, as words of eight (whole runs of 32 values), and one absmax a block."""
     words = torch.empty(-(-x.numel() // 32) * 4, dtype=torch.int32, device=x.device)
-    absmax = torch.empty(-(-x.numel() // block_size), device=x.device)
+    absmax = torch.empty(-(-x.numel() // block_size), dtype=torch.float32, device=x.device)
     if x.numel():
         with on_device(x):
             _nf4_quantize[(triton.cdiv(x.numel(), BLOCK),)](
@@ -177,7 +177,7 @@ def nf4_quantize(x: torch.Tensor, block_size: int) -> tuple[torch.Tensor, torch.
     where = backend(x)
     if where == "torch":
         return nf4_quantize_reference(x, block_size)
-    flat = x.reshape(-1)
+    flat = x.reshape(-1).contiguous()  # of every other value, for one, reshape makes a view that skips them
     if where == "interpreter" and x.dtype == torch.bfloat16:
         flat = flat.float()  # exact; the interpreter has no bf16 of its own
     whole = flat.numel() // block_size * block_size

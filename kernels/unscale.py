@@ -112,24 +112,27 @@ def _unscale_kernel(
 @lru_cache(maxsize=16)
 def chunk_table(elements: tuple[int, ...], block: int, device: torch.device) -> torch.Tensor:
     """(C, 2) int32: tensor and block number of each program, for tensors of these sizes."""
-    counts = torch.tensor([-(-n // block) for n in elements], dtype=torch.int64)
-    tensor = torch.repeat_interleave(torch.arange(len(elements)), counts)
+    counts = torch.tensor([-(-n // block) for n in elements], dtype=torch.int64, device="cpu")
+    tensor = torch.repeat_interleave(torch.arange(len(elements), device="cpu"), counts)
     first = torch.cumsum(counts, 0) - counts
-    chunk = torch.arange(len(tensor)) - first[tensor]
+    chunk = torch.arange(len(tensor), device="cpu") - first[tensor]
     return torch.stack([tensor, chunk], dim=1).to(device, torch.int32)
 
 
 def address_table(rows: list[list[int]], device: torch.device) -> torch.Tensor:
     """Rows of addresses and counts as (T, columns) int64 on the device; the copy does not wait for the GPU."""
-    table = torch.tensor(rows, dtype=torch.int64)
+    table = torch.tensor(rows, dtype=torch.int64, device="cpu")
     return table.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else table
 
 
-def _split(grads):
-    """Gradients for the kernel and float64 ones, which take the reference; refuses any other dtype."""
+def _check(grads):
     for grad in grads:
         if grad.dtype not in (*TRITON_DTYPES, torch.float64):
             raise TypeError(f"grads must be float32, float16, bfloat16 or float64, got {grad.dtype}")
+
+
+def _split(grads):
+    """Gradients for the kernel, and float64 ones, which take the reference."""
     grads = [grad for grad in grads if grad.numel()]
     wide = [grad for grad in grads if grad.dtype == torch.float64]
     return [grad for grad in grads if grad.dtype != torch.float64], wide
@@ -141,7 +144,7 @@ def _launch(grads, inv_scale, found_inf, want_sums):
     dtypes = sorted({g.dtype for g in grads}, key=str)
     rows = [[g.data_ptr(), g.numel(), dtypes.index(g.dtype)] for g in dense]
     chunks = chunk_table(tuple(row[1] for row in rows), BLOCK, device)
-    sums = torch.empty(len(chunks), device=device) if want_sums else None
+    sums = torch.empty(len(chunks), dtype=torch.float32, device=device) if want_sums else None
     with on_device(grads[0]):
         _unscale_kernel[(len(chunks),)](
             address_table(rows, device),
@@ -177,6 +180,7 @@ def unscale_(grads: list[torch.Tensor], inv_scale: torch.Tensor | None, found_in
     """
     if not grads:
         return
+    _check(grads)
     if backend(grads[0]) == "torch":
         unscale_reference_(grads, inv_scale, found_inf)
         return
@@ -189,11 +193,14 @@ def unscale_(grads: list[torch.Tensor], inv_scale: torch.Tensor | None, found_in
 
 @torch.no_grad()
 def squared_norm(grads: list[torch.Tensor]) -> torch.Tensor:
-    """Σ g² over all gradients, as a 0-dim float32 on their device (inf or NaN if any gradient is).
+    """Σ g² over all gradients, as a 0-dim float32 on their device (inf or NaN if any gradient is; 0 if there is none).
 
     Raises:
         TypeError: a gradient is no float32, float16, bfloat16 or float64.
     """
+    if not grads:
+        return torch.zeros((), dtype=torch.float32)
+    _check(grads)
     if backend(grads[0]) == "torch":
         return squared_norm_reference(grads)
     total = torch.zeros((), dtype=torch.float64, device=grads[0].device)

@@ -19,7 +19,7 @@ from dataclasses import dataclass
 
 import torch
 
-from ..kernels.nf4 import DTYPES
+from ..kernels.nf4 import DTYPES, check_float
 
 
 @dataclass(eq=False)
@@ -56,11 +56,17 @@ class AffineTensor:
         return sum(t.numel() * t.element_size() for t in (self.packed, self.scale, self.zero_point))
 
     def dequantize(self, dtype: torch.dtype | None = None) -> torch.Tensor:
-        """The values, formed in fp32 and rounded to `dtype` (None: the original one)."""
+        """The values, formed in fp32 and rounded to `dtype` (None: the original one).
+
+        Raises:
+            TypeError: `dtype` is no floating-point dtype.
+        """
+        dtype = self.dtype if dtype is None else dtype
+        check_float(dtype)
         groups = _in_groups(self.codes.float(), self.group_size, 0.0)
         values = groups * self.scale[:, None] + self.zero_point[:, None]
         values = values.view(-1)[: self.shape.numel()].view(self.shape)
-        return values.to(self.dtype if dtype is None else dtype)
+        return values.to(dtype)
 
 
 def _shifts(bits: int, device: torch.device) -> torch.Tensor:
@@ -89,7 +95,7 @@ def quantize_affine(x: torch.Tensor, bits: int = 4, group_size: int = 64) -> Aff
     if not isinstance(x, torch.Tensor) or x.dtype not in DTYPES:
         got = x.dtype if isinstance(x, torch.Tensor) else type(x).__name__
         raise TypeError(f"x must be a float32, float16 or bfloat16 tensor, got {got}")
-    if bits not in range(1, 9):
+    if not isinstance(bits, int) or bits not in range(1, 9):
         raise ValueError(f"bits must be a whole number from 1 to 8, got {bits!r}")
     if not isinstance(group_size, int) or group_size < 1:
         raise ValueError(f"group_size must be a whole number of at least 1, got {group_size!r}")
@@ -103,6 +109,8 @@ def quantize_affine(x: torch.Tensor, bits: int = 4, group_size: int = 64) -> Aff
     if ((high - low) == float("inf")).any():
         raise ValueError("x must span less than the fp32 range in every group, got a group whose max - min overflows")
     scale = (high - low) / levels
+    # At the very end of fp32 a scale that was rounded up would decode the largest value to infinity.
+    scale = torch.where((low + scale * levels).isinf(), scale.nextafter(torch.zeros_like(scale)), scale)
     step = torch.where(scale > 0, scale, 1.0)[:, None]
     codes = ((_in_groups(values, group_size, 0.0) - low[:, None]) / step).round().clamp(0, levels)
     flat = codes.view(-1)[: x.numel()].to(torch.uint8)

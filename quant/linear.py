@@ -4,7 +4,8 @@
 
 W (out, in) is made dense for the length of one product, in forward and again in backward, and is
 never saved: keeping it is what four bits are there to avoid. A few rows (decoding) do not need it
-dense at all on a GPU. Memory: 0.516 bytes a weight, plus one dense weight while a product runs.
+dense at all on a GPU, nor any number of fp32 rows on a CPU with AVX-512 (`kernels/nf4_matmul.py`).
+Memory: 0.516 bytes a weight, plus one dense weight while a product runs.
 
 Dtypes, in this order: `torch.autocast` casts x as it would for `nn.Linear`; the product is computed in
 `compute_dtype`, or in x's dtype where that is None; the result has x's dtype. 16-bit
@@ -16,24 +17,28 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from ..kernels.nf4 import DTYPES, NestedScales
+from ..kernels.nf4 import DTYPES, NF4_CODE, NestedScales, check_layout
+from ..kernels.nf4_cpu import nf4_product_native
 from ..kernels.nf4_matmul import dense_weight, plan
 from ..kernels.nf4_stream import nf4_stream
 from .codebooks import DYNAMIC_MAP
-from .nf4 import NESTED_BLOCK, NF4Tensor, check_block_size, quantize_nf4
+from .nf4 import FACTS, NESTED_BLOCK, PARTS, NF4Tensor, check_block_size, quantize_nf4
 
 TILE_ROWS = 512  # of W, upcast at a time on a CPU
 
 
 def _product(rows: torch.Tensor, q: NF4Tensor, transposed: bool, bias: torch.Tensor | None) -> torch.Tensor:
     """rows @ Wᵀ + bias if `transposed`, else rows @ W."""
-    if transposed and plan(rows, q, dropout=True) == "stream":
+    way = plan(rows, q, dropout=True)
+    if way == "native":
+        return nf4_product_native(rows, q, NF4_CODE, transposed, bias)
+    if transposed and way == "stream":
         # With an adapter of rank 0.
         return nf4_stream(rows, q, bias, rows.new_empty(len(rows), 0), rows.new_empty(q.shape[0], 0), 0.0)
     weight = dense_weight(q, rows)
     if rows.device.type != "cpu" or rows.dtype.itemsize > 2:
         return F.linear(rows, weight, bias) if transposed else rows @ weight
-    y = torch.zeros(len(rows), weight.shape[0 if transposed else 1])
+    y = torch.zeros(len(rows), weight.shape[0 if transposed else 1], dtype=torch.float32, device=rows.device)
     wide = rows.float()
     for start in range(0, weight.shape[0], TILE_ROWS):
         tile = weight[start : start + TILE_ROWS].float()
@@ -42,6 +47,11 @@ def _product(rows: torch.Tensor, q: NF4Tensor, transposed: bool, bias: torch.Ten
         else:
             y.addmm_(wide[:, start : start + TILE_ROWS], tile)
     return (y if bias is None else y.add_(bias)).to(rows.dtype)
+
+
+def _rows(x: torch.Tensor) -> torch.Tensor:
+    """(…, K) → (M, K), also where K is 0."""
+    return x.reshape(x.shape[:-1].numel(), x.shape[-1])
 
 
 @torch.library.custom_op("handtuned::nf4_linear", mutates_args=())
@@ -67,7 +77,7 @@ def nf4_linear(
     if nested_absmax is not None:
         nested = NestedScales(nested_absmax, nested_code, nested_offset, nested_block)
     q = NF4Tensor(packed.view(-1), absmax, torch.Size((out_features, in_features)), x.dtype, block_size, nested)
-    rows = x.reshape(-1, x.shape[-1])
+    rows = _rows(x)
     with torch.autocast(x.device.type, enabled=False):
         y = _product(rows, q, transposed, bias)
     return y.view(*x.shape[:-1], y.shape[-1])
@@ -90,7 +100,7 @@ def _backward(ctx, dy):
     if ctx.needs_input_grad[0]:
         dx = nf4_linear(dy, None, *ctx.saved_tensors, *ctx.sizes, not ctx.transposed)
     if ctx.has_bias and ctx.needs_input_grad[1]:
-        dbias = dy.reshape(-1, dy.shape[-1]).sum(0)
+        dbias = _rows(dy).sum(0)
     return dx, dbias, *[None] * 10
 
 
@@ -143,7 +153,7 @@ class NF4Linear(nn.Module):
         blocks = -(-shape.numel() // block_size)
         nested = None
         if double_quant:
-            zeros = torch.zeros(-(-blocks // NESTED_BLOCK), device=device)
+            zeros = torch.zeros(-(-blocks // NESTED_BLOCK), dtype=torch.float32, device=device)
             nested = NestedScales(zeros, DYNAMIC_MAP.to(zeros.device), zeros.new_zeros(()), NESTED_BLOCK)
         packed = torch.full(((shape.numel() + 1) // 2,), 0x77, dtype=torch.uint8, device=device)
         absmax = torch.zeros(blocks, dtype=torch.uint8 if double_quant else torch.float32, device=device)
@@ -154,16 +164,17 @@ class NF4Linear(nn.Module):
 
     @property
     def quantized(self) -> NF4Tensor:
-        nested = None
-        if self.nested_absmax is not None:
-            nested = NestedScales(self.nested_absmax, self.nested_code, self.nested_offset, self.nested_block)
+        held, nested = self._buffers, None  # read at once: every forward pass comes by here
+        if held["nested_absmax"] is not None:
+            nested = NestedScales(held["nested_absmax"], held["nested_code"], held["nested_offset"], self.nested_block)
         shape = torch.Size((self.out_features, self.in_features))
-        return NF4Tensor(self.weight.data.view(-1), self.absmax, shape, self.weight_dtype, self.block_size, nested)
+        return NF4Tensor(self.weight.data.view(-1), held["absmax"], shape, self.weight_dtype, self.block_size, nested)
 
     @quantized.setter
     def quantized(self, q: NF4Tensor) -> None:
         if q.shape != (self.out_features, self.in_features):
             raise ValueError(f"quantized must be {self.out_features} × {self.in_features}, got {tuple(q.shape)}")
+        check_layout(q.packed, q.absmax, q.shape, q.block_size, q.nested, "quantized")
         self.weight = nn.Parameter(q.packed.view(-1, 1), requires_grad=False)
         self.absmax, self.block_size, self.weight_dtype = q.absmax, q.block_size, q.dtype
         self.nested_absmax, self.nested_code, self.nested_offset, self.nested_block = q.nested or (None,) * 3 + (1,)
@@ -193,6 +204,8 @@ class NF4Linear(nn.Module):
         """
         if not isinstance(linear, nn.Linear):
             raise TypeError(f"{name} must be an nn.Linear, got {type(linear).__name__}")
+        if linear.weight.dtype not in DTYPES:
+            raise TypeError(f"{name}.weight must be float32, float16 or bfloat16, got {linear.weight.dtype}")
         N, K = linear.weight.shape
         meta = {"device": "meta", "dtype": linear.weight.dtype}
         layer = cls(K, N, False, block_size, double_quant, compute_dtype, **meta)
@@ -215,9 +228,9 @@ class NF4Linear(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """x (…, in_features), floating point → (…, out_features), same dtype."""
-        if x.shape[-1] != self.in_features or not x.is_floating_point():
+        if x.shape[-1:] != (self.in_features,) or not x.is_floating_point():
             raise ValueError(f"x must be floating point (…, {self.in_features}), got {x.dtype} {tuple(x.shape)}")
-        if torch.is_autocast_enabled(x.device.type):
+        if not x.is_meta and torch.is_autocast_enabled(x.device.type) and x.dtype != torch.float64:
             x = x.to(torch.get_autocast_dtype(x.device.type))
         compute = x.dtype if self.compute_dtype is None else self.compute_dtype
         bias = None if self.bias is None else self.bias.to(compute)
@@ -245,8 +258,11 @@ class NF4Linear(nn.Module):
 
     def _load_from_state_dict(self, state_dict, prefix, local_metadata, strict, missing, unexpected, errors):
         key = prefix + "weight"
-        rest = {name: value for name, value in state_dict.items() if not name.startswith(key + ".")}
+        rest = dict(state_dict)
         if key in state_dict:
+            for part in (*PARTS, FACTS):
+                rest.pop(f"{key}.{part}", None)
+            rest[key] = self.weight.data
             try:
                 q = NF4Tensor.from_state_dict(state_dict, prefix)
                 if local_metadata.get("assign_to_params_buffers", False):
@@ -254,9 +270,9 @@ class NF4Linear(nn.Module):
                 else:
                     own = {name: value.clone() for name, value in q.state_dict().items()}
                     self.quantized = NF4Tensor.from_state_dict(own).to(self.weight.device)
+                rest[key] = q.packed.view(-1, 1)
             except ValueError as error:
                 errors.append(f"{key}: {error}")
-            rest[key] = self.weight.data
         super()._load_from_state_dict(rest, prefix, local_metadata, strict, missing, unexpected, errors)
 
     def extra_repr(self) -> str:

@@ -1,6 +1,6 @@
 """Quantize the linear layers of a model, and say what became of it."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -39,7 +39,7 @@ def quantize_model(
         `model`.
 
     Raises:
-        TypeError: `skip` is a single string.
+        TypeError: `skip` is no sequence, or a single string.
         ValueError: nothing to quantize; an entry of `skip` that names no module; a weight that is not finite
             (the layer is named, and those before it are quantized already).
     """
@@ -60,11 +60,12 @@ def quantize_model(
 
 def linear_layers(model: nn.Module, skip: Sequence[str] = ("lm_head",)) -> list[tuple[str, nn.Module]]:
     """The paths and layers that `quantize_model` replaces; a layer reached by several paths comes with each."""
-    if isinstance(skip, str):
-        raise TypeError(f"skip must be a sequence of names, got the string {skip!r}")
+    if isinstance(skip, str) or not isinstance(skip, Iterable):
+        what = "the string " if isinstance(skip, str) else ""
+        raise TypeError(f"skip must be a sequence of names, got {what}{skip!r}")
     paths = dict(model.named_modules(remove_duplicate=False))
     for name in skip:
-        if name != "lm_head" and not any(_within(path, name) for path in paths):
+        if name != "lm_head" and not any(path and _within(path, name) for path in paths):
             raise ValueError(f"skip names {name!r}, which is no part of any module's path in {type(model).__name__}")
     keep = {id(module.weight) for module in paths.values() if isinstance(module, nn.Embedding)}
     output = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None

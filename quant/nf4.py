@@ -17,18 +17,19 @@ from dataclasses import dataclass
 
 import torch
 
-from ..kernels.nf4 import DTYPES, NF4_CODE, NestedScales, nf4_dequantize
+from ..kernels.nf4 import DTYPES, NF4_CODE, NestedScales, check_layout, nf4_dequantize
 from ..kernels.nf4_quantize import nf4_quantize, quantize_scales
 from .codebooks import DYNAMIC_MAP
 
 BLOCK_SIZES = (32, 64, 128, 256, 512, 1024, 2048, 4096)
 NESTED_BLOCK = 256
+PARTS = ("absmax", "quant_map", "nested_absmax", "nested_quant_map")
 FACTS = "quant_state.bitsandbytes__nf4"  # bitsandbytes keeps what is no tensor as JSON text in a uint8 tensor
 
 
 def check_block_size(block_size: int) -> None:
     """Raise ValueError unless it is one of BLOCK_SIZES."""
-    if block_size not in BLOCK_SIZES:
+    if not isinstance(block_size, int) or block_size not in BLOCK_SIZES:
         raise ValueError(f"block_size must be one of {BLOCK_SIZES}, got {block_size!r}")
 
 
@@ -73,13 +74,20 @@ class NF4Tensor:
             out: contiguous tensor of `shape` and that dtype to write into; a fresh one if None.
 
         Raises:
+            TypeError: `dtype` is no floating-point dtype.
             ValueError: `out` does not fit.
         """
         dtype = self.dtype if dtype is None else dtype
         return nf4_dequantize(self.packed, self.absmax, self.shape, dtype, self.block_size, self.nested, out)
 
     def to(self, device: torch.device | str | int) -> "NF4Tensor":
-        """The same on another device."""
+        """The same on another device.
+
+        Raises:
+            TypeError: `device` is a dtype or a tensor: codes and scales keep theirs.
+        """
+        if isinstance(device, (torch.dtype, torch.Tensor)):
+            raise TypeError(f"device must be a device, got {device!r}; dequantize(dtype) gives the values as a dtype")
         nested = self.nested
         if nested is not None:
             nested = NestedScales(*(t.to(device) for t in nested[:3]), nested.block_size)
@@ -136,25 +144,37 @@ class NF4Tensor:
                 raise ValueError(f"state holds no {name!r}: {key} is not a complete NF4 weight")
             return state[name]
 
-        facts = json.loads(bytes(entry(f"{key}.{FACTS}").tolist()))
-        packed, absmax = entry(key), entry(f"{key}.absmax")
-        levels = entry(f"{key}.quant_map")
+        def scales(name: str) -> torch.Tensor:
+            tensor = entry(f"{key}.{name}").reshape(-1).contiguous()
+            return tensor.float() if tensor.is_floating_point() else tensor
+
+        facts = _facts(entry(f"{key}.{FACTS}"), f"{key}.{FACTS}")
+        packed, levels = entry(key).contiguous().view(-1).view(torch.uint8), entry(f"{key}.quant_map")
         if facts["quant_type"] != "nf4" or not (levels.is_meta or torch.equal(levels.cpu().float(), NF4_CODE)):
             raise ValueError(f"{key} must be NF4 with its standard levels, got quant_type {facts['quant_type']!r}")
         nested = None
         if "nested_offset" in facts:
             offset = torch.tensor(facts["nested_offset"], dtype=torch.float32, device=packed.device)
-            nested_absmax, code = entry(f"{key}.nested_absmax").float(), entry(f"{key}.nested_quant_map").float()
-            nested = NestedScales(nested_absmax, code, offset, facts["nested_blocksize"])
-        packed = packed.contiguous().view(-1).view(torch.uint8)
-        shape, dtype = torch.Size(facts["shape"]), getattr(torch, facts["dtype"])
-        blocks = -(-shape.numel() // facts["blocksize"])
-        if packed.numel() != (shape.numel() + 1) // 2 or absmax.numel() != blocks:
-            raise ValueError(
-                f"{key} of shape {tuple(shape)} needs {(shape.numel() + 1) // 2} bytes of codes and {blocks} scales, "
-                f"got {packed.numel()} and {absmax.numel()}"
-            )
-        return cls(packed, absmax if nested else absmax.float(), shape, dtype, facts["blocksize"], nested)
+            tensors = scales("nested_absmax"), scales("nested_quant_map"), offset
+            nested = NestedScales(*tensors, facts["nested_blocksize"])
+        absmax, shape, block_size = scales("absmax"), torch.Size(facts["shape"]), facts["blocksize"]
+        check_layout(packed, absmax, shape, block_size, nested, key)
+        return cls(packed, absmax, shape, getattr(torch, facts["dtype"]), block_size, nested)
+
+
+def _facts(entry: torch.Tensor, name: str) -> dict:
+    """What bitsandbytes keeps as JSON text; ValueError if it does not describe a tensor."""
+    text = bytes(entry.reshape(-1).tolist())
+    try:
+        facts = json.loads(text)
+        check_block_size(facts["blocksize"])
+        sizes = [*facts["shape"], facts["nested_blocksize"] if "nested_offset" in facts else 1]
+        known = facts["dtype"] in [str(dtype).removeprefix("torch.") for dtype in DTYPES]
+        if known and "quant_type" in facts and all(isinstance(size, int) and size >= 0 for size in sizes) and sizes[-1]:
+            return facts
+    except (KeyError, TypeError, ValueError):
+        pass
+    raise ValueError(f"{name} must describe an NF4 tensor as bitsandbytes does, got {text[:200]!r}")
 
 
 def _key(prefix: str) -> str:

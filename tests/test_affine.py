@@ -41,12 +41,26 @@ def test_extremes_and_constants(dtype):
     assert q.dequantize(torch.float32).dtype == torch.float32
 
 
+@pytest.mark.parametrize("bits", range(1, 9))
+def test_the_largest_numbers_decode_to_numbers(bits):
+    largest = torch.finfo(torch.float32).max
+    for x in (torch.tensor([0.0, largest]), torch.tensor([-largest, 0.0]), torch.full((3,), largest)):
+        q = quantize_affine(x, bits)
+        assert ((q.dequantize() - x).abs() <= q.scale / 2).all()
+
+
+def test_values_are_decoded_to_floats_only():
+    with pytest.raises(TypeError, match="dtype must be a floating-point"):
+        quantize_affine(torch.randn(4)).dequantize(torch.int8)
+
+
 @pytest.mark.parametrize(
     "arguments, error, match",
     [
         ((torch.arange(4),), TypeError, "x must be"),
         ((torch.randn(4), 0), ValueError, "bits"),
         ((torch.randn(4), 9), ValueError, "bits"),
+        ((torch.randn(4), 4.0), ValueError, "bits"),
         ((torch.randn(4), 4, 0), ValueError, "group_size"),
         ((torch.tensor([1.0, float("nan"), float("inf")]),), ValueError, "got 2 values"),
         ((torch.tensor([3e38, -3e38]),), ValueError, "overflows"),

@@ -7,7 +7,7 @@ import sys
 
 import pytest
 import torch
-from handtuned.amp import scaled_matmul
+from handtuned.amp import autocast, scaled_matmul
 from handtuned.kernels import runtime
 from helpers import assert_within_budget
 
@@ -126,6 +126,30 @@ def test_scale_may_be_a_tensor(each_backend, device, scale):
     assert torch.equal(scaled_matmul(a, b, scale)[0], scaled_matmul(a, b, 8.0)[0])
 
 
+@pytest.mark.parametrize(
+    "scope", [lambda: torch.autocast("cpu", torch.bfloat16), lambda: autocast(torch.bfloat16)], ids=["torch", "ours"]
+)
+def test_autocast_leaves_the_fp32_inside_alone(each_backend, device, scope):
+    """FP16 operands taken to bf16 would lose three bits, and the sum its FP32."""
+    a, b = (t.requires_grad_() for t in inputs(33, 17, 100, torch.float16, device))
+    expected = scaled_matmul(a, b, 2.0)[0]
+    gradients = torch.autograd.grad(expected.sum(), (a, b))
+    with scope():
+        c = scaled_matmul(a, b, 2.0)[0]
+        again = torch.autograd.grad(c, (a, b), torch.ones_like(c))
+    assert torch.equal(c, expected)
+    assert all(torch.equal(x, y) for x, y in zip(again, gradients, strict=True))
+
+
+def test_the_flag_is_fp32_whatever_torchs_default(each_backend, device):
+    a, b = inputs(4, 5, 6, torch.float16, device)
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        assert scaled_matmul(a, b)[1].dtype == torch.float32
+    finally:
+        torch.set_default_dtype(torch.float32)
+
+
 def test_gradients_only_where_wanted(each_backend, device):
     a, b = inputs(4, 5, 6, torch.float16, device)
     scaled_matmul(a.requires_grad_(), b)[0].sum().backward()
@@ -141,6 +165,7 @@ def test_gradients_only_where_wanted(each_backend, device):
         (torch.ones(3), torch.ones(3, 2), 1.0, ValueError, "M, K"),
         (torch.ones(2, 3), torch.ones(1, 3, 2), 1.0, ValueError, "K, N"),
         (torch.ones(2, 3).half(), torch.ones(3, 2), 1.0, TypeError, "dtype"),
+        ([[1.0]], torch.ones(3, 2), 1.0, TypeError, "tensors, got list"),
         (torch.ones(2, 3).int(), torch.ones(3, 2).int(), 1.0, TypeError, "dtype"),
         (torch.ones(2, 3), torch.ones(3, 2), torch.ones(2), ValueError, "scale"),
         (torch.ones(2, 3), torch.ones(3, 2), torch.ones((), requires_grad=True), ValueError, "scale"),

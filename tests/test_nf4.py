@@ -4,8 +4,9 @@ import json
 
 import pytest
 import torch
-from handtuned.kernels.nf4 import NF4_CODE, nf4_dequantize
-from handtuned.kernels.nf4_quantize import CELL_SLOPE, CELL_START, THRESHOLDS, _cells, nf4_quantize_reference
+from handtuned.kernels.nf4 import NF4_CODE, _local, _pairs, nf4_dequantize
+from handtuned.kernels.nf4_quantize import CELL_SLOPE, CELL_START, THRESHOLDS, _cell_words, _cells
+from handtuned.kernels.nf4_quantize import nf4_quantize_reference as quantize_reference
 from handtuned.quant import (
     NF4Tensor,
     dequantize_nf4,
@@ -15,6 +16,7 @@ from handtuned.quant import (
     quantize_nf4,
 )
 
+FACTS = "weight.quant_state.bitsandbytes__nf4"
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 BLOCK_SIZES = (32, 64, 128, 256, 512, 1024, 2048, 4096)
 
@@ -133,7 +135,7 @@ def test_the_bucket_trick_equals_the_search():
     x = torch.cat([halves, around.view(torch.float32).flatten(), torch.rand(1_000_000) * 2 - 1])
     x = x[x.abs() <= 1]
     x = torch.cat([torch.ones(len(x), 1), x[:, None]], dim=1).repeat_interleave(16, 1).flatten()  # absmax 1 everywhere
-    packed, absmax = nf4_quantize_reference(x, 32)
+    packed, absmax = quantize_reference(x, 32)
     assert torch.all(absmax == 1)
     codes = torch.stack([packed >> 4, packed & 15], dim=1).view(-1)
     assert torch.equal(codes.int(), torch.bucketize(x, THRESHOLDS, out_int32=True))
@@ -162,16 +164,18 @@ def test_example_bytes():
     assert q.dequantize().tolist() == NF4_CODE[[0, 15, 7, 12, 8]].tolist()
 
 
-def test_shapes_layouts_and_originals_are_kept():
-    x = torch.randn(33, 70)
+def test_shapes_layouts_and_originals_are_kept(each_backend, device):
+    x = torch.randn(33, 70, device=device)
     kept = x.clone()
-    for view in (x, x.t(), x[::2, 1::3], x[None, :, None], x.expand(2, 33, 70), x[3:, 5:]):
-        q = quantize_nf4(view)
+    matrices = (x, x.t(), x[::2, 1::3], x[None, :, None], x.expand(2, 33, 70), x[3:, 5:])
+    strided = (x[:, 3], x.flatten()[::3], x.flatten()[5:], x[0, 0].expand(100))  # flat, and yet not one after the other
+    for view in (*matrices, *strided):
+        q, expected = quantize_nf4(view), quantize_nf4(view.clone(memory_format=torch.contiguous_format))
         assert q.shape == view.shape
-        assert torch.equal(q.dequantize(), quantize_nf4(view.contiguous()).dequantize())
+        assert torch.equal(q.packed, expected.packed) and torch.equal(q.dequantize(), expected.dequantize())
     assert torch.equal(x, kept)
-    assert quantize_nf4(torch.tensor(-3.0)).dequantize().shape == ()
-    assert quantize_nf4(torch.empty(0, 5)).dequantize().shape == (0, 5)
+    assert quantize_nf4(torch.tensor(-3.0, device=device)).dequantize().shape == ()
+    assert quantize_nf4(torch.empty(0, 5, device=device)).dequantize().shape == (0, 5)
     assert not quantize_nf4(x.requires_grad_()).dequantize().requires_grad
 
 
@@ -187,6 +191,32 @@ def test_out_is_filled_and_checked(each_backend, device):
             q.dequantize(out=wrong.to(device))
     with pytest.raises(ValueError, match="needs"):
         nf4_dequantize(q.packed[1:], q.absmax, q.shape, torch.float32, 64, q.nested)
+
+
+@pytest.mark.parametrize("default", [torch.bfloat16, torch.float64], ids=str)
+def test_torchs_defaults_of_dtype_and_device_change_nothing(default, each_backend, device):
+    x = torch.randn(70, 130, device=device)
+    expected, plain = quantize_nf4(x), quantize_nf4(x, double_quant=False)
+    dense = {dtype: expected.dequantize(dtype) for dtype in DTYPES.values()}
+    for table in (_pairs, _cells, _cell_words):
+        table.cache_clear()
+    torch.set_default_dtype(default)
+    try:
+        with torch.device("meta"):
+            q = quantize_nf4(x)
+            assert quantize_nf4(x, double_quant=False).absmax.dtype == plain.absmax.dtype == torch.float32
+            for dtype, values in dense.items():
+                assert torch.equal(q.dequantize(dtype), values)
+    finally:
+        torch.set_default_dtype(torch.float32)
+
+
+def test_what_was_made_in_inference_mode_serves_outside_of_it():
+    q = quantize_nf4(torch.randn(100, 100))
+    _local.__dict__.clear()
+    with torch.inference_mode():
+        expected = q.dequantize(torch.bfloat16)
+    assert torch.equal(q.dequantize(torch.bfloat16), expected)
 
 
 def test_zeros_stay_exactly_zero_with_double_quantization():
@@ -212,6 +242,9 @@ def test_values_that_are_not_finite_are_refused(bad, count, n, each_backend, dev
         (lambda: quantize_nf4([1.0]), TypeError),
         (lambda: quantize_nf4(torch.randn(64), block_size=48), ValueError),
         (lambda: quantize_nf4(torch.randn(64), block_size=16), ValueError),
+        (lambda: quantize_nf4(torch.randn(64), block_size=64.0), ValueError),
+        (lambda: quantize_nf4(torch.randn(64)).dequantize(torch.int8), TypeError),
+        (lambda: quantize_nf4(torch.randn(64)).to(torch.float16), TypeError),
     ],
 )
 def test_bad_arguments(call, error):
@@ -250,8 +283,41 @@ def test_incomplete_and_foreign_states_are_refused(bnb):
     saved = {"weight": packed} | {f"weight.{k.replace('fp4', 'nf4')}": v for k, v in fp4.as_dict(packed=True).items()}
     with pytest.raises(ValueError, match="fp4"):
         NF4Tensor.from_state_dict(saved)
-    with pytest.raises(ValueError, match="needs 2048 bytes"):
-        NF4Tensor.from_state_dict(state | {"weight": state["weight"][1:]})
+    for facts in ({"nested_blocksize": 0}, {"blocksize": 48}, {"blocksize": None}, {"dtype": "int8"}, {"shape": None}):
+        with pytest.raises(ValueError, match="must describe an NF4 tensor"):
+            NF4Tensor.from_state_dict(_with_facts(state, **facts))
+
+
+def _with_facts(state, **changes):
+    facts = json.loads(bytes(state[FACTS].tolist())) | changes
+    text = json.dumps({key: value for key, value in facts.items() if value is not None}).encode()
+    return state | {FACTS: torch.tensor(list(text), dtype=torch.uint8)}
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        (lambda s: s | {"weight": s["weight"][1:]}, "needs 2048 .* as its codes, got 2047"),
+        (lambda s: s | {"weight.absmax": s["weight.absmax"].half()}, "needs 64 .*uint8 as its absmax"),
+        (lambda s: s | {"weight.nested_absmax": s["weight.nested_absmax"][:0]}, "needs 1 .* as its nested absmax"),
+        (lambda s: s | {"weight.nested_quant_map": s["weight.nested_quant_map"][:99]}, "needs 256 .* its nested map"),
+        (lambda s: s | {FACTS: s[FACTS][:9]}, "must describe an NF4 tensor"),
+        (lambda s: _with_facts(s, nested_offset=None), "needs 64 .*float32 as its absmax, got 64 .*uint8"),
+    ],
+)
+def test_states_that_do_not_fit_together_are_refused(change, message):
+    """A kernel reads by address: with too few scales it would read past their end."""
+    state = quantize_nf4(torch.randn(64, 64)).state_dict()
+    with pytest.raises(ValueError, match=message):
+        NF4Tensor.from_state_dict(change(state))
+
+
+def test_tensors_of_a_state_may_lie_anyhow():
+    q = quantize_nf4(torch.randn(64, 64))
+    state = q.state_dict()
+    state["weight"] = state["weight"].t()
+    state["weight.absmax"] = state["weight.absmax"].repeat_interleave(2)[::2]
+    assert torch.equal(NF4Tensor.from_state_dict(state).dequantize(), q.dequantize())
 
 
 def test_bytes_and_moving():

@@ -8,6 +8,7 @@ import threading
 
 import pytest
 import torch
+from handtuned.kernels import nf4_matmul
 from handtuned.quant import NF4Linear, NF4Tensor, quantize_nf4
 from helpers import assert_within_budget
 from torch import nn
@@ -29,7 +30,8 @@ def _same_state(a, b):
 
 @pytest.mark.parametrize("bias", [False, True], ids=["", "bias"])
 @pytest.mark.parametrize("shape", [(5,), (1, 1), (2, 3), (20,), (0,), ()], ids=str)
-@pytest.mark.parametrize("K, N", [(128, 96), (100, 7), (1, 1)])
+@pytest.mark.parametrize("K, N", [(128, 96), (100, 7), (1, 1), (0, 4), (4, 0)])
+@pytest.mark.filterwarnings("ignore:Initializing zero-element tensors")
 def test_forward_and_gradients_are_those_of_the_dense_layer(K, N, shape, bias, each_backend, device):
     layer = _layer(K, N, bias).to(device)
     dense = layer.dequantize()
@@ -67,6 +69,18 @@ def test_gradients_of_gradients():
     assert torch.autograd.gradgradcheck(layer, (x,))
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, *LOW.values()], ids=str)
+def test_inference_mode_first_and_training_afterwards(dtype, each_backend, device):
+    """What a call in inference mode leaves behind, training must be able to write to."""
+    layer, x = _layer().to(device), torch.randn(33, 128, device=device).to(dtype)
+    nf4_matmul._local.__dict__.clear()
+    with torch.inference_mode():
+        expected = layer(x)
+    y = layer(x.requires_grad_())
+    y.sum().backward()
+    assert torch.equal(y, expected) and x.grad.isfinite().all()
+
+
 def test_no_dense_weight_is_saved_for_backward():
     saved = []
     layer = _layer(256, 256)
@@ -101,6 +115,8 @@ def test_autocast_is_that_of_linear():
     torch.testing.assert_close(y, expected, atol=2**-7, rtol=0)
     y.float().sum().backward()
     assert x.grad.dtype == torch.float32 and x.grad.isfinite().all()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert layer(x.double()).dtype == torch.float64, "autocast leaves float64 alone"
 
 
 def test_bytes_a_weight():
@@ -150,6 +166,7 @@ def test_state_dict_round_trips(double_quant):
     assert torch.equal(fresh(x), model(x)), "the loaded layer shares memory with the state dict"
     with torch.device("meta"):
         meta = nn.Sequential(NF4Linear(128, 96), nn.ReLU(), NF4Linear(96, 5))
+        assert meta(torch.randn(2, 128)).shape == (2, 5)
     assert all(t.is_meta for t in [*meta.parameters(), *meta.buffers()])
     meta.load_state_dict(model.state_dict(), assign=True)
     assert torch.equal(meta(x), model(x))
@@ -166,6 +183,12 @@ def test_bad_state_dicts_name_the_fault():
         layer.load_state_dict({"bias": layer.bias})
     with pytest.raises(RuntimeError, match="Unexpected key"):
         layer.load_state_dict(layer.state_dict() | {"other": torch.zeros(1)})
+    with pytest.raises(RuntimeError, match=r"Unexpected key.*weight\.SCB"):
+        layer.load_state_dict(layer.state_dict() | {"weight.SCB": torch.zeros(1)})
+    orphans = {key: value for key, value in layer.state_dict().items() if key.startswith("weight.")}
+    assert set(layer.load_state_dict(orphans, strict=False).unexpected_keys) == set(orphans)
+    with pytest.warns(UserWarning, match="for weight: copying from a non-meta parameter"):
+        NF4Linear(128, 96, device="meta").load_state_dict(layer.state_dict())
     assert torch.equal(layer.dequantize().weight, before)
 
 
@@ -227,6 +250,9 @@ def test_quantized_may_be_assigned():
     assert _same_state(layer.quantized.state_dict(), other.state_dict())
     with pytest.raises(ValueError, match="must be 96 × 128"):
         layer.quantized = quantize_nf4(torch.randn(128, 96))
+    other.absmax = other.absmax[1:]
+    with pytest.raises(ValueError, match=r"quantized of shape .* needs 48 .* as its absmax, got 47"):
+        layer.quantized = other
 
 
 def test_from_linear_and_back():
@@ -245,10 +271,25 @@ def test_from_linear_and_back():
     linear.weight.data[3, 4] = float("inf")
     with pytest.raises(ValueError, match=r"linear\.weight must be finite, got 0 NaN and 1 infinite"):
         NF4Linear.from_linear(linear)
-    with pytest.raises(ValueError, match=r"x must be floating point \(…, 64\)"):
-        layer(torch.randn(2, 63))
+    with pytest.raises(TypeError, match=r"linear\.weight must be float32, float16 or bfloat16, got torch\.float64"):
+        NF4Linear.from_linear(nn.Linear(4, 4).double())
+    for wrong in (torch.randn(2, 63), torch.tensor(1.0), torch.ones(2, 64).int()):
+        with pytest.raises(ValueError, match=r"x must be floating point \(…, 64\)"):
+            layer(wrong)
     with pytest.raises(ValueError, match="block_size"):
         NF4Linear(64, 32, block_size=100)
+
+
+def test_torchs_default_dtype_changes_nothing():
+    layer, x = _layer(), torch.randn(3, 128)
+    low, state = layer(x.bfloat16()), layer.state_dict()
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        fresh = NF4Linear(128, 96)
+        assert {key: value.dtype for key, value in fresh.state_dict().items()} == {k: v.dtype for k, v in state.items()}
+        assert torch.equal(layer(x.bfloat16()), low)
+    finally:
+        torch.set_default_dtype(torch.float32)
 
 
 def test_results_do_not_live_in_the_scratch():

@@ -90,8 +90,12 @@ def test_skip_takes_whole_parts_of_paths():
     assert quantized(("layers.0",)) == {"layers.1.q_proj", "layers.1.down_proj", "lm_head"}
     with pytest.raises(ValueError, match="skip names 'proj'"):
         quantized(("proj",))
+    with pytest.raises(ValueError, match="skip names ''"):
+        quantized(("",))
     with pytest.raises(TypeError, match="the string 'lm_head'"):
         quantized("lm_head")
+    with pytest.raises(TypeError, match="skip must be a sequence of names, got None"):
+        quantized(None)
 
 
 def test_a_shared_module_stays_shared():

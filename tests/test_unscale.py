@@ -120,6 +120,7 @@ def test_nothing_to_do(each_backend, device):
     unscale_([], scalar(1, device), found)
     unscale_([torch.ones(0, device=device)], scalar(1, device), found)
     assert found.item() == 0 and squared_norm([torch.ones(0, device=device)]).item() == 0
+    assert squared_norm([]).item() == 0
 
 
 def test_float64_takes_the_reference(each_backend, device):
@@ -129,6 +130,24 @@ def test_float64_takes_the_reference(each_backend, device):
     assert squared_norm([grad]).item() == 0.75
 
 
-def test_kernel_refuses_what_it_cannot_read(kernel_backend, device):
-    with pytest.raises(TypeError, match="complex64"):
-        unscale_([torch.ones(3, dtype=torch.complex64, device=device)], scalar(1, device), scalar(0, device))
+@pytest.mark.parametrize("dtype", [torch.complex64, torch.int64], ids=str)
+def test_other_dtypes_are_refused(each_backend, device, dtype):
+    grads = [torch.ones(3, device=device), torch.ones(3, dtype=dtype, device=device)]
+    with pytest.raises(TypeError, match=str(dtype)):
+        unscale_(grads, scalar(1, device), scalar(0, device))
+    with pytest.raises(TypeError, match=str(dtype)):
+        squared_norm(grads)
+
+
+def test_torchs_defaults_of_dtype_and_device_change_nothing(each_backend, device):
+    grads = gradients(torch.float32, device)
+    norm, found, inv_scale = squared_norm(grads), scalar(0, device), scalar(0.5, device)
+    unscale.chunk_table.cache_clear()
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        with torch.device("meta"):
+            assert torch.equal(squared_norm(grads), norm)
+            unscale_(grads, inv_scale, found)
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert found.item() == 0
