@@ -13,8 +13,8 @@ outermost `with` block, not once for every use.
 
 How it sees the calls: a `TorchFunctionMode` is asked before each call of torch's Python interface.
 What it cannot see is what such a function calls inside, in C++ or in Python, nor a forward
-pass that `torch.utils.checkpoint` repeats during backward; `torch.autocast` lives below both and
-is the one to use in earnest.
+pass that `torch.utils.checkpoint` repeats during backward. `torch.autocast` lives below all that and is the
+one to use in earnest.
 """
 
 import threading
@@ -26,22 +26,25 @@ from torch.utils._pytree import tree_iter, tree_map_only
 
 LOW = {
     "matmul", "__matmul__", "__rmatmul__", "mm", "bmm", "mv", "linear", "addmm", "addmv", "addbmm", "baddbmm", "addr",
-    "einsum", "chain_matmul", "linalg_matmul", "linalg_multi_dot", "conv1d", "conv2d", "conv3d", "conv_transpose1d",
-    "conv_transpose2d", "conv_transpose3d", "prelu", "scaled_dot_product_attention", "multi_head_attention_forward",
+    "einsum", "chain_matmul", "linalg_matmul", "linalg_multi_dot", "linalg_vecdot", "matrix_power",
+    "linalg_matrix_power", "conv1d", "conv2d", "conv3d", "conv_transpose1d", "conv_transpose2d", "conv_transpose3d",
+    "prelu", "scaled_dot_product_attention", "multi_head_attention_forward", "stacked_lora_linear",
 }  # fmt: skip
 HIGH = {
-    "exp", "expm1", "log", "log2", "log10", "log1p", "pow", "__pow__", "__rpow__", "reciprocal", "__rdiv__",
-    "__rtruediv__", "rsqrt", "acos", "asin", "cosh", "sinh", "tan", "erfinv", "softplus", "sum", "prod", "cumsum",
-    "cumprod", "norm", "linalg_norm", "linalg_vector_norm", "linalg_matrix_norm", "dist", "cdist", "pdist", "renorm",
-    "logsumexp", "cosine_similarity", "normalize", "softmax", "softmin", "log_softmax", "layer_norm", "group_norm",
-    "rms_norm", "cross_entropy", "nll_loss", "binary_cross_entropy", "binary_cross_entropy_with_logits", "kl_div",
-    "mse_loss", "l1_loss", "smooth_l1_loss", "huber_loss", "poisson_nll_loss", "gaussian_nll_loss",
-    "hinge_embedding_loss", "cosine_embedding_loss", "margin_ranking_loss", "soft_margin_loss", "multi_margin_loss",
-    "multilabel_margin_loss", "triplet_margin_loss",
+    "exp", "expm1", "special_expm1", "log", "log2", "log10", "log1p", "special_log1p", "pow", "square", "__pow__",
+    "__rpow__", "reciprocal", "__rdiv__", "__rtruediv__", "rsqrt", "acos", "arccos", "asin", "arcsin", "cosh", "sinh",
+    "tan", "erfinv", "special_erfinv", "softplus", "sum", "prod", "cumsum", "cumprod", "norm", "linalg_norm",
+    "linalg_vector_norm", "linalg_matrix_norm", "dist", "cdist", "pdist", "pairwise_distance", "renorm", "logsumexp",
+    "special_logsumexp", "cosine_similarity", "normalize", "softmax", "special_softmax", "softmin", "gumbel_softmax",
+    "log_softmax", "special_log_softmax", "layer_norm", "group_norm", "rms_norm", "cross_entropy", "nll_loss",
+    "binary_cross_entropy", "binary_cross_entropy_with_logits", "kl_div", "mse_loss", "l1_loss", "smooth_l1_loss",
+    "huber_loss", "poisson_nll_loss", "gaussian_nll_loss", "hinge_embedding_loss", "cosine_embedding_loss",
+    "margin_ranking_loss", "soft_margin_loss", "multi_margin_loss", "multilabel_margin_loss",
+    "multilabel_soft_margin_loss", "triplet_margin_loss", "triplet_margin_with_distance_loss", "interpolate",
 }  # fmt: skip
 WIDEST = {
-    "addcdiv", "addcmul", "atan2", "bilinear", "cat", "cross", "dot", "stack", "tensordot", "vdot", "index_put",
-    "scatter_add",
+    "addcdiv", "addcmul", "atan2", "bilinear", "cat", "cross", "grid_sample", "dot", "inner", "stack", "tensordot",
+    "vdot", "index_put", "scatter_add",
 }  # fmt: skip
 
 _thread = threading.local()

@@ -66,12 +66,19 @@ def to_plain_model(model: torch.nn.Module, dtype: torch.dtype) -> torch.nn.Modul
 
     A weight tied to the embedding that received an update is untied first, in the
     config too. The sum is formed in fp32 and rounded once.
+
+    Raises:
+        ValueError: as `merge_and_unload`, or a weight that is too large for `dtype`.
     """
     model = merge_and_unload(model.float(), dequantize=True, untie=True)
     for name, module in list(model.named_modules()):
         if isinstance(module, NF4Linear):
             model.set_submodule(name, module.dequantize())
-    return model.to(dtype)
+    model.to(dtype)
+    for name, parameter in model.named_parameters():
+        if not torch.isfinite(parameter).all():
+            raise ValueError(f"{name} leaves the range of {dtype}; save in another dtype")
+    return model
 
 
 def _probe(path: str | None, tokenizer) -> list:

@@ -28,6 +28,7 @@ from collections.abc import Sequence
 import torch
 import torch.nn.functional as F
 from torch.autograd.function import once_differentiable
+from torch.overrides import handle_torch_function, has_torch_function
 
 from .dropout import new_seed, threshold_of
 from .lora_backward import lora_down_grad, lora_up_grads
@@ -182,6 +183,9 @@ def stacked_lora_linear(
     Raises:
         TypeError, ValueError: as `lora_linear`, and when the sequences differ in length.
     """
+    if has_torch_function((x,)):  # to a mode such as `amp.autocast` this is one operation, whatever it calls inside
+        arguments = x, weights, biases, lora_As, lora_Bs, scalings, dropout_p
+        return handle_torch_function(stacked_lora_linear, (x,), *arguments)
     if not x.is_floating_point():
         raise TypeError(f"x must be floating point, got {x.dtype}")
     if not 0 <= dropout_p < 1:

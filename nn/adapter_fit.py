@@ -62,12 +62,15 @@ def original(module: nn.Module) -> nn.Module:
 
 
 def _modules_to_save(model, config, where) -> dict[str, nn.Module]:
-    modules = {}
-    for ending in config.modules_to_save or ():
-        found = {path: module for path, module in outer_modules(model).items() if path.endswith(ending)}
-        if not found:
-            raise ValueError(f"{where}: modules_to_save names {ending!r}, which the model does not have")
-        modules |= found
+    """Path → module of what the config replaces whole.
+
+    One name that is there is enough: PEFT writes both "classifier" and "score" for every classification
+    model. Tensors in the file for a module that is not there are found to be unexpected.
+    """
+    endings = tuple(config.modules_to_save or ())
+    modules = {path: module for path, module in outer_modules(model).items() if path.endswith(endings)}
+    if endings and not modules:
+        raise ValueError(f"{where}: modules_to_save names {listed(set(endings))}, which the model does not have")
     for path, module in modules.items():
         inner = [inside for inside in modules if inside.startswith(f"{path}.")]
         inner += [f"{path}.{at}" for at, child in module.named_modules() if isinstance(child, LoRALinear)]

@@ -4,6 +4,8 @@ An adapter here is whatever has `lora_A`, `lora_B`, `scaling`, `lora_dropout`, `
 `start_A` and `start_B`: a LoRALinear (its active one) or one of those resting in it.
 """
 
+import math
+
 import torch
 import torch.nn.functional as F
 
@@ -62,17 +64,37 @@ def leading_factors(target: torch.Tensor, rank: int, scaling: float, iterations:
 
     Args:
         iterations: None for the exact decomposition, else for torch's randomized one.
+
+    Raises:
+        ValueError: scaling is 0.
     """
+    if scaling == 0:
+        raise ValueError("lora_alpha is 0, so that the adapter adds nothing, whatever A and B are")
     target = target.to(torch.promote_types(target.dtype, torch.float32))
     if iterations is None:
         U, S, Vh = torch.linalg.svd(target, full_matrices=False)
     else:
         U, S, V = torch.svd_lowrank(target, min(rank, *target.shape), niter=iterations)
         Vh = V.t()
-    root = (S[:rank] / scaling).sqrt()
-    A, B = root[:, None] * Vh[:rank], U[:, :rank] * root
+    root = (S[:rank] / abs(scaling)).sqrt()
+    A, B = root[:, None] * Vh[:rank], U[:, :rank] * math.copysign(1, scaling) * root
     missing = rank - len(root)  # a rank above both sides of the matrix
     return F.pad(A, (0, 0, 0, missing)), F.pad(B, (0, missing))
+
+
+def added_term(y: torch.Tensor, x: torch.Tensor, adapter, weight, bias, training: bool) -> torch.Tensor:
+    """What the adapter adds to y (..., out), the base layer's output for x (..., in), in x's dtype.
+
+    Args:
+        weight: a function that returns the dense W (out, in), called for DoRA only.
+        bias: the base layer's, or None.
+    """
+    A, B = (factor.to(x.dtype) for factor in factors(adapter))
+    term = F.linear(F.linear(F.dropout(x, adapter.lora_dropout, training), A), B) * adapter.scaling
+    if adapter.lora_magnitude is None:
+        return term
+    product = y if bias is None else y - bias.to(x.dtype)
+    return dora_gain(weight(), adapter).to(x.dtype) * (product + term) - product
 
 
 def add_rows(y: torch.Tensor, x: torch.Tensor, adapter, rows: torch.Tensor, weight, bias, training: bool):
@@ -82,15 +104,7 @@ def add_rows(y: torch.Tensor, x: torch.Tensor, adapter, rows: torch.Tensor, weig
         y: (batch, ..., out).
         x: (batch, ..., in), same dtype.
         rows: (n,) int64, indices into the batch.
-        weight: a function that returns the dense W (out, in), called for DoRA only.
-        bias: the base layer's, or None.
+        weight, bias: as for `added_term`.
     """
-    A, B = (factor.to(x.dtype) for factor in factors(adapter))
-    part = F.dropout(x.index_select(0, rows), adapter.lora_dropout, training)
-    term = F.linear(F.linear(part, A), B) * adapter.scaling
-    if adapter.lora_magnitude is not None:
-        gain = dora_gain(weight(), adapter).to(x.dtype)
-        product = y.index_select(0, rows)
-        product = product if bias is None else product - bias.to(x.dtype)
-        term = gain * (product + term) - product
+    term = added_term(y.index_select(0, rows), x.index_select(0, rows), adapter, weight, bias, training)
     return y.index_add(0, rows, term)

@@ -54,7 +54,9 @@ class LoadReport:
         return f"adapter {self.name!r}: all {len(self.layers)} layers{whole} of the file matched"
 
 
-def save_adapter(model: nn.Module, directory: str | Path, base_model: str | None = None, name: str | None = None):
+def save_adapter(
+    model: nn.Module, directory: str | Path, base_model: str | Path | None = None, name: str | None = None
+) -> None:
     """Write an adapter as PEFT does, so that PEFT, transformers and vLLM load it.
 
     Args:
@@ -68,9 +70,12 @@ def save_adapter(model: nn.Module, directory: str | Path, base_model: str | None
     untouched base, so whoever loads it needs no base of its own.
 
     Raises:
-        ValueError: no LoRA layers, no such adapter, or values that are not finite.
+        ValueError: no LoRA layers, no such adapter, values that are not finite, or modules trained whole that
+            PEFT could not tell from others. Nothing is written then.
     """
     model = _unwrapped(model)
+    if not carriers(model):
+        raise ValueError("the model has no adapter; call apply_lora_to_model first")
     name = active_adapter(model) if name is None else name
     layers, whole = {}, {}
     for path, carrier in carriers(model).items():
@@ -89,6 +94,12 @@ def save_adapter(model: nn.Module, directory: str | Path, base_model: str | None
     for key, tensor in tensors.items():
         if not torch.isfinite(tensor).all():
             raise ValueError(f"adapter {name!r}: {key} holds NaN or infinite values; it was not saved")
+    ambiguous = [path for path in outer_modules(model) if path.endswith(tuple(whole)) and path not in whole]
+    if ambiguous:
+        raise ValueError(
+            f"modules are chosen by the ends of their paths in PEFT's files: {', '.join(whole)} would select "
+            f"{ambiguous[0]!r} too, which this adapter does not replace"
+        )
     directory = Path(directory)
     directory.mkdir(parents=True, exist_ok=True)
     config = _config_of(model, layers, sorted(whole), base_model)
@@ -205,7 +216,7 @@ def _config_of(model, layers: dict, modules: list[str], base_model: str | None) 
     return {
         "alpha_pattern": alpha_pattern,
         "auto_mapping": None,
-        "base_model_name_or_path": base_model or getattr(model, "name_or_path", None) or None,
+        "base_model_name_or_path": str(base_model or getattr(model, "name_or_path", None) or "") or None,
         "bias": "none",
         "exclude_modules": None,
         "fan_in_fan_out": any(is_conv1d(original(m)) for path, m in linear_layers(model).items() if path in layers),

@@ -59,9 +59,10 @@ def manual_checkpoint_forward(func: Callable, *args: torch.Tensor):
     - dropout draws another mask in backward, and the gradients are wrong without a word;
     - autocast is not on again in backward;
     - every argument must be a floating-point tensor, passed by position;
+    - every result must be one too, with a gradient;
     - if no argument requires a gradient, parameters inside `func` get none;
     - parameters get theirs through `.grad` only: `torch.autograd.grad` does not see them;
-    - no double backward.
+    - no double backward: second derivatives lack the function's share, without a word.
 
     Args:
         func: takes and returns tensors (one, or a tuple of them).
@@ -315,7 +316,7 @@ def checkpoint(func: Callable, *args, preserve_rng_state: bool = True, **kwargs)
 
     Not repeated: generators other than torch's global ones, side effects on buffers (a
     BatchNorm updates its running statistics twice). Not supported: `torch.func`
-    transforms (torch says so itself).
+    transforms and forward-mode differentiation (torch says so itself).
 
     Args:
         func: any callable; it is called once now and at least once in each backward.

@@ -36,8 +36,8 @@ def add_weighted_adapter(
         svd_rank: default the largest rank among the adapters.
 
     Raises:
-        ValueError: unknown or repeated names, a weight for each is missing or not finite, different ranks with
-            "linear", or adapters that are more than A and B (DoRA, `modules_to_save`).
+        ValueError: an unknown name, a new name that is in use, a weight that is missing or no finite number, different
+            ranks with "linear", or adapters that are more than A and B (DoRA, `modules_to_save`).
     """
     check_name(adapter_name)
     known = adapter_names(model)
@@ -46,12 +46,13 @@ def add_weighted_adapter(
     unknown = [name for name in adapters if name not in known]
     if unknown or not adapters:
         raise ValueError(f"adapters must name some of {', '.join(known) or 'none'}, got {list(adapters)}")
-    if len(weights) != len(adapters) or not all(math.isfinite(weight) for weight in weights):
+    numbers = all(isinstance(weight, (int, float)) and math.isfinite(weight) for weight in weights)
+    if len(weights) != len(adapters) or not numbers:
         raise ValueError(f"weights must be {len(adapters)} finite numbers, got {list(weights)}")
     if combination_type not in RECIPES:
         raise ValueError(f"combination_type must be one of {', '.join(RECIPES)}, got {combination_type!r}")
-    if svd_rank is not None and svd_rank < 1:
-        raise ValueError(f"svd_rank must be at least 1, got {svd_rank}")
+    if svd_rank is not None and (not isinstance(svd_rank, int) or svd_rank < 1):
+        raise ValueError(f"svd_rank must be an integer of at least 1, got {svd_rank!r}")
 
     pairs: dict[str, tuple[nn.Module, Pairs]] = {}
     for path, carrier in carriers(model).items():

@@ -66,4 +66,7 @@ def write_safetensors(path: Path, tensors: Mapping[str, torch.Tensor]) -> None:
 
     ready = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
     with whole_file(path) as temporary:
+        temporary.touch()
+        mode = temporary.stat().st_mode
         save_file(ready, temporary, metadata={"format": "pt"})
+        temporary.chmod(mode)  # safetensors lets the owner alone read what it writes, whatever the umask

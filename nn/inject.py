@@ -3,7 +3,7 @@
 import contextlib
 import difflib
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 
 import torch
 from torch import nn
@@ -29,7 +29,7 @@ def apply_lora_to_model(
             - names: each selects the layers whose path ends in it, by whole components ("q_proj" or
               "self_attn.q_proj"; "proj" does not select "q_proj"). Each must select at least one layer.
             - a regular expression, matched against the whole path.
-            - "all-linear": every linear layer but the output head.
+            - "all-linear" (in any case): every linear layer but the output head.
 
     Returns:
         The model. Calling again with other targets adds to it; the adapters that exist stay trainable.
@@ -68,12 +68,15 @@ def _select(model: nn.Module, target_modules) -> dict[str, nn.Module]:
         if (is_adaptable(module) or isinstance(module, LoRALinear)) and not name.startswith(inside)
     }
     if isinstance(target_modules, str):
-        if target_modules == "all-linear":
+        if target_modules.lower() == "all-linear":
             selected = set(linear) - output_heads(model, linear)
             if not selected:
                 raise ValueError("target_modules 'all-linear': the model has no linear layer besides its output head")
         else:
-            selected = {name for name in linear if re.fullmatch(target_modules, name)}
+            try:
+                selected = {name for name in linear if re.fullmatch(target_modules, name)}
+            except re.error as error:
+                raise ValueError(f"target_modules is no regular expression: {target_modules!r}: {error}") from None
             if not selected:
                 hint = f"; did you mean the name, [{target_modules!r}]?" if _ending(linear, target_modules) else ""
                 raise ValueError(
@@ -82,6 +85,8 @@ def _select(model: nn.Module, target_modules) -> dict[str, nn.Module]:
                 )
         return {name: module for name, module in linear.items() if name in selected}
 
+    if not isinstance(target_modules, Iterable):
+        raise TypeError(f"target_modules must be names, a regular expression or 'all-linear', got {target_modules!r}")
     patterns = list(target_modules)
     if not patterns:
         raise ValueError("target_modules must name at least one layer, got an empty sequence")
@@ -171,8 +176,8 @@ def merge_lora(model: nn.Module, dequantize: bool = False, untie: bool = False) 
             and loading such a model would tie the two again and lose one of them.
 
     Raises:
-        ValueError: no LoRA layers; NF4 layers without `dequantize`; a shared weight without `untie`.
-            Nothing is changed then.
+        ValueError: no LoRA layers; NF4 layers without `dequantize`; a shared weight without `untie`; a layer that
+            cannot be merged (see `LoRALinear.merge_weights`). Nothing is changed then.
     """
     layers = [(name, layer) for name, layer in _required_lora_layers(model) if not layer.merged]
     layers = [(name, layer) for name, layer in layers if layer.lora_A is not None]
@@ -191,11 +196,17 @@ def merge_lora(model: nn.Module, dequantize: bool = False, untie: bool = False) 
             "pass dequantize=True to merge into dense layers"
         )
     for name, layer in layers:
-        if name in tied:
-            layer.base_layer.weight = nn.Parameter(layer.weight.detach().clone(), layer.weight.requires_grad)
-            if hasattr(model, "config"):
-                model.config.tie_word_embeddings = False
-        layer.merge_weights(dequantize)
+        try:
+            layer.merge_weights(dequantize)
+        except ValueError as error:
+            for _, done in layers:
+                done.unmerge_weights()
+            raise ValueError(f"{name!r}: {error}") from None
+    for name in tied:
+        base = model.get_submodule(name).unmerged
+        base.weight = nn.Parameter(base.weight.detach().clone(), base.weight.requires_grad)
+        if hasattr(model, "config"):
+            model.config.tie_word_embeddings = False
     return model
 
 

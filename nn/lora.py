@@ -10,10 +10,11 @@ import math
 
 import torch
 from torch import nn
+from torch.func import functional_call
 
 from ..kernels.lora import lora_linear
 from ..quant import NF4Linear
-from .adapter_math import add_rows, delta_weight, dora_gain, factors
+from .adapter_math import add_rows, added_term, delta_weight, dora_gain, factors
 
 
 class LoRALinear(nn.Module):
@@ -43,12 +44,16 @@ class LoRALinear(nn.Module):
         - That is also the dtype computed in, except on an NF4 base with a `compute_dtype` of its own.
 
     Merging writes W + scaling·B A into a copy and keeps the original, so that unmerging restores
-    every bit after any number of rounds; it costs a second copy of W while merged.
+    every bit after any number of rounds; it costs a second copy of W while merged. The state dict is
+    that of the unmerged layer, merged or not: with W + ΔW beside A and B, ΔW would count twice on loading.
+
+    Forward hooks on the base layer act as they do without an adapter; the base is then computed by a call
+    of its own.
 
     Source: Hu et al. 2021, "LoRA: Low-Rank Adaptation of Large Language Models", section 4.1.
 
     Raises:
-        TypeError: `original_linear` is none of these (or acts unlike them).
+        TypeError: `original_linear` is none of these (or acts unlike them); a setting is no number.
         ValueError: rank, lora_alpha or lora_dropout out of range.
     """
 
@@ -96,6 +101,11 @@ class LoRALinear(nn.Module):
         """Whether `base_layer` now holds W + ΔW."""
         return bool(self._kept)
 
+    @property
+    def unmerged(self) -> nn.Module:
+        """The original base layer, merged or not."""
+        return self._kept[0] if self.merged else self.base_layer
+
     def forward(self, x):
         """x: (..., in_features) → (..., out_features).
 
@@ -106,13 +116,16 @@ class LoRALinear(nn.Module):
         if self.rows is not None and self.enabled:
             return self._forward_rows(x)
         if not self.enabled or self.lora_A is None:
-            return _base_forward(self._kept[0] if self.merged else self.base_layer, x)
+            return _base_forward(self.unmerged, x)
         if self.merged:
             if self.training and self.lora_dropout > 0:
                 raise RuntimeError("the adapter is merged, so its dropout cannot act: call unmerge_weights() or eval()")
             return _base_forward(self.base_layer, x)
         x = _autocast(x)
         base = self.base_layer
+        if _is_watched(base):
+            y = _base_forward(base, x)
+            return y + added_term(y, x, self, functools.partial(dense_weight, base), base.bias, self.training)
         if isinstance(base, NF4Linear):
             weight, dtype = base.quantized, base.compute_dtype or x.dtype
         else:
@@ -120,7 +133,8 @@ class LoRALinear(nn.Module):
         A, B = factors(self)
         dropout = self.lora_dropout if self.training else 0.0
         if self.lora_magnitude is None:
-            return lora_linear(x.to(dtype), weight, base.bias, A, B, self.scaling, dropout).to(x.dtype)
+            y = lora_linear(x.to(dtype), weight, base.bias, A, B, self.scaling, dropout)
+            return y if dtype == x.dtype else y.to(x.dtype)
         y = lora_linear(x.to(dtype), weight, None, A, B, self.scaling, dropout)
         y = y * dora_gain(dense_weight(base), self).to(dtype)
         return (y if base.bias is None else y + base.bias.to(dtype)).to(x.dtype)
@@ -131,19 +145,18 @@ class LoRALinear(nn.Module):
         if x.shape[0] != sum(len(rows) for _, rows in self.rows):
             expected = sum(len(rows) for _, rows in self.rows)
             raise ValueError(f"adapters are given for {expected} rows, but the batch has shape {tuple(x.shape)}")
-        y = _base_forward(self.base_layer, x)
+        y = _base_forward(self.unmerged, x)
         for name, rows in self.rows:
             adapter = self if name == self.adapter else dict(self.resting).get(name)
             if name is not None and adapter is not None:
-                weight = functools.partial(dense_weight, self.base_layer)
+                weight = functools.partial(dense_weight, self.unmerged)
                 y = add_rows(y, x, adapter, rows.to(x.device), weight, self.base_layer.bias, self.training)
         return y
 
     @torch.no_grad()
     def delta_weight(self) -> torch.Tensor:
         """ΔW = scaling · B A, (out_features, in_features), in the adapter's dtype but at least fp32."""
-        base = self._kept[0] if self.merged else self.base_layer
-        return delta_weight(self, None if self.lora_magnitude is None else dense_weight(base))
+        return delta_weight(self, None if self.lora_magnitude is None else dense_weight(self.unmerged))
 
     @torch.no_grad()
     def merge_weights(self, dequantize=False):
@@ -153,7 +166,8 @@ class LoRALinear(nn.Module):
             dequantize: allow an NF4 base, which becomes a dense `nn.Linear` until unmerged.
 
         Raises:
-            ValueError: an NF4 base without `dequantize`, or an adapter that is not finite.
+            ValueError: an NF4 base without `dequantize`; a base whose `forward` has been replaced; an adapter that
+                is not finite, or that leaves the range of the weight's dtype. Nothing is changed then.
         """
         if self.merged or self.lora_A is None:
             return
@@ -165,6 +179,8 @@ class LoRALinear(nn.Module):
                     "larger than ΔW); pass dequantize=True to merge into a dense layer"
                 )
             base = base.dequantize()
+        if "forward" in vars(self.base_layer):
+            raise ValueError("the base layer's forward has been replaced, which the merged layer could not follow")
         delta = self.delta_weight()
         if not torch.isfinite(delta).all():
             raise ValueError("the adapter holds values that are not finite; it was not merged")
@@ -173,9 +189,15 @@ class LoRALinear(nn.Module):
                 merged, delta = type(base)(base.nf, base.nx), delta.t()
             else:
                 merged = nn.Linear(self.in_features, self.out_features, bias=False)
-        merged.weight = nn.Parameter(delta.add_(base.weight).to(base.weight.dtype).contiguous(), requires_grad=False)
+        weight = delta.add_(base.weight).to(base.weight.dtype).contiguous()
+        if not torch.isfinite(weight).all():
+            raise ValueError(f"W + ΔW leaves the range of {weight.dtype}; the adapter was not merged")
+        merged.weight = nn.Parameter(weight, requires_grad=False)
         merged.bias = base.bias
         merged.train(self.training)
+        if isinstance(base.weight, nn.Parameter):  # else a hook may make the weight (pruning), and would undo ΔW
+            for hooks in WATCHERS:
+                setattr(merged, hooks, getattr(self.base_layer, hooks))
         self._kept.append(self.base_layer)
         self.base_layer = merged
 
@@ -183,6 +205,19 @@ class LoRALinear(nn.Module):
         """Put the original base layer back, bit for bit. Does nothing when it is there already."""
         if self.merged:
             self.base_layer = self._kept.pop()
+
+    def state_dict(self, *args, **kwargs):
+        """As always in torch; that of the unmerged layer while merged."""
+        merged, self.base_layer = self.base_layer, self.unmerged
+        try:
+            return super().state_dict(*args, **kwargs)
+        finally:
+            self.base_layer = merged
+
+    def _load_from_state_dict(self, state_dict, prefix, metadata, strict, missing, unexpected, errors):
+        if self.merged:
+            errors.append(f"{prefix.rstrip('.') or 'the layer'} is merged; call unmerge_weights() before loading")
+        super()._load_from_state_dict(state_dict, prefix, metadata, strict, missing, unexpected, errors)
 
     def _apply(self, fn, recurse=True):
         for base in self._kept:  # .to(device) and the like must reach the original too
@@ -232,6 +267,9 @@ def check_adaptable(module) -> None:
 def check_settings(rank, lora_alpha, lora_dropout) -> None:
     if not isinstance(rank, int) or isinstance(rank, bool) or rank < 1:
         raise ValueError(f"rank must be an integer of at least 1, got {rank!r}")
+    for name, value in (("lora_alpha", lora_alpha), ("lora_dropout", lora_dropout)):
+        if isinstance(value, bool) or not isinstance(value, (int, float)):
+            raise TypeError(f"{name} must be a number, got {value!r}")
     if not math.isfinite(lora_alpha):
         raise ValueError(f"lora_alpha must be finite, got {lora_alpha!r}")
     if not 0 <= lora_dropout < 1:
@@ -242,6 +280,18 @@ def adapter_like(base) -> dict:
     """Device of the base's weight, and fp32, or fp64 on an fp64 base."""
     weight = base.weight
     return {"device": weight.device, "dtype": torch.float64 if weight.dtype == torch.float64 else torch.float32}
+
+
+WATCHERS = (
+    "_forward_pre_hooks", "_forward_pre_hooks_with_kwargs", "_forward_hooks", "_forward_hooks_with_kwargs",
+    "_forward_hooks_always_called", "_backward_pre_hooks", "_backward_hooks",
+)  # fmt: skip
+
+
+def _is_watched(base) -> bool:
+    """Whether calling `base` does more than its class's forward, which the fused operation would leave out."""
+    own = vars(base)
+    return "forward" in own or any(own[hooks] for hooks in WATCHERS)
 
 
 def _autocast(x: torch.Tensor) -> torch.Tensor:
@@ -265,4 +315,4 @@ def _dense(base) -> torch.Tensor:
 def _base_forward(base, x):
     if isinstance(base, NF4Linear) or base.weight.dtype == x.dtype or torch.is_autocast_enabled(x.device.type):
         return base(x)
-    return nn.functional.linear(x, _dense(base).to(x.dtype), None if base.bias is None else base.bias.to(x.dtype))
+    return functional_call(base, {name: p.to(x.dtype) for name, p in base.named_parameters()}, (x,))

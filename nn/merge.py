@@ -36,7 +36,7 @@ def merge_and_unload(model: nn.Module, dequantize: bool = False, untie: bool = F
     Raises:
         ValueError: as `merge_lora`; nothing is changed then.
     """
-    shared = shared_weights(model)
+    shared, torn = shared_weights(model), False
     for path, carrier in carriers(model).items():
         if isinstance(carrier, ModuleToSave) and carrier.adapter is not None:
             tied = [names for p in carrier.base_layer.parameters() for names in [shared.get(p)] if names]
@@ -45,9 +45,10 @@ def merge_and_unload(model: nn.Module, dequantize: bool = False, untie: bool = F
                     f"the adapter has replaced {path!r}, whose weight is shared ({', '.join(tied[0])}); "
                     "pass untie=True to keep both"
                 )
-            if tied and hasattr(model, "config"):
-                model.config.tie_word_embeddings = False
+            torn = torn or bool(tied)
     merge_lora(model, dequantize, untie)
+    if torn and hasattr(model, "config"):
+        model.config.tie_word_embeddings = False
     return unload(model)
 
 
@@ -148,10 +149,11 @@ def _errors(layer: LoRALinear, four_bits: bool = True) -> dict[str, float]:
     results = {str(dtype).removeprefix("torch."): target.to(dtype) for dtype in dtypes}
     if four_bits and isinstance(layer.base_layer, NF4Linear):
         results["nf4, requantize"] = _quantized_like(layer.base_layer, target).dequantize(torch.float32)
-        if layer.start_A is None and layer.lora_magnitude is None:
+        if layer.start_A is None and layer.lora_magnitude is None and layer.scaling:
             quantized, A, B = _refit(layer, target)
             results["nf4, refit"] = quantized.dequantize(torch.float32) + layer.scaling * (B @ A)
-    return {way: ((result - target).norm() / length).item() for way, result in results.items()}
+    lost = {way: (result - target).norm() for way, result in results.items()}
+    return {way: (norm / length).item() if norm else 0.0 for way, norm in lost.items()}
 
 
 def _quantized_like(base: NF4Linear, weight: torch.Tensor):

@@ -174,6 +174,7 @@ def adapters_by_row(model: nn.Module, names: Sequence[str | None]):
     """Within this context each row of the batch goes through an adapter of its own, in one forward pass.
 
     The base product is computed once for the whole batch; then every adapter adds its term to its rows.
+    Contexts nest; the inner one is in force.
 
     Args:
         names: for each row of the batch the adapter's name, or None for the base model alone.
@@ -191,13 +192,14 @@ def adapters_by_row(model: nn.Module, names: Sequence[str | None]):
         raise ValueError(f"{whole[0]!r} is replaced whole by one of the adapters, which cannot be done row by row")
     rows = [(name, torch.tensor([i for i, n in enumerate(names) if n == name])) for name in dict.fromkeys(names)]
     layers = [layer for layer in layers.values() if isinstance(layer, LoRALinear)]
+    before = [layer.rows for layer in layers]
     for layer in layers:
         layer.rows = rows
     try:
         yield model
     finally:
-        for layer in layers:
-            layer.rows = None
+        for layer, outer in zip(layers, before, strict=True):
+            layer.rows = outer
 
 
 def save_modules(model: nn.Module, names: Iterable[str]) -> None:

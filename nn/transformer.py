@@ -97,7 +97,7 @@ class TransformerBlock(nn.Module):
         norm_eps: ε of the norms.
 
     Raises:
-        ValueError: sizes that do not divide.
+        ValueError: sizes that do not divide, or no heads.
     """
 
     def __init__(
@@ -112,6 +112,9 @@ class TransformerBlock(nn.Module):
     ):
         super().__init__()
         num_kv_heads = num_heads if num_kv_heads is None else num_kv_heads
+        for name, heads in (("num_heads", num_heads), ("num_kv_heads", num_kv_heads)):
+            if heads < 1:
+                raise ValueError(f"{name} must be at least 1, got {heads}")
         if head_dim is None and d_model % num_heads:
             raise ValueError(f"d_model must be a multiple of num_heads = {num_heads}, got {d_model}")
         head_dim = d_model // num_heads if head_dim is None else head_dim
@@ -241,10 +244,15 @@ class CheckpointedTransformerLayer(nn.Module):
         num_heads: attention heads.
         d_ff: width of the feed-forward part.
         causal: forbid every position to look at later ones.
+
+    Raises:
+        ValueError: `num_heads` does not divide `d_model`.
     """
 
     def __init__(self, d_model: int, num_heads: int, d_ff: int, causal: bool = False):
         super().__init__()
+        if num_heads < 1 or d_model % num_heads:
+            raise ValueError(f"num_heads must be at least 1 and divide d_model = {d_model}, got {num_heads}")
         self.self_attn = nn.MultiheadAttention(d_model, num_heads, batch_first=True)
         self.ffn = nn.Sequential(nn.Linear(d_model, d_ff), nn.GELU(), nn.Linear(d_ff, d_model))
         self.norm1 = nn.LayerNorm(d_model)

@@ -1,4 +1,4 @@
-"""Adapter files are PEFT's, both ways, and loading them is strict."""
+"""Adapter files are PEFT's, both ways: what PEFT writes we read, what we write PEFT, transformers and vLLM read."""
 
 import copy
 import json
@@ -6,74 +6,14 @@ import json
 import peft
 import pytest
 import torch
-from handtuned.nn import LoRALinear, apply_lora_to_model, lora_parameters, merge_lora
+from adapted_models import SIZES, adapted, close, gpt2, llama, logits, peft_adapted, qwen, shake
+from handtuned.nn import LoRALinear, apply_lora_to_model, merge_lora
 from handtuned.nn.adapters import load_adapter, read_adapter_config, save_adapter
 from handtuned.nn.multi import save_modules
 from handtuned.quant import NF4Linear, quantize_model
 from safetensors.torch import load_file, save_file
 from torch import nn
-from transformers import (
-    GPT2Config,
-    GPT2LMHeadModel,
-    LlamaConfig,
-    LlamaForCausalLM,
-    Qwen2Config,
-    Qwen2ForCausalLM,
-)
-
-TOKENS = torch.arange(24).view(2, 12)
-SIZES = {
-    "vocab_size": 40, "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 3,
-    "num_attention_heads": 4, "num_key_value_heads": 2,
-}  # fmt: skip
-
-
-def llama(seed=0, **changes):
-    torch.manual_seed(seed)
-    return LlamaForCausalLM(LlamaConfig(**SIZES, tie_word_embeddings=False, **changes)).eval()
-
-
-def qwen(seed=0):
-    torch.manual_seed(seed)
-    return Qwen2ForCausalLM(Qwen2Config(**SIZES, tie_word_embeddings=False)).eval()
-
-
-def gpt2(seed=0):
-    torch.manual_seed(seed)
-    return GPT2LMHeadModel(GPT2Config(vocab_size=40, n_positions=16, n_embd=64, n_layer=3, n_head=4)).eval()
-
-
-def logits(model):
-    with torch.no_grad():
-        return model(TOKENS).logits
-
-
-def shake(model, seed=1):
-    """Adapters far from zero."""
-    generator = torch.Generator().manual_seed(seed)
-    for parameter in lora_parameters(model):
-        parameter.data.normal_(0, 0.1, generator=generator)
-    return model
-
-
-def adapted(model, **settings):
-    return shake(apply_lora_to_model(model, **{"rank": 4, "target_modules": ["q_proj", "down_proj"], **settings}))
-
-
-def peft_adapted(model, seed=1, **settings):
-    settings = {"r": 4, "lora_alpha": 16, "target_modules": ["q_proj", "down_proj"], **settings}
-    torch.manual_seed(seed)
-    config = peft.LoraConfig(init_lora_weights=False, task_type="CAUSAL_LM", **settings)
-    return peft.get_peft_model(model, config).eval()
-
-
-def close(actual, expected):
-    """The sums run in different orders: fp32 roundings of a few layers, far below 1e-4."""
-    torch.testing.assert_close(actual, expected, atol=1e-5, rtol=1e-5)
-
-
-# PEFT writes, we read
-
+from transformers import LlamaConfig, LlamaForCausalLM, LlamaForSequenceClassification
 
 PEFT_SETTINGS = {
     "plain": (llama, {}),
@@ -116,9 +56,6 @@ def test_we_load_peft(tmp_path, base, settings):
     twice = base()
     load_adapter(twice, again)
     assert torch.equal(logits(twice), logits(ours))
-
-
-# We write, PEFT reads
 
 
 def test_peft_loads_ours(tmp_path):
@@ -261,6 +198,23 @@ def test_modules_to_save_of_a_tied_model_leave_the_embedding_alone(tmp_path):
     assert torch.equal(logits(base), logits(tied))
 
 
+def test_a_classification_adapter_of_peft(tmp_path):
+    """For SEQ_CLS PEFT writes two names into modules_to_save, "classifier" and "score"; a model has one of them."""
+    torch.manual_seed(0)
+    base = LlamaForSequenceClassification(LlamaConfig(**SIZES, num_labels=3, pad_token_id=0)).eval()
+    config = peft.LoraConfig(task_type="SEQ_CLS", target_modules=["q_proj"], init_lora_weights=False)
+    theirs = peft.get_peft_model(copy.deepcopy(base), config).eval()
+    with torch.no_grad():
+        theirs.base_model.model.score.modules_to_save["default"].weight.mul_(2)
+    theirs.save_pretrained(tmp_path)
+    assert set(read_adapter_config(tmp_path)["modules_to_save"]) == {"classifier", "score"}
+    ours = copy.deepcopy(base)
+    assert load_adapter(ours, tmp_path).modules == ["score"]
+    close(logits(ours), logits(theirs))
+    save_adapter(ours, tmp_path / "ours")
+    close(logits(peft.PeftModel.from_pretrained(base, tmp_path / "ours")), logits(theirs))
+
+
 def test_conv1d_merges_in_its_own_layout(tmp_path):
     """The merged model's state dict is a GPT-2 checkpoint again: weights as (in, out)."""
     ours = adapted(gpt2(), target_modules=["c_attn", "c_proj", "c_fc"])
@@ -287,109 +241,3 @@ def test_dtypes_of_the_file_become_the_layers(tmp_path, dtype):
     A = model.model.layers[0].self_attn.q_proj.lora_A
     assert A.dtype == torch.float32
     assert torch.equal(A, tensors["base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight"].float())
-
-
-# Loading into models that have adapters already
-
-
-def test_loading_into_the_same_adapter_keeps_the_parameters(tmp_path):
-    """A resumed run: the optimizer's parameters stay the same objects, trainable as before."""
-    save_adapter(adapted(llama()), tmp_path)
-    model = apply_lora_to_model(llama(), rank=4, lora_alpha=2, target_modules=["q_proj", "down_proj"])
-    before = list(lora_parameters(model))
-    load_adapter(model, tmp_path)
-    assert all(a is b for a, b in zip(before, lora_parameters(model), strict=True))
-    assert all(parameter.requires_grad for parameter in before)
-    assert torch.equal(logits(model), logits(adapted(llama())))
-
-
-def test_loading_into_the_same_adapter_needs_the_same_layers_and_ranks(tmp_path):
-    save_adapter(adapted(llama()), tmp_path)
-    more = adapted(llama(), target_modules=["q_proj", "v_proj"])
-    before = copy.deepcopy(more.state_dict())
-    with pytest.raises(ValueError, match=r"missing in the file: .*v_proj.*unexpected in the file: .*down_proj"):
-        load_adapter(more, tmp_path)
-    other_rank = adapted(llama(), rank=6)
-    with pytest.raises(ValueError, match=r"rank 4.*has rank 6"):
-        load_adapter(other_rank, tmp_path)
-    assert before.keys() == more.state_dict().keys()
-    load_adapter(more, tmp_path, name="second")
-    assert torch.equal(logits(more), logits(adapted(llama())))
-
-
-def test_loaded_adapters_are_frozen_unless_asked_for(tmp_path):
-    save_adapter(adapted(llama()), tmp_path)
-    model = llama()
-    load_adapter(model, tmp_path)
-    assert not any(parameter.requires_grad for parameter in lora_parameters(model))
-    assert model.lm_head.weight.requires_grad  # nothing else changed
-    model = llama()
-    load_adapter(model, tmp_path, trainable=True)
-    assert all(parameter.requires_grad for parameter in lora_parameters(model))
-
-
-def test_a_layer_used_twice_has_one_adapter(tmp_path):
-    class Twice(nn.Module):
-        def __init__(self):
-            super().__init__()
-            torch.manual_seed(0)
-            self.first = nn.Sequential(nn.Linear(6, 6))
-            self.second = nn.Sequential(self.first[0])
-
-        def forward(self, x):
-            return self.second(self.first(x).tanh())
-
-    model = shake(apply_lora_to_model(Twice(), rank=2, target_modules=["0"]))
-    save_adapter(model, tmp_path)
-    again = Twice()
-    load_adapter(again, tmp_path)
-    assert again.first[0] is again.second[0]
-    x = torch.randn(3, 6)
-    assert torch.equal(again(x), model(x))
-
-
-def test_layers_that_would_be_bypassed_are_refused(tmp_path):
-    """nn.MultiheadAttention reads out_proj's weight and never calls it."""
-    save_adapter(shake(apply_lora_to_model(nn.ModuleDict({"a": nn.ModuleDict({"out_proj": nn.Linear(8, 8)})}), rank=2,
-                                           target_modules=["out_proj"])), tmp_path)  # fmt: skip
-    with pytest.raises(ValueError, match=r"unexpected in the file: 'a\.out_proj'"):
-        load_adapter(nn.ModuleDict({"a": nn.MultiheadAttention(8, 2)}), tmp_path)
-    with pytest.raises(ValueError, match="meta device"):
-        load_adapter(nn.ModuleDict({"a": nn.ModuleDict({"out_proj": nn.Linear(8, 8, device="meta")})}), tmp_path)
-
-
-def test_loading_leaves_the_random_state_alone(tmp_path):
-    save_adapter(adapted(llama()), tmp_path)
-    model = llama()
-    state = torch.get_rng_state()
-    load_adapter(model, tmp_path)
-    assert torch.equal(torch.get_rng_state(), state)
-
-
-def test_compiled_and_wrapped_models_write_plain_paths(tmp_path):
-    model = adapted(llama())
-    save_adapter(torch.compile(model), tmp_path)
-    assert all("_orig_mod" not in key for key in load_file(tmp_path / "adapter_model.safetensors"))
-
-
-def test_saving_is_refused_without_an_adapter_or_with_nan(tmp_path):
-    with pytest.raises(ValueError, match="no adapter"):
-        save_adapter(llama(), tmp_path / "none")
-    model = adapted(llama())
-    with pytest.raises(ValueError, match="no adapter 'other', only: default"):
-        save_adapter(model, tmp_path / "none", name="other")
-    model.model.layers[1].mlp.down_proj.lora_B.data[3, 2] = float("nan")
-    with pytest.raises(ValueError, match=r"layers\.1\.mlp\.down_proj\.lora_B.*NaN"):
-        save_adapter(model, tmp_path / "none")
-    assert not (tmp_path / "none").exists()
-
-
-def test_a_save_that_fails_leaves_the_old_file(tmp_path, monkeypatch):
-    save_adapter(adapted(llama()), tmp_path)
-    before = (tmp_path / "adapter_model.safetensors").read_bytes()
-    monkeypatch.setattr("safetensors.torch.save_file", lambda *a, **k: (_ for _ in ()).throw(OSError("no space left")))
-    with pytest.raises(OSError, match="no space"):
-        save_adapter(adapted(llama(), rank=8), tmp_path)
-    assert (tmp_path / "adapter_model.safetensors").read_bytes() == before
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["adapter_config.json", "adapter_model.safetensors"]
-    load_adapter(llama(), tmp_path)

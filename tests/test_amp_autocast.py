@@ -5,130 +5,12 @@ import threading
 import pytest
 import torch
 import torch.nn.functional as F
+from autocast_ops import CPU_TOO, OPS, labels
 from handtuned.amp import autocast
 from handtuned.amp.autocast import HIGH, LOW, WIDEST
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-# name → call on a (4, 4) matrix `x` and a second one `y`
-OPS = {
-    "matmul": lambda x, y: torch.matmul(x, y),
-    "__matmul__": lambda x, y: x @ y,
-    "mm": lambda x, y: torch.mm(x, y),
-    "bmm": lambda x, y: torch.bmm(x[None], y[None]),
-    "mv": lambda x, y: torch.mv(x, y[0]),
-    "linear": lambda x, y: F.linear(x, y, y[0]),
-    "addmm": lambda x, y: torch.addmm(x, y, y),
-    "addmv": lambda x, y: torch.addmv(x[0], x, y[0]),
-    "addbmm": lambda x, y: torch.addbmm(x, x[None], y[None]),
-    "baddbmm": lambda x, y: torch.baddbmm(x[None], x[None], y[None]),
-    "addr": lambda x, y: torch.addr(x, x[0], y[0]),
-    "einsum": lambda x, y: torch.einsum("ij,jk->ik", x, y),
-    "chain_matmul": lambda x, y: torch.chain_matmul(x, y, x),
-    "linalg_matmul": lambda x, y: torch.linalg.matmul(x, y),
-    "linalg_multi_dot": lambda x, y: torch.linalg.multi_dot([x, y, x]),
-    "conv1d": lambda x, y: F.conv1d(x[None], y[:, :, None]),
-    "conv2d": lambda x, y: F.conv2d(x[None, :, :, None], y[:, :, None, None]),
-    "conv3d": lambda x, y: F.conv3d(x[None, :, :, None, None], y[:, :, None, None, None]),
-    "conv_transpose1d": lambda x, y: F.conv_transpose1d(x[None], y[:, :, None]),
-    "conv_transpose2d": lambda x, y: F.conv_transpose2d(x[None, :, :, None], y[:, :, None, None]),
-    "conv_transpose3d": lambda x, y: F.conv_transpose3d(x[None, :, :, None, None], y[:, :, None, None, None]),
-    "prelu": lambda x, y: F.prelu(x, y[0]),
-    "scaled_dot_product_attention": lambda x, y: F.scaled_dot_product_attention(x[None], y[None], x[None]),
-    "exp": lambda x, y: x.exp(),
-    "expm1": lambda x, y: torch.expm1(x),
-    "log": lambda x, y: torch.log(x),
-    "log2": lambda x, y: x.log2(),
-    "log10": lambda x, y: x.log10(),
-    "log1p": lambda x, y: x.log1p(),
-    "pow": lambda x, y: torch.pow(x, 2),
-    "__pow__": lambda x, y: x**2,
-    "__rpow__": lambda x, y: 2**x,
-    "reciprocal": lambda x, y: x.reciprocal(),
-    "__rdiv__": lambda x, y: 1 / x,
-    "rsqrt": lambda x, y: x.rsqrt(),
-    "acos": lambda x, y: x.acos(),
-    "asin": lambda x, y: x.asin(),
-    "cosh": lambda x, y: x.cosh(),
-    "sinh": lambda x, y: x.sinh(),
-    "tan": lambda x, y: x.tan(),
-    "erfinv": lambda x, y: x.erfinv(),
-    "softplus": lambda x, y: F.softplus(x),
-    "sum": lambda x, y: x.sum(0),
-    "prod": lambda x, y: x.prod(),
-    "cumsum": lambda x, y: x.cumsum(0),
-    "cumprod": lambda x, y: x.cumprod(0),
-    "norm": lambda x, y: x.norm(),
-    "linalg_norm": lambda x, y: torch.linalg.norm(x),
-    "linalg_vector_norm": lambda x, y: torch.linalg.vector_norm(x),
-    "linalg_matrix_norm": lambda x, y: torch.linalg.matrix_norm(x),
-    "dist": lambda x, y: torch.dist(x, y),
-    "cdist": lambda x, y: torch.cdist(x, y),
-    "pdist": lambda x, y: F.pdist(x),
-    "renorm": lambda x, y: torch.renorm(x, 2, 0, 1),
-    "logsumexp": lambda x, y: x.logsumexp(0),
-    "cosine_similarity": lambda x, y: F.cosine_similarity(x, y),
-    "normalize": lambda x, y: F.normalize(x),
-    "softmax": lambda x, y: F.softmax(x, -1),
-    "softmin": lambda x, y: F.softmin(x, -1),
-    "log_softmax": lambda x, y: x.log_softmax(-1),
-    "layer_norm": lambda x, y: F.layer_norm(x, (4,), y[0], y[1]),
-    "group_norm": lambda x, y: F.group_norm(x, 2, y[0], y[1]),
-    "rms_norm": lambda x, y: F.rms_norm(x, (4,), y[0]),
-    "cross_entropy": lambda x, y: F.cross_entropy(x, labels(x)),
-    "nll_loss": lambda x, y: F.nll_loss(x, labels(x)),
-    "binary_cross_entropy_with_logits": lambda x, y: F.binary_cross_entropy_with_logits(x, y),
-    "kl_div": lambda x, y: F.kl_div(x, y, reduction="sum"),
-    "mse_loss": lambda x, y: F.mse_loss(x, y),
-    "l1_loss": lambda x, y: F.l1_loss(x, y),
-    "smooth_l1_loss": lambda x, y: F.smooth_l1_loss(x, y),
-    "huber_loss": lambda x, y: F.huber_loss(x, y),
-    "poisson_nll_loss": lambda x, y: F.poisson_nll_loss(x, y),
-    "hinge_embedding_loss": lambda x, y: F.hinge_embedding_loss(x, y),
-    "cosine_embedding_loss": lambda x, y: F.cosine_embedding_loss(x, y, labels(x)),
-    "margin_ranking_loss": lambda x, y: F.margin_ranking_loss(x, y, y),
-    "soft_margin_loss": lambda x, y: F.soft_margin_loss(x, y),
-    "multi_margin_loss": lambda x, y: F.multi_margin_loss(x, labels(x)),
-    "triplet_margin_loss": lambda x, y: F.triplet_margin_loss(x, y, x),
-    "addcdiv": lambda x, y: torch.addcdiv(x, y, x),
-    "addcmul": lambda x, y: torch.addcmul(x, y, x),
-    "atan2": lambda x, y: torch.atan2(x, y),
-    "bilinear": lambda x, y: F.bilinear(x, y, torch.stack([y, y])),
-    "cat": lambda x, y: torch.cat([x, y]),
-    "cross": lambda x, y: torch.cross(x[:, :3], y[:, :3], dim=1),
-    "dot": lambda x, y: torch.dot(x[0], y[0]),
-    "stack": lambda x, y: torch.stack([x, y]),
-    "tensordot": lambda x, y: torch.tensordot(x, y, 1),
-    "vdot": lambda x, y: torch.vdot(x[0], y[0]),
-    "scatter_add": lambda x, y: x.scatter_add(0, labels(x)[None], y),
-    # on no list
-    "add": lambda x, y: x + y,
-    "mul": lambda x, y: x * y,
-    "relu": lambda x, y: F.relu(x),
-    "gelu": lambda x, y: F.gelu(x),
-    "silu": lambda x, y: F.silu(x),
-    "tanh": lambda x, y: x.tanh(),
-    "sqrt": lambda x, y: x.sqrt(),
-    "mean": lambda x, y: x.mean(),
-    "max": lambda x, y: x.amax(0),
-    "reshape": lambda x, y: x.reshape(2, 8),
-    "dropout": lambda x, y: F.dropout(x, 0.5),
-    "embedding": lambda x, y: F.embedding(labels(x), x),
-    "exp_": lambda x, y: x.clone().exp_(),
-    "sum with a dtype": lambda x, y: x.sum(dtype=torch.float64),
-}
-# What torch's autocast on a CPU casts in the same way; its HIGH list is shorter than the one for CUDA.
-CPU_TOO = [
-    "matmul", "__matmul__", "mm", "bmm", "linear", "addmm", "addbmm", "baddbmm", "einsum", "linalg_multi_dot",
-    "conv1d", "conv2d", "conv3d", "conv_transpose1d", "conv_transpose2d", "conv_transpose3d",
-    "scaled_dot_product_attention", "cosine_embedding_loss", "mse_loss", "smooth_l1_loss", "huber_loss",
-    "poisson_nll_loss", "margin_ranking_loss", "cat", "stack", "add", "mul", "relu", "gelu", "silu", "tanh", "sqrt",
-    "mean", "max", "reshape", "dropout", "embedding", "exp_",
-]  # fmt: skip
 DTYPES = pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
-
-
-def labels(x):
-    return torch.ones(4, dtype=torch.int64, device=x.device)
 
 
 def matrices(first, second, device="cpu"):
@@ -184,10 +66,11 @@ def test_dtypes_are_those_of_torchs_autocast_on_a_cpu(op, dtype):
 
 def test_every_listed_operation_is_tested():
     untested = {
-        "__rmatmul__", "multi_head_attention_forward",  # in tests of their own
+        "__rmatmul__", "multi_head_attention_forward", "stacked_lora_linear",  # in tests of their own
         "__rtruediv__",  # torch's other name of __rdiv__
         "binary_cross_entropy",  # an error in torch on CUDA
         "gaussian_nll_loss", "multilabel_margin_loss", "index_put",  # composed, or with inputs of special shape
+        "interpolate", "grid_sample",  # torch cannot tell their dtypes without a GPU; by its lists, below
     }  # fmt: skip
     assert (LOW | HIGH | WIDEST) - OPS.keys() == untested
 
@@ -323,6 +206,17 @@ def test_reflected_product():
     x, y = matrices(torch.float32, torch.float32)
     with autocast():
         assert torch.Tensor.__rmatmul__(x, y).dtype == torch.float16
+
+
+@DTYPES
+def test_resampling(dtype):
+    """torch's lists have every upsample_… among the float32 ones, and grid_sampler among those of the widest dtype."""
+    x, y = matrices(dtype, torch.float32)
+    with autocast(dtype):
+        assert F.interpolate(x[None, None], scale_factor=2, mode="bilinear").dtype == torch.float32
+        for grid in (x, y):
+            sampled = F.grid_sample(x[None, None], torch.stack([grid, grid], -1)[None], align_corners=False)
+            assert sampled.dtype == grid.dtype
 
 
 def test_overflow_that_high_avoids():

@@ -6,9 +6,9 @@ from pathlib import Path
 import peft
 import pytest
 import torch
+from adapted_models import adapted, llama
 from handtuned.nn.adapter_config import REFUSED, AdapterConfig
 from handtuned.nn.adapters import save_adapter
-from test_adapters import adapted, llama
 
 PAGE = (Path(__file__).resolve().parents[1] / "docs" / "from-peft.md").read_text(encoding="utf-8")
 BLOCKS = re.findall(r"```python\n(# handtuned\n.*?)```", PAGE, re.S)

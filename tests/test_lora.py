@@ -1,9 +1,7 @@
-"""One LoRA layer: initialization, dtypes, dropout, merging; against PEFT; compiled, checkpointed, distributed."""
+"""One LoRA layer: what it starts as, what it computes, settings, dtypes, autocast, dropout."""
 
-import copy
 import itertools
 import math
-import warnings
 
 import pytest
 import torch
@@ -12,20 +10,8 @@ from handtuned.kernels.lora import lora_linear_reference
 from handtuned.nn import LoRALayer, LoRALinear
 from handtuned.quant import NF4Linear
 from helpers import assert_within_budget
+from lora_layers import FLOATS, adapted, run, short
 from torch import nn
-
-FLOATS = [torch.float32, torch.float16, torch.bfloat16]
-
-
-def short(dtype):
-    return str(dtype).removeprefix("torch.")
-
-
-def adapted(base=None, rank=4, alpha=8.0, dropout=0.0):
-    """A layer whose adapter does something (B is not zero)."""
-    layer = LoRALinear(base or nn.Linear(64, 48), rank, alpha, dropout)
-    nn.init.normal_(layer.lora_B)
-    return layer
 
 
 def test_a_new_layer_computes_what_its_base_does():
@@ -89,6 +75,13 @@ def test_settings_out_of_range(settings, message):
         LoRALinear(nn.Linear(4, 4), **settings)
     with pytest.raises(ValueError, match=message):
         LoRALayer(4, 4, **settings)
+
+
+@pytest.mark.parametrize("setting", ["lora_alpha", "lora_dropout"])
+@pytest.mark.parametrize("value", ["8", None, True, torch.ones(())], ids=str)
+def test_settings_that_are_no_numbers(setting, value):
+    with pytest.raises(TypeError, match=f"{setting} must be a number"):
+        LoRALinear(nn.Linear(4, 4), **{setting: value})
 
 
 def test_what_cannot_be_wrapped():
@@ -191,272 +184,37 @@ def test_dropout_is_governed_by_torchs_random_state():
     assert torch.equal(layer(x), first)
 
 
-# merging
-
-
-@pytest.mark.parametrize("dtype", FLOATS, ids=short)
-def test_a_hundred_merges_leave_every_bit(dtype):
-    layer = adapted(nn.Linear(64, 48).to(dtype))
-    nn.init.normal_(layer.lora_B, std=100)  # a difference as large as this drifts when it is subtracted
-    before = {name: t.clone() for name, t in layer.state_dict().items()}
-    trainable = {name: p.requires_grad for name, p in layer.named_parameters()}
-    parameter = layer.weight
-    for _ in range(100):
-        layer.merge_weights()
-        layer.unmerge_weights()
-    after = layer.state_dict()
-    assert all(torch.equal(before[name], after[name]) for name in before) and before.keys() == after.keys()
-    assert {name: p.requires_grad for name, p in layer.named_parameters()} == trainable
-    assert layer.weight is parameter
-
-
-def test_merging_twice_is_merging_once():
-    layer = adapted()
-    x = torch.randn(5, 64)
-    want = layer(x)
-    layer.merge_weights()
-    merged = layer.weight.clone()
-    layer.merge_weights()
-    assert layer.merged and torch.equal(layer.weight, merged)
-    torch.testing.assert_close(layer(x), want)
-    torch.testing.assert_close(layer.base_layer(x), want)
-    layer.unmerge_weights()
-    layer.unmerge_weights()
-    assert not layer.merged
-    assert torch.equal(layer(x), want)
-
-
-def test_a_merge_into_bf16_rounds_once():
-    layer = adapted(nn.Linear(64, 48).bfloat16())
-    exact = layer.weight.double() + 2.0 * layer.lora_B.double() @ layer.lora_A.double()
-    layer.merge_weights()
-    assert torch.equal(layer.weight, exact.float().bfloat16())
-
-
-def test_a_merged_layer_refuses_to_train_with_dropout():
-    layer = adapted(dropout=0.1)
-    layer.merge_weights()
-    with pytest.raises(RuntimeError, match="merged"):
-        layer(torch.randn(2, 64))
-    layer.eval()
-    layer(torch.randn(2, 64))
-
-
-def test_a_merge_into_4_bits_is_refused_with_the_reason():
-    layer = adapted(NF4Linear.from_linear(nn.Linear(64, 48)))
-    with pytest.raises(ValueError, match=r"4-bit.*dequantize=True"):
-        layer.merge_weights()
-    assert not layer.merged
-    x = torch.randn(5, 64)
-    want = layer(x)
-    packed = layer.base_layer
-    layer.merge_weights(dequantize=True)
-    assert isinstance(layer.base_layer, nn.Linear)
-    torch.testing.assert_close(layer(x), want)
-    layer.unmerge_weights()
-    assert layer.base_layer is packed
-    assert torch.equal(layer(x), want)
-
-
-def test_an_adapter_with_nan_is_not_merged():
-    layer = adapted()
-    layer.lora_B.data[0, 0] = math.nan
-    weight = layer.weight.clone()
-    with pytest.raises(ValueError, match="not finite"):
-        layer.merge_weights()
-    assert torch.equal(layer.weight, weight) and not layer.merged
-
-
-def test_disabling_gives_the_base_merged_or_not():
-    layer = adapted()
-    x = torch.randn(3, 64)
-    base = layer.base_layer(x)
-    layer.enabled = False
-    assert torch.equal(layer(x), base)
-    layer.merge_weights()
-    assert torch.equal(layer(x), base)
-    layer.enabled = True
-    assert not torch.equal(layer(x), base)
-
-
-def test_casting_a_merged_layer_casts_the_kept_weight_too():
-    layer = adapted()
-    original = layer.weight.detach().clone()
-    layer.merge_weights()
-    layer.double()
-    layer.unmerge_weights()
-    assert layer.weight.dtype == torch.float64 and torch.equal(layer.weight, original.double())
-
-
-def test_copies_are_independent():
-    layer = adapted()
-    layer.merge_weights()
-    twin = copy.deepcopy(layer)
-    twin.unmerge_weights()
-    assert layer.merged and not twin.merged
-
-
-def test_state_dict_round_trip():
-    layer, other = adapted(), adapted()
-    other.load_state_dict(layer.state_dict())
-    x = torch.randn(2, 64)
-    assert torch.equal(layer(x), other(x))
-    assert {"lora_A", "lora_B"} <= set(layer.state_dict())
-
-
-# against PEFT
-
-
-class OneLayer(nn.Module):
-    def __init__(self, linear):
-        super().__init__()
-        self.q_proj = linear
-
-    def forward(self, x):
-        return self.q_proj(x)
-
-
-def run(layer, A, B, x, dy):
-    x = x.detach().requires_grad_()
-    for parameter in (A, B):
-        parameter.grad = None
-    y = layer(x)
-    y.backward(dy)
-    return {"y": y.detach(), "dx": x.grad, "dA": A.grad, "dB": B.grad}
-
-
-def peft_layer(linear, ours):
-    peft = pytest.importorskip("peft")
-    config = peft.LoraConfig(r=ours.rank, lora_alpha=8, target_modules=["q_proj"])
-    layer = peft.get_peft_model(OneLayer(linear), config).base_model.model.q_proj
-    A, B = layer.lora_A["default"].weight, layer.lora_B["default"].weight
-    A.data, B.data = ours.lora_A.data.clone(), ours.lora_B.data.clone()
-    return layer, A, B
-
-
-@pytest.mark.parametrize("dtype", FLOATS, ids=short)
-def test_outputs_and_gradients_agree_with_peft(dtype):
-    linear = nn.Linear(64, 48).to(dtype)
-    ours = adapted(copy.deepcopy(linear))
-    theirs, A, B = peft_layer(copy.deepcopy(linear), ours)
-    x, dy = torch.randn(2, 9, 64).to(dtype), torch.randn(2, 9, 48).to(dtype)
-    exact = adapted(copy.deepcopy(linear).double())
-    exact.lora_A.data, exact.lora_B.data = ours.lora_A.data.double(), ours.lora_B.data.double()
-    got = run(ours, ours.lora_A, ours.lora_B, x, dy)
-    want = run(exact, exact.lora_A, exact.lora_B, x.double(), dy.double())
-    rival = run(theirs, A, B, x, dy)
-    for name in got:
-        # Ours computes in the base's dtype, where PEFT upcasts to the adapter's: at most its error and one rounding.
-        low = rival[name].to(dtype)
-        if dtype != torch.float32:
-            low = lora_low(name, ours, x, dy)
-        assert_within_budget(got[name].to(dtype), want[name], low, name)
-
-
-def lora_low(name, layer, x, dy):
-    """What separate torch layers give when all of them compute in x's dtype."""
-    leaves = [t.detach().to(x.dtype).requires_grad_() for t in (x, layer.lora_A, layer.lora_B)]
-    y = lora_linear_reference(leaves[0], layer.weight, layer.bias, *leaves[1:], layer.scaling)
-    y.backward(dy)
-    return {"y": y.detach(), "dx": leaves[0].grad, "dA": leaves[1].grad, "dB": leaves[2].grad}[name]
-
-
-def test_outputs_and_gradients_agree_with_peft_on_bitsandbytes_nf4():
-    bnb = pytest.importorskip("bitsandbytes")
-    linear = nn.Linear(128, 64)
-    ours = adapted(NF4Linear.from_linear(linear, compute_dtype=torch.float32))
-    packed = bnb.nn.Linear4bit(128, 64, quant_type="nf4", compress_statistics=True, compute_dtype=torch.float32)
-    packed.load_state_dict(linear.state_dict())
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        theirs, A, B = peft_layer(packed.to("cpu"), ours)
-        x, dy = torch.randn(9, 128), torch.randn(9, 64)
-        rival = run(theirs, A, B, x, dy)
-    got = run(ours, ours.lora_A, ours.lora_B, x, dy)
-    exact = adapted(ours.base_layer.dequantize().double())
-    exact.lora_A.data, exact.lora_B.data = ours.lora_A.data.double(), ours.lora_B.data.double()
-    want = run(exact, exact.lora_A, exact.lora_B, x.double(), dy.double())
-    for name in got:
-        assert_within_budget(got[name], want[name], rival[name], name)
-
-
-# compiled, checkpointed, distributed
-
-
 @pytest.mark.parametrize("quantize", [False, True], ids=["linear", "nf4"])
-@pytest.mark.parametrize("dropout", [0.0, 0.3], ids=["no-dropout", "dropout"])
-def test_compiles_without_a_graph_break(quantize, dropout):
-    """aot_eager traces forward and backward as inductor does, and then runs the same operations."""
+def test_hooks_on_the_base_act_as_without_an_adapter(quantize):
+    """The fused operation does not call the base; with hooks on it the base is called, and nothing else changes."""
     base = nn.Linear(64, 48)
-    layer = adapted(NF4Linear.from_linear(base) if quantize else base, dropout=dropout)
-    torch._dynamo.reset()
-    compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
-    x, dy = torch.randn(3, 64), torch.randn(3, 48)
-    results = []
-    for function in (layer, compiled):
-        torch.manual_seed(0)
-        results.append(run(function, layer.lora_A, layer.lora_B, x, dy))
-    for name in results[0]:
-        torch.testing.assert_close(results[1][name], results[0][name])
+    layer = adapted(NF4Linear.from_linear(base) if quantize else base)
+    x, dy = torch.randn(5, 64), torch.randn(5, 48)
+    want, plain = run(layer, layer.lora_A, layer.lora_B, x, dy), layer.base_layer(x)
+    outputs = []
+    layer.base_layer.register_forward_hook(lambda module, inputs, output: outputs.append(output.detach()))
+    got = run(layer, layer.lora_A, layer.lora_B, x, dy)
+    for name in want:
+        torch.testing.assert_close(got[name], want[name])
+    layer.merge_weights(dequantize=True)
+    torch.testing.assert_close(layer(x), want["y"])
+    layer.unmerge_weights()
+    layer.enabled = False
+    layer(x)
+    layer(x.double())  # cast for the call
+    assert len(outputs) == 4
+    for output, expected in zip(outputs, (plain, want["y"], plain, plain.double()), strict=True):
+        torch.testing.assert_close(output, expected, rtol=1e-5, atol=1e-5)
 
 
-def test_compiles_with_the_kernels_as_operations(kernel_backend, device):
-    """The launchers appear as custom operations, in one graph; a row of NF4 goes to the streaming kernel."""
-    for base, rows in ((nn.Linear(64, 48), 3), (NF4Linear.from_linear(nn.Linear(64, 48)), 1)):
-        layer = adapted(base).to(device)
-        torch._dynamo.reset()
-        compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
-        x, dy = torch.randn(rows, 64, device=device), torch.randn(rows, 48, device=device)
-        want, got = (run(f, layer.lora_A, layer.lora_B, x, dy) for f in (layer, compiled))
-        for name in want:
-            torch.testing.assert_close(got[name], want[name])
-
-
-@pytest.mark.parametrize("use_reentrant", [False, True])
-def test_under_torchs_checkpoint_even_with_dropout(use_reentrant):
-    from torch.utils.checkpoint import checkpoint
-
-    layers = nn.Sequential(adapted(nn.Linear(64, 64), dropout=0.4), nn.Tanh(), adapted(nn.Linear(64, 8), dropout=0.4))
-    x = torch.randn(4, 64, requires_grad=True)
-    results = []
-    for function in (layers, lambda x: checkpoint(layers, x, use_reentrant=use_reentrant)):
-        torch.manual_seed(2)
-        layers.zero_grad()
-        x.grad = None
-        y = function(x)
-        y.square().sum().backward()
-        results.append([y.detach(), x.grad, *(p.grad.clone() for p in layers.parameters() if p.requires_grad)])
-    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
-
-
-def _ddp_worker(rank, folder, results):
-    torch.set_num_threads(1)
-    torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=2)
-    torch.manual_seed(0)
-    layer = adapted(NF4Linear.from_linear(nn.Linear(64, 48)))
-    x = torch.randn(8, 64)
-    model = nn.parallel.DistributedDataParallel(layer)
-    for _ in range(2):
-        model.zero_grad()
-        model(x[rank * 4 :][:4]).square().mean().backward()
-    alone = copy.deepcopy(layer)
-    alone.zero_grad()
-    alone(x).square().mean().backward()
-    same = all(
-        torch.allclose(a.grad, b.grad, atol=1e-6)
-        for a, b in ((layer.lora_A, alone.lora_A), (layer.lora_B, alone.lora_B))
-    )
-    results.put(same)
-    torch.distributed.destroy_process_group()
-
-
-def test_two_processes_under_ddp_average_their_gradients(tmp_path):
-    context = torch.multiprocessing.get_context("spawn")
-    results = context.SimpleQueue()
-    workers = [context.Process(target=_ddp_worker, args=(rank, tmp_path, results)) for rank in range(2)]
-    for worker in workers:
-        worker.start()
-    for worker in workers:
-        worker.join(60)
-        assert worker.exitcode == 0
-    assert results.get() and results.get()
+def test_a_base_whose_forward_was_replaced_is_called_and_not_merged():
+    """As offloading libraries do, on the instance."""
+    layer = adapted(nn.Linear(6, 5), dropout=0.0)
+    x = torch.randn(3, 6)
+    base, both = layer.base_layer(x), layer(x)
+    forward = layer.base_layer.forward
+    layer.base_layer.forward = lambda x: 2 * forward(x)
+    torch.testing.assert_close(layer(x), both + base)
+    with pytest.raises(ValueError, match="forward has been replaced"):
+        layer.merge_weights()
+    assert not layer.merged

@@ -106,8 +106,9 @@ def test_targets_are_whole_components_or_a_regex_of_the_whole_path(targets, want
         (r".*\.w_proj", "matches the whole path of no"),
         ([], "at least one"),
         ([3], "strings"),
+        ("(q_proj", "target_modules is no regular expression"),
     ],
-    ids=["near-miss", "substring", "not-linear", "name-as-regex", "regex", "empty", "not-a-string"],
+    ids=["near-miss", "substring", "not-linear", "name-as-regex", "regex", "empty", "not-a-string", "broken-regex"],
 )
 def test_a_target_that_selects_nothing_changes_nothing(targets, message):
     model = Model()
@@ -115,8 +116,14 @@ def test_a_target_that_selects_nothing_changes_nothing(targets, message):
     with pytest.raises(ValueError, match=message) as error:
         apply_lora_to_model(model, 2, 4.0, targets)
     assert adapted_names(model) == [] and before == [(name, p.requires_grad) for name, p in model.named_parameters()]
-    if targets and targets != [3]:
+    if targets and targets not in ([3], "(q_proj"):
         assert "k_proj, lm_head, q_proj, v_proj, vq_proj" in str(error.value)
+
+
+@pytest.mark.parametrize("targets", [None, 5], ids=str)
+def test_targets_of_no_use(targets):
+    with pytest.raises(TypeError, match=f"target_modules.*got {targets}"):
+        apply_lora_to_model(Model(), 2, 4.0, targets)
 
 
 def test_the_same_selection_as_peft():
@@ -201,6 +208,16 @@ def test_merging_and_unmerging_a_model():
         unmerge_lora(model)
     assert all(torch.equal(t, state[name]) for name, t in model.state_dict().items())
     assert torch.equal(model(IDS), want)
+
+
+def test_a_merge_that_fails_in_one_layer_changes_none():
+    model = disturb(apply_lora_to_model(Model(tie=True), 2, 4.0, ["q_proj", "lm_head"]))
+    model.config = type("Config", (), {"tie_word_embeddings": True})()
+    model.lm_head.lora_A.data[0, 0] = float("nan")
+    with pytest.raises(ValueError, match=r"'lm_head'.*not finite"):
+        merge_lora(model, untie=True)
+    assert not any(module.merged for module in model.modules() if isinstance(module, LoRALinear))
+    assert model.lm_head.weight is model.embed.weight and model.config.tie_word_embeddings
 
 
 def test_disabling_a_model():

@@ -4,13 +4,13 @@ import copy
 
 import pytest
 import torch
+from adapted_models import SIZES, adapted, close, gpt2, llama, logits, shake
 from handtuned.nn import LoRALinear, apply_lora_to_model, merge_lora
 from handtuned.nn.adapters import load_adapter, save_adapter
 from handtuned.nn.merge import merge_and_unload, merge_errors, merge_into_nf4
 from handtuned.nn.multi import ModuleToSave, save_modules
 from handtuned.nn.variants import dora_init, pissa_init
 from handtuned.quant import NF4Linear, quantize_model
-from test_adapters import SIZES, adapted, close, gpt2, llama, logits, shake
 from transformers import LlamaConfig, LlamaForCausalLM
 
 
@@ -71,6 +71,25 @@ def test_pain_09_whole_modules_of_tied_models_are_untied_or_refused(tmp_path):
     close(logits(model), expected)
     model.save_pretrained(tmp_path)
     close(logits(LlamaForCausalLM.from_pretrained(tmp_path)), expected)
+
+
+def test_weights_too_large_for_the_dtype_are_told():
+    from handtuned.merge import to_plain_model
+
+    model = adapted(llama())
+    model.model.norm.weight.data[3] = 1e5
+    with pytest.raises(ValueError, match=r"model\.norm\.weight leaves the range of torch\.float16"):
+        to_plain_model(model, torch.float16)
+
+
+def test_a_refused_merge_leaves_the_config_as_it_is():
+    torch.manual_seed(0)
+    tied = LlamaForCausalLM(LlamaConfig(**SIZES, tie_word_embeddings=True))
+    model = adapted(quantize_model(tied))
+    save_modules(model, ["lm_head"])
+    with pytest.raises(ValueError, match="4-bit"):
+        merge_and_unload(model, untie=True)
+    assert model.config.tie_word_embeddings
 
 
 def test_whole_modules_are_merged_too(tmp_path):
@@ -141,6 +160,16 @@ def test_refit_keeps_what_low_rank_can_hold():
     """Where ΔW is large, both ways keep it, and refitting is nearer."""
     errors = merge_errors(adapted_nf4())
     assert errors.median("nf4, refit") < errors.median("nf4, requantize") < 0.5
+
+
+def test_an_adapter_that_adds_nothing_has_errors_too():
+    """ΔW = 0: what is exact has no error, and what rounds W errs without bound."""
+    for alpha in (8, 0):
+        model = apply_lora_to_model(quantize_model(llama()), lora_alpha=alpha, target_modules=["q_proj"])
+        errors = merge_errors(model)
+        assert errors.worst("float32") == 0
+        assert errors.median("nf4, requantize") == float("inf")
+        assert "nan" not in str(errors)
 
 
 def test_dense_layers_have_no_nf4_ways():

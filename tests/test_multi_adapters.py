@@ -5,6 +5,7 @@ import copy
 import peft
 import pytest
 import torch
+from adapted_models import TOKENS, adapted, close, llama, logits, peft_adapted
 from handtuned.nn import (
     LoRALinear,
     apply_lora_to_model,
@@ -23,7 +24,6 @@ from handtuned.nn.multi import (
     save_modules,
 )
 from handtuned.quant import quantize_model
-from test_adapters import TOKENS, adapted, close, llama, logits, peft_adapted
 from torch import nn
 
 SETTINGS = {
@@ -203,6 +203,17 @@ def test_mixed_batch_is_peft_s(saved):
         close(model(tokens).logits, expected)
 
 
+def test_mixed_batches_nest_and_do_not_mind_a_merge(saved):
+    model = together(saved)
+    with adapters_by_row(model, ["a", "b"]):
+        mixed = logits(model)
+        with adapters_by_row(model, [None, None]):
+            close(logits(model), logits(llama()))
+        assert torch.equal(logits(model), mixed)
+        merge_lora(model)
+        assert torch.equal(logits(model), mixed)
+
+
 def test_mixed_batch_has_gradients(saved):
     """Each adapter gets the gradient of its own rows."""
     model = together(saved)
@@ -281,10 +292,12 @@ def test_best_of_rank_is_the_cut_svd():
         (([], [], "mix"), "must name some of"),
         ((["a", "b"], [1], "mix"), "2 finite numbers"),
         ((["a", "b"], [1, float("nan")], "mix"), "2 finite numbers"),
+        ((["a", "b"], [1, "1"], "mix"), "2 finite numbers"),
         ((["a", "b"], [1, 1], "c"), "already"),
         ((["a", "b"], [1, 1], "mix", "ties"), "one of svd, cat, linear"),
         ((["a", "c"], [1, 1], "mix", "linear"), "equal ranks"),
         ((["a", "c"], [1, 1], "mix", "svd", 0), "svd_rank"),
+        ((["a", "c"], [1, 1], "mix", "svd", 1.5), "svd_rank must be an integer"),
     ],
     ids=lambda value: value if isinstance(value, str) else "",
 )

@@ -126,11 +126,19 @@ def test_a_block_alone_counts_positions_from_zero_and_looks_back_only():
         ((30, 4, 64), "d_model must be a multiple of num_heads = 4, got 30"),
         ((32, 4, 64, 3), "num_kv_heads must divide num_heads = 4, got 3"),
         ((12, 4, 64), "head_dim must be even"),
+        ((32, 0, 64), "num_heads must be at least 1, got 0"),
+        ((32, 4, 64, 0), "num_kv_heads must be at least 1, got 0"),
     ],
 )
 def test_sizes_that_do_not_fit_are_named(sizes, message):
     with pytest.raises(ValueError, match=message):
         TransformerBlock(*sizes)
+
+
+@pytest.mark.parametrize("heads", [0, 3])
+def test_heads_of_the_documents_layer_that_do_not_fit(heads):
+    with pytest.raises(ValueError, match=f"num_heads must be at least 1 and divide d_model = 32, got {heads}"):
+        CheckpointedTransformerLayer(32, heads, 64)
 
 
 @pytest.mark.parametrize(

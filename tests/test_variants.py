@@ -1,10 +1,10 @@
-"""rsLoRA, LoRA+, LoRA-FA, PiSSA, LoftQ and DoRA, each against peft."""
+"""rsLoRA, LoRA+, LoRA-FA, PiSSA and LoftQ, each against peft."""
 
 import copy
 
-import peft
 import pytest
 import torch
+from adapted_models import adapted, close, copy_values, gpt2, llama, logits, our_layers, peft_layers
 from handtuned.nn import (
     LoRALinear,
     apply_lora_to_model,
@@ -13,79 +13,12 @@ from handtuned.nn import (
     merge_lora,
     unmerge_lora,
 )
-from handtuned.nn.adapter_math import dora_gain
 from handtuned.nn.adapters import load_adapter, save_adapter, set_adapter
-from handtuned.nn.multi import adapters_by_row
 from handtuned.nn.variants import dora_init, freeze_A, loftq_init, lora_plus_groups, pissa_init, use_rslora
 from handtuned.quant import NF4Linear, quantize_model
 from peft.optimizers import create_loraplus_optimizer
-from test_adapters import TOKENS, adapted, close, gpt2, llama, logits
 from torch import nn
-
-TARGETS = ["q_proj", "down_proj"]
-
-
-def ours(base=llama, rank=4, alpha=16, targets=TARGETS, **settings):
-    return apply_lora_to_model(base(), rank=rank, lora_alpha=alpha, target_modules=targets, **settings)
-
-
-def theirs(base=llama, rank=4, alpha=16, targets=TARGETS, **settings):
-    config = peft.LoraConfig(r=rank, lora_alpha=alpha, target_modules=targets, task_type="CAUSAL_LM", **settings)
-    torch.manual_seed(0)
-    return peft.get_peft_model(base(), config).eval()
-
-
-def peft_layers(model):
-    layers = {p: m for p, m in model.base_model.model.named_modules() if isinstance(m, peft.tuners.lora.LoraLayer)}
-    return dict(sorted(layers.items()))
-
-
-def our_layers(model):
-    return dict(sorted((path, layer) for path, layer in model.named_modules() if isinstance(layer, LoRALinear)))
-
-
-def copy_values(source, target):
-    """peft's A, B and magnitudes into ours."""
-    with torch.no_grad():
-        for a, b in zip(peft_layers(source).values(), our_layers(target).values(), strict=True):
-            b.lora_A.copy_(a.lora_A["default"].weight)
-            b.lora_B.copy_(a.lora_B["default"].weight)
-            if b.lora_magnitude is not None:
-                b.lora_magnitude.copy_(a.lora_magnitude_vector["default"].weight)
-
-
-def steps(model, optimizer, count=5):
-    """A few steps on a fixed batch; the losses."""
-    losses = []
-    for _ in range(count):
-        optimizer.zero_grad()
-        loss = model(TOKENS, labels=TOKENS).loss
-        loss.backward()
-        optimizer.step()
-        losses.append(loss.item())
-    return losses
-
-
-def same_gradients(model, other):
-    for one in (model, other):
-        one.zero_grad()
-        one(TOKENS, labels=TOKENS).loss.backward()
-    for (path, a), b in zip(peft_layers(other).items(), our_layers(model).values(), strict=True):
-        torch.testing.assert_close(b.lora_A.grad, a.lora_A["default"].weight.grad, rtol=1e-4, atol=1e-6, msg=path)
-        torch.testing.assert_close(b.lora_B.grad, a.lora_B["default"].weight.grad, rtol=1e-4, atol=1e-6, msg=path)
-        if b.lora_magnitude is not None:
-            expected = a.lora_magnitude_vector["default"].weight.grad
-            torch.testing.assert_close(b.lora_magnitude.grad, expected, rtol=1e-4, atol=1e-6, msg=path)
-
-
-def round_trip(model, tmp_path, base=llama):
-    """The file gives peft and us, on a fresh base, the same model."""
-    save_adapter(model, tmp_path)
-    expected = logits(model.eval())
-    close(logits(peft.PeftModel.from_pretrained(base(), tmp_path)), expected)
-    again = base()
-    load_adapter(again, tmp_path)
-    close(logits(again), expected)
+from variant_twins import TARGETS, ours, round_trip, same_gradients, steps, theirs
 
 
 def test_rslora(tmp_path):
@@ -211,6 +144,19 @@ def test_pissa_randomized_is_near_the_exact():
     close(logits(fast), logits(llama()))
 
 
+def test_pissa_and_loftq_take_account_of_the_scalings_sign():
+    model = ours(alpha=-8)
+    pissa_init(model)
+    layer = next(iter(our_layers(model).values()))
+    W = layer.base_layer.weight
+    left = (W - layer.scaling * layer.lora_B @ layer.lora_A).norm()
+    torch.testing.assert_close(left, torch.linalg.svdvals(W)[4:].norm(), rtol=1e-4, atol=0)
+    model = ours(lambda: quantize_model(llama()), alpha=-8)
+    assert all(after < before for before, after in loftq_init(model, llama().state_dict()).values())
+    with pytest.raises(ValueError, match="lora_alpha is 0"):
+        pissa_init(ours(alpha=0))
+
+
 def test_pissa_refuses_nf4():
     model = ours(lambda: quantize_model(llama()))
     before = [parameter.detach().clone() for parameter in lora_parameters(model)]
@@ -273,74 +219,6 @@ def test_loftq_errors():
     with pytest.raises(ValueError, match=r"must be \(64, 128\), got \(3, 3\)"):
         loftq_init(model, wrong)
     assert all(torch.equal(a, b) for a, b in zip(before, lora_parameters(model), strict=True))
-
-
-@pytest.mark.parametrize("base", [llama, gpt2], ids=["linear", "conv1d"])
-def test_dora_is_peft_s(base, tmp_path):
-    targets = TARGETS if base is llama else ["c_attn", "c_proj"]
-    model = ours(base, targets=targets)
-    other = theirs(base, targets=targets, use_dora=True, init_lora_weights=False)
-    dora_init(model)
-    close(logits(model), logits(base()))  # at the start DoRA is the base
-    copy_values(other, model)
-    close(logits(model), logits(other))
-    same_gradients(model, other)
-    optimizers = [torch.optim.SGD([p for p in one.parameters() if p.requires_grad], lr=0.1) for one in (model, other)]
-    torch.testing.assert_close(steps(model, optimizers[0]), steps(other, optimizers[1]), rtol=1e-4, atol=1e-5)
-    close(logits(model), logits(other))
-    round_trip(model, tmp_path, base)
-
-
-@pytest.mark.filterwarnings("ignore")
-def test_we_load_peft_s_dora(tmp_path):
-    other = theirs(use_dora=True, init_lora_weights=False)
-    with torch.no_grad():
-        for layer in peft_layers(other).values():
-            layer.lora_magnitude_vector["default"].weight.mul_(1.3)
-    other.save_pretrained(tmp_path)
-    model = llama()
-    load_adapter(model, tmp_path)
-    close(logits(model), logits(other))
-
-
-def test_dora_init_measures_the_adapter_that_is_there():
-    """Turned on later, DoRA starts at the weight as trained so far."""
-    model = adapted(llama())
-    before = logits(model)
-    dora_init(model)
-    close(logits(model), before)
-
-
-def test_dora_on_nf4_merges_switches_and_mixes(tmp_path):
-    model = ours(lambda: quantize_model(llama()))
-    dora_init(model)
-    for parameter in lora_parameters(model):
-        parameter.data.add_(torch.randn_like(parameter) * 0.05)
-    trained = logits(model)
-    merge_lora(model, dequantize=True)
-    close(logits(model), trained)
-    unmerge_lora(model)
-    save_adapter(model, tmp_path / "dora")
-    save_adapter(adapted(llama()), tmp_path / "plain")
-    load_adapter(model, tmp_path / "plain", "plain")
-    plain = logits(model)
-    set_adapter(model, "default")
-    assert torch.equal(logits(model), trained)
-    with adapters_by_row(model, ["plain", "default"]):
-        mixed = logits(model)
-    close(mixed, torch.stack([plain[0], trained[1]]))
-    again = quantize_model(llama())
-    load_adapter(again, tmp_path / "dora")
-    close(logits(again), trained)
-
-
-def test_dora_gain_without_forming_the_sum():
-    layer = LoRALinear(nn.Linear(40, 30), rank=7, lora_alpha=7)
-    nn.init.normal_(layer.lora_B)
-    layer.lora_magnitude = nn.Parameter(torch.rand(30))
-    W = layer.base_layer.weight.double()
-    expected = layer.lora_magnitude / (W + layer.lora_B.double() @ layer.lora_A.double()).norm(dim=1)
-    torch.testing.assert_close(dora_gain(W.float(), layer).double(), expected, rtol=1e-5, atol=0)
 
 
 @pytest.mark.parametrize("call", [use_rslora, freeze_A, pissa_init, dora_init, lambda m: lora_plus_groups(m, 1)])

@@ -1,0 +1,81 @@
+"""DoRA against PEFT's, and beside everything else an adapter goes through."""
+
+import pytest
+import torch
+from adapted_models import adapted, close, copy_values, gpt2, llama, logits, peft_layers
+from handtuned.nn import LoRALinear, lora_parameters, merge_lora, unmerge_lora
+from handtuned.nn.adapter_math import dora_gain
+from handtuned.nn.adapters import load_adapter, save_adapter, set_adapter
+from handtuned.nn.multi import adapters_by_row
+from handtuned.nn.variants import dora_init
+from handtuned.quant import quantize_model
+from torch import nn
+from variant_twins import TARGETS, ours, round_trip, same_gradients, steps, theirs
+
+
+@pytest.mark.parametrize("base", [llama, gpt2], ids=["linear", "conv1d"])
+def test_dora_is_peft_s(base, tmp_path):
+    targets = TARGETS if base is llama else ["c_attn", "c_proj"]
+    model = ours(base, targets=targets)
+    other = theirs(base, targets=targets, use_dora=True, init_lora_weights=False)
+    dora_init(model)
+    close(logits(model), logits(base()))  # at the start DoRA is the base
+    copy_values(other, model)
+    close(logits(model), logits(other))
+    same_gradients(model, other)
+    optimizers = [torch.optim.SGD([p for p in one.parameters() if p.requires_grad], lr=0.1) for one in (model, other)]
+    torch.testing.assert_close(steps(model, optimizers[0]), steps(other, optimizers[1]), rtol=1e-4, atol=1e-5)
+    close(logits(model), logits(other))
+    round_trip(model, tmp_path, base)
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_we_load_peft_s_dora(tmp_path):
+    other = theirs(use_dora=True, init_lora_weights=False)
+    with torch.no_grad():
+        for layer in peft_layers(other).values():
+            layer.lora_magnitude_vector["default"].weight.mul_(1.3)
+    other.save_pretrained(tmp_path)
+    model = llama()
+    load_adapter(model, tmp_path)
+    close(logits(model), logits(other))
+
+
+def test_dora_init_measures_the_adapter_that_is_there():
+    """Turned on later, DoRA starts at the weight as trained so far."""
+    model = adapted(llama())
+    before = logits(model)
+    dora_init(model)
+    close(logits(model), before)
+
+
+def test_dora_on_nf4_merges_switches_and_mixes(tmp_path):
+    model = ours(lambda: quantize_model(llama()))
+    dora_init(model)
+    for parameter in lora_parameters(model):
+        parameter.data.add_(torch.randn_like(parameter) * 0.05)
+    trained = logits(model)
+    merge_lora(model, dequantize=True)
+    close(logits(model), trained)
+    unmerge_lora(model)
+    save_adapter(model, tmp_path / "dora")
+    save_adapter(adapted(llama()), tmp_path / "plain")
+    load_adapter(model, tmp_path / "plain", "plain")
+    plain = logits(model)
+    set_adapter(model, "default")
+    assert torch.equal(logits(model), trained)
+    with adapters_by_row(model, ["plain", "default"]):
+        mixed = logits(model)
+    close(mixed, torch.stack([plain[0], trained[1]]))
+    again = quantize_model(llama())
+    load_adapter(again, tmp_path / "dora")
+    close(logits(again), trained)
+
+
+def test_dora_gain_without_forming_the_sum():
+    layer = LoRALinear(nn.Linear(40, 30), rank=7, lora_alpha=7)
+    nn.init.normal_(layer.lora_B)
+    layer.lora_magnitude = nn.Parameter(torch.rand(30))
+    W = layer.base_layer.weight.double()
+    expected = layer.lora_magnitude / (W + layer.lora_B.double() @ layer.lora_A.double()).norm(dim=1)
+    torch.testing.assert_close(dora_gain(W.float(), layer).double(), expected, rtol=1e-5, atol=0)

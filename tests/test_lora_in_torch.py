@@ -1,0 +1,105 @@
+"""One LoRA layer under what torch wraps around modules: compile, checkpoint, DistributedDataParallel."""
+
+import copy
+
+import pytest
+import torch
+from handtuned.amp import autocast
+from handtuned.quant import NF4Linear
+from lora_layers import adapted, run
+from torch import nn
+
+
+@pytest.mark.parametrize("quantize", [False, True], ids=["linear", "nf4"])
+@pytest.mark.parametrize("dropout", [0.0, 0.3], ids=["no-dropout", "dropout"])
+def test_compiles_without_a_graph_break(quantize, dropout):
+    """aot_eager traces forward and backward as inductor does, and then runs the same operations."""
+    base = nn.Linear(64, 48)
+    layer = adapted(NF4Linear.from_linear(base) if quantize else base, dropout=dropout)
+    torch._dynamo.reset()
+    compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
+    x, dy = torch.randn(3, 64), torch.randn(3, 48)
+    results = []
+    for function in (layer, compiled):
+        torch.manual_seed(0)
+        results.append(run(function, layer.lora_A, layer.lora_B, x, dy))
+    for name in results[0]:
+        torch.testing.assert_close(results[1][name], results[0][name])
+
+
+def test_compiles_with_the_kernels_as_operations(kernel_backend, device):
+    """The launchers appear as custom operations, in one graph; a row of NF4 goes to the streaming kernel."""
+    for base, rows in ((nn.Linear(64, 48), 3), (NF4Linear.from_linear(nn.Linear(64, 48)), 1)):
+        layer = adapted(base).to(device)
+        torch._dynamo.reset()
+        compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
+        x, dy = torch.randn(rows, 64, device=device), torch.randn(rows, 48, device=device)
+        want, got = (run(f, layer.lora_A, layer.lora_B, x, dy) for f in (layer, compiled))
+        for name in want:
+            torch.testing.assert_close(got[name], want[name])
+
+
+@pytest.mark.parametrize("use_reentrant", [False, True])
+def test_under_torchs_checkpoint_even_with_dropout(use_reentrant):
+    from torch.utils.checkpoint import checkpoint
+
+    layers = nn.Sequential(adapted(nn.Linear(64, 64), dropout=0.4), nn.Tanh(), adapted(nn.Linear(64, 8), dropout=0.4))
+    x = torch.randn(4, 64, requires_grad=True)
+    results = []
+    for function in (layers, lambda x: checkpoint(layers, x, use_reentrant=use_reentrant)):
+        torch.manual_seed(2)
+        layers.zero_grad()
+        x.grad = None
+        y = function(x)
+        y.square().sum().backward()
+        results.append([y.detach(), x.grad, *(p.grad.clone() for p in layers.parameters() if p.requires_grad)])
+    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+
+
+def _ddp_worker(rank, folder, results):
+    torch.set_num_threads(1)
+    torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=2)
+    torch.manual_seed(0)
+    layer = adapted(NF4Linear.from_linear(nn.Linear(64, 48)))
+    x = torch.randn(8, 64)
+    model = nn.parallel.DistributedDataParallel(layer)
+    for _ in range(2):
+        model.zero_grad()
+        model(x[rank * 4 :][:4]).square().mean().backward()
+    alone = copy.deepcopy(layer)
+    alone.zero_grad()
+    alone(x).square().mean().backward()
+    same = all(
+        torch.allclose(a.grad, b.grad, atol=1e-6)
+        for a, b in ((layer.lora_A, alone.lora_A), (layer.lora_B, alone.lora_B))
+    )
+    results.put(same)
+    torch.distributed.destroy_process_group()
+
+
+def test_two_processes_under_ddp_average_their_gradients(tmp_path):
+    context = torch.multiprocessing.get_context("spawn")
+    results = context.SimpleQueue()
+    workers = [context.Process(target=_ddp_worker, args=(rank, tmp_path, results)) for rank in range(2)]
+    for worker in workers:
+        worker.start()
+    for worker in workers:
+        worker.join(60)
+        assert worker.exitcode == 0
+    assert results.get() and results.get()
+
+
+@pytest.mark.parametrize("quantize", [False, True], ids=["linear", "nf4"])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=["fp16", "bf16"])
+def test_the_autocast_by_hand_is_torchs(dtype, quantize):
+    base = nn.Linear(64, 48)
+    layer = adapted(NF4Linear.from_linear(base, compute_dtype=dtype) if quantize else base)
+    x, dy = torch.randn(3, 64), torch.randn(3, 48, dtype=dtype)
+    results = []
+    for context in (autocast(dtype), torch.autocast("cpu", dtype)):
+        with context:
+            y = layer(x)
+        results.append((y.to(dtype), *torch.autograd.grad(y, (layer.lora_A, layer.lora_B), dy.to(y.dtype))))
+        assert quantize or y.dtype == dtype
+    for ours, theirs in zip(*results, strict=True):
+        assert torch.equal(ours, theirs)
