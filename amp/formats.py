@@ -85,6 +85,8 @@ class FloatFormat:
     def round(self, x):
         """The nearest number of the format, ties to the even mantissa; beyond the largest: infinity (NaN in e4m3).
 
+        Casts to e4m3 may saturate at 448 instead, as those of torch 2.13 do: the OCP FP8 specification has both modes.
+
         Args:
             x: a number, or a tensor of any shape and float dtype.
 

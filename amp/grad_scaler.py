@@ -154,12 +154,12 @@ class GradScaler:
         """Hand scale and flag to an optimizer whose kernel unscales and skips by itself (torch's protocol)."""
         grad_scale = getattr(optimizer, "grad_scale", None)
         if state.stage is _Stage.READY:
-            ones = torch.ones((), device=self._scale.device)
+            ones = torch.ones_like(self._scale)
             self._check_and_multiply(optimizer, ones, allow_fp16=True)
             grad_scale = self._scale if grad_scale is None else self._scale * grad_scale
         flags = [flag.to(self._scale.device, non_blocking=True) for flag in state.found_inf.values()]
         optimizer.grad_scale = grad_scale
-        optimizer.found_inf = sum(flags) if flags else torch.zeros((), device=self._scale.device)
+        optimizer.found_inf = sum(flags) if flags else torch.zeros_like(self._scale)
         try:
             return optimizer.step(*args, **kwargs)
         finally:
@@ -231,7 +231,7 @@ class GradScaler:
         flags = self._states[optimizer].found_inf
         flags.clear()
         for (device, _), grads in groups.items():
-            flag = flags.setdefault(device, torch.zeros((), device=device))
+            flag = flags.setdefault(device, torch.zeros((), dtype=torch.float32, device=device))
             unscale_(grads, factor.to(device, non_blocking=True), flag)
 
     def _materialize(self, device: torch.device) -> None:

@@ -1,5 +1,7 @@
 """One training step in mixed precision: cast, scale, accumulate, unscale, clip, step, adapt the scale."""
 
+from collections.abc import Mapping
+
 import torch
 import torch.nn.functional as F
 
@@ -36,7 +38,7 @@ class MixedPrecisionTrainer:
         masters: the `MasterWeights`, or None for an FP32 model.
 
     Raises:
-        ValueError: another dtype, `accumulation_steps` < 1, or `max_norm` ≤ 0.
+        ValueError: another dtype, `accumulation_steps` no whole number or < 1, or `max_norm` ≤ 0.
     """
 
     def __init__(
@@ -51,8 +53,8 @@ class MixedPrecisionTrainer:
     ):
         if dtype not in LOW:
             raise ValueError(f"dtype must be torch.float16 or torch.bfloat16, got {dtype}")
-        if accumulation_steps < 1:
-            raise ValueError(f"accumulation_steps must be at least 1, got {accumulation_steps}")
+        if not isinstance(accumulation_steps, int) or accumulation_steps < 1:
+            raise ValueError(f"accumulation_steps must be a whole number and at least 1, got {accumulation_steps!r}")
         if max_norm is not None and not max_norm > 0:
             raise ValueError(f"max_norm must be above 0 or None, got {max_norm}")
         if getattr(optimizer, "across_ranks", False):  # a ZeroOptimizer's
@@ -82,7 +84,7 @@ class MixedPrecisionTrainer:
             self.model.zero_grad()  # its 16-bit parameters are not the optimizer's
         device = labels.device.type
         with torch.autocast(device, dtype=self.dtype):
-            outputs = self.model(**inputs) if isinstance(inputs, dict) else self.model(inputs)
+            outputs = self.model(**inputs) if isinstance(inputs, Mapping) else self.model(inputs)
         logits = getattr(outputs, "logits", outputs)
         if logits.shape[:-1] != labels.shape:
             raise ValueError(f"labels must have shape {tuple(logits.shape[:-1])}, got {tuple(labels.shape)}")

@@ -233,7 +233,7 @@ def _launch(rows, rates, dtypes, grad_scale, found_inf, sq_norm):
     aligned = all(address % 16 == 0 for row in table for address in (*row[:4], row[5]))
     tensors = address_table(table, device)
     chunks = chunk_table(tuple(row[6] for row in table), BLOCK, device)
-    scalars = torch.empty(len(rows), 8, device=device)
+    scalars = torch.empty(len(rows), 8, dtype=torch.float32, device=device)
     p_dtype, g_dtype, copy_dtype = (TRITON_DTYPES.get(dtype) for dtype in dtypes)
     with on_device(scalars):
         _prepare_kernel[(len(rows),)](tensors, rates, scalars, grad_scale, found_inf, sq_norm, num_warps=1)
@@ -290,7 +290,7 @@ def adamw_step_(
             if tensor.dtype not in TRITON_DTYPES:
                 raise TypeError(f"params, grads, copies must be float32, float16 or bfloat16, got {tensor.dtype}")
         by_dtypes.setdefault((p.dtype, g.dtype, copy.dtype if copy is not None else None), []).append(row)
-    rates = torch.tensor([_rates(group, max_norm) for group in groups], dtype=torch.float64)
+    rates = torch.tensor([_rates(group, max_norm) for group in groups], dtype=torch.float64, device="cpu")
     rates = rates.to(rows[0][1].device, non_blocking=True)
     for dtypes, same in by_dtypes.items():
         _launch(same, rates, dtypes, grad_scale, found_inf, sq_norm)

@@ -53,12 +53,12 @@ class GradientAccumulationTrainer:
         last_loss: mean loss of the last micro-batch's answer tokens (0-dim; NaN if it had none).
 
     Raises:
-        ValueError: `accumulation_steps` < 1, `max_norm` ≤ 0, or a ZeroOptimizer on several ranks.
+        ValueError: `accumulation_steps` no whole number or < 1, `max_norm` ≤ 0, or a ZeroOptimizer on several ranks.
     """
 
     def __init__(self, model, optimizer, accumulation_steps=4, max_norm=1.0, scheduler=None, scaler=None):
-        if accumulation_steps < 1:
-            raise ValueError(f"accumulation_steps must be at least 1, got {accumulation_steps}")
+        if not isinstance(accumulation_steps, int) or accumulation_steps < 1:
+            raise ValueError(f"accumulation_steps must be a whole number and at least 1, got {accumulation_steps!r}")
         if max_norm is not None and not max_norm > 0:
             raise ValueError(f"max_norm must be above 0 or None, got {max_norm}")
         if getattr(optimizer, "across_ranks", False):  # a ZeroOptimizer's

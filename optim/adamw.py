@@ -14,12 +14,24 @@ from ..kernels import backend
 from ..kernels.adamw import ParamGroup, adamw_step_, adamw_step_reference_, gradient_factor, same_layout
 from ..kernels.unscale import squared_norm
 
+# With the hyperparameters these are torch's keys, so that the two classes read each other's state dicts.
+FLAGS = {
+    "amsgrad": False,
+    "maximize": False,
+    "foreach": None,
+    "capturable": False,
+    "differentiable": False,
+    "fused": None,
+    "decoupled_weight_decay": True,
+}
+
 
 def adamw_step_cpu_(groups, grad_scale=None, found_inf=None, sq_norm=None, max_norm=None):
     """`adamw_step_` for CPU tensors by torch's fused C++ AdamW, which rounds differently in the last bit."""
     if found_inf is not None and found_inf.item() != 0:
         return
     factor = gradient_factor(grad_scale, sq_norm, max_norm)
+    scale = torch.tensor(factor, dtype=torch.float64, device="cpu").reciprocal().float()
     for group in groups:
         # The C++ loop walks all four tensors by the same offsets and does not look at their strides.
         write_back, dense = [], []
@@ -36,7 +48,7 @@ def adamw_step_cpu_(groups, grad_scale=None, found_inf=None, sq_norm=None, max_n
             [],
             group.steps,
             fused=True,
-            grad_scale=None if factor == 1.0 else torch.tensor(factor, dtype=torch.float64).reciprocal().float(),
+            grad_scale=None if factor == 1.0 else scale,
             amsgrad=False,
             beta1=group.betas[0],
             beta2=group.betas[1],
@@ -92,25 +104,26 @@ class AdamW(torch.optim.Optimizer):
         maximize: bool = False,
         amsgrad: bool = False,
     ):
-        # torch's keys, so that the two classes read each other's state dicts.
         defaults = {
             "lr": lr,
-            "betas": betas,
+            "betas": tuple(betas),
             "eps": eps,
             "weight_decay": weight_decay,
+            **FLAGS,
             "amsgrad": amsgrad,
             "maximize": maximize,
-            "foreach": None,
-            "capturable": False,
-            "differentiable": False,
             "fused": fused,
-            "decoupled_weight_decay": True,
         }
         super().__init__(params, defaults)
 
+    def __setstate__(self, state: dict) -> None:
+        super().__setstate__(state)
+        for group in self.param_groups:  # a state dict of an earlier torch lacks the younger flags
+            group.update(FLAGS | group)
+
     def add_param_group(self, param_group: dict) -> None:
         super().add_param_group(param_group)
-        check_group(self.param_groups[-1])
+        check_last_group(self)
 
     def load_state_dict(self, state_dict: dict) -> None:
         """Load this class's or torch.optim.AdamW's state dict."""
@@ -169,7 +182,7 @@ class AdamW(torch.optim.Optimizer):
                 raise RuntimeError("AdamW does not support sparse gradients; use torch.optim.SparseAdam")
             state = self.state[p]
             if not state:
-                state["step"] = torch.zeros((), dtype=torch.float32)
+                state["step"] = torch.zeros((), dtype=torch.float32, device=p.device)
                 state["exp_avg"] = torch.zeros_like(p)
                 state["exp_avg_sq"] = torch.zeros_like(p)
             step = state["step"]
@@ -205,11 +218,25 @@ def _check_flags(group: dict) -> None:
             raise ValueError(f"{flag} must be False, got {group[flag]!r}: this AdamW does not have it")
 
 
-def check_group(group: dict) -> None:
+def check_last_group(optimizer: torch.optim.Optimizer) -> None:
+    """Refuse the parameter group that was added last, and then without leaving it behind."""
+    try:
+        _check_group(optimizer.param_groups[-1])
+    except (TypeError, ValueError):
+        del optimizer.param_groups[-1]
+        raise
+
+
+def _check_group(group: dict) -> None:
     _check_flags(group)
     for name in ("lr", "eps", "weight_decay"):
-        if not group[name] >= 0:
-            raise ValueError(f"{name} must be at least 0, got {group[name]}")
+        value = group[name]
+        if isinstance(value, torch.Tensor) and value.numel() != 1:
+            raise ValueError(f"{name} must be a number or a tensor of 1 element, got shape {tuple(value.shape)}")
+        if not value >= 0:
+            raise ValueError(f"{name} must be at least 0, got {value}")
+    if len(group["betas"]) != 2:
+        raise ValueError(f"betas must be two numbers, got {group['betas']}")
     for i, beta in enumerate(group["betas"]):
         if not 0 <= beta < 1:
             raise ValueError(f"betas[{i}] must be at least 0 and below 1, got {beta}")

@@ -20,7 +20,7 @@ from functools import lru_cache
 import torch
 
 from ..kernels.adamw import ParamGroup
-from .adamw import check_group, step_function
+from .adamw import check_last_group, step_function
 
 BLOCK_SIZE = 256
 HALF_RANGE = 2.0**15  # a block's largest value in FP16: as far from overflow as small ones from underflow
@@ -34,12 +34,12 @@ def dynamic_code(signed: bool) -> torch.Tensor:
     """
     levels = [0.0, 1.0]
     for i in range(7):
-        edges = torch.linspace(0.1, 1, 2 ** (i if signed else i + 1) + 1, dtype=torch.float64)
+        edges = torch.linspace(0.1, 1, 2 ** (i if signed else i + 1) + 1, dtype=torch.float64, device="cpu")
         middles = ((edges[1:] + edges[:-1]) / 2 * 10.0 ** (i - 6)).tolist()
         levels += middles
         if signed:
             levels += [-level for level in middles]
-    return torch.tensor(sorted(levels), dtype=torch.float32)
+    return torch.tensor(sorted(levels), dtype=torch.float32, device="cpu")
 
 
 @lru_cache
@@ -49,7 +49,7 @@ def _nearest_table(signed: bool) -> torch.Tensor:
     A table read is several times as fast as a search among the levels. Positive numbers never get the level zero.
     """
     code = dynamic_code(signed)
-    h = torch.arange(-32768, 32768, dtype=torch.int16).view(torch.float16).float()
+    h = torch.arange(-32768, 32768, dtype=torch.int16, device="cpu").view(torch.float16).float()
     levels = torch.bucketize(h / HALF_RANGE, (code[1:] + code[:-1]) / 2)
     zero = int((code == 0).nonzero())
     return torch.where((levels == zero) & (h > 0), zero + 1, levels).to(torch.uint8)
@@ -98,7 +98,7 @@ class AdamW8bit(torch.optim.Optimizer):
 
     def add_param_group(self, param_group: dict) -> None:
         super().add_param_group(param_group)
-        check_group(self.param_groups[-1])
+        check_last_group(self)
 
     def load_state_dict(self, state_dict: dict) -> None:
         """Load a state dict; unlike the base class, tensors keep the dtypes in which they were saved."""

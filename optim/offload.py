@@ -30,7 +30,7 @@ class Host:
 
     def fetch(self, tensor: torch.Tensor) -> torch.Tensor:
         """A copy in host memory; on a GPU it is complete after `wait`."""
-        copy = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=self.stream is not None)
+        copy = torch.empty(tensor.shape, dtype=tensor.dtype, device="cpu", pin_memory=self.stream is not None)
         if self.stream is None:
             return copy.copy_(tensor)
         self.stream.wait_stream(torch.cuda.current_stream(self.device))

@@ -56,7 +56,7 @@ class Reduction:
         self._ready: set[Shard] = set()
         self._arrived: dict[Shard, torch.Tensor] = {}  # reduced, not yet in .grad
         self._used: set[int] = set()
-        self._largest: list[torch.Tensor] = []
+        self._finite: list[torch.Tensor] = []
 
     def hooks(self) -> list:
         me = weakref.ref(self)  # the parameters must not keep this alive
@@ -108,7 +108,7 @@ class Reduction:
             rows = pack([self._take(shard, early) for shard in group], size).mul_(1 / size)
             mine = self.group.reduce_scatter(rows)
             if mine.numel():
-                self._largest.append(torch.linalg.vector_norm(mine, torch.inf).float())
+                self._finite.append(torch.linalg.vector_norm(mine, torch.inf).isfinite())
             for shard, padded in zip(group, mine.split([width(shard.numel, size) for shard in group]), strict=True):
                 mean = padded[: shard.stop - shard.start]
                 mean = mean if self.host is None else self.host.fetch(mean)
@@ -148,7 +148,7 @@ class Reduction:
 
     @torch.no_grad()
     def _settle(self) -> None:
-        overflow = ~torch.stack(self._largest).isfinite().all() if self._largest else None
+        overflow = ~torch.stack(self._finite).all() if self._finite else None
         *used, overflow = self._on_any_rank(self._used, overflow)
         self._wait()
         for shard, mean in self._arrived.items():

@@ -169,8 +169,11 @@ class ZeroOptimizer(torch.optim.Optimizer):
 
     def _clip(self, grads: list[torch.Tensor], max_norm: float, norm_type: float = 2.0) -> torch.Tensor:
         device = self.shards[0].param.device
-        norms = [torch.linalg.vector_norm(g, norm_type, dtype=_at_least_fp32(g.dtype)) for g in grads if g.numel()]
-        local = torch.stack(norms).to(device) if norms else torch.zeros(1, device=device)
+        # One dtype for all ranks, whatever their own shards have.
+        wide = any(shard.param.dtype == torch.float64 for shard in self.trained)
+        dtype = torch.float64 if wide else torch.float32
+        norms = [torch.linalg.vector_norm(g, norm_type, dtype=dtype) for g in grads if g.numel()]
+        local = torch.stack(norms).to(device) if norms else torch.zeros(1, dtype=dtype, device=device)
         if norm_type == torch.inf:
             norm = self.group.all_reduce(local.max(), dist.ReduceOp.MAX)
         else:
@@ -323,10 +326,6 @@ class ZeroOptimizer(torch.optim.Optimizer):
 
 def _hyperparameters(group: dict) -> dict:
     return {key: value for key, value in group.items() if key not in ("params", "param_names")}
-
-
-def _at_least_fp32(dtype: torch.dtype) -> torch.dtype:
-    return torch.promote_types(dtype, torch.float32)
 
 
 def _remove(hooks: list) -> None:

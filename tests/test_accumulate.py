@@ -241,8 +241,9 @@ def test_last_loss_is_the_mean_over_the_micro_batch():
 def test_errors_name_the_argument():
     model = classifier()
     optimizer = AdamW(model.parameters())
-    with pytest.raises(ValueError, match="accumulation_steps"):
-        GradientAccumulationTrainer(model, optimizer, 0)
+    for steps in (0, 1.5, "2"):  # 1.5 micro-batches would never be complete, and nothing would be trained
+        with pytest.raises(ValueError, match="accumulation_steps"):
+            GradientAccumulationTrainer(model, optimizer, steps)
     with pytest.raises(ValueError, match="max_norm"):
         GradientAccumulationTrainer(model, optimizer, max_norm=0.0)
     with pytest.raises(ValueError, match="labels"):

@@ -46,6 +46,13 @@ def test_nearest_level_in_every_block(signed, size):
         assert (error <= budget)[~raised].all()
 
 
+def test_the_levels_are_kept_on_the_host_whatever_the_default_device():
+    """They are made once a process, which may be while a model is built on the meta device."""
+    dynamic_code.cache_clear()
+    with torch.device("meta"):
+        assert dynamic_code(True).device.type == "cpu"
+
+
 def test_no_positive_value_becomes_zero():
     x = torch.tensor([1.0, 1e-12, 0.0])
     back = dequantize_blocks(*quantize_blocks(x, signed=False), signed=False)

@@ -2,6 +2,7 @@
 
 import copy
 import math
+from collections import UserDict
 
 import pytest
 import torch
@@ -146,14 +147,17 @@ def test_logits_in_three_dimensions_and_ignored_labels():
     labels = torch.randint(5, (2, 7))
     labels[1, 3:] = -100
     expected = F.cross_entropy(model(ids).logits.flatten(0, 1), labels.flatten())
-    trainer = MixedPrecisionTrainer(model, sgd(model), torch.bfloat16)
-    assert trainer.train_step({"input_ids": ids}, labels) == pytest.approx(expected.item(), rel=0.02)
+    for inputs in ({"input_ids": ids}, UserDict(input_ids=ids)):  # a tokenizer's BatchEncoding is a UserDict
+        trainer = MixedPrecisionTrainer(model, sgd(model, lr=0.0), torch.bfloat16)
+        assert trainer.train_step(inputs, labels) == pytest.approx(expected.item(), rel=0.02)
     assert math.isnan(trainer.train_step(ids, torch.full_like(labels, -100)))
 
 
 def test_errors_name_the_argument():
     model = classifier()
-    for kwargs in ({"dtype": torch.float32}, {"accumulation_steps": 0}, {"max_norm": -1.0}):
+    for kwargs in (
+        {"dtype": torch.float32}, {"accumulation_steps": 0}, {"accumulation_steps": 1.5}, {"max_norm": -1.0}
+    ):  # fmt: skip
         with pytest.raises(ValueError, match=next(iter(kwargs))):
             MixedPrecisionTrainer(model, sgd(model), **kwargs)
     with pytest.raises(ValueError, match="labels"):

@@ -117,6 +117,17 @@ def check_clipping():
         race.finish(1e-13)
 
 
+def check_clipping_where_a_rank_owns_nothing():
+    """Every rank adds its part of the norm in one dtype, also the one that has no element and so no gradient."""
+    for stage in STAGES:
+        weights = [torch.nn.Parameter(torch.ones(1, dtype=dtype)) for dtype in (torch.float64, torch.bfloat16)]
+        zero = ZeroOptimizer(weights, torch.optim.SGD, stage=stage, lr=0.0)
+        with zero.gathered():
+            sum(3.0 * weight.double().sum() for weight in weights).backward()
+        assert abs(zero.clip_grad_norm_(1.0) - 18**0.5) <= 1e-15 * 18
+        zero.close()
+
+
 def check_scalers_skip_together():
     overflow_on_one_rank([GradScaler(init_scale=1024.0, growth_interval=3) for _ in range(4)])
     overflow_on_one_rank([torch.amp.GradScaler("cpu", init_scale=1024.0, growth_interval=3) for _ in range(4)])
