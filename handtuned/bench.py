@@ -1,28 +1,34 @@
 """`handtuned bench`: run the benchmarks of a checkout, `tests/bench_<name>.py`, against the rivals that are installed.
 
 A benchmark offers `cases(device, quick)`, which yields `contest.Case`s, or, where one process cannot hold all
-contestants, `measure(device, quick, rounds, against)`, which returns finished records. All run here, so
-that there is one way to check, to time and to tell: see `contest.py` for how times are taken and `roofline.py`
-for the ceilings that they are compared with.
+contestants, `measure(device, quick, rounds, against, share, deadline)`, which returns finished records. All run here,
+so that there is one way to check, to time and to tell: see `contest.py` for how times are taken and `roofline.py` for
+the ceilings that they are compared with.
+
+How a time limit is kept: each case has its share of what is left, and what it does not need goes to the others. Within
+its share it may have all its rounds, beyond it the first three, beyond the deadline none. Preparing and compiling count
+like everything else; one that is still at it when the minutes are nearly over is left, by ending the process. What was
+cut short or left out says so.
 """
 
 import argparse
 import datetime
 import importlib.util
 import json
+import math
 import os
-import platform
 import subprocess
 import sys
 import tempfile
+import threading
 import time
-from importlib import metadata
 from pathlib import Path
 
 import torch
 
 from . import records
-from .contest import OURS, RIVALS, compare, contest, libraries, table
+from .bench_report import describe, nvidia_smi, text, versions
+from .contest import OURS, RIVALS, TIME_UP, Case, compare, contest, cut_short, libraries, table
 from .kernels import backend
 from .models import choose_device, choose_dtype
 from .nn.files import write_json
@@ -35,7 +41,8 @@ FIRST = ("nf4", "qlora", "lora", "finetune", "matmul", "adamw", "unscale")  # wh
 SHORT = {torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16"}
 MINUTES = {"full": 8.0, "quick": 2.0}
 ROUNDS = {"full": 25, "quick": 5}
-CASE_SECONDS = {"full": 12.0, "quick": 2.0}
+BEGIN_UNTIL, STOP_AT = 0.95, 0.975  # of the minutes: begin nothing after the first, leave off at the second
+MEASURE_WEIGHT = 8  # a `measure`'s share of the time, in cases
 
 
 def low_precision(device: torch.device) -> torch.dtype:
@@ -62,78 +69,6 @@ def load(path: Path):
     return module
 
 
-def _nvidia_smi() -> dict[str, str]:
-    fields = ["driver_version", "clocks.sm", "clocks.max.sm", "clocks.mem", "temperature.gpu", "power.draw"]
-    command = ["nvidia-smi", f"--query-gpu={','.join(fields)}", "--format=csv,noheader", "--id=0"]
-    try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=20)
-    except (OSError, subprocess.TimeoutExpired):
-        return {}
-    values = done.stdout.strip().split(", ")
-    return dict(zip(fields, values, strict=True)) if len(values) == len(fields) else {}
-
-
-def describe(device: torch.device) -> dict:
-    """The device in words and numbers."""
-    if device.type == "cuda":
-        gpu = torch.cuda.get_device_properties(device)
-        about = {"kind": "cuda", "name": gpu.name, "arch": f"sm_{gpu.major}{gpu.minor}",
-                 "multiprocessors": gpu.multi_processor_count, "memory": gpu.total_memory}  # fmt: skip
-        return about | {"before": _nvidia_smi(), "after": {}}  # after: each benchmark, while clocks are still up
-    name = platform.processor() or platform.machine()
-    info = Path("/proc/cpuinfo")
-    if info.exists():
-        models = [line for line in info.read_text().splitlines() if line.startswith("model name")]
-        name = models[0].split(":", 1)[1].strip() if models else name
-    return {"kind": "cpu", "name": name, "threads": torch.get_num_threads(),
-            "capability": torch.backends.cpu.get_cpu_capability()}  # fmt: skip
-
-
-def versions() -> dict[str, str]:
-    """Versions of everything that a time may depend on, the rivals that are installed included."""
-    found = records.versions()
-    for package in ("peft", "bitsandbytes", "liger_kernel", "unsloth"):
-        try:
-            found[package] = metadata.version(package)
-        except metadata.PackageNotFoundError:
-            found[package] = "not installed"
-    return found | ({"cuda": torch.version.cuda} if torch.version.cuda else {})
-
-
-def _unit(seconds: float) -> tuple[float, str]:
-    return (1e6, "µs") if seconds < 1e-3 else (1e3, "ms") if seconds < 1 else (1, "s")
-
-
-def text(record: dict) -> str:
-    """One record as a small table."""
-    times = record["contestants"]
-    head = record["name"]
-    if "floor" in record:
-        factor, unit = _unit(record["floor"])
-        head += f"   floor {record['floor'] * factor:.3g} {unit} ({record['bound']})"
-    lines = [head if record.get("cold", True) else head + "   [inputs fit in the cache]"]
-    if times:
-        factor, unit = _unit(times[OURS]["median"])
-        width = max(map(len, times))
-        lines.append(f"  {'':{width}} {'median ' + unit:>10} {'p20 – p80':>17} {'speed':>15} {'of ceiling':>11}"
-                     f" {'host ' + unit:>9} {'ratio':>7}")  # fmt: skip
-    for name, taken in times.items():
-        spread = f"{taken['p20'] * factor:.4g} – {taken['p80'] * factor:.4g}"
-        if "tokens_per_second" in taken:
-            speed = f"{taken['tokens_per_second']:.0f} tokens/s"
-        elif record.get("bound") == "arithmetic":
-            speed = f"{taken['flops_per_second'] / 1e12:.3g} TFLOP/s"
-        else:
-            speed = f"{taken['bytes_per_second'] / 1e9:.4g} GB/s" if "bytes_per_second" in taken else ""
-        share = f"{taken['of_ceiling']:.0%}" if "of_ceiling" in taken else ""
-        lines.append(f"  {name:{width}} {taken['median'] * factor:10.4g} {spread:>17} {speed:>15} {share:>11}"
-                     f" {taken['host'] * factor:9.3g} {taken['ratio']:6.2f}x"
-                     + (f"  peak {taken['peak_bytes'] / 1e6:.0f} MB" if "peak_bytes" in taken else ""))  # fmt: skip
-    lines += [f"  {name}: skipped, {why}" for name, why in record["skipped"].items()]
-    lines += [f"  {name}: NOT TIMED, {why}" for name, why in record["failed"].items()]
-    return "\n".join(lines)
-
-
 def _lost(device: torch.device) -> bool:
     """Whether an error has made the GPU unusable for the rest of this process."""
     if device.type != "cuda":
@@ -145,30 +80,51 @@ def _lost(device: torch.device) -> bool:
     return False
 
 
-def run_benchmark(name, device, mode, against, rounds, ceilings, deadline):
-    """Yield the records of one benchmark until the time is up; what stops it becomes a record too."""
+def _plan(names: list[str], device: torch.device, quick: bool) -> list[tuple[str, object]]:
+    """(benchmark, what to run) in order: a `Case`, a module with `measure`, or the error that a script ended in."""
+    plan = []
+    for name in names:
+        try:
+            module = load(found_benchmarks()[name])
+            jobs = [module] if hasattr(module, "measure") else module.cases(device, quick)
+            plan += ((name, job) for job in jobs)
+        except Exception as error:
+            plan.append((name, error))
+    return plan
+
+
+def _weight(job) -> int:
+    return MEASURE_WEIGHT if hasattr(job, "measure") else 1
+
+
+def _untimed(name: str, job, skipped: str = "", failed: str = "") -> dict:
+    return {"name": job.name if isinstance(job, Case) else name, "bytes": 0, "flops": 0, "contestants": {},
+            "skipped": {"all": skipped} if skipped else {}, "failed": {OURS: failed} if failed else {}}  # fmt: skip
+
+
+def _run_job(name, job, device, mode, against, rounds, ceilings, share, deadline) -> list[dict]:
+    """The records of one job; what stops it becomes a record too."""
+    if time.monotonic() >= deadline:
+        return [_untimed(name, job, skipped=TIME_UP)]
     try:
-        yield from _records(load(found_benchmarks()[name]), device, mode, against, rounds, ceilings, deadline)
+        if isinstance(job, Exception):
+            raise job
+        if not isinstance(job, Case):
+            return job.measure(device, mode == "quick", rounds, against, share, deadline)
+        record = contest(job, device, against, rounds, share, deadline)
+        return [record if _lost(device) else ceilings.rate_records(record)]
     except Exception as error:
-        failed = {OURS: f"{type(error).__name__}: {error}"}
-        yield {"name": name, "bytes": 0, "flops": 0, "contestants": {}, "skipped": {}, "failed": failed}
+        return [_untimed(name, job, failed=f"{type(error).__name__}: {error}")]
 
 
-def _records(module, device, mode, against, rounds, ceilings, deadline):
-    quick = mode == "quick"
-    if hasattr(module, "measure"):
-        yield from module.measure(device, quick, rounds, against)
-        return
-    for case in module.cases(device, quick):
-        if time.monotonic() > deadline:
-            skipped = {"all": "the time was up"}
-            yield {"name": case.name, "bytes": 0, "flops": 0, "contestants": {}, "skipped": skipped, "failed": {}}
-            continue
-        record = contest(case, device, against, rounds, CASE_SECONDS[mode])
-        if _lost(device):
-            yield record
-            return
-        yield ceilings.rate_records(record)
+def _minutes(word: str) -> float:
+    try:
+        minutes = math.inf if word == "none" else float(word)
+    except ValueError:
+        minutes = 0.0
+    if not minutes > 0:
+        raise argparse.ArgumentTypeError(f"expected minutes above 0, or none, got {word!r}")
+    return minutes
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -178,7 +134,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N")
     parser.add_argument("--quick", action="store_true", help="fewer and smaller cases: two minutes")
     parser.add_argument("--rounds", type=int, help="timed turns of each contestant")
-    parser.add_argument("--minutes", type=float, help="begin no case after this time (default: 8 on a GPU, 2 if quick)")
+    parser.add_argument("--minutes", type=_minutes, help="be done in this time, or none (default: 8, with --quick 2)")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--json", metavar="FILE", help="write all results, after every case")
     parser.add_argument("--plot", metavar="FILE.png", help="draw them under the measured ceilings")
@@ -195,7 +151,7 @@ def _check(args) -> tuple[list[str], list[str]]:
             raise ValueError(f"--against {word}: not one of {', '.join(RIVALS)}")
     if args.rounds is not None and args.rounds < 1:
         raise ValueError(f"--rounds must be at least 1, got {args.rounds}")
-    return args.names or list(found), against
+    return list(dict.fromkeys(args.names)) or list(found), against
 
 
 def run(args: argparse.Namespace) -> int:
@@ -205,8 +161,9 @@ def run(args: argparse.Namespace) -> int:
     if backend(torch.empty(0, device=device)) == "interpreter":
         raise ValueError("TRITON_INTERPRET is set: this would time the interpreter; run it with TRITON_INTERPRET=0")
     mode = "quick" if args.quick else "full"
-    minutes = args.minutes or (MINUTES[mode] if device.type == "cuda" or args.quick else float("inf"))
+    minutes = args.minutes or MINUTES[mode]
     begun = time.monotonic()
+    deadline = begun + 60 * minutes * BEGIN_UNTIL
     torch.manual_seed(args.seed)
     if device.type == "cuda":
         torch.cuda.set_device(device)
@@ -215,35 +172,89 @@ def run(args: argparse.Namespace) -> int:
         "command": records.command_line(),
         "date": datetime.datetime.now(datetime.timezone.utc).isoformat("T", "seconds"),
         "seed": args.seed,
+        "minutes": minutes if minutes < math.inf else None,
         "device": describe(device),
         "versions": versions(),
         "ceilings": ceilings.found,
-        "results": {},
+        "results": {name: [] for name in names},
     }
     known = {key: value for key, value in report["versions"].items() if value != "not installed"}
     print(f"{report['device']['name']}; " + ", ".join(f"{key} {value}" for key, value in known.items()), flush=True)
-    for at, name in enumerate(names):
-        print(f"\n== {name}", flush=True)
-        results = report["results"].setdefault(name, [])
-        rounds = args.rounds or ROUNDS[mode]
-        for record in run_benchmark(name, device, mode, against, rounds, ceilings, begun + 60 * minutes):
-            results.append(record)
-            print(text(record), flush=True)
+    plan = _plan(names, device, args.quick)
+    pending, lock = list(plan), threading.Lock()
+
+    def leave_off():
+        """At the end of the minutes, in a thread of its own: what is under way cannot be interrupted in any other way.
+        """
+        with lock:
+            if pending:
+                for name, job in pending:
+                    report["results"][name].append(_untimed(name, job, skipped=TIME_UP))
+                print("the time is up; ending", flush=True)
+                code = _finish(report, args, begun)
+                sys.stdout.flush()
+                os._exit(code)
+
+    seconds = max(begun + 60 * minutes * STOP_AT - time.monotonic(), 0.0)
+    alarm = threading.Timer(min(seconds, threading.TIMEOUT_MAX), leave_off)
+    alarm.daemon = True
+    alarm.start()
+    try:
+        _work_off(plan, pending, lock, report, args, device, mode, against, ceilings, begun, deadline)
+    finally:
+        with lock:
+            pending.clear()
+            alarm.cancel()
+    return _finish(report, args, begun)
+
+
+def _work_off(plan, pending, lock, report, args, device, mode, against, ceilings, begun, deadline) -> None:
+    """Run the jobs of a plan one after another, each within its share of the time, and take them off `pending`."""
+    rounds = args.rounds or ROUNDS[mode]
+    names = list(report["results"])
+    told = lost = ""
+    for at, (name, job) in enumerate(plan):
+        if name != told:
+            print(f"\n== {name}", flush=True)
+            told = name
+        left = sum(_weight(later) for _, later in plan[at:])
+        now = time.monotonic()
+        share = now + (deadline - now) * _weight(job) / left
+        if lost:
+            made = [_untimed(name, job, skipped="an earlier error lost the GPU")]
+        else:
+            made = _run_job(name, job, device, mode, against, rounds, ceilings, share, deadline)
+        with lock:
+            report["results"][name] += made
+            pending.pop(0)
+            print("\n".join(map(text, made)), flush=True)
             _save(report, args, begun)
-        if _lost(device):
+        if not lost and _lost(device):
+            lost = name
+        elif not lost and device.type == "cuda":
+            torch.cuda.empty_cache()  # the next may be a process of its own
+        if [later for later, _ in plan[at + 1 : at + 2]] == [name]:
+            continue
+        if lost:
             print("the GPU refuses work after an error; going on in a new process", flush=True)
-            _go_on(names[at + 1 :], args, report, minutes - (time.monotonic() - begun) / 60)
+            _go_on(names[names.index(name) + 1 :], args, report, (deadline - time.monotonic()) / 60)
             break
         if device.type == "cuda":
-            report["device"]["after"][name] = _nvidia_smi()
+            report["device"]["after"][name] = nvidia_smi(device)
+
+
+def _finish(report: dict, args, begun: float) -> int:
+    """Tell the ceilings and what had too little time, save, draw; gives the exit code."""
     found = ", ".join(f"{key} {value / 1e9:,.0f} G{'B' if key == 'copy' else 'FLOP'}/s"
-                      for key, value in ceilings.found.items())  # fmt: skip
+                      for key, value in report["ceilings"].items())  # fmt: skip
     print(f"\nceilings measured: {found or 'none needed'}; {time.monotonic() - begun:.0f} s in all")
+    every = [record for each in report["results"].values() for record in each]
+    short = sum(bool(cut_short(record)) or TIME_UP in record["skipped"].values() for record in every)
+    if short:
+        print(f"{short} of {len(every)} cases were cut short or left out, as {TIME_UP}; --minutes none lifts the limit")
     _save(report, args, begun)
     if args.plot and report["ceilings"].get("copy"):
-        everything = [record for each in report["results"].values() for record in each]
-        draw(report["ceilings"], everything, report["device"]["name"], args.plot)
-    every = [record for each in report["results"].values() for record in each]
+        draw(report["ceilings"], every, report["device"]["name"], args.plot)
     return int(any(name.startswith(OURS) for record in every for name in record["failed"]))
 
 
@@ -261,14 +272,18 @@ def _go_on(names: list[str], args, report: dict, minutes: float) -> None:
         file = Path(folder, "rest.json")
         command = [sys.executable, "-m", "handtuned", "bench", *names, "--json", str(file)]
         command += ["--device", args.device, "--against", args.against, "--seed", str(args.seed)]
-        command += ["--minutes", str(max(minutes, 0.01))]
+        command += ["--minutes", str(max(minutes, 0.01)) if minutes < math.inf else "none"]
         command += ["--quick"] if args.quick else []
         command += ["--rounds", str(args.rounds)] if args.rounds else []
-        subprocess.run(command, env={**os.environ})
+        done = subprocess.run(command, env={**os.environ})
         if file.exists():
             rest = json.loads(file.read_text(encoding="utf-8"))
             report["results"] |= rest["results"]
             report["ceilings"].update(rest["ceilings"])
+    for name in names:
+        if not report["results"][name]:
+            failed = f"the new process ended with exit code {done.returncode} before it"
+            report["results"][name] = [_untimed(name, None, failed=failed)]
 
 
 def script(path: str) -> int:

@@ -9,7 +9,7 @@ import json
 import re
 from pathlib import Path
 
-from .contest import OURS
+from .contest import OURS, cut_short
 from .nn.files import whole_file
 
 FOLDER = Path(__file__).resolve().parents[1] / "benchmarks"
@@ -44,17 +44,18 @@ def _head(report: dict) -> str:
 
 def _rows(record: dict) -> list[str]:
     ours = record["contestants"].get(OURS)
+    work = " – ".join([record["name"], *cut_short(record)])
     rows = []
     if ours:
         share = f"{ours['of_ceiling']:.0%}" if "of_ceiling" in ours else "–"
         for name, taken in record["contestants"].items():
             if name != OURS:
-                rows.append(f"| {record['name']} | {_spread(ours)} | {share} | {name} | {_spread(taken)} "
+                rows.append(f"| {work} | {_spread(ours)} | {share} | {name} | {_spread(taken)} "
                             f"| {taken['ratio']:.2f} |")  # fmt: skip
         if len(record["contestants"]) == 1:
-            rows.append(f"| {record['name']} | {_spread(ours)} | {share} | – | – | – |")
+            rows.append(f"| {work} | {_spread(ours)} | {share} | – | – | – |")
     notes = {**record["skipped"], **{name: f"not timed: {why}" for name, why in record["failed"].items()}}
-    return rows + [f"| {record['name']} | | | {name} | {why.replace('|', '/')} | |" for name, why in notes.items()]
+    return rows + [f"| {work} | | | {name} | {why.replace('|', '/')} | |" for name, why in notes.items()]
 
 
 def _training(record: dict) -> list[str]:

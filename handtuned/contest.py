@@ -27,6 +27,8 @@ RIVALS = ("torch", "peft", "bitsandbytes", "liger", "unsloth")
 OURS = "handtuned"
 MODULES = {"liger": "liger_kernel"}  # a rival's import name where it differs
 MOST_SETS = 32
+FIRST_ROUNDS = 3  # what every case gets before any gets more
+TIME_UP = "the time was up"
 SLEEP_CYCLES = 2e9  # of a GPU's clock in a second, roughly: only sets how long the device waits for the host
 
 
@@ -80,7 +82,7 @@ class HostClock:
     """Times a turn of calls on a CPU."""
 
     def turn(self, calls: list[Callable], lead: float = 0.0) -> tuple[float, float]:
-        """(seconds a call, seconds of the host a call)."""
+        """(seconds a call, the same again as seconds of the host)."""
         start = time.perf_counter()
         for call in calls:
             call()
@@ -91,12 +93,16 @@ class HostClock:
 class CudaClock:
     """Times a turn of calls on a GPU by events, with the launches hidden behind a sleep of the device."""
 
-    def turn(self, calls: list[Callable], lead: float = 1e-3) -> tuple[float, float]:
-        """(seconds of the device a call, seconds of the host a call); `lead`: seconds that the host will need for all.
+    def turn(self, calls: list[Callable], lead: float = 0.0) -> tuple[float, float | None]:
+        """(seconds of the device a call, seconds of the host a call).
+
+        `lead`: seconds that the host will need for all; 0: the device does not sleep first. Only then is the host's
+        time told, as a call that waits for the device would wait for its sleep too.
         """
         start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
         torch.cuda.synchronize()
-        torch.cuda._sleep(int(min(1.5 * lead + 1e-4, 0.1) * SLEEP_CYCLES))
+        if lead:
+            torch.cuda._sleep(int(min(1.5 * lead + 1e-4, 0.1) * SLEEP_CYCLES))
         start.record()
         begun = time.perf_counter()
         for call in calls:
@@ -104,7 +110,7 @@ class CudaClock:
         host = time.perf_counter() - begun
         end.record()
         torch.cuda.synchronize()
-        return start.elapsed_time(end) / 1e3 / len(calls), host / len(calls)
+        return start.elapsed_time(end) / 1e3 / len(calls), None if lead else host / len(calls)
 
 
 def clock_of(device: torch.device):
@@ -126,41 +132,51 @@ def summary(seconds: list[float]) -> dict[str, float]:
 
 
 def take_turns(
-    runs: dict[str, list[Callable]], rounds: int, device: torch.device, limit: float = math.inf, least: float = 2e-3
+    runs: dict[str, list[Callable]],
+    rounds: int,
+    device: torch.device,
+    share: float = math.inf,
+    deadline: float = math.inf,
+    least: float = 2e-3,
 ) -> dict[str, dict[str, float]]:
     """Time contestants in turn, each going round its own list of callables (one an input set).
 
     Args:
         runs: name → callables that do the same work on different memory, warm already.
-        rounds: turns of each; fewer, but at least 3, where `limit` seconds are over.
+        rounds: turns of each.
+        share: moment of `time.monotonic()` from which on only the first `FIRST_ROUNDS` rounds are begun.
+        deadline: moment from which on no round is begun.
         least: seconds that a turn lasts at least; short calls are repeated (at most 50 times).
 
     Returns:
         name → `summary` of the seconds a call, and "host" (median seconds of the host), "rounds", "calls" (a turn).
+        Empty if the deadline was over before a first round.
     """
     clock = clock_of(device)
     endless = {name: itertools.cycle(calls) for name, calls in runs.items()}
-    counts, lead = {}, {}
+    counts, lead, queued = {}, {}, {}
     for name, calls in endless.items():
-        _, waited = clock.turn([next(calls)])
-        once, waited = clock.turn([next(calls)], waited)
+        if time.monotonic() >= deadline:
+            return {}
+        clock.turn([next(calls)])
+        queued[name] = statistics.median(clock.turn([next(calls)])[1] for _ in range(3))
+        once, _ = clock.turn([next(calls)], queued[name])
         counts[name] = min(50, max(1, math.ceil(least / max(once, 1e-9))))
-        lead[name] = waited * counts[name]
+        lead[name] = queued[name] * counts[name]
     seconds = {name: [] for name in runs}
     host = {name: [] for name in runs}
-    end = time.perf_counter() + limit
     for done in range(rounds):
-        if done >= 3 and time.perf_counter() > end:
+        if time.monotonic() >= (deadline if done < FIRST_ROUNDS else min(share, deadline)):
             break
         for name, calls in endless.items():
             device_time, host_time = clock.turn(list(itertools.islice(calls, counts[name])), lead[name])
-            lead[name] = host_time * counts[name]
             seconds[name].append(device_time)
-            host[name].append(host_time)
+            host[name].append(queued[name] if host_time is None else host_time)
     return {
         name: summary(taken)
         | {"host": statistics.median(host[name]), "rounds": len(taken), "calls": counts[name]}
         for name, taken in seconds.items()
+        if taken
     }
 
 
@@ -202,6 +218,12 @@ def table(times: dict[str, dict[str, float]], ours: str) -> str:
     return "\n".join(lines)
 
 
+def cut_short(record: dict) -> list[str]:
+    """How many of the rounds asked for a record's contestants had, in words, where it was not all; else nothing."""
+    rounds = min((taken["rounds"] for taken in record["contestants"].values()), default=0)
+    return [f"{rounds} of {record['asked']} rounds: {TIME_UP}"] if 0 < rounds < record.get("asked", 0) else []
+
+
 def _told(error: Exception) -> str:
     return f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
 
@@ -221,7 +243,8 @@ def contest(
     device: torch.device,
     against: Iterable[str] = RIVALS,
     rounds: int = 15,
-    limit: float = math.inf,
+    share: float = math.inf,
+    deadline: float = math.inf,
 ) -> dict:
     """Check and time one case.
 
@@ -229,19 +252,20 @@ def contest(
         case: what to compute.
         device: where its inputs lie.
         against: rival libraries wanted.
-        rounds, limit: as for `take_turns`.
+        rounds, share, deadline: as for `take_turns`; past the deadline no contestant is prepared or checked either.
 
     Returns:
         A record, ready for JSON: the case's name, sizes and work; "sets" of inputs and whether they are larger than
         the cache ("cold"); "contestants", name → times and "ratio" (its median over ours; above 1: ours is faster);
-        "skipped", name → why (not installed); "failed", name → the error or what was wrong with the result.
+        "skipped", name → why (not installed, no time); "failed", name → the error or what was wrong with the result;
+        "asked", the rounds asked for: a contestant's "rounds" are fewer where the time was up.
     """
     footprint = case.footprint or case.bytes
     cache = cache_bytes(device)
     count = min(MOST_SETS, max(1, math.ceil(2 * cache / max(footprint, 1))))
     record = {
         "name": case.name, "size": case.size, "dtype": str(case.dtype).removeprefix("torch."), "kernel": case.kernel,
-        "bytes": case.bytes, "flops": case.flops, "sets": count, "cold": count * footprint > cache,
+        "bytes": case.bytes, "flops": case.flops, "sets": count, "cold": count * footprint > cache, "asked": rounds,
         "contestants": {}, "skipped": {}, "failed": {},
     }  # fmt: skip
     wanted = set(against)
@@ -256,6 +280,9 @@ def contest(
         needs = libraries(name)
         if not needs <= wanted:
             continue
+        if time.monotonic() >= deadline:
+            record["skipped"][name] = TIME_UP
+            continue
         try:
             runs[name] = _enter(name, make, sets, check)
         except ModuleNotFoundError as error:
@@ -268,7 +295,8 @@ def contest(
             record["failed"][name] = _told(error)
     if OURS in runs:
         try:
-            times = take_turns(runs, rounds, device, limit)
+            times = take_turns(runs, rounds, device, share, deadline)
+            record["skipped"] |= {name: TIME_UP for name in runs if name not in times}
         except Exception as error:
             record["failed"][OURS] = f"while timing: {_told(error)}"
             times = {}
@@ -276,6 +304,4 @@ def contest(
             record["contestants"][name] = taken | {"ratio": taken["median"] / times[OURS]["median"]}
     del runs, sets, check
     gc.collect()
-    if device.type == "cuda" and not record["failed"]:
-        torch.cuda.empty_cache()
     return record

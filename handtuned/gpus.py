@@ -72,7 +72,7 @@ class Gpu:
     """One card.
 
     Attributes:
-        clock: boost clock, Hz.
+        clock: boost clock, Hz; of an H100 and H200 the one that the tensor rate follows from (1.98 GHz for FP32).
         bandwidth: of memory, bytes a second.
         tensor: dense FP16 with FP32 accumulation, FLOPs a second.
         tensor_per_clock: the same, a multiprocessor and clock; clock × multiprocessors × this is `tensor`.

@@ -170,9 +170,13 @@ class Measured:
     kernel: str
     size: dict
     seconds: float
+    multiprocessors: int | None = None
 
     def fits(self, spec: KernelSpec, gpu: Gpu) -> bool:
-        return spec.name.startswith(self.kernel) and re.search(rf"\b{gpu.name}\b", self.device) is not None
+        """Whether it is of this kernel on this card: an H100 PCIe or a slice of an H200 has fewer multiprocessors."""
+        same = self.multiprocessors in (None, gpu.multiprocessors)
+        named = re.search(rf"\b{gpu.name}\b", self.device) is not None
+        return same and named and spec.name.startswith(self.kernel)
 
 
 def measurements(folder: str | Path) -> list[Measured]:
@@ -185,7 +189,9 @@ def measurements(folder: str | Path) -> list[Measured]:
         for record in (record for results in content["results"].values() for record in results):
             ours = record["contestants"].get("handtuned")
             if record.get("kernel") and ours:
-                found.append(Measured(content["device"]["name"], record["kernel"], record["size"], ours["median"]))
+                on = content["device"]
+                found.append(Measured(on["name"], record["kernel"], record["size"], ours["median"],
+                                      on.get("multiprocessors")))  # fmt: skip
     return found
 
 

@@ -8,6 +8,7 @@ Both ceilings are measured in the run that uses them, by the library's own copy 
 fastest of several turns: what the machine gives today, and not what its datasheet promises.
 """
 
+import time
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -30,7 +31,8 @@ class Ceilings:
 
     def _best(self, call) -> float:
         call()
-        return take_turns({"": [call]}, 5 if self.quick else 11, self.device, limit=5.0)[""]["min"]
+        rounds = 5 if self.quick else 11
+        return take_turns({"": [call]}, rounds, self.device, share=time.monotonic() + 5.0)[""]["min"]
 
     def bandwidth(self) -> float:
         """Bytes a second of a copy far larger than the cache; bytes read and written both count."""
@@ -80,7 +82,7 @@ def draw(ceilings: dict[str, float], records: Iterable[dict], title: str, path: 
     """
     from matplotlib.figure import Figure
 
-    records = [record for record in records if record["contestants"]]
+    records = [record for record in records if record["contestants"] and ("floor" in record or not record["bytes"])]
     counted = [record for record in records if record["flops"] and record["bytes"]]
     moved = [record for record in records if record["bytes"] and not record["flops"]]
     figure = Figure(figsize=(12, 5.5), layout="constrained")

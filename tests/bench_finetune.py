@@ -2,40 +2,52 @@
 
     python tests/bench_finetune.py        the same as `handtuned bench finetune`
 
-Each contestant trains in a process of its own, so that its peak memory is its own. The processes take turns, step by
-step (A B A B), one running at a time. All have the same batches of the shipped data set, the same first
-adapter (r 8, alpha 16, all seven projections), AdamW and clipping.
+Each contestant trains in a process of its own, so that its peak memory is its own. They load side by side; then they
+take turns, step by step (A B A B), one running at a time. All have the same batches of the shipped data set, the same
+first adapter (r 8, alpha 16, all seven projections), AdamW and clipping.
 
     handtuned               NF4 base with double quantization: what `handtuned finetune` does
     peft                    peft LoRA on the dense model, logits and loss by transformers
     peft + bitsandbytes     the same on bitsandbytes NF4 with double quantization
 
-4 × 128 tokens in fp32 on a CPU, 16 × 512 in bf16 on a GPU. Where the weights can be neither found nor fetched, a model
-of the same shape with random weights and random batches takes its place, and the record's name says so.
+4 × 128 tokens in fp32 on a CPU. On a GPU 16 × 512 (4 × 512 where it has less than 60 GB: it holds all three at once) in
+bf16, or fp16 where that is only emulated, and peft runs under autocast as trainers run it. Where the weights can be
+neither found nor fetched, a model of the same shape with random weights and random batches takes its place, and the
+record's name says so.
 """
 
 import argparse
+import contextlib
 import json
+import math
 import os
 import resource
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from pathlib import Path
 
 import torch
 
 from handtuned import bench
-from handtuned.contest import summary
+from handtuned.contest import TIME_UP, summary
 from handtuned.data import encode, shipped_dataset
 from handtuned.models import choose_dtype, load_base, smollm2
 from handtuned.rows import load_rows
 
 RANK, ALPHA, RATE, MAX_NORM = 8, 16, 1e-3, 0.3
-SHAPES = {"cpu": (4, 128), "cuda": (16, 512)}
 CONTESTANTS = ("handtuned", "peft", "peft + bitsandbytes")
+FIRST_STEPS = 1  # timed ones, which every contestant gets before any gets more
 LOSS_APART = 0.05  # between two contestants on the same NF4 weights, at any step, relative
+
+
+def shape(device):
+    """(rows, tokens) of a batch."""
+    if device.type != "cuda":
+        return 4, 128
+    return (16 if torch.cuda.get_device_properties(device).total_memory >= 60e9 else 4), 512
 
 
 def batches(model, random, rows, tokens, count):
@@ -104,14 +116,19 @@ def peft_model(model, dtype, device, four_bit):
         options["quantization_config"] = BitsAndBytesConfig(
             load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=dtype)
         if device.type == "cuda":
-            options["device_map"] = {"": device}
+            options["device_map"] = {"": str(device)}
     base = AutoModelForCausalLM.from_pretrained(model, dtype=dtype, **options)
     base = base if four_bit else base.to(device)
     config = LoraConfig(r=RANK, lora_alpha=ALPHA, target_modules="all-linear")
     adapted = get_peft_model(base, config).train()
     parameters = [p for p in adapted.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(parameters, lr=RATE)
-    return lambda ids, labels: adapted(input_ids=ids, labels=labels, use_cache=False).loss, parameters, optimizer
+
+    def loss(ids, labels):
+        with torch.autocast(device.type, dtype=dtype, enabled=dtype != torch.float32):
+            return adapted(input_ids=ids, labels=labels, use_cache=False).loss
+
+    return loss, parameters, optimizer
 
 
 def serve(name, job):
@@ -140,11 +157,11 @@ def serve(name, job):
         start = time.perf_counter()
         value = step(ids, labels)
         if device.type == "cuda":
-            torch.cuda.synchronize()
+            torch.cuda.synchronize(device)
         seconds = time.perf_counter() - start
         if device.type == "cuda":
-            peak = torch.cuda.max_memory_allocated()
-            torch.cuda.reset_peak_memory_stats()
+            peak = torch.cuda.max_memory_allocated(device)
+            torch.cuda.reset_peak_memory_stats(device)
         else:
             peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
         print(json.dumps({"seconds": seconds, "loss": value, "peak": peak}), flush=True)
@@ -161,20 +178,33 @@ def random_model(directory):
     LlamaForCausalLM(config).save_pretrained(directory)
 
 
-class Child:
-    """One contestant's process; talking to it raises RuntimeError with the end of its messages if it died."""
+class TimeUp(Exception):
+    pass
 
-    def __init__(self, name, job, folder):
-        self.errors = Path(folder, f"{name}.txt")
+
+class Child:
+    """One contestant's process; talking to it raises RuntimeError with the end of its messages if it died.
+
+    At the deadline it is killed, whatever it is at, and TimeUp is raised.
+    """
+
+    def __init__(self, name, job, folder, deadline):
+        self.errors, self.deadline = Path(folder, f"{name}.txt"), deadline
         with open(self.errors, "w", encoding="utf-8") as log:
             self.process = subprocess.Popen(
                 [sys.executable, __file__, "--serve", name, "--job", json.dumps(job)],
                 stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=log, text=True)  # fmt: skip
+        left = min(max(deadline - time.monotonic(), 0.0), threading.TIMEOUT_MAX)
+        self.alarm = threading.Timer(left, self.process.kill)
+        self.alarm.daemon = True
+        self.alarm.start()
 
     def listen(self):
         line = self.process.stdout.readline()
         if not line:
             self.process.wait()
+            if time.monotonic() >= self.deadline:
+                raise TimeUp
             lines = self.errors.read_text(encoding="utf-8", errors="replace").strip().splitlines()
             raise RuntimeError(lines[-1] if lines else f"exit code {self.process.returncode}")
         return line.strip()
@@ -188,8 +218,20 @@ class Child:
         return json.loads(self.listen())
 
     def close(self):
-        self.process.stdin.close()
+        with contextlib.suppress(BrokenPipeError):  # it died with a message on its way
+            self.process.stdin.close()
         self.process.wait()
+        self.alarm.cancel()
+
+
+def answer(record, name, ask):
+    """What a contestant answers; None if its time was up or it died, and then the record says why."""
+    try:
+        return ask()
+    except TimeUp:
+        return None
+    except RuntimeError as error:
+        record["failed"][name] = str(error)
 
 
 def not_installed(name):
@@ -208,21 +250,26 @@ def apart(turns):
         if not all(value == value and value < 1e4 for value in theirs):
             wrong[name] = f"losses {theirs}"
         elif ours and "bitsandbytes" in name:
-            worst = max(abs(a / b - 1) for a, b in zip(ours, theirs, strict=True))
+            pairs = zip(ours, theirs, strict=False)  # where the time was up one may have a step more
+            worst = max((abs(a / b - 1) for a, b in pairs), default=0.0)
             if worst > LOSS_APART:
                 wrong[name] = f"its losses are up to {worst:.0%} from ours on the same NF4 weights: {theirs}, {ours}"
     return wrong
 
 
-def measure(device, quick, rounds, against):
-    """One record; its contestants have `tokens_per_second`, `peak_bytes` and `losses` (one a step) beside the times."""
-    rows, tokens = SHAPES[device.type]
+def measure(device, quick, rounds, against, share=math.inf, deadline=math.inf):
+    """One record; its contestants have `tokens_per_second`, `peak_bytes` and `losses` (one a step) beside the times.
+
+    From `share` on (a moment of time.monotonic()) only a first timed step is begun, from `deadline` on none.
+    """
+    rows, tokens = shape(device)
     rounds = min(rounds, 3 if quick else 9)
     record = {
         "name": "", "size": {"rows": rows, "tokens": tokens, "rank": RANK}, "bytes": 0, "flops": 0, "kernel": "",
-        "dtype": str(choose_dtype("auto", device))[6:], "contestants": {}, "skipped": {}, "failed": {},
+        "dtype": str(choose_dtype("auto", device))[6:], "asked": rounds, "contestants": {}, "skipped": {}, "failed": {},
     }  # fmt: skip
     os.environ.setdefault("PIP_RETRIES", "1")
+    os.environ.setdefault("PIP_DEFAULT_TIMEOUT", "10")
     with tempfile.TemporaryDirectory() as folder:
         random = False
         try:
@@ -241,27 +288,29 @@ def measure(device, quick, rounds, against):
             if why := not_installed(name):
                 record["skipped"][name] = why
                 continue
-            children[name], turns[name] = Child(name, job, folder), []
-            try:
-                children[name].listen()
-            except RuntimeError as error:
-                record["failed"][name] = str(error)
-        for _ in range(rounds + 1):
+            children[name], turns[name] = Child(name, job, folder, deadline), []
+        for name, child in children.items():
+            answer(record, name, child.listen)
+        for at in range(rounds + 1):
+            if time.monotonic() >= (deadline if at <= FIRST_STEPS else min(share, deadline)):
+                break
             for name in [name for name in children if name not in record["failed"]]:
-                try:
-                    turns[name].append(children[name].step())
-                except RuntimeError as error:
-                    record["failed"][name] = str(error)
+                if turn := answer(record, name, children[name].step):
+                    turns[name].append(turn)
         for child in children.values():
             child.close()
-    done = {name: taken for name, taken in turns.items() if name not in record["failed"]}
-    record["failed"] |= apart(done)
-    for name, taken in done.items():
+    turns = {name: taken for name, taken in turns.items() if name not in record["failed"]}
+    record["failed"] |= apart(turns)
+    for name, taken in turns.items():
         if name in record["failed"]:
+            continue
+        if len(taken) < 2:  # the first is for warming up
+            record["skipped"][name] = TIME_UP
             continue
         times = summary([turn["seconds"] for turn in taken[1:]])
         record["contestants"][name] = times | {
-            "host": times["median"], "rounds": rounds, "calls": 1, "tokens_per_second": rows * tokens / times["median"],
+            "host": times["median"], "rounds": len(taken) - 1, "calls": 1,
+            "tokens_per_second": rows * tokens / times["median"],
             "peak_bytes": max(turn["peak"] for turn in taken), "losses": [round(turn["loss"], 4) for turn in taken],
         }  # fmt: skip
     ours = record["contestants"].get("handtuned")

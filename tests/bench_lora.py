@@ -66,6 +66,17 @@ def with_peft(linear, layer, dropout=0.0):
     return wrapped.train(), A, B
 
 
+def under_autocast(wrapped):
+    """The same layer as trainers run it in 16 bits: peft keeps A and B in fp32 and casts x to that otherwise."""
+    module, A, B = wrapped
+
+    def autocast(x):
+        with torch.autocast(x.device.type, dtype=x.dtype):
+            return module(x)
+
+    return autocast, A, B
+
+
 def with_unsloth(weight, state, layer):
     """unsloth's fused function for one projection; it takes (batch, tokens, features)."""
     from unsloth.kernels.fast_lora import LoRA_W
@@ -148,6 +159,9 @@ def case(M, N, K, rank, dtype, device, dropout=0.0):
         "peft": lambda layer: step(with_peft(layer.linear, layer, dropout), layer),
         "base layer alone": base_step,
     }
+    if low == 2:
+        autocast = lambda layer: under_autocast(with_peft(layer.linear, layer, dropout))  # noqa: E731
+        contestants["peft autocast"] = lambda layer: step(autocast(layer), layer)
     if device.type == "cuda" and not dropout:
         contestants["unsloth"] = lambda layer: step(with_unsloth(layer.linear.weight, None, layer), layer)
     return Case(

@@ -4,7 +4,7 @@
 """
 
 import torch
-from bench_lora import Layer, close, exact, step, with_ours, with_peft, with_unsloth
+from bench_lora import Layer, close, exact, step, under_autocast, with_ours, with_peft, with_unsloth
 from handtuned.kernels.lora_work import floors
 from handtuned.quant import NF4Linear
 
@@ -45,6 +45,14 @@ def unsloth(layer):
     return with_unsloth(packed.weight, packed.weight.quant_state, layer)
 
 
+def unsloth_decoding(layer):
+    """unsloth's own way to generate: M sequences of one token, through peft's layer."""
+    from unsloth.kernels.utils import fast_linear_forward
+
+    projection, A, B = theirs(layer)
+    return lambda x: fast_linear_forward(projection, x[:, None])[:, 0], A, B
+
+
 def check(layer):
     """fp64 from the weight as NF4 holds it."""
     weight = layer.linear.dequantize().weight
@@ -71,8 +79,11 @@ def case(M, N, K, rank, dtype, device, training):
         "handtuned": lambda layer: run(ours(layer), layer),
         "peft + bitsandbytes": lambda layer: run(theirs(layer), layer),
     }
+    if training and low == 2:
+        contestants["peft + bitsandbytes autocast"] = lambda layer: run(under_autocast(theirs(layer)), layer)
     if device.type == "cuda":
-        contestants["unsloth + bitsandbytes"] = lambda layer: run(unsloth(layer), layer)
+        theirs_too = unsloth if training else unsloth_decoding
+        contestants["unsloth + bitsandbytes"] = lambda layer: run(theirs_too(layer), layer)
     what = "forward and backward" if training else "forward"
     return Case(
         name=f"LoRA on NF4, {what}, M {M}, {N} × {K}, r {rank}, {str(dtype)[6:]}",

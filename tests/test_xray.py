@@ -216,10 +216,14 @@ def test_floors_are_those_of_the_formulas():
     assert product.bytes == 2 * (3 * n + 4096 * 16) + 4 * 4096 * 16
 
 
-def results_file(folder, device="NVIDIA H200", kind="cuda"):
+def results_file(folder, device="NVIDIA H200", kind="cuda", multiprocessors=132):
+    """What `handtuned bench --json` leaves: a record of one kernel, one of several, one not timed, one left out."""
     record = {"name": "x", "kernel": "nf4_dequantize[fp16, nested]", "size": {"N": 4096, "K": 14336},
-              "contestants": {"handtuned": {"median": 41e-6}}}  # fmt: skip
-    content = {"device": {"name": device, "kind": kind}, "results": {"nf4": [record, {**record, "kernel": ""}]}}
+              "contestants": {"handtuned": {"median": 41e-6}}, "skipped": {}, "failed": {}}  # fmt: skip
+    out = {"name": "x", "bytes": 0, "flops": 0, "contestants": {}, "skipped": {"all": "the time was up"}, "failed": {}}
+    records = [record, {**record, "kernel": ""}, {**record, "contestants": {}, "failed": {"handtuned": "x"}}, out]
+    device = {"name": device, "kind": kind, "multiprocessors": multiprocessors}
+    content = {"device": device, "results": {"nf4": records, "lora": []}}
     (folder / "gpu.json").write_text(json.dumps(content))
     (folder / "other.json").write_text("[1, 2]")
     return measurements(folder)
@@ -245,6 +249,10 @@ def test_results_of_a_cpu_or_another_card_are_no_measurement(tmp_path):
     l40 = results_file(tmp_path, device="NVIDIA L40S")
     ray = ray_of(spec.name, arch="sm_89")
     assert all(p.measured is None for p in predictions(spec, ray, Size(), l40)), "L4 is not L40S"
+    ray = ray_of(spec.name)
+    for device, multiprocessors in (("NVIDIA H100 PCIe", 114), ("NVIDIA H200 MIG 1g.18gb", 16), ("NVIDIA GH200", 132)):
+        other = results_file(tmp_path, device=device, multiprocessors=multiprocessors)
+        assert all(p.measured is None for p in predictions(spec, ray, Size(), other)), device
 
 
 def test_the_page_shows_every_kernel_and_escapes(tmp_path):
@@ -260,17 +268,22 @@ def test_the_page_shows_every_kernel_and_escapes(tmp_path):
 
 @pytest.mark.skipif(not runtime.HAS_TRITON, reason="needs Triton")
 def test_the_command_prints_a_report(tmp_path):
+    """End to end, with results of an H200 at hand: its measurement stands beside the prediction, in text and HTML."""
+    results_file(tmp_path)
     words = ["nf4_dequantize[fp16, nested]", "--arch", "sm_90", "--html", str(tmp_path / "x.html")]
     done = _compiled(["-m", "handtuned.xray", *words, "--results", str(tmp_path)])
     assert done.returncode == 0, done.stderr
-    size, first, second, third, fourth, h100, h200, *model = done.stdout.splitlines()
+    size, first, second, third, fourth, h100, h200, measured, *model = done.stdout.splitlines()
     assert size.startswith("problem: M 4096, N 4096, K 4096, r 16")
     assert first.startswith("nf4_dequantize[fp16, nested]  sm_90") and ", 0 B spilled" in first
     assert "warps; no more for" in second
     assert "for each element" in third and "8 × store global 128 bit" in fourth
     assert "H100: predicted" in h100 and "H200: predicted 8.8 µs, memory bound" in h200
     assert "Predictions are a model, not measurements" in " ".join(model) and "datasheet" in model[-1]
-    assert (tmp_path / "x.html").stat().st_size > 2000
+    assert "measured" not in h100 + h200 and "H200: predicted 30." in measured
+    assert measured.endswith("; measured 41.0 µs, 1.33 × predicted, at M 4096, N 4096, K 14336, r 16, 40 M parameters")
+    page = (tmp_path / "x.html").read_text(encoding="utf-8")
+    assert page.count("mark measured") == 1 and "measured 41.0 µs at M 4096, N 4096, K 14336" in page
 
 
 def test_unknown_names_and_failures(monkeypatch, capsys):

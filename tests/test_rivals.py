@@ -1,0 +1,24 @@
+"""Rivals that need a GPU to be timed, computed by Triton's interpreter: our call of them gives the right result.
+
+Each is skipped where it is not installed. unsloth cannot be imported without a GPU, so it has no test here.
+"""
+
+from pathlib import Path
+
+import pytest
+import torch
+from handtuned.kernels.runtime import INTERPRETED
+
+from handtuned import bench, contest
+
+CPU = torch.device("cpu")
+
+
+@pytest.mark.skipif(not INTERPRETED, reason="Liger's kernels would be compiled for a GPU")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_liger_is_called_as_it_wants_to_be(dtype, monkeypatch):
+    pytest.importorskip("liger_kernel")
+    monkeypatch.setattr(contest, "cache_bytes", lambda device: 1)
+    case = bench.load(Path(__file__).with_name("bench_loss.py")).case(12, 64, 500, dtype, CPU)
+    record = contest.contest(case, CPU, against=["liger"], rounds=1)
+    assert record["failed"] == {} == record["skipped"] and set(record["contestants"]) == {"handtuned", "liger"}
