@@ -6,8 +6,9 @@ from pathlib import Path
 
 import torch
 
-from .models import choose_device, choose_dtype, fingerprint, load_base
-from .nn.adapters import load_adapter, read_adapter_config
+from .models import choose_device, choose_dtype, fingerprint, load_base, resolve
+from .nn.adapters import load_adapter, read_adapter_config, save_adapter
+from .nn.files import write_json
 
 TRAINING_RECORD = "handtuned.json"
 
@@ -20,6 +21,12 @@ def add_adapter_arguments(parser) -> None:
     parser.add_argument("--dtype", default="auto", choices=("auto", "float32", "bfloat16", "float16"),
                         help="compute dtype (default: auto)")  # fmt: skip
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N (default: auto)")
+
+
+def save_with_record(model: torch.nn.Module, directory: Path, record: dict) -> None:
+    """Write the adapter and, beside it, what it was trained on; PEFT is told the place of `smollm2`, not the word."""
+    save_adapter(model, directory, base_model=resolve(record["model"]))
+    write_json(directory / TRAINING_RECORD, record)
 
 
 def training_record(adapter: str | Path) -> dict:

@@ -105,20 +105,28 @@ def write_answers(model, tokenizer, chats: list[list[dict]], max_new_tokens: int
 
     Args:
         chats: each a list of {"role", "content"} that ends with the user's turn.
+        max_new_tokens: longest answer; also none beyond the model's context.
         sampling: further arguments of transformers' `generate`, such as `do_sample`, `temperature`.
 
     Returns:
         The new text of each chat, without special tokens.
+
+    Raises:
+        ValueError: a prompt that fills the model's context.
     """
     device = next(model.parameters()).device
     prompts = [data.encode_prompt(chat, tokenizer) for chat in chats]
     width = max(map(len, prompts))
+    context = getattr(model.config, "max_position_embeddings", None)
+    if context is not None and width >= context:
+        raise ValueError(f"a prompt of {width} tokens leaves no room for an answer in the model's context of {context}")
+    max_new_tokens = max_new_tokens if context is None else min(max_new_tokens, context - width)
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
     ids = torch.tensor([[pad] * (width - len(prompt)) + prompt for prompt in prompts], device=device)
     mask = torch.tensor([[0] * (width - len(prompt)) + [1] * len(prompt) for prompt in prompts], device=device)
     training = model.training
     model.eval()
-    options = {"do_sample": False, **sampling}
+    options = {"do_sample": False, "eos_token_id": _ends(model, tokenizer), **sampling}
     if not options["do_sample"]:
         options.update(temperature=None, top_p=None, top_k=None)
     with torch.no_grad():
@@ -127,3 +135,10 @@ def write_answers(model, tokenizer, chats: list[list[dict]], max_new_tokens: int
         )
     model.train(training)
     return [tokenizer.decode(row[width:], skip_special_tokens=True).strip() for row in out]
+
+
+def _ends(model, tokenizer) -> list[int] | None:
+    """All tokens that end an answer: a base model's own, and the one that its chat template ends a turn with."""
+    own = model.generation_config.eos_token_id
+    ends = {*(own if isinstance(own, list) else [own]), data.end_of_turn(tokenizer)} - {None}
+    return sorted(ends) or None

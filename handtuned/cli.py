@@ -20,12 +20,19 @@ COMMANDS = {
     "doctor": ("doctor", "say what is installed and what will run where"),
 }
 
+ADVICE = {
+    "finetune": "; what takes less: --gradient-checkpointing, a lower --per-device-train-batch-size with more "
+    "--gradient-accumulation-steps, a lower --max-seq-length (`handtuned memory` tells how much)",
+}
+
 
 class Parser(argparse.ArgumentParser):
     """argparse with one clear line for a mistake, and exit code 2."""
 
     def __init__(self, *args, **kwargs):
         super().__init__(*args, allow_abbrev=False, **kwargs)
+        # Python before 3.14 takes -1e-3 for a flag, and then misses the value of the one before it.
+        self._negative_number_matcher = re.compile(r"-\.?\d")
 
     def error(self, message):
         unknown = re.match(r"unrecognized arguments: (\S+)", message)
@@ -48,7 +55,8 @@ def hyphenated(words: list[str]) -> list[str]:
 
 
 def main(words: list[str] | None = None) -> int:
-    """Run one subcommand; returns the exit code: 0, or 2 for bad input, told in one line."""
+    """Run one subcommand; returns the exit code: 0; 2 for bad input, 1 for too little memory, told in one line."""
+    _make_printing_safe()
     words = hyphenated(sys.argv[1:] if words is None else list(words))
     if not words or words[0] in ("-h", "--help"):
         print(_overview())
@@ -74,11 +82,36 @@ def main(words: list[str] | None = None) -> int:
             raise
         extra = "tune" if error.name == "optuna" else "finetune"
         return _fail(command, f'{error.name} is not installed; pip install "handtuned[{extra}]" brings it', error)
+    except BrokenPipeError:  # `handtuned … | head`: nobody reads on
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 141  # as a shell says SIGPIPE
     except (ValueError, TypeError, OSError) as error:
         return _fail(command, str(error), error)
+    except (RuntimeError, MemoryError) as error:
+        if not _is_out_of_memory(error):
+            raise
+        _fail(command, f"out of memory: {_first_sentence(error)}{ADVICE.get(command, '')}", error)
+        return 1
     except KeyboardInterrupt:
         print("\nstopped", file=sys.stderr)
         return 130
+
+
+def _make_printing_safe() -> None:
+    """Lines appear as they are printed, in a pipe too, and a character that a terminal lacks stops nothing."""
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(line_buffering=True, errors="backslashreplace")
+
+
+def _is_out_of_memory(error: Exception) -> bool:
+    """On a GPU torch has a class for it; on a CPU there is the text alone."""
+    known = type(error).__name__ in ("OutOfMemoryError", "MemoryError")
+    return known or "not enough memory" in str(error) or "can't allocate memory" in str(error)
+
+
+def _first_sentence(error: Exception) -> str:
+    return re.split(r"(?<=[a-zB])\. |\n", str(error))[0]
 
 
 def _fail(command: str, message: str, error: Exception) -> int:

@@ -5,8 +5,6 @@ model has to say itself: every assistant turn, up to and with the token that end
 are -100 everywhere else. The mask follows from positions in the text, never from token ids:
 where padding and end of turn share an id (SmolLM2 has 2 for both), masking "the padding"
 would hide the end of every answer and the model would never learn to stop.
-
-The order of batches is a pure function of the step: a resumed run has no position to restore.
 """
 
 import re
@@ -16,8 +14,8 @@ from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
-import torch
 
+from .batches import IGNORE_INDEX, Example, batch_indices, collate
 from .rows import Chat, DataError, LoadedRows, load_rows, said
 
 __all__ = [
@@ -34,14 +32,13 @@ __all__ = [
     "encode",
     "encode_prompt",
     "encode_rows",
+    "end_of_turn",
     "load_rows",
     "said",
     "shared_system_prompt",
     "shipped_dataset",
     "split",
 ]
-
-IGNORE_INDEX = -100
 
 _GENERATION_MARK = re.compile(r"\{%-?\s*generation\s*-?%\}")  # a template that marks the answers itself
 _STAND_IN = "\ufdd0"  # a code point that is no character and never will be one
@@ -58,27 +55,18 @@ PLAIN_TEMPLATE = (
 
 
 @dataclass(frozen=True)
-class Example:
-    """One chat as two int32 arrays of equal length; the label at position t is predicted from the ids before it."""
-
-    input_ids: np.ndarray
-    labels: np.ndarray  # the id itself where it is learnt, else -100
-    cut: int = 0  # tokens beyond max_seq_length that were left off at the end
-
-    @property
-    def answer_tokens(self) -> int:
-        """How many tokens are learnt."""
-        return int((self.labels != IGNORE_INDEX).sum())
-
-
-@dataclass(frozen=True)
 class EncodedRows:
-    """Examples that all have something to learn, and how many rows were truncated or dropped on the way."""
+    """Examples that all have something to learn, and how many rows were truncated or dropped on the way.
+
+    `rows` are the chats that the examples come from; `refused` says of each skipped row where it stood, and why.
+    """
 
     examples: list[Example]
     truncated: int
     dropped: int
     max_seq_length: int
+    rows: Sequence[Chat] = ()
+    refused: Sequence[str] = ()
 
     def notes(self) -> list[str]:
         """What the user must be told, a line each; empty when every row fits."""
@@ -87,6 +75,8 @@ class EncodedRows:
             notes.append(f"rows truncated to max_seq_length {self.max_seq_length} tokens: {self.truncated}")
         if self.dropped:
             notes.append(f"rows dropped, too long for max_seq_length {self.max_seq_length} tokens: {self.dropped}")
+        if self.refused:
+            notes.append(f"bad rows skipped: {len(self.refused)}, the first: {'; '.join(self.refused[:3])}")
         return notes
 
 
@@ -112,7 +102,7 @@ def split(rows: Sequence[Chat], eval_fraction: float, seed: int) -> tuple[list[C
     if eval_fraction == 0:
         return list(rows), []
     if len(rows) < 2:
-        raise DataError(f"holding out rows needs at least 2 rows, got {len(rows)}")
+        raise DataError(f"holding out rows needs at least 2 rows, got {len(rows)}; --eval-fraction 0 holds out none")
     count = min(max(1, round(len(rows) * eval_fraction)), len(rows) - 1)
     held_out = set(np.random.default_rng(seed).permutation(len(rows))[:count].tolist())
     return (
@@ -135,6 +125,16 @@ def encode_prompt(chat: Chat, tokenizer) -> list[int]:
     return tokenizer(text, add_special_tokens=False)["input_ids"]
 
 
+def end_of_turn(tokenizer) -> int | None:
+    """The special token that training teaches to end an answer with, which need not be the model's own end of text."""
+    try:
+        turn = encode([{"role": "user", "content": "a"}, {"role": "assistant", "content": "a"}], tokenizer)
+    except DataError:
+        return None
+    last = int(turn.input_ids[turn.labels != IGNORE_INDEX][-1])
+    return last if _is_special(last, tokenizer) else None
+
+
 def encode(chat: Chat, tokenizer, max_seq_length: int | None = None) -> Example:
     """A chat as token ids and labels, the rest cut off beyond `max_seq_length` tokens.
 
@@ -153,74 +153,45 @@ def encode(chat: Chat, tokenizer, max_seq_length: int | None = None) -> Example:
     return Example(kept, labels, cut=len(ids) - len(kept))
 
 
-def encode_rows(rows: Sequence[Chat], tokenizer, max_seq_length: int, on_long: str = "truncate") -> EncodedRows:
+def encode_rows(
+    rows: Sequence[Chat], tokenizer, max_seq_length: int, on_long: str = "truncate", skip_bad_rows: bool = False
+) -> EncodedRows:
     """Encode chats; a row of more than `max_seq_length` tokens is truncated at its end, or dropped.
 
     Args:
         on_long: "truncate" or "drop". A row with no answer token left after truncation is dropped too.
+        skip_bad_rows: leave out and list what `encode` refuses, instead of raising at the first.
 
     Raises:
-        DataError: a row that `encode` refuses, or nothing left to learn from.
+        DataError: a row that `encode` refuses, named by its place in the file, or nothing left to learn from.
     """
     if on_long not in ("truncate", "drop"):
         raise ValueError(f"on_long must be 'truncate' or 'drop', got {on_long!r}")
-    examples, truncated, dropped = [], 0, 0
+    examples, kept, refused, truncated, dropped = [], [], [], 0, 0
     for number, row in enumerate(rows, start=1):
         try:
             example = encode(row, tokenizer, max_seq_length)
         except DataError as error:
-            raise DataError(f"row {number}: {error}") from None
+            reason = f"{getattr(row, 'where', None) or f'row {number}'}: {error}"
+            if not skip_bad_rows:
+                raise DataError(reason) from None
+            refused.append(reason)
+            continue
         if example.answer_tokens == 0 or (example.cut and on_long == "drop"):
             dropped += 1
             continue
         examples.append(example)
+        kept.append(row)
         truncated += example.cut > 0
+    if not examples and refused:
+        raise DataError(f"nothing to learn: no usable row among {len(rows)}; {refused[0]}")
     if not examples:
         raise DataError(
             f"nothing to learn: each of the {len(rows)} rows is too long for max_seq_length {max_seq_length} tokens"
             if rows
             else "nothing to learn: no rows"
         )
-    return EncodedRows(examples, truncated, dropped, max_seq_length)
-
-
-def collate(examples: Sequence[Example], pad_id: int) -> dict[str, torch.Tensor]:
-    """Pad examples on the right to the longest of them.
-
-    Returns:
-        input_ids, labels and attention_mask, each int64 of shape (batch, longest); padding has label -100 and mask 0.
-    """
-    if not examples:
-        raise ValueError("examples must hold at least one example, got none")
-    shape = len(examples), max(len(example.input_ids) for example in examples)
-    input_ids = torch.full(shape, pad_id, dtype=torch.int64)
-    labels = torch.full(shape, IGNORE_INDEX, dtype=torch.int64)
-    attention_mask = torch.zeros(shape, dtype=torch.int64)
-    for row, example in enumerate(examples):
-        length = len(example.input_ids)
-        input_ids[row, :length] = torch.from_numpy(example.input_ids)
-        labels[row, :length] = torch.from_numpy(example.labels)
-        attention_mask[row, :length] = 1
-    return {"input_ids": input_ids, "labels": labels, "attention_mask": attention_mask}
-
-
-def batch_indices(step: int, n: int, batch_size: int, seed: int) -> list[int]:
-    """Which of `n` examples make up batch number `step` (from 0), a pure function of its arguments.
-
-    Every epoch is a shuffle of its own in which each example comes once. The epochs follow one
-    another without a gap: a batch at the end of one goes on into the next, so all batches are full.
-    """
-    for name, value, least in (("step", step, 0), ("n", n, 1), ("batch_size", batch_size, 1), ("seed", seed, 0)):
-        if value < least:
-            raise ValueError(f"{name} must be at least {least}, got {value}")
-    indices = []
-    position, stop = step * batch_size, (step + 1) * batch_size
-    while position < stop:
-        epoch, offset = divmod(position, n)
-        shuffled = np.random.default_rng([seed, epoch]).permutation(n)
-        indices += shuffled[offset : offset + stop - position].tolist()
-        position = step * batch_size + len(indices)
-    return indices
+    return EncodedRows(examples, truncated, dropped, max_seq_length, kept, refused)
 
 
 def describe_example(example: Example, tokenizer) -> str:
@@ -331,8 +302,15 @@ def _end_of_turn(ids: list[int], stop: int, tokenizer) -> int | None:
     """The position behind the special token that ends the turn: the answer's last, or the next but for white space."""
     for position in range(stop - 1, len(ids)):
         text = tokenizer.decode([ids[position]], skip_special_tokens=False)
-        if text.strip() and not tokenizer.decode([ids[position]], skip_special_tokens=True):
+        if text.strip() and _is_special(ids[position], tokenizer):
             return position + 1
         if position >= stop and text.strip():
             return None
     return None
+
+
+def _is_special(token: int, tokenizer) -> bool:
+    """Whether a token is no text; one for unknown words is, and may well be an answer's last."""
+    if token == tokenizer.unk_token_id != tokenizer.eos_token_id:
+        return False
+    return not tokenizer.decode([token], skip_special_tokens=True)

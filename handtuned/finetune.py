@@ -16,16 +16,16 @@ from pathlib import Path
 import torch
 
 from . import data, evaluation, parallel, records, runstate, telling
-from .adapted import TRAINING_RECORD
+from .adapted import save_with_record
 from .amp import GradScaler
 from .answers import AnswerModel
 from .faults import Fault
 from .models import choose_dtype, fingerprint, load_base, resolve
 from .nn import apply_lora_to_model
-from .nn.adapters import save_adapter
 from .nn.files import write_json
 from .optim import AdamW, cosine_with_warmup
-from .settings import FinetuneSettings, add_flags, differences, flag, next_output_dir
+from .resume import begin_or_recognize, settings_and_checkpoint
+from .settings import FinetuneSettings, add_flags, flag
 from .shards import weight_bytes, whole_adapter
 from .training import peak_memory, train
 
@@ -33,13 +33,14 @@ SHOWN_PROMPTS = 3
 
 
 class Interrupted(Exception):
-    """Ctrl-C, on any rank; the state has been saved."""
+    """Ctrl-C or SIGTERM, on any rank; the state has been saved."""
 
 
 def add_arguments(parser) -> None:
     add_flags(parser)
     parser.add_argument("--resume", "--resume-from-checkpoint", nargs="?", const="", default=None, metavar="DIR",
-                        help="go on with a run that was stopped: its directory (default: --output-dir)")  # fmt: skip
+                        help="go on with a run that was stopped: its directory, or one of the checkpoints in it "
+                        "(default: --output-dir)")  # fmt: skip
 
 
 def run(args) -> int:
@@ -51,11 +52,12 @@ def run(args) -> int:
                 settings = FinetuneSettings(**typed)
             team.agree({flag(name): value for name, value in settings.to_json().items()} | {"--resume": args.resume})
             with team.together():
+                checkpoint = None
                 if team.main:
-                    settings = _settings(args.resume, typed, settings, team.size)
-            settings = team.from_main(settings)
+                    settings, checkpoint = settings_and_checkpoint(args.resume, typed, settings, team.size)
+            settings, checkpoint = team.from_main((settings, checkpoint))
             again = f"\ngo on with: {team.command()} --resume {settings.output_dir}"
-            finetune(settings, team)
+            finetune(settings, team, checkpoint)
     except Interrupted as stop:
         if team.main:
             print(f"\n{stop}{again}")
@@ -67,50 +69,7 @@ def run(args) -> int:
     return 0
 
 
-def _settings(resume: str | None, typed: dict, fresh: FinetuneSettings, ranks: int) -> FinetuneSettings:
-    """With a directory that is free, or that of the run to be resumed and its settings."""
-    if resume is not None:
-        return _settings_to_resume(resume or fresh.output_dir, typed, fresh, ranks)
-    fresh.output_dir = fresh.output_dir or next_output_dir()
-    directory = Path(fresh.output_dir)
-    if directory.exists() and (not directory.is_dir() or any(directory.iterdir())):
-        raise ValueError(f"--output-dir {directory} holds another run; name a new one, or go on with --resume")
-    return fresh
-
-
-def _settings_to_resume(place: str | None, typed: dict, fresh: FinetuneSettings, ranks: int) -> FinetuneSettings:
-    """The settings of the run at `place`; what was typed again must agree. A run that never began starts afresh.
-
-    Another number of ranks than before shares out the same rows a step.
-    """
-    if not place:
-        raise ValueError("--resume needs the run's directory: --resume DIR, or --output-dir DIR")
-    directory = Path(place)
-    if directory.name.startswith("checkpoint-"):
-        directory = directory.parent
-    record = directory / "run.json"
-    if not record.exists():
-        if directory.exists() and any(directory.iterdir()):
-            raise ValueError(f"--resume: {directory} holds no run (no run.json)")
-        print(f"nothing to resume in {directory}: starting afresh")
-        fresh.output_dir = str(directory)
-        return fresh
-    run = json.loads(record.read_text(encoding="utf-8"))
-    saved = run["settings"]
-    free = ("output_dir", "parallel")
-    changed = differences({name: getattr(fresh, name) for name in typed if name not in free}, saved)
-    if changed:
-        raise ValueError("--resume goes on with the run's own settings: " + "; ".join(changed))
-    micro, accumulate = saved["per_device_train_batch_size"], saved["gradient_accumulation_steps"]
-    rows, odd = divmod(micro * accumulate * run["marks"].get("ranks", 1), ranks)
-    if odd:
-        raise ValueError(f"--resume: {ranks} ranks cannot evenly share the {rows * ranks + odd} rows of a step")
-    micro = max(size for size in range(1, micro + 1) if rows % size == 0)
-    shares = {"per_device_train_batch_size": micro, "gradient_accumulation_steps": rows // micro}
-    return FinetuneSettings(**saved | shares | {"output_dir": str(directory), "parallel": fresh.parallel})
-
-
-def finetune(settings: FinetuneSettings, team: parallel.Team | None = None) -> dict:
+def finetune(settings: FinetuneSettings, team: parallel.Team | None = None, checkpoint: Path | None = None) -> dict:
     """Fine-tune as `settings` say; everything lands in `settings.output_dir`.
 
     A directory that holds a checkpoint of the same run is gone on with from there, to
@@ -118,13 +77,15 @@ def finetune(settings: FinetuneSettings, team: parallel.Team | None = None) -> d
 
     Args:
         team: the ranks that share the work (default: this process alone).
+        checkpoint: the one to go on from, newer ones are deleted (default: the newest).
 
     Returns:
         what `results.json` holds: {"before": scores, "after": scores, "answers": …, …}.
 
     Raises:
         ValueError: settings, data or model that cannot be used; nothing is written then.
-        Interrupted: Ctrl-C; a checkpoint of the last whole step has been written.
+        Interrupted: Ctrl-C or SIGTERM; a checkpoint of the last whole step has been written.
+        Diverged: the loss is no number any more; the newest checkpoint is from before that.
     """
     started = time.perf_counter()
     team = team or parallel.Team()
@@ -132,6 +93,7 @@ def finetune(settings: FinetuneSettings, team: parallel.Team | None = None) -> d
     directory = Path(settings.output_dir)
 
     with team.together():
+        records.check_reporter(settings.report_to)
         if team.local_rank == 0:
             resolve(settings.model)  # fetched once a machine
     with team.together():
@@ -141,9 +103,11 @@ def finetune(settings: FinetuneSettings, team: parallel.Team | None = None) -> d
         # FSDP moves block after block to its GPU, which need not hold the whole model at any moment.
         model, tokenizer = load_base(settings.model, settings.method, dtype, "cpu" if team.mode == "fsdp" else device)
         data.check_max_seq_length(settings.max_seq_length, getattr(model.config, "max_position_embeddings", None))
-        examples = encode(train_rows, "training", tokenizer, settings)
-        held_out = encode(eval_rows, "held-out", tokenizer, settings) if eval_rows else []
+        examples = encode(train_rows, "training", tokenizer, settings).examples
+        encoded = encode(eval_rows, "held-out", tokenizer, settings) if eval_rows else None
+        held_out = encoded.examples if encoded else []
         marks = {"base": fingerprint(model), "data": data_mark(examples)}
+        record = adapter_record(settings, marks["base"], train_rows)
 
         torch.manual_seed(settings.seed)
         apply_lora_to_model(model, settings.lora_r, settings.lora_alpha, settings.target_modules, settings.lora_dropout)
@@ -170,11 +134,12 @@ def finetune(settings: FinetuneSettings, team: parallel.Team | None = None) -> d
             _need_disk(directory, trainable * 4 * 3 * (settings.save_total_limit + 2))
             directory.mkdir(parents=True, exist_ok=True)
             runstate.clear_unfinished(directory)
-            _begin_or_recognize(directory, settings, marks | {"ranks": team.size})
+            begin_or_recognize(directory, settings, marks | {"ranks": team.size})
 
     results_file = directory / "results.json"
     results = team.from_main(_read_results(results_file) if team.main else None)
-    shown = eval_rows[:SHOWN_PROMPTS]
+    shown = [row for row, example in zip(encoded.rows, held_out, strict=True) if not example.cut] if encoded else []
+    shown = shown[:SHOWN_PROMPTS]
     prompts = [chat[:-1] for chat in shown]
     if "before" not in results:
         results["before"] = evaluation.score(team, answers, held_out, "held-out, before")
@@ -190,19 +155,21 @@ def finetune(settings: FinetuneSettings, team: parallel.Team | None = None) -> d
     saved = team.from_main(runstate.checkpoints(directory))
     if saved:
         with team.together():
-            first = runstate.load_checkpoint(saved[-1], model, optimizer, schedule, scaler, team)
+            first = runstate.load_checkpoint(checkpoint or saved[-1], model, optimizer, schedule, scaler, team)
         print(f"going on after step {first} of {total}")
+    if team.main:
+        runstate.drop_after(directory, first)
     metrics = records.Metrics(directory / "metrics.jsonl")
     if team.main:
         metrics.keep_until(first)
 
     def save(step: int) -> Path:
         return runstate.save_checkpoint(
-            directory, step, model, optimizer, schedule, scaler, settings.save_total_limit, settings.model, team
+            directory, step, model, optimizer, schedule, scaler, settings.save_total_limit, record, team
         )
 
     reporter = records.Reporter(settings.report_to if team.main else "none", directory, settings.to_json())
-    with telling.progress_bar(first, total) as bar, _CtrlC(team) as ctrl_c:
+    with telling.progress_bar(first, total) as bar, _Stop(team) as stop:
 
         def on_step(row: dict) -> None:
             step = row["step"]
@@ -212,7 +179,7 @@ def finetune(settings: FinetuneSettings, team: parallel.Team | None = None) -> d
                 reporter.log(row)
             if step % settings.save_steps == 0 and step < total:
                 save(step)
-            if team.sum(ctrl_c.pressed or team.stopping) and step < total:
+            if team.sum(stop.wished or team.stopping) and step < total:
                 raise Interrupted(f"stopped after step {step} of {total}; saved in {save(step)}")
 
         train(answers, examples, settings, optimizer, schedule, scaler, first, total, on_step, team)
@@ -221,16 +188,7 @@ def finetune(settings: FinetuneSettings, team: parallel.Team | None = None) -> d
     save(total)
     with whole_adapter(model):
         if team.main:
-            save_adapter(model, directory, base_model=settings.model)
-    if team.main:
-        write_json(directory / TRAINING_RECORD, {
-            "model": settings.model,
-            "method": settings.method,
-            "fingerprint": marks["base"],
-            "system_prompt": data.shared_system_prompt(train_rows),
-            "eval_data": _eval_source(settings),
-            "versions": records.versions(),
-        })  # fmt: skip
+            save_with_record(model, directory, record)
     results["after"] = evaluation.score(team, answers, held_out, "held-out, after ")
     written = evaluation.write_answers(team, model, tokenizer, prompts)
     for entry, answer in zip(results["answers"], written, strict=True):
@@ -273,12 +231,27 @@ def _read(path, settings: FinetuneSettings) -> list:
     return loaded.rows
 
 
-def encode(rows: list, what: str, tokenizer, settings: FinetuneSettings) -> list:
+def encode(rows: list, what: str, tokenizer, settings: FinetuneSettings) -> data.EncodedRows:
     """Rows as token ids and labels; says what was cut or dropped."""
-    encoded = data.encode_rows(rows, tokenizer, settings.max_seq_length)
+    try:
+        encoded = data.encode_rows(rows, tokenizer, settings.max_seq_length, skip_bad_rows=settings.skip_bad_rows)
+    except data.DataError as error:
+        raise data.DataError(f"{what} rows: {error}") from None
     for note in encoded.notes():
         print(f"{what} rows: {note}")
-    return encoded.examples
+    return encoded
+
+
+def adapter_record(settings: FinetuneSettings, base: str, train_rows: list) -> dict:
+    """What `generate` and `merge` must know of an adapter: its base, how that is loaded, how it is spoken to."""
+    return {
+        "model": settings.model,
+        "method": settings.method,
+        "fingerprint": base,
+        "system_prompt": data.shared_system_prompt(train_rows),
+        "eval_data": _eval_source(settings),
+        "versions": records.versions(),
+    }
 
 
 def data_mark(examples: list) -> str:
@@ -287,18 +260,6 @@ def data_mark(examples: list) -> str:
     for example in examples:
         digest.update(example.input_ids.tobytes() + example.labels.tobytes())
     return digest.hexdigest()
-
-
-def _begin_or_recognize(directory: Path, settings: FinetuneSettings, marks: dict[str, str]) -> None:
-    """Write `run.json`, or check that the one that is there speaks of the same base model and data."""
-    record = directory / "run.json"
-    if not record.exists():
-        records.write_run(directory, settings.to_json(), marks)
-        return
-    known = json.loads(record.read_text(encoding="utf-8"))["marks"]
-    for what, name in (("base", f"base model ({settings.model})"), ("data", "training data")):
-        if known[what] != marks[what]:
-            raise ValueError(f"{directory}: the {name} is not what it was when this run began")
 
 
 def _need_disk(directory: Path, needed: int) -> None:
@@ -311,24 +272,29 @@ def _need_disk(directory: Path, needed: int) -> None:
         raise ValueError(f"no disk space for {directory}: {free / 1e6:.0f} MB free, {needed / 1e6:.0f} MB needed")
 
 
-class _CtrlC:
-    """Turns the first Ctrl-C into a wish to stop after this step; the second stops at once.
+class _Stop:
+    """Turns the first Ctrl-C or SIGTERM into a wish to stop after this step; the second stops at once.
 
-    Not so under torchrun, which passes on a Ctrl-C that has reached its processes already.
+    Not so under torchrun, which passes on a Ctrl-C that has reached its processes already, and where
+    SIGTERM is the team's affair.
     """
 
     def __init__(self, team: parallel.Team):
         self.patient = team.mode != "none"
+        self.signals = [signal.SIGINT] if self.patient else [signal.SIGINT, signal.SIGTERM]
 
     def __enter__(self):
-        self.pressed = False
-        self.before = signal.signal(signal.SIGINT, self._note)
+        self.wished = False
+        self.before = [signal.signal(number, self._note) for number in self.signals]
         return self
 
     def _note(self, number, frame):
-        if self.pressed and not self.patient:
+        if self.wished and not self.patient:
             raise KeyboardInterrupt
-        self.pressed = True
+        if not self.wished:
+            print("\nstopping after this step", file=sys.stderr)
+        self.wished = True
 
     def __exit__(self, *error):
-        signal.signal(signal.SIGINT, self.before)
+        for number, before in zip(self.signals, self.before, strict=True):
+            signal.signal(number, before)

@@ -113,13 +113,19 @@ def _convert_gguf(wheel: Path, directory: Path) -> None:
 
 
 def choose_device(device: str) -> torch.device:
-    """`auto` is the first GPU if there is one; anything else is checked."""
+    """`auto` is the first GPU if there is one; anything else is checked.
+
+    Raises:
+        ValueError: neither a CPU nor a CUDA device that is there.
+    """
     if device == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
         chosen = torch.device(device)
     except RuntimeError as error:
         raise ValueError(f"--device must be auto, cpu, cuda or cuda:N, got {device!r}") from error
+    if chosen.type not in ("cpu", "cuda"):
+        raise ValueError(f"--device must be auto, cpu, cuda or cuda:N, got {device!r}")
     if chosen.type == "cuda" and (chosen.index or 0) >= torch.cuda.device_count():
         raise ValueError(f"--device {device}: this machine has {torch.cuda.device_count()} CUDA devices")
     return chosen

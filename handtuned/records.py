@@ -1,6 +1,8 @@
 """What a run leaves behind beside the adapter: run.json, metrics.jsonl, loss.png."""
 
+import importlib.util
 import json
+import math
 import os
 import platform
 import shlex
@@ -59,6 +61,8 @@ class Metrics:
             temporary.write_text("".join(json.dumps(row) + "\n" for row in kept), encoding="utf-8")
 
     def append(self, row: dict) -> None:
+        """Under loss scaling a step that is skipped may have infinite numbers, which JSON has no word for: null."""
+        row = {key: value if math.isfinite(value) else None for key, value in row.items()}
         with open(self.path, "a", encoding="utf-8") as file:
             file.write(json.dumps(row) + "\n")
 
@@ -70,7 +74,7 @@ def draw_loss(rows: list[dict], path: Path, title: str) -> None:
     steps = [row["step"] for row in rows]
     figure = Figure(figsize=(7, 4), layout="constrained")
     left = figure.subplots()
-    left.plot(steps, [row["loss"] for row in rows], color="black", label="loss")
+    left.plot(steps, [math.nan if row["loss"] is None else row["loss"] for row in rows], color="black", label="loss")
     left.set(xlabel="optimizer step", ylabel="loss per answer token (nats)", yscale="log", title=title)
     right = left.twinx()
     right.plot(steps, [row["learning_rate"] for row in rows], color="tab:orange", linestyle="--", label="learning rate")
@@ -79,6 +83,16 @@ def draw_loss(rows: list[dict], path: Path, title: str) -> None:
     figure.legend(handles=[*left.lines, *right.lines], loc="upper right", bbox_to_anchor=(0.88, 0.9))
     with whole_file(path) as temporary:
         figure.savefig(temporary, format="png", dpi=120)
+
+
+def check_reporter(kind: str) -> None:
+    """Raise ValueError if the library of `--report-to` is not there, before the work begins."""
+    if kind != "none" and importlib.util.find_spec(kind) is None:
+        raise ValueError(_missing(kind))
+
+
+def _missing(kind: str) -> str:
+    return f"--report-to {kind} needs its library: pip install {kind}"
 
 
 class Reporter:
@@ -96,7 +110,7 @@ class Reporter:
 
                 self.sink = wandb.init(project="handtuned", dir=str(directory), config=settings)
         except ImportError as error:
-            raise ValueError(f"--report-to {kind} needs its library: pip install {kind}") from error
+            raise ValueError(_missing(kind)) from error
 
     def log(self, row: dict) -> None:
         numbers = {key: value for key, value in row.items() if key != "step"}

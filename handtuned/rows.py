@@ -29,11 +29,14 @@ class DataError(ValueError):
 
 
 class Chat(list):
-    """Messages ({"role", "content", …}) and, if it has any, the tools that the model may call; slices keep them."""
+    """Messages ({"role", "content", …}) and, if it has any, the tools that the model may call; slices keep them.
 
-    def __init__(self, messages=(), tools: list[dict] | None = None):
+    `where` is the place that it was read from, "FILE:LINE".
+    """
+
+    def __init__(self, messages=(), tools: list[dict] | None = None, where: str | None = None):
         super().__init__(messages)
-        self.tools = tools
+        self.tools, self.where = tools, where
 
     def __getitem__(self, index):
         part = super().__getitem__(index)
@@ -82,11 +85,12 @@ def load_rows(path: str | Path, skip_bad_rows: bool = False) -> LoadedRows:
         try:
             chat, unread = _as_chat(json.loads(entry))
         except (ValueError, RecursionError) as error:
-            reason = error if isinstance(error, DataError) else f"not valid JSON: {error}"
+            reason = error if isinstance(error, DataError) else f"not valid JSON: {_what_is_wrong(error)}"
             if not skip_bad_rows:
                 raise DataError(f"{where}: {reason}") from None
             skipped.append(f"{where}: {reason}")
         else:
+            chat.where = where
             rows.append(chat)
             ignored |= unread
     if not rows:
@@ -105,6 +109,11 @@ def _read_text(path: str | Path) -> str:
     except UnicodeDecodeError as error:
         line = content.count(b"\n", 0, error.start) + 1
         raise DataError(f"{path}:{line}: not UTF-8 text") from None
+
+
+def _what_is_wrong(error: Exception) -> str:
+    """The decoder's words with the column; its line number counts within the row, and would contradict the file's."""
+    return f"{error.msg}, column {error.colno}" if isinstance(error, json.JSONDecodeError) else str(error)
 
 
 def _line_entries(text: str, path: str | Path) -> Iterator[tuple[str, str]]:

@@ -1,6 +1,7 @@
 """`checkpoint-N` directories: all that a run needs to go on as if it had never stopped.
 
     adapter_model.safetensors, adapter_config.json     the adapter (PEFT's format)
+    handtuned.json                                     the base that it belongs to, and how that was loaded
     optimizer.safetensors                              AdamW's moments
     rng.safetensors                                    torch's generators (CPU, and in a run alone each GPU)
     state.json                                         step, schedule, loss scale, parameter groups
@@ -17,7 +18,7 @@ from pathlib import Path
 
 import torch
 
-from .nn.adapters import save_adapter
+from .adapted import save_with_record
 from .nn.files import whole_directory, write_json, write_safetensors
 from .nn.inject import lora_layers, lora_parameters
 from .parallel import Team
@@ -41,7 +42,7 @@ def _step(checkpoint: Path) -> int:
 
 
 def save_checkpoint(
-    directory: Path, step: int, model, optimizer, schedule, scaler, keep: int, base_model: str, team: Team
+    directory: Path, step: int, model, optimizer, schedule, scaler, keep: int, record: dict, team: Team
 ) -> Path:
     """Write `checkpoint-<step>` and delete all but the newest `keep`. All ranks call it, the main one writes."""
     path = directory / f"checkpoint-{step}"
@@ -61,7 +62,7 @@ def save_checkpoint(
                 "scaler": scaler.state_dict(),
             }
             with whole_directory(path) as temporary:
-                save_adapter(model, temporary, base_model)
+                save_with_record(model, temporary, record)
                 write_safetensors(temporary / "optimizer.safetensors", moments)
                 write_safetensors(temporary / "rng.safetensors", _generators(team))
                 write_json(temporary / "state.json", progress)
@@ -69,6 +70,13 @@ def save_checkpoint(
         for old in checkpoints(directory)[:-keep]:
             shutil.rmtree(old)
     return path
+
+
+def drop_after(directory: Path, step: int) -> None:
+    """Delete the checkpoints of later steps: those steps will be run again."""
+    for path in checkpoints(directory):
+        if _step(path) > step:
+            shutil.rmtree(path)
 
 
 def load_checkpoint(path: Path, model, optimizer, schedule, scaler, team: Team) -> int:

@@ -30,7 +30,7 @@ class FinetuneSettings:
 
     model: str = _setting("smollm2", "smollm2, a model directory, or a hub name", aliases=["--model-name-or-path"])
     data: str | None = _setting(
-        None, "training rows: Alpaca JSON/JSONL, chat JSONL (default: the shipped home-assistant task)",
+        None, "training rows, JSON or JSONL: Alpaca, chat, prompt/completion (default: the shipped household task)",
         aliases=["--dataset"])  # fmt: skip
     eval_data: str | None = _setting(None, "held-out rows (default: a part split off --data)")
     eval_fraction: float = _setting(0.05, "part of --data held out when there is no --eval-data; 0 holds nothing out")

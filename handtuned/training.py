@@ -13,6 +13,10 @@ from .models import choose_dtype
 from .parallel import Team
 
 
+class Diverged(ValueError):
+    """The loss or its gradient is no finite number any more."""
+
+
 def train(answers, examples, settings, optimizer, schedule, scaler, first, total, on_step, team=None):
     """Train until `total` optimizer steps are done.
 
@@ -26,6 +30,9 @@ def train(answers, examples, settings, optimizer, schedule, scaler, first, total
         first, total: optimizer steps done already, and in the whole run.
         on_step: called after every step with its measurements; raises to stop.
         team: the ranks that share the work (default: this process alone).
+
+    Raises:
+        Diverged: before a step that would make every weight NaN. (Loss scaling skips such a step instead.)
     """
     team = team or Team()
     model = answers.model.train()
@@ -55,8 +62,15 @@ def train(answers, examples, settings, optimizer, schedule, scaler, first, total
             _check_gradients(model)
         team.collect_gradients(scaler)
         scaler.unscale_(optimizer)
-        grad_norm = team.clip_gradients(parameters, settings.max_grad_norm or math.inf)
+        grad_norm = team.clip_gradients(parameters, settings.max_grad_norm or math.inf).item()
+        loss = team.sum(loss_sum.item()) / answer_tokens
         learning_rate = schedule.get_last_lr()[0]
+        if not scaler.is_enabled() and not (math.isfinite(loss) and math.isfinite(grad_norm)):
+            with team.together():
+                raise Diverged(
+                    f"step {step + 1}: the loss is {loss:g} and its gradient's norm {grad_norm:g}: training "
+                    f"cannot go on; a lower --learning-rate than {settings.learning_rate:g} is what most often helps"
+                )
         scale_before = scaler.get_scale()
         scaler.step(optimizer)
         scaler.update()
@@ -68,9 +82,9 @@ def train(answers, examples, settings, optimizer, schedule, scaler, first, total
         on_step({
             "step": step + 1,
             "epoch": round((step + 1) * rows_a_step / len(examples), 4),
-            "loss": team.sum(loss_sum.item()) / answer_tokens,
+            "loss": loss,
             "learning_rate": learning_rate,
-            "grad_norm": _finite(grad_norm.item()),
+            "grad_norm": grad_norm,
             "answer_tokens": answer_tokens,
             "tokens_per_second": round(sum(len(row.input_ids) for row in rows) / seconds, 1),
         })  # fmt: skip
@@ -81,10 +95,6 @@ def _check_gradients(model) -> None:
     idle = [name for name, p in model.named_parameters() if p.requires_grad and p.grad is None]
     if idle:
         raise ValueError(f"{len(idle)} trainable parameters got no gradient, the first is {idle[0]}")
-
-
-def _finite(value: float) -> float | None:
-    return value if math.isfinite(value) else None
 
 
 def peak_memory(place: torch.device) -> int:

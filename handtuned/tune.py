@@ -20,19 +20,19 @@ from pathlib import Path
 import torch
 
 from . import data, findings, records
+from .adapted import save_with_record
 from .amp import GradScaler
 from .answers import AnswerModel
 from .findings import SEARCHED
-from .finetune import data_mark, encode, load_rows
+from .finetune import adapter_record, data_mark, encode, load_rows
 from .models import choose_device, choose_dtype, fingerprint, load_base
 from .nn import apply_lora_to_model
-from .nn.adapters import save_adapter
 from .nn.files import write_json
 from .nn.merge import unload
 from .nn.multi import linear_layers
 from .optim import AdamW, cosine_with_warmup
 from .settings import FinetuneSettings, add_flags, differences
-from .training import train
+from .training import Diverged, train
 
 TARGETS = ("q_proj,v_proj", "q_proj,k_proj,v_proj,o_proj", "gate_proj,up_proj,down_proj", "all-linear")
 BYTES_A_PARAMETER = 16  # trained in fp32: itself, its gradient, two moments
@@ -43,6 +43,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--trials", type=int, default=16, help="settings to try (default: 16)")
     parser.add_argument("--minutes", type=float, help="begin no new trial after this time (default: no limit)")
     parser.add_argument("--search", nargs="+", default=list(SEARCHED), choices=SEARCHED, metavar="NAME",
+                        type=lambda name: name.replace("-", "_"),
                         help=f"what to search over (default: {' '.join(SEARCHED)})")  # fmt: skip
     parser.add_argument("--resume", action="store_true", help="go on with the study in --output-dir")
 
@@ -103,7 +104,7 @@ def tune(settings: FinetuneSettings, trials: int, minutes: float | None = None, 
     bench = Bench(settings)
     directory = Path(settings.output_dir)
     directory.mkdir(parents=True, exist_ok=True)
-    marks = {"base": fingerprint(bench.model), "data": data_mark(bench.examples), "search": list(search)}
+    marks = {"base": bench.base, "data": data_mark(bench.examples), "search": list(search)}
     record = {"settings": settings.to_json(), "search": list(search), "marks": marks, "versions": records.versions()}
     known = directory / "tune.json"
     if known.exists() and json.loads(known.read_text(encoding="utf-8"))["marks"] != marks:
@@ -206,11 +207,13 @@ class Bench:
         train_rows, eval_rows = load_rows(settings)
         self.model, tokenizer = load_base(settings.model, settings.method, self.dtype, self.device)
         data.check_max_seq_length(settings.max_seq_length, getattr(self.model.config, "max_position_embeddings", None))
-        self.examples = encode(train_rows, "training", tokenizer, settings)
-        held_out = encode(eval_rows, "held-out", tokenizer, settings) if eval_rows else []
+        self.examples = encode(train_rows, "training", tokenizer, settings).examples
+        held_out = encode(eval_rows, "held-out", tokenizer, settings).examples if eval_rows else []
         if len(held_out) < 2:
             raise ValueError(f"tune needs at least 2 held-out rows to choose by, got {len(held_out)}: --eval-data, "
                              "or --eval-fraction above 0")  # fmt: skip
+        self.base = fingerprint(self.model)
+        self.record = adapter_record(settings, self.base, train_rows)
         self.choosing, self.untouched = held_out[0::2], held_out[1::2]
         apply_lora_to_model(self.model, settings.lora_r, settings.lora_alpha, settings.target_modules)  # does it fit?
         unload(self.model)
@@ -259,7 +262,9 @@ class Bench:
             trial.set_user_attr("untouched", answers.score(self.untouched))
             finished = trial.study.get_trials(states=[optuna.trial.TrialState.COMPLETE])
             if all(clock["loss"] < other.value for other in finished):
-                save_adapter(self.model, Path(settings.output_dir) / "best", base_model=settings.model)
+                save_with_record(self.model, Path(settings.output_dir) / "best", self.record)
             return clock["loss"]
+        except Diverged as error:
+            raise optuna.TrialPruned from error
         finally:
             unload(self.model)

@@ -5,6 +5,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tiny import make_model
 
 from handtuned import data
 from handtuned.data import IGNORE_INDEX, DataError
@@ -157,6 +158,18 @@ class TestEncoding:
         example = data.encode(CHAT, tokenizer)
         assert learnt_texts(example, tokenizer)[-1] == " end 😀\n<|im_end|>"
         assert example.input_ids.tolist()[:-1] == tokenizer.apply_chat_template(CHAT)["input_ids"]
+
+    def test_pain_19_an_answer_that_ends_with_an_unknown_word_still_learns_to_end(self, tmp_path):
+        transformers = pytest.importorskip("transformers")
+        tokenizer = transformers.AutoTokenizer.from_pretrained(make_model(tmp_path))
+        chat = [{"role": "user", "content": "w1"}, {"role": "assistant", "content": "w2 nonsense"}]
+        assert learnt_texts(data.encode(chat, tokenizer), tokenizer) == ["w2 <unk> <|end|>"]
+
+    def test_pain_19_the_end_of_a_turn_need_not_be_the_end_of_text(self):
+        tokenizer = make_tokenizer(CHATML)
+        tokenizer.eos_token = tokenizer.pad_token = "<|endoftext|>"
+        assert data.end_of_turn(tokenizer) == tokenizer.convert_tokens_to_ids("<|im_end|>")
+        assert data.end_of_turn(make_tokenizer("{{ raise_exception('no') }}")) is None
 
     @pytest.mark.parametrize("template", [PREFILLED, MUTE], ids=["prefilled", "mute"])
     def test_template_that_rewrites_the_chat_is_refused(self, template):

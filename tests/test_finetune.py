@@ -1,48 +1,17 @@
-"""`handtuned finetune`, `generate` and `merge`, run as a user runs them, on a tiny model."""
+"""`handtuned finetune`, run as a user runs it, on a tiny model: what it trains, and what it leaves behind."""
 
 import json
-import os
-import signal
-import subprocess
-import sys
-import time
-from pathlib import Path
 
+import finetuned
 import pytest
 import torch
-from tiny import WORDS, make_model, write_rows
+from finetuned import finetune, losses
 
 from handtuned import cli
-from handtuned.settings import FinetuneSettings
 
 pytest.importorskip("transformers")
 
-COMMON = ["--per-device-train-batch-size", "4", "--learning-rate", "1e-2", "--device", "cpu", "--max-seq-length", "64"]
-
-
-@pytest.fixture(scope="module")
-def model_dir(tmp_path_factory):
-    return make_model(tmp_path_factory.mktemp("model"))
-
-
-@pytest.fixture(scope="module")
-def rows(tmp_path_factory):
-    return write_rows(tmp_path_factory.mktemp("data") / "rows.jsonl")
-
-
-def finetune(model_dir, rows, out, *flags):
-    return cli.main(["finetune", "--model", model_dir, "--data", rows, "--output-dir", str(out), *COMMON, *flags])
-
-
-def losses(out):
-    return [json.loads(line)["loss"] for line in (Path(out) / "metrics.jsonl").read_text().splitlines()]
-
-
-@pytest.fixture(scope="module")
-def finished(model_dir, rows, tmp_path_factory):
-    out = tmp_path_factory.mktemp("runs") / "whole"
-    assert finetune(model_dir, rows, out, "--max-steps", "12", "--save-steps", "4", "--lora-dropout", "0.1") == 0
-    return out
+model_dir, rows, finished = finetuned.model_dir, finetuned.rows, finetuned.finished
 
 
 def test_run_leaves_everything_that_it_promises(finished):
@@ -58,81 +27,6 @@ def test_run_leaves_everything_that_it_promises(finished):
     assert (finished / "loss.png").read_bytes()[:4] == b"\x89PNG"
     curve = losses(finished)
     assert len(curve) == 12 and sum(curve[-3:]) < sum(curve[:3])
-
-
-def test_pain_20_resumed_run_is_bit_equal(model_dir, rows, finished, tmp_path):
-    """Killed hard in the middle (dropout on), gone on with, equal to the run that never stopped."""
-    out = tmp_path / "killed"
-    flags = ["--max-steps", "12", "--save-steps", "4", "--lora-dropout", "0.1"]
-    command = [sys.executable, "-m", "handtuned", "finetune", "--model", model_dir, "--data", rows,
-               "--output-dir", str(out), *COMMON, *flags]  # fmt: skip
-    child = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    deadline = time.monotonic() + 120
-    while not (out / "checkpoint-4").exists() and time.monotonic() < deadline and child.poll() is None:
-        time.sleep(0.005)
-    child.send_signal(signal.SIGKILL)
-    child.wait()
-    assert cli.main(["finetune", "--resume", str(out)]) == 0
-    assert losses(out) == losses(finished)
-    for name in ("adapter_model.safetensors",):
-        assert (out / name).read_bytes() == (finished / name).read_bytes()
-
-
-@pytest.mark.parametrize("step", [0, 1, 5, 8], ids=lambda s: f"after-{s}")
-def test_resume_from_any_step_is_bit_equal(model_dir, rows, finished, tmp_path, monkeypatch, step):
-    from handtuned import records
-
-    class Killed(BaseException):
-        pass
-
-    append = records.Metrics.append
-
-    def stop(self, row):
-        if row["step"] > step:
-            raise Killed
-        append(self, row)
-
-    out = tmp_path / "out"
-    with monkeypatch.context() as patch, pytest.raises(Killed):
-        patch.setattr(records.Metrics, "append", stop)
-        finetune(model_dir, rows, out, "--max-steps", "12", "--save-steps", "4", "--lora-dropout", "0.1")
-    with open(out / "metrics.jsonl", "a") as file:
-        file.write('{"step": 99, "lo')  # a line cut short by the kill
-    assert cli.main(["finetune", "--resume", str(out)]) == 0
-    assert losses(out) == losses(finished)
-
-
-def test_ctrl_c_saves_and_says_how_to_go_on(model_dir, rows, finished, tmp_path, capsys, monkeypatch):
-    from handtuned import telling
-
-    show = telling.progress_bar.show
-
-    def press(self, row):
-        if row["step"] == 6:
-            os.kill(os.getpid(), signal.SIGINT)
-        show(self, row)
-
-    out = tmp_path / "out"
-    with monkeypatch.context() as patch:
-        patch.setattr(telling.progress_bar, "show", press)
-        code = finetune(model_dir, rows, out, "--max-steps", "12", "--save-steps", "100", "--lora-dropout", "0.1")
-    assert code == 130
-    assert f"handtuned finetune --resume {out}" in capsys.readouterr().out
-    assert (out / "checkpoint-6").is_dir()
-    assert cli.main(["finetune", "--resume", str(out)]) == 0
-    assert losses(out) == losses(finished)
-
-
-def test_resume_refuses_other_settings_and_other_data(model_dir, rows, finished, tmp_path, capsys):
-    assert cli.main(["finetune", "--resume", str(finished), "--lora-r", "4"]) == 2
-    assert "--lora-r was 8, now 4" in capsys.readouterr().err
-    changed = tmp_path / "rows.jsonl"
-    changed.write_text(Path(rows).read_text())
-    out = tmp_path / "out"
-    assert finetune(model_dir, str(changed), out, "--max-steps", "1") == 0
-    write_rows(changed, seed=7)
-    assert cli.main(["finetune", "--resume", str(out)]) == 2
-    assert "training data is not what it was" in capsys.readouterr().err
 
 
 def test_pain_7_accumulation_equals_the_big_batch(model_dir, rows, tmp_path):
@@ -152,104 +46,6 @@ def test_gradient_checkpointing_changes_nothing(model_dir, rows, tmp_path):
         assert finetune(model_dir, rows, tmp_path / name, "--max-steps", "4", *flags) == 0
         curves.append(losses(tmp_path / name))
     torch.testing.assert_close(torch.tensor(curves[0]), torch.tensor(curves[1]), rtol=1e-6, atol=1e-6)
-
-
-def test_peft_loads_the_adapter_with_equal_logits(model_dir, finished):
-    peft = pytest.importorskip("peft")
-    from transformers import AutoModelForCausalLM
-
-    from handtuned.adapted import load_adapted
-
-    class Args:
-        adapter, model, method, dtype, device = str(finished), None, "lora", "float32", "cpu"
-
-    ours, _, _ = load_adapted(Args)
-    theirs = peft.PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(model_dir), str(finished)).eval()
-    ids = torch.randint(5, 40, (2, 9))
-    with torch.no_grad():
-        difference = (ours(input_ids=ids).logits - theirs(input_ids=ids).logits).abs().max()
-        moved = (ours(input_ids=ids).logits - AutoModelForCausalLM.from_pretrained(model_dir)(ids).logits).abs().max()
-    assert difference <= 1e-4 and moved > 1e-2
-
-
-def test_generate_answers(finished, capsys):
-    assert cli.main(["generate", "--adapter", str(finished), "--device", "cpu", "--max-new-tokens", "5", "w1 w2"]) == 0
-    printed = capsys.readouterr().out.strip().splitlines()[-1]
-    assert set(printed.split()) <= set(WORDS)
-
-
-def test_pain_1_merge_keeps_the_adapter(model_dir, rows, finished, tmp_path, capsys):
-    """The merged model is a plain directory whose logits are those of base + adapter, in 16 bits to rounding."""
-    from transformers import AutoModelForCausalLM
-
-    from handtuned.adapted import load_adapted
-
-    out = tmp_path / "merged"
-    command = ["merge", "--adapter", str(finished), "--out", str(out), "--device", "cpu", "--data", rows]
-    assert cli.main([*command, "--save-dtype", "float32", "--errors"]) == 0
-    said = capsys.readouterr().out
-    assert all(part in said for part in ("loss on", "bfloat16", "nf4, requantize", "nf4, refit"))
-
-    class Args:
-        adapter, model, method, dtype, device = str(finished), None, None, "float32", "cpu"
-
-    adapted, _, _ = load_adapted(Args)
-    merged = AutoModelForCausalLM.from_pretrained(out).eval()
-    ids = torch.randint(5, 40, (2, 9))
-    with torch.no_grad():
-        torch.testing.assert_close(merged(ids).logits, adapted(input_ids=ids).logits, rtol=1e-4, atol=1e-4)
-    assert cli.main(command) == 2, "an output directory that is not empty is refused"
-
-
-def test_pain_2_another_base_is_noticed(finished, tmp_path, capsys):
-    other = make_model(tmp_path / "other", seed=5)
-    assert cli.main(["generate", "--adapter", str(finished), "--model", other, "--device", "cpu", "w1"]) == 0
-    assert "not, bit for bit, the one that the adapter was trained on" in capsys.readouterr().err
-
-
-def test_pain_9_tied_embeddings_keep_their_training_on_merge(tmp_path, rows):
-    """An adapter on the tied output head: merging unties it, in the config too."""
-    from handtuned.nn import apply_lora_to_model
-    from transformers import AutoModelForCausalLM
-
-    from handtuned.merge import to_plain_model
-
-    place = make_model(tmp_path / "model")
-    model = AutoModelForCausalLM.from_pretrained(place).eval()
-    apply_lora_to_model(model, 4, 8, ["lm_head"])
-    torch.nn.init.normal_(model.lm_head.lora_B)
-    ids = torch.randint(5, 40, (1, 7))
-    with torch.no_grad():
-        want = model(input_ids=ids).logits
-        to_plain_model(model, torch.float32).save_pretrained(tmp_path / "merged")
-        merged = AutoModelForCausalLM.from_pretrained(tmp_path / "merged").eval()
-        torch.testing.assert_close(merged(ids).logits, want, rtol=1e-4, atol=1e-4)
-    assert merged.config.tie_word_embeddings is False
-
-
-def test_pain_11_a_typo_in_targets_adapts_nothing(model_dir, rows, tmp_path, capsys):
-    out = tmp_path / "out"
-    assert finetune(model_dir, rows, out, "--target-modules", "q_proj", "v_prj") == 2
-    message = capsys.readouterr().err
-    assert "v_prj" in message and "v_proj" in message
-    assert not out.exists()
-
-
-def test_pain_4_an_adapter_that_does_not_fit_is_never_silently_left_out(finished, tmp_path, capsys):
-    import shutil
-
-    from safetensors.torch import load_file, save_file
-
-    for name, change in (
-        ("without-prefix", lambda key: key.removeprefix("base_model.model.")),
-        ("other-layer", lambda key: key.replace("layers.1", "layers.7")),
-    ):
-        broken = tmp_path / name
-        shutil.copytree(finished, broken)
-        tensors = load_file(finished / "adapter_model.safetensors")
-        save_file({change(key): value for key, value in tensors.items()}, broken / "adapter_model.safetensors")
-        assert cli.main(["generate", "--adapter", str(broken), "--device", "cpu", "w1"]) == 2
-        assert "error:" in capsys.readouterr().err
 
 
 def test_pain_19_the_end_of_turn_is_learnt_and_shown(model_dir, rows, tmp_path, capsys):
@@ -297,76 +93,12 @@ def test_pain_17_doctor_says_what_runs_where(capsys):
     assert torch.__version__ in text and "a CPU tensor" in text and "finetune" in text
 
 
-@pytest.mark.parametrize("flags, message", [
-    (["--lora-r", "0"], "--lora-r must be at least 1"),
-    (["--lora-r", "-3"], "--lora-r must be at least 1"),
-    (["--lora-r", "x"], "--lora-r"),
-    (["--learning-rate", "nan"], "--learning-rate must be"),
-    (["--learning-rate", "0"], "--learning-rate must be"),
-    (["--lernin-rate", "1"], "did you mean --learning-rate?"),
-    (["--data", "/nowhere.jsonl"], "/nowhere.jsonl"),
-    (["--model", "/nowhere"], "no such model directory"),
-    (["--max-seq-length", "4096"], "within the model's context"),
-    (["--target-modules", "nothing"], "matches no linear layer"),
-    (["--method", "full"], "invalid choice"),
-    (["--device", "cuda:77"], "cuda"),
-])  # fmt: skip
-def test_bad_input_is_one_clear_line_and_exit_code_2(model_dir, rows, tmp_path, capsys, flags, message):
-    out = tmp_path / "out"
-    assert finetune(model_dir, rows, out, *flags) == 2
-    captured = capsys.readouterr()
-    lines = [line for line in captured.err.splitlines() if "error:" in line]
-    assert len(lines) == 1 and message in lines[0]
-    assert not out.exists(), "nothing half-written"
-
-
-def test_directory_of_another_run_is_refused(model_dir, rows, finished, capsys):
-    before = {path: path.stat().st_mtime_ns for path in finished.rglob("*")}
-    assert finetune(model_dir, rows, finished) == 2
-    assert "holds another run" in capsys.readouterr().err
-    assert before == {path: path.stat().st_mtime_ns for path in finished.rglob("*")}
-
-
-def test_no_disk_space_is_told_before_the_work(model_dir, rows, tmp_path, capsys, monkeypatch):
-    import shutil
-
-    monkeypatch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(100, 100, 0))
-    assert finetune(model_dir, rows, tmp_path / "out") == 2
-    assert "no disk space" in capsys.readouterr().err
-    assert not (tmp_path / "out").exists()
-
-
-def test_disk_that_fills_up_later_loses_nothing(model_dir, rows, finished, tmp_path, capsys, monkeypatch):
-    from handtuned import runstate
-
-    write = runstate.write_safetensors
-
-    def full(path, tensors):
-        if "checkpoint-8" in str(path):
-            raise OSError(28, "No space left on device")
-        write(path, tensors)
-
-    out = tmp_path / "out"
-    with monkeypatch.context() as patch:
-        patch.setattr(runstate, "write_safetensors", full)
-        code = finetune(model_dir, rows, out, "--max-steps", "12", "--save-steps", "4", "--lora-dropout", "0.1")
-    assert code == 2 and "No space left on device" in capsys.readouterr().err
-    assert not [path for path in out.rglob("*") if ".tmp" in path.name or "checkpoint-8" in path.name]
-    assert cli.main(["finetune", "--resume", str(out)]) == 0
-    assert losses(out) == losses(finished)
-
-
 def test_both_spellings_and_the_ecosystems_names_work(model_dir, rows, tmp_path):
     out = tmp_path / "out"
     assert cli.main(["finetune", "--model_name_or_path", model_dir, "--dataset", rows, "--output_dir", str(out),
                      "--max_steps=1", "--lora_r", "2", "--per_device_train_batch_size", "2", "--device", "cpu",
                      "--max_seq_length", "64"]) == 0  # fmt: skip
     assert json.loads((out / "adapter_config.json").read_text())["r"] == 2
-
-
-def test_settings_name_the_flag():
-    with pytest.raises(ValueError, match="--lora-dropout must be in"):
-        FinetuneSettings(lora_dropout=1.0)
 
 
 def test_softcapped_model_gets_its_full_logits(tmp_path):
@@ -388,3 +120,72 @@ def test_softcapped_model_gets_its_full_logits(tmp_path):
     assert answers.head is None
     want = model(input_ids=ids, labels=labels).loss * (labels[:, 1:] != -100).sum()
     torch.testing.assert_close(answers.loss({"input_ids": ids, "labels": labels}), want)
+
+
+def test_each_step_is_that_of_peft_and_transformers(model_dir, rows, tmp_path):
+    """A loop written with their parts, from our first adapter and in our order of rows, has our losses and weights.
+
+    The learning rates are theirs too, but for the first step, which they take at 0 and lose.
+    """
+    peft = pytest.importorskip("peft")
+    from safetensors.torch import load_file
+    from transformers import AutoModelForCausalLM, AutoTokenizer, get_cosine_schedule_with_warmup
+
+    from handtuned import data
+
+    steps, out = 12, tmp_path / "out"
+    flags = ["--method", "lora", "--max-steps", str(steps), "--eval-fraction", "0", "--weight-decay", "0.1"]
+    assert finetune(model_dir, rows, out, *flags, "--warmup-ratio", "0.25", "--gradient-accumulation-steps", "2") == 0
+
+    tokenizer = AutoTokenizer.from_pretrained(model_dir)
+    examples = data.encode_rows(data.load_rows(rows).rows, tokenizer, 64).examples
+    model = AutoModelForCausalLM.from_pretrained(model_dir)
+    torch.manual_seed(42)
+    config = peft.LoraConfig(r=8, lora_alpha=16, lora_dropout=0.0, target_modules="all-linear", task_type="CAUSAL_LM")
+    model = peft.get_peft_model(model, config)
+    trained = [p for p in model.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(trained, lr=1e-2, weight_decay=0.1)
+    schedule = get_cosine_schedule_with_warmup(optimizer, steps // 4, steps)
+    first = first_adapter(model_dir, config)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if parameter.requires_grad:
+                parameter.copy_(first[name.replace(".default", "")])
+    curve, rates = [], [json.loads(line)["learning_rate"] for line in (out / "metrics.jsonl").read_text().splitlines()]
+    for step in range(steps):
+        if step == 0:
+            optimizer.param_groups[0]["lr"] = rates[0]
+        assert optimizer.param_groups[0]["lr"] == pytest.approx(rates[step])
+        picked = [examples[i] for i in data.batch_indices(step, len(examples), 8, 42)]
+        tokens, total = sum(example.answer_tokens for example in picked), 0.0
+        for half in (picked[:4], picked[4:]):
+            batch = data.collate(half, tokenizer.pad_token_id)
+            loss = model(**batch, num_items_in_batch=tokens).loss
+            loss.backward()
+            total += loss.item()
+        torch.nn.utils.clip_grad_norm_(trained, 0.3)
+        optimizer.step()
+        schedule.step()
+        optimizer.zero_grad()
+        curve.append(total)
+    torch.testing.assert_close(torch.tensor(losses(out)), torch.tensor(curve), rtol=1e-5, atol=1e-5)
+    ours = load_file(out / "adapter_model.safetensors")
+    for name, value in peft.get_peft_model_state_dict(model).items():
+        assert (ours[name] - value).norm() <= 1e-3 * value.norm(), name
+
+
+def first_adapter(model_dir, config):
+    """The adapter that `finetune` begins with, by the names of peft's parameters."""
+    from handtuned.nn import apply_lora_to_model
+
+    from handtuned.models import load_base
+
+    model, _ = load_base(model_dir)
+    torch.manual_seed(42)
+    apply_lora_to_model(model, config.r, config.lora_alpha, "all-linear")
+    names = {"lora_A": "lora_A.weight", "lora_B": "lora_B.weight"}
+    return {
+        f"base_model.model.{path}.{names[own]}": parameter
+        for path, own, parameter in ((*name.rsplit(".", 1), p) for name, p in model.named_parameters())
+        if own in names
+    }

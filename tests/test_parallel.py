@@ -6,23 +6,18 @@ processes one after another; and `killed`, an FSDP run that loses rank 1 in the 
 
 import json
 import os
-import re
 import shutil
 import signal
-import socket
-import subprocess
 import sys
 import time
 from pathlib import Path
 
 import pytest
 import torch
+from ranks import finetune, kill_after, one_after_another, process_of_rank, torchrun, wait
 from tiny import make_model, write_rows
 
-from handtuned import cli, evaluation, faults
-from handtuned.finetune import _settings_to_resume
-from handtuned.parallel import Team
-from handtuned.settings import FinetuneSettings
+from handtuned import cli
 
 pytest.importorskip("transformers")
 linux = pytest.mark.skipif(sys.platform != "linux", reason="finds ranks in /proc")
@@ -45,28 +40,6 @@ def flags(tmp_path_factory):
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory):
     return tmp_path_factory.mktemp("runs")
-
-
-def torchrun(words, ranks=2):
-    """Start `handtuned finetune` on several ranks; stdout and stderr of all of them in one pipe."""
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)]
-    return subprocess.Popen([*command, *words], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-
-
-def wait(run):
-    """What was printed until the end; nothing that hangs stays behind."""
-    try:
-        return run.communicate(timeout=280)[0]
-    finally:
-        if run.poll() is None:
-            run.terminate()  # torchrun ends its processes
-            run.wait(60)
-
-
-def finetune(*words, ranks=2):
-    run = torchrun(["-m", "handtuned", "finetune", *words], ranks)
-    printed = wait(run)
-    assert run.returncode == 0, printed
 
 
 def losses(out):
@@ -100,17 +73,6 @@ def alone(flags, runs):
     return out
 
 
-ONE_AFTER_ANOTHER = """
-import json, os, sys
-from handtuned import cli
-# BEFORE
-for number, words in enumerate(json.loads(sys.argv[1])):
-    os.environ["TORCHELASTIC_RESTART_COUNT"] = str(number)  # each run with a part of the store to itself
-    code = cli.main([word.replace("RANK", os.environ["RANK"]) for word in words])
-    print(f"\\n=== rank {os.environ['RANK']} exit code {code}", flush=True)
-"""
-
-
 @pytest.fixture(scope="module")
 def two(flags, runs):
     """What was printed by each of: a run whose ranks have different seeds, one with DDP, one with FSDP."""
@@ -119,37 +81,6 @@ def two(flags, runs):
         "fsdp": ["--parallel", "fsdp"]})  # fmt: skip
     assert codes == {0: ["2", "0", "0"], 1: ["2", "0", "0"]}, printed
     return printed
-
-
-def one_after_another(flags, runs, named, ranks=2, before=""):
-    """Several runs in one start of the processes; returns ({rank: exit codes}, {name: what was printed})."""
-    commands = [["finetune", *flags, "--output-dir", str(runs / name), *more] for name, more in named.items()]
-    script = runs / "one_after_another.py"
-    script.write_text(ONE_AFTER_ANOTHER.replace("# BEFORE", before))
-    run = torchrun([str(script), json.dumps(commands)], ranks)
-    printed = wait(run)
-    assert run.returncode == 0, printed
-    codes = {rank: re.findall(rf"^=== rank {rank} exit code (\d)", printed, re.M) for rank in range(ranks)}
-    return codes, dict(zip(named, printed.split("=== rank 0 exit code", len(named) - 1), strict=True))
-
-
-def process_of_rank(launcher, rank):
-    children = Path(f"/proc/{launcher.pid}/task/{launcher.pid}/children").read_text().split()
-    for child in children:
-        if f"RANK={rank}" in Path(f"/proc/{child}/environ").read_text().split("\0"):
-            return int(child)
-    raise AssertionError(f"no process of rank {rank} among {children}")
-
-
-def kill_after(checkpoint, launcher, rank):
-    """SIGKILL a rank as soon as a checkpoint stands; returns (seconds until all is over, what was printed)."""
-    deadline = time.monotonic() + 120
-    while not checkpoint.exists() and time.monotonic() < deadline and launcher.poll() is None:
-        time.sleep(0.005)
-    os.kill(process_of_rank(launcher, rank), signal.SIGKILL)
-    started = time.monotonic()
-    printed = wait(launcher)
-    return time.monotonic() - started, printed
 
 
 @pytest.fixture(scope="module")
@@ -373,64 +304,3 @@ runstate.write_safetensors = full
     everything = "".join(printed.values())
     assert "rank 0 has failed: OSError: [Errno 28] No space left on device" in everything
     assert not [path for path in (runs / "full").iterdir() if "checkpoint" in path.name]
-
-
-def test_parallel_and_torchrun_go_together(flags, tmp_path, capsys, monkeypatch):
-    words = ["finetune", *flags, "--output-dir", str(tmp_path / "out")]
-    assert cli.main([*words, "--parallel", "ddp"]) == 2
-    assert "torchrun --nproc-per-node 2 -m handtuned finetune --parallel ddp" in capsys.readouterr().err
-    monkeypatch.setenv("WORLD_SIZE", "2")
-    monkeypatch.setenv("RANK", "0")
-    assert cli.main(words) == 2
-    assert "--parallel ddp or --parallel fsdp" in capsys.readouterr().err
-    assert not (tmp_path / "out").exists()
-
-
-def test_roll_call_finds_out_who_is_lost(monkeypatch):
-    """Rank 0 asks; each case has ranks that left word before, and ranks whose process is gone or far away."""
-    gone = subprocess.Popen([sys.executable, "-S", "-c", ""])
-    gone.wait()
-    here, there, dead = (socket.gethostname(), os.getpid()), ("elsewhere", 1), (socket.gethostname(), gone.pid)
-    monkeypatch.setattr(faults, "PATIENCE", 0.3)
-    for homes, words, text, told in (
-        ([here, dead], {}, "rank 1 has died", True),
-        ([here, here, dead], {1: ""}, "rank 2 has died", True),
-        ([here, dead, dead], {}, "ranks 1, 2 have died", True),
-        ([here, there], {}, "rank 1 has died, or not answered for 0.3 s", True),
-        ([here, dead], {1: "OSError: disk"}, "rank 1 has failed: OSError: disk", True),
-        ([here, there], {1: ""}, "rank 0 has lost its connection to the others", True),
-    ):
-        store = torch.distributed.HashStore()
-        for rank, word in words.items():
-            store.set(f"word/{rank}", word)
-        fault = faults.RollCall(store, 0, homes).take()
-        assert (str(fault), fault.tell) == (text, told)
-    store = torch.distributed.HashStore()
-    store.set("word/0", "")
-    assert not faults.RollCall(store, 2, [here, dead, here]).take().tell, "the lowest rank that is left tells"
-
-
-def test_nothing_held_out():
-    assert evaluation.write_answers(Team(), None, None, []) == []
-    assert evaluation.score(Team(), None, [], "nothing") is None
-
-
-@pytest.mark.parametrize("rows", [0, 1, 2, 3, 7, 8], ids=lambda n: f"{n}-rows")
-def test_held_out_rows_are_dealt_once_and_in_step(rows):
-    dealt = [evaluation.deal(list(range(rows)), rank, 3) for rank in range(3)]
-    counted = [row for mine, extra, counts in dealt for row in mine + extra * counts]
-    assert sorted(counted) == list(range(rows))
-    assert len({(len(mine), len(extra)) for mine, extra, _ in dealt}) == 1
-
-
-@pytest.mark.parametrize(
-    "ranks, micro, accumulate", [(1, 4, 6), (2, 4, 3), (3, 4, 2), (4, 3, 2), (8, 3, 1), (24, 1, 1)]
-)
-def test_resume_shares_the_same_rows_among_other_ranks(tmp_path, ranks, micro, accumulate):
-    saved = FinetuneSettings(per_device_train_batch_size=4, gradient_accumulation_steps=3)
-    run = {"settings": saved.to_json(), "marks": {"base": "", "data": "", "ranks": 2}}
-    (tmp_path / "run.json").write_text(json.dumps(run))
-    settings = _settings_to_resume(str(tmp_path), {}, FinetuneSettings(parallel="ddp"), ranks)
-    assert (settings.per_device_train_batch_size, settings.gradient_accumulation_steps) == (micro, accumulate)
-    with pytest.raises(ValueError, match="5 ranks cannot evenly share the 24 rows"):
-        _settings_to_resume(str(tmp_path), {}, FinetuneSettings(parallel="ddp"), 5)

@@ -70,6 +70,21 @@ def test_a_stopped_trial_is_tried_again(base, tmp_path, monkeypatch, capsys, fat
     assert result["first"]["first"] and result["first"]["settings"]["lora_r"] == 8
 
 
+def test_a_trial_that_diverges_is_given_up_and_the_study_goes_on(base, tmp_path, monkeypatch):
+    trials = []
+
+    def train(*args):
+        trials.append(1)
+        if len(trials) == 2:
+            raise training.Diverged("step 1: the loss is nan")
+        return training.train(*args)
+
+    monkeypatch.setattr(tuning, "train", train)
+    result = study(base, tmp_path / "a", "--trials", "3", "--search", "lora-r")
+    assert len(trials) == 3 and result["best"]["state"] == "complete"
+    assert json.loads((tmp_path / "a" / "best" / "handtuned.json").read_text())["method"] == "qlora"
+
+
 def test_another_data_set_of_the_same_length_is_noticed(base, tmp_path, capsys):
     rows = tmp_path / "rows.jsonl"
     tiny.write_rows(rows, seed=1)

@@ -1,0 +1,162 @@
+"""`handtuned finetune` stopped in every way and gone on with: equal, to the bit, to the run that never stopped."""
+
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import finetuned
+import pytest
+from finetuned import COMMON, finetune, losses
+from tiny import write_rows
+
+from handtuned import cli
+
+pytest.importorskip("transformers")
+
+model_dir, rows, finished = finetuned.model_dir, finetuned.rows, finetuned.finished
+
+
+def test_pain_20_resumed_run_is_bit_equal(model_dir, rows, finished, tmp_path):
+    """Killed hard in the middle (dropout on), gone on with, equal to the run that never stopped."""
+    out = tmp_path / "killed"
+    flags = ["--max-steps", "12", "--save-steps", "4", "--lora-dropout", "0.1"]
+    command = [sys.executable, "-m", "handtuned", "finetune", "--model", model_dir, "--data", rows,
+               "--output-dir", str(out), *COMMON, *flags]  # fmt: skip
+    child = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    deadline = time.monotonic() + 120
+    while not (out / "checkpoint-4").exists() and time.monotonic() < deadline and child.poll() is None:
+        time.sleep(0.005)
+    child.send_signal(signal.SIGKILL)
+    child.wait()
+    assert cli.main(["finetune", "--resume", str(out)]) == 0
+    assert losses(out) == losses(finished)
+    for name in ("adapter_model.safetensors",):
+        assert (out / name).read_bytes() == (finished / name).read_bytes()
+
+
+@pytest.mark.parametrize("step", [0, 1, 5, 8], ids=lambda s: f"after-{s}")
+def test_resume_from_any_step_is_bit_equal(model_dir, rows, finished, tmp_path, monkeypatch, step):
+    from handtuned import records
+
+    class Killed(BaseException):
+        pass
+
+    append = records.Metrics.append
+
+    def stop(self, row):
+        if row["step"] > step:
+            raise Killed
+        append(self, row)
+
+    out = tmp_path / "out"
+    with monkeypatch.context() as patch, pytest.raises(Killed):
+        patch.setattr(records.Metrics, "append", stop)
+        finetune(model_dir, rows, out, "--max-steps", "12", "--save-steps", "4", "--lora-dropout", "0.1")
+    with open(out / "metrics.jsonl", "a") as file:
+        file.write('{"step": 99, "lo')  # a line cut short by the kill
+    assert cli.main(["finetune", "--resume", str(out)]) == 0
+    assert losses(out) == losses(finished)
+
+
+def test_ctrl_c_saves_and_says_how_to_go_on(model_dir, rows, finished, tmp_path, capsys, monkeypatch):
+    from handtuned import telling
+
+    show = telling.progress_bar.show
+
+    def press(self, row):
+        if row["step"] == 6:
+            os.kill(os.getpid(), signal.SIGINT)
+        show(self, row)
+
+    out = tmp_path / "out"
+    with monkeypatch.context() as patch:
+        patch.setattr(telling.progress_bar, "show", press)
+        code = finetune(model_dir, rows, out, "--max-steps", "12", "--save-steps", "100", "--lora-dropout", "0.1")
+    assert code == 130
+    assert f"handtuned finetune --resume {out}" in capsys.readouterr().out
+    assert (out / "checkpoint-6").is_dir()
+    assert cli.main(["finetune", "--resume", str(out)]) == 0
+    assert losses(out) == losses(finished)
+
+
+def test_resume_refuses_other_settings_and_other_data(model_dir, rows, finished, tmp_path, capsys):
+    assert cli.main(["finetune", "--resume", str(finished), "--lora-r", "4"]) == 2
+    assert "--lora-r was 8, now 4" in capsys.readouterr().err
+    changed = tmp_path / "rows.jsonl"
+    changed.write_text(Path(rows).read_text())
+    out = tmp_path / "out"
+    assert finetune(model_dir, str(changed), out, "--max-steps", "1") == 0
+    write_rows(changed, seed=7)
+    assert cli.main(["finetune", "--resume", str(out)]) == 2
+    assert "training data is not what it was" in capsys.readouterr().err
+
+
+def test_disk_that_fills_up_later_loses_nothing(model_dir, rows, finished, tmp_path, capsys, monkeypatch):
+    from handtuned import runstate
+
+    write = runstate.write_safetensors
+
+    def full(path, tensors):
+        if "checkpoint-8" in str(path):
+            raise OSError(28, "No space left on device")
+        write(path, tensors)
+
+    out = tmp_path / "out"
+    with monkeypatch.context() as patch:
+        patch.setattr(runstate, "write_safetensors", full)
+        code = finetune(model_dir, rows, out, "--max-steps", "12", "--save-steps", "4", "--lora-dropout", "0.1")
+    assert code == 2 and "No space left on device" in capsys.readouterr().err
+    assert not [path for path in out.rglob("*") if ".tmp" in path.name or "checkpoint-8" in path.name]
+    assert cli.main(["finetune", "--resume", str(out)]) == 0
+    assert losses(out) == losses(finished)
+
+
+def test_sigterm_is_taken_as_ctrl_c(model_dir, rows, tmp_path, capsys, monkeypatch):
+    from handtuned import telling
+
+    show = telling.progress_bar.show
+
+    def end(self, row):
+        if row["step"] == 2:
+            os.kill(os.getpid(), signal.SIGTERM)
+        show(self, row)
+
+    out, before = tmp_path / "out", signal.getsignal(signal.SIGTERM)
+    with monkeypatch.context() as patch:
+        patch.setattr(telling.progress_bar, "show", end)
+        assert finetune(model_dir, rows, out, "--max-steps", "4") == 130
+    assert f"handtuned finetune --resume {out}" in capsys.readouterr().out
+    assert (out / "checkpoint-2").is_dir() and signal.getsignal(signal.SIGTERM) is before
+
+
+def test_resume_from_a_checkpoint_by_name(finished, tmp_path, capsys):
+    """The way out when the newest is damaged: what is newer is run again."""
+    out = tmp_path / "out"
+    shutil.copytree(finished, out)
+    (out / "checkpoint-12" / "optimizer.safetensors").write_bytes(b"")
+    assert cli.main(["finetune", "--resume", str(out)]) == 2
+    assert "checkpoint-12 is not a whole checkpoint" in capsys.readouterr().err
+    assert cli.main(["finetune", "--resume", str(out / "checkpoint-8")]) == 0
+    assert "going on after step 8 of 12" in capsys.readouterr().out
+    assert losses(out) == losses(finished)
+    for name in ("adapter_model.safetensors", "checkpoint-12/optimizer.safetensors"):
+        assert (out / name).read_bytes() == (finished / name).read_bytes()
+
+
+@pytest.mark.parametrize("place", ["nowhere", "empty", "checkpoint-3"])
+def test_resume_of_no_run_starts_none(tmp_path, capsys, place):
+    """Else a mistyped directory would begin the shipped task in it."""
+    (tmp_path / "empty").mkdir()
+    assert cli.main(["finetune", "--resume", str(tmp_path / place)]) == 2
+    assert f"--resume: {tmp_path / place} holds no run" in capsys.readouterr().err
+
+
+def test_a_damaged_record_is_named(finished, tmp_path, capsys):
+    for text in ("{", "{}", '{"settings": 3, "marks": {}}'):
+        (tmp_path / "run.json").write_text(text)
+        assert cli.main(["finetune", "--resume", str(tmp_path)]) == 2
+        assert f"{tmp_path / 'run.json'} is damaged" in capsys.readouterr().err

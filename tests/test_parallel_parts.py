@@ -1,0 +1,76 @@
+"""What `finetune --parallel` is made of, looked at in one process."""
+
+import json
+import os
+import socket
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from handtuned import cli, evaluation, faults
+from handtuned.parallel import Team
+from handtuned.resume import settings_and_checkpoint
+from handtuned.settings import FinetuneSettings
+
+
+def test_parallel_and_torchrun_go_together(tmp_path, capsys, monkeypatch):
+    words = ["finetune", "--output-dir", str(tmp_path / "out")]
+    assert cli.main([*words, "--parallel", "ddp"]) == 2
+    assert "torchrun --nproc-per-node 2 -m handtuned finetune --parallel ddp" in capsys.readouterr().err
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("RANK", "0")
+    assert cli.main(words) == 2
+    assert "--parallel ddp or --parallel fsdp" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+def test_roll_call_finds_out_who_is_lost(monkeypatch):
+    """Rank 0 asks; each case has ranks that left word before, and ranks whose process is gone or far away."""
+    gone = subprocess.Popen([sys.executable, "-S", "-c", ""])
+    gone.wait()
+    here, there, dead = (socket.gethostname(), os.getpid()), ("elsewhere", 1), (socket.gethostname(), gone.pid)
+    monkeypatch.setattr(faults, "PATIENCE", 0.3)
+    for homes, words, text, told in (
+        ([here, dead], {}, "rank 1 has died", True),
+        ([here, here, dead], {1: ""}, "rank 2 has died", True),
+        ([here, dead, dead], {}, "ranks 1, 2 have died", True),
+        ([here, there], {}, "rank 1 has died, or not answered for 0.3 s", True),
+        ([here, dead], {1: "OSError: disk"}, "rank 1 has failed: OSError: disk", True),
+        ([here, there], {1: ""}, "rank 0 has lost its connection to the others", True),
+    ):
+        store = torch.distributed.HashStore()
+        for rank, word in words.items():
+            store.set(f"word/{rank}", word)
+        fault = faults.RollCall(store, 0, homes).take()
+        assert (str(fault), fault.tell) == (text, told)
+    store = torch.distributed.HashStore()
+    store.set("word/0", "")
+    assert not faults.RollCall(store, 2, [here, dead, here]).take().tell, "the lowest rank that is left tells"
+
+
+def test_nothing_held_out():
+    assert evaluation.write_answers(Team(), None, None, []) == []
+    assert evaluation.score(Team(), None, [], "nothing") is None
+
+
+@pytest.mark.parametrize("rows", [0, 1, 2, 3, 7, 8], ids=lambda n: f"{n}-rows")
+def test_held_out_rows_are_dealt_once_and_in_step(rows):
+    dealt = [evaluation.deal(list(range(rows)), rank, 3) for rank in range(3)]
+    counted = [row for mine, extra, counts in dealt for row in mine + extra * counts]
+    assert sorted(counted) == list(range(rows))
+    assert len({(len(mine), len(extra)) for mine, extra, _ in dealt}) == 1
+
+
+@pytest.mark.parametrize(
+    "ranks, micro, accumulate", [(1, 4, 6), (2, 4, 3), (3, 4, 2), (4, 3, 2), (8, 3, 1), (24, 1, 1)]
+)
+def test_resume_shares_the_same_rows_among_other_ranks(tmp_path, ranks, micro, accumulate):
+    saved = FinetuneSettings(per_device_train_batch_size=4, gradient_accumulation_steps=3)
+    run = {"settings": saved.to_json(), "marks": {"base": "", "data": "", "ranks": 2}}
+    (tmp_path / "run.json").write_text(json.dumps(run))
+    settings, _ = settings_and_checkpoint(str(tmp_path), {}, FinetuneSettings(parallel="ddp"), ranks)
+    assert (settings.per_device_train_batch_size, settings.gradient_accumulation_steps) == (micro, accumulate)
+    with pytest.raises(ValueError, match="5 ranks cannot evenly share the 24 rows"):
+        settings_and_checkpoint(str(tmp_path), {}, FinetuneSettings(parallel="ddp"), 5)
