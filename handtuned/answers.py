@@ -126,7 +126,7 @@ def write_answers(model, tokenizer, chats: list[list[dict]], max_new_tokens: int
     mask = torch.tensor([[0] * (width - len(prompt)) + [1] * len(prompt) for prompt in prompts], device=device)
     training = model.training
     model.eval()
-    options = {"do_sample": False, "eos_token_id": _ends(model, tokenizer), **sampling}
+    options = {"do_sample": False, "eos_token_id": ends(model, tokenizer), **sampling}
     if not options["do_sample"]:
         options.update(temperature=None, top_p=None, top_k=None)
     with torch.no_grad():
@@ -137,8 +137,8 @@ def write_answers(model, tokenizer, chats: list[list[dict]], max_new_tokens: int
     return [tokenizer.decode(row[width:], skip_special_tokens=True).strip() for row in out]
 
 
-def _ends(model, tokenizer) -> list[int] | None:
+def ends(model, tokenizer) -> list[int] | None:
     """All tokens that end an answer: a base model's own, and the one that its chat template ends a turn with."""
     own = model.generation_config.eos_token_id
-    ends = {*(own if isinstance(own, list) else [own]), data.end_of_turn(tokenizer)} - {None}
-    return sorted(ends) or None
+    found = {*(own if isinstance(own, list) else [own]), data.end_of_turn(tokenizer)} - {None}
+    return sorted(found) or None

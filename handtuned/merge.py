@@ -13,7 +13,7 @@ import torch
 
 from . import data
 from .adapted import add_adapter_arguments, load_adapted
-from .answers import AnswerModel
+from .answers import AnswerModel, ends
 from .models import choose_device, load_base
 from .nn.adapters import load_adapter
 from .nn.files import whole_directory
@@ -52,6 +52,7 @@ def run(args) -> int:
         load_adapter(model, args.adapter)
     model = to_plain_model(model, getattr(torch, args.save_dtype))
     after = _loss(model, probe)
+    model.generation_config.eos_token_id = ends(model, tokenizer)  # other programs stop there too
     with whole_directory(out) as temporary:
         model.save_pretrained(temporary)
         tokenizer.save_pretrained(temporary)

@@ -65,6 +65,14 @@ def test_pain_1_merge_keeps_the_adapter(model_dir, rows, finished, tmp_path, cap
     assert cli.main(command) == 2, "an output directory that is not empty is refused"
 
 
+def test_pain_19_a_merged_model_stops_where_training_taught_it_to(tmp_path, rows):
+    """Programs that load it know of no chat template's end but by generation_config.json."""
+    base = make_model(tmp_path / "base", eos_token_id=9)
+    assert finetune(base, rows, tmp_path / "run", "--max-steps", "1") == 0
+    assert cli.main(["merge", "--adapter", str(tmp_path / "run"), "--out", str(tmp_path / "merged")]) == 0
+    assert json.loads((tmp_path / "merged" / "generation_config.json").read_text())["eos_token_id"] == [0, 9]
+
+
 def test_pain_2_another_base_is_noticed(finished, tmp_path, capsys):
     other = make_model(tmp_path / "other", seed=5)
     assert cli.main(["generate", "--adapter", str(finished), "--model", other, "--device", "cpu", "w1"]) == 0
