@@ -26,6 +26,7 @@ else:
     _library = ctypes.CDLL(_nf4_cpu.__file__)
 if _library is not None and not hasattr(_library, "handtuned_nf4_product"):
     _library = None  # built from older sources than these
+HAS_PRODUCT = _library is not None and _library.handtuned_has_nf4_product() == 1  # needs AVX-512
 if _library is not None:
     _P, _I, _INT = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int
     _library.handtuned_nf4_dequantize.argtypes = [_P, _P, _I, _INT, _INT]
@@ -101,7 +102,8 @@ def runs_native_product(x: torch.Tensor, weight) -> bool:
     """
     values, scales, nested = weight.shape.numel(), weight.absmax.numel(), weight.nested
     return (
-        x.dtype == torch.float32
+        HAS_PRODUCT
+        and x.dtype == torch.float32
         and x.is_cpu
         and values > 0
         and weight.shape[1] % 32 == 0
@@ -109,7 +111,6 @@ def runs_native_product(x: torch.Tensor, weight) -> bool:
         and scales == -(-values // weight.block_size)
         and (nested is None or nested.absmax.numel() == -(-scales // nested.block_size))
         and runs_native(weight.packed, weight.absmax, nested)
-        and _library.handtuned_has_nf4_product() == 1
     )
 
 

@@ -168,7 +168,7 @@ class NF4Linear(nn.Module):
         if held["nested_absmax"] is not None:
             nested = NestedScales(held["nested_absmax"], held["nested_code"], held["nested_offset"], self.nested_block)
         shape = torch.Size((self.out_features, self.in_features))
-        return NF4Tensor(self.weight.data.view(-1), held["absmax"], shape, self.weight_dtype, self.block_size, nested)
+        return NF4Tensor(self._parameters["weight"].view(-1), held["absmax"], shape, self.weight_dtype, self.block_size, nested)
 
     @quantized.setter
     def quantized(self, q: NF4Tensor) -> None:

@@ -14,8 +14,7 @@ from helpers import assert_within_budget
 from torch import nn
 
 pytestmark = pytest.mark.skipif(
-    nf4_cpu._library is None or not nf4_cpu._library.handtuned_has_nf4_product(),
-    reason="built only where there is a C compiler, and for AVX-512",
+    not nf4_cpu.HAS_PRODUCT, reason="built only where there is a C compiler, and for AVX-512"
 )
 
 
