@@ -64,7 +64,8 @@ class _LoRALinear(torch.autograd.Function):
                 y = lora_product(rows, weight, bias, part, B, scale)
             else:
                 y = quantized_product(rows, weight, bias, part, A, B, scale, threshold > 0)
-            ys.append(y.view(*x.shape[:-1], y.shape[-1]))
+            # no view: callers may change it in place
+            ys.append(torch.ops.aten._unsafe_view(y, [*x.shape[:-1], y.shape[-1]]))
         needs_weight, _, needs_A, _ = (any(ctx.needs_input_grad[place::4]) for place in range(3, 7))
         x_kept = rows if needs_weight or needs_A else None
         dense = [weight if isinstance(weight, torch.Tensor) else None for weight in weights]

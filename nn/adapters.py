@@ -15,12 +15,13 @@ from pathlib import Path
 import torch
 from torch import nn
 
+from ..quant.model import is_conv1d
 from .adapter_config import CONFIG_NAME, AdapterConfig, load_config, read_adapter_config
 from .adapter_file import PREFIX, WEIGHTS_NAME, AdapterTensors, read_adapter_tensors
 from .adapter_fit import Fit, check_fit, original
 from .adapter_math import factors
 from .files import write_json, write_safetensors
-from .lora import LoRALinear, adapter_like, is_conv1d
+from .lora import LoRALinear, adapter_like
 from .multi import (
     SETTINGS,
     ModuleToSave,

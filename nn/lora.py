@@ -14,6 +14,7 @@ from torch.func import functional_call
 
 from ..kernels.lora import lora_linear
 from ..quant import NF4Linear
+from ..quant.model import is_conv1d, is_linear
 from .adapter_math import add_rows, added_term, delta_weight, dora_gain, factors
 
 
@@ -242,14 +243,9 @@ def is_adaptable(module: nn.Module) -> bool:
     """Whether LoRALinear can wrap `module`: an NF4Linear, a Conv1D, or what computes as nn.Linear does."""
     return (
         isinstance(module, NF4Linear)
-        or is_conv1d(module)
+        or is_linear(module)
         or (isinstance(module, nn.Linear) and type(module).forward is nn.Linear.forward)
     )
-
-
-def is_conv1d(module: nn.Module) -> bool:
-    """Whether `module` is GPT-2's linear layer, which keeps its weight as (in, out)."""
-    return type(module).__name__ == "Conv1D" and type(module).__module__ == "transformers.pytorch_utils"
 
 
 def features(linear) -> tuple[int, int]:

@@ -80,7 +80,7 @@ def nf4_linear(
     rows = _rows(x)
     with torch.autocast(x.device.type, enabled=False):
         y = _product(rows, q, transposed, bias)
-    return y.view(*x.shape[:-1], y.shape[-1])
+    return torch.ops.aten._unsafe_view(y, [*x.shape[:-1], y.shape[-1]])  # no view: callers may change it in place
 
 
 @nf4_linear.register_fake
@@ -167,8 +167,8 @@ class NF4Linear(nn.Module):
         held, nested = self._buffers, None  # read at once: every forward pass comes by here
         if held["nested_absmax"] is not None:
             nested = NestedScales(held["nested_absmax"], held["nested_code"], held["nested_offset"], self.nested_block)
-        shape = torch.Size((self.out_features, self.in_features))
-        return NF4Tensor(self._parameters["weight"].view(-1), held["absmax"], shape, self.weight_dtype, self.block_size, nested)
+        packed, shape = self._parameters["weight"].view(-1), torch.Size((self.out_features, self.in_features))
+        return NF4Tensor(packed, held["absmax"], shape, self.weight_dtype, self.block_size, nested)
 
     @quantized.setter
     def quantized(self, q: NF4Tensor) -> None:

@@ -23,7 +23,7 @@ def quantize_model(
 
     Left alone besides `skip`: an output layer (what a Hugging Face model calls its output embeddings, and
     any layer that shares its weight with an `nn.Embedding`), layers that a Hugging Face class wants in fp32,
-    and subclasses of nn.Linear, whose owners reach for their weights. GPT-2's `Conv1D` is a linear
+    and subclasses of nn.Linear (but Falcon's), whose owners reach for their weights. GPT-2's `Conv1D` is a linear
     layer with its weight transposed and is quantized too. Layers that are NF4 already stay as they are, so
     calling again changes nothing. A model on the meta device stays there, ready for `load_quantized`.
 
@@ -84,8 +84,9 @@ def _within(path: str, name: str) -> bool:
 
 
 def is_linear(module: nn.Module) -> bool:
-    """Whether it is exactly nn.Linear, or the transposed Conv1D of GPT-2."""
-    return type(module) is nn.Linear or is_conv1d(module)
+    """Whether it is exactly nn.Linear, Falcon's own name for it, or the transposed Conv1D of GPT-2."""
+    kind = type(module)
+    return kind is nn.Linear or is_conv1d(module) or (kind.__name__ == "FalconLinear" and issubclass(kind, nn.Linear))
 
 
 def is_conv1d(module: nn.Module) -> bool:

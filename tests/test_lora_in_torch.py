@@ -5,7 +5,8 @@ import copy
 import pytest
 import torch
 from handtuned.amp import autocast
-from handtuned.quant import NF4Linear
+from handtuned.nn import apply_lora_to_model
+from handtuned.quant import NF4Linear, quantize_model
 from lora_layers import adapted, run
 from torch import nn
 
@@ -103,3 +104,30 @@ def test_the_autocast_by_hand_is_torchs(dtype, quantize):
         assert quantize or y.dtype == dtype
     for ours, theirs in zip(*results, strict=True):
         assert torch.equal(ours, theirs)
+
+
+@pytest.mark.parametrize("shape", [(5, 64), (2, 3, 64)], ids=str)
+@pytest.mark.parametrize("kind", ["linear", "nf4", "nf4 without an adapter"])
+def test_what_follows_may_change_the_output_in_place(kind, shape):
+    """As `nn.ReLU(inplace=True)` and residual sums written with += do."""
+    layer = nn.Linear(64, 48) if kind == "linear" else NF4Linear.from_linear(nn.Linear(64, 48))
+    layer = layer if "without" in kind else adapted(layer)
+    x, grads = torch.randn(shape, requires_grad=True), []
+    for follow in (lambda y: torch.relu_(y.add_(1)), lambda y: torch.relu(y + 1)):
+        grads += torch.autograd.grad(follow(layer(x)).square().sum(), x)
+    assert torch.equal(*grads)
+
+
+@pytest.mark.parametrize("quantize", [False, True], ids=["dense", "nf4"])
+def test_falcon_whose_linear_layer_is_a_class_of_its_own(quantize):
+    transformers = pytest.importorskip("transformers")
+    config = transformers.FalconConfig(
+        vocab_size=50, hidden_size=64, num_hidden_layers=1, num_attention_heads=4, bos_token_id=0, eos_token_id=0
+    )
+    model = transformers.FalconForCausalLM(config).eval()
+    ids = torch.randint(50, (2, 7))
+    before = (quantize_model(model) if quantize else model)(ids).logits
+    apply_lora_to_model(model, target_modules=["query_key_value"])
+    torch.testing.assert_close(model(ids).logits, before)
+    model(ids, labels=ids).loss.backward()
+    assert all(p.grad.abs().sum() > 0 for name, p in model.named_parameters() if "lora_B" in name)

@@ -19,6 +19,7 @@ def _tiny(kind, **options):
         "qwen2": lambda: transformers.Qwen2Config(**sizes, **small, num_key_value_heads=2, **options),
         "gpt_neox": lambda: transformers.GPTNeoXConfig(**sizes, **small),
         "gpt2": lambda: transformers.GPT2Config(n_embd=64, n_layer=2, n_head=4, **small),
+        "falcon": lambda: transformers.FalconConfig(**sizes, **small),
     }[kind]()
     return config, lambda: transformers.AutoModelForCausalLM.from_config(config).eval()
 
@@ -52,7 +53,7 @@ def _linear_of(weight):
     return linear
 
 
-@pytest.mark.parametrize("kind, count", [("qwen2", 14), ("gpt_neox", 8), ("gpt2", 8)])
+@pytest.mark.parametrize("kind, count", [("qwen2", 14), ("gpt_neox", 8), ("gpt2", 8), ("falcon", 8)])
 def test_other_families(kind, count):
     _, build = _tiny(kind)
     model, ids = build(), torch.randint(0, 100, (2, 9))
