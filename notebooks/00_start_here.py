@@ -307,13 +307,13 @@ place.cleanup()
 # %% [markdown]
 # ## Which code runs?
 #
-# A **kernel** is one program that a GPU runs on many pieces of data at a time. The kernels of this library are written in Triton, and each stands beside a **reference**: a few lines of plain PyTorch that compute the same. On a GPU the kernel runs. On a CPU the reference runs, or, if you ask for it, the kernel itself under Triton's interpreter, slowly but exactly. The library tells which:
+# A **kernel** is one program that a GPU runs on many pieces of data at a time. The kernels of this library are written in Triton, and each stands beside a **reference**: a few lines of plain PyTorch that compute the same. On a GPU the kernel runs. On a CPU the reference runs, or, if you ask for it, the kernel itself under Triton's interpreter, slowly but exactly. (One job is done often enough on CPUs to have a page of C instead, built at installation where there is a compiler: 4-bit weights, lesson 10.) The library tells which:
 
 # %%
 from handtuned.kernels import backend
 
 print(backend(torch.zeros(1)))
-lessons.source(backend, "forced = ", "return \"torch\"")
+lessons.source(backend, "if forced == ", "return \"cuda\"")
 
 # %% [markdown]
 # ## How a claim is tested

@@ -397,7 +397,7 @@ lessons.check("01.3", example);
 #
 # Documents 000 and 002 describe the idea in the same order. First: keep the weights in FP32, compute in FP16, and update the FP32 weights. Then the flaw: a gradient that has underflowed is 0 before it reaches the master weights. Then the cure: multiply the loss by a large scale $S$. By the chain rule every gradient is multiplied by $S$. Convert to FP32, divide by $S$, and update.
 #
-# We watch all three on a regression with 64 weights, whose inputs are so small that gradients lie around 10⁻⁸.
+# We watch all three on a regression with 64 weights, whose inputs are so small that gradients lie around 4·10⁻⁹.
 #
 # **Prediction.** Which of the three curves falls?
 
@@ -406,6 +406,7 @@ torch.manual_seed(1)
 inputs = torch.randn(256, 64) * 2.0**-14
 goal = torch.randn(64)
 labels = inputs @ goal
+print(f"size of the first gradient: {(inputs.t() @ labels / len(inputs)).abs().mean().item():.1e}")
 
 
 def regress(weights_in_fp16, scale, steps=200, rate=2.0**26):

@@ -320,7 +320,7 @@ assert (c.double() - exact).abs().max() <= 2 * half_a_step
 # %% [markdown]
 # ## From here to a GPU
 #
-# Without the interpreter, Triton compiles the kernel for the GPU at the first launch. Nothing in the kernel changes. What does change is that now the order matters in which neighbouring threads read neighbouring addresses, how large the blocks are, and how many values fit into a program's registers.
+# Without the interpreter, Triton compiles the kernel for the GPU at the first launch. Nothing in the kernel changes. What does change is that now the order matters in which neighbouring threads read neighbouring addresses, how large the blocks are, and how many values fit into a program's **registers**, the small storage beside the arithmetic units.
 #
 # One look at compiled code is possible without any GPU: `handtuned xray` compiles a kernel for a given architecture and counts instructions and registers.
 

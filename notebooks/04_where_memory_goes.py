@@ -234,7 +234,7 @@ for shape in sorted({shape for shape, _ in seen.values()}, key=lambda s: -sum(n 
     print(f"{len(sizes)} × {shape:20} {sum(sizes) / 1e6:6.2f} MB")
 
 # %% [markdown]
-# The tensors that are 688 wide are the MLP: gate, silu(gate), up, and their product. Those with 4 × 64 or 2 × 64 at the end are queries, keys and values by head. The rest is as wide as the model: inputs of linears and of norms. Nearly all of it grows with the number of tokens, rows × sequence.
+# The tensors that are 688 wide are the MLP: gate, silu(gate), up, and their product. Those with four dimensions and 128 × 64 at the end are queries (4 heads), keys and values (2 heads). The plain (128, 64) are two tables of sines and cosines that tell attention where a token stands. The rest is as wide as the model, inputs of linears and of norms, or tiny: statistics, one number a token. Nearly all of it grows with the number of tokens, rows × sequence.
 #
 # `activations.kept_by_layer` counts the same from sizes alone, with a name for each part. It is the heart of the library's estimate.
 

@@ -420,7 +420,7 @@ lessons.check("06.1", accumulate);
 # %% [markdown]
 # ## Exercise 06.2: An epoch with a tail
 #
-# Write `train_epoch(model, optimizer, batches, accumulation_steps, max_norm)`: batches of equal size, one update for each `accumulation_steps` of them and one for the tail, each with the gradient of the mean over its rows, clipped to `max_norm` as a whole.
+# Write `train_epoch(model, optimizer, batches, accumulation_steps, max_norm)`: batches of equal size, one update for each `accumulation_steps` of them and one for the tail, each with the gradient of the mean over its rows, clipped to `max_norm` as a whole. What is in `.grad` when the epoch begins must not count.
 
 # %%
 def train_epoch(model, optimizer, batches, accumulation_steps, max_norm):

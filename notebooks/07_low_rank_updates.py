@@ -61,7 +61,7 @@ np.set_printoptions(precision=3, suppress=True)
 # column. Such a matrix has **rank** 1. The rank of any matrix is the smallest r for which it is a product of an
 # (m × r) and an (r × n) matrix. With small r the two factors hold far fewer numbers than the product.
 #
-# The singular value decomposition writes any (m × n) matrix as U Σ Vᵀ. The columns of U and of V are orthonormal.
+# The singular value decomposition writes any (m × n) matrix as U Σ Vᵀ. The columns of U and of V are orthonormal: of length 1, and at right angles.
 # Σ is zero but for the **singular values** σ₁ ≥ σ₂ ≥ … ≥ 0 on its diagonal. Cut it after r values and you have the
 # matrix of rank r that is nearest to the original, in the sense of summed squares (Eckart and Young, 1936). What is
 # lost is known in advance: the error is √(σ²ᵣ₊₁ + σ²ᵣ₊₂ + …).
@@ -310,7 +310,10 @@ claim(
 #
 # ## 5. Where to start
 #
-# Start at ΔW = 0, so that the first forward pass is the pretrained model's. B = 0 does that, and so would A = 0.
+# Start at ΔW = 0, so that the first forward pass is the pretrained model's. B = 0 does that, and so would A = 0. The other
+# one is drawn at random. The usual way is *Kaiming initialization* (He et al. 2015), which sets the spread of a weight by
+# its number of inputs, the *fan-in*, so that outputs are about as large as inputs. torch takes the second dimension for it.
+#
 # With y = s B (A x) and dy the gradient that arrives, dB = s dy (Ax)ᵀ and dA = s Bᵀ dy xᵀ.
 #
 # **Write down your guess**: at the very first step, which of dA and dB is zero? What if both matrices start at zero?
@@ -341,7 +344,8 @@ claim(
 
 # %% [markdown]
 # How large should A be? The code that came with the paper, PEFT, 001 and this library use
-# `kaiming_uniform_(A, a=√5)`. `a` is the slope of a leaky ReLU; √5 in it gives the bound √(6 / (1 + 5) / in) =
+# `kaiming_uniform_(A, a=√5)`. `a` is meant as the slope of a leaky ReLU, a function that
+# is z above zero and a·z below; √5 in it gives the bound √(6 / (1 + 5) / in) =
 # 1/√in, that is a standard deviation of 1/√(3·in). 000 calls `kaiming_normal_(A, a=0.001)`, apparently meaning a
 # small A. 004 calls the usual function on a matrix stored as (in, r), so that torch takes r for the number of
 # inputs. **Write down your guess** of how much larger their A is, at in = 768 and r = 8.
@@ -515,8 +519,7 @@ claim(
 # Take the first. **Math**: Sᵢⱼ = Σₖ xᵢₖ Aⱼₖ. **On four numbers**: a program holds a tile of S and walks along k,
 # two at a time here.
 #
-# **In torch** it is one product, written so that a CPU likes it. **In Triton** that loop comes back;
-# masks cover tiles that hang over an edge, and dropout happens in registers on the tile just loaded.
+# **In torch** it is one product. **In Triton** that loop comes back; masks cover tiles that hang over an edge, and dropout happens in registers on the tile just loaded.
 #
 # Every element of x is read by one program. If the rows of x made too few programs to keep a GPU busy, K is split
 # between several: 2 parts in the picture, `splits` in the line below it. Each writes a part of S in fp32; a sum follows.

@@ -293,6 +293,9 @@ claim(
 # ### Does an adapter cost anything at inference?
 #
 # 004 says so in its summary. **Write down your guess** for this model, unmerged and merged, in FLOPs.
+#
+# (A trap beside it: `state_dict`, what `torch.save` would write. If it held the merged weight *and* A and B, whoever loads
+# it would add ΔW twice. So while merged, the library's layer still gives the original weight; a test holds it to that.)
 
 # %%
 torch.manual_seed(0)
@@ -491,7 +494,8 @@ lessons.check("08.3", forward_rows);
 # ## 7. Which layers?
 #
 # 000 and 001 report that Q and V are best, and 001 gives a reason against K. The source is table 5 of the LoRA paper
-# (Hu et al. 2021): GPT-3, 18 million trained parameters spent in seven ways. The numbers below are quoted from there.
+# (Hu et al. 2021): GPT-3, 18 million trained parameters spent in seven ways, scored on WikiSQL (questions to database
+# queries) and MNLI (does one sentence follow from another?). The numbers below are quoted from there.
 # First check that the seven budgets are equal; then repeat the experiment in small. **Write down your guess** of the
 # order, including Q, K, V and O together at rank 2.
 

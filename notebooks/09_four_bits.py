@@ -338,7 +338,9 @@ print("bytes", two_bytes, "→ codes", unpacked, "→", levels[unpacked] * nf4_o
 
 # %% [markdown]
 # **In torch**: a byte has only 256 values, so a table of 256 *pairs* of levels answers for both codes at once, and a
-# pair of fp32 values is one int64. The loop goes tile by tile so that everything stays in cache.
+# pair of fp32 values is one int64. The loop goes tile by tile so that everything stays in cache. (Outside of these lessons
+# a CPU runs neither this nor the kernel to make fp32, if there was a compiler at installation: `kernels/nf4_cpu.c` does the
+# same in one pass, and a test holds it to the reference's bits. There the 16 levels lie in *one* 512-bit register.)
 
 # %%
 source(nf4.nf4_dequantize_reference, first="table = _pairs", last="copy_(tile)")
@@ -417,7 +419,8 @@ else:
 #
 # 004 ends with a question: how are LoRA and PQ related? **Product quantization** (Jégou et al. 2011) comes from vector
 # search. Cut each vector into short pieces, find by k-means a codebook of 256 typical pieces, and store for each piece the
-# number of its nearest entry: one byte. **Write down your guess**: a 512 × 512 matrix of normal numbers is to be stored in
+# number of its nearest entry: one byte. (**K-means**: give each piece to its nearest entry, move each entry to the mean
+# of its pieces, repeat.) **Write down your guess**: a 512 × 512 matrix of normal numbers is to be stored in
 # about 4 bits a number. How far off are NF4, PQ with pieces of 2 numbers, and the best low-rank matrix? And if the
 # matrix is a planted update of rank 8?
 

@@ -26,6 +26,8 @@
 # %%
 import copy
 import os
+import subprocess
+import sys
 
 import numpy as np
 import torch
@@ -128,7 +130,7 @@ show(fig, alt="Live memory over forward and backward of ten layers. With plain a
 # Plain autograd keeps every dense weight, because each is needed for its dx. So four bits on disk become 32 bits in
 # memory for the length of a step, in every layer at once, and nothing is won.
 #
-# `NF4Linear` keeps the codes and makes the dense weight twice: once forward, once backward. That costs some time and saves
+# `NF4Linear` keeps the codes and decodes them twice, here into a dense weight: once forward, once backward. That costs some time and saves
 # all of the dense memory. It is the bargain of lesson [05](05_trading_time_for_memory.ipynb), struck with weights instead
 # of activations. Its backward is a few lines, because the operation is its own gradient with W transposed:
 
@@ -416,8 +418,8 @@ lessons.check("10.3", merge_error);
 # ## 8. One row at a time: the kernel
 #
 # Generating text multiplies one row x by every weight. Then the time is that of reading W, and reading codes is four times
-# cheaper than reading fp16. With many rows a dense W pays: it is made once and used by all. The library decides by the
-# number of rows M:
+# cheaper than reading fp16. With many rows, on a GPU, a dense W pays: it is made once and used by all. The library decides
+# by the number of rows M (the first two lines are for CPUs, see below):
 
 # %%
 source(nf4_matmul.plan, first="M, K = x.shape", last='return "merged"')
@@ -427,7 +429,39 @@ for M in rows:
     print(f"M = {M:4}: FLOPs a byte moved for W: streamed {2 * M / streamed:7,.1f}   through a dense copy {2 * M / dense:7,.1f}")
 
 # %% [markdown]
-# **Math**: y[n] = Σₖ x[k] · level[code[n, k]] · scale[n, k // 64]. Within a block the scale is constant, so it can wait
+# Why not stream for every M? On a GPU y is made in tiles by many programs that do not share what they decode: each tile
+# of rows decodes all of W again, with the units that should keep the tensor cores fed. On a CPU there are no such units to
+# wait for. A core decodes a piece of W into its cache with a few instructions, and every row of x meets it there, so the
+# decoding costs the less the more rows there are; and with few rows, when the time is that of reading W, codes are an
+# eighth of fp32. So for fp32 on a CPU with AVX-512 (whose registers hold the 16 levels, 16 × 32 bits) the product decodes
+# as it goes for *every* M, and W is never dense. It is written in C (`kernels/nf4_cpu.c`). Elsewhere W is made dense for one
+# product. This notebook interprets kernels, so we ask a fresh Python which way it goes, and what torch's tensors take
+# beside y (the piece of W in the cache is C's own, and not counted):
+
+# %%
+QUESTION = """
+import torch
+from handtuned.kernels.nf4_matmul import plan
+from handtuned.nn.live_memory import LiveMemory
+from handtuned.quant import NF4Linear
+torch.manual_seed(0)
+layer = NF4Linear.from_linear(torch.nn.Linear(512, 512, bias=False))
+dense = layer.dequantize()
+for M in (1, 64, 4096):
+    x = torch.randn(M, 512)
+    layer(x)
+    with LiveMemory() as live:
+        y = layer(x)
+    off = ((y - dense(x)).norm() / y.norm()).item()
+    beside = live.peak_added - y.nbytes
+    print(f"M = {M:4}: way {plan(x, layer.quantized, dropout=True)!r}, off by {off:.0e} from a dense weight, {beside:,} bytes beside y")
+"""
+environment = {name: value for name, value in os.environ.items() if name not in ("TRITON_INTERPRET", "HANDTUNED_BACKEND")}
+done = subprocess.run([sys.executable, "-c", QUESTION], capture_output=True, text=True, env=environment)
+print(done.stdout or done.stderr)
+
+# %% [markdown]
+# Now the kernel for one row. **Math**: y[n] = Σₖ x[k] · level[code[n, k]] · scale[n, k // 64]. Within a block the scale is constant, so it can wait
 # until 64 products are summed. **On four numbers**, with blocks of two:
 
 # %%
@@ -480,7 +514,7 @@ else:
 # %% [markdown]
 # ## What to remember
 #
-# - Frozen codes need no gradient of their own; dx needs the dense weight, which is made twice and never kept.
+# - Frozen codes need no gradient of their own; dx needs the weight, which is decoded a second time and never kept.
 # - QLoRA's states for a 1.5B model are some 1.3 GB: count scales, 16-bit embeddings and the adapters' gradients too.
 # - Double quantization saves 0.37 bit a parameter, no more.
 # - A usual ΔW is smaller than the gaps between NF4 levels, and merging into NF4 rounds it away. Keep it beside the codes, or merge into 16 bits.

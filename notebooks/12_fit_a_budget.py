@@ -276,7 +276,7 @@ lessons.claim(
 #
 # ## Let a search choose
 #
-# Rank, scaling, learning rate, targets: four knobs, and they depend on each other (at rank 64 the large learning rate is a bad one). A reader of document 004 asked whether a machine could turn them: *AutoML*. It can, if one does it on a budget. The library's command for that is `handtuned tune` (with Optuna: `pip install "handtuned[tune]"`). What it needs:
+# Rank, scaling, learning rate, targets: four knobs, and they depend on each other: that is why every rank was tried with two learning rates. A reader of document 004 asked whether a machine could turn them: *AutoML*. It can, if one does it on a budget. The library's command for that is `handtuned tune` (with Optuna: `pip install "handtuned[tune]"`). What it needs:
 #
 # - **A budget of steps.** Eight trials. A trial is looked at after 1/8, 1/4 and 1/2 of its steps and stopped unless it is among the better half of those that came as far. This is *successive halving*; you write it yourself in exercise 12.3.
 # - **A budget of bytes.** Each trial notes what its adapter takes: 16 bytes a trained parameter. What does not fit is not chosen; our limit is twice what the usual settings take.

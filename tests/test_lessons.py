@@ -1,7 +1,11 @@
 """The lessons' machinery, and the proof of every exercise: solution passes, stub and wrong answers fail and say why."""
 
+import lesson_answers as answers
+import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
+from handtuned.nn import checkpoint
 
 from handtuned import lessons
 from handtuned.lessons import canaries
@@ -48,6 +52,50 @@ def test_wrong_answer_fails_and_its_message_points_at_the_mistake(exercise, name
     assert phrase in message
     stub_message = verdict(exercise, exercise.stub)[1]
     assert message != stub_message
+
+
+UNUSUAL = {
+    "02.1": answers.axpy(True),
+    "03.2": answers.step(1),
+    "04.3": answers.chunked_in_fp64,
+    "05.1": answers.least_groups,  # a numpy integer
+    "06.2": answers.train_epoch(True),
+    "06.3": answers.rate,
+    "08.2": answers.Merged,
+    "09.1": answers.codes(np.uint8),
+    "10.1": lambda x, q: checkpoint(lambda x: F.linear(x, q.dequantize()), x),
+}
+
+
+@pytest.mark.parametrize("key", UNUSUAL)
+def test_an_unusual_right_answer_passes(key):
+    right, message = verdict(lessons.exercises_of(key[:2])[key], UNUSUAL[key])
+    assert right, message
+
+
+@pytest.mark.parametrize(
+    "key, candidate, phrase",
+    [
+        ("00.1", lambda count: None, "does your function return it"),
+        ("00.2", lambda *sizes: None, "one number of bytes"),
+        ("01.1", lambda bits: abs(lessons.exercises_of("01")["01.1"].solution(bits)), "highest bit is the sign"),
+        ("01.2", lambda x: "zero" if x < 0 else lessons.exercises_of("01")["01.2"].solution(x), "abs(x)"),
+        ("02.1", answers.axpy(False), "read past its end"),
+        ("03.2", answers.step(-1), "against the gradient"),
+        ("03.3", answers.unscale_clearing, "leave it as it is"),
+        ("05.3", answers.groups(lambda layers, groups: -(-layers // groups)), "groups of [3, 3, 1] layers"),
+        ("05.3", answers.groups(lambda layers, groups: layers // groups), "groups of [2, 2, 4] layers"),
+        ("06.2", answers.train_epoch(False), "cleared before the first backward"),
+        ("07.1", answers.product_of_factors, "not their product"),
+        ("08.2", answers.NeverMerged, "belongs into the weight"),
+        ("09.1", answers.codes(np.int64), "must be uint8"),
+        ("10.2", lambda *counts: None, "one number of bytes"),
+        ("11.2", lambda elements, ranks: [elements] * ranks, "is a pair"),
+    ],
+)
+def test_a_further_wrong_answer_is_refused(key, candidate, phrase):
+    right, message = verdict(lessons.exercises_of(key[:2])[key], candidate)
+    assert not right and phrase in message, message
 
 
 def test_check_tells_what_it_tried(capsys):

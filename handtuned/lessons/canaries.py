@@ -4,11 +4,14 @@ Triton's interpreter, like a GPU, checks no bounds: a block that hangs over the 
 whatever lies there, and overwrites it. So a checker puts each tensor in the middle of a larger buffer
 whose rest holds known NaNs. What is read out of bounds is NaN and spoils the result; what is written
 there destroys a canary. The NaNs of each buffer carry a number of their own in the mantissa, so that
-a NaN copied from one buffer's edge onto another's is noticed as well.
+a NaN copied from one buffer's edge onto another's is noticed as well. A value that is read out of bounds and then
+used for nothing spoils no result; under the interpreter `watched_loads` notes every address that is read.
 """
 
+import contextlib
 import itertools
 
+import numpy as np
 import torch
 
 from .exercise import WrongAnswer
@@ -80,6 +83,50 @@ def check_canaries(name: str, tensor: torch.Tensor) -> None:
             f"{name} was written before its beginning: {int(before.sum())} elements, as far as element "
             f"{int(before.nonzero()[0]) - PAD}."
         )
+
+
+@contextlib.contextmanager
+def watched_loads():
+    """A list that fills with the addresses of every load that kernels make inside the block; empty on a GPU."""
+    from ..kernels.runtime import INTERPRETED
+
+    loads = []
+    if not INTERPRETED:
+        yield loads
+        return
+    from triton.runtime.interpreter import InterpreterBuilder
+
+    real = InterpreterBuilder.create_masked_load
+
+    def noting(self, ptrs, mask, *rest):
+        loads.append(np.atleast_1d(ptrs.data)[np.atleast_1d(mask.data).astype(bool)])
+        return real(self, ptrs, mask, *rest)
+
+    InterpreterBuilder.create_masked_load = noting
+    try:
+        yield loads
+    finally:
+        InterpreterBuilder.create_masked_load = real
+
+
+def check_reads(name: str, tensor: torch.Tensor, loads: list) -> None:
+    """Make sure that no load of `watched_loads` lies among the canaries around a `guarded` tensor.
+
+    Raises:
+        WrongAnswer: with the side and how far out.
+    """
+    size = tensor.element_size()
+    start = tensor.data_ptr()
+    for addresses in loads:
+        index = (addresses.astype(np.int64) - start) // size
+        before, after = index[(index < 0) & (index >= -PAD)], index[index >= tensor.numel()]
+        after = after[after < tensor.numel() + PAD]
+        if len(before) or len(after):
+            side, far = ("past its end", after.max()) if len(after) else ("before its beginning", before.min())
+            raise WrongAnswer(
+                f"{name} was read {side}, as far as element {int(far)} of {tensor.numel()}. The result is right, "
+                "for what was read there is not used. But on a GPU that memory may not be yours: mask the load."
+            )
 
 
 def no_holes(name: str, tensor: torch.Tensor) -> None:

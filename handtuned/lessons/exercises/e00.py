@@ -10,7 +10,7 @@ def _gib_stub(count):
 def _check_gib(gib):
     for count, want in ((2**30, 1.0), (28_000_000_000, 28e9 / 2**30), (2**29, 0.5), (0, 0.0)):
         got = gib(count)
-        expect_close(float(got), want, f"gib({count:,})", rtol=1e-9, hint=_gib_mistake(float(got), count))
+        expect_close(got, want, f"gib({count:,})", rtol=1e-9, hint=_gib_mistake(got, count))
     return "tried 28 GB, whole and half a GiB, and nothing"
 
 
@@ -19,6 +19,8 @@ def _gib_mistake(got, count):
         return "You divided by 10**9: that gives GB, and a GiB is larger."
     if got == count // 2**30:
         return "The fraction is lost: // rounds down."
+    if got == round(count / 2**30, 1) or got == round(count / 2**30, 2):
+        return "Do not round."
     if got == count / 2**20:
         return "That is MiB: one more factor of 1024."
     return "A GiB has 2**30 bytes."
@@ -42,7 +44,7 @@ def _check_states(states):
         got, want = states(parameters, trainable, weight_bytes), _states(parameters, trainable, weight_bytes)
         if got == want:
             continue
-        expect(got is not None, "states returns None.")
+        expect(isinstance(got, (int, float)), f"states must return one number of bytes, got {got!r}.")
         if got == weight_bytes * parameters + 8 * trainable:
             told = "The gradients are missing: one number for each trainable parameter."
         elif got == (2 * weight_bytes + 8) * parameters:

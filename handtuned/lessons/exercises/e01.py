@@ -61,7 +61,8 @@ def _check_decode(decode):
             except (OverflowError, TypeError) as error:
                 raise WrongAnswer(f"decode(0x{bits:04x}), {kind}: {error}. {told[kind]}") from None
             same = got == want or (math.isnan(got) and math.isnan(want))
-            expect(same, f"decode(0x{bits:04x}) is {got:.6g}, expected {want:.6g}, {kind}. {told[kind]}")
+            why = "The highest bit is the sign." if got == -want else told[kind]
+            expect(same, f"decode(0x{bits:04x}) is {got:.6g}, expected {want:.6g}, {kind}. {why}")
     return "tried normal and subnormal numbers, zero, both infinities and NaN"
 
 
@@ -95,7 +96,9 @@ def _check_fate(fate):
         got = fate(x)
         if got == want:
             continue
-        if want == "infinity" or got == "infinity":
+        if x < 0 and fate(-x) == want:
+            told = "The sign changes nothing: compare abs(x)."
+        elif want == "infinity" or got == "infinity":
             told = "The largest number is 65504, and numbers up to 65519.99… round down to it."
         elif want == "zero" or got == "zero":
             told = "The smallest number is 2^-24 = 5.96e-8; what lies above half of it rounds up to it, not to zero."

@@ -3,8 +3,8 @@
 import torch
 
 from ...kernels.runtime import tl, triton
-from ..canaries import check_canaries, guarded, need_interpreter, no_holes
-from ..exercise import Exercise, expect, expect_close
+from ..canaries import check_canaries, check_reads, guarded, need_interpreter, no_holes, watched_loads
+from ..exercise import Exercise, WrongAnswer, expect, expect_close
 
 BLOCK = 64
 
@@ -40,12 +40,14 @@ def _check_axpy(axpy):
     for n in sizes:
         x, y = guarded(n, values=torch.randn(n)), guarded(n, values=torch.randn(n))
         out = guarded(n)
-        axpy(3.0, x, y, out)
+        with watched_loads() as loads:
+            axpy(3.0, x, y, out)
         check_canaries(f"out (N = {n})", out)
         no_holes(f"out (N = {n})", out)
-        expect_close(out, 3.0 * x + y, f"out for N = {n}", rtol=1e-5, atol=1e-6)
-        check_canaries("x", x)
-        check_canaries("y", y)
+        expect_close(out, 3.0 * x + y, f"out for N = {n}", rtol=1e-5, atol=1e-6, hint="a multiplies x, not y.")
+        for name, tensor in (("x", x), ("y", y)):
+            check_canaries(name, tensor)
+            check_reads(f"{name} (N = {n})", tensor, loads)
     return f"tried N = {', '.join(map(str, sizes))}, with canaries on both sides of every tensor"
 
 
@@ -83,7 +85,8 @@ def _check_silu(silu_backward):
         x = guarded(n, dtype, values=torch.linspace(-12, 12, n))
         dy = guarded(n, dtype, values=torch.randn(n))
         dx = guarded(n, dtype)
-        silu_backward(x, dy, dx)
+        with watched_loads() as loads:
+            silu_backward(x, dy, dx)
         what = f"dx (N = {n}, {str(dtype).removeprefix('torch.')})"
         check_canaries(what, dx)
         no_holes(what, dx)
@@ -103,6 +106,8 @@ def _check_silu(silu_backward):
             if torch.allclose(dx.double().cpu(), value, rtol=1e-3, atol=1e-5):
                 told = message
         expect_close(dx, leaf.grad.to(dtype).to(dx.device), what, **tolerance, hint=told)
+        for name, tensor in (("x", x), ("dy", dy)):
+            check_reads(f"{name} (N = {n})", tensor, loads)
     return "tried 64 and 37 values of fp32 and 130 of fp16, from -12 to 12"
 
 
@@ -140,11 +145,16 @@ def _check_softmax(softmax):
     }
     for name, (values, stride) in cases.items():
         M, N = values.shape
-        x = guarded((M, stride))[:, :N]
-        x.copy_(values)
+        whole = guarded((M, stride))
+        x = whole[:, :N].copy_(values)
         out = guarded((M, N))
-        softmax(x, out)
-        check_canaries(f"out ({name})", out)
+        with watched_loads() as loads:
+            softmax(x, out)
+        try:
+            check_canaries(f"out ({name})", out)
+        except WrongAnswer as caught:
+            gaps = " Or did you store with x's stride? out is contiguous: its rows begin at row * N."
+            raise WrongAnswer(f"{caught}{gaps if stride != N else ''}") from None
         want = torch.softmax(x, dim=1)
         if "200" in name:
             expect(
@@ -164,6 +174,7 @@ def _check_softmax(softmax):
             "in the sum: load it as -inf, so that its exponential is 0.",
         )
         expect_close(out, want, f"out for {name}", rtol=1e-4, atol=1e-6)
+        check_reads(f"x ({name})", whole, loads)
     return f"tried {len(cases)} shapes, one with gaps between the rows, one with large values"
 
 

@@ -3,7 +3,7 @@
 import torch
 
 from ...kernels.runtime import tl, triton
-from ..canaries import check_canaries, guarded, need_interpreter
+from ..canaries import check_canaries, check_reads, guarded, need_interpreter, watched_loads
 from ..exercise import Exercise, expect, expect_close
 
 BLOCK = 64
@@ -99,11 +99,17 @@ def _check_step(step):
         if abs(moved - 1 / 1024) < 1e-4:
             told = "The gradient was clipped while it was still scaled: unscale first."
         elif abs(moved - 1.0) < 1e-3 and want != 1.0:
-            told = "A gradient of norm 0.5 must not be clipped at 1: it seems to be still scaled."
+            told = (
+                "A gradient of norm 0.5 must not be clipped at 1: either it is still scaled, or every gradient is "
+                "brought to max_norm. Clipping shortens only what is longer."
+            )
         elif abs(moved - norm) < 1e-3:
             told = "It was not clipped."
         what = f"the length of the step over lr, for a gradient of norm {norm}"
         expect_close(moved, want, what, atol=1e-3, hint=told)
+        downhill = -0.1 * want * direction
+        told = "Its length is right, its direction is not: go against the gradient, w -= lr * gradient."
+        expect_close(w.detach(), downhill, f"w after the step, for a gradient of norm {norm}", atol=1e-4, hint=told)
         expect(bool(done), "step returns False (or None) although it moved the weights.")
     w = torch.ones(4, requires_grad=True)
     done = step(w, (w * torch.tensor([1.0, float("inf"), 1.0, 1.0])).sum(), 1024.0, 1.0, 0.1)
@@ -153,6 +159,7 @@ def _check_unscale(unscale):
         (130, (129, float("-inf")), "an infinity in the last block"),
         (70, (69, float("nan")), "a NaN"),
         (1, None, "nothing"),
+        (65, None, "nothing new"),
     )
     told = {
         "nothing": "No gradient is bad here. Does your program look at elements beyond the end? There lie NaNs: "
@@ -161,20 +168,24 @@ def _check_unscale(unscale):
         "an infinity in the first block": "A later program must not write 0 over the 1 of an earlier one: store 1 only "
         "where something bad was seen, and nothing otherwise.",
         "an infinity in the last block": "Minus infinity counts as well.",
+        "nothing new": "It was 1 before, from another tensor. If nothing is bad here, leave it as it is.",
     }
     for n, bad, what in cases:
         values = torch.randn(n)
         if bad is not None:
             values[bad[0]] = bad[1]
-        grad, flag = guarded(n, values=values), guarded(1, values=torch.zeros(1))
-        unscale(grad, 8.0, flag)
+        before = float(what == "nothing new")
+        grad, flag = guarded(n, values=values), guarded(1, values=torch.tensor([before]))
+        with watched_loads() as loads:
+            unscale(grad, 8.0, flag)
         check_canaries(f"grad (N = {n})", grad)
         check_canaries("found_inf", flag)
-        found, want = flag.item(), float(bad is not None)
+        found, want = flag.item(), max(before, float(bad is not None))
         expect(
             found == want, f"N = {n} with {what} to find: found_inf is {found:g}, expected {want:g}. {told[what]}"
         )
         expect_close(grad.cpu(), values / 8.0, f"grad for N = {n}", rtol=1e-6, hint="Multiply by 1 / scale, in place.")
+        check_reads(f"grad (N = {n})", grad, loads)
     return f"tried {len(cases)} gradients, with infinities and NaN in several places"
 
 

@@ -140,7 +140,7 @@ def _check_chunked_loss(candidate):
         with LiveMemory("cpu", scan=False) as live:
             candidate(hidden, weight, target, chunk)
     one = chunk * words * 4
-    if live.peak_added > 4 * one:
+    if live.peak_added > 6 * one:  # logits and their logarithms, even in float64; all at once would be 13
         raise WrongAnswer(
             f"the loss is right, but {live.peak_added:,} bytes were alive at once; one chunk of logits has {one:,}, "
             f"all logits {rows * words * 4:,}"

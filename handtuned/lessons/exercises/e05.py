@@ -2,6 +2,7 @@
 
 import math
 from itertools import pairwise
+from numbers import Integral
 
 import torch
 from torch import nn
@@ -22,7 +23,7 @@ def _best_groups(layers, boundary, inside):
 def _check_best_groups(candidate):
     for layers, boundary, inside in ((32, 2, 114), (16, 1, 1), (9, 1, 1), (12, 3, 1), (1, 1, 5)):
         got = candidate(layers, boundary, inside)
-        if not isinstance(got, int) or not 1 <= got <= layers:
+        if not isinstance(got, Integral) or not 1 <= got <= layers:
             raise WrongAnswer(f"{layers} layers can be cut into 1 to {layers} groups, got {got!r}")
         least = _peak(layers, _best_groups(layers, boundary, inside), boundary, inside)
         found = _peak(layers, got, boundary, inside)
@@ -154,7 +155,7 @@ def _late_binding(layers, x, groups):
 
 def _check_run_in_groups(candidate):
     torch.manual_seed(2)
-    for count, groups in ((6, 3), (7, 3), (5, 5), (4, 1)):
+    for count, groups in ((6, 3), (7, 3), (8, 3), (5, 5), (4, 1)):
         blocks = (nn.Sequential(nn.Linear(48, 48), nn.Tanh(), nn.Linear(48, 48), nn.GELU()) for _ in range(count))
         layers = nn.ModuleList(blocks)
         x = torch.randn(64, 48, requires_grad=True)
@@ -171,12 +172,22 @@ def _check_run_in_groups(candidate):
                 f"{what}: {live.added:,} bytes stay after forward; a boundary has {x.nbytes:,}, "
                 f"so {groups} of them were expected"
             )
+        again = []
+        for i, layer in enumerate(layers):
+            layer.register_forward_pre_hook(lambda *_, i=i, again=again: again.append(i))
         found = torch.autograd.grad(got.square().sum(), [x, *layers.parameters()], allow_unused=True)
         for name, f, w in zip(("x", *dict(layers.named_parameters())), found, wanted, strict=True):
             if f is None or not torch.allclose(f, w, rtol=1e-5, atol=1e-6):
                 raise WrongAnswer(
                     f"{what}: the result is right, but the gradient of {name} is wrong; which layers ran again?"
                 )
+        starts = [n for n, i in enumerate(again) if n == 0 or i != again[n - 1] + 1]
+        lengths = [stop - start for start, stop in pairwise([*starts, len(again)])][::-1]
+        if len(lengths) != groups or max(lengths) - min(lengths) > 1:
+            raise WrongAnswer(
+                f"{what}: backward ran groups of {lengths} layers again; there must be {groups}, and their lengths may "
+                "differ by at most one"
+            )
 
 
 def _not_written(*args):
@@ -224,7 +235,7 @@ EXERCISES = {
         solution=_run_in_groups,
         wrong={
             "last layers lost": (_tail_dropped, "7 layers in 3 groups: the result differs"),
-            "one checkpoint a layer": (_one_a_layer, "bytes stay after forward"),
+            "one checkpoint a layer": (_one_a_layer, "groups of [1, 1, 1, 1, 1, 1] layers"),
             "late binding": (_late_binding, "which layers ran again"),
         },
         hints=(

@@ -6,7 +6,7 @@ import torch.nn.functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
 from ...kernels.runtime import tl, triton
-from ..canaries import check_canaries, guarded, need_interpreter, no_holes
+from ..canaries import check_canaries, check_reads, guarded, need_interpreter, no_holes, watched_loads
 from ..exercise import Exercise, WrongAnswer, expect, expect_close
 
 # 07.1
@@ -40,8 +40,10 @@ def check_best_rank_r(candidate):
     rng = np.random.default_rng(3)
     for m, n, r in ((7, 5, 2), (5, 7, 3), (6, 6, 1), (4, 9, 4)):
         M = rng.normal(size=(m, n))
-        B, A = candidate(M.copy(), r)
-        B, A = np.asarray(B), np.asarray(A)
+        answer = candidate(M.copy(), r)
+        two = isinstance(answer, (tuple, list)) and len(answer) == 2
+        expect(two, "Return the two factors, (B, A), not their product.")
+        B, A = map(np.asarray, answer)
         expect(
             B.shape == (m, r) and A.shape == (r, n),
             f"For a {m} × {n} matrix and r = {r} the shapes must be B {(m, r)} and A {(r, n)}, in this order; "
@@ -106,6 +108,8 @@ def check_lora_forward(candidate):
             y, _scaled_by_alpha(x, W, bias, A, B, alpha), atol=1e-4
         ):  # fmt: skip
             hint = "The factor is alpha / r, not alpha."
+        elif torch.is_tensor(y) and y.shape == want.shape:
+            hint = "The low-rank part is (alpha / r) · x Aᵀ Bᵀ, and r is the number of A's rows."
         expect_close(y, want, f"The output for {where}", rtol=1e-4, atol=1e-4, hint=hint)
     x, W, A, B = (torch.empty(*size, device="meta") for size in ((64, 256), (512, 256), (4, 256), (512, 4)))
     with FlopCounterMode(display=False) as counter:
@@ -195,7 +199,8 @@ def check_down(candidate):
     for M, K, R in ((7, 64, 8), (1, 1, 1), (3, 33, 5), (2, 100, 3)):
         x_values, a_values = torch.randn(M, K, generator=generator), torch.randn(R, K, generator=generator)
         x, A, S = guarded((M, K), values=x_values), guarded((R, K), values=a_values), guarded((M, R))
-        candidate(x, A, S)
+        with watched_loads() as loads:
+            candidate(x, A, S)
         what = f"x {M} × {K}, r = {R}"
         for name, tensor in (("S", S), ("x", x), ("A", A)):
             check_canaries(f"{what}: {name}", tensor)
@@ -205,6 +210,8 @@ def check_down(candidate):
         if K > 1 and torch.allclose(S.cpu(), x_values[:, K // 2 :] @ a_values[:, K // 2 :].t(), atol=1e-4):
             hint = "Only the last tile of K is in it: add each tile's part to the accumulator."
         expect_close(S.cpu(), want, f"S ({what})", rtol=1e-4, atol=1e-4, hint=hint)
+        check_reads(f"{what}: x", x, loads)
+        check_reads(f"{what}: A", A, loads)
     return "Four shapes between canaries, with tails in K and in r; nothing outside was touched."
 
 
@@ -254,6 +261,8 @@ def check_lora_gradients(candidate):
             if torch.is_tensor(mine) and mine.shape == theirs.shape:
                 if name == "dx" and torch.allclose(mine, low_rank):
                     hint = "dx still crosses W: its first term is dy W."
+                elif name == "dx" and torch.allclose(mine, dy @ W):
+                    hint = "x also goes through A and B: the second term of dx is dS A."
                 elif name != "dx" and torch.allclose(mine * s, theirs):
                     hint = "The factor s is missing: y depends on A and B through s B A."
             what = f"{name} (x {rows} × {inputs}, r = {r}, s = {s})"

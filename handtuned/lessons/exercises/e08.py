@@ -138,6 +138,14 @@ def check_mergeable(candidate):
         elif torch.allclose(got, F.linear(x, W + delta, bias), **close):
             hint = "Merge scaling · BA, not BA."
     expect_close(got, want, "After merge(), the output", hint=hint, **close)
+    with FlopCounterMode(display=False) as counter:
+        layer(x)
+    used, needed = counter.get_total_flops(), 2 * 5 * 33 * 17
+    expect(
+        used <= needed,
+        f"After merge() the output is right, but a forward pass takes {used:,} FLOPs where the linear layer alone "
+        f"takes {needed:,}: ΔW belongs into the weight.",
+    )
     layer.merge()
     twice = "Merging twice must change nothing."
     expect_close(layer(x), want, "After merging a second time, the output", hint=twice, **close)

@@ -5,7 +5,7 @@ import torch
 
 from ...kernels.nf4 import NF4_CODE
 from ...kernels.runtime import tl, triton
-from ..canaries import check_canaries, guarded, need_interpreter, no_holes
+from ..canaries import check_canaries, check_reads, guarded, need_interpreter, no_holes, watched_loads
 from ..exercise import Exercise, WrongAnswer, expect, expect_close
 
 LEVELS = NF4_CODE.numpy()
@@ -53,8 +53,10 @@ def check_quantize_block(candidate):
         "64 zeros": np.zeros(64, dtype=np.float32),
     }
     for name, x in blocks.items():
-        codes, absmax = candidate(x.copy(), LEVELS.copy())
-        codes = np.asarray(codes)
+        answer = candidate(x.copy(), LEVELS.copy())
+        expect(isinstance(answer, (tuple, list)) and len(answer) == 2, "Return two things: (codes, absmax).")
+        codes, absmax = np.asarray(answer[0]), float(answer[1])
+        expect(codes.dtype == np.uint8, f"{name}: the codes must be uint8, got {codes.dtype}.")
         expect(codes.shape == x.shape, f"{name}: one code for each value, got shape {codes.shape}.")
         expect(
             np.isfinite(absmax) and np.isclose(absmax, np.abs(x).max(), rtol=1e-6),
@@ -207,7 +209,8 @@ def check_dequantize(candidate):
         absmax = guarded(len(scales), torch.float32, torch.from_numpy(scales))
         levels = guarded(16, torch.float32, NF4_CODE)
         out = guarded(count)
-        candidate(packed, absmax, levels, out, block_size)
+        with watched_loads() as loads:
+            candidate(packed, absmax, levels, out, block_size)
         what = f"{count} values, block_size {block_size}"
         for name, tensor in (("out", out), ("packed", packed), ("absmax", absmax), ("levels", levels)):
             check_canaries(f"{what}: {name}", tensor)
@@ -222,6 +225,8 @@ def check_dequantize(candidate):
         elif np.allclose(np.abs(got) > 0, np.abs(want) > 0) and np.allclose(np.sign(got), np.sign(want)):
             hint = "Only the scales are wrong: value i has absmax[i // block_size], counted in values, not bytes."
         expect_close(got, want, f"out ({what})", rtol=1e-6, hint=hint)
+        for name, tensor in (("packed", packed), ("absmax", absmax), ("levels", levels)):
+            check_reads(f"{what}: {name}", tensor, loads)
     return "1, 63, 64, 65 and 1000 values between canaries, two block sizes; nothing outside was touched."
 
 

@@ -66,6 +66,8 @@ def _check_shards(candidate):
         what = f"{elements} elements on {ranks} ranks"
         if got is None or len(got) != ranks:
             raise WrongAnswer(f"{what}: one (start, stop) a rank is expected, got {got}")
+        if not all(isinstance(piece, (tuple, list)) and len(piece) == 2 for piece in got):
+            raise WrongAnswer(f"{what}: each piece is a pair (start, stop), got {got}")
         got = [tuple(piece) for piece in got]
         if any(stop > elements or start > stop for start, stop in got):
             raise WrongAnswer(f"{what}: a piece goes beyond the end or backwards: {got}")

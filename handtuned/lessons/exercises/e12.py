@@ -45,7 +45,10 @@ def _check_choose(candidate):
         (5, "nothing fits: None"),
     ):
         copies = {name: (loss, dict(moments)) for name, (loss, moments) in runs.items()}
-        wanted, got = _choose(budget, runs), candidate(budget, copies)
+        try:
+            wanted, got = _choose(budget, runs), candidate(budget, copies)
+        except ValueError as error:
+            raise WrongAnswer(f"budget {budget}: {why}; got ValueError: {error}") from None
         if got != wanted:
             raise WrongAnswer(f"budget {budget}: {why}; expected {wanted!r}, got {got!r}")
 
