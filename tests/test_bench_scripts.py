@@ -91,7 +91,7 @@ def test_finetune_records_a_contestant_that_dies(monkeypatch, tmp_path):
 
 @pytest.mark.slow
 def test_finetune_on_random_weights_of_the_same_shape(monkeypatch):
-    """What runs on a machine without the weights, such as a lent GPU's."""
+    """What runs on a machine that has no copy of the weights."""
     finetune = script("finetune")
 
     def absent():
