@@ -185,7 +185,8 @@ class _Region:
         self.tensor_places = list(tensors)
         for i in tensors:
             self.constants[i] = None
-        self.inputs = _SaveInputs.apply(torch.empty(0, requires_grad=True), *tensors.values()).grad_fn
+        # The result is kept, not its node alone: up to torch 2.11 what a node saved goes with its result.
+        self.inputs = _SaveInputs.apply(torch.empty(0, requires_grad=True), *tensors.values())
         self.surroundings = _Surroundings(preserve_rng_state)
         self.expected: list[_Expected] = []
         self.parameters: dict[int, tuple[weakref.ref, int]] = {}
@@ -209,7 +210,7 @@ class _Region:
 
     def arguments(self):
         leaves = list(self.constants)
-        for place, tensor in zip(self.tensor_places, self.inputs.saved_tensors, strict=True):
+        for place, tensor in zip(self.tensor_places, self.inputs.grad_fn.saved_tensors, strict=True):
             leaves[place] = tensor
         return tree_unflatten(leaves, self.structure)
 
