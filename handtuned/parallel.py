@@ -190,9 +190,17 @@ class Team:
         if self.mode != "fsdp":
             return list(lora_parameters(model))
         mesh = init_device_mesh(device.type, (self.size,))
-        for block in blocks(model):
-            fully_shard(block.to(device), mesh=mesh)
-        self.wrapped = fully_shard(_Work(model), mesh=mesh)
+        try:
+            for block in blocks(model):
+                fully_shard(block.to(device), mesh=mesh)
+            self.wrapped = fully_shard(_Work(model), mesh=mesh)
+        except RuntimeError as error:
+            if "floating point dtype" not in str(error):
+                raise
+            raise ValueError(
+                f"torch {torch.__version__} shards floating-point weights only: --parallel fsdp over a base in NF4 "
+                "needs torch 2.13; here use --parallel ddp, or --method lora"
+            ) from None
         self.parameters = list(lora_parameters(model))
         self.shards = [local(p).detach().requires_grad_() for p in self.parameters]
         return self.shards
