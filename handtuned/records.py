@@ -10,6 +10,8 @@ import sys
 from importlib import metadata
 from pathlib import Path
 
+import torch
+
 from . import __version__
 from .nn.files import whole_file, write_json
 
@@ -24,6 +26,7 @@ def versions() -> dict[str, str]:
             found[package] = metadata.version(package)
         except metadata.PackageNotFoundError:
             found[package] = "not installed"
+    found["torch"] = torch.__version__  # a wheel's metadata may leave out its tag (+cu130)
     return found
 
 
