@@ -2,7 +2,6 @@
 
 import platform
 import subprocess
-from importlib import metadata
 from pathlib import Path
 
 import torch
@@ -42,12 +41,7 @@ def describe(device: torch.device) -> dict:
 
 def versions() -> dict[str, str]:
     """Versions of everything that a time may depend on, the rivals that are installed included."""
-    found = records.versions()
-    for package in ("peft", "bitsandbytes", "liger_kernel", "unsloth"):
-        try:
-            found[package] = metadata.version(package)
-        except metadata.PackageNotFoundError:
-            found[package] = "not installed"
+    found = records.versions("peft", "bitsandbytes", "liger_kernel", "unsloth")
     return found | ({"cuda": torch.version.cuda} if torch.version.cuda else {})
 
 

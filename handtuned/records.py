@@ -18,10 +18,10 @@ from .nn.files import whole_file, write_json
 PACKAGES = ("torch", "triton", "transformers", "tokenizers", "safetensors", "numpy")
 
 
-def versions() -> dict[str, str]:
-    """Versions of everything that a result may depend on."""
+def versions(*more: str) -> dict[str, str]:
+    """Versions of everything that a result may depend on, and of `more` packages."""
     found = {"handtuned": __version__, "python": platform.python_version()}
-    for package in PACKAGES:
+    for package in (*PACKAGES, *more):
         try:
             found[package] = metadata.version(package)
         except metadata.PackageNotFoundError:

@@ -1,6 +1,18 @@
-"""Error budgets: how wrong a kernel may be, derived and not guessed."""
+"""Error budgets: how wrong a kernel may be, derived and not guessed. And a process that does not interpret kernels."""
+
+import os
+import subprocess
+import sys
 
 import torch
+
+
+def run_uninterpreted(code: str, *arguments: str, backend: str = "") -> str:
+    """What `code` prints in a process of its own: kernels that are interpreted here cannot be compiled here."""
+    environment = os.environ | {"TRITON_INTERPRET": "0", "HANDTUNED_BACKEND": backend}
+    done = subprocess.run([sys.executable, "-c", code, *arguments], capture_output=True, text=True, env=environment)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
 
 
 def max_error(actual: torch.Tensor, exact: torch.Tensor) -> float:

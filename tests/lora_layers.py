@@ -25,3 +25,16 @@ def run(layer, A, B, x, dy):
     y = layer(x)
     y.backward(dy)
     return {"y": y.detach(), "dx": x.grad, "dA": A.grad, "dB": B.grad}
+
+
+def operands(shape, dtype, device="cpu"):
+    """x, W, b, A, B, dy; the adapter in fp32, the rest in `dtype`."""
+    M, N, K, r = shape
+    sizes = {"x": (M, K), "W": (N, K), "b": (N,), "A": (r, K), "B": (N, r), "dy": (M, N)}
+    return [
+        torch.randn(size, device=device).to(torch.float32 if name in "AB" else dtype) for name, size in sizes.items()
+    ]
+
+
+def exact(*tensors):
+    return [t.double() for t in tensors]

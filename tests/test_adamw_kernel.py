@@ -1,9 +1,6 @@
 """The AdamW kernel equals its reference bit by bit, and is compiled to wide loads."""
 
 import json
-import os
-import subprocess
-import sys
 
 import pytest
 import torch
@@ -11,6 +8,7 @@ from handtuned.kernels import runtime
 from handtuned.kernels.adamw import BLOCK, ParamGroup, adamw_step_, adamw_step_reference_
 from handtuned.kernels.unscale import squared_norm
 from handtuned.optim.adamw import adamw_step_cpu_
+from helpers import run_uninterpreted
 
 SHAPES = [(1,), (63,), (8, 8), (65,), (10, 100), (), (BLOCK + 3,)]
 EPS32 = torch.finfo(torch.float32).eps
@@ -186,10 +184,7 @@ print(json.dumps({r.name: [r.error, r.spill_bytes, r.widths("load global"), r.wi
 @pytest.mark.skipif(not runtime.HAS_TRITON, reason="Triton is not installed")
 def test_machine_code_moves_16_bytes_at_a_time():
     """Addresses come from a table, and still whole blocks are read and written 128 bits wide; nothing spills."""
-    environment = os.environ | {"TRITON_INTERPRET": "0", "HANDTUNED_BACKEND": ""}
-    done = subprocess.run([sys.executable, "-c", XRAY], capture_output=True, text=True, env=environment)
-    assert done.returncode == 0, done.stderr
-    kernels = json.loads(done.stdout)
+    kernels = json.loads(run_uninterpreted(XRAY))
     assert len(kernels) == 5
     for name, (error, spilled, loads, stores) in kernels.items():
         assert not error and spilled == 0, (name, error, spilled)

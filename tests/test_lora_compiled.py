@@ -1,12 +1,10 @@
 """The LoRA and NF4 product kernels compiled ahead of time, without a GPU: no spills, and tensor cores in use."""
 
 import json
-import os
-import subprocess
-import sys
 
 import pytest
 from handtuned.kernels import runtime
+from helpers import run_uninterpreted
 
 pytestmark = pytest.mark.skipif(not runtime.HAS_TRITON, reason="Triton is not installed")
 
@@ -28,16 +26,9 @@ print(json.dumps(found))
 
 
 def compiled(wanted, archs):
-    """What became of each kernel: name, architecture, error, bytes spilled, tensor-core instructions.
-
-    In a process of its own, since kernels that are interpreted here cannot be compiled here.
-    """
-    done = subprocess.run(
-        [sys.executable, "-c", SCRIPT, json.dumps([MODULES, wanted, archs])],
-        env=os.environ | {"TRITON_INTERPRET": "0"}, capture_output=True, text=True,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr
-    return json.loads(done.stdout.splitlines()[-1])
+    """What became of each kernel: name, architecture, error, bytes spilled, tensor-core instructions."""
+    told = run_uninterpreted(SCRIPT, json.dumps([MODULES, wanted, archs]))
+    return json.loads(told.splitlines()[-1])
 
 
 def check(found):

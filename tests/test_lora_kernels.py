@@ -8,6 +8,7 @@ from handtuned.kernels.lora_backward import lora_down_grad, lora_up_grads
 from handtuned.kernels.lora_down import lora_down
 from handtuned.kernels.lora_product import lora_product
 from helpers import assert_within_budget, max_error
+from lora_layers import exact, operands
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 # M, N, K, r: ones, tails on every side of a tile, ranks that are no power of two, several tiles and splits
@@ -15,19 +16,6 @@ SHAPES = [(1, 1, 1, 1), (3, 65, 64, 5), (70, 130, 67, 3), (65, 63, 129, 17)]
 
 each_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=lambda dtype: str(dtype).removeprefix("torch."))
 each_shape = pytest.mark.parametrize("shape", SHAPES, ids=lambda shape: "M{}-N{}-K{}-r{}".format(*shape))
-
-
-def operands(shape, dtype, device="cpu"):
-    """x, W, b, A, B, dy; the adapter in fp32, the rest in `dtype`."""
-    M, N, K, r = shape
-    sizes = {"x": (M, K), "W": (N, K), "b": (N,), "A": (r, K), "B": (N, r), "dy": (M, N)}
-    return [
-        torch.randn(size, device=device).to(torch.float32 if name in "AB" else dtype) for name, size in sizes.items()
-    ]
-
-
-def exact(*tensors):
-    return [t.double() for t in tensors]
 
 
 def rounded(x, low):
@@ -188,8 +176,8 @@ def test_stacked_adapters_agree_with_single_ones(each_backend, device, p):
         ys = [lora_linear_reference(*x_, *Wb, A, B, s, keep, threshold / 65536) for Wb, A, B, s in layers]
         return [*ys, *torch.autograd.grad([y.square().sum() for y in ys], [*x_, *As_, *Bs_])]
 
-    for index, (ours, exact, low) in enumerate(zip(got, singly(torch.double), singly(torch.float), strict=True)):
-        assert_within_budget(ours, exact, low, f"result {index}")
+    for index, (ours, wide, low) in enumerate(zip(got, singly(torch.double), singly(torch.float), strict=True)):
+        assert_within_budget(ours, wide, low, f"result {index}")
 
 
 def test_stacked_adapters_read_x_once(monkeypatch):
@@ -227,77 +215,6 @@ def test_only_x_and_S_are_saved():
     assert sorted(tuple(t.shape) for t in own) == [(64, 4), (64, 32)]
     assert {t.data_ptr() for t in own} >= {x.data_ptr()}
     assert sum(t.numel() * t.element_size() for t in own) == 4 * 64 * (32 + 4)
-
-
-def test_a_dropout_mask_is_a_seed_and_no_array():
-    x, W, b, A, B, _ = operands((64, 48, 32, 4), torch.float32)
-    A.requires_grad_()
-    saved = []
-    with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):
-        lora_linear(x, W, b, A, B, 1.0, 0.5)
-    masks = [t for t in saved if t.dtype in (torch.bool, torch.uint8, torch.int64)]
-    assert [t.numel() for t in masks] == [1]
-
-
-@pytest.mark.parametrize("columns", [1, 8, 63, 130])
-@pytest.mark.parametrize("p", [0.1, 0.5, 0.9])
-def test_masks_drop_what_they_should(p, columns):
-    threshold, seed = dropout.threshold_of(p), torch.tensor([12345])
-    rows = 20000 // columns
-    spread = 6 * (p * (1 - p) / (rows * columns)) ** 0.5  # six standard deviations
-    for draw in (dropout.seeded_keep, dropout.philox_keep_reference):
-        keep = draw(seed, rows, columns, threshold)
-        assert keep.shape == (rows, columns) and keep.dtype == torch.bool
-        assert abs(keep.double().mean().item() - (1 - threshold / 65536)) < spread
-        assert torch.equal(keep, draw(seed, rows, columns, threshold))
-        assert not torch.equal(keep, draw(seed + 1, rows, columns, threshold))
-
-
-@pytest.mark.parametrize(
-    ("word", "answer"),
-    [
-        (0x00000000, (0x5F6FB709, 0x0D893F64, 0x4F121F81, 0x4F730A48)),
-        (0xFFFFFFFF, (0x5207DDC2, 0x45165E59, 0x4D8EE751, 0x8C52F662)),
-    ],
-    ids=["zeros", "ones"],
-)
-def test_philox_gives_the_published_answers(word, answer):
-    """Philox4x32-7, as its authors' library tests it: counter and key of nothing but this word."""
-    assert tuple(int(w) for w in dropout.philox(*[torch.tensor([word])] * 6)) == answer
-
-
-def test_the_kernels_mask_is_the_specified_one(kernel_backend, device):
-    """S of ones with an identity A is the mask itself, over several tiles."""
-    seed, threshold = torch.tensor([2**40 + 7], device=device), 30000
-    x = torch.ones(67, 130, device=device)
-    S = lora_down(x, torch.eye(130, device=device), seed, threshold)
-    keep = dropout.philox_keep_reference(seed, 67, 130, threshold)
-    assert torch.equal(S.bool(), keep)
-    dA = lora_down_grad(torch.eye(67, device=device), x, x.dtype, seed, threshold)
-    assert torch.equal(dA.bool(), keep)
-    zeros, up = torch.zeros(130, 67, device=device), torch.ones(130, 1, device=device)
-    y = lora_product(torch.zeros(67, 67, device=device), zeros, None, x[:, :1], up, 1.0, seed, threshold)
-    assert torch.equal(y.bool(), keep)
-
-
-def test_dropout_follows_torchs_generator():
-    x, W, b, A, B, _ = operands((8, 6, 40, 3), torch.float32)
-    torch.manual_seed(5)
-    state = torch.get_rng_state()
-    first = lora_linear(x, W, b, A, B, 1.0, 0.5)
-    second = lora_linear(x, W, b, A, B, 1.0, 0.5)
-    assert not torch.equal(first, second)
-    torch.set_rng_state(state)
-    assert torch.equal(lora_linear(x, W, b, A, B, 1.0, 0.5), first)
-
-
-def test_dropout_keeps_the_mean():
-    x, W, b, A, B, _ = operands((4, 3, 64, 2), torch.float32)
-    plain = lora_linear(x, W, b, A, B, 1.0)
-    mean = torch.stack([lora_linear(x, W, b, A, B, 1.0, 0.3) for _ in range(4000)]).mean(0)
-    x64, A64, B64 = exact(x, A, B)
-    variance = 0.3 / 0.7 * torch.einsum("mk,nk->mn", x64**2, (B64 @ A64) ** 2)
-    assert ((mean - plain).abs() < 6 * (variance / 4000).sqrt() + 1e-5).all()
 
 
 def test_not_finite_values_pass_through(each_backend, device):

@@ -1,15 +1,12 @@
 """scaled_matmul: FP32 accumulation, one rounding after the scale, and a flag for what overflowed."""
 
 import json
-import os
-import subprocess
-import sys
 
 import pytest
 import torch
 from handtuned.amp import autocast, scaled_matmul
 from handtuned.kernels import runtime
-from helpers import assert_within_budget
+from helpers import assert_within_budget, run_uninterpreted
 
 DTYPES = pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32], ids=str)
 SHAPES = [(1, 1, 1), (63, 65, 64), (64, 63, 65), (65, 1, 1000), (1, 200, 63), (130, 64, 33), (128, 256, 64)]
@@ -192,10 +189,7 @@ print(json.dumps(told))
 @pytest.mark.skipif(not runtime.HAS_TRITON, reason="Triton is not installed")
 def test_largest_tile_uses_wgmma_and_spills_nothing():
     """Forward and both layouts of backward, full and ragged tiles, compiled for sm_90 without a GPU; one for sm_100."""
-    environment = os.environ | {"TRITON_INTERPRET": "0", "HANDTUNED_BACKEND": ""}
-    done = subprocess.run([sys.executable, "-c", XRAY], capture_output=True, text=True, env=environment)
-    assert done.returncode == 0, done.stderr
-    kernels = json.loads(done.stdout)
+    kernels = json.loads(run_uninterpreted(XRAY))
     assert len(kernels) == 6
     for name, error, spilled, tensor_core in kernels:
         assert not error and spilled == 0 and tensor_core > 0, (name, error, spilled, tensor_core)

@@ -1,14 +1,12 @@
 """The compiled CPU dequantize: the reference's bits, nothing written beside the output, and when it runs."""
 
-import os
-import subprocess
-import sys
 
 import pytest
 import torch
 from handtuned.kernels import nf4_cpu
 from handtuned.kernels.nf4 import NF4_CODE, nf4_dequantize_reference
 from handtuned.quant import NF4Tensor, quantize_nf4
+from helpers import run_uninterpreted
 
 pytestmark = pytest.mark.skipif(nf4_cpu._library is None, reason="built only where there is a C compiler")
 
@@ -84,7 +82,4 @@ def test_when_it_runs(forced):
             assert "not contiguous" in str(error)
         print(len(calls))
     """
-    environment = {**os.environ, "TRITON_INTERPRET": "0", "HANDTUNED_BACKEND": forced}
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment)
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.split()[-1] == ("0" if forced else "1")
+    assert run_uninterpreted(code, backend=forced).split()[-1] == ("0" if forced else "1")
