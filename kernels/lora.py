@@ -34,7 +34,7 @@ from .dropout import new_seed, threshold_of
 from .lora_backward import lora_down_grad, lora_up_grads
 from .lora_down import drawn_mask, lora_down
 from .lora_product import lora_product
-from .nf4_matmul import QuantizedWeight, dense_weight, quantized_product, quantized_product_dx
+from .nf4_matmul import QuantizedWeight, dense_weight, plan, quantized_product, quantized_product_dx
 
 
 def lora_linear_reference(x, weight, bias, lora_A, lora_B, scaling, keep=None, dropout_p=0.0):
@@ -53,32 +53,36 @@ class _LoRALinear(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, scalings, dropout_p, *layers):
         weights, biases, As, Bs = layers[0::4], layers[1::4], layers[2::4], layers[3::4]
-        rows = x.reshape(-1, x.shape[-1])
-        threshold = threshold_of(dropout_p)
-        seed = new_seed(x.device) if threshold else None
-        scales = [scale * 65536 / (65536 - threshold) for scale in scalings]
+        rows = x if x.dim() == 2 else x.reshape(-1, x.shape[-1])
+        threshold, seed = threshold_of(dropout_p), None
+        if threshold:
+            seed = new_seed(x.device)
+            scalings = [scale * 65536 / (65536 - threshold) for scale in scalings]
         S = lora_down(rows, _stack(As), drawn_mask(seed, rows, rows.shape[1], threshold), threshold)
-        ys = []
-        for weight, bias, A, B, part, scale in zip(weights, biases, As, Bs, _parts(S, As), scales, strict=True):
+        ys, dense, ctx.ways, ctx.quantized, ctx.bias_dtypes = [], [], [], [], []
+        for weight, bias, A, B, part, scale in zip(weights, biases, As, Bs, _parts(S, As), scalings, strict=True):
             if isinstance(weight, torch.Tensor):
-                y = lora_product(rows, weight, bias, part, B, scale)
+                y, way = lora_product(rows, weight, bias, part, B, scale), None
             else:
-                y = quantized_product(rows, weight, bias, part, A, B, scale, threshold > 0)
-            # no view: callers may change it in place
-            ys.append(torch.ops.aten._unsafe_view(y, [*x.shape[:-1], y.shape[-1]]))
-        needs_weight, _, needs_A, _ = (any(ctx.needs_input_grad[place::4]) for place in range(3, 7))
-        x_kept = rows if needs_weight or needs_A else None
-        dense = [weight if isinstance(weight, torch.Tensor) else None for weight in weights]
+                way = plan(rows, weight, threshold > 0)
+                y = quantized_product(way, rows, weight, bias, part, A, B, scale)
+            if x.dim() != 2:  # no view: callers may change it in place
+                y = torch.ops.aten._unsafe_view(y, [*x.shape[:-1], y.shape[-1]])
+            ys.append(y)
+            dense.append(weight if way is None else None)
+            ctx.ways.append(way)
+            ctx.quantized.append(None if way is None else weight)
+            ctx.bias_dtypes.append(None if bias is None else bias.dtype)
+        needs = ctx.needs_input_grad
+        x_kept = rows if any(needs[3::4]) or any(needs[5::4]) else None  # for dW and dA
         ctx.save_for_backward(x_kept, S, seed, *As, *Bs, *dense)
-        ctx.quantized = [None if isinstance(weight, torch.Tensor) else weight for weight in weights]
-        ctx.scales, ctx.threshold, ctx.x_shape = scales, threshold, x.shape
-        ctx.bias_dtypes = [None if bias is None else bias.dtype for bias in biases]
+        ctx.scales, ctx.threshold, ctx.x_shape = scalings, threshold, x.shape
         return tuple(ys)
 
     @staticmethod
     @once_differentiable
     def backward(ctx, *dys):
-        dys = [dy.reshape(-1, dy.shape[-1]) for dy in dys]
+        dys = [dy if dy.dim() == 2 else dy.reshape(-1, dy.shape[-1]) for dy in dys]
         if not torch.is_autocast_enabled(dys[0].device.type):
             return _gradients(ctx, dys)
         with torch.autocast(dys[0].device.type, enabled=False):
@@ -90,27 +94,31 @@ def _gradients(ctx, dys):
     x, S, seed, *rest = ctx.saved_tensors
     count, threshold = len(dys), ctx.threshold
     As, Bs, weights = rest[:count], rest[count : 2 * count], rest[2 * count :]
-    weights = [quantized or dense for quantized, dense in zip(ctx.quantized, weights, strict=True)]
     needs_x, _, _, *needs = ctx.needs_input_grad
-    dx, grads = None, [None] * len(needs)
-    for i, dy in enumerate(dys):
+    needs_A, needs_B = any(needs[2::4]), any(needs[3::4])
+    dx, grads, dSs = None, [None] * len(needs), []
+    for i, (dy, part) in enumerate(zip(dys, _parts(S, As), strict=True)):
         if needs[4 * i]:
             grads[4 * i] = (dy.t() @ x).to(weights[i].dtype)
         if needs[4 * i + 1]:
             grads[4 * i + 1] = dy.sum(0).to(ctx.bias_dtypes[i])
-    needs_A, needs_B = any(needs[2::4]), any(needs[3::4])
-    if needs_x or needs_A or needs_B:
-        up = [lora_up_grads(*each) for each in zip(dys, _parts(S, As), Bs, ctx.scales, strict=True)]
-        grads[3::4] = [dB if need else None for (_, dB), need in zip(up, needs[3::4], strict=True)]
-        dS = up[0][0] if count == 1 else torch.cat([part.t() for part, _ in up]).t()
-        mask = drawn_mask(seed, dys[0], As[0].shape[1], threshold)
+        if needs_x or needs_A or needs_B:
+            dS, dB = lora_up_grads(dy, part, Bs[i], ctx.scales[i])
+            dSs.append(dS)
+            grads[4 * i + 3] = dB if needs[4 * i + 3] else None
+    if not (needs_x or needs_A):
+        return dx, None, None, *grads
+    dS = dSs[0] if count == 1 else torch.cat([part.t() for part in dSs]).t()
+    mask = drawn_mask(seed, dys[0], As[0].shape[1], threshold)
     if needs_A:
         dA = lora_down_grad(dS, x, As[0].dtype, mask, threshold)
-        parts = [dA] if count == 1 else dA.split([A.shape[0] for A in As])
-        grads[2::4] = [part.to(A.dtype) if need else None for part, A, need in zip(parts, As, needs[2::4], strict=True)]
+        for i, part in enumerate([dA] if count == 1 else dA.split([A.shape[0] for A in As])):
+            grads[4 * i + 2] = part.to(As[i].dtype) if needs[4 * i + 2] else None
     if needs_x:
-        if count == 1 and ctx.quantized[0] is not None:
-            dx = quantized_product_dx(dys[0], weights[0], dS, As[0], Bs[0], ctx.scales[0], mask, threshold)
+        weights = [quantized or dense for quantized, dense in zip(ctx.quantized, weights, strict=True)]
+        if count == 1 and ctx.ways[0] is not None:
+            way, scale = ctx.ways[0], ctx.scales[0]
+            dx = quantized_product_dx(way, dys[0], weights[0], dS, As[0], Bs[0], scale, mask, threshold)
         else:
             W = dense_weight(weights[0], dys[0])
             dx = lora_product(dys[0], W.t(), None, dS, _stack(As).t(), 1.0, mask, threshold)

@@ -26,9 +26,11 @@ from .tiles import block_of, cdiv, dot_settings, kernel_spec, runs_kernel, split
 
 def lora_up_grads_reference(dy, S, lora_B, scale):
     """dy (M, N), S (M, r), B (N, r) → dS (M, r) in dy's dtype and dB (N, r) in B's."""
-    dS = dy @ lora_B.mul(scale).to(dy.dtype)
-    dB = (S.t() @ dy).to(lora_B.dtype).mul_(scale).t()  # dyᵀ S is slower on a CPU
-    return dS, dB
+    B = lora_B.to(dy.dtype)
+    # Each in one call that scales as it goes; with beta=0 the first operand lends its shape alone.
+    dS = torch.addmm(S, dy, B, beta=0, alpha=scale)
+    dB = torch.addmm(B.t(), S.t(), dy, beta=0, alpha=scale)  # dyᵀ S is slower on a CPU
+    return dS, dB.to(lora_B.dtype).t()
 
 
 def lora_down_grad_reference(dS, x, dtype, keep=None):

@@ -14,9 +14,10 @@ up to 512 rows of x; on a GPU the decoding would take turns with the units that 
 """
 
 import ctypes
-import os
 
 import torch
+
+from .runtime import reference_is_forced
 
 try:
     from . import _nf4_cpu
@@ -52,20 +53,19 @@ def _weight(packed, absmax, block_size, nested, levels) -> _Weight:
 
 def has_native() -> bool:
     """Whether the C functions are there and not switched off by HANDTUNED_BACKEND=torch."""
-    return _library is not None and os.environ.get("HANDTUNED_BACKEND") != "torch"
+    return _library is not None and not reference_is_forced()
 
 
 def runs_native(packed: torch.Tensor, absmax: torch.Tensor, nested) -> bool:
     """Whether the C functions may take these: plain memory of a CPU, laid out as they read it."""
     if not has_native() or torch.compiler.is_compiling():
         return False
-    tensors = (packed, absmax) if nested is None else (packed, absmax, *nested[:3])
-    for tensor in tensors:
-        if not (tensor.is_cpu and tensor.is_contiguous()):
-            return False
-    if nested is None:
-        return absmax.dtype == torch.float32
-    return absmax.dtype == torch.uint8 and all(tensor.dtype == torch.float32 for tensor in nested[:3])
+    codes, numbers = ((packed,), (absmax,)) if nested is None else ((packed, absmax), nested[:3])
+    for dtype, tensors in ((torch.uint8, codes), (torch.float32, numbers)):
+        for tensor in tensors:
+            if not (tensor.is_cpu and tensor.dtype == dtype and tensor.is_contiguous()):
+                return False
+    return True
 
 
 def nf4_dequantize_native(

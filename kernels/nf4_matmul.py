@@ -67,9 +67,11 @@ def plan(x: torch.Tensor, weight: QuantizedWeight, dropout: bool) -> str:
     return "merged" if M >= 1024 and not dropout else "exact"
 
 
-def quantized_product(x, weight, bias, S, lora_A, lora_B, scale, dropout=False):
-    """y = x Wᵀ + b + scale · S Bᵀ (M, N) with a quantized W (N, K); S = x̂ Aᵀ. Otherwise as `lora_product`."""
-    way = plan(x, weight, dropout)
+def quantized_product(way, x, weight, bias, S, lora_A, lora_B, scale):
+    """y = x Wᵀ + b + scale · S Bᵀ (M, N) with a quantized W (N, K), by the `plan`; S = x̂ Aᵀ.
+
+    Otherwise as `lora_product`.
+    """
     if way == "native":
         bias = None if bias is None else bias.to(x.dtype)
         return nf4_product_native(x, weight, NF4_CODE, True, bias, S, lora_B.to(x.dtype), scale)
@@ -81,9 +83,8 @@ def quantized_product(x, weight, bias, S, lora_A, lora_B, scale, dropout=False):
     return lora_product(x, dense_weight(weight, x), bias, S, lora_B, scale)
 
 
-def quantized_product_dx(dy, weight, dS, lora_A, lora_B, scale, mask=None, threshold=0):
-    """dx = dy W + keep ⊙ (dS A) (M, K) with a quantized W (N, K); dS = scale · dy B."""
-    way = plan(dy, weight, mask is not None)
+def quantized_product_dx(way, dy, weight, dS, lora_A, lora_B, scale, mask=None, threshold=0):
+    """dx = dy W + keep ⊙ (dS A) (M, K) with a quantized W (N, K), by forward's plan; dS = scale · dy B."""
     if way == "native" and mask is None:
         return nf4_product_native(dy, weight, NF4_CODE, False, None, dS, lora_A.to(dy.dtype))
     if way == "native":

@@ -45,6 +45,17 @@ except ImportError:
     HAS_TRITON = INTERPRETED = False
 
 
+def reference_is_forced() -> bool:
+    """Whether HANDTUNED_BACKEND=torch is set; any other value is a ValueError."""
+    forced = os.environ.get("HANDTUNED_BACKEND", "")
+    if forced not in ("", "torch"):
+        raise ValueError(f"HANDTUNED_BACKEND must be unset or 'torch', got {forced!r}")
+    return forced == "torch"
+
+
+reference_is_forced()  # a misspelt name is told here, wherever tensors lie
+
+
 def backend(tensor: torch.Tensor) -> str:
     """Say which implementation a kernel call on `tensor` runs: "cuda", "interpreter" or "torch".
 
@@ -53,10 +64,9 @@ def backend(tensor: torch.Tensor) -> str:
             back to the slow reference unasked; `HANDTUNED_BACKEND=torch` asks.
         ValueError: `HANDTUNED_BACKEND` holds an unknown name.
     """
-    forced = os.environ.get("HANDTUNED_BACKEND", "")
-    if forced not in ("", "torch"):
-        raise ValueError(f"HANDTUNED_BACKEND must be unset or 'torch', got {forced!r}")
-    if forced == "torch":
+    if tensor.is_cpu and not INTERPRETED:
+        return "torch"  # at once: a layer asks this several times
+    if reference_is_forced():
         return "torch"
     if INTERPRETED:
         return "interpreter"

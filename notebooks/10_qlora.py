@@ -490,7 +490,8 @@ torch.manual_seed(0)
 place = "cuda" if gpu() else "cpu"
 q = quantize_nf4(torch.randn(96, 128, device=place))
 x, S, B = torch.randn(1, 128, device=place), torch.randn(1, 4, device=place), torch.randn(96, 4, device=place)
-way, y = nf4_matmul.plan(x, q, dropout=False), nf4_matmul.quantized_product(x, q, None, S, None, B, 2.0)
+way = nf4_matmul.plan(x, q, dropout=False)
+y = nf4_matmul.quantized_product(way, x, q, None, S, None, B, 2.0)
 if forced:
     os.environ["HANDTUNED_BACKEND"] = forced
 wanted = x.double() @ q.dequantize().double().t() + 2 * S.double() @ B.double().t()

@@ -3,7 +3,7 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from handtuned.kernels import nf4_matmul
+from handtuned.kernels import lora
 from handtuned.kernels.lora import lora_linear, lora_linear_reference
 from handtuned.kernels.nf4_matmul import dense_weight, plan, quantized_product, quantized_product_dx
 from handtuned.kernels.nf4_merge import nf4_merge
@@ -69,19 +69,18 @@ def test_the_plan_in_torch():
 
 
 @pytest.mark.parametrize("way", ["stream", "merged", "exact"])
-def test_every_way_gives_the_same(kernel_backend, device, monkeypatch, way):
+def test_every_way_gives_the_same(kernel_backend, device, way):
     M, N, K, r = 7, 40, 128, 3
     q = quantized(N, K, device=device)
     x, dy, b = (torch.randn(size, device=device) for size in ((M, K), (M, N), (N,)))
     A, B = torch.randn(r, K, device=device), torch.randn(N, r, device=device)
     S, dS = x @ A.t(), 0.5 * dy @ B
     W = q.dequantize(torch.float32)
-    monkeypatch.setattr(nf4_matmul, "plan", lambda *_: way)
-    y = quantized_product(x, q, b, S, A, B, 0.5)
+    y = quantized_product(way, x, q, b, S, A, B, 0.5)
     delta = 0.5 * B.double() @ A.double()
     exact = x.double() @ (W.double() + delta).t() + b.double()
     assert_within_budget(y, exact, F.linear(x, W, b) + 0.5 * S @ B.t(), "y")
-    dx = quantized_product_dx(dy, q, dS, A, B, 0.5)
+    dx = quantized_product_dx(way, dy, q, dS, A, B, 0.5)
     assert_within_budget(dx, dy.double() @ (W.double() + delta), dy @ W + dS @ A, "dx")
 
 
@@ -145,7 +144,7 @@ def test_small_updates_survive_a_merge_into_bf16(kernel_backend, device, monkeyp
     goal = F.linear(x.float(), q.dequantize(torch.float32) + target)
 
     def loss_after(way, steps=30):
-        monkeypatch.setattr(nf4_matmul, "plan", lambda *_: way)
+        monkeypatch.setattr(lora, "plan", lambda *_: way)
         torch.manual_seed(1)
         A = (torch.randn(r, K, device=device) * 0.1).requires_grad_()
         B = torch.full((N, r), 1e-6, device=device).requires_grad_()
