@@ -262,7 +262,7 @@ def nf4_dequantize(
         return out
     where = backend(packed)
     if where == "torch":
-        if dtype == torch.float32 and runs_native(packed, absmax, nested):
+        if dtype == torch.float32 and runs_native(packed, absmax, block_size, nested):
             return nf4_dequantize_native(packed, absmax, block_size, nested, NF4_CODE, out, fresh)
         return nf4_dequantize_reference(packed, absmax, shape, dtype, block_size, nested, out)
     if where == "interpreter" and dtype == torch.bfloat16:

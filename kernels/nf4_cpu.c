@@ -1,7 +1,7 @@
 /* NF4 on CPUs: dequantize, and the product of fp32 rows with a weight that stays in NF4.
  *
  * W[i] = levels[code[i]] * scale[i / block], where scale[j] is an fp32 number, or, with double quantization,
- * map[c[j]] * nested_absmax[j / nested_block] + offset. In dequantizing every product and sum is rounded by itself
+ * map[c[j]] * nested_absmax[j / nested_block] + offset; blocks are powers of two. In dequantizing every product and sum is rounded by itself
  * (-ffp-contract=off), so the result is `nf4_dequantize_reference`'s to the bit.
  *
  * The 16 levels fill one AVX-512 register exactly: one permutation looks 16 codes up. Without AVX-512 dequantizing
@@ -20,11 +20,20 @@ typedef struct {
     int64_t block, nested_block;
 } weight;
 
-static inline float scale_of(const weight *w, int64_t i)
+/* i / block, without a division: they took longer than decoding. Blocks are powers of two. */
+static inline int64_t block_of(int64_t i, int64_t block)
 {
-    const int64_t j = i / w->block;
+#ifdef __GNUC__
+    return i >> __builtin_ctzll(block);
+#else
+    return i / block;
+#endif
+}
+
+static inline float scale_of(const weight *w, int64_t j)
+{
     if (w->nested_block > 0)
-        return w->map[((const uint8_t *)w->absmax)[j]] * w->nested_absmax[j / w->nested_block] + w->offset[0];
+        return w->map[((const uint8_t *)w->absmax)[j]] * w->nested_absmax[block_of(j, w->nested_block)] + w->offset[0];
     return ((const float *)w->absmax)[j];
 }
 
@@ -78,7 +87,7 @@ void handtuned_nf4_dequantize(const weight *w, float *out, int64_t n, int fresh,
     for (int64_t j = 0; j < blocks; j++) {
         const int64_t start = j * w->block, left = n - start;
         decode_block(
-            w->packed + start / 2, scale_of(w, start), w->levels, out + start, left < w->block ? left : w->block, wide);
+            w->packed + start / 2, scale_of(w, j), w->levels, out + start, left < w->block ? left : w->block, wide);
     }
 }
 
@@ -113,15 +122,18 @@ AVX512 static void decode_transposed(
     for (int i = 0; i < LANES; i++)
         rows[i] = n + i < N ? i : N - 1 - n; /* columns past the end are computed and not stored */
     const __m512i offsets = _mm512_mullo_epi32(_mm512_loadu_si512(rows), _mm512_set1_epi32(K / 2));
-    for (int64_t d = 0; d < depth; d += 32) { /* 32 divides K and the block: one scale a row */
+    /* Terms with one scale a row: a block where rows begin with one, else 32, which divides K and every block. */
+    const int64_t run = K % w->block ? 32 : at_most(w->block, depth);
+    for (int64_t d = 0; d < depth; d += run) {
         for (int i = 0; i < LANES; i++)
-            scales[i] = scale_of(w, (n + rows[i]) * K + k + d);
-        for (int64_t word = d; word < d + 32; word += 8) {
+            scales[i] = scale_of(w, block_of((n + rows[i]) * K + k + d, w->block));
+        const __m512 scale = _mm512_loadu_ps(scales);
+        for (int64_t word = d; word < d + run; word += 8) {
             const __m512i codes = _mm512_i32gather_epi32(offsets, w->packed + (n * K + k + word) / 2, 1);
 #pragma GCC unroll 8
             for (int c = 0; c < 8; c++) {
                 const __m512 values = _mm512_permutexvar_ps(_mm512_srli_epi32(codes, shift[c]), table);
-                _mm512_store_ps(panel + (word + c) * stride, _mm512_mul_ps(values, _mm512_loadu_ps(scales)));
+                _mm512_store_ps(panel + (word + c) * stride, _mm512_mul_ps(values, scale));
             }
         }
     }
@@ -134,8 +146,8 @@ AVX512 static void decode_straight(
     const __m512 table = _mm512_loadu_ps(w->levels);
     for (int64_t d = 0; d < depth; d++) {
         const int64_t i = (n + d) * K + k;
-        _mm512_store_ps(
-            panel + d * stride, _mm512_mul_ps(decode16(w->packed + i / 2, table), _mm512_set1_ps(scale_of(w, i))));
+        const __m512 scale = _mm512_set1_ps(scale_of(w, block_of(i, w->block)));
+        _mm512_store_ps(panel + d * stride, _mm512_mul_ps(decode16(w->packed + i / 2, table), scale));
     }
 }
 

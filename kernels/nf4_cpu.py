@@ -56,10 +56,12 @@ def has_native() -> bool:
     return _library is not None and not reference_is_forced()
 
 
-def runs_native(packed: torch.Tensor, absmax: torch.Tensor, nested) -> bool:
+def runs_native(packed: torch.Tensor, absmax: torch.Tensor, block_size: int, nested) -> bool:
     """Whether the C functions may take these: plain memory of a CPU, laid out as they read it."""
     if not has_native() or torch.compiler.is_compiling():
         return False
+    if block_size.bit_count() != 1 or (nested is not None and nested.block_size.bit_count() != 1):
+        return False  # no powers of two
     codes, numbers = ((packed,), (absmax,)) if nested is None else ((packed, absmax), nested[:3])
     for dtype, tensors in ((torch.uint8, codes), (torch.float32, numbers)):
         for tensor in tensors:
@@ -110,7 +112,7 @@ def runs_native_product(x: torch.Tensor, weight) -> bool:
         and weight.packed.numel() == values // 2
         and scales == -(-values // weight.block_size)
         and (nested is None or nested.absmax.numel() == -(-scales // nested.block_size))
-        and runs_native(weight.packed, weight.absmax, nested)
+        and runs_native(weight.packed, weight.absmax, weight.block_size, nested)
     )
 
 

@@ -4,7 +4,7 @@
 import pytest
 import torch
 from handtuned.kernels import nf4_cpu
-from handtuned.kernels.nf4 import NF4_CODE, nf4_dequantize_reference
+from handtuned.kernels.nf4 import NF4_CODE, NestedScales, nf4_dequantize_reference
 from handtuned.quant import NF4Tensor, quantize_nf4
 from helpers import run_uninterpreted
 
@@ -48,6 +48,20 @@ def test_scales_that_are_not_finite_pass_through():
     q = quantize_nf4(torch.randn(256), 64, double_quant=False)
     q.absmax[:2] = torch.tensor([float("inf"), float("nan")])
     torch.testing.assert_close(_native(q, torch.empty(256)), _reference(q), rtol=0, atol=0, equal_nan=True)
+
+
+@pytest.mark.parametrize(("block_size", "nested_block"), [(48, 256), (64, 3)])
+def test_blocks_that_are_no_powers_of_two_are_left_to_the_reference(monkeypatch, block_size, nested_block):
+    monkeypatch.delenv("HANDTUNED_BACKEND")
+    codes, scales = torch.randint(0, 256, (192,), dtype=torch.uint8), -(-384 // block_size)
+    map_ = torch.linspace(0, 1, 256)
+    nested = NestedScales(torch.rand(-(-scales // nested_block)), map_, torch.tensor(0.5), nested_block)
+    q = NF4Tensor(codes, torch.arange(scales, dtype=torch.uint8), torch.Size((384,)), torch.float32, block_size, nested)
+    assert not nf4_cpu.runs_native(q.packed, q.absmax, block_size, nested)
+    assert nf4_cpu.runs_native(q.packed, q.absmax, 64, nested._replace(block_size=256))
+    scale = map_[:scales] * nested.absmax.repeat_interleave(nested_block)[:scales] + 0.5
+    values = NF4_CODE[torch.stack([codes >> 4, codes & 15], 1).flatten().long()]
+    assert torch.equal(_reference(q), values * scale.repeat_interleave(block_size)[:384])
 
 
 def test_fresh_memory_of_many_pages():

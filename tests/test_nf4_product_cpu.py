@@ -44,6 +44,8 @@ def products(native, monkeypatch):
         (65, 49, 544, 64, 64),  # sums longer than a panel
         (513, 70, 160, 65, 128),  # more rows than a batch, more terms of the adapter than a panel holds
         (40, 1100, 32, 300, 64),
+        (3, 20, 1536, 2, 512),  # blocks as long as a panel
+        (3, 20, 2048, 2, 1024),  # and longer
     ],
     ids=str,
 )
