@@ -66,7 +66,9 @@ class _LoRALinear(torch.autograd.Function):
             else:
                 way = plan(rows, weight, threshold > 0)
                 y = quantized_product(way, rows, weight, bias, part, A, B, scale)
-            if x.dim() != 2:  # no view: callers may change it in place
+            # No view: callers may change it in place. (Traced by torch 2.11, a result that was itself made in place
+            # would get no gradient.)
+            if x.dim() != 2 or torch.compiler.is_compiling():
                 y = torch.ops.aten._unsafe_view(y, [*x.shape[:-1], y.shape[-1]])
             ys.append(y)
             dense.append(weight if way is None else None)
