@@ -1,10 +1,12 @@
-"""Error budgets: how wrong a kernel may be, derived and not guessed. And a process that does not interpret kernels."""
+"""Error budgets: how wrong a kernel may be, derived and not guessed. Also a process without the interpreter."""
 
 import os
 import subprocess
 import sys
 
 import torch
+
+TORCH = tuple(int(part) for part in torch.__version__.split(".")[:2])  # what older ones cannot do is not asked of them
 
 
 def run_uninterpreted(code: str, *arguments: str, backend: str = "") -> str:

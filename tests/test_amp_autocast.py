@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from autocast_ops import CPU_TOO, OPS, labels
 from handtuned.amp import autocast
 from handtuned.amp.autocast import HIGH, LOW, WIDEST
+from helpers import TORCH
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 DTYPES = pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
@@ -47,6 +48,8 @@ class cuda_autocast:
 @DTYPES
 def test_dtypes_are_those_of_torchs_autocast_on_cuda(op, dtype):
     """Asked of torch with tensors that have a CUDA device and no memory; inputs 16-bit, 32-bit and mixed."""
+    if op == "rms_norm" and TORCH < (2, 13):
+        pytest.skip("not on the list of torch 2.11, ours is that of 2.13")
     for first, second in [(torch.float32, torch.float32), (dtype, dtype), (dtype, torch.float32)]:
         with FakeTensorMode():
             theirs = result_dtype(op, cuda_autocast(dtype), "cuda", first, second)

@@ -8,6 +8,7 @@ import torch
 from checkpoint_pair import assert_bit_equal, gradients, mlp, plain, torchs
 from handtuned.amp.autocast import autocast
 from handtuned.nn.checkpoint import checkpoint
+from helpers import TORCH
 from torch import nn
 
 
@@ -182,6 +183,8 @@ def test_works_with_anomaly_detection_and_tensor_hooks(ckpt):
 
 def test_offloaded_inputs(ckpt):
     """The user's own saved-tensor hooks around a checkpoint see its inputs, and nothing else."""
+    if ckpt is torchs and TORCH < (2, 13):
+        pytest.skip("torch 2.11's own checkpoint shows such hooks an empty tensor too")
     packed = []
     x = torch.randn(4, requires_grad=True)
     hidden = x * 1

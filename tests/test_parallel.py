@@ -14,6 +14,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from helpers import TORCH
 from ranks import finetune, kill_after, one_after_another, process_of_rank, torchrun, wait
 from tiny import make_model, write_rows
 
@@ -26,6 +27,8 @@ STEPS = 24
 # Losses of runs that sum in another order. fp32 rounds to 6e-8; 24 steps of AdamW at the rate here multiply that by
 # some tens (one process with 2 × 2 rows and with 1 × 4 rows, whose order differs as well, are that far apart).
 CLOSE = {"rtol": 2e-5, "atol": 2e-5}
+SHARDS_CODES = TORCH >= (2, 13)  # FSDP2 of torch 2.11 cuts floating-point weights only: there everything is in fp32
+needs_codes_in_shards = pytest.mark.skipif(not SHARDS_CODES, reason="FSDP2 shards NF4 codes from torch 2.13 on")
 
 
 @pytest.fixture(scope="module")
@@ -34,7 +37,7 @@ def flags(tmp_path_factory):
     model, rows = make_model(place / "model"), write_rows(place / "rows.jsonl", count=25)
     return ["--model", model, "--data", rows, "--eval-fraction", "0.2", "--per-device-train-batch-size", "2",
             "--learning-rate", "2e-3", "--device", "cpu", "--max-seq-length", "64", "--max-steps", str(STEPS),
-            "--save-steps", "4"]  # fmt: skip
+            "--save-steps", "4", "--method", "qlora" if SHARDS_CODES else "lora"]  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -95,10 +98,11 @@ def test_ddp_is_one_process_with_twice_the_accumulation(alone, two, runs):
     assert_same_run(runs / "ddp", alone)
 
 
-def test_fsdp_over_an_nf4_base_is_too(alone, two, runs):
+def test_fsdp_is_too(alone, two, runs):
     assert_same_run(runs / "fsdp", alone)
 
 
+@needs_codes_in_shards
 def test_fsdp_shards_the_packed_weights(alone, two, runs):
     """Half of everything but the scales; under DDP each rank holds what one process holds."""
     (whole,) = results(alone)["weight_bytes_by_rank"]
@@ -129,11 +133,13 @@ def test_one_process_and_peft_load_what_fsdp_wrote(flags, two, runs, capsys):
     from handtuned.adapted import load_adapted
 
     class Args:
-        adapter, model, method, dtype, device = str(runs / "fsdp"), None, "qlora", "float32", "cpu"
+        adapter, model, method, dtype, device = str(runs / "fsdp"), None, "lora", "float32", "cpu"
 
-    load_adapted(Args)
-    assert "not, bit for bit" not in capsys.readouterr().err
-    Args.method = "lora"
+    if SHARDS_CODES:
+        Args.method = "qlora"
+        load_adapted(Args)
+        assert "not, bit for bit" not in capsys.readouterr().err
+        Args.method = "lora"
     ours, _, _ = load_adapted(Args)
     base = AutoModelForCausalLM.from_pretrained(flags[1])
     ids = torch.randint(5, 40, (2, 9))
