@@ -53,9 +53,6 @@ def reference_is_forced() -> bool:
     return forced == "torch"
 
 
-reference_is_forced()  # a misspelt name is told here, wherever tensors lie
-
-
 def backend(tensor: torch.Tensor) -> str:
     """Say which implementation a kernel call on `tensor` runs: "cuda", "interpreter" or "torch".
 
@@ -64,8 +61,6 @@ def backend(tensor: torch.Tensor) -> str:
             back to the slow reference unasked; `HANDTUNED_BACKEND=torch` asks.
         ValueError: `HANDTUNED_BACKEND` holds an unknown name.
     """
-    if tensor.is_cpu and not INTERPRETED:
-        return "torch"  # at once: a layer asks this several times
     if reference_is_forced():
         return "torch"
     if INTERPRETED:

@@ -11,6 +11,8 @@ TARGET_PROGRAMS = 256  # what fills a large GPU; a constant, so that sums are sp
 
 def runs_kernel(x: torch.Tensor) -> bool:
     """Whether x meets a Triton kernel. FP64 has none (it serves gradient checks) and runs in torch."""
+    if x.is_cpu and not INTERPRETED:
+        return False  # at once: a layer asks this four times
     return backend(x) != "torch" and x.dtype in _DOT
 
 
