@@ -1,8 +1,8 @@
 /* NF4 on CPUs: dequantize, and the product of fp32 rows with a weight that stays in NF4.
  *
  * W[i] = levels[code[i]] * scale[i / block], where scale[j] is an fp32 number, or, with double quantization,
- * map[c[j]] * nested_absmax[j / nested_block] + offset; blocks are powers of two. In dequantizing every product and sum is rounded by itself
- * (-ffp-contract=off), so the result is `nf4_dequantize_reference`'s to the bit.
+ * map[c[j]] * nested_absmax[j / nested_block] + offset; blocks are powers of two. In dequantizing every product and
+ * sum is rounded by itself (-ffp-contract=off), so the result is `nf4_dequantize_reference`'s to the bit.
  *
  * The 16 levels fill one AVX-512 register exactly: one permutation looks 16 codes up. Without AVX-512 dequantizing
  * is plain C, and there is no product. Work is shared between the threads of OpenMP.
