@@ -313,7 +313,7 @@ place.cleanup()
 from handtuned.kernels import backend
 
 print(backend(torch.zeros(1)))
-lessons.source(backend, "if forced == ", "return \"cuda\"")
+lessons.source(backend, "if reference_is_forced", "return \"cuda\"")
 
 # %% [markdown]
 # ## How a claim is tested
