@@ -133,11 +133,11 @@ class LoRALinear(nn.Module):
             weight, dtype = _dense(base), x.dtype
         A, B = factors(self)
         dropout = self.lora_dropout if self.training else 0.0
-        if self.lora_magnitude is None and dtype == x.dtype:
-            return lora_linear(x, weight, base.bias, A, B, self.scaling, dropout)
+        inputs = x if dtype == x.dtype else x.to(dtype)  # asked first: `.to` takes time even where it changes nothing
         if self.lora_magnitude is None:
-            return lora_linear(x.to(dtype), weight, base.bias, A, B, self.scaling, dropout).to(x.dtype)
-        y = lora_linear(x.to(dtype), weight, None, A, B, self.scaling, dropout)
+            y = lora_linear(inputs, weight, base.bias, A, B, self.scaling, dropout)
+            return y if dtype == x.dtype else y.to(x.dtype)
+        y = lora_linear(inputs, weight, None, A, B, self.scaling, dropout)
         y = y * dora_gain(dense_weight(base), self).to(dtype)
         return (y if base.bias is None else y + base.bias.to(dtype)).to(x.dtype)
 

@@ -1,6 +1,5 @@
 """The compiled CPU dequantize: the reference's bits, nothing written beside the output, and when it runs."""
 
-
 import pytest
 import torch
 from handtuned.kernels import nf4_cpu
