@@ -4,7 +4,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo lessons check-lessons check-kernels test lint clean
+.PHONY: demo lessons check-lessons check-kernels test test-portable lint clean
 
 demo: $(VENV)/finetune.installed
 	$(BIN)/handtuned finetune
@@ -19,6 +19,10 @@ check-lessons: $(VENV)/notebooks.installed
 # As many workers as cores, one thread each.
 test: $(VENV)/test.installed
 	OMP_NUM_THREADS=1 $(BIN)/pytest -n auto --dist worksteal
+
+# The numerical tests again as other CPUs would compute them: fewer instructions, other threads, no compiled C.
+test-portable: $(VENV)/test.installed
+	$(BIN)/python tests/portable.py
 
 # Compiles every kernel without a GPU; fails if one does not compile, or spills registers.
 check-kernels: $(VENV)/test.installed
