@@ -71,7 +71,7 @@ def assert_within_budget(ours, exact, torch_low, terms: int, magnitudes, what="r
     )
 
 
-def assert_computes(ours, formula, inputs, terms: int, what="result"):
+def assert_computes(ours, formula, inputs, terms: int, what="result", compute_dtype=None):
     """`ours` is `formula(*inputs)` within its budget, where `formula` only adds products of its inputs.
 
     Args:
@@ -80,8 +80,9 @@ def assert_computes(ours, formula, inputs, terms: int, what="result"):
             absolute values it gives the magnitudes.
         inputs: tensors, from which `ours` was computed.
         terms: as for `order_cost`.
+        compute_dtype: in which the rival computes, if not in the dtype of `ours`.
     """
-    low = formula(*(t.detach().to(ours.dtype) for t in inputs))
+    low = formula(*(t.detach().to(compute_dtype or ours.dtype) for t in inputs)).to(ours.dtype)
     exact, magnitudes = (formula(*(take(t.detach().double()) for t in inputs)) for take in (torch.clone, torch.abs))
     assert_within_budget(ours, exact, low, terms, magnitudes, what)
 

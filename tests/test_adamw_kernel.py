@@ -51,7 +51,7 @@ def both(device, scalars=None, **kwargs):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
 def test_the_references_root_is_rounded_correctly(dtype):
-    """`math.sqrt` is the CPU's instruction. A root of 53 bits, rounded to 24, is the root rounded once (53 ≥ 2·24 + 2)."""
+    """`math.sqrt` is the CPU's instruction; rounded to 24 bits, its 53 are the root rounded once (53 ≥ 2·24 + 2)."""
     special = [0.0, -0.0, 1e-310, 1e-42, 2.0, 3e38, math.inf, math.nan]
     for x in (torch.rand(10000, dtype=dtype)[::3], torch.tensor(special, dtype=dtype), torch.tensor(2.0).to(dtype)):
         exact = torch.tensor([math.sqrt(value) for value in x.flatten().tolist()], dtype=torch.float64).to(dtype)
