@@ -16,12 +16,23 @@ os.environ["HANDTUNED_BACKEND"] = "torch"
 import pytest
 from handtuned.kernels import runtime
 
+# Files whose outcome depends on the CPU: on its vector library, on the order of a sum, or on what a rival computes in.
+# `pytest -m numerical` runs them.
+NUMERICAL = {
+    "adamw", "adamw8bit", "adamw_kernel", "adapters", "amp_autocast", "dora", "helpers", "lora", "lora_against_peft",
+    "lora_kernels", "lora_merge", "loss", "matmul", "multi_adapters", "nf4", "nf4_cpu", "nf4_matmul",
+    "nf4_product_cpu", "quant_linear", "transformer", "unscale", "variants",
+}  # fmt: skip
+
 
 def pytest_addoption(parser):
     parser.addoption("--slow", action="store_true", help="also run the tests that take minutes")
 
 
 def pytest_collection_modifyitems(config, items):
+    for item in items:
+        if item.path.stem.removeprefix("test_") in NUMERICAL:
+            item.add_marker("numerical")
     if not config.getoption("--slow"):
         skip = pytest.mark.skip(reason="takes minutes; run with --slow")
         for item in items:
