@@ -5,7 +5,7 @@ import copy
 import peft
 import torch
 from handtuned.nn import LoRALinear, apply_lora_to_model, lora_parameters
-from helpers import assert_same_function, order_cost
+from helpers import assert_same_function
 from torch import nn
 from transformers import (
     GPT2Config,
@@ -81,10 +81,7 @@ def close(actual, expected, rounded=False):
 
     A chain of 3 layers with 7 products of up to 128 terms each then errs as a sum of so many terms.
     """
-    if not rounded:
-        return assert_same_function(actual, expected)
-    bound = order_cost(3 * 7 * 128, expected.abs().max().item())
-    torch.testing.assert_close(actual, expected, rtol=0, atol=bound)
+    assert_same_function(actual, expected, terms=3 * 7 * 128 if rounded else 0)
 
 
 def peft_layers(model):

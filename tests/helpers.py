@@ -87,12 +87,19 @@ def assert_computes(ours, formula, inputs, terms: int, what="result", compute_dt
     assert_within_budget(ours, exact, low, terms, magnitudes, what)
 
 
-def assert_same_function(actual, expected, what="result"):
-    """Two fp64 results of the same function agree to 1e-10 of its size, in whatever order they were summed.
+def assert_same_function(actual, expected, what="result", terms: int = 0):
+    """Two results of the same function agree, in whatever order they were summed: in fp64 to 1e-10 of their size.
 
     Models are compared in fp64: an error of logic is as large there as in fp32, but roundings stay
     near 1e-15, which not even a dozen ill-conditioned layers take to 1e-10. No CPU comes near the bound.
+
+    Args:
+        terms: for fp32, or if values were rounded to fp32 on the way (a merge, a decomposition): the roundings of the
+            longest chain of sums. The two may then be apart by the `order_cost` of the largest value.
     """
-    assert actual.dtype == expected.dtype == torch.float64, f"{what}: {actual.dtype} and {expected.dtype}, not float64"
     size = expected.abs().max().item() if expected.numel() else 0.0
-    torch.testing.assert_close(actual, expected, rtol=0, atol=1e-10 * size, msg=lambda text: f"{what}: {text}")
+    if not terms:
+        dtypes = actual.dtype, expected.dtype
+        assert dtypes == (torch.float64, torch.float64), f"{what}: {dtypes} are not float64"
+    bound = order_cost(terms, size) if terms else 1e-10 * size
+    torch.testing.assert_close(actual, expected, rtol=0, atol=bound, msg=lambda text: f"{what}: {text}")

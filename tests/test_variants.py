@@ -78,7 +78,7 @@ def test_lora_fa_does_not_keep_the_input(each_backend):
         with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t.shape) or t, lambda t: t):
             x = torch.randn(16, 64, requires_grad=True)
             layer(x).sum().backward()
-        torch.testing.assert_close(x.grad, (layer.weight + layer.delta_weight()).sum(0).expand(16, 64))
+        assert_same_function(x.grad, (layer.weight + layer.delta_weight()).sum(0).expand(16, 64), terms=2 * 32 + 2)
         return kept.count((16, 64))
 
     layer = LoRALinear(nn.Linear(64, 32), rank=2)
