@@ -34,6 +34,13 @@ def pytest_addoption(parser):
     parser.addoption("--slow", action="store_true", help="also run the tests that take minutes")
 
 
+def pytest_ignore_collect(collection_path, config):
+    """`pytest -m numerical` does not import the files that have no such test."""
+    if config.option.markexpr == "numerical" and collection_path.suffix == ".py":
+        return collection_path.stem.removeprefix("test_") not in NUMERICAL or None
+    return None
+
+
 def pytest_collection_modifyitems(config, items):
     for item in items:
         if item.path.stem.removeprefix("test_") in NUMERICAL and not any(part in item.name for part in NOT_NUMERICAL):
