@@ -20,13 +20,14 @@ many programs of a tensor could not do without racing) and works out the scalars
 
 All arithmetic is one rounding an operation: no fused multiply-add, IEEE division and square
 root. The kernel is bound by memory, so that costs nothing, and its result equals the
-reference's bit by bit. There is no backward.
+reference's bit by bit, whose root is for that reason `rounded_sqrt`. There is no backward.
 """
 
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 
 from .runtime import KernelSpec, backend, on_device, tl, triton
@@ -70,6 +71,15 @@ def gradient_factor(grad_scale, sq_norm, max_norm) -> float:
     return min(1.0, max_norm / (math.sqrt(sq_norm.item()) / scale + 1e-6)) / scale
 
 
+def rounded_sqrt(x: torch.Tensor) -> torch.Tensor:
+    """√x to the nearest float, as IEEE 754 has it: torch's on a CPU is MKL's, which on AMD is often one place off."""
+    if x.device.type != "cpu":
+        return x.sqrt()
+    root = torch.empty_like(x)
+    np.sqrt(x.numpy(), out=root.numpy())
+    return root
+
+
 def adamw_step_reference_(groups, grad_scale=None, found_inf=None, sq_norm=None, max_norm=None):
     """Plain torch, one rounding an operation; computes in float32 (float64 for float64 parameters)."""
     if found_inf is not None and found_inf.item() != 0:
@@ -86,7 +96,7 @@ def adamw_step_reference_(groups, grad_scale=None, found_inf=None, sq_norm=None,
             m = exp_avg.to(wide)
             m = m + (g - m) * (1 - beta1)
             v = exp_avg_sq.to(wide) * beta2 + (g * g) * (1 - beta2)
-            denominator = v.sqrt() / math.sqrt(1 - beta2**t) + group.eps
+            denominator = rounded_sqrt(v) / math.sqrt(1 - beta2**t) + group.eps
             p = p + (m * (-group.lr / (1 - beta1**t))) / denominator
             param.copy_(p)
             exp_avg.copy_(m)

@@ -19,7 +19,7 @@ from functools import lru_cache
 
 import torch
 
-from ..kernels.adamw import ParamGroup
+from ..kernels.adamw import ParamGroup, rounded_sqrt
 from .adamw import check_last_group, step_function
 
 BLOCK_SIZE = 256
@@ -166,4 +166,5 @@ class AdamW8bit(torch.optim.Optimizer):
             state["exp_avg"], state["exp_avg_sq"] = exp_avg, exp_avg_sq
             return
         state["exp_avg_levels"], state["exp_avg_scale"] = quantize_blocks(exp_avg, signed=True)
-        state["exp_avg_sq_levels"], state["exp_avg_sq_scale"] = quantize_blocks(exp_avg_sq.sqrt_(), signed=False)
+        root = rounded_sqrt(exp_avg_sq)
+        state["exp_avg_sq_levels"], state["exp_avg_sq_scale"] = quantize_blocks(root, signed=False)

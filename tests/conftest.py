@@ -5,6 +5,7 @@ before `handtuned` is imported. On a GPU, plain `pytest` runs the compiled kerne
 """
 
 import os
+import sys
 
 import torch
 
@@ -12,16 +13,38 @@ if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
 # Tests run the torch references unless they ask for `kernel_backend` or `each_backend`.
 os.environ["HANDTUNED_BACKEND"] = "torch"
+if os.environ.get("WITHOUT_C"):
+    sys.modules["handtuned.kernels._nf4_cpu"] = None  # cannot be imported, as after an installation without a compiler
 
 import pytest
 from handtuned.kernels import runtime
+
+# Files whose outcome depends on the CPU: on its vector library, on the order of a sum, or on what a rival computes in.
+# `pytest -m numerical` runs them.
+NUMERICAL = {
+    "adamw", "adamw8bit", "adamw_kernel", "amp_autocast", "dora", "helpers", "lora", "lora_against_peft",
+    "lora_kernels", "lora_merge", "loss", "matmul", "multi_adapters", "nf4", "nf4_cpu", "nf4_matmul",
+    "nf4_product_cpu", "quant_linear", "transformer", "unscale", "variants",
+}  # fmt: skip
+# What stands in these files, takes long, and is not about numbers.
+NOT_NUMERICAL = ("machine_code", "wgmma", "twelve_layers", "when_it_runs", "smollm2")
 
 
 def pytest_addoption(parser):
     parser.addoption("--slow", action="store_true", help="also run the tests that take minutes")
 
 
+def pytest_ignore_collect(collection_path, config):
+    """`pytest -m numerical` does not import the files that have no such test."""
+    if config.option.markexpr == "numerical" and collection_path.suffix == ".py":
+        return collection_path.stem.removeprefix("test_") not in NUMERICAL or None
+    return None
+
+
 def pytest_collection_modifyitems(config, items):
+    for item in items:
+        if item.path.stem.removeprefix("test_") in NUMERICAL and not any(part in item.name for part in NOT_NUMERICAL):
+            item.add_marker("numerical")
     if not config.getoption("--slow"):
         skip = pytest.mark.skip(reason="takes minutes; run with --slow")
         for item in items:

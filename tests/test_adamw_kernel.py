@@ -1,11 +1,12 @@
 """The AdamW kernel equals its reference bit by bit, and is compiled to wide loads."""
 
 import json
+import math
 
 import pytest
 import torch
 from handtuned.kernels import runtime
-from handtuned.kernels.adamw import BLOCK, ParamGroup, adamw_step_, adamw_step_reference_
+from handtuned.kernels.adamw import BLOCK, ParamGroup, adamw_step_, adamw_step_reference_, rounded_sqrt
 from handtuned.kernels.unscale import squared_norm
 from handtuned.optim.adamw import adamw_step_cpu_
 from helpers import run_uninterpreted
@@ -46,6 +47,15 @@ def both(device, scalars=None, **kwargs):
     adamw_step_([ours], **(scalars or {}))
     adamw_step_reference_([theirs], **(scalars or {}))
     return ours, theirs
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+def test_the_references_root_is_rounded_correctly(dtype):
+    """`math.sqrt` is the CPU's instruction; rounded to 24 bits, its 53 are the root rounded once (53 ≥ 2·24 + 2)."""
+    special = [0.0, -0.0, 1e-310, 1e-42, 2.0, 3e38, math.inf, math.nan]
+    for x in (torch.rand(10000, dtype=dtype)[::3], torch.tensor(special, dtype=dtype), torch.tensor(2.0).to(dtype)):
+        exact = torch.tensor([math.sqrt(value) for value in x.flatten().tolist()], dtype=torch.float64).to(dtype)
+        torch.testing.assert_close(rounded_sqrt(x), exact.view(x.shape), rtol=0, atol=0, equal_nan=True)
 
 
 @pytest.mark.parametrize("step", [0.0, 1.0, 100.0, 1e6], ids=lambda t: f"after-{t:g}")

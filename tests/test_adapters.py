@@ -158,17 +158,26 @@ def test_nf4_base_with_bitsandbytes(tmp_path):
                 model.set_submodule(path, layer.to("cpu"))
         return model
 
+    def decoded_logits(model):
+        """With the values of bitsandbytes' codes: its product is bf16 on CPUs that have AVX512-BF16."""
+        for path, layer in list(model.named_modules()):
+            if isinstance(layer, bnb.nn.Linear4bit):
+                dense = nn.Linear(layer.in_features, layer.out_features, bias=False)
+                dense.weight.data = bnb.functional.dequantize_4bit(layer.weight.data, layer.weight.quant_state)
+                model.set_submodule(path, dense)
+        return logits(model)
+
     ours = adapted(quantize_model(llama(), double_quant=False))
     assert isinstance(ours.model.layers[0].self_attn.q_proj.base_layer, NF4Linear)
     save_adapter(ours, tmp_path / "ours")
     theirs = peft.PeftModel.from_pretrained(bnb_base(), tmp_path / "ours")
-    close(logits(theirs), logits(ours))
+    close(decoded_logits(theirs), logits(ours))
 
     theirs = peft_adapted(bnb_base(), seed=5)
     theirs.save_pretrained(tmp_path / "theirs")
     ours = quantize_model(llama(), double_quant=False)
     load_adapter(ours, tmp_path / "theirs")
-    close(logits(ours), logits(theirs))
+    close(logits(ours), decoded_logits(theirs))
 
 
 def test_modules_to_save(tmp_path):
@@ -220,13 +229,13 @@ def test_conv1d_merges_in_its_own_layout(tmp_path):
     ours = adapted(gpt2(), target_modules=["c_attn", "c_proj", "c_fc"])
     before = logits(ours)
     merge_lora(ours)
-    close(logits(ours), before)
+    close(logits(ours), before, rounded=True)
     for path, module in list(ours.named_modules()):
         if isinstance(module, LoRALinear):
             ours.set_submodule(path, module.base_layer)
     plain = gpt2()
     plain.load_state_dict(ours.state_dict())
-    close(logits(plain), before)
+    close(logits(plain), before, rounded=True)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64], ids=str)

@@ -7,6 +7,7 @@ import torch
 from handtuned.amp import autocast
 from handtuned.nn import apply_lora_to_model
 from handtuned.quant import NF4Linear, quantize_model
+from helpers import assert_same_function
 from lora_layers import adapted, run
 from torch import nn
 
@@ -25,7 +26,7 @@ def test_compiles_without_a_graph_break(quantize, dropout):
         torch.manual_seed(0)
         results.append(run(function, layer.lora_A, layer.lora_B, x, dy))
     for name in results[0]:
-        torch.testing.assert_close(results[1][name], results[0][name])
+        assert_same_function(results[1][name], results[0][name], name, terms=2 * 64 + 4)
 
 
 def test_compiles_with_the_kernels_as_operations(kernel_backend, device):
@@ -37,7 +38,7 @@ def test_compiles_with_the_kernels_as_operations(kernel_backend, device):
         x, dy = torch.randn(rows, 64, device=device), torch.randn(rows, 48, device=device)
         want, got = (run(f, layer.lora_A, layer.lora_B, x, dy) for f in (layer, compiled))
         for name in want:
-            torch.testing.assert_close(got[name], want[name])
+            assert_same_function(got[name], want[name], name, terms=2 * 64 + 4)
 
 
 @pytest.mark.parametrize("use_reentrant", [False, True])
@@ -128,6 +129,6 @@ def test_falcon_whose_linear_layer_is_a_class_of_its_own(quantize):
     ids = torch.randint(50, (2, 7))
     before = (quantize_model(model) if quantize else model)(ids).logits
     apply_lora_to_model(model, target_modules=["query_key_value"])
-    torch.testing.assert_close(model(ids).logits, before)
+    assert_same_function(model(ids).logits, before, terms=4 * 64 + 256)
     model(ids, labels=ids).loss.backward()
     assert all(p.grad.abs().sum() > 0 for name, p in model.named_parameters() if "lora_B" in name)

@@ -14,6 +14,7 @@ from handtuned.nn import (
     unmerge_lora,
 )
 from handtuned.quant import NF4Linear, quantize_model
+from helpers import assert_same_function
 from torch import nn
 
 
@@ -59,11 +60,11 @@ IDS = torch.arange(12).view(2, 6)
 
 
 def test_query_and_value_projections_by_default():
-    model = Model()
+    model = Model().double()
     want = model(IDS)
     assert apply_lora_to_model(model, rank=2) is model
     assert adapted_names(model) == [f"layers.{i}.attn.{n}" for i in range(2) for n in ("q_proj", "v_proj")]
-    torch.testing.assert_close(model(IDS), want)
+    assert_same_function(model(IDS), want)
 
 
 def test_everything_else_is_frozen():
@@ -198,12 +199,12 @@ def test_marking_again_after_unfreezing():
 
 
 def test_merging_and_unmerging_a_model():
-    model = disturb(apply_lora_to_model(Model(), 2))
+    model = disturb(apply_lora_to_model(Model().double(), 2))
     want = model(IDS)
     state = {name: t.clone() for name, t in model.state_dict().items()}
     for _ in range(3):
         assert merge_lora(model) is model
-        torch.testing.assert_close(model(IDS), want)
+        assert_same_function(model(IDS), want)
         merge_lora(model)
         unmerge_lora(model)
     assert all(torch.equal(t, state[name]) for name, t in model.state_dict().items())
@@ -211,7 +212,7 @@ def test_merging_and_unmerging_a_model():
 
 
 def test_a_merge_that_fails_in_one_layer_changes_none():
-    model = disturb(apply_lora_to_model(Model(tie=True), 2, 4.0, ["q_proj", "lm_head"]))
+    model = disturb(apply_lora_to_model(Model(tie=True).double(), 2, 4.0, ["q_proj", "lm_head"]))
     model.config = type("Config", (), {"tie_word_embeddings": True})()
     model.lm_head.lora_A.data[0, 0] = float("nan")
     with pytest.raises(ValueError, match=r"'lm_head'.*not finite"):
@@ -221,7 +222,7 @@ def test_a_merge_that_fails_in_one_layer_changes_none():
 
 
 def test_disabling_a_model():
-    model = Model()
+    model = Model().double()
     base = model(IDS)
     disturb(apply_lora_to_model(model, 2))
     active = model(IDS)
@@ -238,11 +239,11 @@ def test_disabling_a_model():
         assert torch.equal(model(IDS), base)
     with pytest.raises(ZeroDivisionError), disable_lora(model):
         1 / 0  # noqa: B018
-    torch.testing.assert_close(model(IDS), active)
+    assert_same_function(model(IDS), active)
 
 
 def test_a_tied_head_is_not_merged_unasked():
-    model = disturb(apply_lora_to_model(Model(tie=True), 2, 4.0, ["lm_head", "q_proj"]))
+    model = disturb(apply_lora_to_model(Model(tie=True).double(), 2, 4.0, ["lm_head", "q_proj"]))
     want = model(IDS)
     embedding = model.embed.weight.clone()
     with pytest.raises(ValueError, match=r"lm_head.*embed\.weight.*untie=True"):
@@ -250,7 +251,7 @@ def test_a_tied_head_is_not_merged_unasked():
     assert not any(module.merged for module in model.modules() if isinstance(module, LoRALinear))
     model.config = type("Config", (), {"tie_word_embeddings": True})()
     merge_lora(model, untie=True)
-    torch.testing.assert_close(model(IDS), want)
+    assert_same_function(model(IDS), want)
     assert torch.equal(model.embed.weight, embedding) and model.config.tie_word_embeddings is False
     unmerge_lora(model)
     assert torch.equal(model(IDS), want)
@@ -270,7 +271,7 @@ def test_quantized_models():
         merge_lora(model)
     assert not any(m.merged for m in model.modules() if isinstance(m, LoRALinear))
     merge_lora(model, dequantize=True)
-    torch.testing.assert_close(model(IDS), want)
+    assert_same_function(model(IDS), want, terms=2 * 4 * 64)
     unmerge_lora(model)
     assert torch.equal(model(IDS), want)
 
@@ -282,7 +283,7 @@ def test_a_merged_model_and_a_trained_one_agree_through_a_transformers_model(tmp
         num_key_value_heads=2, max_position_embeddings=32,
     )  # fmt: skip
     torch.manual_seed(0)
-    model = transformers.LlamaForCausalLM(config)
+    model = transformers.LlamaForCausalLM(config).double()
     plain = copy.deepcopy(model)
     apply_lora_to_model(model, 2, 4.0, "all-linear")
     assert len(adapted_names(model)) == 14 and not isinstance(model.lm_head, LoRALinear)
@@ -290,6 +291,6 @@ def test_a_merged_model_and_a_trained_one_agree_through_a_transformers_model(tmp
     ids = torch.randint(32, (2, 9))
     want = model(ids).logits
     merge_lora(model)
-    torch.testing.assert_close(model(ids).logits, want)
+    assert_same_function(model(ids).logits, want)
     with disable_lora(model):
-        torch.testing.assert_close(model(ids).logits, plain(ids).logits)
+        assert_same_function(model(ids).logits, plain(ids).logits)

@@ -6,9 +6,17 @@ import math
 import pytest
 import torch
 from handtuned.quant import NF4Linear
+from helpers import assert_computes, assert_same_function
 from lora_layers import FLOATS, adapted, short
 from torch import nn
 from torch.nn.utils import prune
+
+
+def assert_computes_the_layer(layer, x, W):
+    """The output of a layer of rank 4 whose weight was W before a merge."""
+    inputs = x, W, layer.bias, layer.lora_A, layer.lora_B
+    formula = lambda x, W, b, A, B: nn.functional.linear(x, W, b) + 2.0 * (x @ A.T) @ B.T  # noqa: E731
+    assert_computes(layer(x).detach(), formula, inputs, 2 * 64 + 4 + 1)
 
 
 @pytest.mark.parametrize("dtype", FLOATS, ids=short)
@@ -28,15 +36,15 @@ def test_a_hundred_merges_leave_every_bit(dtype):
 
 
 def test_merging_twice_is_merging_once():
-    layer = adapted()
-    x = torch.randn(5, 64)
+    layer = adapted().double()
+    x = torch.randn(5, 64).double()
     want = layer(x)
     layer.merge_weights()
     merged = layer.weight.clone()
     layer.merge_weights()
     assert layer.merged and torch.equal(layer.weight, merged)
-    torch.testing.assert_close(layer(x), want)
-    torch.testing.assert_close(layer.base_layer(x), want)
+    assert_same_function(layer(x), want)
+    assert_same_function(layer.base_layer(x), want)
     layer.unmerge_weights()
     layer.unmerge_weights()
     assert not layer.merged
@@ -64,12 +72,12 @@ def test_a_merge_into_4_bits_is_refused_with_the_reason():
     with pytest.raises(ValueError, match=r"4-bit.*dequantize=True"):
         layer.merge_weights()
     assert not layer.merged
-    x = torch.randn(5, 64)
+    x, W = torch.randn(5, 64), layer.base_layer.dequantize().weight
     want = layer(x)
     packed = layer.base_layer
     layer.merge_weights(dequantize=True)
     assert isinstance(layer.base_layer, nn.Linear)
-    torch.testing.assert_close(layer(x), want)
+    assert_computes_the_layer(layer, x, W)
     layer.unmerge_weights()
     assert layer.base_layer is packed
     assert torch.equal(layer(x), want)
@@ -96,12 +104,12 @@ def test_a_sum_beyond_the_range_of_the_weight_is_not_merged():
 
 
 def test_a_base_whose_weight_a_hook_makes_can_be_merged():
-    base = prune.l1_unstructured(nn.Linear(64, 48), "weight", 0.5)
+    base = prune.l1_unstructured(nn.Linear(64, 48).double(), "weight", 0.5)
     layer = adapted(base)
-    x = torch.randn(3, 64)
+    x = torch.randn(3, 64).double()
     want = layer(x)
     layer.merge_weights()
-    torch.testing.assert_close(layer(x), want)
+    assert_same_function(layer(x), want)
     layer.unmerge_weights()
     assert torch.equal(layer(x), want)
 
@@ -152,7 +160,7 @@ def test_the_state_dict_of_a_merged_layer_is_that_of_the_unmerged_one(quantize):
         return adapted(NF4Linear.from_linear(base) if quantize else base)
 
     layer = new()
-    x = torch.randn(2, 64)
+    x, W = torch.randn(2, 64), layer.base_layer.dequantize().weight if quantize else layer.weight.clone()
     want, before = layer(x), {key: value.clone() for key, value in layer.state_dict().items()}
     model = nn.Sequential(layer)
     layer.merge_weights(dequantize=True)
@@ -160,7 +168,7 @@ def test_the_state_dict_of_a_merged_layer_is_that_of_the_unmerged_one(quantize):
     assert list(after) == [f"0.{key}" for key in before]
     assert all(torch.equal(after[f"0.{key}"], value) for key, value in before.items())
     assert layer.merged
-    torch.testing.assert_close(layer(x), want)
+    assert_computes_the_layer(layer, x, W)
     other = nn.Sequential(new())
     other.load_state_dict(after)
     assert torch.equal(other(x), want)

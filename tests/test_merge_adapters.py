@@ -56,7 +56,7 @@ def test_merge_and_unload_dequantizes_when_told():
     assert torch.equal(logits(model), expected)
     merge_and_unload(model, dequantize=True)
     assert plain(model)
-    close(logits(model), expected)
+    close(logits(model), expected, rounded=True)
 
 
 def test_pain_09_whole_modules_of_tied_models_are_untied_or_refused(tmp_path):
@@ -68,9 +68,9 @@ def test_pain_09_whole_modules_of_tied_models_are_untied_or_refused(tmp_path):
     with pytest.raises(ValueError, match=r"'lm_head', whose weight is shared .*untie=True"):
         merge_and_unload(model)
     merge_and_unload(model, untie=True)
-    close(logits(model), expected)
+    close(logits(model), expected, rounded=True)
     model.save_pretrained(tmp_path)
-    close(logits(LlamaForCausalLM.from_pretrained(tmp_path)), expected)
+    close(logits(LlamaForCausalLM.from_pretrained(tmp_path)), expected, rounded=True)
 
 
 def test_weights_too_large_for_the_dtype_are_told():
@@ -103,7 +103,7 @@ def test_whole_modules_are_merged_too(tmp_path):
     for one in (model, other):
         merge_and_unload(one)
         assert plain(one)
-        close(logits(one), expected)
+        close(logits(one), expected, rounded=True)
 
 
 # NF4
@@ -201,4 +201,4 @@ def test_pissa_merges_into_the_base_it_came_from():
     shake(model, seed=3)
     expected = logits(model)
     merge_and_unload(model)
-    close(logits(model), expected)
+    close(logits(model), expected, rounded=True)

@@ -9,10 +9,14 @@ from handtuned.kernels.nf4_matmul import dense_weight, plan, quantized_product, 
 from handtuned.kernels.nf4_merge import nf4_merge
 from handtuned.kernels.nf4_stream import nf4_stream
 from handtuned.quant import quantize_nf4
-from helpers import assert_within_budget
+from helpers import assert_computes, assert_same_function, assert_within_budget
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 each_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=lambda dtype: str(dtype).removeprefix("torch."))
+
+
+def layer(x, W, S, B, b=None):
+    return F.linear(x, W, b) + 0.5 * (S @ B.t())
 
 
 def quantized(N, K, block_size=64, double_quant=True, device="cpu"):
@@ -30,11 +34,9 @@ def test_streaming_a_few_rows(kernel_backend, device, M, N, K, r, block_size, do
     q = quantized(N, K, block_size, double_quant, device)
     x, S, b = (torch.randn(size, device=device).to(dtype) for size in ((M, K), (M, r), (N,)))
     B = torch.randn(N, r, device=device)
-    exact = x.double() @ q.dequantize(torch.float32).double().t() + b.double() + 0.5 * S.double() @ B.double().t()
-    low = F.linear(x, q.dequantize(dtype), b) + 0.5 * (S @ B.to(dtype).t())
-    assert_within_budget(nf4_stream(x, q, b, S, B, 0.5), exact, low, "y")
-    without_bias = nf4_stream(x, q, None, S, B, 0.5)
-    assert_within_budget(without_bias, exact - b.double(), low - b, "y without bias")
+    inputs = (x, q.dequantize(torch.float32), S, B)
+    assert_computes(nf4_stream(x, q, b, S, B, 0.5), layer, (*inputs, b), K + r + 1, "y")
+    assert_computes(nf4_stream(x, q, None, S, B, 0.5), layer, inputs, K + r, "y without bias")
 
 
 @each_dtype
@@ -44,9 +46,7 @@ def test_merging_while_dequantizing(kernel_backend, device, dtype, double_quant)
     q = quantized(70, 192, 64, double_quant, device)
     A, B = torch.randn(5, 192, device=device) * 0.1, torch.randn(70, 5, device=device) * 0.1
     merged = nf4_merge(q, A, B, 0.5, dtype)
-    exact = q.dequantize(torch.float32).double() + 0.5 * B.double() @ A.double()
-    low = q.dequantize(dtype) + 0.5 * (B.to(dtype) @ A.to(dtype))
-    assert_within_budget(merged, exact, low, "W'")
+    assert_computes(merged, lambda W, A, B: W + 0.5 * (B @ A), (q.dequantize(torch.float32), A, B), 5 + 1, "W'")
 
 
 def test_the_plan_by_shape(kernel_backend, device):
@@ -77,11 +77,10 @@ def test_every_way_gives_the_same(kernel_backend, device, way):
     S, dS = x @ A.t(), 0.5 * dy @ B
     W = q.dequantize(torch.float32)
     y = quantized_product(way, x, q, b, S, A, B, 0.5)
-    delta = 0.5 * B.double() @ A.double()
-    exact = x.double() @ (W.double() + delta).t() + b.double()
-    assert_within_budget(y, exact, F.linear(x, W, b) + 0.5 * S @ B.t(), "y")
+    merged = lambda x, W, b, A, B: F.linear(x, W, b) + 0.5 * (x @ A.t()) @ B.t()  # noqa: E731
+    assert_computes(y, merged, (x, W, b, A, B), 2 * K + r + 1, "y")
     dx = quantized_product_dx(way, dy, q, dS, A, B, 0.5)
-    assert_within_budget(dx, dy.double() @ (W.double() + delta), dy @ W + dS @ A, "dx")
+    assert_computes(dx, lambda dy, W, A, B: dy @ W + 0.5 * (dy @ B) @ A, (dy, W, A, B), 2 * N + r, "dx")
 
 
 @each_dtype
@@ -94,19 +93,21 @@ def test_gradients_through_a_quantized_weight(each_backend, device, dtype, M, p)
     x, dy, b = (torch.randn(size, device=device).to(dtype) for size in ((M, 64), (M, 24), (24,)))
     A, B = torch.randn(3, 64, device=device), torch.randn(24, 3, device=device)
 
-    def run(weight, kind):
-        leaves = [t.detach().to(kind).requires_grad_() for t in (x, A, B)]
+    def run(weight, kind, sign=torch.clone):
+        leaves = [sign(t.detach().to(kind)).requires_grad_() for t in (x, A, B)]
         if kind != torch.double:
-            leaves[1:] = [t.detach().clone().requires_grad_() for t in (A, B)]
+            leaves[1:] = [sign(t.detach()).requires_grad_() for t in (A, B)]
         torch.manual_seed(7)
-        y = lora_linear(leaves[0], weight, b.to(kind), *leaves[1:], 0.5, p)
-        y.backward(dy.to(kind))
+        y = lora_linear(leaves[0], weight, sign(b.to(kind)), *leaves[1:], 0.5, p)
+        y.backward(sign(dy.to(kind)))
         return y.detach(), *(leaf.grad for leaf in leaves)
 
-    exact = run(W.double(), torch.double) if not p or each_backend == "torch" else run(W, torch.float32)
-    low = run(W.to(dtype), dtype)
-    for name, got, want, rival in zip(("y", "dx", "dA", "dB"), run(q, dtype), exact, low, strict=True):
-        assert_within_budget(got.to(dtype), want, rival.to(dtype), name)
+    wide = torch.double if not p or each_backend == "torch" else torch.float32  # the kernels' mask is theirs alone
+    exact, low, magnitudes = run(W.to(wide), wide), run(W.to(dtype), dtype), run(W.abs().to(wide), wide, torch.abs)
+    terms = {"y": 2 * 64 + 3 + 1, "dx": 2 * 24 + 3, "dA": 24 + M, "dB": 64 + M}
+    for (name, length), got, *budget in zip(terms.items(), run(q, dtype), exact, low, magnitudes, strict=True):
+        want, rival, magnitude = budget
+        assert_within_budget(got.to(dtype), want, rival.to(dtype), length, magnitude, name)
 
 
 def test_nothing_dense_is_kept_between_forward_and_backward():
@@ -124,14 +125,14 @@ def test_nothing_dense_is_kept_between_forward_and_backward():
 def test_the_scratch_is_reused_and_never_escapes():
     """Two layers of different sizes share one block, and results live on after it is overwritten."""
     small, large = quantized(8, 64), quantized(16, 64)
-    x = torch.randn(5, 64)
+    x = torch.randn(5, 64).double()
     assert dense_weight(large, x).data_ptr() == dense_weight(small, x).data_ptr()
-    A, Bs, Bl = torch.randn(2, 64), torch.randn(8, 2), torch.randn(16, 2)
+    A, Bs, Bl = (torch.randn(size).double() for size in ((2, 64), (8, 2), (16, 2)))
     first = lora_linear(x, small, None, A, Bs, 1.0)
     kept = first.clone()
     lora_linear(x, large, None, A, Bl, 1.0)
     assert torch.equal(first, kept)
-    torch.testing.assert_close(first, lora_linear_reference(x, small.dequantize(), None, A, Bs, 1.0))
+    assert_same_function(first, lora_linear_reference(x, small.dequantize().double(), None, A, Bs, 1.0))
 
 
 def test_small_updates_survive_a_merge_into_bf16(kernel_backend, device, monkeypatch):

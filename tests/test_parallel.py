@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers import TORCH
+from helpers import TORCH, assert_same_function
 from ranks import finetune, kill_after, one_after_another, process_of_rank, torchrun, wait
 from tiny import make_model, write_rows
 
@@ -146,7 +146,7 @@ def test_one_process_and_peft_load_what_fsdp_wrote(flags, two, runs, capsys):
     with torch.no_grad():
         before = base(ids).logits
         theirs = peft.PeftModel.from_pretrained(base, str(runs / "fsdp")).eval()(ids).logits
-        assert (ours(input_ids=ids).logits - theirs).abs().max() <= 1e-4
+        assert_same_function(ours(input_ids=ids).logits, theirs, terms=2 * 7 * 128)  # of each product of each layer
         assert (theirs - before).abs().max() > 1e-2
 
 

@@ -10,7 +10,7 @@ import pytest
 import torch
 from handtuned.kernels import nf4_matmul
 from handtuned.quant import NF4Linear, NF4Tensor, quantize_nf4
-from helpers import assert_within_budget
+from helpers import assert_computes, assert_same_function
 from torch import nn
 
 LOW = {"fp16": torch.float16, "bf16": torch.bfloat16}
@@ -34,18 +34,17 @@ def _same_state(a, b):
 @pytest.mark.filterwarnings("ignore:Initializing zero-element tensors")
 def test_forward_and_gradients_are_those_of_the_dense_layer(K, N, shape, bias, each_backend, device):
     layer = _layer(K, N, bias).to(device)
-    dense = layer.dequantize()
-    x, x_dense = (torch.randn(*shape, K, device=device).requires_grad_() for _ in range(2))
-    x_dense.data.copy_(x.data)
-    y, expected = layer(x), dense(x_dense)
-    torch.testing.assert_close(y, expected)
+    W, x = layer.dequantize().weight, torch.randn(*shape, K, device=device).requires_grad_()
+    y = layer(x)
     dy = torch.randn_like(y)
     y.backward(dy)
-    expected.backward(dy)
-    torch.testing.assert_close(x.grad, x_dense.grad)
+    inputs = (x, W, layer.bias) if bias else (x, W)
+    assert_computes(y.detach(), nn.functional.linear, inputs, K + 1, "y")
+    assert_computes(x.grad, torch.matmul, (dy, W), N, "dx")
     assert layer.weight.grad is None
     if bias:
-        torch.testing.assert_close(layer.bias.grad, dense.bias.grad)
+        rows = dy.view(-1, N) if N else dy.new_zeros(1, 0)
+        assert_computes(layer.bias.grad, lambda dy: dy.sum(0), (rows,), len(rows), "db")
 
 
 @pytest.mark.parametrize("dtype", LOW.values(), ids=LOW.keys())
@@ -57,9 +56,8 @@ def test_low_precision_is_within_the_error_budget(dtype):
     y = layer(x)
     dy = torch.randn_like(y)
     y.backward(dy)
-    exact = x.detach().double() @ weight.double().t() + bias.double()
-    assert_within_budget(y, exact, nn.functional.linear(x.detach(), weight, bias), "y")
-    assert_within_budget(x.grad, dy.double() @ weight.double(), dy @ weight, "dx")
+    assert_computes(y.detach(), nn.functional.linear, (x, weight, bias), 192 + 1, "y")
+    assert_computes(x.grad, torch.matmul, (dy, weight), 1100, "dx")
 
 
 def test_gradients_of_gradients():
@@ -98,11 +96,11 @@ def test_dtypes_follow_bitsandbytes(dtype, compute_dtype):
     theirs.weight = _params4bit(layer.state_dict(), theirs)
     theirs.bias = copy.deepcopy(layer.bias)
     x = torch.randn(4, 128, dtype=dtype)
-    ours, rival = layer(x), theirs(x)
-    assert ours.dtype == rival.dtype == dtype
-    coarsest = max((dtype, compute_dtype or dtype), key=lambda d: torch.finfo(d).eps)
-    scale = rival.abs().max().item()
-    torch.testing.assert_close(ours, rival, atol=4 * torch.finfo(coarsest).eps * scale, rtol=0)
+    ours = layer(x).detach()
+    assert ours.dtype == theirs(x).dtype == dtype
+    # Values are those of the decoded weight: what bitsandbytes computes in depends on the CPU.
+    inputs = x, _decoded(theirs), layer.bias
+    assert_computes(ours, nn.functional.linear, inputs, 128 + 1, "y", compute_dtype)
 
 
 def test_autocast_is_that_of_linear():
@@ -112,7 +110,7 @@ def test_autocast_is_that_of_linear():
     with torch.autocast("cpu", dtype=torch.bfloat16):
         y, expected = layer(x), dense(x)
     assert y.dtype == expected.dtype == torch.bfloat16
-    torch.testing.assert_close(y, expected, atol=2**-7, rtol=0)
+    assert_computes(y.detach(), nn.functional.linear, (x, dense.weight, layer.bias), 128 + 1, "y")
     y.float().sum().backward()
     assert x.grad.dtype == torch.float32 and x.grad.isfinite().all()
     with torch.autocast("cpu", dtype=torch.bfloat16):
@@ -132,22 +130,28 @@ def _params4bit(state, module=None):
     return bnb.nn.Params4bit.from_prequantized(state["weight"], rest, device="cpu", module=module)
 
 
+def _decoded(layer):
+    """The weight of a Linear4bit: its product is bf16 on some CPUs, the values of its codes are the same on all."""
+    dequantize = pytest.importorskip("bitsandbytes").functional.dequantize_4bit
+    return dequantize(layer.weight.data, layer.weight.quant_state)
+
+
 @pytest.mark.parametrize("storage", [torch.uint8, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("double_quant", [False, True], ids=["plain", "nested"])
 def test_loads_what_bitsandbytes_saves_and_the_other_way(double_quant, storage):
     bnb = pytest.importorskip("bitsandbytes")
-    x = torch.randn(3, 128)
     theirs = bnb.nn.Linear4bit(128, 64, quant_type="nf4", compress_statistics=double_quant, quant_storage=storage)
     theirs = theirs.to("cpu")
     state = theirs.state_dict()
     for assign in (False, True):
         ours = NF4Linear(128, 64, double_quant=not double_quant)
         ours.load_state_dict(state, assign=assign)
-        torch.testing.assert_close(ours(x), theirs(x))
+        assert torch.equal(ours.dequantize().weight, _decoded(theirs)) and torch.equal(ours.bias, theirs.bias)
     back = bnb.nn.Linear4bit(128, 64, quant_type="nf4")
     back.weight = _params4bit(ours.state_dict(), back)
     back.bias = ours.bias
-    torch.testing.assert_close(back(x), ours(x))
+    assert torch.equal(_decoded(back).to(torch.float32), ours.dequantize().weight)
+    assert back(torch.randn(3, 128)).isfinite().all()
 
 
 @pytest.mark.parametrize("double_quant", [False, True], ids=["plain", "nested"])
@@ -232,14 +236,14 @@ def test_deepcopy_is_independent():
 
 @pytest.mark.parametrize("compute_dtype", [None, torch.bfloat16], ids=str)
 def test_compiles_as_one_graph(compute_dtype):
-    model = nn.Sequential(_layer(compute_dtype=compute_dtype), nn.GELU(), _layer(96, 32, bias=False))
-    x = torch.randn(4, 128, requires_grad=True)
+    model = nn.Sequential(_layer(compute_dtype=compute_dtype), nn.GELU(), _layer(96, 32, bias=False)).double()
+    x = torch.randn(4, 128, dtype=torch.float64, requires_grad=True)
     y = model(x)
     (dx,) = torch.autograd.grad(y.square().sum(), x)
     compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
     y_compiled = compiled(x)
-    torch.testing.assert_close(y_compiled, y)
-    torch.testing.assert_close(torch.autograd.grad(y_compiled.square().sum(), x)[0], dx)
+    assert_same_function(y_compiled, y)
+    assert_same_function(torch.autograd.grad(y_compiled.square().sum(), x)[0], dx)
 
 
 def test_quantized_may_be_assigned():

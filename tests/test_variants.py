@@ -16,6 +16,7 @@ from handtuned.nn import (
 from handtuned.nn.adapters import load_adapter, save_adapter, set_adapter
 from handtuned.nn.variants import dora_init, freeze_A, loftq_init, lora_plus_groups, pissa_init, use_rslora
 from handtuned.quant import NF4Linear, quantize_model
+from helpers import assert_same_function
 from peft.optimizers import create_loraplus_optimizer
 from torch import nn
 from variant_twins import TARGETS, ours, round_trip, same_gradients, steps, theirs
@@ -40,7 +41,7 @@ def test_lora_plus_steps_as_peft(decay):
     peft_optimizer = create_loraplus_optimizer(
         other, torch.optim.AdamW, lr=1e-3, loraplus_lr_ratio=8, loraplus_weight_decay=decay
     )
-    torch.testing.assert_close(steps(model, optimizer), steps(other, peft_optimizer), rtol=1e-5, atol=1e-6)
+    assert_same_function(steps(model, optimizer), steps(other, peft_optimizer))
 
 
 def test_lora_plus_groups_hold_each_trained_parameter_once():
@@ -65,7 +66,7 @@ def test_lora_fa_trains_b_alone():
         torch.optim.AdamW([p for p in one.parameters() if p.requires_grad], lr=1e-2) for one in (model, other)
     ]
     assert len(optimizers[0].param_groups[0]["params"]) == len(before)
-    torch.testing.assert_close(steps(model, optimizers[0]), steps(other, optimizers[1]), rtol=1e-5, atol=1e-6)
+    assert_same_function(steps(model, optimizers[0]), steps(other, optimizers[1]))
     assert all(torch.equal(layer.lora_A, before[path]) for path, layer in our_layers(model).items())
 
 
@@ -77,7 +78,7 @@ def test_lora_fa_does_not_keep_the_input(each_backend):
         with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t.shape) or t, lambda t: t):
             x = torch.randn(16, 64, requires_grad=True)
             layer(x).sum().backward()
-        torch.testing.assert_close(x.grad, (layer.weight + layer.delta_weight()).sum(0).expand(16, 64))
+        assert_same_function(x.grad, (layer.weight + layer.delta_weight()).sum(0).expand(16, 64), terms=2 * 32 + 2)
         return kept.count((16, 64))
 
     layer = LoRALinear(nn.Linear(64, 32), rank=2)
@@ -99,11 +100,11 @@ def test_pissa_is_peft_s(base, tmp_path):
     copy_values(other, model)  # singular vectors are only determined up to their sign
     for layer in our_layers(model).values():
         layer.start_A, layer.start_B = layer.lora_A.detach().clone(), layer.lora_B.detach().clone()
-    close(logits(model), logits(base()))
-    close(logits(other), logits(base()))
-    same_gradients(model, other)
+    close(logits(model), logits(base()), rounded=True)
+    close(logits(other), logits(base()), rounded=True)
+    same_gradients(model, other, rounded=True)
     optimizers = [torch.optim.SGD([p for p in one.parameters() if p.requires_grad], lr=0.05) for one in (model, other)]
-    torch.testing.assert_close(steps(model, optimizers[0]), steps(other, optimizers[1]), rtol=1e-4, atol=1e-5)
+    close(steps(model, optimizers[0]), steps(other, optimizers[1]), rounded=True)
     round_trip(model, tmp_path, base)
 
 
@@ -115,20 +116,20 @@ def test_pain_12_pissa_leaves_the_base_as_it_is(tmp_path):
     weights = dict(base.named_parameters())
     for path, parameter in model.named_parameters():
         if "lora_" not in path:
-            assert torch.equal(parameter, weights[path.replace(".base_layer", "")])
+            assert torch.equal(parameter, weights[path.replace(".base_layer", "")].double())
     with disable_lora(model):
         assert torch.equal(logits(model), logits(base))
     trained = logits(model)
     save_adapter(model, tmp_path)
     load_adapter(model, tmp_path, "plain")
-    close(logits(model), trained)
+    close(logits(model), trained, rounded=True)
     save_adapter(adapted(llama()), tmp_path / "other")
     load_adapter(model, tmp_path / "other", "other")
-    close(logits(model), logits(adapted(llama())))
+    close(logits(model), logits(adapted(llama())), rounded=True)
     set_adapter(model, "default")
     assert torch.equal(logits(model), trained)
     merge_lora(model)
-    close(logits(model), trained)
+    close(logits(model), trained, rounded=True)
     unmerge_lora(model)
     assert torch.equal(logits(model), trained)
 
