@@ -36,7 +36,7 @@ SETTINGS = {
         "MKL_CBWR": "AVX2",  # and all of them this one
         "ONEDNN_MAX_CPU_ISA": "AVX2",
     },
-    "without the compiled C": {"OMP_NUM_THREADS": "1", "HANDTUNED_TEST_WITHOUT_C": "1"},
+    "without the compiled C": {"OMP_NUM_THREADS": "1", "WITHOUT_C": "1"},
 }
 
 
@@ -57,7 +57,7 @@ def not_followed(setting: dict, plain: tuple) -> str:
         return f"this CPU runs torch with {capability}, not {wanted}"
     if threads != setting["OMP_NUM_THREADS"]:
         return f"torch runs with {threads} threads"
-    if len(setting) > 1 and "HANDTUNED_TEST_WITHOUT_C" not in setting and bits == plain:
+    if len(setting) > 1 and "WITHOUT_C" not in setting and bits == plain:
         return "no bit changed of the products, roots, powers and softmaxes that were probed"
     return ""
 
