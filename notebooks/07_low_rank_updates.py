@@ -125,7 +125,7 @@ lessons.check("07.1", best_rank_r);
 # as they are: that is our *pretrained* model. Then the house changes its language (`light` becomes `lamp`, `room`
 # becomes `place`, …) and the model is fine-tuned, in full, on the new words. The loss looks at the answer only: a
 # label of −100 is not counted. How well a model does is the share of held-out answer tokens that it predicts right.
-# All of it is one short file, `handtuned/lessons/house.py`; two pieces of it:
+# All of it is one short file, `notebooks/lessons/house.py`; two pieces of it:
 
 # %%
 source(House.encode)

@@ -20,7 +20,7 @@ OPTIONAL = {"transformers", "tokenizers", "safetensors", "gguf", "tqdm", "matplo
             "optuna", "tensorboard", "wandb", "IPython", "jupytext", "jupyter_client", "nbclient",
             "nbformat"}  # fmt: skip
 # Folder → dots that lead from its modules to the package.
-LESSONS = {"handtuned/lessons": 2, "handtuned/lessons/exercises": 3}
+LESSONS = {"notebooks/lessons": 2, "notebooks/lessons/exercises": 3}
 LINES = 350
 
 
