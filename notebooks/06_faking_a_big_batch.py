@@ -314,7 +314,7 @@ assert np.abs(big - faked).max() < 1e-3
 #
 # ## How many updates are there?
 #
-# Document 003 raises the learning rate from 0 during the first 10 % of the steps (*warmup*) and then lets it fall along half a cosine. It counts steps as rows / batch × epochs. The shape is right. But the schedule moves once an *update*, and with accumulation and several processes there are fewer of them.
+# Document 003 raises the learning rate from 0 during the first 10 % of the steps (*warmup*) and then lets it fall along half a cosine. It counts steps as rows / batch × epochs. The shape is right. But the schedule moves once per *update*, and with accumulation and several processes there are fewer of them.
 #
 # **Write down your guess:** 900 rows, micro-batch 8, 4 accumulation steps, 2 processes, 3 epochs. How many updates? Which part of them is spent in warmup, if the schedule was told the notes' count?
 
@@ -403,7 +403,7 @@ if lessons.gpu():
         torch.cuda.synchronize()
         print(torch.cuda.get_device_name(), f"{16 // size} × {size}: {ids.numel() / start.elapsed_time(end) * 1e3:,.0f} tokens/s, {taken}")
 else:
-    lessons.skipped("tokens a second and peak memory for 1 × 16, 4 × 4 and 16 × 1 rows")
+    lessons.skipped("tokens per second and peak memory for 1 × 16, 4 × 4 and 16 × 1 rows")
 
 # %% [markdown]
 # ## Exercise 06.1: The gradient of all tokens

@@ -1,1 +1,1 @@
-"""The exercises, one module a lesson: `eNN.EXERCISES`."""
+"""The exercises, one module per lesson: `eNN.EXERCISES`."""
