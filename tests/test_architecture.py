@@ -38,7 +38,7 @@ LINES = 350
 
 PACKAGE = package()
 REFERENCES = References(PACKAGE)
-TESTS, BENCHMARKS = scripts("tests/*.py"), scripts("benchmarks/*.py")
+TESTS, BENCHMARKS, NOTEBOOKS = scripts("tests/*.py"), scripts("benchmarks/*.py"), scripts("notebooks/*.py")
 KERNELS = [
     module
     for module in PACKAGE.values()
@@ -49,6 +49,11 @@ COMMAND_MODULES = {f"handtuned.{module}" for module, _ in COMMANDS.values()}
 
 def each(modules):
     return pytest.mark.parametrize("module", modules, ids=lambda module: str(module.path.relative_to(ROOT)))
+
+
+def is_reference(name):
+    """`lora_linear_reference`, `unscale_reference_` (in place), or a class `GradScalerReference`."""
+    return name.rstrip("_").lower().endswith("reference")
 
 
 def floor_of(dotted):
@@ -77,6 +82,14 @@ def test_arrows_point_one_way(module):
         # The package itself offers its version to every floor.
         if reached and home_of(name) != "handtuned":
             assert reached in allowed, f"{floor} imports {name}"
+
+
+@each([*PACKAGE.values(), *TESTS, *BENCHMARKS, *NOTEBOOKS])
+def test_what_is_imported_of_the_package_is_there(module):
+    """Inside functions and cells that only a GPU runs, too."""
+    for dots, name, _ in module.imports:
+        if (dots or name.split(".")[0] == "handtuned") and name != "handtuned.kernels._nf4_cpu":  # made from C
+            assert REFERENCES.find(name), f"there is no {name}"
 
 
 @each([module for module in PACKAGE.values() if floor_of(module.name) == "handtuned"])
@@ -111,7 +124,7 @@ def test_every_module_says_what_it_is(module):
 @each(KERNELS)
 def test_a_kernel_file_begins_with_its_reference(module):
     first = next(node for node in module.tree.body if isinstance(node, (ast.FunctionDef, ast.ClassDef)))
-    assert first.name.rstrip("_").endswith("_reference"), f"{first.name} stands before the naive torch version"
+    assert is_reference(first.name), f"{first.name} stands before the naive torch version"
 
 
 @each(KERNELS)
@@ -134,10 +147,10 @@ def roots():
             found |= REFERENCES.of(module, node)
         for name in module.definitions:
             # References are there to be compared with; `handtuned xray` asks each kernel file for its specs.
-            named = name.startswith("__") or name.rstrip("_").endswith("_reference") or name == "xray_specs"
+            named = name.startswith("__") or is_reference(name) or name == "xray_specs"
             if named or (name in promised and floor_of(module.name) == "nn"):
                 found.add((module.name, name))
-    for script in [*scripts("notebooks/*.py"), *BENCHMARKS]:
+    for script in [*NOTEBOOKS, *BENCHMARKS]:
         found |= REFERENCES.of(script, script.tree)
     return found
 
