@@ -18,7 +18,7 @@ FOLDERS = {
 }
 # Parts of handtuned/ itself, which need no mapping.
 PARTS = [
-    f"handtuned.{path.parent.name}" for path in sorted((HERE / "handtuned").glob("*/__init__.py"))
+    ".".join(path.parent.relative_to(HERE).parts) for path in sorted((HERE / "handtuned").glob("*/**/__init__.py"))
 ]
 
 version = next(

@@ -191,7 +191,7 @@ lessons.show(fig, alt="Weight of one token under the mean of means, where 1 is r
              "the longest half as much as it should.")
 
 # %% [markdown]
-# This is no academic point. The most used training library had exactly this error until October 2024 (transformers, GitHub issue 34191): accumulating gave another model than the big batch.
+# This is not an academic point. The most used training library had exactly this error until October 2024 (transformers, GitHub issue 34191): accumulating gave another model than the big batch.
 #
 # What becomes of a model? Take the smallest language model there is: one pair of logits, the same for every token. The two short rows say "0" throughout, the two long ones "1". Of 30 tokens, 6 are "0", so a model of tokens should learn P(0) = 6 / 30.
 

@@ -88,7 +88,7 @@ CLAIMS: dict[int, Claim] = _claims([
     (32, "08", "004", "imprecise", "With r = 4 on Q and V the checkpoint of GPT-3 shrinks 10,000 times, from 350 GB to 35 MB, and training is 25 % faster."),
     (33, "08", "003", "imprecise", "In the backward pass gradients flow through B and A only, which saves the memory."),
     (34, "08", "003 004", "from the literature", "Fine-tuning needs only a low intrinsic dimension, and that is why LoRA works."),
-    (35, "07", "003", "imprecise", "The feed-forward part is W_down(SiLU(gate)·up), each matrix with its own BA added; SiLU is smooth and answers negative inputs too."),
+    (35, "07", "003", "imprecise", "The feed-forward part is W_down(SiLU(gate)·up), each matrix with its own BA added; SiLU is smooth and responds to negative inputs too."),
     # Checkpointing
     (36, "05", "001", "imprecise", "Checkpointing lowers the memory of activations from O(n) to O(√n)."),
     (37, "05", "001", "imprecise", "Checkpointing costs about 30 % more time."),
