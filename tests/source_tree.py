@@ -49,6 +49,11 @@ class Module:
         return found
 
     @cached_property
+    def names(self) -> dict[str, str]:
+        """Name here → dotted name of what was imported under it."""
+        return {here: there for _, there, here in self.imports}
+
+    @cached_property
     def definitions(self) -> dict[str, list[ast.stmt]]:
         """Top-level functions, classes and constants, in the branches of an `if` or `try` too."""
         found: dict[str, list[ast.stmt]] = {}
@@ -117,27 +122,39 @@ class References:
             if offered and name in offered.definitions:
                 return module, name
             # What a package's __init__ imports hides a submodule of that name: `handtuned.nn.checkpoint`.
-            elsewhere = {here: there for _, there, here in offered.imports} if offered else {}
+            elsewhere = offered.names if offered else {}
             if elsewhere.get(name, dotted) == dotted:
                 return dotted if dotted in self.modules else None
             dotted = elsewhere[name]
         return None
 
+    def target(self, module: Module, expression: ast.AST):
+        """What `find` gives for a name or `a.b.c` in a module's code."""
+        if isinstance(expression, ast.Name):
+            if expression.id in module.definitions and module.name in self.modules:
+                return module.name, expression.id
+            return self.find(module.names[expression.id]) if expression.id in module.names else None
+        if isinstance(expression, ast.Attribute):
+            owner = self.target(module, expression.value)
+            return self.find(f"{owner}.{expression.attr}") if isinstance(owner, str) else None
+        return None
+
     def of(self, module: Module, node: ast.AST) -> set[tuple[str, str]]:
         """Every top-level name of the package that stands in `node`, a part of `module`."""
-        names = {here: there for _, there, here in module.imports}
+        return {found for part in ast.walk(node) if isinstance(found := self.target(module, part), tuple)}
 
-        def target(expression):
-            if isinstance(expression, ast.Name):
-                if expression.id in module.definitions and module.name in self.modules:
-                    return module.name, expression.id
-                return self.find(names[expression.id]) if expression.id in names else None
-            if isinstance(expression, ast.Attribute):
-                owner = target(expression.value)
-                return self.find(f"{owner}.{expression.attr}") if isinstance(owner, str) else None
-            return None
-
-        return {found for part in ast.walk(node) if isinstance(found := target(part), tuple)}
+    def missing(self, module: Module) -> list[str]:
+        """What `module` imports, or takes as `imported_module.name`, and is not there."""
+        imported = [name for dots, name, _ in module.imports if dots or name.split(".")[0] == "handtuned"]
+        missing = [name for name in imported if self.find(name) is None]
+        for part in ast.walk(module.tree):
+            owner = self.target(module, part.value) if isinstance(part, ast.Attribute) else None
+            if isinstance(owner, str) and not part.attr.startswith("__"):
+                offered, name = self.modules[owner], f"{owner}.{part.attr}"
+                lazy = "__getattr__" in offered.definitions
+                if not lazy and part.attr not in {*offered.definitions, *offered.names} and name not in self.modules:
+                    missing.append(name)
+        return missing
 
     def reached(self, roots: set[tuple[str, str]]) -> set[tuple[str, str]]:
         """`roots` and whatever they refer to, at any distance."""
