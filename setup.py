@@ -1,7 +1,8 @@
 """Installs the root folders as one importable package, `handtuned`.
 
 Each top-level folder is one floor of the house (see README.md); the mapping
-below makes `kernels/nf4.py` importable as `handtuned.kernels.nf4`.
+below makes `kernels/nf4.py` importable as `handtuned.kernels.nf4`, and
+`notebooks/lessons/` as `handtuned.lessons`.
 """
 
 from pathlib import Path
@@ -9,7 +10,16 @@ from pathlib import Path
 from setuptools import Extension, setup
 
 HERE = Path(__file__).parent
-FLOORS = ("kernels", "quant", "amp", "optim", "nn")
+FOLDERS = {
+    "handtuned": "handtuned",
+    **{f"handtuned.{floor}": floor for floor in ("kernels", "quant", "amp", "optim", "nn")},
+    "handtuned.lessons": "notebooks/lessons",
+    "handtuned.lessons.exercises": "notebooks/lessons/exercises",
+}
+# Parts of handtuned/ itself, which need no mapping.
+PARTS = [
+    ".".join(path.parent.relative_to(HERE).parts) for path in sorted((HERE / "handtuned").glob("*/**/__init__.py"))
+]
 
 version = next(
     line.split('"')[1]
@@ -62,8 +72,8 @@ setup(
     long_description_content_type="text/markdown",
     license="Apache-2.0",
     python_requires=">=3.10",
-    packages=["handtuned", *(f"handtuned.{part}" for part in (*FLOORS, "lessons", "lessons.exercises"))],
-    package_dir={"handtuned": "handtuned", **{f"handtuned.{floor}": floor for floor in FLOORS}},
+    packages=[*FOLDERS, *PARTS],
+    package_dir=FOLDERS,
     ext_modules=[native],
     package_data={"handtuned": ["datasets/*.jsonl"]},
     install_requires=["torch>=2.11", "numpy", 'triton>=3.6; platform_system == "Linux"'],

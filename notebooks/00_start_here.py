@@ -26,7 +26,7 @@
 #
 # * A lesson asks one question. Before each measurement stands a prediction: stop there, and write your guess down. A wrong guess is worth more than a right one.
 # * Ideas come first on four numbers, then as a few lines of PyTorch, then as the version in the library, whose source is shown.
-# * The course follows five Chinese study documents, called "000" to "004" here. They make 58 claims. Each is measured in one lesson, and a cell puts what the notes say beside what we measure. Some claims turn out wrong. That is where most is learnt.
+# * The course follows five Chinese study documents, called "000" to "004" here. They make 58 claims. Each is measured in one lesson, and a cell puts what the notes say beside what we measure. Some claims turn out wrong. You learn most from those.
 # * Every lesson has exercises. A checker runs your answer and tells you what is wrong with it.
 #
 # Run the cells from top to bottom. A lesson needs nothing from the one before: each starts in a fresh Python.
@@ -89,8 +89,8 @@ weights = weights - 0.001 * (mean / 0.1) / (np.sqrt(square / 0.001) + 1e-8)
 kept = {"weights": weights, "gradients": gradients, "first moment": mean, "second moment": square}
 for name, array in kept.items():
     print(f"{name:14} {array}  {array.nbytes} bytes")
-a_parameter = sum(array.nbytes for array in kept.values()) / weights.size
-print(f"{a_parameter:.0f} bytes a parameter, so 7 billion parameters take {a_parameter * 7e9 / 1e9:.0f} GB")
+per_parameter = sum(array.nbytes for array in kept.values()) / weights.size
+print(f"{per_parameter:.0f} bytes per parameter, so 7 billion parameters take {per_parameter * 7e9 / 1e9:.0f} GB")
 
 # %% [markdown]
 # Look at the update in the last line of the arithmetic. The first step of Adam divides the gradient by its own size, so each weight with a gradient moves by 0.001, the learning rate, whatever the gradient's size was.
@@ -110,13 +110,13 @@ state = optimizer.state[layer.weight]
 bytes_of = {"weights": layer.weight.nbytes, "gradients": layer.weight.grad.nbytes}
 bytes_of |= {f"optimizer: {name}": tensor.nbytes for name, tensor in state.items()}
 for name, size in bytes_of.items():
-    print(f"{name:22} {size:>9,} bytes  {size / count:5.2f} a parameter")
+    print(f"{name:22} {size:>9,} bytes  {size / count:5.2f} per parameter")
 total = sum(bytes_of.values())
-print(f"{'together':22} {total:>9,} bytes  {total / count:5.2f} a parameter")
+print(f"{'together':22} {total:>9,} bytes  {total / count:5.2f} per parameter")
 assert round(total / count) == 16
 
 # %% [markdown]
-# Sixteen bytes a parameter, and 4 of them are the weights you wanted. (`step` is Adam's count of steps: one number for the whole tensor.)
+# Sixteen bytes per parameter, and 4 of them are the weights you wanted. (`step` is Adam's count of steps: one number for the whole tensor.)
 #
 # ## A word on units
 #
@@ -164,11 +164,11 @@ lessons.check("00.2", states);
 # %%
 from handtuned.memory import estimate
 
-ledger = estimate("7b", "qlora", dtype="bfloat16", batch=1, seq=2048, checkpoint=True)
-print(ledger)
+breakdown = estimate("7b", "qlora", dtype="bfloat16", batch=1, seq=2048, checkpoint=True)
+print(breakdown)
 
 # %% [markdown]
-# Read the ledger from the top. "In full" is what a component takes when it is all there; "at the peak" is what of it is there at the moment when most is there. The line at the bottom says which moment that is. Lesson 04 derives each line and checks it against a measurement.
+# Read the breakdown from the top. "In full" is what a component takes when it is all there; "at the peak" is what is there of it at the moment when memory is fullest. The line at the bottom says which moment that is. Lesson 04 derives each line and checks it against a measurement.
 #
 # The same model in four ways:
 
@@ -188,10 +188,10 @@ def count(model, way):
 
 seven = {way: count("7b", way) for way in ways}
 parts = {
-    "weights": [(book["weights"] + book["quantization constants"] + book["adapters"]) / 1e9 for book in seven.values()],
-    "gradients": [book["gradients"] / 1e9 for book in seven.values()],
-    "optimizer state": [(book["optimizer state"] + book["master weights"]) / 1e9 for book in seven.values()],
-    "activations": [book.activations / 1e9 for book in seven.values()],
+    "weights": [(part["weights"] + part["quantization constants"] + part["adapters"]) / 1e9 for part in seven.values()],
+    "gradients": [part["gradients"] / 1e9 for part in seven.values()],
+    "optimizer state": [(part["optimizer state"] + part["master weights"]) / 1e9 for part in seven.values()],
+    "activations": [part.activations / 1e9 for part in seven.values()],
 }
 fig, ax = lessons.figure(7, 2.6)
 lessons.stacked(ax, list(ways), parts, "GB")
@@ -229,7 +229,7 @@ ax.set_xticks(np.arange(len(models)) + 0.5, models)
 ax.set_yticks(np.arange(len(ways)) + 0.5, list(ways))
 ax.tick_params(length=0)
 for shade, text in zip(shades, [f"fits {card} GB" for card in cards] + ["fits none"], strict=True):
-    ax.bar(0, 0, color=shade, edgecolor="#6b7280", label=text)  # for the legend alone
+    ax.bar(0, 0, color=shade, edgecolor="#6b7280", label=text)  # only for the legend
 ax.legend(loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=5)
 ax.set_title("peak in GB: 1 × 2048 tokens, checkpointed", loc="left", pad=22)
 lessons.show(
@@ -241,7 +241,7 @@ lessons.show(
 # %% [markdown]
 # Read a column downward. From the first row to the last, the 7B model needs about twenty times less. (At the moment of the optimizer's step, "full, mixed" also has its gradients in FP32, so its peak lies above the sum of the bars before.)
 #
-# The command line tells the same, and also what would make a plan fit:
+# The command line says the same, and also what would make a plan fit:
 
 # %%
 def handtuned_command(*words, cwd=None):
@@ -265,7 +265,7 @@ readme = Path("..", "README.md").read_text(encoding="utf-8")
 print("\n".join(line for line in readme.splitlines() if re.match(r"\| (held-out rows|---\|---\|---\||exact match|right tokens|loss)", line)) or "see README.md")
 
 # %% [markdown]
-# **Fine-tuning** means to go on training a model that already knows a lot. "Held-out rows" are examples that training never saw. A loss is given in nats a token: the mean of −ln p, where p is the probability that the model gave to the right token.
+# **Fine-tuning** means to go on training a model that already knows a lot. "Held-out rows" are examples that training never saw. A loss is given in nats per token: the mean of −ln p, where p is the probability that the model gave to the right token.
 #
 # That run takes minutes and a download. Here is the same command on a model that is small, random, and made on the spot. It knows no English, so the frozen weights are of little help; all that it learns must come from the adapter. It will learn the form of the answers, and hardly more.
 #
@@ -297,8 +297,8 @@ fig, ax = lessons.figure(7, 2.4)
 ax.plot([row["step"] for row in rows], [row["loss"] for row in rows])
 ax.axhline(np.log(1024), color=lessons.GREYS[1], linestyle=":")
 ax.text(rows[-1]["step"], np.log(1024) - 0.1, "uniform guess", ha="right", va="top", color=lessons.GREYS[1])
-ax.set(xlabel="step", ylabel="loss (nats a token)", ylim=(0, None))
-lessons.show(fig, alt="The training loss starts a little above a uniform guess, at 7.5 nats a token, and falls below 2 within 150 steps.")
+ax.set(xlabel="step", ylabel="loss (nats per token)", ylim=(0, None))
+lessons.show(fig, alt="The training loss starts a little above a uniform guess, at 7.5 nats per token, and falls below 2 within 150 steps.")
 first, last = rows[0]["loss"], np.mean([row["loss"] for row in rows[-10:]])
 print(f"loss {first:.2f} at the first step, {last:.2f} over the last ten")
 assert last < first / 2
@@ -307,7 +307,7 @@ place.cleanup()
 # %% [markdown]
 # ## Which code runs?
 #
-# A **kernel** is one program that a GPU runs on many pieces of data at a time. The kernels of this library are written in Triton, and each stands beside a **reference**: a few lines of plain PyTorch that compute the same. On a GPU the kernel runs. On a CPU the reference runs, or, if you ask for it, the kernel itself under Triton's interpreter, slowly but exactly. (One job is done often enough on CPUs to have a page of C instead, built at installation where there is a compiler: 4-bit weights, lesson 10.) The library tells which:
+# A **kernel** is one program that a GPU runs on many pieces of data at a time. The kernels of this library are written in Triton, and each stands beside a **reference**: a few lines of plain PyTorch that compute the same. On a GPU the kernel runs. On a CPU the reference runs, or, if you ask for it, the kernel itself under Triton's interpreter, slowly but exactly. (One job is done often enough on CPUs to have a page of C instead, built at installation where there is a compiler: 4-bit weights, lesson 10.) The library says which:
 
 # %%
 from handtuned.kernels import backend
@@ -331,7 +331,7 @@ print(f"{len(lessons.CLAIMS)} claims in all")
 #
 # ## What to remember
 #
-# * Training with Adam in fp32 takes 16 bytes a parameter, before any activation: 4 for the weight, 4 for the gradient, 8 for the optimizer's moments.
+# * Training with Adam in fp32 takes 16 bytes per parameter, before any activation: 4 for the weight, 4 for the gradient, 8 for the optimizer's moments.
 # * LoRA removes nearly all gradients and moments; QLoRA also shrinks the weights to about half a byte each.
 # * Activations depend on batch and length, not on what is trained.
 # * GB is not GiB.

@@ -13,7 +13,7 @@
 # %% [markdown]
 # # 01. How does a float lose your gradient?
 #
-# Half of the memory tricks in this course store numbers in fewer bits. Before any of them works, one thing has to be understood: what a number with few bits cannot say, and what happens to a gradient that it cannot say.
+# Half of the memory tricks in this course store numbers in fewer bits. Before any of them works, one thing has to be understood: what a number with few bits cannot represent, and what happens to a gradient that it cannot represent.
 #
 # This lesson takes floating-point numbers apart, bit by bit. Then it follows the study documents' own worked example, in which a gradient is said to get lost in FP16. The example fails, twice. In an exercise you will find one that works.
 #
@@ -216,7 +216,7 @@ lessons.check("01.2", fate);
 # %% [markdown]
 # ## How many gradients are lost?
 #
-# Document 000 shows a picture from a blog of NVIDIA's and concludes that close to half of the gradients become 0 in FP16. That was one model. We look at our own: a Transformer (the kind of network that language models are) with two layers, which predicts the next byte of a text that ships with the package. We compute its gradients in FP32 and look where they lie.
+# Document 000 shows a picture from an NVIDIA blog post and concludes that close to half of the gradients become 0 in FP16. That was one model. We look at our own: a Transformer (the kind of network that language models are) with two layers, which predicts the next byte of a text that ships with the package. We compute its gradients in FP32 and look where they lie.
 #
 # Something else matters as much as the model. The loss is the *mean* over all tokens of a batch, so each token's part in it is divided by their number. Large batches have smaller gradients per activation. So we also look at the gradient of the **activations** in the middle of the model, for a batch of 512 tokens and for one of two million, as large models are trained with. For the large one we need not compute anything: the same 512 tokens would each count 4,096 times less.
 #
@@ -442,7 +442,7 @@ lessons.show(
 print({name: round(errors[-1], 3) for name, errors in curves.items()})
 
 # %% [markdown]
-# So masters alone do not help when the gradients are gone; scaling does.
+# So master weights alone do not help when the gradients are gone; scaling does.
 #
 # Document 002 explains scaling as "borrowing" bits of precision to widen the range. Does a scaled number have fewer digits? A scale that is a power of two only adds to the exponent. The mantissa stays as it is. What does trade digits for range is BF16.
 

@@ -17,7 +17,7 @@
 #
 # In this lesson you read three kernels and write three. You need no GPU: Triton has an interpreter, which runs a kernel on the CPU, one copy after the other, with NumPy. It is slow, and it computes the same numbers.
 #
-# There is one trap, and it is the reason for the way that our tests and exercises are built. A kernel that reads or writes outside of its tensors gets no error.
+# There is one trap, and it is the reason why our tests and exercises are built the way they are. A kernel that reads or writes outside of its tensors gets no error message.
 #
 # Terms: kernel 算子, program instance 程序实例, block 数据块, grid 网格, mask 掩码, pointer 指针, stride 步长, out of bounds 越界, reduction 归约, bandwidth 带宽
 
@@ -283,7 +283,7 @@ lessons.show(
 #
 # ## Exercise 02.3: softmax of rows
 #
-# Write `softmax(x, out)` for a matrix of $M$ rows, one program a row. The checker uses rows of odd lengths, rows with gaps between them, and large values. `out` is contiguous.
+# Write `softmax(x, out)` for a matrix of $M$ rows, one program per row. The checker uses rows of odd lengths, rows with gaps between them, and large values. `out` is contiguous.
 
 
 # %%

@@ -137,7 +137,7 @@ for sigma in (1.0, 100.0, 300.0):
 silent_zeros = (naive == 0).float().mean().item()
 
 # %% [markdown]
-# At σ = 100 the largest squares already exceed 65504. The variance becomes infinite, and everything divided by infinity is 0. No NaN, no error: a layer that outputs zeros. Failures that make no noise are the reason for the rule.
+# At σ = 100 the largest squares already exceed 65504. The variance becomes infinite, and everything divided by infinity is 0. No NaN, no error: a layer that outputs zeros. Silent failures like this are the reason for the rule.
 #
 # How does `autocast` know? There is no cleverness in it. It has three lists.
 
@@ -352,7 +352,7 @@ lessons.claim(
 # %% [markdown]
 # ## What else the hand-written class leaves out
 #
-# Its methods are `scale_loss`, `unscale_grads`, `step`, which looks for inf and NaN, and an empty `update`. Looking after unscaling is fine: infinity divided by anything stays infinite. But three ways of using it go wrong in silence, and each is caught in `torch.amp.GradScaler` and in ours.
+# Its methods are `scale_loss`, `unscale_grads`, `step`, which looks for inf and NaN, and an empty `update`. Looking after unscaling is fine: infinity divided by anything stays infinite. But three ways of using it go wrong silently, and each is caught in `torch.amp.GradScaler` and in ours.
 #
 # 1. `step` without `unscale_grads` before it: the update is 65536 times too large. The real `step` unscales by itself if nobody has.
 # 2. `unscale_grads` called twice: gradients vanish. The real one raises.
@@ -422,9 +422,9 @@ def step(w, loss, scale, max_norm, lr):
 lessons.check("03.2", step);
 
 # %% [markdown]
-# ## Unscale, look, and never wait
+# ## Unscale, check, and never wait
 #
-# Unscaling and looking for infinities touch every gradient once, so one kernel does both. You saw its inner part in lesson 02. On a GPU one more thing matters: Python must not *ask* the GPU whether something overflowed, since an answer means waiting until the GPU is done with everything before. So the flag stays on the device.
+# Unscaling and checking for infinities touch every gradient once, so one kernel does both. You saw its inner part in lesson 02. On a GPU one more thing matters: Python must not *ask* the GPU whether something overflowed, since an answer means waiting until the GPU is done with everything before. So the flag stays on the device.
 #
 # All programs share the one flag. Some see an infinity, others do not, and nobody knows who comes last.
 #
@@ -515,7 +515,7 @@ else:
 # %% [markdown]
 # ## What to remember
 #
-# * Products in FP16 with an FP32 accumulator; exponentials, squares, sums and losses in FP32. A naive FP16 LayerNorm fails in silence.
+# * Products in FP16 with an FP32 accumulator; exponentials, squares, sums and losses in FP32. A naive FP16 LayerNorm fails silently.
 # * The scale is searched for: halve and skip on overflow, double after enough good steps **in a row**.
 # * Scale, backward, unscale, clip, step, update. Unscale in FP32, once.
 # * A kernel's flag is only ever set, never cleared, by programs that do not know of each other.

@@ -46,7 +46,7 @@ GB, GIB = 10**9, 2**30
 # | tenant | what it is | it grows with |
 # |---|---|---|
 # | parameters | the numbers that are learnt | the model |
-# | gradients | one number a parameter: which way the loss falls | the model |
+# | gradients | one number per parameter: which way the loss falls | the model |
 # | optimizer state | what the optimizer remembers; Adam keeps two running means, *m* and *v* | the model |
 # | activations | results of the forward pass that the backward pass needs again | model × batch × sequence |
 #
@@ -66,10 +66,10 @@ w -= 0.1 * (m / (1 - 0.9)) / (np.sqrt(v / (1 - 0.999)) + 1e-8)
 
 for name, array in {"parameters": w, "gradients": g, "m": m, "v": v}.items():
     print(f"{name:11} {array.nbytes:3} bytes  {array}")
-print(f"together    {sum(a.nbytes for a in (w, g, m, v)):3} bytes = {sum(a.nbytes for a in (w, g, m, v)) // 4} a parameter")
+print(f"together    {sum(a.nbytes for a in (w, g, m, v)):3} bytes = {sum(a.nbytes for a in (w, g, m, v)) // 4} per parameter")
 
 # %% [markdown]
-# Sixteen bytes a parameter: 4 + 4 + 4 + 4. Torch keeps exactly the same, and so a small layer is enough to know what a model of 7 billion parameters takes. Document 001 says: 28 GB of parameters, 28 GB of gradients, 56 GB of optimizer state.
+# Sixteen bytes per parameter: 4 + 4 + 4 + 4. Torch keeps exactly the same, and so a small layer is enough to know what a model of 7 billion parameters takes. Document 001 says: 28 GB of parameters, 28 GB of gradients, 56 GB of optimizer state.
 
 # %%
 torch.manual_seed(0)
@@ -79,16 +79,16 @@ layer(torch.randn(8, 300)).square().mean().backward()
 optimizer.step()
 
 state = optimizer.state[layer.weight]
-bytes_a_parameter = {
+bytes_per_parameter = {
     "parameters": layer.weight.nbytes / layer.weight.numel(),
     "gradients": layer.weight.grad.nbytes / layer.weight.numel(),
     "optimizer state": (state["exp_avg"].nbytes + state["exp_avg_sq"].nbytes) / layer.weight.numel(),
 }
-at_7b = {name: count * 7e9 / GB for name, count in bytes_a_parameter.items()}
+at_7b = {name: count * 7e9 / GB for name, count in bytes_per_parameter.items()}
 print(at_7b)
 lessons.claim(
     44,
-    measured=f"torch keeps {', '.join(f'{c:g}' for c in bytes_a_parameter.values())} bytes a parameter, so 7 billion take "
+    measured=f"torch keeps {', '.join(f'{c:g}' for c in bytes_per_parameter.values())} bytes per parameter, so 7 billion take "
     f"{', '.join(f'{c:g}' for c in at_7b.values())} GB. (In GiB, as a GPU counts: {sum(at_7b.values()) * GB / GIB:.1f} together.)",
     holds=list(at_7b.values()) == [28, 28, 56],
 )
@@ -106,7 +106,7 @@ lessons.source(estimate_module._states)
 #
 # Documents 001 and 002 say that 16-bit training halves memory. Weights and gradients do shrink to 2 bytes. But the FP32 masters come on top.
 #
-# **Write down your guess:** bytes of model states a parameter, FP32 against BF16 with masters. And what about the activations: a half exactly, more, or less?
+# **Write down your guess:** bytes of model states per parameter, FP32 against BF16 with masters. And what about the activations: exactly half, more, or less?
 #
 # The model below is a small Llama-like decoder from the library. `loss_of` runs it and takes the loss. `memory.measure` watches every tensor that is made and dies.
 
@@ -148,13 +148,13 @@ for dtype in (torch.float32, torch.bfloat16):
     weights = sum(p.nbytes for p in model.parameters())
     states[dtype] = [count / parameters for count in (weights, gradients, copies, moments)]
     print(f"{dtype!s:15}", *(f"{name} {c:g}" for name, c in zip(("weights", "gradients", "masters", "Adam"), states[dtype], strict=True)),
-          f"= {sum(states[dtype]):g} bytes a parameter; kept after forward: {activations[dtype] / 1e6:.1f} MB")
+          f"= {sum(states[dtype]):g} bytes per parameter; kept after forward: {activations[dtype] / 1e6:.1f} MB")
 
 # %%
 share = activations[torch.bfloat16] / activations[torch.float32]
 lessons.claim(
     8,
-    measured=f"the states take {sum(states[torch.float32]):g} bytes a parameter in FP32 and {sum(states[torch.bfloat16]):g} in "
+    measured=f"the states take {sum(states[torch.float32]):g} bytes per parameter in FP32 and {sum(states[torch.bfloat16]):g} in "
     f"BF16 with masters; what forward leaves behind shrinks to {share:.0%}, not to 50 %, because norms and the loss "
     "keep FP32 tensors",
     holds=sum(states[torch.float32]) == sum(states[torch.bfloat16]) == 16 and 0.5 < share < 0.75,
@@ -164,13 +164,13 @@ lessons.claim(
 # So mixed precision saves on activations and buys speed. It does not save on states. Whether it "halves memory" depends on which tenant pays most of the rent. Here is a 7B model at one row of 2048 tokens, by five methods. Each tenant is drawn at its fullest. They do not all reach that at the same time, so under the name stands the peak: the most that is alive at any one moment of the step. (With masters that is the optimizer step, when the 16-bit gradients become FP32 for a moment.)
 
 # %%
-def tenants(ledger):
+def tenants(breakdown):
     """Each tenant at its fullest, in GB."""
     return {
-        "weights": sum(ledger[name] for name in ("weights", "quantization constants", "adapters")) / GB,
-        "gradients": ledger["gradients"] / GB,
-        "Adam and masters": (ledger["optimizer state"] + ledger["master weights"]) / GB,
-        "activations and logits": (ledger.activations + ledger["logits"]) / GB,
+        "weights": sum(breakdown[name] for name in ("weights", "quantization constants", "adapters")) / GB,
+        "gradients": breakdown["gradients"] / GB,
+        "Adam and masters": (breakdown["optimizer state"] + breakdown["master weights"]) / GB,
+        "activations and logits": (breakdown.activations + breakdown["logits"]) / GB,
     }
 
 
@@ -181,9 +181,9 @@ methods = {
     "LoRA, BF16": {"method": "lora", "dtype": "bfloat16"},
     "QLoRA, BF16": {"method": "qlora", "dtype": "bfloat16"},
 }
-ledgers = {name: memory.estimate("7b", batch=1, seq=2048, **settings) for name, settings in methods.items()}
-parts = {name: [tenants(ledger)[name] for ledger in ledgers.values()] for name in tenants(ledgers["FP32"])}
-labels = [f"{name}\npeak {ledger.peak / GB:.0f} GB" for name, ledger in ledgers.items()]
+breakdowns = {name: memory.estimate("7b", batch=1, seq=2048, **settings) for name, settings in methods.items()}
+parts = {name: [tenants(breakdown)[name] for breakdown in breakdowns.values()] for name in tenants(breakdowns["FP32"])}
+labels = [f"{name}\npeak {breakdown.peak / GB:.0f} GB" for name, breakdown in breakdowns.items()]
 fig, ax = lessons.figure(height=3.2)
 lessons.stacked(ax, labels, parts, unit="GB", form="{:.0f}")
 lessons.show(fig, alt="Stacked bars of the memory of a 7B model. FP32 and BF16 with masters both need 112 GB of states; "
@@ -211,7 +211,7 @@ print("da", da, "db", db)
 assert np.allclose(da, a_t.grad) and np.allclose(db, b_t.grad)
 
 # %% [markdown]
-# Autograd saves tensors through a pair of hooks, so one can look over its shoulder. This is everything that one block of our decoder keeps for four rows of 128 tokens, parameters left out.
+# Autograd saves tensors through a pair of hooks, so one can watch it. This is everything that one block of our decoder keeps for four rows of 128 tokens, parameters left out.
 
 # %%
 block = TransformerBlock(256, 4, 688, num_kv_heads=2)
@@ -234,14 +234,14 @@ for shape in sorted({shape for shape, _ in seen.values()}, key=lambda s: -sum(n 
     print(f"{len(sizes)} × {shape:20} {sum(sizes) / 1e6:6.2f} MB")
 
 # %% [markdown]
-# The tensors that are 688 wide are the MLP: gate, silu(gate), up, and their product. Those with four dimensions and 128 × 64 at the end are queries (4 heads), keys and values (2 heads). The plain (128, 64) are two tables of sines and cosines that tell attention where a token stands. The rest is as wide as the model, inputs of linears and of norms, or tiny: statistics, one number a token. Nearly all of it grows with the number of tokens, rows × sequence.
+# The tensors that are 688 wide are the MLP: gate, silu(gate), up, and their product. Those with four dimensions and 128 × 64 at the end are queries (4 heads), keys and values (2 heads). The plain (128, 64) are two tables of sines and cosines that tell attention where a token stands. The rest is as wide as the model, inputs of linears and of norms, or tiny: statistics, one number per token. Nearly all of it grows with the number of tokens, rows × sequence.
 #
 # `activations.kept_by_layer` counts the same from sizes alone, with a name for each part. It is the heart of the library's estimate.
 
 # %%
 kinds = kept_by_layer(LayerSetup(SMALL, itemsize=4, seq=128, trained=True))
 for kind, count in kinds.items():
-    print(f"{kind:17} {count:6,} bytes a token")
+    print(f"{kind:17} {count:6,} bytes per token")
 counted = memory.measure(lambda: block(x))
 made = counted.after - counted.before  # the input was there before, the output was not: as large
 print(f"from sizes {4 * 128 * sum(kinds.values()) / 1e6:.2f} MB, measured {made / 1e6:.2f} MB")
@@ -251,11 +251,11 @@ print(f"from sizes {4 * 128 * sum(kinds.values()) / 1e6:.2f} MB, measured {made 
 #
 # Document 002 gives 28.5 "G" as the activations of a 7B model with one row of 2048 tokens, as a rough estimate without a derivation. A known formula (Korthikanti et al. 2022, equation 2) counts a GPT layer in 16 bits:
 #
-# `bytes a layer = s · b · h · (34 + 5 · a · s / h)`
+# `bytes per layer = s · b · h · (34 + 5 · a · s / h)`
 #
 # with sequence *s*, batch *b*, hidden size *h*, and *a* heads. The 34 are
 #
-# | part | bytes a value of s·b·h |
+# | part | bytes per value of s·b·h |
 # |---|---|
 # | two LayerNorms: their inputs | 2 + 2 |
 # | q, k, v: one shared input; the three results | 2 + 6 |
@@ -294,7 +294,7 @@ measured = run.after - run.before
 formula = memory.korthikanti(rows, seq, hidden, heads, layers=1)
 statistics = measured - formula
 print(f"measured {measured:,} bytes, formula {formula:,}, the difference of {statistics:,} is "
-      f"{statistics / (rows * seq):g} bytes a token: mean and 1/σ of the two LayerNorms")
+      f"{statistics / (rows * seq):g} bytes per token: mean and 1/σ of the two LayerNorms")
 
 # %%
 notes = memory.korthikanti(batch=1, seq=2048, hidden=4096, heads=32, layers=32)
@@ -405,7 +405,7 @@ if lessons.gpu():
     on_device = memory.measure(training_step, on_gpu, gpu_optimizer, larger.cuda(), device="cuda")
     print(torch.cuda.get_device_name(), on_device, f"prediction off by {predicted.peak / on_device.peak - 1:+.1%}")
 else:
-    lessons.skipped("the same prediction against the books of CUDA's caching allocator")
+    lessons.skipped("the same prediction against what CUDA's caching allocator counts")
 
 # %% [markdown]
 # ## The tips of document 002
@@ -498,7 +498,7 @@ lessons.check("04.3", chunked_loss);
 # %% [markdown]
 # ## What to remember
 #
-# - Training with Adam takes 16 bytes a parameter for its states, in FP32 and in mixed precision alike.
+# - Training with Adam takes 16 bytes per parameter for its states, in FP32 and in mixed precision alike.
 # - Activations grow with batch × sequence. Stored attention scores grow with the square of the sequence; fused attention keeps none.
 # - The peak is one moment of the step. Add up what is alive then, not everything that ever was.
 # - Logits of a large vocabulary are a tenant of their own. Compute them in chunks.

@@ -158,8 +158,8 @@ print(f"(c) input without gradient: the result's requires_grad is {silent.requir
 
 lessons.claim(
     40,
-    measured=f"for a plain MLP the gradients are equal to the bit; with dropout they are off by {dropout_error:.0%} without a "
-    "word, a plain number as argument is refused, and with an input that needs no gradient nothing is trained",
+    measured=f"for a plain MLP the gradients are equal to the bit; with dropout they are off by {dropout_error:.0%} with no "
+    "error message, a plain number as argument is refused, and with an input that needs no gradient nothing is trained",
     holds=0.5 < dropout_error < 1.5 and refused is not None and not silent.requires_grad,
 )
 
@@ -249,7 +249,7 @@ def peak_of(layers, groups, boundary, inside):
 
 
 counts = {"keep everything": 32 * 114, "every layer": peak_of(32, 32, 2, 114), "√n groups": peak_of(32, round(32**0.5), 2, 114)}
-print("bytes a token and hidden unit:", counts)
+print("bytes per token and hidden unit:", counts)
 
 fig, axes = lessons.figure(height=2.6, columns=2)
 k = np.arange(1, 33)
@@ -296,7 +296,7 @@ for flag, name in ((False, "plain"), (True, "checkpointed")):
     print(f"{name:13}", *(f"{v:6.1f}" for v in kept[flag]), f"boundaries kept: {slope[flag]:.2f} more with each layer")
 lessons.claim(
     36,
-    measured=f"the notes' own layer keeps {slope[True]:.2f} boundaries a layer (plain: {slope[False]:.1f}), in proportion to n, "
+    measured=f"the notes' own layer keeps {slope[True]:.2f} boundaries per layer (plain: {slope[False]:.1f}), in proportion to n, "
     f"not √n; and √n groups would be worse: {counts['√n groups']} against {counts['every layer']} (and {counts['keep everything']} "
     f"without checkpoints) for a 7B model; in the stack above {peaks['√n = 3 groups'] / 1e6:.1f} against "
     f"{peaks['every layer'] / 1e6:.1f} MB",
@@ -309,7 +309,7 @@ lessons.claim(
 #
 # 001 says about 30 % more time. 002 says that values are computed "twice", that it is very slow, and advises against it. Time depends on the machine, so count *FLOPs*, the multiplications and additions of matrix products. The bound is one more forward: 4/3. A good implementation stops recomputing as soon as the last tensor that backward wants is there: the last product of a segment need not be repeated, since nobody wants its result.
 #
-# **Write down your guess** for blocks of two equal matrices: the overhead with one checkpoint a block, and with one for 16 blocks together.
+# **Write down your guess** for blocks of two equal matrices: the overhead with one checkpoint per block, and with one for 16 blocks together.
 
 # %%
 def flops(run):
@@ -503,6 +503,6 @@ lessons.check("05.3", run_in_groups);
 # - A checkpoint keeps a segment's input and recomputes its inside: memory n·inside becomes n·boundary + inside.
 # - It costs at most one more forward, a third of the FLOPs; with early stop less.
 # - In a transformer one checkpoint in every layer beats √n groups, because a layer keeps tens of times its input.
-# - A recomputation must repeat the forward pass exactly: random numbers, autocast, everything. If not, gradients are wrong without a word.
+# - A recomputation must repeat the forward pass exactly: random numbers, autocast, everything. If not, gradients are wrong and nothing says so.
 #
 # Less memory for activations means a larger batch. What if it still does not fit? [Lesson 06: How do I fake a big batch?](06_faking_a_big_batch.ipynb)

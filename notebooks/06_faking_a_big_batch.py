@@ -191,7 +191,7 @@ lessons.show(fig, alt="Weight of one token under the mean of means, where 1 is r
              "the longest half as much as it should.")
 
 # %% [markdown]
-# This is no academic point. The most used training library had exactly this error until October 2024 (transformers, GitHub issue 34191): accumulating gave another model than the big batch.
+# This is not an academic point. The most used training library had exactly this error until October 2024 (transformers, GitHub issue 34191): accumulating gave another model than the big batch.
 #
 # What becomes of a model? Take the smallest language model there is: one pair of logits, the same for every token. The two short rows say "0" throughout, the two long ones "1". Of 30 tokens, 6 are "0", so a model of tokens should learn P(0) = 6 / 30.
 
@@ -314,7 +314,7 @@ assert np.abs(big - faked).max() < 1e-3
 #
 # ## How many updates are there?
 #
-# Document 003 raises the learning rate from 0 during the first 10 % of the steps (*warmup*) and then lets it fall along half a cosine. It counts steps as rows / batch × epochs. The shape is right. But the schedule moves once an *update*, and with accumulation and several processes there are fewer of them.
+# Document 003 raises the learning rate from 0 during the first 10 % of the steps (*warmup*) and then lets it fall along half a cosine. It counts steps as rows / batch × epochs. The shape is right. But the schedule moves once per *update*, and with accumulation and several processes there are fewer of them.
 #
 # **Write down your guess:** 900 rows, micro-batch 8, 4 accumulation steps, 2 processes, 3 epochs. How many updates? Which part of them is spent in warmup, if the schedule was told the notes' count?
 
@@ -403,7 +403,7 @@ if lessons.gpu():
         torch.cuda.synchronize()
         print(torch.cuda.get_device_name(), f"{16 // size} × {size}: {ids.numel() / start.elapsed_time(end) * 1e3:,.0f} tokens/s, {taken}")
 else:
-    lessons.skipped("tokens a second and peak memory for 1 × 16, 4 × 4 and 16 × 1 rows")
+    lessons.skipped("tokens per second and peak memory for 1 × 16, 4 × 4 and 16 × 1 rows")
 
 # %% [markdown]
 # ## Exercise 06.1: The gradient of all tokens

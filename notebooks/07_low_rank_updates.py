@@ -121,11 +121,11 @@ lessons.check("07.1", best_rank_r);
 # ## 2. What does training do to a weight?
 #
 # A model is needed. Ours reads a household request and answers with a small JSON command; the 900 rows come with
-# the package. It is a Llama in miniature: two layers of width 64, one token a word. First it learns the commands
+# the package. It is a Llama in miniature: two layers of width 64, one token per word. First it learns the commands
 # as they are: that is our *pretrained* model. Then the house changes its language (`light` becomes `lamp`, `room`
 # becomes `place`, …) and the model is fine-tuned, in full, on the new words. The loss looks at the answer only: a
 # label of −100 is not counted. How well a model does is the share of held-out answer tokens that it predicts right.
-# All of it is one short file, `handtuned/lessons/house.py`; two pieces of it:
+# All of it is one short file, `notebooks/lessons/house.py`; two pieces of it:
 
 # %%
 source(House.encode)
@@ -578,7 +578,7 @@ else:
 # ## Exercise 07.3: the skinny product as a kernel
 #
 # Write `down(x, A, S)`, a launcher and its kernel: S (M, r) becomes x Aᵀ for contiguous fp32 tensors x (M, K) and A (r, K).
-# Sums on the ordinary units will do; one program a row is enough. K and r are odd, and the checker puts NaNs around
+# Sums on the ordinary units will do; one program per row is enough. K and r are odd, and the checker puts NaNs around
 # every buffer.
 
 # %%

@@ -15,7 +15,7 @@
 #
 # Lesson [07](07_low_rank_updates.ipynb) built one layer: y = Wx + s·B(Ax), W frozen, A and B trained. A model has
 # hundreds of linear layers, and an adapter has a life: it is put in, trained, saved, loaded beside others, switched,
-# merged into the weights, taken out again. Each of these steps has a way to go wrong without a word. This lesson
+# merged into the weights, taken out again. Each of these steps has a way to go wrong silently. This lesson
 # goes through them with the documents' code on one side and the library's on the other.
 #
 # An **adapter** here is the set of all A and B of a model; the **base** is everything else.
@@ -63,7 +63,7 @@ def flops(function):
 # ## 1. A base model and two houses
 #
 # The model is that of lesson 07: a Llama in miniature that answers household requests with small JSON commands, one
-# token a word. It is pretrained on the commands as they ship. Two customers speak other dialects: house A renames
+# token per word. It is pretrained on the commands as they ship. Two customers speak other dialects: house A renames
 # some words, house B renames others. Each is to get an adapter. The rows of all dialects share one vocabulary:
 
 # %%
@@ -85,7 +85,7 @@ print({name: f"{accuracy(base, rows):.1%}" for name, rows in testing.items()})
 # linear layer. **Write down your guess**: of this model's parameters, how many will the optimizer get from
 # `model.parameters()` with `requires_grad`? And what happens if the function runs a second time?
 #
-# Both matter. What stays trainable costs gradients and optimizer state, the very memory that LoRA is to save; and it
+# Both matter. What stays trainable costs gradients and optimizer state, the very memory that LoRA is meant to save; and it
 # changes without being part of the adapter, so that a saved adapter no longer fits the base that everybody else has.
 
 # %%
@@ -416,11 +416,11 @@ for name in "AB":
 
 # %% [markdown]
 # The reports say that every tensor in the file found its layer. Loading is strict: a name that does not fit is an error,
-# for an adapter that is half loaded answers nonsense without a word.
+# for an adapter that is half loaded answers nonsense and reports nothing.
 #
 # Loaded adapters rest beside the weights; `set_adapter` makes one the active one by exchanging parameters, without
 # touching W. So nothing can drift. 004's own questions ask what can go wrong with LoRA, and a reader answers: with one
-# adapter a task, who knows which to use for a request that belongs to no task? **Write down your guess**: how well
+# adapter per task, who knows which to use for a request that belongs to no task? **Write down your guess**: how well
 # does adapter A do in house B, and in the language the base was trained on? And the sum of both adapters?
 
 # %%
@@ -547,7 +547,7 @@ claim(
 #
 # 004 quotes section 4.2 of the paper: memory in training from 1.2 TB to 350 GB, "up to 2/3"; checkpoints from 350 GB
 # to 35 MB, "10,000 times"; "25 % faster". No one here has a GPT-3, but the arithmetic can be done. **Write down your
-# guess**: with which bytes a parameter do 1.2 TB and 2/3 come out?
+# guess**: with which bytes per parameter do 1.2 TB and 2/3 come out?
 
 # %%
 N = 175e9
@@ -562,7 +562,7 @@ for name, per in counted.items():
 per_parameter = 1.2e12 / N
 claim(
     31,
-    f"1.2 TB is {per_parameter:.1f} bytes a parameter, 350 GB is exactly the fp16 weights. \"Up to 2/3\" fits weights "
+    f"1.2 TB is {per_parameter:.1f} bytes per parameter, 350 GB is exactly the fp16 weights. \"Up to 2/3\" fits weights "
     f"with two 16-bit moments ({1 - frozen / (6 * N):.0%}); with fp32 states the share would be "
     f"{1 - frozen / (16 * N):.0%}. What goes is optimizer state and gradients; weights and activations stay. (Hu et al. "
     "2021, section 4.2; how they counted is not said.)",
@@ -571,12 +571,12 @@ claim(
 
 adapter = GPT3_LAYERS * 2 * 2 * GPT3_WIDTH * 4  # q and v, r = 4
 times = frozen / (2 * adapter)
-full_speed, lora_speed = 32.5, 43.1  # tokens a second on one V100, Hu et al. 2021, section 4.2
+full_speed, lora_speed = 32.5, 43.1  # tokens per second on one V100, Hu et al. 2021, section 4.2
 claim(
     32,
     f"r = 4 on Q and V: {adapter / 1e6:.2f} M parameters, {2 * adapter / 1e6:.1f} MB in fp16, {times:,.0f} times less than "
-    f"350 GB. \"25 % faster\" is {lora_speed / full_speed - 1:+.0%} throughput ({full_speed} → {lora_speed} tokens a second "
-    f"a V100), that is {full_speed / lora_speed - 1:+.0%} time.",
+    f"350 GB. \"25 % faster\" is {lora_speed / full_speed - 1:+.0%} throughput ({full_speed} → {lora_speed} tokens per second "
+    f"per V100), that is {full_speed / lora_speed - 1:+.0%} time.",
     round(adapter / 1e6, 2) == 18.87 and round(times) == 9272 and round(100 * (1 - full_speed / lora_speed)) == 25,
 )
 

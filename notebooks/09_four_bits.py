@@ -88,7 +88,7 @@ print(f"scale {scale:.3f}, zero point {zero_point:.3f}, codes {codes.tolist()}, 
 
 q = quantize_affine(torch.from_numpy(W), bits=4, group_size=4)
 nf4_of_W = quantize_nf4(torch.from_numpy(W), double_quant=False)
-print("library:", q.codes.tolist(), f"scale {q.scale.item():.3f}", "| NF4 keeps one constant a block:", nf4_of_W.absmax)
+print("library:", q.codes.tolist(), f"scale {q.scale.item():.3f}", "| NF4 keeps one constant per block:", nf4_of_W.absmax)
 claim(
     50,
     f"scale {scale:.3f} is right and so is the range 0 to 15, but 003's own formula gives {codes.tolist()}: the smallest "
@@ -100,7 +100,7 @@ claim(
 # %% [markdown]
 # ## 2. NF4, on the same four numbers
 #
-# NF4 keeps one constant a block: **absmax**, the largest magnitude. Weights divided by it lie in [−1, 1]. There the 16
+# NF4 keeps one constant per block: **absmax**, the largest magnitude. Weights divided by it lie in [−1, 1]. There the 16
 # levels of NF4 wait, at fixed and uneven places; the nearest one wins. Decoding multiplies the level by absmax.
 
 # %%
@@ -137,7 +137,7 @@ print("by hand:", [f"{byte:08b}" for byte in packed], "  library:", [f"{b:08b}" 
 assert packed.tolist() == nf4_of_W.packed.tolist()
 
 # %% [markdown]
-# ## Exercise 09.2: two codes a byte
+# ## Exercise 09.2: two codes per byte
 #
 # Write `pack(codes)`.
 
@@ -192,7 +192,7 @@ torch.manual_seed(0)
 weight = torch.randn(1024, 1024) * 0.02
 single, double = (quantize_nf4(weight, double_quant=nested) for nested in (False, True))
 for name, q in (("fp32 scales", single), ("double quantization", double)):
-    print(f"{name:20} {q.nbytes:,} bytes, {8 * q.nbytes / weight.numel():.4f} bits a weight")
+    print(f"{name:20} {q.nbytes:,} bytes, {8 * q.nbytes / weight.numel():.4f} bits per weight")
 
 fig, (bits, bars_) = figure(7.5, 2.9, columns=2, width_ratios=(3, 2))
 first = double.packed[0].item()
@@ -206,15 +206,15 @@ counts = {
     "scales": [8 * q.absmax.numel() * q.absmax.element_size() / weight.numel() for q in (single, double)],
     "constants": [0.0, 32 * double.nested.absmax.numel() / weight.numel()],
 }
-stacked(bars_, ["fp32 scales", "double"], counts, "bits a weight", form="{:.3f}")
+stacked(bars_, ["fp32 scales", "double"], counts, "bits per weight", form="{:.3f}")
 show(fig, alt="Left: the bits of one packed byte with two codes, of one 8-bit scale code, and of the fp32 constant of "
-     "256 scales. Right: 4.5 bits a weight with fp32 scales, 4.127 with double quantization.")  # fmt: skip
+     "256 scales. Right: 4.5 bits per weight with fp32 scales, 4.127 with double quantization.")  # fmt: skip
 
 # %% [markdown]
 # ## 5. Which scheme errs least?
 #
 # 003 calls NF4 the format designed for the weights of neural networks. Compare it with two evenly spaced schemes:
-# **absmax-int4** (codes −7 … 7 times absmax / 7: one constant a block, like NF4) and **affine** (two constants a block,
+# **absmax-int4** (codes −7 … 7 times absmax / 7: one constant per block, like NF4) and **affine** (two constants per block,
 # section 1). **Write down your guess** of the order on normally distributed weights, and on uniform ones.
 
 # %%
@@ -281,7 +281,7 @@ claim(
     f"normal weights: NF4 {normal['NF4']:.3f}, absmax-int4 {normal['absmax-int4']:.3f}, affine {normal['affine, 64']:.3f} "
     f"with two constants in blocks of 64 and {normal['affine, 128']:.3f} at NF4's bits. Uniform weights: affine "
     f"{uniform['affine, 64']:.3f}, NF4 {uniform['NF4']:.3f}. NF4 is made for normal weights, and there it is the best for "
-    "one constant a block; for other shapes it is not.",
+    "one constant per block; for other shapes it is not.",
     normal["affine, 64"] < normal["NF4"] < min(normal["absmax-int4"], normal["affine, 128"])
     and uniform["affine, 64"] < uniform["NF4"],
 )
@@ -348,7 +348,7 @@ source(nf4.nf4_dequantize_reference, first="table = _pairs", last="copy_(tile)")
 # %% [markdown]
 # **In Triton** the same table is gathered from on chip. A program makes 8,192 values. It reads 4,096 bytes of codes, 128
 # scale codes and one constant of double quantization (256 scales share one), and writes 8,192 values, nobody else's. The
-# table of pairs is loaded once a program and then indexed by byte (`tl.gather`). All offsets inside a program are small,
+# table of pairs is loaded once per program and then indexed by byte (`tl.gather`). All offsets inside a program are small,
 # so only its start is a 64-bit number. Everything that may lie beyond the end has a mask.
 
 # %%
@@ -356,11 +356,11 @@ source(nf4._nf4_dequantize, first="left = N_BYTES")
 
 # %%
 fig, axes = figure(7.5, 3.2, rows=4)
-VALUES, SHARE = 8, 4  # a small copy: 8 values a program, 4 values a block, a constant for 4 scales
+VALUES, SHARE = 8, 4  # a small copy: 8 values per program, 4 values per block, a constant for 4 scales
 values = 22
 owner = [i // VALUES for i in range(24)]
 who_reads(axes[0], [2 * i // VALUES for i in range(12)], "bytes of codes (two values each): read by program", outside=11)
-who_reads(axes[1], [SHARE * j // VALUES for j in range(6)], "scale codes (one a block): read by program")
+who_reads(axes[1], [SHARE * j // VALUES for j in range(6)], "scale codes (one per block): read by program")
 who_reads(axes[2], [-1, -1], "constants, offset, tables: read by every program that needs them")
 who_reads(axes[3], owner, "out: written by program; crossed: beyond the end, masked", outside=values)
 show(fig, alt="Four rows of boxes numbered by program. Program 0 reads the first four bytes of codes and the first two "
@@ -368,7 +368,7 @@ show(fig, alt="Four rows of boxes numbered by program. Program 0 reads the first
 
 packed_bytes, scale_bytes = 0.5, 1 / 64 + 4 / (64 * 256)
 for name, out in (("fp16 or bf16", 2), ("fp32", 4)):
-    print(f"to {name}: {packed_bytes + scale_bytes:.3f} bytes a value in, {out} out; {out / (packed_bytes + scale_bytes):.1f} "
+    print(f"to {name}: {packed_bytes + scale_bytes:.3f} bytes per value in, {out} out; {out / (packed_bytes + scale_bytes):.1f} "
           "bytes are written for each that is read")  # fmt: skip
 
 # %%
@@ -412,7 +412,7 @@ if gpu():
     moved = large.nbytes + out.numel() * 2
     print(f"{torch.cuda.get_device_name()}: {seconds * 1e6:.0f} µs, {moved / seconds / 1e9:,.0f} GB/s")
 else:
-    skipped("the dequantize kernel's time and the bytes a second that it moves")
+    skipped("the dequantize kernel's time and the bytes per second that it moves")
 
 # %% [markdown]
 # ## 8. NF4, LoRA and product quantization
@@ -421,7 +421,7 @@ else:
 # search. Cut each vector into short pieces, find by k-means a codebook of 256 typical pieces, and store for each piece the
 # number of its nearest entry: one byte. (**K-means**: give each piece to its nearest entry, move each entry to the mean
 # of its pieces, repeat.) **Write down your guess**: a 512 × 512 matrix of normal numbers is to be stored in
-# about 4 bits a number. How far off are NF4, PQ with pieces of 2 numbers, and the best low-rank matrix? And if the
+# about 4 bits per number. How far off are NF4, PQ with pieces of 2 numbers, and the best low-rank matrix? And if the
 # matrix is a planted update of rank 8?
 
 # %%
@@ -516,7 +516,7 @@ claim(
 # ## What to remember
 #
 # - A 4-bit weight is a code, a codebook and a share of a scale: 4.127 bits with NF4 and double quantization.
-# - NF4's levels are quantiles of the normal distribution. For normal weights with one constant a block they win.
+# - NF4's levels are quantiles of the normal distribution. For normal weights with one constant per block they win.
 # - Errors of scales are not shrunk. They are small, and they add as squares.
 # - Decoding is limited by memory; the kernel reads half a byte and writes two or four.
 #

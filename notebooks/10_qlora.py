@@ -16,12 +16,12 @@
 # QLoRA freezes the base in NF4 (lesson [09](09_four_bits.ipynb)) and trains LoRA adapters on top of it (lessons
 # [07](07_low_rank_updates.ipynb), [08](08_lora_in_a_model.ipynb)). Codes cannot be trained: they are whole numbers from
 # 0 to 15, and nothing can be moved by 10⁻⁴. Yet the gradient has to get through every such layer to reach the adapters
-# below. This lesson builds the layer, keeps honest books of the memory, trains, and then tries to merge the adapter back
+# below. This lesson builds the layer, keeps an honest account of the memory, trains, and then tries to merge the adapter back
 # into 4 bits.
 #
 # The documents: 003 (QLoRA diary) throughout.
 #
-# Terms: QLoRA 量化低秩适应, 4-bit quantization 4 位量化, dequantize 反量化, frozen base 冻结基座模型, optimizer state 优化器状态, double quantization 双重量化, merge 合并, memory ledger 显存账本
+# Terms: QLoRA 量化低秩适应, 4-bit quantization 4 位量化, dequantize 反量化, frozen base 冻结基座模型, optimizer state 优化器状态, double quantization 双重量化, merge 合并, memory breakdown 显存明细
 
 # %%
 import copy
@@ -183,16 +183,16 @@ claim(
     51,
     f"{N // 64 / 1e6:.2f} M scales, {single / 1e6:.2f} MB as fp32: right. The second level has {constants:,} constants, "
     f"{4 * constants / 1e3:.0f} kB, not 1 KB. In all {double / 1e6:.2f} MB, which saves {saved / 1e6:.1f} MB, "
-    f"{8 * saved / N:.3f} bit a parameter.",
+    f"{8 * saved / N:.3f} bit per parameter.",
     round(single / 1e6, 2) == 93.75 and constants == 91_553 and round(double / 1e6, 2) == 23.80
     and round(8 * saved / N, 3) == 0.373,
 )  # fmt: skip
 
 # %% [markdown]
-# ## 4. Honest books
+# ## 4. An honest account
 #
 # 003 compares: full fine-tuning of 1.5 billion parameters takes 18 GB, QLoRA "about 1 GB". Both are **model states**:
-# what is there whatever the batch. Its 18 GB are 12 bytes a parameter: 2 for the weight, 2 for the gradient, 8 for Adam.
+# what is there whatever the batch. Its 18 GB are 12 bytes per parameter: 2 for the weight, 2 for the gradient, 8 for Adam.
 # Its 1 GB has 0.75 GB of codes, 16 MB of adapters, 64 MB of Adam.
 #
 # **Write down your guess**: which four things are missing from the two lists? Take Qwen2.5-1.5B as the model. It helps to
@@ -204,13 +204,13 @@ QWEN = shape_of("qwen2.5-1.5b")
 full = memory.estimate(QWEN, "full", "bfloat16", batch=1, seq=512)
 qlora = memory.estimate(QWEN, "qlora", "bfloat16", batch=1, seq=512, lora_r=8)
 print(f"{QWEN.name}: {QWEN.parameters / 1e9:.3f} G parameters, of which embeddings {QWEN.table_parameters / 1e9:.3f} G\n")
-for name, ledger in (("full", full), ("QLoRA", qlora)):
-    parts = {part: f"{ledger[part] / 1e9:.3f}" for part in ledger.STATES if ledger[part]}
-    print(f"{name:6} {ledger.states / 1e9:6.2f} GB:", ", ".join(f"{part} {size}" for part, size in parts.items()))
+for name, breakdown in (("full", full), ("QLoRA", qlora)):
+    parts = {part: f"{breakdown[part] / 1e9:.3f}" for part in breakdown.STATES if breakdown[part]}
+    print(f"{name:6} {breakdown.states / 1e9:6.2f} GB:", ", ".join(f"{part} {size}" for part, size in parts.items()))
 
 # %%
 linear = QWEN.layers * sum(out * into for out, into in QWEN.linears.values())
-books = {
+counted = {
     "codes": [0.75, linear / 2 / 1e9],
     "scales": [0, qlora["quantization constants"] / 1e9],
     "embeddings, norms": [0, (qlora["weights"] - linear / 2) / 1e9],
@@ -219,14 +219,14 @@ books = {
     "Adam": [0.064, qlora["optimizer state"] / 1e9],
 }
 fig, ax = figure(7, 2.2)
-stacked(ax, ["003", "counted"], books, "GB", form="{:.2f}")
+stacked(ax, ["003", "counted"], counted, "GB", form="{:.2f}")
 ax.legend(loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=6)
 show(fig, alt="Two bars of QLoRA's model states for a 1.5B model: 003 counts codes, adapters and Adam, 0.83 GB; the full "
      "count adds scales, 16-bit embeddings and gradients and comes to about 1.3 GB.")  # fmt: skip
 
 claim(
     49,
-    f"full: 003's 18 GB are 12 bytes a parameter and leave out the fp32 master weights of mixed precision; with them "
+    f"full: 003's 18 GB are 12 bytes per parameter and leave out the fp32 master weights of mixed precision; with them "
     f"{full.states / QWEN.parameters:.0f} bytes, 24 GB for 1.5 G, {full.states / 1e9:.1f} GB for this model. QLoRA: the "
     f"embeddings stay in 16 bits ({(qlora['weights'] - linear / 2) / 1e9:.2f} GB), scales take "
     f"{qlora['quantization constants'] / 1e6:.0f} MB and the adapters need gradients: {qlora.states / 1e9:.2f} GB. That is "
@@ -262,7 +262,7 @@ llama = memory.estimate("llama-65b", "qlora", "bfloat16", batch=1, seq=512, lora
 print(f"LLaMA-65B in NF4 with double quantization, r = 64 on all projections: states {llama.states / 1e9:.1f} GB")
 claim(
     54,
-    f"780 = 65 × {780 / 65:.0f}: 12 bytes a parameter again. Double quantization saves {bits_saved:.3f} bit a parameter, "
+    f"780 = 65 × {780 / 65:.0f}: 12 bytes per parameter again. Double quantization saves {bits_saved:.3f} bit per parameter, "
     f"{saved_65 / 1e9:.2f} GB, not 48 − 41 = 7. The paper itself says \"about 0.37 bits per parameter (approximately 3 GB "
     "for a 65B model)\" and \"from >780 GB to <48 GB\" (Dettmers et al. 2023, sections 1 and 3); a table with these "
     f"rows, BBH and 41 GB is not in it. Our count of the states at r = 64: {llama.states / 1e9:.1f} GB.",
@@ -276,7 +276,7 @@ claim(
 # other words. Three runs with the same adapters (r = 8, all linear layers): on the fp32 base, on the base in NF4, and
 # on the NF4 base with adapters that start at the best correction of the rounding error (LoftQ, Li et al. 2023).
 #
-# **Write down your guess**: how many held-out tokens does the base lose by NF4, and how many does QLoRA end up behind
+# **Write down your guess**: how many held-out tokens does the base lose to NF4, and by how many does QLoRA end up behind
 # LoRA?
 
 # %%
@@ -425,8 +425,8 @@ lessons.check("10.3", merge_error);
 source(nf4_matmul.plan, first="M, K = x.shape", last='return "merged"')
 rows = (1, 16, 64, 1024)
 for M in rows:
-    streamed, dense = 0.516, 0.516 + 2 + 2  # bytes a weight: codes read; or codes read, fp16 written, fp16 read
-    print(f"M = {M:4}: FLOPs a byte moved for W: streamed {2 * M / streamed:7,.1f}   through a dense copy {2 * M / dense:7,.1f}")
+    streamed, dense = 0.516, 0.516 + 2 + 2  # bytes per weight: codes read; or codes read, fp16 written, fp16 read
+    print(f"M = {M:4}: FLOPs per byte moved for W: streamed {2 * M / streamed:7,.1f}   through a dense copy {2 * M / dense:7,.1f}")
 
 # %% [markdown]
 # Why not stream for every M? On a GPU y is made in tiles by many programs that do not share what they decode: each tile
@@ -478,7 +478,7 @@ print("multiply, sum, then scale: ", ((level4 * x4).reshape(2, 2).sum(1) * scale
 # %%
 source(nf4_stream._one_row_kernel, first="for k in range(0, K, BLOCK_K)", last="in_row =")
 fig, (w_axis, x_axis, y_axis) = figure(7.5, 2.2, columns=3, width_ratios=(8, 8, 3))
-who_reads(w_axis, [[n // 2] * 8 for n in range(6)], "codes of W (N, K), 8 a word: read by program")
+who_reads(w_axis, [[n // 2] * 8 for n in range(6)], "codes of W (N, K), 8 per word: read by program")
 who_reads(x_axis, [[-1] * 8], "x (1, K): read by every program")
 who_reads(y_axis, [[n // 2] for n in range(6)], "y: written by")
 show(fig, alt="W as 6 rows of words: each program reads two whole rows of it. x is read by every program. y: each program "
@@ -517,7 +517,7 @@ else:
 #
 # - Frozen codes need no gradient of their own; dx needs the weight, which is decoded a second time and never kept.
 # - QLoRA's states for a 1.5B model are some 1.3 GB: count scales, 16-bit embeddings and the adapters' gradients too.
-# - Double quantization saves 0.37 bit a parameter, no more.
+# - Double quantization saves 0.37 bit per parameter, no more.
 # - A usual ΔW is smaller than the gaps between NF4 levels, and merging into NF4 rounds it away. Keep it beside the codes, or merge into 16 bits.
 #
 # Next: [11 How do many machines share one model?](11_many_machines.ipynb)

@@ -15,7 +15,7 @@
 #
 # Eight GPUs that each hold the whole model, the whole optimizer and an eighth of the batch: that is data parallelism, and seven eighths of its memory are copies. *ZeRO* cuts the copies away, one kind after the other. In this lesson two processes on your machine train one model in six ways. They learn the same to the bit, and you count the bytes that each holds and the numbers that each sends.
 #
-# You need [lesson 04](04_where_memory_goes.ipynb) (16 bytes a parameter) and [lesson 06](06_faking_a_big_batch.ipynb) (the gradient of a batch in parts). The claims come from document 002 (efficient network training).
+# You need [lesson 04](04_where_memory_goes.ipynb) (16 bytes per parameter) and [lesson 06](06_faking_a_big_batch.ipynb) (the gradient of a batch in parts). The claims come from document 002 (efficient network training).
 #
 # Terms: data parallelism 数据并行, process 进程, shard 分片, optimizer state sharding 优化器状态分片, gradient sharding 梯度分片, parameter sharding 参数分片, offload 卸载到内存
 
@@ -107,7 +107,7 @@ lessons.show(fig, alt="Which of four numbers each of two ranks holds. DDP: both 
 #
 # In mixed precision a parameter has 2 bytes of weight, 2 of gradient and 12 of optimizer state (FP32 master, *m*, *v*). With A parameters on N ranks document 002 gives:
 #
-# | | cut among the ranks | bytes a rank |
+# | | cut among the ranks | bytes per rank |
 # |---|---|---|
 # | DDP | nothing | 16A |
 # | ZeRO-1 | optimizer state | 4A + 12A/N |
@@ -120,13 +120,13 @@ lessons.show(fig, alt="Which of four numbers each of two ranks holds. DDP: both 
 stages = {"DDP": 0, "ZeRO-1": 1, "ZeRO-2": 2, "ZeRO-3": 3}
 paper = {name: memory.estimate(7e9, dtype="bfloat16", zero=stage, world_size=8) for name, stage in stages.items()}
 parts = {
-    "weights": [ledger["weights"] / GB for ledger in paper.values()],
-    "gradients": [ledger["gradients"] / GB for ledger in paper.values()],
-    "Adam and masters": [(ledger["optimizer state"] + ledger["master weights"]) / GB for ledger in paper.values()],
+    "weights": [breakdown["weights"] / GB for breakdown in paper.values()],
+    "gradients": [breakdown["gradients"] / GB for breakdown in paper.values()],
+    "Adam and masters": [(breakdown["optimizer state"] + breakdown["master weights"]) / GB for breakdown in paper.values()],
 }
 fig, ax = lessons.figure(height=2.6)
 lessons.stacked(ax, list(stages), parts, unit="GB", form="{:.4g}")
-lessons.show(fig, alt="Model states a GPU for 7 billion parameters on 8 GPUs: 112 GB under DDP, then 38.5, 26.25 and 14 GB under "
+lessons.show(fig, alt="Model states per GPU for 7 billion parameters on 8 GPUs: 112 GB under DDP, then 38.5, 26.25 and 14 GB under "
              "ZeRO-1, 2 and 3.")
 
 # %% [markdown]
@@ -265,7 +265,7 @@ assert all(difference == 0 for pair in parity[0].values() for difference in pair
 #
 # ## Bytes, counted
 #
-# Now in BF16 with masters, as on the paper above. `bytes_held` counts the storages of a rank: after backward, when gradients are there. For DDP the same is counted by hand. (The odd thousandth in the optimizer's column is Adam's step counter, one number a tensor.)
+# Now in BF16 with masters, as on the paper above. `bytes_held` counts the storages of a rank: after backward, when gradients are there. For DDP the same is counted by hand. (The odd thousandth in the optimizer's column is Adam's step counter, one number per tensor.)
 
 # %%
 def count_ddp(rank, size):
@@ -310,7 +310,7 @@ counted = launch(model_of, loss_of, count_ddp, count_zero, work)[0]
 A, N = counted.pop("A"), 2
 kinds = ("parameters", "gradients", "optimizer state")
 device = {name: sum(held[kind] for kind in kinds) / A for name, held in counted.items()}
-print(f"{A:,} parameters, {N} ranks; bytes a parameter on each")
+print(f"{A:,} parameters, {N} ranks; bytes per parameter on each")
 print(f"{'':18}{'parameters':>12}{'gradients':>12}{'optimizer':>12}{'device':>10}{'host':>8}")
 for name, held in counted.items():
     row = [held[kind] / A for kind in kinds]
@@ -319,10 +319,10 @@ for name, held in counted.items():
 # %%
 formula = {"DDP": 16, "ZeRO-1": 4 + 12 / N, "ZeRO-2": 2 + 14 / N, "ZeRO-3": 16 / N}
 worst = max(abs(device[name] / formula[name] - 1) for name in formula)
-on_eight = {name: ledger.states / GB for name, ledger in paper.items()}
+on_eight = {name: breakdown.states / GB for name, breakdown in paper.items()}
 lessons.claim(
     45,
-    measured=f"two ranks hold {', '.join(f'{device[name]:.2f}' for name in formula)} bytes a parameter under DDP and ZeRO-1, 2, 3, "
+    measured=f"two ranks hold {', '.join(f'{device[name]:.2f}' for name in formula)} bytes per parameter under DDP and ZeRO-1, 2, 3, "
     f"where the formulas say {', '.join(f'{v:g}' for v in formula.values())} (off by {worst:.1%} at most); for 7 billion on 8 they give "
     f"{', '.join(f'{v:g}' for v in on_eight.values())} GB. These are states only: activations come on top, uncut",
     holds=worst < 0.02 and list(on_eight.values()) == [112, 38.5, 26.25, 14],
@@ -337,13 +337,13 @@ lessons.claim(
 traffic = {"DDP": 2.0} | {name: counted[name]["sent"] / A for name in ("ZeRO-1", "ZeRO-2", "ZeRO-3")}
 fig, ax = lessons.figure(height=2)
 lessons.bars(ax, list(traffic), list(traffic.values()), unit="A", form="{:.2f}")
-ax.set_xlabel("elements a rank sends in one step, in units of the parameters A")
-lessons.show(fig, alt="Elements sent a step: twice the parameters under DDP, ZeRO-1 and ZeRO-2, three times under ZeRO-3.")
+ax.set_xlabel("elements that a rank sends per step, in units of the parameters A")
+lessons.show(fig, alt="Elements sent per step: twice the parameters under DDP, ZeRO-1 and ZeRO-2, three times under ZeRO-3.")
 
 # %% [markdown]
 # Stages 1 and 2 are free: the same traffic as DDP. Stage 3 pays half as much again, since weights must be gathered for forward and once more for backward. On paper, that is; measured on a network, latency and overlap decide.
 #
-# With gradient accumulation the bill changes. DDP and ZeRO-1 keep a whole gradient on each rank, so they can add up micro-batches in silence and communicate once an update (`no_sync` in PyTorch; the trainer of lesson 06 does it by itself). ZeRO-2 and 3 have no room for a whole gradient. They reduce every micro-batch, and their traffic grows with the number of micro-batches.
+# With gradient accumulation the bill changes. DDP and ZeRO-1 keep a whole gradient on each rank, so they can add up micro-batches in silence and communicate once per update (`no_sync` in PyTorch; the trainer of lesson 06 does it by itself). ZeRO-2 and 3 have no room for a whole gradient. They reduce every micro-batch, and their traffic grows with the number of micro-batches.
 #
 # ## Offload, and the order of things
 #
@@ -371,10 +371,10 @@ for name, values in curves.items():
     ax.plot(2, device[name], "o", color=looks[name][0], markersize=5)
 ax.axvline(8, color="0.85", lw=0.8, linestyle="-")
 ax.text(8.3, 20, "the notes' N = 8", color="0.4", fontsize=8)
-ax.set(xscale="log", yscale="log", xlabel="ranks N (dots: measured on 2)", ylabel="bytes a parameter on the device", xlim=(0.9, 420), ylim=(0.012, 30))
+ax.set(xscale="log", yscale="log", xlabel="ranks N (dots: measured on 2)", ylabel="bytes per parameter on the device", xlim=(0.9, 420), ylim=(0.012, 30))
 ax.set_xticks(ranks, [str(n) for n in ranks])
 ax.minorticks_off()
-lessons.show(fig, alt="Bytes a parameter on the device against the number of ranks: ZeRO-2 with offload stays at 2 and is crossed by "
+lessons.show(fig, alt="Bytes per parameter on the device against the number of ranks: ZeRO-2 with offload stays at 2 and is crossed by "
              "ZeRO-3, which falls with 1/N, at 8 ranks. Dots show the values measured on two ranks.")
 
 # %%
@@ -383,7 +383,7 @@ eight = memory.estimate(7e9, dtype="bfloat16", zero=2, world_size=8, offload=Tru
 lessons.claim(
     47,
     measured=f"by bytes on the device, smallest first: {' < '.join(order)}. So as memory taken the notes' chain reads backwards, and "
-    f"as memory saved it is wrong too: on two ranks ZeRO-2 + offload ({device['ZeRO-2 + offload']:.2f} bytes a parameter) holds less than "
+    f"as memory saved it is wrong too: on two ranks ZeRO-2 + offload ({device['ZeRO-2 + offload']:.2f} bytes per parameter) holds less than "
     f"ZeRO-3 ({device['ZeRO-3']:.2f}); the two meet at N = {crossing}, where both leave {eight.states / GB:g} GB of 7 billion",
     holds=(order[0] == "ZeRO-3 + offload" and order[-1] == "DDP" and device["ZeRO-2 + offload"] < device["ZeRO-3"]
            and crossing == 8 and eight.states == paper["ZeRO-3"].states),
@@ -396,8 +396,8 @@ lessons.claim(
 
 # %%
 for name, stage in stages.items():
-    ledger = memory.estimate("7b", dtype="bfloat16", batch=1, seq=2048, checkpoint=True, zero=stage, world_size=8)
-    print(f"{name:7} states {ledger.states / GB:6.2f} GB   peak with activations {ledger.peak / GB:6.2f} GB, at: {ledger.moment}")
+    breakdown = memory.estimate("7b", dtype="bfloat16", batch=1, seq=2048, checkpoint=True, zero=stage, world_size=8)
+    print(f"{name:7} states {breakdown.states / GB:6.2f} GB   peak with activations {breakdown.peak / GB:6.2f} GB, at: {breakdown.moment}")
 
 # %%
 if torch.cuda.device_count() > 1:
@@ -407,16 +407,16 @@ else:
     lessons.skipped("the command for real work on several GPUs: torchrun --nproc-per-node N -m handtuned finetune --parallel fsdp")
 
 # %% [markdown]
-# ## Exercise 11.1: Bytes a rank
+# ## Exercise 11.1: Bytes per rank
 #
-# Write `bytes_a_rank(parameters, ranks, stage, offload)` for mixed precision: 2 bytes of weight, 2 of gradient, 12 of optimizer state a parameter, cut as stage 0 (DDP) to 3 says; with `offload` gradients and optimizer state are not on the device. The number of parameters is divisible by the number of ranks.
+# Write `bytes_per_rank(parameters, ranks, stage, offload)` for mixed precision: 2 bytes of weight, 2 of gradient, 12 of optimizer state per parameter, cut as stage 0 (DDP) to 3 says; with `offload` gradients and optimizer state are not on the device. The number of parameters is divisible by the number of ranks.
 
 # %%
-def bytes_a_rank(parameters, ranks, stage, offload):
+def bytes_per_rank(parameters, ranks, stage, offload):
     raise NotImplementedError
 
 
-lessons.check("11.1", bytes_a_rank);
+lessons.check("11.1", bytes_per_rank);
 
 # %% [markdown]
 # ## Exercise 11.2: Who owns what

@@ -49,7 +49,7 @@ def bar(done, total, text=""):
 # %% [markdown]
 # ## First on paper
 #
-# Before anything runs, the ledger of lesson 04 says what can fit. A 7B model, one row of 2048 tokens, a card of 24 GB:
+# Before anything runs, the breakdown of lesson 04 says what can fit. A 7B model, one row of 2048 tokens, a card of 24 GB:
 
 # %%
 print(f"{'method':38} {'states':>9} {'peak':>9}   24 GB?")
@@ -62,8 +62,8 @@ for name, settings in {
     "QLoRA r 8, checkpointed": {"method": "qlora", "dtype": "bfloat16", "checkpoint": True},
     "QLoRA r 64, checkpointed": {"method": "qlora", "dtype": "bfloat16", "checkpoint": True, "lora_r": 64},
 }.items():
-    ledger = memory.estimate("7b", batch=1, seq=2048, **settings)
-    print(f"{name:38} {ledger.states / GB:6.1f} GB {ledger.peak / GB:6.1f} GB   {'fits' if ledger.peak <= 24 * GB else '–'}")
+    breakdown = memory.estimate("7b", batch=1, seq=2048, **settings)
+    print(f"{name:38} {breakdown.states / GB:6.1f} GB {breakdown.peak / GB:6.1f} GB   {'fits' if breakdown.peak <= 24 * GB else '–'}")
 
 # %% [markdown]
 # Several ways fit. Bytes alone do not choose between them: that takes the task. On a laptop a 7B model is out of reach, so the rest of the lesson does the same with a very small one, in two minutes.
@@ -142,7 +142,7 @@ def score(model, rows):
 
 
 def train(model, parameters, rows, steps, learning_rate, segments=None, watch=lambda done: None):
-    """AdamW, warmup and cosine, 16 rows a step."""
+    """AdamW, warmup and cosine, 16 rows per step."""
     optimizer = AdamW(parameters, lr=learning_rate, weight_decay=0.0)
     schedule = cosine_with_warmup(optimizer, steps)
 
@@ -166,7 +166,7 @@ base = Transformer(vocab_size=len(number) + 2, num_layers=2, d_model=64, num_hea
 data = {form.__name__: rows_of(form) for form in (forwards, backwards, cipher)}
 train(base, list(base.parameters()), data["forwards"]["train"], 300, 4e-3, watch=lambda done: bar(done, 300, "steps: base model"))
 before = {name: score(base, data[name]["validation"]) for name in data}
-print(f"{sum(p.numel() for p in base.parameters()):,} parameters; loss on held-out rows, nats a token:",
+print(f"{sum(p.numel() for p in base.parameters()):,} parameters; loss on held-out rows, nats per token:",
       {name: round(value, 2) for name, value in before.items()})
 
 # %% [markdown]
@@ -248,7 +248,7 @@ for low, high, row, text in ((8, 64, -0.1, "001"), (4, 32, -0.25, "003"), (4, 16
     ax.plot((low, high), (row, row), color="0.55", lw=3, linestyle="-", solid_capstyle="butt")
     ax.text(high * 1.06, row, f"{text}: {low}–{high}", va="center", color="0.4", fontsize=8)
 ax.axhline(0, color="0.8", lw=0.8, linestyle="-")
-ax.set(xscale="log", xlabel="rank", ylabel="held-out loss, nats a token", xlim=(0.9, 130), ylim=(-0.5, None))
+ax.set(xscale="log", xlabel="rank", ylabel="held-out loss, nats per token", xlim=(0.9, 130), ylim=(-0.5, None))
 ax.set_xticks(ranks, [str(rank) for rank in ranks])
 ax.minorticks_off()
 ax.legend(loc="upper right")
@@ -279,7 +279,7 @@ lessons.claim(
 # Rank, scaling, learning rate, targets: four knobs, and they depend on each other: that is why every rank was tried with two learning rates. A reader of document 004 asked whether a machine could turn them: *AutoML*. It can, if one does it on a budget. The library's command for that is `handtuned tune` (with Optuna: `pip install "handtuned[tune]"`). What it needs:
 #
 # - **A budget of steps.** Eight trials. A trial is looked at after 1/8, 1/4 and 1/2 of its steps and stopped unless it is among the better half of those that came as far. This is *successive halving*; you write it yourself in exercise 12.3.
-# - **A budget of bytes.** Each trial notes what its adapter takes: 16 bytes a trained parameter. What does not fit is not chosen; our limit is twice what the usual settings take.
+# - **A budget of bytes.** Each trial records what its adapter takes: 16 bytes per trained parameter. What does not fit is not chosen; our limit is twice what the usual settings take.
 # - **A seed,** so that the search can be repeated, and a **sampler** that learns from the trials before (Optuna's TPE).
 # - **The usual settings as the first trial,** so that the search ends no worse than it began.
 # - **Rows for choosing and other rows for the verdict.** The best of eight is lucky as well as good.
@@ -367,7 +367,7 @@ for (name, size, loss), marker in zip(everything[-3:], "s^D", strict=True):
     ax.plot(size / 1e6, loss, marker, color=lessons.ACCENT, markersize=6, linestyle="none")
     ax.annotate(name, (size / 1e6, loss), (0, 9), textcoords="offset points", color=lessons.ACCENT, ha="center")
 ax.margins(x=0.08, y=0.2)
-ax.set(xlabel="model states, MB", ylabel="loss on untouched rows, nats a token")
+ax.set(xlabel="model states, MB", ylabel="loss on untouched rows, nats per token")
 ax.legend(loc="upper right")
 lessons.show(fig, alt="Loss against bytes of model states, with the Pareto front as a staircase: the search's QLoRA trials at the left, "
              "LoRA with rank 8 to their right and above the front, full fine-tuning far to the right with the least loss.")
@@ -379,11 +379,11 @@ for size, loss in front:
 
 # %%
 if lessons.gpu():
-    ledger = memory.estimate("smollm2", "qlora", "bfloat16", batch=8, seq=512)
-    print(torch.cuda.get_device_name(), f"predicted for `handtuned finetune` with 8 × 512 tokens: {ledger.peak / GB:.2f} GB; "
+    breakdown = memory.estimate("smollm2", "qlora", "bfloat16", batch=8, seq=512)
+    print(torch.cuda.get_device_name(), f"predicted for `handtuned finetune` with 8 × 512 tokens: {breakdown.peak / GB:.2f} GB; "
           "run `handtuned memory --model smollm2 --measure` and compare")
 else:
-    lessons.skipped("the ledger of `handtuned finetune` on this GPU")
+    lessons.skipped("the memory breakdown of `handtuned finetune` on this GPU")
 
 # %% [markdown]
 # ## Exercise 12.1: The Pareto front
@@ -424,7 +424,7 @@ lessons.check("12.3", halving);
 # %% [markdown]
 # ## What to remember
 #
-# - Add up on paper first: the ledger rules out most settings for free.
+# - Add up on paper first: a breakdown rules out most settings for free.
 # - What fits is chosen by the task. QLoRA costs little loss and saves most where the linear layers are most of the model.
 # - There is no rank for all tasks. Learning another form takes little rank, learning facts takes much.
 # - A search needs four things: a budget of bytes, a budget of steps, a seed, and rows that it never saw.

@@ -6,10 +6,9 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from handtuned.kernels.runtime import tl, triton
+from handtuned.lessons import exercises_of
 from handtuned.nn import checkpoint
 from torch import nn
-
-from handtuned.lessons import exercises_of
 
 
 @triton.jit

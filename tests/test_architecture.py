@@ -1,94 +1,174 @@
-"""The house's floors and arrows (README, "How it is built")."""
+"""The house's floors, arrows and laws (README, "How it is built"), read from the source."""
 
 import ast
+import os
+import re
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
+from source_tree import ROOT, References, package, scripts
 
-ROOT = Path(__file__).resolve().parents[1]
+from handtuned.cli import COMMANDS
+
+# Floor → the floors that it may import. The commands stand on all of them, the lessons on the commands.
 MAY_IMPORT = {
     "kernels": set(),
     "quant": {"kernels"},
-    "amp": {"kernels"},
-    "optim": {"kernels"},
+    "optim": {"kernels", "quant"},
+    "amp": {"kernels", "quant", "optim"},
     "nn": {"kernels", "quant"},
-    "handtuned": {"kernels", "quant", "amp", "optim", "nn"},
 }
-OPTIONAL = {"transformers", "tokenizers", "safetensors", "gguf", "tqdm", "matplotlib", "peft", "bitsandbytes",
-            "optuna", "tensorboard", "wandb", "IPython", "jupytext", "jupyter_client", "nbclient",
+PUBLIC = {
+    "kernels": "backend",
+    "kernels.lora": "lora_linear",
+    "quant": "NF4_CODE quantize_nf4 dequantize_nf4 NF4Tensor quantize_affine dequantize_affine NF4Linear "
+    "quantize_model load_quantized quantization_summary",
+    "nn": "LoRALayer LoRALinear apply_lora_to_model mark_only_lora_as_trainable lora_parameters merge_lora "
+    "unmerge_lora disable_lora save_adapter load_adapter set_adapter manual_checkpoint_forward checkpoint "
+    "checkpoint_sequential TransformerBlock CheckpointedTransformerLayer linear_cross_entropy",
+    "amp": "FloatFormat describe autocast GradScaler scaled_matmul MasterWeights MixedPrecisionTrainer",
+    "optim": "AdamW AdamW8bit cosine_with_warmup GradientAccumulationTrainer ZeroOptimizer",
+    "memory": "estimate measure analyze_lora_params analyze_memory_savings",
+}
+OPTIONAL = {"transformers", "tokenizers", "safetensors", "gguf", "tqdm", "matplotlib", "peft", "bitsandbytes", "regex",
+            "datasets", "optuna", "tensorboard", "wandb", "IPython", "jupytext", "jupyter_client", "nbclient",
             "nbformat"}  # fmt: skip
-# Folder → dots that lead from its modules to the package.
-LESSONS = {"handtuned/lessons": 2, "handtuned/lessons/exercises": 3}
 LINES = 350
 
-
-def modules(floor):
-    return sorted((ROOT / floor).glob("*.py"))
-
-
-def imports(path):
-    """(depth of the dots, dotted name) of every import in a file, those inside functions too."""
-    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
-        if isinstance(node, ast.ImportFrom):
-            base = node.module or ""
-            for alias in node.names:
-                yield node.level, f"{base}.{alias.name}".strip(".")
-        elif isinstance(node, ast.Import):
-            for alias in node.names:
-                yield 0, alias.name
+PACKAGE = package()
+REFERENCES = References(PACKAGE)
+TESTS, BENCHMARKS, NOTEBOOKS = scripts("tests/*.py"), scripts("benchmarks/*.py"), scripts("notebooks/*.py")
+KERNELS = [
+    module
+    for module in PACKAGE.values()
+    if module.path.parent == ROOT / "kernels" and "@triton.jit" in module.text and module.path.stem != "runtime"
+]
+COMMAND_MODULES = {f"handtuned.{module}" for module, _ in COMMANDS.values()}
 
 
-FLOORS = [path for floor in MAY_IMPORT for path in modules(floor)]
-ALL = FLOORS + [path for folder in LESSONS for path in modules(folder)]
+def each(modules):
+    return pytest.mark.parametrize("module", modules, ids=lambda module: str(module.path.relative_to(ROOT)))
 
 
-@pytest.mark.parametrize("path", FLOORS, ids=lambda path: f"{path.parent.name}/{path.name}")
-def test_arrows_point_one_way(path):
-    floor = path.parent.name
-    for level, name in imports(path):
-        first = name.split(".")[0]
-        if floor == "handtuned":
-            reached = first if level == 1 and first in MAY_IMPORT else None
-            assert level < 2, f"{path.name} imports from outside the package"
-        else:
-            reached = first if level == 2 else None
-            assert level < 3
-        if reached is not None:
-            assert reached in MAY_IMPORT[floor], f"{floor}/{path.name} imports {reached}"
-        if level == 0:
-            assert first != "handtuned", f"{path} imports handtuned by its absolute name"
-            assert first not in MAY_IMPORT, f"{path} imports the bare top-level folder {first}"
-        assert not (floor == "handtuned" and level == 1 and first == "lessons"), "the lessons stand on top of all"
+def is_reference(name):
+    """`lora_linear_reference`, `unscale_reference_` (in place), or a class `GradScalerReference`."""
+    return name.rstrip("_").lower().endswith("reference")
 
 
-@pytest.mark.parametrize("folder", LESSONS)
-def test_lessons_import_relatively_from_within_the_package(folder):
-    for path in modules(folder):
-        for level, name in imports(path):
-            first = name.split(".")[0]
-            assert level <= LESSONS[folder], f"{path.name} imports from outside the package"
-            if level == 0:
-                assert first != "handtuned", f"{path} imports handtuned by its absolute name"
-                assert first not in MAY_IMPORT, f"{path} imports the bare top-level folder {first}"
+def floor_of(dotted):
+    """ "handtuned.quant.nf4" → "quant", "handtuned.training.loop" → "handtuned", "torch.nn" → None."""
+    first, _, rest = dotted.partition(".")
+    if first != "handtuned":
+        return None
+    part = rest.partition(".")[0]
+    return part if part in (*MAY_IMPORT, "lessons") else "handtuned"
 
 
-@pytest.mark.parametrize("path", ALL, ids=lambda path: f"{path.parent.name}/{path.name}")
-def test_files_stay_small(path):
-    count = len(path.read_text(encoding="utf-8").splitlines())
-    assert count <= LINES, f"{path.name} has {count} lines; the limit is {LINES}"
+def home_of(dotted):
+    """The module of the package that something imported is, or stands in."""
+    while dotted and dotted not in PACKAGE:
+        dotted = dotted.rpartition(".")[0]
+    return dotted
 
 
-@pytest.mark.parametrize("path", ALL, ids=lambda path: f"{path.parent.name}/{path.name}")
-def test_every_module_says_what_it_is(path):
-    if path.read_text(encoding="utf-8").strip():
-        assert ast.get_docstring(ast.parse(path.read_text(encoding="utf-8"))), f"{path} has no docstring"
+@each(PACKAGE.values())
+def test_arrows_point_one_way(module):
+    floor = floor_of(module.name)
+    allowed = {floor, *MAY_IMPORT.get(floor, MAY_IMPORT)} | ({"handtuned"} if floor == "lessons" else set())
+    for dots, name, _ in module.imports:
+        assert dots or name.split(".")[0] not in {"handtuned", *MAY_IMPORT}, f"{name} is not imported relatively"
+        reached = floor_of(name) if dots else None
+        # The package itself offers its version to every floor.
+        if reached and home_of(name) != "handtuned":
+            assert reached in allowed, f"{floor} imports {name}"
+
+
+@each([*PACKAGE.values(), *TESTS, *BENCHMARKS, *NOTEBOOKS])
+def test_what_is_used_of_the_package_is_there(module):
+    """Inside functions and cells that only a GPU runs, too. One name comes from a file in C."""
+    missing = sorted(set(REFERENCES.missing(module)) - {"handtuned.kernels._nf4_cpu"})
+    assert not missing, "there is no " + ", ".join(missing)
+
+
+@each([module for module in PACKAGE.values() if floor_of(module.name) == "handtuned"])
+def test_inside_handtuned_nothing_imports_a_command(module):
+    """Neither a part (training/, memory/, gpu/) nor another command; cli calls them by name."""
+    for _, name, _ in module.imports:
+        assert home_of(name) not in COMMAND_MODULES - {module.name}, f"{module.name} imports the command {name}"
+
+
+def test_what_stands_directly_in_handtuned_is_a_command():
+    loose = {f"handtuned.{path.stem}" for path in (ROOT / "handtuned").glob("*.py")} - COMMAND_MODULES
+    assert loose == {"handtuned.__init__", "handtuned.__main__", "handtuned.cli"}, "the rest belongs into a folder"
+
+
+@each(PACKAGE.values())
+def test_nothing_looks_up_into_the_checkout(module):
+    """An installed package has no checkout around it: what a command needs from there is an argument."""
+    assert "parents[" not in module.text and "__file__).parent.parent" not in module.text
+
+
+@each([*PACKAGE.values(), *TESTS, *BENCHMARKS])
+def test_files_stay_small(module):
+    count = len(module.text.splitlines())
+    assert count <= LINES, f"{count} lines; the limit is {LINES}"
+
+
+@each([*PACKAGE.values(), *TESTS, *BENCHMARKS])
+def test_every_module_says_what_it_is(module):
+    assert ast.get_docstring(module.tree), "no docstring"
+
+
+@each(KERNELS)
+def test_a_kernel_file_begins_with_its_reference(module):
+    first = next(node for node in module.tree.body if isinstance(node, (ast.FunctionDef, ast.ClassDef)))
+    assert is_reference(first.name), f"{first.name} stands before the naive torch version"
+
+
+@each(KERNELS)
+def test_a_kernel_file_has_a_test_and_a_benchmark_of_its_name(module):
+    for path in (f"tests/test_{module.path.stem}.py", f"benchmarks/bench_{module.path.stem}.py"):
+        assert (ROOT / path).is_file(), f"{path} is missing"
+
+
+def roots():
+    """Where reading begins: what a user, a lesson or a benchmark calls, and what runs when a module is imported."""
+    page = (ROOT / "docs" / "from-peft.md").read_text(encoding="utf-8")
+    promised = set(re.findall(r"\w+", " ".join(re.findall(r"```python\n# handtuned.*?```|`[^`\n]+`", page, re.S))))
+    found = {REFERENCES.find(f"handtuned.{part}.{name}") for part, names in PUBLIC.items() for name in names.split()}
+    found |= {(command, name) for command in COMMAND_MODULES for name in ("add_arguments", "run")}
+    found.add(("handtuned.cli", "main"))
+    for module in PACKAGE.values():
+        if floor_of(module.name) == "lessons":
+            found |= REFERENCES.of(module, module.tree)
+        for node in module.top_level_code:
+            found |= REFERENCES.of(module, node)
+        for name in module.definitions:
+            # References are there to be compared with; `handtuned xray` asks each kernel file for its specs.
+            named = name.startswith("__") or is_reference(name) or name == "xray_specs"
+            if named or (name in promised and floor_of(module.name) == "nn"):
+                found.add((module.name, name))
+    for script in [*NOTEBOOKS, *BENCHMARKS]:
+        found |= REFERENCES.of(script, script.tree)
+    return found
+
+
+def test_the_public_names_are_there():
+    missing = [f"handtuned.{part}.{name}" for part, names in PUBLIC.items() for name in names.split()
+               if REFERENCES.find(f"handtuned.{part}.{name}") is None]  # fmt: skip
+    assert not missing
+
+
+def test_something_reaches_every_name():
+    """A command, a lesson, a benchmark, a public name or docs/from-peft.md, through any number of calls."""
+    reached = REFERENCES.reached({place for place in roots() if place is not None})
+    dead = [f"{module.name}.{name}" for module in PACKAGE.values() if floor_of(module.name) != "lessons"
+            for name in module.definitions if (module.name, name) not in reached]  # fmt: skip
+    assert not dead, "nothing but tests uses " + ", ".join(dead)
 
 
 def run_python(code, **environment):
-    import os
-
     return subprocess.run(
         [sys.executable, "-c", code], capture_output=True, text=True, env={**os.environ, **environment}
     )
@@ -119,16 +199,14 @@ print(backend(torch.empty(0)))
     assert done.stdout.strip() == "torch"
 
 
-def test_bare_folder_names_are_not_importable(tmp_path):
-    done = subprocess.run(
-        [sys.executable, "-c", "import quant"], capture_output=True, text=True, cwd=tmp_path
-    )
-    assert done.returncode != 0 and "No module named 'quant'" in done.stderr
+@pytest.mark.parametrize("folder", ["quant", "lessons"])
+def test_bare_folder_names_are_not_importable(folder, tmp_path):
+    done = subprocess.run([sys.executable, "-c", f"import {folder}"], capture_output=True, text=True, cwd=tmp_path)
+    assert done.returncode != 0 and f"No module named '{folder}'" in done.stderr
 
 
 def test_version_is_told():
     import handtuned
 
-    for command in ([sys.executable, "-m", "handtuned", "--version"],):
-        done = subprocess.run(command, capture_output=True, text=True)
-        assert done.stdout.strip() == f"handtuned {handtuned.__version__}"
+    done = subprocess.run([sys.executable, "-m", "handtuned", "--version"], capture_output=True, text=True)
+    assert done.stdout.strip() == f"handtuned {handtuned.__version__}"

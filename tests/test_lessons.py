@@ -5,11 +5,11 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from handtuned.lessons import canaries
+from handtuned.lessons.exercise import verdict
 from handtuned.nn import checkpoint
 
 from handtuned import lessons
-from handtuned.lessons import canaries
-from handtuned.lessons.exercise import verdict
 
 LESSONS = [f"{number:02d}" for number in range(13)]
 ALL = [(key, exercise) for lesson in LESSONS for key, exercise in lessons.exercises_of(lesson).items()]
@@ -236,9 +236,8 @@ def test_source_of_an_autotuned_kernel(capsys):
 
 
 def test_small_model_is_one_that_transformers_loads(tmp_path):
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-
     from handtuned.lessons.small import small_model
+    from transformers import AutoModelForCausalLM, AutoTokenizer
 
     directory = small_model(tmp_path / "small", hidden=64, layers=2, vocab=512)
     tokenizer = AutoTokenizer.from_pretrained(directory)

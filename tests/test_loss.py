@@ -1,3 +1,5 @@
+"""The chunked cross-entropy against torch's: loss, every gradient, memory."""
+
 import pytest
 import torch
 import torch.nn.functional as F

@@ -6,7 +6,6 @@ from collections import Counter
 from pathlib import Path
 
 import pytest
-
 from handtuned.lessons import CLAIMS, build, exercises_of, index
 from handtuned.lessons.__main__ import main
 
@@ -29,7 +28,7 @@ SLUGS = [
     "11_many_machines",
     "12_fit_a_budget",
 ]
-FOLDER = build.NOTEBOOKS
+FOLDER = Path(__file__).resolve().parents[1] / "notebooks"
 every = pytest.mark.parametrize("slug", SLUGS)
 
 
@@ -73,11 +72,11 @@ def test_length_and_shape(slug):
     assert "## What to remember" in last
     if slug != SLUGS[-1]:
         assert f"({SLUGS[SLUGS.index(slug) + 1]}.ipynb)" in last, "a link to the next lesson"
-    assert any(lesson.number == number and len(lesson.terms) >= 3 for lesson in index.lessons()), "Terms: …"
+    assert any(lesson.number == number and len(lesson.terms) >= 3 for lesson in index.lessons(FOLDER)), "Terms: …"
 
 
 def test_each_claim_is_asserted_once_in_its_lesson():
-    records = [(record, lesson.number) for lesson in index.lessons() for record in lesson.claims]
+    records = [(record, lesson.number) for lesson in index.lessons(FOLDER) for record in lesson.claims]
     made = [(record["claim"], number, record["verdict"]) for record, number in records]
     assert Counter(number for number, _, _ in made) == Counter(range(1, 59))
     for number, lesson, verdict in made:
@@ -165,8 +164,8 @@ def test_the_chinese_readme_has_the_figures_of_the_english_one():
 
 
 def test_index_and_glossary_are_up_to_date():
-    assert (FOLDER / "README.md").read_text(encoding="utf-8") == index.index()
-    assert (FOLDER / "GLOSSARY.md").read_text(encoding="utf-8") == index.glossary()
+    assert (FOLDER / "README.md").read_text(encoding="utf-8") == index.index(FOLDER)
+    assert (FOLDER / "GLOSSARY.md").read_text(encoding="utf-8") == index.glossary(FOLDER)
 
 
 SCRIPT = """# %% [markdown]
@@ -221,8 +220,21 @@ def test_a_claim_that_does_not_hold_fails_the_build(tmp_path):
 
 def test_a_lesson_that_is_not_there(capsys):
     with pytest.raises(SystemExit) as stop:
-        main(["check", "77"])
+        main(["check", "77", "--notebooks", str(FOLDER)])
     assert stop.value.code == 2 and "no notebook 77" in capsys.readouterr().err
+
+
+def test_the_folder_of_the_lessons(tmp_path, monkeypatch):
+    """`notebooks` in the current directory, or that directory; nothing is looked for above it."""
+    (tmp_path / "notebooks" / "lessons").mkdir(parents=True)
+    (tmp_path / "notebooks" / "01_try.py").write_text(SCRIPT, encoding="utf-8")
+    for place in (tmp_path, tmp_path / "notebooks"):
+        monkeypatch.chdir(place)
+        assert build.notebooks_folder() == tmp_path / "notebooks"
+    monkeypatch.chdir(tmp_path / "notebooks" / "lessons")
+    with pytest.raises(ValueError, match=r"no lessons .* in .*lessons/notebooks or .*: run this in a checkout"):
+        build.notebooks_folder()
+    assert build.notebooks_folder("..") == tmp_path / "notebooks"
 
 
 @pytest.mark.slow

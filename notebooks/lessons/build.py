@@ -11,25 +11,39 @@ import tempfile
 from pathlib import Path
 
 CELL_SECONDS = 120
-NOTEBOOKS = Path(__file__).resolve().parents[2] / "notebooks"
 _UNSET = ("HANDTUNED_BACKEND", "TRITON_INTERPRET")
 # tqdm looks for widgets; the interpreter's numpy remarks on every infinity, which a lesson may be about.
 _QUIET = "ignore:IProgress not found,ignore::RuntimeWarning:triton.runtime.interpreter"
 _ADDRESS = re.compile(r" at 0x[0-9a-f]+")
 
 
-def sources(lessons=()) -> list[Path]:
+def notebooks_folder(folder=None) -> Path:
+    """Where the lessons' scripts lie.
+
+    Args:
+        folder: a path; by default `notebooks` in the current directory, or that directory itself.
+
+    Raises:
+        ValueError: no scripts there: an installed package comes without them.
+    """
+    places = [Path(folder)] if folder else [Path("notebooks"), Path()]
+    for place in places:
+        if any(place.glob("[0-9][0-9]_*.py")):
+            return place.resolve()
+    tried = " or ".join(str(place.resolve()) for place in places)
+    raise ValueError(f"no lessons (NN_….py) in {tried}: run this in a checkout of the repository, or give --notebooks")
+
+
+def sources(folder: Path, lessons=()) -> list[Path]:
     """The scripts of the lessons asked for ("05", …), all of them by default.
 
     Raises:
-        ValueError: a lesson has no script, or there are none: an installed package comes without notebooks.
+        ValueError: a lesson has no script.
     """
-    found = {path.name[:2]: path for path in sorted(NOTEBOOKS.glob("[0-9][0-9]_*.py"))}
-    if not found:
-        raise ValueError(f"no notebooks in {NOTEBOOKS}: run this in a checkout of the repository")
+    found = {path.name[:2]: path for path in sorted(folder.glob("[0-9][0-9]_*.py"))}
     missing = [lesson for lesson in lessons if lesson not in found]
     if missing:
-        raise ValueError(f"no notebook {', '.join(missing)} in {NOTEBOOKS}; there are {', '.join(found)}")
+        raise ValueError(f"no notebook {', '.join(missing)} in {folder}; there are {', '.join(found)}")
     return [found[lesson] for lesson in lessons] if lessons else list(found.values())
 
 
@@ -84,6 +98,8 @@ def execute(script: Path):
             command = [sys.executable, "-m", "ipykernel_launcher", "-f", "{connection_file}", "--log-level=ERROR"]
             return KernelSpec(argv=command, display_name="Python 3", language="python")
 
+    script = script.resolve()
+    checkout = str(script.parent.parent)
     notebook = read(script)
     environment = {name: value for name, value in os.environ.items() if name not in _UNSET}
     # A reader's own IPython settings stay out of it.
@@ -100,13 +116,13 @@ def execute(script: Path):
     for cell in notebook.cells:
         cell["metadata"] = {}
         if cell.cell_type == "code":
-            cell["outputs"] = [_normalized(output) for output in _joined(cell.outputs)]
+            cell["outputs"] = [_normalized(output, checkout) for output in _joined(cell.outputs)]
     notebook.metadata.language_info = {"name": "python"}
     return notebook
 
 
 def _joined(outputs: list) -> list:
-    """Text that arrived in several pieces becomes one output a stream."""
+    """Text that arrived in several pieces becomes one output per stream."""
     joined: list = []
     for output in outputs:
         if output.output_type == "stream" and joined and joined[-1].get("name") == output.name:
@@ -116,12 +132,12 @@ def _joined(outputs: list) -> list:
     return joined
 
 
-def _normalized(output):
+def _normalized(output, checkout: str):
     """Without what differs for no reason: a bar's earlier states, addresses, where things are installed."""
     if output.output_type == "stream":
         lines = [line.rsplit("\r", 1)[-1] for line in output.text.split("\n")]
         text = _ADDRESS.sub("", "\n".join(lines))
-        for place in (sys.prefix, str(NOTEBOOKS.parent), tempfile.gettempdir()):
+        for place in (sys.prefix, checkout, tempfile.gettempdir()):
             text = text.replace(place, "…")
         output["text"] = text
     return output

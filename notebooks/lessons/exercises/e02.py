@@ -213,7 +213,7 @@ EXERCISES = {
     ),
     "02.3": Exercise(
         title="Softmax of rows",
-        specification="softmax(x, out): launch a kernel with one program a row; x (M, N) may have gaps between rows.",
+        specification="softmax(x, out): launch a kernel with one program per row; x (M, N) may have gaps between rows.",
         stub=_stub,
         checker=_check_softmax,
         solution=_softmax(),

@@ -1,4 +1,4 @@
-"""A language model in miniature: household requests answered in JSON commands, one token a word, trained in seconds.
+"""A language model in miniature: household requests answered in JSON commands, one token per word, trained in seconds.
 
 The requests and commands are the shipped rows. A dialect renames some words of the commands, so there is always
 something new to fine-tune to: a weight has to change, and how well it did can be counted in held-out tokens.

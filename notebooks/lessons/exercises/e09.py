@@ -1,4 +1,4 @@
-"""Exercises of lesson 09: one block of NF4, two codes a byte, and the kernel that undoes both."""
+"""Exercises of lesson 09: one block of NF4, two codes per byte, and the kernel that undoes both."""
 
 import numpy as np
 import torch
@@ -249,7 +249,7 @@ EXERCISES = {
         ),
     ),
     "09.2": Exercise(
-        title="two codes a byte",
+        title="two codes per byte",
         specification="pack(codes) → uint8, the first of a pair in the high nibble; an odd count is filled up with 7.",
         stub=pack_stub,
         checker=check_pack,

@@ -5,7 +5,7 @@ import torch
 from ..exercise import Exercise, WrongAnswer, expect_close
 
 
-def _bytes_a_rank(parameters, ranks, stage, offload):
+def _bytes_per_rank(parameters, ranks, stage, offload):
     weights = 2 * parameters / (ranks if stage >= 3 else 1)
     gradients = 2 * parameters / (ranks if stage >= 2 else 1)
     states = 12 * parameters / (ranks if stage >= 1 else 1)
@@ -13,7 +13,7 @@ def _bytes_a_rank(parameters, ranks, stage, offload):
 
 
 def _stages_swapped(parameters, ranks, stage, offload):
-    return _bytes_a_rank(parameters, ranks, {1: 2, 2: 1}.get(stage, stage), offload)
+    return _bytes_per_rank(parameters, ranks, {1: 2, 2: 1}.get(stage, stage), offload)
 
 
 def _all_divided(parameters, ranks, stage, offload):
@@ -24,15 +24,15 @@ def _all_divided(parameters, ranks, stage, offload):
 def _gradients_stay(parameters, ranks, stage, offload):
     share = parameters / ranks
     gradients = 2 * (share if stage >= 2 else parameters)
-    return _bytes_a_rank(parameters, ranks, stage, offload) + (gradients if offload else 0)
+    return _bytes_per_rank(parameters, ranks, stage, offload) + (gradients if offload else 0)
 
 
-def _check_bytes_a_rank(candidate):
+def _check_bytes_per_rank(candidate):
     for offload in (False, True):
         for stage in (0, 1, 2, 3):
             for parameters, ranks in ((7 * 10**9, 8), (24, 1), (66, 3)):
                 case = parameters, ranks, stage, offload
-                wanted, got = _bytes_a_rank(*case), candidate(*case)
+                wanted, got = _bytes_per_rank(*case), candidate(*case)
                 if got is None or abs(got - wanted) > 1e-6 * wanted:
                     what = f"stage {stage}" + (" with offload" if offload else "")
                     what += f", {parameters:,} parameters on {ranks} ranks"
@@ -65,7 +65,7 @@ def _check_shards(candidate):
         wanted, got = _shards(elements, ranks), candidate(elements, ranks)
         what = f"{elements} elements on {ranks} ranks"
         if got is None or len(got) != ranks:
-            raise WrongAnswer(f"{what}: one (start, stop) a rank is expected, got {got}")
+            raise WrongAnswer(f"{what}: one (start, stop) per rank is expected, got {got}")
         if not all(isinstance(piece, (tuple, list)) and len(piece) == 2 for piece in got):
             raise WrongAnswer(f"{what}: each piece is a pair (start, stop), got {got}")
         got = [tuple(piece) for piece in got]
@@ -75,7 +75,7 @@ def _check_shards(candidate):
         if covered != elements:
             raise WrongAnswer(f"{what}: the pieces cover {covered} elements: {got}")
         if got != wanted:
-            raise WrongAnswer(f"{what}: all pieces but the last ones are equally wide, {wanted}, got {got}")
+            raise WrongAnswer(f"{what}: all pieces except the last ones have the same width, {wanted}, got {got}")
     return "7 sizes, empty pieces among them"
 
 
@@ -137,11 +137,11 @@ def _not_written(*args):
 
 EXERCISES = {
     "11.1": Exercise(
-        title="Bytes a rank",
-        specification="bytes_a_rank(parameters, ranks, stage, offload) → bytes of model states on one device",
+        title="Bytes per rank",
+        specification="bytes_per_rank(parameters, ranks, stage, offload) → bytes of model states on one device",
         stub=_not_written,
-        checker=_check_bytes_a_rank,
-        solution=_bytes_a_rank,
+        checker=_check_bytes_per_rank,
+        solution=_bytes_per_rank,
         wrong={
             "stages swapped": (_stages_swapped, "stage 1, 7,000,000,000"),
             "everything divided": (_all_divided, "stage 1, 7,000,000,000"),
@@ -161,7 +161,7 @@ EXERCISES = {
         solution=_shards,
         wrong={
             "tail lost": (_tail_lost, "cover"),
-            "the rest to the last rank": (_remainder_to_the_last, "equally wide"),
+            "the rest to the last rank": (_remainder_to_the_last, "the same width"),
             "beyond the end": (_beyond_the_end, "beyond the end"),
         },
         hints=("-(-a // b) is a / b rounded up.", "min(…, elements) for start and for stop."),

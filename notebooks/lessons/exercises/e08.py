@@ -47,7 +47,7 @@ def check_select(candidate):
         expect(isinstance(got, list), f"Return a list of paths, got {type(got).__name__}.")
         extra, missing = [p for p in got if p not in want], [p for p in want if p not in got]
         if extra:
-            alike = "it does not end so"
+            alike = "the path does not end in it"
             if extra[0].endswith(target):
                 alike = "the last letters agree, but not whole components"
             raise WrongAnswer(f"target {target!r} must not select {extra[0]!r}: {alike}.")
@@ -244,7 +244,7 @@ EXERCISES = {
         checker=check_select,
         solution=select,
         wrong={
-            "substring": (_substring, "does not end so"),
+            "substring": (_substring, "does not end in it"),
             "endswith": (_ending, "not whole components"),
             "last component only": (_last_word, "several components"),
         },

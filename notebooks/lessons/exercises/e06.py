@@ -131,9 +131,9 @@ def _clipped_in_parts(model, optimizer, batches, accumulation_steps, max_norm):
 
 def _check_train_epoch(candidate):
     for count, steps, max_norm, what in (
-        (6, 3, 1e9, "6 batches, 3 an update, no clipping"),
-        (7, 3, 1e9, "7 batches, 3 an update: a tail of one, no clipping"),
-        (8, 4, 0.02, "8 batches, 4 an update, clipped to 0.02"),
+        (6, 3, 1e9, "6 batches, 3 per update, no clipping"),
+        (7, 3, 1e9, "7 batches, 3 per update: a tail of one, no clipping"),
+        (8, 4, 0.02, "8 batches, 4 per update, clipped to 0.02"),
     ):
         torch.manual_seed(count)
         model = nn.Sequential(nn.Linear(5, 16), nn.Tanh(), nn.Linear(16, 3)).double()

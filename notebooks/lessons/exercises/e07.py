@@ -317,7 +317,7 @@ EXERCISES = {
             "no mask on the store": (_launcher(_unmasked_store_kernel), "past its end"),
         },
         hints=(
-            "One program a row is enough: m = tl.program_id(0), the grid is (M,). BLOCK_R must be a power of two: "
+            "One program per row is enough: m = tl.program_id(0), the grid is (M,). BLOCK_R must be a power of two: "
             "triton.next_power_of_2(r).",
             "In the loop over k load x's tile [BLOCK_K] and A's tile [BLOCK_R, BLOCK_K]; mask both where offs_k >= K, "
             "A also where offs_r >= r; other=0.0.",

@@ -4,7 +4,6 @@ import re
 from dataclasses import dataclass
 from pathlib import Path
 
-from .build import NOTEBOOKS
 from .claims import CLAIMS, DOCUMENTS, MIMETYPE
 
 
@@ -27,7 +26,7 @@ class Lesson:
     claims: list[dict]
 
 
-def lessons(folder: Path = NOTEBOOKS) -> list[Lesson]:
+def lessons(folder: Path) -> list[Lesson]:
     """The executed notebooks of a folder, in order."""
     import nbformat
 
@@ -49,14 +48,14 @@ def _terms(opening: str) -> dict[str, str]:
     return {english.strip(): chinese.strip() for english, chinese in found}
 
 
-def index(folder: Path = NOTEBOOKS) -> str:
+def index(folder: Path) -> str:
     """The text of `README.md` for the notebooks in a folder."""
     course = lessons(folder)
     measured = {record["claim"]: (lesson, record["measured"]) for lesson in course for record in lesson.claims}
     lines = [
         "# The lessons",
         "",
-        "<!-- Written by `python -m handtuned.lessons index`; edit handtuned/lessons/index.py instead. -->",
+        "<!-- Written by `python -m handtuned.lessons index`; edit lessons/index.py instead. -->",
         "",
         "`make lessons` installs what is needed and opens them; `make check-lessons` runs them all.",
         "Nothing needs a GPU.",
@@ -89,7 +88,7 @@ def index(folder: Path = NOTEBOOKS) -> str:
     return "\n".join(lines) + "\n"
 
 
-def glossary(folder: Path = NOTEBOOKS) -> str:
+def glossary(folder: Path) -> str:
     """The text of `GLOSSARY.md`: every term of the opening cells, where it is first used."""
     lines = [
         "# Glossary 术语表",

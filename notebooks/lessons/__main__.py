@@ -16,17 +16,19 @@ def main(words=None) -> int:
     parser.add_argument("action", choices=("build", "check", "index"))
     parser.add_argument("lessons", nargs="*", metavar="NN", help="all, if none is given")
     parser.add_argument("--jobs", type=int, default=1, help="notebooks at a time (check, build)")
+    parser.add_argument("--notebooks", metavar="DIR", help="where they lie (default: ./notebooks, or here)")
     settings = parser.parse_args(words)
-    if settings.action == "index":
-        (build.NOTEBOOKS / "README.md").write_text(index.index(), encoding="utf-8")
-        (build.NOTEBOOKS / "GLOSSARY.md").write_text(index.glossary(), encoding="utf-8")
-        return 0
     try:
-        scripts = build.sources(settings.lessons)
+        folder = build.notebooks_folder(settings.notebooks)
+        scripts = build.sources(folder, settings.lessons)
     except ValueError as error:
         parser.error(str(error))
+    if settings.action == "index":
+        (folder / "README.md").write_text(index.index(folder), encoding="utf-8")
+        (folder / "GLOSSARY.md").write_text(index.glossary(folder), encoding="utf-8")
+        return 0
     if settings.jobs > 1 and len(scripts) > 1:
-        return _many(settings.action, [script.name[:2] for script in scripts], settings.jobs)
+        return _many(settings.action, scripts, settings.jobs)
     return max([_one(settings.action, script) for script in scripts], default=0)
 
 
@@ -44,14 +46,15 @@ def _one(action: str, script) -> int:
     return 1 if trouble else 0
 
 
-def _many(action: str, numbers: list[str], jobs: int) -> int:
+def _many(action: str, scripts: list, jobs: int) -> int:
     """A process for each notebook, so that output and failures stay apart."""
 
-    def run(number):
-        return subprocess.run([sys.executable, "-m", "handtuned.lessons", action, number]).returncode
+    def run(script):
+        words = [action, script.name[:2], "--notebooks", script.parent]
+        return subprocess.run([sys.executable, "-m", "handtuned.lessons", *words]).returncode
 
     with ThreadPoolExecutor(jobs) as pool:
-        return max(pool.map(run, numbers))
+        return max(pool.map(run, scripts))
 
 
 if __name__ == "__main__":

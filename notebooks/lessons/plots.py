@@ -36,7 +36,7 @@ def figure(width: float = 7, height: float = 3, columns: int = 1, rows: int = 1,
     """A figure in the house style.
 
     Args:
-        width, height: inches; at 100 dots an inch.
+        width, height: inches; at 100 dots per inch.
         columns, rows: of axes.
         **subplots: for `plt.subplots` (sharex, width_ratios, …).
 
@@ -115,7 +115,7 @@ def stacked(ax, labels, parts: dict, unit: str = "", form: str = "{:,.3g}") -> N
 
     Args:
         labels: of the bars, the first on top.
-        parts: name → one value a bar.
+        parts: name → one value per bar.
     """
     left = [0.0] * len(labels)
     fills = ((GREYS[3], ""), (GREYS[2], "///"), (ACCENT, ""), ("white", "..."), (GREYS[1], "xx"), ("white", ""))
@@ -135,7 +135,7 @@ def stacked(ax, labels, parts: dict, unit: str = "", form: str = "{:,.3g}") -> N
 
 
 def bit_row(ax, bits: str, names: dict[str, int] | None = None, y: float = 0.0, label: str = "") -> None:
-    """A row of bits as boxes, one shade a field.
+    """A row of bits as boxes, one shade per field.
 
     Args:
         bits: "0 10000 1100000000"; blanks are ignored.

@@ -188,7 +188,7 @@ EXERCISES = {
         },
         hints=(
             "F.linear keeps the weight that it was given until backward. You need a torch.autograd.Function.",
-            "forward(ctx, x, q): store q on ctx (it is 4 bits a weight), return x @ q.dequantize().t().",
+            "forward(ctx, x, q): store q on ctx (it is 4 bits per weight), return x @ q.dequantize().t().",
             "backward(ctx, dy): return dy @ ctx.q.dequantize(), None.",
         ),
     ),
@@ -208,7 +208,7 @@ EXERCISES = {
         },
         hints=(
             "-(-n // 64) divides and rounds up.",
-            "Scales: one byte a block of 64; 4 bytes for each 256 of them; 4 bytes for their mean.",
+            "Scales: one byte per block of 64; 4 bytes for each 256 of them; 4 bytes for their mean.",
             "An adapter parameter costs 4 (itself) + 4 (gradient) + 8 (Adam's moments).",
         ),
     ),

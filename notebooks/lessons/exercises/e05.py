@@ -105,7 +105,7 @@ def _check_my_checkpoint(candidate):
                 raise WrongAnswer(f"{what} the gradient of {name} is wrong: {error}")
         if not torch.equal(following, expected_next):
             raise WrongAnswer(
-                f"{what} gradients are right, but the random numbers after backward are others than after a plain run: "
+                f"{what} gradients are right, but the random numbers after backward are not those after a plain run: "
                 "the recomputation must put the generator back to where it was"
             )
     leaf = x.requires_grad_()
@@ -141,7 +141,7 @@ def _tail_dropped(layers, x, groups):
     return x
 
 
-def _one_a_layer(layers, x, groups):
+def _one_per_layer(layers, x, groups):
     for layer in layers:
         x = checkpoint(layer, x)
     return x
@@ -235,7 +235,7 @@ EXERCISES = {
         solution=_run_in_groups,
         wrong={
             "last layers lost": (_tail_dropped, "7 layers in 3 groups: the result differs"),
-            "one checkpoint a layer": (_one_a_layer, "groups of [1, 1, 1, 1, 1, 1] layers"),
+            "one checkpoint per layer": (_one_per_layer, "groups of [1, 1, 1, 1, 1, 1] layers"),
             "late binding": (_late_binding, "which layers ran again"),
         },
         hints=(

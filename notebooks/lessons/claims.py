@@ -1,4 +1,4 @@
-"""What the study documents claim: one entry a claim, the lesson that tests it, and what came out.
+"""What the study documents claim: one entry per claim, the lesson that tests it, and what came out.
 
 A lesson measures, then calls `claim(number, measured, holds)`. That shows the note's sentence beside
 the measurement, fails the notebook if the measurement does not bear the verdict out, and leaves a
@@ -88,7 +88,7 @@ CLAIMS: dict[int, Claim] = _claims([
     (32, "08", "004", "imprecise", "With r = 4 on Q and V the checkpoint of GPT-3 shrinks 10,000 times, from 350 GB to 35 MB, and training is 25 % faster."),
     (33, "08", "003", "imprecise", "In the backward pass gradients flow through B and A only, which saves the memory."),
     (34, "08", "003 004", "from the literature", "Fine-tuning needs only a low intrinsic dimension, and that is why LoRA works."),
-    (35, "07", "003", "imprecise", "The feed-forward part is W_down(SiLU(gate)·up), each matrix with its own BA added; SiLU is smooth and answers negative inputs too."),
+    (35, "07", "003", "imprecise", "The feed-forward part is W_down(SiLU(gate)·up), each matrix with its own BA added; SiLU is smooth and responds to negative inputs too."),
     # Checkpointing
     (36, "05", "001", "imprecise", "Checkpointing lowers the memory of activations from O(n) to O(√n)."),
     (37, "05", "001", "imprecise", "Checkpointing costs about 30 % more time."),
@@ -101,7 +101,7 @@ CLAIMS: dict[int, Claim] = _claims([
     (43, "06", "001", "imprecise", "The mean of the mini-batches' mean losses is the loss of the big batch."),
     # Memory, ZeRO
     (44, "04", "001", "right", "A 7B model in FP32 with Adam takes 28 GB for weights, 28 GB for gradients and 56 GB for Adam's two moments."),
-    (45, "11", "002", "right", "A 7B model in mixed precision takes 16 bytes a parameter, 112 GB; over 8 GPUs ZeRO-1, 2 and 3 take 38.5, 26.25 and 14 GB each."),
+    (45, "11", "002", "right", "A 7B model in mixed precision takes 16 bytes per parameter, 112 GB; over 8 GPUs ZeRO-1, 2 and 3 take 38.5, 26.25 and 14 GB each."),
     (46, "04", "002", "imprecise", "A 7B Qwen 1.5 at batch 1 and 2048 tokens in bf16 takes another 28.5 G, so 42.5 GB even with ZeRO-3."),
     (47, "11", "002", "wrong", "Memory: DDP < ZeRO-1 < ZeRO-2 < ZeRO-2 + offload < ZeRO-3 < ZeRO-3 + offload; 2 + offload is as far as one should go."),
     (48, "04", "002", "right", "When memory runs out, first drop compute_metrics, which keeps batch × vocabulary × length numbers, then lower batch and context length."),
@@ -115,7 +115,7 @@ CLAIMS: dict[int, Claim] = _claims([
     # Schedule
     (55, "06", "003", "imprecise", "The learning rate rises from 0 over the first 10 % of data/batch × epochs steps, then falls along a cosine."),
     # Open questions of 004
-    (56, "08", "004", "imprecise", "What can go wrong with LoRA? A reader: one adapter a task, so tasks that have no name get no adapter."),
+    (56, "08", "004", "imprecise", "What can go wrong with LoRA? A reader: one adapter per task, so tasks that have no name get no adapter."),
     (57, "12", "004", "right", "LoRA's settings can be searched automatically (AutoML)."),
     (58, "09", "004", "imprecise", "LoRA and product quantization are related: both look at a part of the space only, divide and conquer (a reader)."),
 ])
