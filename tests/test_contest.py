@@ -5,9 +5,9 @@ import time
 
 import pytest
 import torch
+from handtuned.contest import Case
 
 from handtuned import bench, contest
-from handtuned.contest import Case
 
 CPU = torch.device("cpu")
 

@@ -5,15 +5,15 @@ import sys
 
 import pytest
 import torch
+from handtuned.advice import fit
+from handtuned.estimate import estimate, nf4_bytes
 from handtuned.nn.live_memory import LiveMemory
+from handtuned.presets import PRESETS, Shape, shape_of
 from handtuned.quant import quantize_nf4
 from torch import nn
 
 from handtuned import memory
-from handtuned.advice import fit
-from handtuned.estimate import estimate, nf4_bytes
 from handtuned.memory import analyze_lora_params, analyze_memory_savings, korthikanti, measure, parse_size
-from handtuned.presets import PRESETS, Shape, shape_of
 
 GB, GIB = 10**9, 2**30
 

@@ -2,12 +2,12 @@
 
 import pytest
 import torch
-from handtuned.quant import quantize_model, quantize_nf4
-
 from handtuned.estimate import estimate
+from handtuned.quant import quantize_model, quantize_nf4
+from handtuned.rehearsal import training_step
+
 from handtuned.memory import measure
 from handtuned.models import cache_directory
-from handtuned.rehearsal import training_step
 
 transformers = pytest.importorskip("transformers")
 SIZES = {

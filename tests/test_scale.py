@@ -4,9 +4,9 @@ from pathlib import Path
 
 import pytest
 from handtuned.optim.zero import ZeroOptimizer
+from handtuned.scale import FAST, SLOW, Cluster, break_even, counted, fill, ring, simulate
 
 from handtuned import scale
-from handtuned.scale import FAST, SLOW, Cluster, break_even, counted, fill, ring, simulate
 
 PAGE = Path(__file__).resolve().parents[1] / "docs" / "scale.md"
 

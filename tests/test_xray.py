@@ -8,13 +8,13 @@ import sys
 from collections import Counter
 
 import pytest
+from handtuned.gpus import ARCHS, GPUS, occupancy
 from handtuned.kernels import runtime
 from handtuned.kernels.nf4 import xray_specs
-
-from handtuned.gpus import ARCHS, GPUS, occupancy
 from handtuned.predict import Size, instructions_a_warp, measurements, predict, predictions, work_of
-from handtuned.xray import Loop, MachineCode, Xray, all_specs, describe, main, read_machine_code, report, xray
 from handtuned.xray_page import write_page
+
+from handtuned.xray import Loop, MachineCode, Xray, all_specs, describe, main, read_machine_code, report, xray
 
 STRAIGHT = """
 .text.kernel:

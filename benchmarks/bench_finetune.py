@@ -30,9 +30,9 @@ import time
 from pathlib import Path
 
 import torch
+from handtuned.contest import TIME_UP, summary
 
 from handtuned import bench
-from handtuned.contest import TIME_UP, summary
 from handtuned.data import encode, shipped_dataset
 from handtuned.models import choose_dtype, load_base, smollm2
 from handtuned.rows import load_rows

@@ -1,25 +1,142 @@
-"""What a kernel's machine code lets one expect on a GPU that is not there: three times, and the largest is the bound.
+"""The roofline: what bounds a kernel on a machine, measured where it runs, or expected of a GPU that is not there.
+
+Whatever a kernel does, it moves at least its bytes and computes at least its FLOPs:
+
+    floor = max(bytes / bandwidth, FLOPs / rate)        of ceiling = floor / time
+
+`Ceilings` measures both rates in the run that uses them, by the library's own copy and product on random data, the
+fastest of several turns: what the machine gives today, and not what its datasheet promises.
+
+`predictions` models a card of `cards.py` from a kernel's machine code; the largest of three times is the bound:
 
     memory   bytes that must move          / published bandwidth
     tensor   FLOPs of the tiles, padded    / published dense rate (× MMA_SHARE where the code has no wgmma or tcgen05)
-    issue    warp instructions             / (4 a clock and multiprocessor)
+    issue    warp instructions             / (4 per clock and multiprocessor)
 
-The floor is what no implementation beats: the larger of the least bytes over the bandwidth and the least FLOPs over
-the rate. This is a model, not a measurement; ASSUMES says what it leaves out.
+That is a model, not a measurement; ASSUMES says what it leaves out.
 """
 
 import json
 import math
 import re
+import time
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from .gpus import GPUS, Gpu
-from .kernels.lora_backward import down_grad_blocks, up_grads_blocks
-from .kernels.lora_down import down_blocks
-from .kernels.runtime import KernelSpec
-from .kernels.tiles import cdiv
+import torch
+
+from ..harness.timing import OURS, cache_bytes, take_turns
+from ..kernels.lora_backward import down_grad_blocks, up_grads_blocks
+from ..kernels.lora_down import down_blocks
+from ..kernels.runtime import KernelSpec
+from ..kernels.tiles import cdiv
+from ..memory.estimate import nf4_bytes
+from .cards import GPUS, Gpu
+
+
+class Ceilings:
+    """Copy bandwidth and product rates of one device, each measured when first asked for.
+
+    Args:
+        device: where to measure.
+        quick: smaller and fewer.
+    """
+
+    def __init__(self, device: torch.device, quick: bool = False):
+        self.device, self.quick = device, quick
+        self.found: dict[str, float] = {}
+
+    def _best(self, call) -> float:
+        call()
+        rounds = 5 if self.quick else 11
+        return take_turns({"": [call]}, rounds, self.device, share=time.monotonic() + 5.0)[""]["min"]
+
+    def bandwidth(self) -> float:
+        """Bytes a second of a copy far larger than the cache; bytes read and written both count."""
+        if "copy" not in self.found:
+            most = 2**30 if self.device.type == "cuda" else 2**28
+            size = min(most, max(4 * cache_bytes(self.device), 2**26)) // (2 if self.quick else 1)
+            source = torch.randn(size // 4, device=self.device)
+            target = torch.empty_like(source)
+            self.found["copy"] = 2 * source.numel() * 4 / self._best(lambda: target.copy_(source))
+        return self.found["copy"]
+
+    def rate(self, dtype: torch.dtype) -> float:
+        """FLOPs a second of a large square product; a CPU's ceiling is that of float32, whatever the dtype."""
+        on_gpu = self.device.type == "cuda"
+        dtype = dtype if on_gpu else torch.float32
+        name = str(dtype).removeprefix("torch.")
+        if name not in self.found:
+            n = 8192 if on_gpu else 1024
+            a, b = (torch.randn(n, n, device=self.device).to(dtype) for _ in range(2))
+            out = torch.empty_like(a)
+            self.found[name] = 2 * n**3 / self._best(lambda: torch.mm(a, b, out=out))
+        return self.found[name]
+
+    def rate_records(self, record: dict) -> dict:
+        """Add to a benchmark's record its floor and what bounds it, and to each provider its speed and share."""
+        work = {"memory": record["bytes"] / self.bandwidth()} if record["bytes"] else {}
+        if record["flops"]:
+            work["arithmetic"] = record["flops"] / self.rate(getattr(torch, record["dtype"]))
+        if work:
+            record["bound"] = max(work, key=work.get)
+            record["floor"] = work[record["bound"]]
+        for taken in record["contestants"].values():
+            if work:
+                taken["of_ceiling"] = record["floor"] / taken["median"]
+            if record["bytes"]:
+                taken["bytes_per_second"] = record["bytes"] / taken["median"]
+            if record["flops"]:
+                taken["flops_per_second"] = record["flops"] / taken["median"]
+        return record
+
+
+def draw(ceilings: dict[str, float], records: Iterable[dict], title: str, path: str | Path) -> None:
+    """Draw a roofline: FLOPs a second over FLOPs a byte, one mark a contestant, under the measured ceilings.
+
+    Work without FLOPs (dequantizing, copying) has no place on that axis, so it stands in a second panel as bytes a
+    second. The file's suffix chooses the format.
+    """
+    from matplotlib.figure import Figure
+
+    records = [record for record in records if record["contestants"] and ("floor" in record or not record["bytes"])]
+    counted = [record for record in records if record["flops"] and record["bytes"]]
+    moved = [record for record in records if record["bytes"] and not record["flops"]]
+    figure = Figure(figsize=(12, 5.5), layout="constrained")
+    left, right = figure.subplots(1, 2, width_ratios=(3, 2))
+    names = list(dict.fromkeys(name for record in records for name in record["contestants"]))
+    colours = {name: f"C{at % 10}" for at, name in enumerate(names)}
+
+    intensities = [record["flops"] / record["bytes"] for record in counted] or [1.0]
+    span = [min(*intensities, 1.0) / 2, max(*intensities, 100.0) * 2]
+    for name, rate in ceilings.items():
+        if name == "copy":
+            continue
+        ridge = rate / ceilings["copy"]
+        xs = [span[0], max(span[0], min(ridge, span[1])), span[1]]
+        left.plot(xs, [min(rate, x * ceilings["copy"]) / 1e12 for x in xs], color="black", linewidth=1)
+        left.annotate(f"{name} product, {rate / 1e12:.3g} TFLOP/s", (span[1], rate / 1e12), ha="right", va="bottom",
+                      fontsize=8)  # fmt: skip
+    for record, intensity in zip(counted, intensities, strict=False):
+        for name, taken in record["contestants"].items():
+            left.plot(intensity, taken["flops_per_second"] / 1e12, "o", color=colours[name], markersize=5)
+    left.set(xscale="log", yscale="log", xlabel="FLOPs a byte", ylabel="TFLOP/s", title=title)
+    left.grid(alpha=0.3, which="both")
+
+    for at, record in enumerate(reversed(moved)):
+        for name, taken in record["contestants"].items():
+            right.plot(taken["bytes_per_second"] / 1e9, at, "o", color=colours[name], markersize=5)
+    right.set_yticks(range(len(moved)), [record["name"] for record in reversed(moved)], fontsize=7)
+    right.axvline(ceilings["copy"] / 1e9, color="black", linewidth=1)
+    right.set(xlabel="GB/s (line: a copy)", title="work without products", xlim=(0, None))
+    right.grid(alpha=0.3, axis="x")
+    for name in names:
+        left.plot([], [], "o", color=colours[name], label=name)
+    if names:
+        figure.legend(fontsize=8, loc="outside lower center", ncols=6)
+    figure.savefig(path, dpi=110)
+
 
 MMA_SHARE = {"sm_90": 0.63, "sm_100": 0.63}
 ASSUMES = """\
@@ -63,13 +180,12 @@ def work_of(spec: KernelSpec, size: Size) -> Work | None:
     c = spec.constexprs
     M, N, K, r, n = size.M, size.N, size.K, size.rank, size.N * size.K
     low = 4 if rest.startswith("fp32") else 2
-    codes = round(n * (0.5 + 1 / 64 + 4 / 16384))
+    codes = sum(nf4_bytes(n))
     padded_r = max(16, 1 << (r - 1).bit_length())
     if family == "nf4_dequantize":
-        stored = codes if "nested" in rest else round(n * (0.5 + 4 / 64))
-        return Work(cdiv(n, spec.elements), 1, stored + low * n)
+        return Work(cdiv(n, spec.elements), 1, sum(nf4_bytes(n, "nested" in rest)) + low * n)
     if family == "nf4_quantize":
-        return Work(cdiv(n, spec.elements), 1, low * n + round(n * (0.5 + 4 / 64)))
+        return Work(cdiv(n, spec.elements), 1, low * n + sum(nf4_bytes(n, double_quant=False)))
     if family in ("nf4_one_row", "nf4_few_rows"):
         rows = 1 if family == "nf4_one_row" else min(M, 16)
         flops = 2 * rows * n + 2 * rows * N * r
@@ -129,7 +245,7 @@ class Prediction:
         return max(self.memory, self.tensor, self.issue)
 
 
-def instructions_a_warp(code, steps: int) -> int:
+def instructions_per_warp(code, steps: int) -> int:
     """Static count, with the largest outermost loop taken `steps` times."""
     largest = max((loop.instructions for loop in code.loops if loop.depth == 0), default=0)
     return code.instructions + largest * (steps - 1)
@@ -157,7 +273,7 @@ def predict(spec: KernelSpec, ray, gpu: Gpu, size: Size, measured: float | None 
         floor=max(memory, work.flops / rate if families else 0.0),
         memory=memory,
         tensor=work.padded / reached * uneven if families else 0.0,
-        issue=warps * instructions_a_warp(ray.code, work.steps) / gpu.issue * uneven,
+        issue=warps * instructions_per_warp(ray.code, work.steps) / gpu.issue * uneven,
         measured=measured,
     )
 
@@ -187,7 +303,7 @@ def measurements(folder: str | Path) -> list[Measured]:
         if not isinstance(content, dict) or content.get("device", {}).get("kind") != "cuda":
             continue
         for record in (record for results in content["results"].values() for record in results):
-            ours = record["contestants"].get("handtuned")
+            ours = record["contestants"].get(OURS)
             if record.get("kernel") and ours:
                 on = content["device"]
                 found.append(Measured(on["name"], record["kernel"], record["size"], ours["median"],
