@@ -92,7 +92,8 @@ def describe(ray: Xray, expected: Sequence[Prediction] = ()) -> str:
             lines.append("    " + ", ".join(f"{n} × {what}" for what, n in counts))
     for p in expected:
         parts = ", ".join(f"{kind} {getattr(p, kind) * 1e6:.1f}" for kind in COLOURS)
-        line = f"    {p.gpu.name}: predicted {p.seconds * 1e6:.1f} µs, {p.bound} bound ({parts}; floor {p.floor * 1e6:.1f})"
+        line = f"    {p.gpu.name}: predicted {p.seconds * 1e6:.1f} µs, {p.bound} bound "
+        line += f"({parts}; floor {p.floor * 1e6:.1f})"
         if p.measured is not None:
             line += f"; measured {p.measured * 1e6:.1f} µs, {p.measured / p.seconds:.2f} × predicted, at {p.size}"
         lines.append(line)

@@ -2,11 +2,11 @@
 
 import pytest
 import torch
-from handtuned.estimate import estimate
 from handtuned.quant import quantize_model, quantize_nf4
-from handtuned.rehearsal import training_step
 
 from handtuned.memory import measure
+from handtuned.memory.estimate import estimate
+from handtuned.memory.tracker import training_step
 from handtuned.models import cache_directory
 
 transformers = pytest.importorskip("transformers")

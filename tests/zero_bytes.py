@@ -5,7 +5,6 @@ import copy
 import torch
 import torch.distributed as dist
 from handtuned.amp import GradScaler
-from handtuned.estimate import estimate
 from handtuned.nn import TransformerBlock, apply_lora_to_model, mark_only_lora_as_trainable
 from handtuned.nn.checkpoint import checkpoint
 from handtuned.optim import AdamW, ZeroOptimizer
@@ -14,6 +13,7 @@ from torch.nn.parallel import DistributedDataParallel
 from zero_race import STAGES, Plain, Race, build, loss_of, overflowing, two_ranks, worst_difference
 
 from handtuned.memory import measure
+from handtuned.memory.estimate import estimate
 
 
 def alive():

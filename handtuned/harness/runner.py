@@ -63,8 +63,8 @@ def found_benchmarks(folder: Path) -> dict[str, Path]:
     """
     found = {path.stem.removeprefix("bench_"): path for path in sorted(folder.glob("bench_*.py"))}
     if not found:
-        raise ValueError(f"{folder} holds no bench_*.py; the benchmarks are in the repository's benchmarks/ folder: run "
-                         "this from a checkout, or say where they are with --benchmarks DIR")  # fmt: skip
+        raise ValueError(f"{folder} holds no bench_*.py: run this from a checkout, whose benchmarks/ folder has them, "
+                         "or say where they are with --benchmarks DIR")  # fmt: skip
     return {name: found[name] for name in sorted(found, key=lambda name: (*FIRST, name).index(name))}
 
 
