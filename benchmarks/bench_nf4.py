@@ -9,11 +9,11 @@ fresh memory costs a page fault for every 4 KiB, so both are shown.
 import torch
 from handtuned.kernels.nf4 import nf4_dequantize_reference
 from handtuned.quant import dequantize_nf4, quantize_nf4
+from handtuned.quant.nf4 import nf4_bytes
 from shared import low_precision, short
 
 from handtuned.bench import script
 from handtuned.harness import Case
-from handtuned.memory.estimate import nf4_bytes
 
 
 def ours(reuse, dtype):
@@ -57,7 +57,7 @@ def case(N, K, dtype, device, nested):
             "bitsandbytes": bitsandbytes,
         },
         check=check,
-        bytes=N * K * dtype.itemsize + sum(nf4_bytes(N * K, nested)),
+        bytes=N * K * dtype.itemsize + sum(nf4_bytes(N * K, double_quant=nested)),
         dtype=dtype,
         size={"N": N, "K": K},
         kernel=f"nf4_dequantize[{short(dtype)}{', nested' if nested else ''}]",

@@ -6,12 +6,12 @@
 import torch
 import torch.nn.functional as F
 from handtuned.quant import NF4Linear
+from handtuned.quant.nf4 import nf4_bytes
 from shared import close, low_precision
 from torch import nn
 
 from handtuned.bench import script
 from handtuned.harness import Case
-from handtuned.memory.estimate import nf4_bytes
 
 
 def bitsandbytes_linear(ours, dtype):

@@ -7,11 +7,11 @@ import torch
 from bench_nf4 import shapes
 from handtuned.kernels.nf4_quantize import nf4_quantize_reference
 from handtuned.quant import quantize_nf4
+from handtuned.quant.nf4 import nf4_bytes
 from shared import low_precision, short
 
 from handtuned.bench import script
 from handtuned.harness import Case
-from handtuned.memory.estimate import nf4_bytes
 
 WRONG_CODES = 1e-4  # share of another library's codes that may differ from ours, where a value lies on a threshold
 
@@ -39,7 +39,7 @@ def case(N, K, dtype, device, nested):
         inputs=lambda: torch.randn(N, K, device=device).to(dtype),
         providers={"handtuned": lambda x: lambda: quantize_nf4(x, double_quant=nested), "bitsandbytes": bitsandbytes},
         check=check,
-        bytes=N * K * dtype.itemsize + sum(nf4_bytes(N * K, nested)),
+        bytes=N * K * dtype.itemsize + sum(nf4_bytes(N * K, double_quant=nested)),
         dtype=dtype,
         size={"N": N, "K": K},
         kernel="" if nested else f"nf4_quantize[{short(dtype)}]",

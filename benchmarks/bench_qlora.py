@@ -7,11 +7,11 @@ import torch
 from bench_lora import NAMES, Layer, exact, least_bytes, step, under_autocast, with_ours, with_peft, with_unsloth
 from bench_nf4_matmul import bitsandbytes_linear
 from handtuned.quant import NF4Linear
+from handtuned.quant.nf4 import nf4_bytes
 from shared import close, low_precision
 
 from handtuned.bench import script
 from handtuned.harness import Case
-from handtuned.memory.estimate import nf4_bytes
 
 
 def random_layer(*sizes):

@@ -7,11 +7,12 @@ import pytest
 import torch
 from handtuned.nn.live_memory import LiveMemory
 from handtuned.quant import quantize_nf4
+from handtuned.quant.nf4 import nf4_bytes
 from torch import nn
 
 from handtuned.memory import analyze_lora_params, analyze_memory_savings, korthikanti, measure
 from handtuned.memory.command import parse_size
-from handtuned.memory.estimate import estimate, nf4_bytes
+from handtuned.memory.estimate import estimate
 from handtuned.memory.model_shapes import PRESETS, Shape, shape_of
 from handtuned.memory.recommend import fit, recommend
 
@@ -108,7 +109,8 @@ class TestShapes:
 @pytest.mark.parametrize("sizes", [(64, 64), (33, 7), (576, 1536), (1, 1), (500, 129)])
 @pytest.mark.parametrize("nested", [True, False])
 def test_nf4_bytes_are_those_of_an_nf4_tensor(sizes, nested):
-    assert sum(nf4_bytes(sizes[0] * sizes[1], nested)) == quantize_nf4(torch.randn(sizes), double_quant=nested).nbytes
+    q = quantize_nf4(torch.randn(sizes), double_quant=nested)
+    assert sum(nf4_bytes(sizes[0] * sizes[1], double_quant=nested)) == q.nbytes
 
 
 class TestEstimate:

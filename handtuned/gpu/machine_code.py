@@ -181,14 +181,9 @@ def _compile(spec: KernelSpec, arch: str):
 
 
 def xray(spec: KernelSpec, arch: str = "sm_90") -> Xray:
-    """Compile one kernel for one architecture and read its machine code.
+    """Compile a kernel for an architecture (of `cards.ARCHS`) and read its machine code.
 
-    Args:
-        spec: how to compile it.
-        arch: one of `cards.ARCHS`.
-
-    Returns:
-        What it became; where the compiler refuses, an `Xray` whose `error` says why.
+    Where the compiler refuses, the `error` of the result says why.
 
     Raises:
         RuntimeError: without Triton, or in a process where kernels are interpreted.
@@ -217,15 +212,6 @@ def xray(spec: KernelSpec, arch: str = "sm_90") -> Xray:
     resources = {key: int(value) for key, value in re.findall(r"\b(REG|STACK|LOCAL):(\d+)", usage)}
     code = read_machine_code(sass)
     threads = compiled.metadata.num_warps * 32
-    return Xray(
-        name=spec.name,
-        arch=arch,
-        unit=spec.unit,
-        registers=resources["REG"],
-        spill_bytes=resources["STACK"] + resources["LOCAL"],
-        shared_bytes=compiled.metadata.shared,
-        threads=threads,
-        code=code,
-        instructions_per_element=None if code.loops else code.instructions * threads / spec.elements,
-        sass=sass,
-    )
+    per_element = None if code.loops else code.instructions * threads / spec.elements
+    return Xray(spec.name, arch, spec.unit, resources["REG"], resources["STACK"] + resources["LOCAL"],
+                compiled.metadata.shared, threads, code, per_element, sass)  # fmt: skip

@@ -31,12 +31,12 @@ from ..kernels.lora_backward import down_grad_blocks, up_grads_blocks
 from ..kernels.lora_down import down_blocks
 from ..kernels.runtime import KernelSpec
 from ..kernels.tiles import cdiv
-from ..memory.estimate import nf4_bytes
+from ..quant.nf4 import nf4_bytes
 from .cards import GPUS, Gpu
 
 
 class Ceilings:
-    """Copy bandwidth and product rates of one device, each measured when first asked for.
+    """Copy bandwidth and product rates of one device, each measured when first asked for and kept in `found`.
 
     Args:
         device: where to measure.
@@ -47,23 +47,23 @@ class Ceilings:
         self.device, self.quick = device, quick
         self.found: dict[str, float] = {}
 
-    def _best(self, call) -> float:
+    def _shortest(self, call) -> float:
         call()
         rounds = 5 if self.quick else 11
         return take_turns({"": [call]}, rounds, self.device, share=time.monotonic() + 5.0)[""]["min"]
 
     def bandwidth(self) -> float:
-        """Bytes a second of a copy far larger than the cache; bytes read and written both count."""
+        """Bytes per second of a copy far larger than the cache; bytes read and written both count."""
         if "copy" not in self.found:
             most = 2**30 if self.device.type == "cuda" else 2**28
             size = min(most, max(4 * cache_bytes(self.device), 2**26)) // (2 if self.quick else 1)
             source = torch.randn(size // 4, device=self.device)
             target = torch.empty_like(source)
-            self.found["copy"] = 2 * source.numel() * 4 / self._best(lambda: target.copy_(source))
+            self.found["copy"] = 2 * source.nbytes / self._shortest(lambda: target.copy_(source))
         return self.found["copy"]
 
     def rate(self, dtype: torch.dtype) -> float:
-        """FLOPs a second of a large square product; a CPU's ceiling is that of float32, whatever the dtype."""
+        """FLOPs per second of a large square product; a CPU's ceiling is that of float32, whatever the dtype."""
         on_gpu = self.device.type == "cuda"
         dtype = dtype if on_gpu else torch.float32
         name = str(dtype).removeprefix("torch.")
@@ -71,7 +71,7 @@ class Ceilings:
             n = 8192 if on_gpu else 1024
             a, b = (torch.randn(n, n, device=self.device).to(dtype) for _ in range(2))
             out = torch.empty_like(a)
-            self.found[name] = 2 * n**3 / self._best(lambda: torch.mm(a, b, out=out))
+            self.found[name] = 2 * n**3 / self._shortest(lambda: torch.mm(a, b, out=out))
         return self.found[name]
 
     def rate_records(self, record: dict) -> dict:
@@ -85,54 +85,49 @@ class Ceilings:
         for taken in record["contestants"].values():
             if work:
                 taken["of_ceiling"] = record["floor"] / taken["median"]
-            if record["bytes"]:
-                taken["bytes_per_second"] = record["bytes"] / taken["median"]
-            if record["flops"]:
-                taken["flops_per_second"] = record["flops"] / taken["median"]
+            for unit in ("bytes", "flops"):
+                if record[unit]:
+                    taken[f"{unit}_per_second"] = record[unit] / taken["median"]
         return record
 
 
 def draw(ceilings: dict[str, float], records: Iterable[dict], title: str, path: str | Path) -> None:
-    """Draw a roofline: FLOPs a second over FLOPs a byte, one mark a contestant, under the measured ceilings.
+    """Draw a roofline: FLOPs per second over FLOPs per byte, a mark for each provider, under the measured ceilings.
 
-    Work without FLOPs (dequantizing, copying) has no place on that axis, so it stands in a second panel as bytes a
+    Work without FLOPs (dequantizing, copying) has no place on that axis, so it stands in a second panel as bytes per
     second. The file's suffix chooses the format.
     """
     from matplotlib.figure import Figure
 
-    records = [record for record in records if record["contestants"] and ("floor" in record or not record["bytes"])]
-    counted = [record for record in records if record["flops"] and record["bytes"]]
-    moved = [record for record in records if record["bytes"] and not record["flops"]]
+    records = [record for record in records if record["contestants"] and record["bytes"] and "floor" in record]
+    counted = [(record["flops"] / record["bytes"], record) for record in records if record["flops"]]
+    moved = [record for record in reversed(records) if not record["flops"]]
     figure = Figure(figsize=(12, 5.5), layout="constrained")
     left, right = figure.subplots(1, 2, width_ratios=(3, 2))
     names = list(dict.fromkeys(name for record in records for name in record["contestants"]))
-    colours = {name: f"C{at % 10}" for at, name in enumerate(names)}
-
-    intensities = [record["flops"] / record["bytes"] for record in counted] or [1.0]
-    span = [min(*intensities, 1.0) / 2, max(*intensities, 100.0) * 2]
+    style = {name: {"marker": "o", "linestyle": "", "color": f"C{at % 10}", "markersize": 5}
+             for at, name in enumerate(names)}  # fmt: skip
+    first, last = min([1.0, *(at for at, _ in counted)]) / 2, max([100.0, *(at for at, _ in counted)]) * 2
     for name, rate in ceilings.items():
-        if name == "copy":
-            continue
-        ridge = rate / ceilings["copy"]
-        xs = [span[0], max(span[0], min(ridge, span[1])), span[1]]
-        left.plot(xs, [min(rate, x * ceilings["copy"]) / 1e12 for x in xs], color="black", linewidth=1)
-        left.annotate(f"{name} product, {rate / 1e12:.3g} TFLOP/s", (span[1], rate / 1e12), ha="right", va="bottom",
-                      fontsize=8)  # fmt: skip
-    for record, intensity in zip(counted, intensities, strict=False):
+        if name != "copy":
+            xs = [first, max(first, min(rate / ceilings["copy"], last)), last]
+            left.plot(xs, [min(rate, x * ceilings["copy"]) / 1e12 for x in xs], color="black", linewidth=1)
+            text = f"{name} product, {rate / 1e12:.3g} TFLOP/s"
+            left.annotate(text, (last, rate / 1e12), ha="right", va="bottom", fontsize=8)
+    for intensity, record in counted:
         for name, taken in record["contestants"].items():
-            left.plot(intensity, taken["flops_per_second"] / 1e12, "o", color=colours[name], markersize=5)
-    left.set(xscale="log", yscale="log", xlabel="FLOPs a byte", ylabel="TFLOP/s", title=title)
+            left.plot(intensity, taken["flops_per_second"] / 1e12, **style[name])
+    left.set(xscale="log", yscale="log", xlabel="FLOPs per byte", ylabel="TFLOP/s", title=title)
     left.grid(alpha=0.3, which="both")
-
-    for at, record in enumerate(reversed(moved)):
+    for at, record in enumerate(moved):
         for name, taken in record["contestants"].items():
-            right.plot(taken["bytes_per_second"] / 1e9, at, "o", color=colours[name], markersize=5)
-    right.set_yticks(range(len(moved)), [record["name"] for record in reversed(moved)], fontsize=7)
+            right.plot(taken["bytes_per_second"] / 1e9, at, **style[name])
+    right.set_yticks(range(len(moved)), [record["name"] for record in moved], fontsize=7)
     right.axvline(ceilings["copy"] / 1e9, color="black", linewidth=1)
     right.set(xlabel="GB/s (line: a copy)", title="work without products", xlim=(0, None))
     right.grid(alpha=0.3, axis="x")
     for name in names:
-        left.plot([], [], "o", color=colours[name], label=name)
+        left.plot([], [], label=name, **style[name])
     if names:
         figure.legend(fontsize=8, loc="outside lower center", ncols=6)
     figure.savefig(path, dpi=110)
@@ -183,7 +178,7 @@ def work_of(spec: KernelSpec, size: Size) -> Work | None:
     codes = sum(nf4_bytes(n))
     padded_r = max(16, 1 << (r - 1).bit_length())
     if family == "nf4_dequantize":
-        return Work(cdiv(n, spec.elements), 1, sum(nf4_bytes(n, "nested" in rest)) + low * n)
+        return Work(cdiv(n, spec.elements), 1, sum(nf4_bytes(n, double_quant="nested" in rest)) + low * n)
     if family == "nf4_quantize":
         return Work(cdiv(n, spec.elements), 1, low * n + sum(nf4_bytes(n, double_quant=False)))
     if family in ("nf4_one_row", "nf4_few_rows"):
@@ -237,12 +232,11 @@ class Prediction:
 
     @property
     def bound(self) -> str:
-        times = {"memory": self.memory, "tensor": self.tensor, "issue": self.issue}
-        return max(times, key=times.get)
+        return max(("memory", "tensor", "issue"), key=lambda kind: getattr(self, kind))
 
     @property
     def seconds(self) -> float:
-        return max(self.memory, self.tensor, self.issue)
+        return getattr(self, self.bound)
 
 
 def instructions_per_warp(code, steps: int) -> int:
@@ -267,31 +261,25 @@ def predict(spec: KernelSpec, ray, gpu: Gpu, size: Size, measured: float | None 
     uneven = math.ceil(work.programs / gpu.multiprocessors) * gpu.multiprocessors / work.programs
     warps = work.programs * ray.threads // 32
     memory = work.bytes / gpu.bandwidth
-    return Prediction(
-        gpu=gpu,
-        size=size,
-        floor=max(memory, work.flops / rate if families else 0.0),
-        memory=memory,
-        tensor=work.padded / reached * uneven if families else 0.0,
-        issue=warps * instructions_per_warp(ray.code, work.steps) / gpu.issue * uneven,
-        measured=measured,
-    )
+    floor = max(memory, work.flops / rate if families else 0.0)
+    tensor = work.padded / reached * uneven if families else 0.0
+    issue = warps * instructions_per_warp(ray.code, work.steps) / gpu.issue * uneven
+    return Prediction(gpu, size, floor, memory, tensor, issue, measured)
 
 
 @dataclass(frozen=True)
 class Measured:
     """One time of ours from a file of `handtuned bench --json`."""
 
-    device: str
+    device: dict
     kernel: str
     size: dict
     seconds: float
-    multiprocessors: int | None = None
 
     def fits(self, spec: KernelSpec, gpu: Gpu) -> bool:
         """Whether it is of this kernel on this card: an H100 PCIe or a slice of an H200 has fewer multiprocessors."""
-        same = self.multiprocessors in (None, gpu.multiprocessors)
-        named = re.search(rf"\b{gpu.name}\b", self.device) is not None
+        same = self.device.get("multiprocessors") in (None, gpu.multiprocessors)
+        named = re.search(rf"\b{gpu.name}\b", self.device["name"]) is not None
         return same and named and spec.name.startswith(self.kernel)
 
 
@@ -300,26 +288,19 @@ def measurements(folder: str | Path) -> list[Measured]:
     found = []
     for path in sorted(Path(folder).glob("*.json")):
         content = json.loads(path.read_text(encoding="utf-8"))
-        if not isinstance(content, dict) or content.get("device", {}).get("kind") != "cuda":
-            continue
-        for record in (record for results in content["results"].values() for record in results):
-            ours = record["contestants"].get(OURS)
-            if record.get("kernel") and ours:
-                on = content["device"]
-                found.append(Measured(on["name"], record["kernel"], record["size"], ours["median"],
-                                      on.get("multiprocessors")))  # fmt: skip
+        device = content.get("device", {}) if isinstance(content, dict) else {}
+        if device.get("kind") == "cuda":
+            for record in (record for results in content["results"].values() for record in results):
+                if record.get("kernel") and OURS in record["contestants"]:
+                    seconds = record["contestants"][OURS]["median"]
+                    found.append(Measured(device, record["kernel"], record["size"], seconds))
     return found
 
 
-def predictions(
-    spec: KernelSpec, ray, size: Size, known: Iterable[Measured], gpus: Iterable[Gpu] = GPUS
-) -> Iterator[Prediction]:
+def predictions(spec: KernelSpec, ray, size: Size, known: Iterable[Measured]) -> Iterator[Prediction]:
     """One for each GPU of the X-ray's architecture at `size`, and one for each measured size of the kernel on it."""
-    for gpu in gpus:
-        if gpu.arch != ray.arch:
-            continue
-        there = [m for m in known if m.fits(spec, gpu)]
-        sizes = {Size(**{**vars(size), **m.size}): m.seconds for m in there}
+    for gpu in (gpu for gpu in GPUS if gpu.arch == ray.arch):
+        sizes = {Size(**{**vars(size), **m.size}): m.seconds for m in known if m.fits(spec, gpu)}
         for each in dict.fromkeys([size, *sizes]):
             made = predict(spec, ray, gpu, each, sizes.get(each))
             if made is not None:

@@ -36,13 +36,8 @@ Event = tuple[str, object]
 
 @dataclass(frozen=True)
 class Settings:
-    """What the process that runs benchmarks has to know.
-
-    Attributes:
-        names: of benchmarks, in order.
-        folder: where bench_<name>.py lie.
-        device, against, quick, rounds, seed: as `handtuned bench` has them.
-        deadline: moment of time.monotonic(), which all processes share, from which on nothing is begun.
+    """What the process that runs benchmarks has to know: `names` in order, the `folder` of their scripts, what
+    `handtuned bench` was told, and the moment of time.monotonic() (all processes share it) to begin nothing after.
     """
 
     names: list[str]
@@ -145,14 +140,12 @@ def _run_job(name: str, job, device: torch.device, settings: Settings, ceilings:
     """The records of one job; what stops it becomes a record too."""
     if time.monotonic() >= settings.deadline:
         return [untimed(_title(name, job), skipped=TIME_UP)]
-    limits = (settings.against, settings.rounds, share, settings.deadline)
     try:
         if isinstance(job, Exception):
             raise job
         if not isinstance(job, Case):
-            against, rounds, *moments = limits
-            return job.measure(device, settings.quick, rounds, against, *moments)
-        record = run_case(job, device, *limits)
+            return job.measure(device, settings.quick, settings.rounds, settings.against, share, settings.deadline)
+        record = run_case(job, device, settings.against, settings.rounds, share, settings.deadline)
         return [record if _lost(device) else ceilings.rate_records(record)]
     except Exception as error:
         return [untimed(_title(name, job), failed=f"{type(error).__name__}: {error}")]

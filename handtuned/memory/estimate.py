@@ -22,7 +22,7 @@ from collections.abc import Iterable
 import torch
 
 from ..nn.checkpoint_plan import Segment, split_evenly
-from ..quant.nf4 import NESTED_BLOCK
+from ..quant.nf4 import nf4_bytes
 from .activations import KINDS, LayerSetup
 from .breakdown import Breakdown, Component
 from .model_shapes import PROJECTIONS, Shape, shape_of
@@ -37,13 +37,6 @@ DIVIDED = {
     2: ("gradients",),
     3: ("weights", "quantization constants", "adapters"),
 }
-
-
-def nf4_bytes(values: int, double_quant: bool = True) -> tuple[int, int]:
-    """(bytes of codes, bytes of scales) of so many values as `NF4Tensor` holds them, in blocks of 64."""
-    blocks = math.ceil(values / 64)
-    scales = blocks + 4 * math.ceil(blocks / NESTED_BLOCK) + 4 if double_quant else 4 * blocks
-    return math.ceil(values / 2), scales
 
 
 def state_bytes(shape: Shape, method: str, c: int, optimizer: str, masters: bool, adapters: int) -> dict[str, int]:
