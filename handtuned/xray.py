@@ -20,7 +20,8 @@ from .nn.files import whole_file
 COLOURS = {"memory": "#4878a8", "tensor": "#d0803c", "issue": "#6a9a58"}
 STYLE = """
 body { font: 14px/1.45 system-ui, sans-serif; max-width: 60rem; margin: 2rem auto; padding: 0 1rem; color: #222 }
-h2 { font-size: 1rem; margin: 1.6rem 0 .2rem } p { margin: .2rem 0 } .note { color: #666; white-space: pre-line }
+h2 { font-size: 1rem; margin: 1.6rem 0 .2rem } p, pre { margin: .2rem 0 } pre { white-space: pre-wrap }
+.note { color: #666; white-space: pre-line }
 .row { display: grid; grid-template-columns: 6rem 1fr 15rem; gap: .6rem; align-items: center; margin: .3rem 0 }
 .track { position: relative; background: #f2f2f2 } .bar { height: .5rem; margin: 1px 0 }
 .mark { position: absolute; top: -2px; bottom: -2px; width: 2px } .floor { background: #222 }
@@ -77,7 +78,8 @@ def describe(ray: Xray, expected: Sequence[Prediction] = ()) -> str:
         return f"{ray.name}  {ray.arch}  does not compile: {ray.error}"
     code, held = ray.code, ray.occupancy
     lines = [
-        f"{ray.name}  {ray.arch}  {_resources(ray)}",
+        f"{ray.name}  {ray.arch}  {ray.registers} registers, {ray.spill_bytes} B spilled, "
+        f"{ray.shared_bytes} B shared, {ray.threads} threads",
         f"    a multiprocessor holds {held.blocks} programs, {held.warps} of {held.of_warps} warps; "
         f"no more for {held.limit}",
     ]
@@ -100,26 +102,12 @@ def describe(ray: Xray, expected: Sequence[Prediction] = ()) -> str:
     return "\n".join(lines)
 
 
-def _resources(ray: Xray) -> str:
-    return (f"{ray.registers} registers, {ray.spill_bytes} B spilled, {ray.shared_bytes} B shared, "
-            f"{ray.threads} threads")  # fmt: skip
-
-
 def write_page(path: Path, found: Sequence[tuple[Xray, Sequence[Prediction]]], size: Size) -> None:
     """Write one HTML page without scripts or outside files: a bar each for memory, tensor cores and issue."""
     key = ", ".join(f'<span style="color:{colour}">{kind}</span>' for kind, colour in COLOURS.items())
     parts = [f"<p>Problem: {escape(str(size))}. Bars: {key}; black line: floor; red line: measured.</p>"]
     for ray, expected in found:
-        parts.append(f"<h2>{escape(ray.name)} · {ray.arch}</h2>")
-        if ray.error:
-            parts.append(f"<p>does not compile: {escape(ray.error)}</p>")
-            continue
-        held = ray.occupancy
-        tensor = ", ".join(f"{n} × {family}" for family, n in ray.code.tensor_core.items()) or "none"
-        parts.append(
-            f"<p>{_resources(ray)}; {held.blocks} programs and {held.warps} of {held.of_warps} warps a multiprocessor "
-            f"({held.limit}); {ray.code.instructions} instructions; tensor-core instructions: {tensor}</p>"
-        )
+        parts.append(f"<h2>{escape(ray.name)} · {ray.arch}</h2><pre>{escape(describe(ray))}</pre>")
         longest = max([p.measured or 0.0 for p in expected] + [p.seconds for p in expected], default=1.0)
         parts += [_row(p, longest) for p in expected]
     with whole_file(path) as temporary:

@@ -126,7 +126,7 @@ def test_what_cannot_be_begun_is_named(timed):
     assert [record["name"] for record in report["results"]["a"]] == [f"case {at}" for at in range(5)]
 
 
-def test_a_deadline_within_a_case_stops_its_next_contestant_or_round(timed):
+def test_a_deadline_within_a_case_stops_its_next_provider_or_round(timed):
     slow = script(1, 50.0)  # a call of ours, a call of torch's: 100 s of 114; then finding the length of a turn
     _, report, said = timed({"a": slow}, "--quick")
     [record] = report["results"]["a"]
@@ -199,7 +199,7 @@ def test_a_training_process_is_killed_at_the_deadline(finetune, tmp_path):
 
 
 def test_a_training_that_is_cut_short_keeps_the_steps_that_it_had(finetune, monkeypatch):
-    """The deadline comes in the second step of the last contestant."""
+    """The deadline comes in the second step of the last provider."""
     now, step, asked = finetune.time.now, finetune.Child.step, []
 
     def until_the_deadline(child):

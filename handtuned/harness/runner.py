@@ -103,8 +103,8 @@ def run_benchmarks(settings: Settings) -> Iterator[Event]:
     yield "plan", [(name, _title(name, job)) for name, job in jobs]
     for at, (name, job) in enumerate(jobs):
         now = time.monotonic()
-        part = _weight(job) / sum(_weight(later) for _, later in jobs[at:])
-        share = now + (settings.deadline - now) * part
+        weights = [MEASURE_WEIGHT if hasattr(later, "measure") else 1 for _, later in jobs[at:]]
+        share = now + (settings.deadline - now) * weights[0] / sum(weights)
         yield "records", (name, _run_job(name, job, device, settings, ceilings, share), dict(ceilings.found))
         if device.type == "cuda":
             if _lost(device):
@@ -130,10 +130,6 @@ def _jobs(settings: Settings, device: torch.device) -> list[tuple[str, object]]:
 
 def _title(name: str, job) -> str:
     return job.name if isinstance(job, Case) else name
-
-
-def _weight(job) -> int:
-    return MEASURE_WEIGHT if hasattr(job, "measure") else 1
 
 
 def _run_job(name: str, job, device: torch.device, settings: Settings, ceilings: Ceilings, share: float) -> list[dict]:

@@ -16,9 +16,7 @@ class Shape:
     """A decoder of the Llama family: RMSNorm, rotary, grouped heads, SwiGLU.
 
     Attributes:
-        name: what the breakdown calls it.
-        layers, hidden, heads, kv_heads, head_dim, intermediate, vocab: sizes. No layers: nothing is
-            known but the number of parameters.
+        layers: 0: nothing is known but the number of parameters.
         tied: the output head is the embedding table.
         qkv_bias: q, k and v have biases (Qwen2).
         rounded: count this many parameters instead of the true number ("7B" as in 7 · 10⁹).

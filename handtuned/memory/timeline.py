@@ -12,13 +12,8 @@ PREFIX = "activations: "
 
 @dataclass(frozen=True)
 class Gradients:
-    """Bytes of gradients, by the part of the model that they belong to.
-
-    Attributes:
-        layer: of one layer.
-        table: of the embedding table (and so of an untied head).
-        norm: of the last norm.
-        held: they are there during forward already, from earlier passes of an accumulated batch.
+    """Bytes of the gradients of one layer, of the embedding table (and so of an untied head) and of the last norm;
+    `held`: they are there during forward already, from earlier passes of an accumulated batch.
     """
 
     layer: int
