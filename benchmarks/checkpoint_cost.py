@@ -20,7 +20,7 @@ from handtuned.nn.transformer import TransformerBlock
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode
 
-from handtuned.presets import PRESETS, Shape
+from handtuned.memory.model_shapes import PRESETS, Shape
 
 SMALL = Shape("4 layers of 256", 4, 256, 4, 2, 64, 688, 1000)
 

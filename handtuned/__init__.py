@@ -9,7 +9,7 @@ __all__ = ["__version__", "analyze_lora_params", "analyze_memory_savings", "memo
 
 
 def __getattr__(name: str):
-    # The ledger is imported when it is asked for: `handtuned --version` needs no torch.
+    # The memory package is imported when it is asked for: `handtuned --version` needs no torch.
     if name not in __all__:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     from importlib import import_module

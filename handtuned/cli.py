@@ -14,7 +14,7 @@ COMMANDS = {
     "generate": ("generate", "answer a prompt with a trained adapter"),
     "tune": ("tune", "search for the settings of LoRA within a budget"),
     "merge": ("merge", "write base + adapter as one plain model directory"),
-    "memory": ("memory", "estimate what training will take, and what would make it fit"),
+    "memory": ("memory.command", "estimate what training will take, and what would make it fit"),
     "bench": ("bench", "time the kernels against their rivals"),
     "xray": ("xray", "compile the kernels without a GPU and count their instructions"),
     "doctor": ("doctor", "say what is installed and what will run where"),

@@ -1,343 +1,131 @@
-"""What the compiler made of each kernel, read from the machine code; no GPU is needed.
-
-Triton compiles for any NVIDIA architecture on any machine, and its wheel brings
-`cuobjdump` and `nvdisasm`. So a change that spills registers, halves a store's
-width or loses the tensor cores shows here, before anything is timed.
+"""`handtuned xray`: compile the kernels without a GPU, count their machine code, and say what it lets one expect.
 
     handtuned xray nf4 --arch sm_80,sm_90,sm_100
 
-Instructions an element = machine instructions of one thread, times the threads of a
-program, over the elements that one program produces (its `KernelSpec.elements`).
-All instructions up to the last EXIT count, masked ones and both sides of a branch
-too, so it is an upper bound. It is given for code without a loop only; where there
-is a loop, its static size is reported instead. Subroutines that the compiler adds
-for rare cases (the slow path of a division) are not counted.
-
-From the counts follow how many programs a multiprocessor holds at once (`gpus.py`) and what to expect on the GPUs
-of that architecture (`predict.py`, a model); where `benchmarks/` holds times from such a GPU they stand beside it.
+`gpu/machine_code.py` reads the code, `gpu/cards.py` says how many programs a multiprocessor holds at once, and
+`gpu/roofline.py` models the time on the cards of that architecture; where `benchmarks/` holds times from such a card
+they stand beside it.
 """
 
 import argparse
-import importlib
-import pkgutil
-import re
-import subprocess
-import tempfile
-from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from html import escape
 from pathlib import Path
 
-from . import kernels
-from .gpus import ARCHS, GPUS, Occupancy, occupancy
-from .kernels.runtime import HAS_TRITON, INTERPRETED, KernelSpec, triton
-from .predict import ASSUMES, Prediction, Size, measurements, predictions
+from .gpu.cards import ARCHS, GPUS
+from .gpu.machine_code import Xray, all_specs, xray
+from .gpu.roofline import ASSUMES, Prediction, Size, measurements, predictions
+from .nn.files import whole_file
 
-ARCHITECTURES = tuple(ARCHS)
-DEFAULT_ARCHITECTURES = ("sm_80", "sm_90", "sm_100")
-RESULTS = Path(__file__).resolve().parents[1] / "benchmarks"
-
-# Machine instructions that feed the tensor cores, and the PTX family they come from.
-TENSOR_CORE = {
-    "HMMA": "mma.sync", "IMMA": "mma.sync", "DMMA": "mma.sync", "QMMA": "mma.sync", "OMMA": "mma.sync",
-    "HGMMA": "wgmma", "IGMMA": "wgmma", "QGMMA": "wgmma",
-    "UTCHMMA": "tcgen05", "UTCIMMA": "tcgen05", "UTCQMMA": "tcgen05", "UTCOMMA": "tcgen05", "UTCMXQMMA": "tcgen05",
-}  # fmt: skip
-MEMORY = {
-    "LDG": "load global", "STG": "store global", "LDS": "load shared", "LDSM": "load matrix", "STS": "store shared",
-    "LDGSTS": "copy async", "UTMALDG": "load tensor (TMA)", "UTMASTG": "store tensor (TMA)",
-    "UBLKCP": "copy bulk", "ATOMG": "atomic", "ATOM": "atomic", "RED": "reduce", "REDG": "reduce",
-    "LDL": "load local", "STL": "store local",
-}  # fmt: skip
-
-_INSTRUCTION = re.compile(r"/\*([0-9a-f]{4,})\*/\s+(?:@!?U?P\w+\s+)?([A-Z][\w.]*)\s*(.*?);")
-_LABEL = re.compile(r"^(\.L_x_\d+|\$\w+):")
-_TARGET = re.compile(r"`\((\.L_x_\d+)\)")
+COLOURS = {"memory": "#4878a8", "tensor": "#d0803c", "issue": "#6a9a58"}
+STYLE = """
+body { font: 14px/1.45 system-ui, sans-serif; max-width: 60rem; margin: 2rem auto; padding: 0 1rem; color: #222 }
+h2 { font-size: 1rem; margin: 1.6rem 0 .2rem } p, pre { margin: .2rem 0 } pre { white-space: pre-wrap }
+.note { color: #666; white-space: pre-line }
+.row { display: grid; grid-template-columns: 6rem 1fr 15rem; gap: .6rem; align-items: center; margin: .3rem 0 }
+.track { position: relative; background: #f2f2f2 } .bar { height: .5rem; margin: 1px 0 }
+.mark { position: absolute; top: -2px; bottom: -2px; width: 2px } .floor { background: #222 }
+.measured { background: #c02020 }
+"""
+SIZES = {"rows": "M", "out-features": "N", "in-features": "K", "rank": "r"}
 
 
-@dataclass(frozen=True)
-class Loop:
-    """One loop: the instructions between its first label and the branch back, inner loops included; depth 0: outermost.
-    """
-
-    instructions: int
-    tensor_core: int
-    depth: int = 0
-
-
-@dataclass(frozen=True)
-class MachineCode:
-    """Counts taken from a disassembly (static: each instruction once).
-
-    Attributes:
-        instructions: up to the last EXIT, without padding and compiler subroutines.
-        memory: (kind, bits a thread moves) → how many, for example ("store global", 128) → 4.
-        tensor_core: family → how many ("mma.sync", "wgmma", "tcgen05").
-        opcodes: leading opcode → how many.
-        loops: outermost first.
-    """
-
-    instructions: int
-    memory: Counter
-    tensor_core: Counter
-    opcodes: Counter
-    loops: tuple[Loop, ...]
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add xray's options to a parser."""
+    parser.add_argument("names", nargs="*", help="only kernels whose name contains one of these (default: all)")
+    parser.add_argument("--arch", default="sm_80,sm_90,sm_100", help=f"of {','.join(ARCHS)}")
+    parser.add_argument("--sass", action="store_true", help="also print the machine code")
+    parser.add_argument("--html", metavar="FILE", help="also write a page with the predicted times as bars")
+    for flag, meaning in SIZES.items():
+        default = 16 if flag == "rank" else 4096
+        parser.add_argument(f"--{flag}", type=int, default=default, help=f"{meaning} of the predicted problem")
+    parser.add_argument("--parameters", type=int, default=Size.parameters, help="for kernels over all tensors")
+    parser.add_argument("--results", default="benchmarks", metavar="DIR", type=Path,
+                        help="where GPU results lie (default: ./benchmarks)")  # fmt: skip
 
 
-@dataclass(frozen=True)
-class Xray:
-    """What one kernel became on one architecture; `error` is set, and the rest empty, where it does not compile.
-
-    Attributes:
-        registers: a thread.
-        spill_bytes: stack and local memory a thread.
-        shared_bytes: shared memory a program.
-        threads: a program.
-        instructions_per_element: None where the code loops.
-        sass: the disassembly.
-    """
-
-    name: str
-    arch: str
-    unit: str = "element"
-    registers: int = 0
-    spill_bytes: int = 0
-    shared_bytes: int = 0
-    threads: int = 0
-    code: MachineCode | None = None
-    instructions_per_element: float | None = None
-    sass: str = field(default="", repr=False)
-    error: str = ""
-
-    @property
-    def occupancy(self) -> Occupancy:
-        """What one multiprocessor holds at once."""
-        return occupancy(self.arch, self.threads, self.registers, self.shared_bytes)
-
-    def widths(self, kind: str) -> dict[int, int]:
-        """Bits → count of the accesses of one kind, for example `widths("store global")`."""
-        return {bits: n for (k, bits), n in sorted(self.code.memory.items(), reverse=True) if k == kind}
-
-
-def all_specs() -> list[KernelSpec]:
-    """Every kernel that a module of `handtuned.kernels` offers through `xray_specs()`."""
-    specs = []
-    for module in pkgutil.iter_modules(kernels.__path__, kernels.__name__ + "."):
-        offer = getattr(importlib.import_module(module.name), "xray_specs", None)
-        if offer is not None:
-            specs += offer()
-    return specs
-
-
-def _bits(opcode: str) -> int:
-    """How many bits one thread moves: the width suffix, 32 if there is none."""
-    for part in reversed(opcode.split(".")[1:]):
-        if part in ("256", "128", "64"):
-            return int(part)
-        if part in ("U8", "S8", "8"):
-            return 8
-        if part in ("U16", "S16", "16"):
-            return 16
-    return 32
-
-
-def read_machine_code(sass: str) -> MachineCode:
-    """Count what `nvdisasm -c` printed."""
-    code, labels = [], {}  # code: (opcode, operands); labels: name → index of the next instruction
-    for line in sass.splitlines():
-        if label := _LABEL.match(line.strip()):
-            if label[1].startswith("$") and code:
-                break
-            labels[label[1]] = len(code)
-        elif found := _INSTRUCTION.search(line):
-            code.append((found[2], found[3]))
-    ends = [i for i, (opcode, _) in enumerate(code) if opcode.startswith("EXIT")]
-    code = code[: ends[-1] + 1] if ends else code
-
-    loops = []
-    for i, (opcode, operands) in enumerate(code):
-        target = _TARGET.search(operands)
-        start = labels.get(target[1]) if target and opcode.startswith("BRA") else None
-        if start is not None and start < i:
-            body = code[start : i + 1]
-            loops.append((start, i, sum(op.split(".")[0] in TENSOR_CORE for op, _ in body)))
-    loops.sort(key=lambda loop: (loop[0], -loop[1]))
-    depths = [sum(a <= start and end <= b for a, b, _ in loops[:at]) for at, (start, end, _) in enumerate(loops)]
-
-    opcodes = Counter(opcode.split(".")[0] for opcode, _ in code if opcode != "NOP")
-    memory, tensor_core = Counter(), Counter()
-    for opcode, _ in code:
-        head = opcode.split(".")[0]
-        if head in MEMORY:
-            memory[MEMORY[head], _bits(opcode)] += 1
-        if head in TENSOR_CORE:
-            tensor_core[TENSOR_CORE[head]] += 1
-    found = tuple(Loop(end - start + 1, n, depth) for (start, end, n), depth in zip(loops, depths, strict=True))
-    return MachineCode(sum(opcodes.values()), memory, tensor_core, opcodes, found)
-
-
-def _tool(name: str, *arguments: str) -> str:
-    path = getattr(triton.knobs.nvidia, name).path
-    done = subprocess.run([path, *arguments], capture_output=True, text=True)
-    if done.returncode:
-        raise RuntimeError(f"{name} failed: {done.stderr.strip()}")
-    return done.stdout
-
-
-def _compile(spec: KernelSpec, arch: str):
-    from triton.backends.compiler import GPUTarget
-    from triton.compiler import ASTSource
-
-    kernel = spec.kernel
-    while not isinstance(kernel, triton.runtime.JITFunction):
-        kernel = kernel.fn  # under @triton.autotune or @triton.heuristics
-    signature = {name: "constexpr" if name in spec.constexprs else spec.signature[name] for name in kernel.arg_names}
-    attrs = {(kernel.arg_names.index(name),): [["tt.divisibility", 16]] for name in spec.aligned}
-    source = ASTSource(kernel, signature, dict(spec.constexprs), attrs)
-    return triton.compile(source, target=GPUTarget("cuda", int(arch.removeprefix("sm_")), 32), options=spec.options)
-
-
-def xray(spec: KernelSpec, arch: str = "sm_90") -> Xray:
-    """Compile one kernel for one architecture and read its machine code.
-
-    Args:
-        spec: how to compile it.
-        arch: one of ARCHITECTURES.
-
-    Returns:
-        What it became; where the compiler refuses, an `Xray` whose `error` says why.
-
-    Raises:
-        RuntimeError: without Triton, or in a process where kernels are interpreted.
-        ValueError: unknown architecture.
-    """
-    if not HAS_TRITON:
-        raise RuntimeError("xray needs Triton, which is not installed")
-    if INTERPRETED:
-        raise RuntimeError(
-            "TRITON_INTERPRET is set, so the kernels of this process are interpreted and cannot be compiled; "
-            "run xray in a process without it: TRITON_INTERPRET=0 python -m handtuned.xray"
-        )
-    if arch not in ARCHITECTURES:
-        raise ValueError(f"arch must be one of {', '.join(ARCHITECTURES)}, got {arch!r}")
-    try:
-        compiled = _compile(spec, arch)
-    except Exception as error:
-        # Triton raises whatever its passes raise; one kernel that an old chip cannot run must not hide the others.
-        lines = [line for line in str(error).splitlines() if line.strip()]
-        return Xray(spec.name, arch, spec.unit, error=f"{type(error).__name__}: {lines[-1] if lines else ''}")
-    with tempfile.TemporaryDirectory() as folder:
-        cubin = Path(folder, "kernel.cubin")
-        cubin.write_bytes(compiled.asm["cubin"])
-        usage = _tool("cuobjdump", "-res-usage", str(cubin))
-        sass = _tool("nvdisasm", "-c", str(cubin))
-    resources = {key: int(value) for key, value in re.findall(r"\b(REG|STACK|LOCAL):(\d+)", usage)}
-    code = read_machine_code(sass)
-    threads = compiled.metadata.num_warps * 32
-    return Xray(
-        name=spec.name,
-        arch=arch,
-        unit=spec.unit,
-        registers=resources["REG"],
-        spill_bytes=resources["STACK"] + resources["LOCAL"],
-        shared_bytes=compiled.metadata.shared,
-        threads=threads,
-        code=code,
-        instructions_per_element=None if code.loops else code.instructions * threads / spec.elements,
-        sass=sass,
-    )
+def run(args: argparse.Namespace) -> int:
+    """Print the report; 1 if a kernel does not compile or spills, else 0."""
+    every = all_specs()
+    specs = [spec for spec in every if not args.names or any(name in spec.name for name in args.names)]
+    if not specs:
+        raise ValueError(f"no kernel's name contains {args.names}; there are {[spec.name for spec in every]}")
+    for flag in (*SIZES, "parameters"):
+        if (value := getattr(args, flag.replace("-", "_"))) < 1:
+            raise ValueError(f"--{flag} must be at least 1, got {value}")
+    size = Size(args.rows, args.out_features, args.in_features, args.rank, args.parameters)
+    archs, known = args.arch.split(","), measurements(args.results)
+    print(f"problem: {size}", flush=True)
+    found = []
+    for spec in specs:
+        for arch in archs:
+            ray = xray(spec, arch)
+            found.append((ray, list(predictions(spec, ray, size, known))))
+            print(describe(*found[-1]), flush=True)
+            if args.sass:
+                print(ray.sass)
+    print(f"\n{ASSUMES}")
+    for gpu in (gpu for gpu in GPUS if gpu.arch in archs):
+        print(gpu)
+    if args.html:
+        write_page(Path(args.html), found, size)
+    return int(any(ray.error or ray.spill_bytes for ray, _ in found))
 
 
 def describe(ray: Xray, expected: Sequence[Prediction] = ()) -> str:
-    """One kernel's findings as text, and below them what they let one expect."""
+    """What one kernel became as text, and below it what that lets one expect."""
     if ray.error:
         return f"{ray.name}  {ray.arch}  does not compile: {ray.error}"
     code, held = ray.code, ray.occupancy
-    head = f"{ray.registers} registers, {ray.spill_bytes} B spilled, {ray.shared_bytes} B shared, "
-    lines = [f"{ray.name}  {ray.arch}  {head}{ray.threads} threads"]
-    lines.append(f"    a multiprocessor holds {held.blocks} programs, {held.warps} of {held.of_warps} warps; "
-                 f"no more for {held.limit}")  # fmt: skip
+    lines = [
+        f"{ray.name}  {ray.arch}  {ray.registers} registers, {ray.spill_bytes} B spilled, "
+        f"{ray.shared_bytes} B shared, {ray.threads} threads",
+        f"    a multiprocessor holds {held.blocks} programs, {held.warps} of {held.of_warps} warps; "
+        f"no more for {held.limit}",
+    ]
     if ray.instructions_per_element is not None:
         lines.append(f"    {code.instructions} instructions, {ray.instructions_per_element:.2f} for each {ray.unit}")
     else:
         loops = ", ".join(f"{loop.instructions} ({loop.tensor_core} tensor-core)" for loop in code.loops)
         lines.append(f"    {code.instructions} instructions, loops of {loops}")
     accesses = sorted(code.memory.items(), key=lambda item: (item[0][0], -item[0][1]))
-    if accesses:
-        lines.append("    " + ", ".join(f"{n} × {kind} {bits} bit" for (kind, bits), n in accesses))
-    if code.tensor_core:
-        lines.append("    " + ", ".join(f"{n} × {family}" for family, n in code.tensor_core.items()))
-    lines += [f"    {_told(p)}" for p in expected]
+    for counts in ([(f"{kind} {bits} bit", n) for (kind, bits), n in accesses], code.tensor_core.items()):
+        if counts:
+            lines.append("    " + ", ".join(f"{n} × {what}" for what, n in counts))
+    for p in expected:
+        parts = ", ".join(f"{kind} {getattr(p, kind) * 1e6:.1f}" for kind in COLOURS)
+        line = f"    {p.gpu.name}: predicted {p.seconds * 1e6:.1f} µs, {p.bound} bound "
+        line += f"({parts}; floor {p.floor * 1e6:.1f})"
+        if p.measured is not None:
+            line += f"; measured {p.measured * 1e6:.1f} µs, {p.measured / p.seconds:.2f} × predicted, at {p.size}"
+        lines.append(line)
     return "\n".join(lines)
 
 
-def _told(p: Prediction) -> str:
-    parts = ", ".join(f"{kind} {getattr(p, kind) * 1e6:.1f}" for kind in ("memory", "tensor", "issue"))
-    said = f"{p.gpu.name}: predicted {p.seconds * 1e6:.1f} µs, {p.bound} bound ({parts}; floor {p.floor * 1e6:.1f})"
+def write_page(path: Path, found: Sequence[tuple[Xray, Sequence[Prediction]]], size: Size) -> None:
+    """Write one HTML page without scripts or outside files: a bar each for memory, tensor cores and issue."""
+    key = ", ".join(f'<span style="color:{colour}">{kind}</span>' for kind, colour in COLOURS.items())
+    parts = [f"<p>Problem: {escape(str(size))}. Bars: {key}; black line: floor; red line: measured.</p>"]
+    for ray, expected in found:
+        parts.append(f"<h2>{escape(ray.name)} · {ray.arch}</h2><pre>{escape(describe(ray))}</pre>")
+        longest = max([p.measured or 0.0 for p in expected] + [p.seconds for p in expected], default=1.0)
+        parts += [_row(p, longest) for p in expected]
+    with whole_file(path) as temporary:
+        temporary.write_text(
+            f'<!doctype html><html lang="en"><meta charset="utf-8"><title>handtuned xray</title><style>{STYLE}</style>'
+            f'<h1>Kernels, X-rayed</h1>{"".join(parts)}<p class="note">{escape(ASSUMES)}</p></html>\n',
+            encoding="utf-8",
+        )
+
+
+def _row(p: Prediction, longest: float) -> str:
+    share = {kind: 100 * getattr(p, kind) / longest for kind in (*COLOURS, "floor")}
+    bars = "".join(f'<div class="bar" style="width:{share[kind]:.2f}%;background:{colour}"></div>'
+                   for kind, colour in COLOURS.items())  # fmt: skip
+    marks = f'<div class="mark floor" style="left:{share["floor"]:.2f}%"></div>'
+    text = f"{p.seconds * 1e6:.1f} µs, {p.bound} (floor {p.floor * 1e6:.1f})"
     if p.measured is not None:
-        said += f"; measured {p.measured * 1e6:.1f} µs, {p.measured / p.seconds:.2f} × predicted, at {p.size}"
-    return said
-
-
-def report(rays: Sequence[Xray]) -> str:
-    """The findings as text, a block of lines for each kernel."""
-    return "\n".join(describe(ray) for ray in rays)
-
-
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add xray's options to a parser."""
-    parser.add_argument("names", nargs="*", help="only kernels whose name contains one of these (default: all)")
-    parser.add_argument("--arch", default=",".join(DEFAULT_ARCHITECTURES), help=f"of {','.join(ARCHITECTURES)}")
-    parser.add_argument("--sass", action="store_true", help="also print the machine code")
-    parser.add_argument("--html", metavar="FILE", help="also write a page with the predicted times as bars")
-    for flag, meaning in (("rows", "M"), ("out-features", "N"), ("in-features", "K"), ("rank", "r")):
-        default = 16 if flag == "rank" else 4096
-        parser.add_argument(f"--{flag}", type=int, default=default, help=f"{meaning} of the predicted problem")
-    parser.add_argument("--parameters", type=int, default=Size.parameters, help="for kernels over all tensors")
-    parser.add_argument("--results", default=RESULTS, metavar="DIR", type=Path, help="where GPU results lie")
-
-
-def _size(args: argparse.Namespace) -> Size:
-    size = Size(args.rows, args.out_features, args.in_features, args.rank, args.parameters)
-    for flag, value in vars(args).items():
-        if flag in ("rows", "out_features", "in_features", "rank", "parameters") and value < 1:
-            raise ValueError(f"--{flag.replace('_', '-')} must be at least 1, got {value}")
-    return size
-
-
-def run(args: argparse.Namespace) -> int:
-    """Print the report; 1 if a kernel does not compile or spills, else 0."""
-    specs = [s for s in all_specs() if not args.names or any(name in s.name for name in args.names)]
-    if not specs:
-        raise ValueError(f"no kernel's name contains {args.names}; there are {[s.name for s in all_specs()]}")
-    archs, size, known = args.arch.split(","), _size(args), measurements(args.results)
-    print(f"problem: {size}", flush=True)
-    bad, found = 0, []
-    for spec in specs:
-        for arch in archs:
-            ray = xray(spec, arch)
-            expected = list(predictions(spec, ray, size, known))
-            found.append((ray, expected))
-            print(describe(ray, expected), flush=True)
-            if args.sass:
-                print(ray.sass)
-            bad += bool(ray.error or ray.spill_bytes)
-    print(f"\n{ASSUMES}")
-    for gpu in (gpu for gpu in GPUS if gpu.arch in archs):
-        print(gpu)
-    if args.html:
-        from .xray_page import write_page
-
-        write_page(Path(args.html), found, size)
-    return int(bad > 0)
-
-
-def main() -> int:
-    """Entry of `python -m handtuned.xray`."""
-    parser = argparse.ArgumentParser(prog="python -m handtuned.xray", description=__doc__.splitlines()[0])
-    add_arguments(parser)
-    return run(parser.parse_args())
-
-
-if __name__ == "__main__":
-    raise SystemExit(main())
+        marks += f'<div class="mark measured" style="left:{100 * p.measured / longest:.2f}%"></div>'
+        text += f"; measured {p.measured * 1e6:.1f} µs at {p.size}"
+    return (f'<div class="row"><div>{escape(p.gpu.name)}</div><div class="track">{bars}{marks}</div>'
+            f"<div>{escape(text)}</div></div>")  # fmt: skip

@@ -26,14 +26,14 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from handtuned import lessons, memory
-from handtuned.activations import LayerSetup, kept_by_layer
-from handtuned.advice import advise
+from handtuned.memory.activations import LayerSetup, kept_by_layer
+from handtuned.memory.recommend import recommend
 from handtuned.amp import MasterWeights
 from handtuned.nn import linear_cross_entropy
 from handtuned.nn.live_memory import LiveMemory
 from handtuned.nn.transformer import Transformer, TransformerBlock
 from handtuned.optim import AdamW
-from handtuned.presets import PRESETS, Shape
+from handtuned.memory.model_shapes import PRESETS, Shape
 from torch import nn
 
 GB, GIB = 10**9, 2**30
@@ -97,9 +97,9 @@ lessons.claim(
 # The library does this sum in `estimate`. Its table of states is short enough to read whole:
 
 # %%
-from handtuned import estimate as estimate_module
+from handtuned.memory.estimate import state_bytes
 
-lessons.source(estimate_module._states)
+lessons.source(state_bytes)
 
 # %% [markdown]
 # ## Does mixed precision halve it?
@@ -455,7 +455,7 @@ lessons.claim(
 settings = dict(model="qwen2.5-1.5b", method="full", dtype="bfloat16", optimizer="adamw", batch=8, seq=2048, checkpoint=False,
                 zero=0, world_size=1, flash=False, lora_r=8, target_modules="all-linear", logits="full", accumulation_steps=1,
                 offload=False)
-print(advise(settings, budget=24 * GIB))
+print(recommend(settings, budget=24 * GIB))
 
 # %% [markdown]
 # Look at the order. The notes' first tip, the logits, is also the first here. And look at what the cheapest set does not contain: a smaller batch buys nothing any more once the states are what does not fit.

@@ -50,7 +50,7 @@ from handtuned.lessons.house import HOUSE_A, House, accuracy, fit
 from handtuned.nn import LoRALinear, apply_lora_to_model, lora_parameters
 from handtuned.nn.transformer import SwiGLU
 from handtuned.optim import AdamW
-from handtuned.presets import shape_of
+from handtuned.memory.model_shapes import shape_of
 
 np.set_printoptions(precision=3, suppress=True)
 
@@ -559,7 +559,7 @@ assert error < 1e-4
 print(lora_work.report(2048, 4096, 4096, 8))
 
 if gpu():
-    from handtuned.bench import compare, table
+    from handtuned.harness import compare, table
 
     x, W = (torch.randn(4096, 4096, device="cuda", dtype=torch.float16) for _ in range(2))
     A, B = torch.randn(16, 4096, device="cuda"), torch.randn(4096, 16, device="cuda")

@@ -404,7 +404,7 @@ lessons.check("09.3", dequantize);
 
 # %%
 if gpu():
-    from handtuned.bench import compare
+    from handtuned.harness import compare
 
     large = quantize_nf4(torch.randn(8192, 8192, device="cuda"))
     out = torch.empty(8192, 8192, device="cuda", dtype=torch.float16)

@@ -59,7 +59,7 @@ from handtuned.nn import apply_lora_to_model, lora_parameters
 from handtuned.nn.inject import lora_layers
 from handtuned.nn.merge import merge_errors, merge_into_nf4
 from handtuned.nn.variants import loftq_init
-from handtuned.presets import shape_of
+from handtuned.memory.model_shapes import shape_of
 from handtuned.quant import NF4_CODE, NF4Linear, quantize_model, quantize_nf4
 from handtuned.quant import linear as nf4_linear_module
 
@@ -501,7 +501,7 @@ assert error < 1e-5
 
 # %%
 if gpu():
-    from handtuned.bench import compare, table
+    from handtuned.harness import compare, table
 
     q = quantize_nf4(torch.randn(4096, 4096, device="cuda"))
     W, x = q.dequantize(torch.float16), torch.randn(1, 4096, device="cuda", dtype=torch.float16)

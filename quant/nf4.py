@@ -33,6 +33,12 @@ def check_block_size(block_size: int) -> None:
         raise ValueError(f"block_size must be one of {BLOCK_SIZES}, got {block_size!r}")
 
 
+def nf4_bytes(values: int, block_size: int = 64, double_quant: bool = True) -> tuple[int, int]:
+    """Bytes of the codes and of the scales of so many values (without the 8-bit map: 1 KiB, shared)."""
+    blocks = -(-values // block_size)
+    return -(-values // 2), blocks + 4 * -(-blocks // NESTED_BLOCK) + 4 if double_quant else 4 * blocks
+
+
 @dataclass(eq=False)
 class NF4Tensor:
     """A tensor held in four bits a value.

@@ -185,7 +185,7 @@ def test_kernel_refuses_other_dtypes(kernel_backend, device):
 XRAY = """
 import json
 from handtuned.kernels import adamw, unscale
-from handtuned.xray import xray
+from handtuned.gpu.machine_code import xray
 rays = [xray(spec, "sm_90") for spec in adamw.xray_specs() + unscale.xray_specs()]
 print(json.dumps({r.name: [r.error, r.spill_bytes, r.widths("load global"), r.widths("store global")] for r in rays}))
 """

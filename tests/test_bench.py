@@ -2,12 +2,13 @@
 
 import argparse
 import json
-import threading
 
 import pytest
 import torch
 
-from handtuned import bench, contest, roofline
+from handtuned import bench
+from handtuned.gpu import roofline
+from handtuned.harness import runner, timing
 
 CPU = torch.device("cpu")
 
@@ -41,9 +42,9 @@ def test_ceilings_are_measured_once(monkeypatch):
 
 @pytest.fixture
 def small(tmp_path, monkeypatch):
-    """A folder with two benchmarks in place of tests/."""
+    """A folder with two benchmarks, run in this process."""
     (tmp_path / "bench_double.py").write_text(
-        "import torch\nfrom handtuned.contest import Case\n"
+        "import torch\nfrom handtuned.harness import Case\n"
         "def same(x):\n    return lambda name, result: torch.testing.assert_close(result, 2 * x)\n"
         "def cases(device, quick):\n"
         "    assert quick is True and device.type == 'cpu'\n"
@@ -52,13 +53,14 @@ def small(tmp_path, monkeypatch):
         "    yield Case('again', lambda: torch.randn(100_000), ways, same, bytes=800_000, flops=100_000)\n"
     )
     (tmp_path / "bench_broken.py").write_text(
-        "import torch\nfrom handtuned.contest import Case\n"
+        "import torch\nfrom handtuned.harness import Case\n"
         "def cases(device, quick):\n"
         "    fail = lambda x: lambda name, result: 1 / 0\n"
         "    yield Case('broken', lambda: torch.randn(10), {'handtuned': lambda x: lambda: x}, fail, bytes=40)\n"
     )
-    monkeypatch.setattr(bench, "SCRIPTS", tmp_path)
-    monkeypatch.setattr(contest, "cache_bytes", lambda device: 2**20)
+    monkeypatch.setattr(bench, "FOLDER", tmp_path)
+    monkeypatch.setattr(runner, "in_a_process", lambda settings, stop: runner.run_benchmarks(settings))
+    monkeypatch.setattr(timing, "cache_bytes", lambda device: 2**20)
     monkeypatch.setattr(roofline, "cache_bytes", lambda device: 2**20)
     return tmp_path
 
@@ -66,7 +68,7 @@ def small(tmp_path, monkeypatch):
 def run(*words):
     parser = argparse.ArgumentParser()
     bench.add_arguments(parser)
-    return bench.run(parser.parse_args([*words, "--device", "cpu", "--quick"]))
+    return bench.run(parser.parse_args(["--device", "cpu", "--quick", *words]))
 
 
 def test_the_command_writes_json_a_table_and_a_picture(small, capsys):
@@ -99,8 +101,6 @@ def test_results_so_far_are_on_disk_when_a_later_case_dies(small):
     with pytest.raises(KeyboardInterrupt):
         run("dying", "--json", str(file))
     assert len(json.loads(file.read_text())["results"]["dying"]) == 2
-    alarms = [thread for thread in threading.enumerate() if isinstance(thread, threading.Timer)]
-    assert all(alarm.finished.is_set() for alarm in alarms), "nothing ends this process later on"
 
 
 def test_a_script_that_cannot_be_loaded_does_not_stop_the_others(small, capsys):
@@ -117,6 +117,39 @@ def test_bad_words_are_refused(small, monkeypatch):
         run("double", "--against", "torch,tinygrad")
     with pytest.raises(ValueError, match="--rounds"):
         run("double", "--rounds", "0")
-    monkeypatch.setattr(bench, "backend", lambda tensor: "interpreter")
+    monkeypatch.setattr(runner, "backend", lambda tensor: "interpreter")
     with pytest.raises(ValueError, match="TRITON_INTERPRET"):
         run("double")
+
+
+def test_a_folder_without_benchmarks_is_refused(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ValueError, match=r"holds no bench_\*\.py: run this from a checkout.*--benchmarks DIR"):
+        run()
+
+
+# with processes
+
+
+def test_a_benchmark_that_ends_its_process_does_not_stop_the_others(tmp_path):
+    case = (
+        "import os, torch\nfrom handtuned.harness import Case\n"
+        "def cases(device, quick):\n"
+        "    for name in ('first', 'second'):\n"
+        "        yield Case(name, lambda: torch.zeros(1), {'handtuned': lambda x: RUN}, lambda x: lambda *_: None,\n"
+        "                   footprint=10**12)\n"
+    )
+    (tmp_path / "bench_crashes.py").write_text(case.replace("RUN", "lambda: os._exit(7)"))
+    (tmp_path / "bench_works.py").write_text(case.replace("RUN", "lambda: x"))
+    file = tmp_path / "out.json"
+    assert run("crashes", "works", "--benchmarks", str(tmp_path), "--json", str(file), "--minutes", "none") == 1
+    results = json.loads(file.read_text())["results"]
+    assert [record["name"] for record in results["crashes"]] == ["first", "second"]
+    assert all(record["failed"] == {"handtuned": "its process ended with exit code 7"} for record in results["crashes"])
+    assert [record["contestants"]["handtuned"]["rounds"] for record in results["works"]] == [5, 5]
+
+
+def test_what_the_process_refuses_is_an_error_here(tmp_path):
+    (tmp_path / "bench_any.py").write_text("def cases(device, quick):\n    return []\n")
+    with pytest.raises(ValueError, match="--device must be auto, cpu, cuda or cuda:N, got 'tpu'"):
+        run("--benchmarks", str(tmp_path), "--device", "tpu")

@@ -12,9 +12,13 @@ import pytest
 import torch
 from torch.overrides import TorchFunctionMode
 
-from handtuned import bench, contest, roofline
+from handtuned import bench
+from handtuned.gpu import roofline
+from handtuned.harness import report as reporting
+from handtuned.harness import runner, timing
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
+BENCHMARKS = Path(__file__).resolve().parents[1] / "benchmarks"
 UUID = "12345678-0000-0000-0000-000000000000"
 
 
@@ -76,18 +80,17 @@ def kinds(log):
 
 
 def test_a_gpu_is_timed_by_events_behind_a_sleep(gpu):
-    clock = contest.clock_of(CUDA)
-    seconds, host = clock.turn([gpu.call] * 3, lead=1e-3)
+    seconds, host = timing.turn(CUDA, [gpu.call] * 3, lead=1e-3)
     assert kinds(gpu.log) == ["wait", "sleep", "event", "call", "call", "call", "event", "wait"]
     assert seconds == pytest.approx(2e-3) and host is None
-    clock.turn([gpu.call], lead=100.0)
+    timing.turn(CUDA, [gpu.call], lead=100.0)
     longest = max(entry[1] for entry in gpu.log if isinstance(entry, tuple))
-    assert longest <= 0.1 * contest.SLEEP_CYCLES, "the device never sleeps longer than a tenth of a second"
+    assert longest <= 0.1 * timing.SLEEP_CYCLES, "the device never sleeps longer than a tenth of a second"
 
 
 def test_the_time_of_the_host_is_taken_while_the_device_is_awake(gpu):
     """A call that waits for the device would wait for its sleep too."""
-    host = contest.clock_of(CUDA).turn([gpu.call])[1]
+    host = timing.turn(CUDA, [gpu.call])[1]
     assert kinds(gpu.log) == ["wait", "event", "call", "event", "wait"] and 0 < host < 2e-3
     waited = []
 
@@ -95,15 +98,15 @@ def test_the_time_of_the_host_is_taken_while_the_device_is_awake(gpu):
         asleep = [entry for entry in gpu.log if entry[0] == "sleep"]
         waited.append(len(asleep))
         if asleep:
-            contest.time.sleep(0.03)
+            timing.time.sleep(0.03)
         gpu.call()
 
-    taken = contest.take_turns({"a": [waits]}, 3, CUDA, least=0.0)["a"]
+    taken = timing.take_turns({"a": [waits]}, 3, CUDA, least=0.0)["a"]
     assert max(waited) > 0 and taken["host"] < 0.02 and taken["rounds"] == 3
 
 
 def test_take_turns_on_a_gpu_repeats_short_calls(gpu):
-    times = contest.take_turns({"a": [gpu.call]}, 4, CUDA, least=9e-3)
+    times = timing.take_turns({"a": [gpu.call]}, 4, CUDA, least=9e-3)
     assert times["a"]["calls"] == 5 and times["a"]["median"] == pytest.approx(2e-3)
 
 
@@ -111,7 +114,7 @@ def test_take_turns_on_a_gpu_repeats_short_calls(gpu):
 
 DOUBLE = """
 import torch
-from handtuned.contest import Case
+from handtuned.harness import Case
 
 def same(x):
     return lambda name, result: torch.testing.assert_close(result, 2 * x)
@@ -127,8 +130,8 @@ def cases(device, quick):
 @pytest.fixture
 def command(gpu, tmp_path, monkeypatch):
     """Run `bench --device cuda` over scripts; gives its exit code and report."""
-    monkeypatch.setattr(bench, "SCRIPTS", tmp_path)
-    monkeypatch.setattr(bench, "choose_device", lambda device: CUDA)
+    monkeypatch.setattr(runner, "in_a_process", lambda settings, stop: runner.run_benchmarks(settings))
+    monkeypatch.setattr(runner, "choose_device", lambda device: CUDA)
     rate = roofline.Ceilings.rate
     monkeypatch.setattr(roofline.Ceilings, "rate", lambda self, dtype: rate(roofline.Ceilings(CPU, True), dtype))
 
@@ -136,7 +139,7 @@ def command(gpu, tmp_path, monkeypatch):
         assert words[0] == "nvidia-smi" and f"--id=GPU-{UUID}" in words
         return types.SimpleNamespace(stdout="570.1, 1980 MHz, 1980 MHz, 3201 MHz, 40, 90.00 W\n", returncode=0)
 
-    monkeypatch.setattr(bench.subprocess, "run", asked)
+    monkeypatch.setattr(reporting.subprocess, "run", asked)
 
     def run(scripts, *words):
         for name, text in scripts.items():
@@ -144,7 +147,8 @@ def command(gpu, tmp_path, monkeypatch):
         parser = argparse.ArgumentParser()
         bench.add_arguments(parser)
         file = tmp_path / "gpu.json"
-        words = [*scripts, "--quick", "--json", str(file), "--plot", str(tmp_path / "gpu.png"), *words]
+        words = [*scripts, "--benchmarks", str(tmp_path), "--quick", "--json", str(file),
+                 "--plot", str(tmp_path / "gpu.png"), *words]  # fmt: skip
         with OnCpu():
             code = bench.run(parser.parse_args(words))
         return code, json.loads(file.read_text(encoding="utf-8"))
@@ -160,15 +164,14 @@ def test_the_command_on_a_gpu(command, gpu, tmp_path, capsys):
     assert [sorted(record["contestants"]) for record in report["results"]["double"]] == [["handtuned", "torch"]] * 2
     assert "copy" in report["ceilings"] and (tmp_path / "gpu.png").stat().st_size > 1000
     assert gpu.log.count("set_device") == 1 and gpu.log.count("empty_cache") == 2
-    from handtuned.bench_tables import render
-
-    assert "NVIDIA H200 (sm_90), driver 570.1, clocks seen 1980 MHz" in render(report)
+    page = runner.load(BENCHMARKS / "tables.py").render(report)
+    assert "NVIDIA H200 (sm_90), driver 570.1, clocks seen 1980 MHz" in page
 
 
 def test_a_gpu_of_which_nvidia_smi_knows_nothing_is_described_all_the_same(gpu, monkeypatch):
     missing = lambda *_, **__: (_ for _ in ()).throw(OSError())  # noqa: E731
-    monkeypatch.setattr(bench.subprocess, "run", missing)
-    about = bench.describe(CUDA)
+    monkeypatch.setattr(reporting.subprocess, "run", missing)
+    about = reporting.describe(CUDA)
     assert about["name"] == "NVIDIA H200" and about["before"] == {}
 
 
@@ -184,45 +187,42 @@ def lost_after(monkeypatch, times):
     monkeypatch.setattr(torch.cuda, "synchronize", synchronize)
 
 
-def test_a_lost_gpu_goes_on_in_a_new_process(command, monkeypatch, tmp_path):
-    """It is lost in the first case: that is told, the second is named, the other benchmark runs elsewhere."""
+def test_a_lost_gpu_goes_on_in_a_new_process(command, monkeypatch):
+    """It is lost in the first case: that is reported, the second is named, the other benchmark runs elsewhere."""
     asked = []
 
-    def fresh(words, **options):
-        if words[0] == "nvidia-smi":
-            raise OSError
-        asked.append(words)
-        record = bench._untimed("from the new process", None)
-        rest = {"results": {"later": [record]}, "ceilings": {"copy": 7.0}}
-        Path(words[words.index("--json") + 1]).write_text(json.dumps(rest))
+    def processes(settings, stop):
+        asked.append(settings)
+        if len(asked) == 1:
+            yield from runner.run_benchmarks(settings)
+        else:
+            yield "records", ("later", [runner.untimed("from the new process")], {"copy": 7.0})
 
-    monkeypatch.setattr(bench.subprocess, "run", fresh)
+    monkeypatch.setattr(runner, "in_a_process", processes)
     lost_after(monkeypatch, 0)
     code, report = command({"double": DOUBLE, "later": DOUBLE}, "--rounds", "4")
     first, second = report["results"]["double"]
     assert code == 1 and "AcceleratorError" in first["failed"]["handtuned"]
     assert second["name"] == "again" and second["skipped"] == {"all": "an earlier error lost the GPU"}
     assert report["results"]["later"][0]["name"] == "from the new process" and report["ceilings"] == {"copy": 7.0}
-    assert asked[0][:5] == [sys.executable, "-m", "handtuned", "bench", "later"]
-    assert {"--quick", "--rounds", "4"} <= set(asked[0])
-    assert 0 < float(asked[0][asked[0].index("--minutes") + 1]) < 2, "what is left of the time, and no more"
+    assert [settings.names for settings in asked] == [["double", "later"], ["later"]]
+    assert asked[1].deadline == asked[0].deadline and asked[1].rounds == 4, "what is left of the time, and no more"
 
 
-def test_a_new_process_that_fails_too_is_told(command, monkeypatch):
-    monkeypatch.setattr(bench.subprocess, "run", lambda *_, **__: types.SimpleNamespace(returncode=-6, stdout=""))
+def test_a_new_process_that_fails_too_is_named(command, monkeypatch):
+    processes = iter([runner.run_benchmarks, lambda settings: [("died", -6)]])
+    monkeypatch.setattr(runner, "in_a_process", lambda settings, stop: next(processes)(settings))
     lost_after(monkeypatch, 0)
     code, report = command({"double": DOUBLE, "later": DOUBLE})
     assert code == 1
-    assert report["results"]["later"][0]["failed"] == {
-        "handtuned": "the new process ended with exit code -6 before it"
-    }
+    assert report["results"]["later"][0]["failed"] == {"handtuned": "its process ended with exit code -6"}
 
 
 # the scripts: what their cases do on a GPU, in small
 
 
 def script(name):
-    return bench.load(Path(__file__).with_name(f"bench_{name}.py"))
+    return runner.load(BENCHMARKS / f"bench_{name}.py")
 
 
 def small_cases():
@@ -230,8 +230,11 @@ def small_cases():
     yield lora.case(16, 64, 64, 16, torch.bfloat16, CUDA)
     yield qlora.case(16, 64, 64, 16, torch.bfloat16, CUDA, training=True)
     yield qlora.case(4, 64, 64, 16, torch.bfloat16, CUDA, training=False)
-    yield nf4.dequantize_case(64, 64, torch.bfloat16, CUDA, True)
-    yield nf4.quantize_case(64, 64, torch.bfloat16, CUDA, False)
+    yield nf4.case(64, 64, torch.bfloat16, CUDA, True)
+    yield script("nf4_quantize").case(64, 64, torch.bfloat16, CUDA, False)
+    yield script("nf4_matmul").case(4, 64, 64, torch.bfloat16, CUDA)
+    yield script("lora_gemms").case(16, 64, 64, 16, torch.bfloat16, CUDA)
+    yield script("dropout").case(16, 64, CUDA)
     yield script("matmul").case(32, CUDA)
     yield script("adamw").case("adapter", [(8, 64), (64, 8)], CUDA, False)
     yield script("adamw").case("adapter", [(8, 64), (64, 8)], CUDA, True)
@@ -242,7 +245,7 @@ def small_cases():
 def test_the_cases_of_a_gpu_are_checked_and_timed(gpu):
     with OnCpu():
         for case in small_cases():
-            record = contest.contest(case, CUDA, ("torch", "peft", "bitsandbytes"), rounds=1)
+            record = timing.run_case(case, CUDA, ("torch", "peft", "bitsandbytes"), rounds=1)
             assert set(record["failed"]) <= {"bitsandbytes 8-bit"}, case.name  # its 8-bit optimizer needs a GPU
             assert "handtuned" in record["contestants"] and record["contestants"]["handtuned"]["rounds"] == 1
 
@@ -250,9 +253,11 @@ def test_the_cases_of_a_gpu_are_checked_and_timed(gpu):
 def test_every_gpu_case_can_be_made_and_names_its_rivals(gpu):
     for name, rivals in {"lora": {"peft", "peft autocast", "unsloth"}, "loss": {"torch", "liger"},
                          "qlora": {"peft + bitsandbytes", "unsloth + bitsandbytes"}, "nf4": {"bitsandbytes"},
+                         "nf4_quantize": {"bitsandbytes"}, "nf4_matmul": {"bitsandbytes"}, "lora_gemms": {"torch"},
+                         "dropout": {"torch"},
                          "adamw": {"torch fused", "torch foreach"}, "unscale": {"torch"}}.items():  # fmt: skip
         full, quick = (list(script(name).cases(CUDA, quick)) for quick in (False, True))
-        assert len(full) >= len(quick) >= 1 and rivals <= set(full[0].contestants)
+        assert len(full) >= len(quick) >= 1 and rivals <= set(full[0].providers)
         assert {case.name for case in quick} & {case.name for case in full} or name == "loss"
 
 

@@ -13,24 +13,27 @@ from pathlib import Path
 import pytest
 import torch
 
-from handtuned import bench, bench_tables, contest
+from handtuned import bench
+from handtuned.harness import runner, timing
+
+BENCHMARKS = Path(__file__).resolve().parents[1] / "benchmarks"
 
 CASES = """
-from handtuned import contest
+from handtuned.harness import timing
 
 def cases(device, quick):
     for at in range({count}):
-        yield contest.Case(f"case {{at}}", {inputs}, {{"handtuned": run, "torch": run}}, right,
+        yield timing.Case(f"case {{at}}", {inputs}, {{"handtuned": run, "torch": run}}, right,
                            footprint=10**12)  # one set of inputs
 
 def right(x):
     return lambda name, result: None
 
 def run(x):
-    return lambda: contest.time.sleep({seconds})
+    return lambda: timing.time.sleep({seconds})
 
 def prepared(seconds):
-    contest.time.sleep(seconds)
+    timing.time.sleep(seconds)
 """
 
 
@@ -57,10 +60,10 @@ class NoCeilings:
 def timed(tmp_path, monkeypatch, capsys):
     """Run the command over scripts; gives its seconds, its report and what it printed."""
     clock = Clock()
-    for module in (bench, contest):
+    for module in (bench, runner, timing):
         monkeypatch.setattr(module, "time", clock)
-    monkeypatch.setattr(bench, "SCRIPTS", tmp_path)
-    monkeypatch.setattr(bench, "Ceilings", NoCeilings)
+    monkeypatch.setattr(runner, "in_a_process", lambda settings, stop: runner.run_benchmarks(settings))
+    monkeypatch.setattr(runner, "Ceilings", NoCeilings)
 
     def command(scripts, *words):
         for name, text in scripts.items():
@@ -68,7 +71,8 @@ def timed(tmp_path, monkeypatch, capsys):
         parser = argparse.ArgumentParser()
         bench.add_arguments(parser)
         file, begun = tmp_path / "out.json", clock.now
-        words = [*scripts, "--device", "cpu", "--rounds", "20", "--json", str(file), *words]
+        words = [*scripts, "--benchmarks", str(tmp_path), "--device", "cpu", "--rounds", "20",
+                 "--json", str(file), *words]  # fmt: skip
         assert bench.run(parser.parse_args(words)) == 0
         return clock.now - begun, json.loads(file.read_text(encoding="utf-8")), capsys.readouterr().out
 
@@ -122,7 +126,7 @@ def test_what_cannot_be_begun_is_named(timed):
     assert [record["name"] for record in report["results"]["a"]] == [f"case {at}" for at in range(5)]
 
 
-def test_a_deadline_within_a_case_stops_its_next_contestant_or_round(timed):
+def test_a_deadline_within_a_case_stops_its_next_provider_or_round(timed):
     slow = script(1, 50.0)  # a call of ours, a call of torch's: 100 s of 114; then finding the length of a turn
     _, report, said = timed({"a": slow}, "--quick")
     [record] = report["results"]["a"]
@@ -147,9 +151,9 @@ def test_other_limits_are_refused(timed, word, capsys):
 
 def test_a_measure_has_the_share_of_eight_cases_and_the_deadline(timed):
     measure = (
-        "from handtuned import contest\n"
+        "from handtuned.harness import timing\n"
         "def measure(device, quick, rounds, against, share, deadline):\n"
-        "    now = contest.time.monotonic()\n"
+        "    now = timing.time.monotonic()\n"
         "    return [{'name': f'{share - now:.1f} {deadline - now:.1f}', 'bytes': 0, 'flops': 0, 'contestants': {},\n"
         "             'skipped': {}, 'failed': {}}]\n"
     )
@@ -158,18 +162,19 @@ def test_a_measure_has_the_share_of_eight_cases_and_the_deadline(timed):
 
 
 def test_the_tables_tell_what_was_cut_short():
+    rows = runner.load(BENCHMARKS / "tables.py")._rows
     taken = {"median": 1e-3, "p20": 1e-3, "p80": 1e-3, "ratio": 1.0, "rounds": 4}
     record = {"name": "work", "contestants": {"handtuned": taken, "torch": taken}, "skipped": {}, "failed": {}}
-    assert bench_tables._rows(record | {"asked": 4})[0].startswith("| work |")
-    assert bench_tables._rows(record | {"asked": 9})[0].startswith("| work – 4 of 9 rounds: the time was up |")
+    assert rows(record | {"asked": 4})[0].startswith("| work |")
+    assert rows(record | {"asked": 9})[0].startswith("| work – 4 of 9 rounds: the time was up |")
     left_out = record | {"contestants": {}, "skipped": {"all": "the time was up"}}
-    assert bench_tables._rows(left_out) == ["| work | | | all | the time was up | |"]
+    assert rows(left_out) == ["| work | | | all | the time was up | |"]
 
 
 @pytest.fixture
 def finetune(monkeypatch, tmp_path):
     """bench_finetune on the made-up clock, with children that answer at once, and with `sleep` never."""
-    module = bench.load(Path(__file__).with_name("bench_finetune.py"))
+    module = runner.load(BENCHMARKS / "bench_finetune.py")
     monkeypatch.setattr(module, "smollm2", lambda: tmp_path / "nowhere")
     monkeypatch.setattr(module, "batches", lambda *_: (torch.zeros(2), torch.zeros(2)))
     monkeypatch.setattr(module, "time", Clock())
@@ -194,7 +199,7 @@ def test_a_training_process_is_killed_at_the_deadline(finetune, tmp_path):
 
 
 def test_a_training_that_is_cut_short_keeps_the_steps_that_it_had(finetune, monkeypatch):
-    """The deadline comes in the second step of the last contestant."""
+    """The deadline comes in the second step of the last provider."""
     now, step, asked = finetune.time.now, finetune.Child.step, []
 
     def until_the_deadline(child):
@@ -205,10 +210,10 @@ def test_a_training_that_is_cut_short_keeps_the_steps_that_it_had(finetune, monk
         return step(child)
 
     monkeypatch.setattr(finetune.Child, "step", until_the_deadline)
-    [record] = finetune.measure(torch.device("cpu"), True, 3, contest.RIVALS, math.inf, now + 100)
+    [record] = finetune.measure(torch.device("cpu"), True, 3, timing.RIVALS, math.inf, now + 100)
     assert record["skipped"] == {"peft + bitsandbytes": "the time was up"} and record["failed"] == {}
     assert record["contestants"]["handtuned"]["rounds"] == 1 == record["contestants"]["peft"]["rounds"]
-    assert contest.cut_short(record) == ["1 of 3 rounds: the time was up"]
+    assert timing.cut_short(record) == ["1 of 3 rounds: the time was up"]
 
 
 def test_past_its_share_a_training_has_its_first_timed_step_and_no_more(finetune):
@@ -218,7 +223,7 @@ def test_past_its_share_a_training_has_its_first_timed_step_and_no_more(finetune
 
 HANGS = """
 import time
-from handtuned.contest import Case
+from handtuned.harness import Case
 
 def cases(device, quick):
     for name in ("sleeps", "never begun"):
@@ -227,19 +232,24 @@ def cases(device, quick):
 
 
 def test_a_case_that_does_not_end_is_left_at_the_end_of_the_minutes(tmp_path):
-    """As a kernel that takes minutes to compile; in a process of its own, as it ends the process."""
+    """As a kernel that takes minutes to compile."""
     (tmp_path / "bench_hangs.py").write_text(HANGS)
-    code = (
-        "import sys, pathlib; from handtuned import bench, cli\n"
-        "bench.SCRIPTS = pathlib.Path(sys.argv[1])\n"
-        "sys.exit(cli.main(['bench', '--device', 'cpu', '--minutes', '0.05', '--json', sys.argv[1] + '/out.json']))"
-    )
-    environment = os.environ | {"TRITON_INTERPRET": "0"}
-    done = subprocess.run(
-        [sys.executable, "-c", code, str(tmp_path)], capture_output=True, text=True, env=environment, timeout=100
-    )
+    file = tmp_path / "out.json"
+    words = ["--benchmarks", str(tmp_path), "--device", "cpu", "--minutes", "0.2", "--json", str(file)]
+    done = subprocess.run([sys.executable, "-m", "handtuned", "bench", *words], capture_output=True, text=True,
+                          env=os.environ | {"TRITON_INTERPRET": "0"}, timeout=100)  # fmt: skip
     assert done.returncode == 0, done.stderr
-    report = json.loads((tmp_path / "out.json").read_text(encoding="utf-8"))
-    assert [record["name"] for record in report["results"]["hangs"]] == ["sleeps", "never begun"]
+    report = json.loads(file.read_text(encoding="utf-8"))
     assert all(record["skipped"] == {"all": "the time was up"} for record in report["results"]["hangs"])
-    assert 2.9 <= report["seconds"] < 60 and "2 of 2 cases were cut short or left out" in done.stdout
+    assert 11.5 <= report["seconds"] < 60 and "cases were cut short or left out" in done.stdout
+
+
+def test_when_the_time_is_up_every_case_that_is_left_is_named(tmp_path, monkeypatch, capsys):
+    (tmp_path / "bench_hangs.py").write_text(HANGS)
+    plan = [("hangs", "sleeps"), ("hangs", "never begun")]
+    monkeypatch.setattr(runner, "in_a_process", lambda settings, stop: [("plan", plan), ("time up", None)])
+    parser = argparse.ArgumentParser()
+    bench.add_arguments(parser)
+    assert bench.run(parser.parse_args(["--benchmarks", str(tmp_path)])) == 0
+    said = capsys.readouterr().out
+    assert "sleeps\n  all: skipped, the time was up" in said and "2 of 2 cases were cut short or left out" in said

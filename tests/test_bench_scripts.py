@@ -1,65 +1,69 @@
-"""The benchmark scripts of this repository: every contestant's result is right, in the cases of a CPU and of a GPU."""
+"""The benchmark scripts of this repository: every provider's result is right, in the cases of a CPU and of a GPU."""
 
 from pathlib import Path
 
 import pytest
 import torch
 
-from handtuned import bench, contest
+from handtuned.harness import runner, timing
 
 CPU = torch.device("cpu")
 HERE = ("torch", "peft", "bitsandbytes")  # rivals that run on a CPU; the others: test_rivals.py
-ROOT = Path(__file__).resolve().parents[1]
+BENCHMARKS = Path(__file__).resolve().parents[1] / "benchmarks"
+NAMES = ["nf4", "nf4_quantize", "nf4_matmul", "lora", "lora_gemms", "qlora", "matmul", "dropout", "adamw", "unscale",
+         "loss"]  # fmt: skip
 
 
 def script(name):
-    return bench.load(ROOT / "tests" / f"bench_{name}.py")
+    return runner.load(BENCHMARKS / f"bench_{name}.py")
 
 
 def test_every_script_is_found_and_offers_cases():
-    found = bench.found_benchmarks()
-    assert {"nf4", "lora", "qlora", "matmul", "adamw", "unscale", "loss", "finetune"} <= set(found)
+    found = runner.found_benchmarks(BENCHMARKS)
+    assert {*NAMES, "finetune"} == set(found)
     for name, path in found.items():
-        module = bench.load(path)
+        module = runner.load(path)
         assert hasattr(module, "cases") != hasattr(module, "measure"), name
 
 
-@pytest.mark.parametrize("name", ["lora", "qlora", "matmul", "unscale", "adamw", "nf4", "loss"])
+@pytest.mark.parametrize("name", NAMES)
 def test_all_contestants_of_the_quick_cases_agree(name, monkeypatch):
     """Every rival's result is right and no case raises; times on this machine do not matter here."""
-    monkeypatch.setattr(contest, "cache_bytes", lambda device: 1)
+    monkeypatch.setattr(timing, "cache_bytes", lambda device: 1)
     for case in script(name).cases(CPU, True):
-        record = contest.contest(case, CPU, HERE, rounds=1)
+        record = timing.run_case(case, CPU, HERE, rounds=1)
         assert record["failed"] == {}, case.name
         assert "handtuned" in record["contestants"] and case.bytes > 0
 
 
 def test_the_gpu_cases_can_be_run_on_small_sizes(monkeypatch):
     """Code paths that only a GPU's cases take: low precision, dropout, a few rows, scales in fp32."""
-    monkeypatch.setattr(contest, "cache_bytes", lambda device: 1)
+    monkeypatch.setattr(timing, "cache_bytes", lambda device: 1)
     lora, qlora, nf4, matmul = map(script, ("lora", "qlora", "nf4", "matmul"))
     cases = [
         lora.case(64, 128, 64, 16, torch.bfloat16, CPU),
         lora.case(512, 128, 64, 8, torch.float32, CPU, dropout=0.05),
         qlora.case(64, 128, 64, 16, torch.bfloat16, CPU, training=True),
         qlora.case(4, 128, 64, 16, torch.bfloat16, CPU, training=False),
-        nf4.dequantize_case(64, 128, torch.bfloat16, CPU, False),
-        nf4.quantize_case(64, 128, torch.bfloat16, CPU, True),
+        nf4.case(64, 128, torch.bfloat16, CPU, False),
+        script("nf4_quantize").case(64, 128, torch.bfloat16, CPU, True),
+        script("nf4_matmul").case(4, 64, 128, torch.bfloat16, CPU),
+        script("lora_gemms").case(64, 128, 64, 16, torch.bfloat16, CPU),
         matmul.case(64, CPU),
         script("unscale").case("adapter", [(64, 8)] * 3, torch.float16, CPU),
         script("loss").case(32, 64, 500, torch.bfloat16, CPU),
     ]
     for case in cases:
-        record = contest.contest(case, CPU, HERE, rounds=1)
+        record = timing.run_case(case, CPU, HERE, rounds=1)
         assert record["failed"] == {}, case.name
 
 
 def test_cases_name_kernels_that_xray_knows(monkeypatch):
-    from handtuned.xray import all_specs
+    from handtuned.gpu.machine_code import all_specs
 
     names = [spec.name for spec in all_specs()]
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *_: (9, 0))
-    for name in ("nf4", "lora", "qlora", "matmul", "adamw", "unscale", "loss"):
+    for name in NAMES:
         for device in (CPU, torch.device("cuda")):
             for case in script(name).cases(device, False):
                 assert any(known.startswith(case.kernel) for known in names), case.kernel
@@ -79,13 +83,13 @@ def test_finetune_tells_losses_that_part(monkeypatch):
     assert list(finetune.apart(turns)) == ["peft"]
 
 
-def test_finetune_records_a_contestant_that_dies(monkeypatch, tmp_path):
+def test_finetune_records_a_provider_that_dies(monkeypatch, tmp_path):
     """Every child dies at once: the record tells why, and no time is made up."""
     finetune = script("finetune")
     monkeypatch.setattr(finetune, "smollm2", lambda: tmp_path / "nowhere")
     monkeypatch.setattr(finetune, "batches", lambda *_: (torch.zeros(2), torch.zeros(2)))
-    monkeypatch.setattr(finetune, "CONTESTANTS", ("handtuned",))
-    [record] = finetune.measure(CPU, True, 1, contest.RIVALS)
+    monkeypatch.setattr(finetune, "PROVIDERS", ("handtuned",))
+    [record] = finetune.measure(CPU, True, 1, timing.RIVALS)
     assert record["contestants"] == {} and "nowhere" in record["failed"]["handtuned"]
 
 
@@ -98,7 +102,7 @@ def test_finetune_on_random_weights_of_the_same_shape(monkeypatch):
         raise ValueError("offline")
 
     monkeypatch.setattr(finetune, "smollm2", absent)
-    [record] = finetune.measure(CPU, True, 2, contest.RIVALS)
+    [record] = finetune.measure(CPU, True, 2, timing.RIVALS)
     assert "random weights" in record["name"] and record["failed"] == {}
-    assert set(record["contestants"]) | set(record["skipped"]) == set(finetune.CONTESTANTS)
+    assert set(record["contestants"]) | set(record["skipped"]) == set(finetune.PROVIDERS)
     assert len(record["contestants"]["handtuned"]["losses"]) == 3

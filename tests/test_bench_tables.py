@@ -4,16 +4,17 @@ import json
 import sys
 from pathlib import Path
 
-from handtuned import bench_tables
+from handtuned.harness.runner import load
 
 ROOT = Path(__file__).resolve().parents[1]
+tables = load(ROOT / "benchmarks" / "tables.py")
 
 
 def test_the_tables_are_what_the_json_files_say():
-    """`python -m handtuned.bench_tables` would change nothing, and every result file has its table."""
+    """`python benchmarks/tables.py` would change nothing, and every result file has its table."""
     page = (ROOT / "benchmarks" / "README.md").read_text(encoding="utf-8")
-    assert bench_tables.updated(page, ROOT / "benchmarks") == page
-    marked = {found["file"] for found in bench_tables.MARKED.finditer(page)}
+    assert tables.updated(page, ROOT / "benchmarks") == page
+    marked = {found["file"] for found in tables.MARKED.finditer(page)}
     results = set()
     for path in (ROOT / "benchmarks").glob("*.json"):
         content = json.loads(path.read_text(encoding="utf-8"))
@@ -29,8 +30,8 @@ def test_a_changed_figure_is_noticed(tmp_path, monkeypatch):
     (tmp_path / "cpu.json").write_text(json.dumps(report), encoding="utf-8")
 
     def command(*words):
-        monkeypatch.setattr(sys, "argv", ["bench_tables", "--folder", str(tmp_path), *words])
-        return bench_tables.main()
+        monkeypatch.setattr(sys, "argv", ["tables.py", "--folder", str(tmp_path), *words])
+        return tables.main()
 
     assert command("--check") == 1 and command() == 0 and command("--check") == 0
     written = (tmp_path / "README.md").read_text(encoding="utf-8")
@@ -39,7 +40,7 @@ def test_a_changed_figure_is_noticed(tmp_path, monkeypatch):
     assert f"{record['contestants']['bitsandbytes']['ratio']:.2f} |" in written
     record["contestants"]["handtuned"]["median"] *= 1.5
     (tmp_path / "cpu.json").write_text(json.dumps(report), encoding="utf-8")
-    assert bench_tables.updated(written, tmp_path) != written
+    assert tables.updated(written, tmp_path) != written
 
 
 def test_the_shipped_cpu_results_compare_parts_a_to_c():

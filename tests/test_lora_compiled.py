@@ -11,7 +11,7 @@ pytestmark = pytest.mark.skipif(not runtime.HAS_TRITON, reason="Triton is not in
 MODULES = ("lora_down", "lora_product", "lora_backward", "nf4_stream", "nf4_merge")
 SCRIPT = """
 import importlib, json, sys
-from handtuned.xray import xray
+from handtuned.gpu.machine_code import xray
 modules, wanted, archs = json.loads(sys.argv[1])
 found = []
 for module in modules:

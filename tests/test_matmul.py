@@ -175,7 +175,7 @@ def test_errors_name_the_argument(a, b, scale, error, name):
 XRAY = """
 import json
 from handtuned.kernels.matmul import xray_specs
-from handtuned.xray import xray
+from handtuned.gpu.machine_code import xray
 specs = [spec for spec in xray_specs() if "128x256x64,3" in spec.name]
 rays = [(xray(spec, "sm_90"), "wgmma") for spec in specs] + [(xray(specs[0], "sm_100"), "tcgen05")]
 told = [[ray.name, ray.error, ray.spill_bytes, ray.code and ray.code.tensor_core[kind]] for ray, kind in rays]

@@ -1,4 +1,4 @@
-"""The ledger: the documents' figures, bytes by hand, advice, and the command."""
+"""Memory: the documents' figures, bytes by hand, recommendations, and the command."""
 
 import subprocess
 import sys
@@ -7,13 +7,14 @@ import pytest
 import torch
 from handtuned.nn.live_memory import LiveMemory
 from handtuned.quant import quantize_nf4
+from handtuned.quant.nf4 import nf4_bytes
 from torch import nn
 
-from handtuned import memory
-from handtuned.advice import fit
-from handtuned.estimate import estimate, nf4_bytes
-from handtuned.memory import analyze_lora_params, analyze_memory_savings, korthikanti, measure, parse_size
-from handtuned.presets import PRESETS, Shape, shape_of
+from handtuned.memory import analyze_lora_params, analyze_memory_savings, korthikanti, measure
+from handtuned.memory.command import parse_size
+from handtuned.memory.estimate import estimate
+from handtuned.memory.model_shapes import PRESETS, Shape, shape_of
+from handtuned.memory.recommend import fit, recommend
 
 GB, GIB = 10**9, 2**30
 
@@ -106,8 +107,10 @@ class TestShapes:
 
 
 @pytest.mark.parametrize("sizes", [(64, 64), (33, 7), (576, 1536), (1, 1), (500, 129)])
-def test_nf4_bytes_are_those_of_an_nf4_tensor(sizes):
-    assert sum(nf4_bytes(*sizes)) == quantize_nf4(torch.randn(sizes)).nbytes
+@pytest.mark.parametrize("nested", [True, False])
+def test_nf4_bytes_are_those_of_an_nf4_tensor(sizes, nested):
+    q = quantize_nf4(torch.randn(sizes), double_quant=nested)
+    assert sum(nf4_bytes(sizes[0] * sizes[1], double_quant=nested)) == q.nbytes
 
 
 class TestEstimate:
@@ -141,7 +144,7 @@ class TestEstimate:
 
     def test_the_text_names_its_units(self):
         text = str(estimate("7b", batch=1, seq=2048))
-        for part in ("28.00 GB", "56.00 GB", "112.00 GB = 104.31 GiB", "16 bytes a parameter", "█", "optimizer step"):
+        for part in ("28.00 GB", "56.00 GB", "112.00 GB = 104.31 GiB", "16 bytes per parameter", "█", "optimizer step"):
             assert part in text
 
     @pytest.mark.parametrize(
@@ -254,7 +257,7 @@ SETTINGS = {"model": "7b", "method": "full", "dtype": "float32", "batch": 4, "se
             "world_size": 1, "flash": True, "logits": "chunked", "accumulation_steps": 1, "offload": False}  # fmt: skip
 
 
-class TestAdvice:
+class TestRecommend:
     def test_the_order_is_the_documents(self):
         tried, _, _ = fit(SETTINGS, 1)
         names = [name for name, _ in tried]
@@ -274,7 +277,7 @@ class TestAdvice:
 
     def test_nothing_is_enough(self):
         assert fit(SETTINGS, GB)[2] is None
-        assert "nothing of this is enough" in memory.advise({**SETTINGS, "model": "65b"}, GB)
+        assert "nothing of this is enough" in recommend({**SETTINGS, "model": "65b"}, GB)
 
     def test_a_bare_number_of_parameters(self):
         assert "LoRA" not in str(fit({**SETTINGS, "model": 7e9}, GB)[1])

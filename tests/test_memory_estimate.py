@@ -4,10 +4,10 @@ import pytest
 import torch
 from handtuned.quant import quantize_model, quantize_nf4
 
-from handtuned.estimate import estimate
 from handtuned.memory import measure
+from handtuned.memory.estimate import estimate
+from handtuned.memory.tracker import training_step
 from handtuned.models import cache_directory
-from handtuned.rehearsal import training_step
 
 transformers = pytest.importorskip("transformers")
 SIZES = {

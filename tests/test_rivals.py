@@ -9,7 +9,7 @@ import pytest
 import torch
 from handtuned.kernels.runtime import INTERPRETED
 
-from handtuned import bench, contest
+from handtuned.harness import runner, timing
 
 CPU = torch.device("cpu")
 
@@ -18,7 +18,7 @@ CPU = torch.device("cpu")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 def test_liger_is_called_as_it_wants_to_be(dtype, monkeypatch):
     pytest.importorskip("liger_kernel")
-    monkeypatch.setattr(contest, "cache_bytes", lambda device: 1)
-    case = bench.load(Path(__file__).with_name("bench_loss.py")).case(12, 64, 500, dtype, CPU)
-    record = contest.contest(case, CPU, against=["liger"], rounds=1)
+    monkeypatch.setattr(timing, "cache_bytes", lambda device: 1)
+    case = runner.load(Path(__file__).parents[1] / "benchmarks" / "bench_loss.py").case(12, 64, 500, dtype, CPU)
+    record = timing.run_case(case, CPU, against=["liger"], rounds=1)
     assert record["failed"] == {} == record["skipped"] and set(record["contestants"]) == {"handtuned", "liger"}

@@ -5,15 +5,18 @@ from pathlib import Path
 import pytest
 from handtuned.optim.zero import ZeroOptimizer
 
-from handtuned import scale
-from handtuned.scale import FAST, SLOW, Cluster, break_even, counted, fill, ring, simulate
+from handtuned.harness.runner import load
 
-PAGE = Path(__file__).resolve().parents[1] / "docs" / "scale.md"
+ROOT = Path(__file__).resolve().parents[1]
+PAGE = ROOT / "docs" / "scale.md"
+scale = load(ROOT / "benchmarks" / "scale.py")
+FAST, SLOW, Cluster = scale.FAST, scale.SLOW, scale.Cluster
+break_even, counted, fill, ring, simulate = scale.break_even, scale.counted, scale.fill, scale.ring, scale.simulate
 
 
 def test_the_page_holds_the_tables_that_the_command_writes(tmp_path):
     text = PAGE.read_text(encoding="utf-8")
-    assert fill(text) == text, "run: python -m handtuned.scale docs/scale.md"
+    assert fill(text) == text, "run: python benchmarks/scale.py docs/scale.md"
     emptied = tmp_path / "scale.md"
     emptied.write_text(text.replace("| 8 | DDP |", "| 9 | DDP |"), encoding="utf-8")
     scale.main([str(emptied)])

@@ -11,10 +11,11 @@ import pytest
 from handtuned.kernels import runtime
 from handtuned.kernels.nf4 import xray_specs
 
-from handtuned.gpus import ARCHS, GPUS, occupancy
-from handtuned.predict import Size, instructions_a_warp, measurements, predict, predictions, work_of
-from handtuned.xray import Loop, MachineCode, Xray, all_specs, describe, main, read_machine_code, report, xray
-from handtuned.xray_page import write_page
+from handtuned import cli
+from handtuned.gpu.cards import ARCHS, GPUS, occupancy
+from handtuned.gpu.machine_code import Loop, MachineCode, Xray, all_specs, read_machine_code, xray
+from handtuned.gpu.roofline import Size, instructions_per_warp, measurements, predict, predictions, work_of
+from handtuned.xray import describe, write_page
 
 STRAIGHT = """
 .text.kernel:
@@ -76,7 +77,7 @@ def test_loops_and_tensor_cores_are_found_and_subroutines_left_out():
 
 @pytest.mark.skipif(not runtime.INTERPRETED, reason="kernels are compiled in this process")
 def test_an_interpreted_process_says_what_to_do():
-    with pytest.raises(RuntimeError, match=r"TRITON_INTERPRET=0 python -m handtuned\.xray"):
+    with pytest.raises(RuntimeError, match=r"TRITON_INTERPRET=0 handtuned xray"):
         xray(xray_specs()[0])
 
 
@@ -88,7 +89,7 @@ def _compiled(arguments, **options):
 FACTS = """
 import json
 from dataclasses import replace
-from handtuned.xray import xray
+from handtuned.gpu.machine_code import xray
 from handtuned.kernels import nf4, nf4_quantize
 specs = [s for s in nf4.xray_specs() if "nested" in s.name or "fp16" in s.name]
 first = specs[0]
@@ -194,7 +195,7 @@ def test_a_product_is_bound_by_its_tensor_cores_and_mma_sync_is_slower_on_hopper
 def test_the_largest_loop_runs_once_a_step_and_inner_loops_are_part_of_theirs():
     loops = (Loop(8, 0), Loop(60, 0), Loop(40, 0, depth=1))
     code = ray_of("x", loops=loops).code
-    assert instructions_a_warp(code, 1) == 100 and instructions_a_warp(code, 64) == 100 + 63 * 60
+    assert instructions_per_warp(code, 1) == 100 and instructions_per_warp(code, 64) == 100 + 63 * 60
 
 
 def test_every_kernel_has_its_work_counted():
@@ -271,7 +272,7 @@ def test_the_command_prints_a_report(tmp_path):
     """End to end, with results of an H200 at hand: its measurement stands beside the prediction, in text and HTML."""
     results_file(tmp_path)
     words = ["nf4_dequantize[fp16, nested]", "--arch", "sm_90", "--html", str(tmp_path / "x.html")]
-    done = _compiled(["-m", "handtuned.xray", *words, "--results", str(tmp_path)])
+    done = _compiled(["-m", "handtuned", "xray", *words, "--results", str(tmp_path)])
     assert done.returncode == 0, done.stderr
     size, first, second, third, fourth, h100, h200, measured, *model = done.stdout.splitlines()
     assert size.startswith("problem: M 4096, N 4096, K 4096, r 16")
@@ -286,11 +287,9 @@ def test_the_command_prints_a_report(tmp_path):
     assert page.count("mark measured") == 1 and "measured 41.0 µs at M 4096, N 4096, K 14336" in page
 
 
-def test_unknown_names_and_failures(monkeypatch, capsys):
-    monkeypatch.setattr(sys, "argv", ["xray", "no_such_kernel"])
-    with pytest.raises(ValueError, match="no kernel's name contains"):
-        main()
-    assert report([Xray("k", "sm_75", error="no bf16")]) == "k  sm_75  does not compile: no bf16"
-    monkeypatch.setattr(sys, "argv", ["xray", "nf4", "--rank", "0"])
-    with pytest.raises(ValueError, match="--rank must be at least 1"):
-        main()
+def test_unknown_names_and_failures(capsys):
+    assert cli.main(["xray", "no_such_kernel"]) == 2
+    assert "no kernel's name contains" in capsys.readouterr().err
+    assert describe(Xray("k", "sm_75", error="no bf16")) == "k  sm_75  does not compile: no bf16"
+    assert cli.main(["xray", "nf4", "--rank", "0"]) == 2
+    assert "--rank must be at least 1" in capsys.readouterr().err

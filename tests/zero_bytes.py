@@ -12,8 +12,8 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 from zero_race import STAGES, Plain, Race, build, loss_of, overflowing, two_ranks, worst_difference
 
-from handtuned.estimate import estimate
 from handtuned.memory import measure
+from handtuned.memory.estimate import estimate
 
 
 def alive():

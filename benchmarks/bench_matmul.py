@@ -1,15 +1,16 @@
 """scaled_matmul beside torch's product followed by a scale and a check for overflow.
 
-    python tests/bench_matmul.py          the same as `handtuned bench matmul`
+    python benchmarks/bench_matmul.py          the same as `handtuned bench matmul`
 
 On a CPU this times the reference.
 """
 
 import torch
 from handtuned.amp import scaled_matmul
+from shared import error
 
-from handtuned import bench
-from handtuned.contest import Case
+from handtuned.bench import script
+from handtuned.harness import Case
 
 SCALE = 0.125
 
@@ -25,8 +26,8 @@ def check(inputs):
     def close(name, result):
         alone = name == "torch product alone"
         c, expected = (result, exact) if alone else (result[0], exact * SCALE)
-        error = ((c.double() - expected).abs().max() / expected.abs().max()).item()
-        assert error < 2**-9, f"off by {error:.1e}"
+        off = error(c, expected)
+        assert off < 2**-9, f"off by {off:.1e}"
         assert alone or not result[1], "an overflow was reported"
 
     return close
@@ -36,7 +37,7 @@ def case(n, device):
     return Case(
         name=f"product with a scale, {n} × {n} × {n} float16",
         inputs=lambda: [torch.randn(n, n, device=device).half() for _ in range(2)],
-        contestants={
+        providers={
             "handtuned": lambda ab: lambda: scaled_matmul(*ab, SCALE),
             "torch": lambda ab: lambda: separate(*ab),
             "torch product alone": lambda ab: lambda: ab[0] @ ab[1],
@@ -61,4 +62,4 @@ def cases(device, quick):
 
 
 if __name__ == "__main__":
-    raise SystemExit(bench.script(__file__))
+    raise SystemExit(script(__file__))

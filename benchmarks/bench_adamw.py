@@ -1,17 +1,17 @@
 """AdamW over all tensors of an adapter or a model, beside torch's and bitsandbytes'.
 
-    python tests/bench_adamw.py           the same as `handtuned bench adamw`
+    python benchmarks/bench_adamw.py           the same as `handtuned bench adamw`
 
 Two kinds of work: the step alone, and what mixed precision does around it (unscale, look for overflow, clip, step).
-The least to move is 28 bytes a parameter (read p, g, m, v; write p, m, v).
+The least to move is 28 bytes per parameter (read p, g, m, v; write p, m, v).
 """
 
 import torch
 from handtuned.amp import GradScaler
 from handtuned.optim import AdamW, AdamW8bit
 
-from handtuned import bench
-from handtuned.contest import Case
+from handtuned.bench import script
+from handtuned.harness import Case
 
 LAYERS = 30  # of SmolLM2-135M
 ADAPTER = [shape for _ in range(2 * LAYERS) for shape in ((8, 576), (576, 8), (8, 576), (192, 8))]
@@ -33,9 +33,9 @@ def parameters(pairs):
 
 
 def alone(make):
-    """A contestant: one step of an optimizer; gives the parameters."""
+    """A provider: one step of an optimizer; gives the parameters."""
 
-    def contestant(pairs):
+    def provider(pairs):
         params = parameters(pairs)
         optimizer = make(params)
 
@@ -45,13 +45,13 @@ def alone(make):
 
         return run
 
-    return contestant
+    return provider
 
 
 def by_torch(make):
     """Unscale, clip and step by torch's own tools."""
 
-    def contestant(pairs):
+    def provider(pairs):
         params = parameters(pairs)
         optimizer = make(params)
         scaler = torch.amp.GradScaler(params[0].device.type, init_scale=1.0, growth_interval=2**30)
@@ -66,7 +66,7 @@ def by_torch(make):
 
         return run
 
-    return contestant
+    return provider
 
 
 def by_ours(pairs):
@@ -113,21 +113,21 @@ def case(title, shapes, device, whole):
     foreach = lambda p: torch.optim.AdamW(p, lr=RATE, foreach=True)  # noqa: E731
     fused = lambda p: torch.optim.AdamW(p, lr=RATE, fused=True)  # noqa: E731
     if whole:
-        contestants = {"handtuned": by_ours, "torch foreach": by_torch(foreach), "torch fused": by_torch(fused)}
+        providers = {"handtuned": by_ours, "torch foreach": by_torch(foreach), "torch fused": by_torch(fused)}
     else:
-        contestants = {
+        providers = {
             "handtuned": alone(lambda p: AdamW(p, lr=RATE)),
             "torch foreach": alone(foreach),
             "torch fused": alone(fused),
             "handtuned 8-bit": alone(lambda p: AdamW8bit(p, lr=RATE)),
         }
         if device.type == "cuda":
-            contestants["bitsandbytes 8-bit"] = alone(eight_bit)
+            providers["bitsandbytes 8-bit"] = alone(eight_bit)
     return Case(
         name=f"{'unscale, clip and AdamW' if whole else 'AdamW'}, {title}: {len(shapes)} tensors, "
         f"{elements / 1e6:.1f} M parameters",
         inputs=lambda: values(shapes, device),
-        contestants=contestants,
+        providers=providers,
         check=check(whole),
         bytes=28 * elements,
         footprint=16 * elements,
@@ -145,4 +145,4 @@ def cases(device, quick):
 
 
 if __name__ == "__main__":
-    raise SystemExit(bench.script(__file__))
+    raise SystemExit(script(__file__))

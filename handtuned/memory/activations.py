@@ -1,28 +1,36 @@
-"""What one decoder layer keeps for backward, in bytes a token, and what its backward pass needs on top.
+"""What one decoder layer keeps for backward, in bytes per token, and what its backward pass needs on top.
 
 Counted operation by operation for the layer as transformers' Llama and `nn.TransformerBlock` run it.
-With c bytes a value (2 or 4), h the hidden size, H and K the sizes of all query and key/value heads,
+With c bytes per value (2 or 4), h the hidden size, H and K the sizes of all query and key/value heads,
 I the intermediate size, s the sequence length:
 
     norm (two)      the input in fp32: 4h (at c = 4 it is the residual stream itself), 1/rms: 4,
                     normed: ch if the norm's weight is trained, output: ch if a next linear needs it
-    attention       q: cH, k, v: cK each, output: cH, log-sum-exp: 4 a head
-      eager         k, v repeated to cH each, probabilities: 4s a head, and again cs at c = 2
+    attention       q: cH, k, v: cK each, output: cH, log-sum-exp: 4 per head
+      eager         k, v repeated to cH each, probabilities: 4s per head, and again cs at c = 2
     MLP             gate, silu(gate), up: cI each, product: cI if `down` needs it
-    adapter         x Aᵀ: cr for each adapted linear
+    adapter         x Aᵀ: cr for each linear with an adapter
 
 A linear needs its input only where the weight or an adapter is trained: a frozen weight's backward
 pass is dx = dy W alone. So LoRA on few projections also keeps fewer activations.
-
-Korthikanti et al. (2022), section 4.1, count the same way for a GPT layer in 16 bits:
-s·b·h·(34 + 5·a·s/h) bytes; see `memory.korthikanti`.
 """
 
 from dataclasses import dataclass
 
-from .presets import Shape
+from .model_shapes import Shape
 
 KINDS = ("checkpoints", "norms", "attention", "attention scores", "MLP", "adapters")
+
+
+def korthikanti(batch: int, seq: int, hidden: int, heads: int, layers: int, flash: bool = False) -> int:
+    """Bytes of activations of a GPT in 16 bits with dropout: s·b·h·(34 + 5·a·s/h) per layer, without the logits.
+
+    With `flash` attention, which keeps no scores, s·b·h·34. For batch 1, sequence 2048 and the sizes of a
+    7B model (4096, 32 heads, 32 layers) 28.5 GiB: the study documents' "28.5 G"; 8.5 GiB with flash.
+
+    Source: Korthikanti et al. 2022, "Reducing Activation Recomputation in Large Transformer Models", equation 2.
+    """
+    return layers * (34 * seq * batch * hidden + (0 if flash else 5 * heads * seq * seq * batch))
 
 
 @dataclass(frozen=True)
@@ -34,7 +42,7 @@ class LayerSetup:
         itemsize: c, bytes of a value in the forward pass.
         seq: tokens in a row.
         trained: the layer's own weights are trained.
-        adapted: projections with an adapter.
+        targets: projections with an adapter.
         rank: of the adapters.
         flash: attention by a fused kernel, which keeps no probabilities.
     """
@@ -43,19 +51,18 @@ class LayerSetup:
     itemsize: int
     seq: int
     trained: bool
-    adapted: frozenset[str] = frozenset()
+    targets: frozenset[str] = frozenset()
     rank: int = 0
     flash: bool = True
 
     def needs_input(self, *names: str) -> bool:
-        return self.trained or any(name in self.adapted for name in names)
+        return self.trained or any(name in self.targets for name in names)
 
 
 def kept_by_layer(setup: LayerSetup) -> dict[str, int]:
-    """Kind → bytes a token that one layer keeps for backward, its input (the residual stream) included."""
+    """Kind → bytes per token that one layer keeps for backward, its input (the residual stream) included."""
     shape, c = setup.shape, setup.itemsize
-    wide = 4 * shape.hidden
-    norm = wide + 4 + setup.trained * c * shape.hidden
+    norm = 4 * shape.hidden + 4 + setup.trained * c * shape.hidden
     outputs = setup.needs_input("q_proj", "k_proj", "v_proj") + setup.needs_input("gate_proj", "up_proj")
     query, key_value = c * shape.q_size, c * shape.kv_size
     if setup.flash:
@@ -71,13 +78,8 @@ def kept_by_layer(setup: LayerSetup) -> dict[str, int]:
         "norms": 2 * norm + outputs * c * shape.hidden,
         **attention,
         "MLP": 3 * inner + setup.needs_input("down_proj") * inner,
-        "adapters": c * setup.rank * len(setup.adapted),
+        "adapters": c * setup.rank * len(setup.targets),
     }
-
-
-def boundary(setup: LayerSetup) -> int:
-    """Bytes a token of a checkpoint: the residual stream between two layers."""
-    return setup.itemsize * setup.shape.hidden
 
 
 def backward_extra(setup: LayerSetup, tokens: int) -> int:
@@ -88,16 +90,14 @@ def backward_extra(setup: LayerSetup, tokens: int) -> int:
     kernel, if that is more: the gradients of probabilities and scores, when the MLP's tensors have gone.
     """
     shape, c = setup.shape, setup.itemsize
-    kept = kept_by_layer(setup)
-    inner = c * shape.intermediate
+    residual, inner = c * shape.hidden, c * shape.intermediate
     freed_product = setup.needs_input("down_proj") * inner
-    mlp = (boundary(setup) + 3 * inner - freed_product) * tokens
-    mlp += setup.trained * c * shape.hidden * shape.intermediate
+    mlp = (residual + 3 * inner - freed_product) * tokens
+    mlp += setup.trained * residual * shape.intermediate
     if setup.flash:
         return mlp
-    scores = shape.heads * setup.seq
+    kept, scores = kept_by_layer(setup), shape.heads * setup.seq
     copy = 0 if c == 4 else c * scores
-    second_norm = kept["norms"] // 2
-    attention = (boundary(setup) + c * shape.q_size + 8 * scores - copy - kept["MLP"] - second_norm) * tokens
-    attention += setup.trained * c * (3 * shape.hidden * shape.intermediate + shape.hidden * shape.q_size)
+    attention = (residual + c * shape.q_size + 8 * scores - copy - kept["MLP"] - kept["norms"] // 2) * tokens
+    attention += setup.trained * residual * (3 * shape.intermediate + shape.q_size)
     return max(mlp, attention)

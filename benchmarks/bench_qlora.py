@@ -1,35 +1,24 @@
 """One LoRA layer on an NF4 weight beside peft on bitsandbytes': training batches, and a few rows forward.
 
-    python tests/bench_qlora.py           the same as `handtuned bench qlora`
+    python benchmarks/bench_qlora.py           the same as `handtuned bench qlora`
 """
 
 import torch
-from bench_lora import Layer, close, exact, step, under_autocast, with_ours, with_peft, with_unsloth
-from handtuned.kernels.lora_work import floors
+from bench_lora import NAMES, Layer, exact, least_bytes, step, under_autocast, with_ours, with_peft, with_unsloth
+from bench_nf4_matmul import bitsandbytes_linear
 from handtuned.quant import NF4Linear
+from handtuned.quant.nf4 import nf4_bytes
+from shared import close, low_precision
 
-from handtuned import bench
-from handtuned.contest import Case
+from handtuned.bench import script
+from handtuned.harness import Case
 
 
 def random_layer(*sizes):
-    """A layer whose base is in NF4; all contestants work on the same bytes."""
+    """A layer whose base is in NF4; all providers work on the same bytes."""
     layer = Layer.random(*sizes)
     layer.linear = NF4Linear.from_linear(layer.linear)
     return layer
-
-
-def with_bitsandbytes(ours, dtype):
-    """bitsandbytes' layer on the bytes of ours."""
-    import bitsandbytes as bnb
-
-    saved = ours.state_dict()
-    packed = bnb.nn.Linear4bit(ours.in_features, ours.out_features, False, compute_dtype=dtype, device="meta")
-    weight = saved.pop("weight")
-    packed.weight = bnb.nn.Params4bit.from_prequantized(
-        data=weight, quantized_stats=saved, requires_grad=False, device=weight.device
-    )
-    return packed
 
 
 def ours(layer):
@@ -37,11 +26,11 @@ def ours(layer):
 
 
 def theirs(layer):
-    return with_peft(with_bitsandbytes(layer.linear, layer.x.dtype), layer)
+    return with_peft(bitsandbytes_linear(layer.linear, layer.x.dtype), layer)
 
 
 def unsloth(layer):
-    packed = with_bitsandbytes(layer.linear, layer.x.dtype)
+    packed = bitsandbytes_linear(layer.linear, layer.x.dtype)
     return with_unsloth(packed.weight, packed.weight.quant_state, layer)
 
 
@@ -57,7 +46,7 @@ def check(layer):
     """fp64 from the weight as NF4 holds it."""
     weight = layer.linear.dequantize().weight
     _, adapted = exact(layer, weight)
-    return lambda name, result: close(result, adapted, layer.x.dtype)
+    return lambda name, result: close(result, adapted, layer.x.dtype, NAMES)
 
 
 def forward(wrapped, layer):
@@ -72,25 +61,24 @@ def forward(wrapped, layer):
 
 def case(M, N, K, rank, dtype, device, training):
     low, run = dtype.itemsize, step if training else forward
-    floor = floors(M, N, K, rank, low)
     passes = 2 if training else 1
-    saved = round(N * K * (low - (0.5 + 1 / 64 + 4 / 16384))) * passes  # W is read as codes
-    contestants = {
+    saved = (low * N * K - sum(nf4_bytes(N * K))) * passes  # W is read as codes
+    providers = {
         "handtuned": lambda layer: run(ours(layer), layer),
         "peft + bitsandbytes": lambda layer: run(theirs(layer), layer),
     }
     if training and low == 2:
-        contestants["peft + bitsandbytes autocast"] = lambda layer: run(under_autocast(theirs(layer)), layer)
+        providers["peft + bitsandbytes autocast"] = lambda layer: run(under_autocast(theirs(layer)), layer)
     if device.type == "cuda":
         theirs_too = unsloth if training else unsloth_decoding
-        contestants["unsloth + bitsandbytes"] = lambda layer: run(theirs_too(layer), layer)
+        providers["unsloth + bitsandbytes"] = lambda layer: run(theirs_too(layer), layer)
     what = "forward and backward" if training else "forward"
     return Case(
         name=f"LoRA on NF4, {what}, M {M}, {N} × {K}, r {rank}, {str(dtype)[6:]}",
         inputs=lambda: random_layer(M, N, K, rank, dtype, device),
-        contestants=contestants,
+        providers=providers,
         check=check,
-        bytes=floor["forward"] + (floor["backward"] if training else 0) - saved,
+        bytes=sum(least_bytes(M, N, K, rank, low)[:passes]) - saved,
         flops=2 * passes * M * N * K + (6 if training else 2) * M * rank * (N + K),
         footprint=low * passes * (M * K + M * N) + N * K // 2,
         dtype=dtype,
@@ -100,7 +88,7 @@ def case(M, N, K, rank, dtype, device, training):
 
 def cases(device, quick):
     if device.type == "cuda":
-        dtype = bench.low_precision(device)
+        dtype = low_precision(device)
         shapes = [(4096, 4096)] if quick else [(4096, 4096), (4096, 14336)]
         for M in (4096,) if quick else (4096, 512):
             yield case(M, 4096, 4096, 16, dtype, device, training=True)
@@ -115,4 +103,4 @@ def cases(device, quick):
 
 
 if __name__ == "__main__":
-    raise SystemExit(bench.script(__file__))
+    raise SystemExit(script(__file__))

@@ -1,8 +1,8 @@
 """Training steps of SmolLM2-135M, ours against peft: time, peak memory and losses on the same batches.
 
-    python tests/bench_finetune.py        the same as `handtuned bench finetune`
+    python benchmarks/bench_finetune.py        the same as `handtuned bench finetune`
 
-Each contestant trains in a process of its own, so that its peak memory is its own. They load side by side; then they
+Each provider trains in a process of its own, so that its peak memory is its own. They load side by side; then they
 take turns, step by step (A B A B), one running at a time. All have the same batches of the shipped data set, the same
 first adapter (r 8, alpha 16, all seven projections), AdamW and clipping.
 
@@ -31,16 +31,17 @@ from pathlib import Path
 
 import torch
 
-from handtuned import bench
-from handtuned.contest import TIME_UP, summary
+from handtuned.answers import AnswerModel
+from handtuned.bench import script
 from handtuned.data import encode, shipped_dataset
+from handtuned.harness.timing import TIME_UP, libraries, summary
 from handtuned.models import choose_dtype, load_base, smollm2
 from handtuned.rows import load_rows
 
 RANK, ALPHA, RATE, MAX_NORM = 8, 16, 1e-3, 0.3
-CONTESTANTS = ("handtuned", "peft", "peft + bitsandbytes")
-FIRST_STEPS = 1  # timed ones, which every contestant gets before any gets more
-LOSS_APART = 0.05  # between two contestants on the same NF4 weights, at any step, relative
+PROVIDERS = ("handtuned", "peft", "peft + bitsandbytes")
+FIRST_STEPS = 1  # timed ones, which every provider gets before any gets more
+LOSS_APART = 0.05  # between two providers on the same NF4 weights, at any step, relative
 
 
 def shape(device):
@@ -87,8 +88,6 @@ def handtuned_model(model, random, dtype, device):
     from handtuned.optim import AdamW
     from handtuned.quant import quantize_model
     from transformers import AutoModelForCausalLM
-
-    from handtuned.answers import AnswerModel
 
     if random:
         base = AutoModelForCausalLM.from_pretrained(model, dtype=dtype).requires_grad_(False)
@@ -183,7 +182,7 @@ class TimeUp(Exception):
 
 
 class Child:
-    """One contestant's process; talking to it raises RuntimeError with the end of its messages if it died.
+    """One provider's process; talking to it raises RuntimeError with the end of its messages if it died.
 
     At the deadline it is killed, whatever it is at, and TimeUp is raised.
     """
@@ -225,7 +224,7 @@ class Child:
 
 
 def answer(record, name, ask):
-    """What a contestant answers; None if its time was up or it died, and then the record says why."""
+    """What a provider answers; None if its time was up or it died, and then the record says why."""
     try:
         return ask()
     except TimeUp:
@@ -237,12 +236,12 @@ def answer(record, name, ask):
 def not_installed(name):
     import importlib.util
 
-    missing = [library for library in bench.libraries(name) if importlib.util.find_spec(library) is None]
+    missing = [library for library in libraries(name) if importlib.util.find_spec(library) is None]
     return f"{missing[0]} is not installed" if missing else ""
 
 
 def apart(turns):
-    """Why contestants' losses show that they do not compute the same: name → what is wrong."""
+    """Why providers' losses show that they do not compute the same: name → what is wrong."""
     losses = {name: [turn["loss"] for turn in taken] for name, taken in turns.items()}
     wrong = {}
     ours = losses.get("handtuned")
@@ -258,7 +257,7 @@ def apart(turns):
 
 
 def measure(device, quick, rounds, against, share=math.inf, deadline=math.inf):
-    """One record; its contestants have `tokens_per_second`, `peak_bytes` and `losses` (one a step) beside the times.
+    """One record; its providers have `tokens_per_second`, `peak_bytes` and `losses` (one a step) beside the times.
 
     From `share` on (a moment of time.monotonic()) only a first timed step is begun, from `deadline` on none.
     """
@@ -282,8 +281,8 @@ def measure(device, quick, rounds, against, share=math.inf, deadline=math.inf):
         job = {"model": model, "random": random, "device": str(device), "batches": str(Path(folder, "batches.pt"))}
         torch.save(batches(model, random, rows, tokens, rounds + 1), job["batches"])
         children, turns = {}, {}
-        for name in CONTESTANTS:
-            if not bench.libraries(name) <= set(against):
+        for name in PROVIDERS:
+            if not libraries(name) <= set(against):
                 continue
             if why := not_installed(name):
                 record["skipped"][name] = why
@@ -329,4 +328,4 @@ if __name__ == "__main__":
         child = parser.parse_args()
         serve(child.serve, child.job)
     else:
-        raise SystemExit(bench.script(__file__))
+        raise SystemExit(script(__file__))

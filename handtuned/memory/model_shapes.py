@@ -16,9 +16,7 @@ class Shape:
     """A decoder of the Llama family: RMSNorm, rotary, grouped heads, SwiGLU.
 
     Attributes:
-        name: how the ledger calls it.
-        layers, hidden, heads, kv_heads, head_dim, intermediate, vocab: sizes. No layers: nothing is
-            known but the number of parameters.
+        layers: 0: nothing is known but the number of parameters.
         tied: the output head is the embedding table.
         qkv_bias: q, k and v have biases (Qwen2).
         rounded: count this many parameters instead of the true number ("7B" as in 7 · 10⁹).
@@ -105,11 +103,8 @@ for _name, _like in (("7b", "llama-7b"), ("13b", "llama-13b"), ("65b", "llama-65
 
 
 def shape_of(model) -> Shape:
-    """The sizes of `model`.
-
-    Args:
-        model: a `Shape`; a preset's name; a directory with a config.json; a transformers config, as
-            an object or a dict; a module with such a `config`; or a number of parameters.
+    """The sizes of a `Shape`, a preset's name, a directory with a config.json, a transformers config (as an object or
+    a dict), a module with such a `config`, or a number of parameters.
 
     Raises:
         ValueError: an unknown name, or an architecture other than the Llama family's.
@@ -117,9 +112,7 @@ def shape_of(model) -> Shape:
     """
     if isinstance(model, Shape):
         return model
-    if isinstance(model, bool):
-        raise TypeError("model must be a model, a config, a name or a number of parameters, got bool")
-    if isinstance(model, (int, float)):
+    if isinstance(model, (int, float)) and not isinstance(model, bool):
         if not 0 < model < float("inf"):
             raise ValueError(f"model as a number of parameters must be positive and finite, got {model}")
         return Shape(f"{model / 1e9:g}B parameters", rounded=int(model))

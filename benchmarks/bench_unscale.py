@@ -1,20 +1,21 @@
 """Unscaling all gradients of a model and looking for overflow, beside the operation behind torch's GradScaler.
 
-    python tests/bench_unscale.py         the same as `handtuned bench unscale`
+    python benchmarks/bench_unscale.py         the same as `handtuned bench unscale`
 
 The factor is −1, so that gradients keep their size however often they are unscaled.
 """
 
 import torch
 from handtuned.kernels.unscale import unscale_
+from shared import short
 
-from handtuned import bench
-from handtuned.contest import Case
+from handtuned.bench import script
+from handtuned.harness import Case
 
 ADAPTER = [shape for _ in range(60) for shape in ((8, 576), (576, 8), (8, 576), (192, 8))]
 
 
-def contestant(unscale):
+def provider(unscale):
     def make(gradients):
         own = [gradient.clone() for gradient in gradients]
         factor = torch.full((), -1.0, device=own[0].device)
@@ -47,13 +48,13 @@ def case(title, shapes, dtype, device):
     return Case(
         name=f"unscale, {title}: {len(shapes)} tensors, {elements / 1e6:.1f} M gradients, {str(dtype)[6:]}",
         inputs=lambda: [torch.randn(shape, device=device).to(dtype) for shape in shapes],
-        contestants={"handtuned": contestant(unscale_), "torch": contestant(by_torch)},
+        providers={"handtuned": provider(unscale_), "torch": provider(by_torch)},
         check=check,
         bytes=2 * elements * dtype.itemsize,
         footprint=elements * dtype.itemsize,
         dtype=dtype,
         size={"parameters": elements},
-        kernel=f"unscale[{bench.SHORT[dtype]}]",
+        kernel=f"unscale[{short(dtype)}]",
     )
 
 
@@ -69,4 +70,4 @@ def cases(device, quick):
 
 
 if __name__ == "__main__":
-    raise SystemExit(bench.script(__file__))
+    raise SystemExit(script(__file__))

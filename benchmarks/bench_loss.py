@@ -1,17 +1,18 @@
 """Cross-entropy from hidden states through a frozen output head, forward and backward, beside torch and Liger.
 
-    python tests/bench_loss.py            the same as `handtuned bench loss`
+    python benchmarks/bench_loss.py            the same as `handtuned bench loss`
 """
 
 import torch
 import torch.nn.functional as F
 from handtuned.nn import linear_cross_entropy
+from shared import error, low_precision
 
-from handtuned import bench
-from handtuned.contest import Case
+from handtuned.bench import script
+from handtuned.harness import Case
 
 
-def contestant(loss_of):
+def provider(loss_of):
     def make(inputs):
         hidden, weight, target = inputs
 
@@ -34,7 +35,7 @@ def liger(inputs):
     from liger_kernel.transformers import LigerFusedLinearCrossEntropyLoss
 
     fused = LigerFusedLinearCrossEntropyLoss(reduction="sum")
-    return contestant(lambda hidden, weight, target: fused(weight, hidden, target))(inputs)
+    return provider(lambda hidden, weight, target: fused(weight, hidden, target))(inputs)
 
 
 def check(inputs):
@@ -47,8 +48,8 @@ def check(inputs):
         loss, dh = result
         off = abs(loss.item() / expected.item() - 1)
         assert off < max(4 * eps, 1e-5), f"the loss is off by {off:.1e}"
-        error = ((dh.double() - hidden.grad).abs().max() / hidden.grad.abs().max()).item()
-        assert error < max(8 * eps, 1e-5), f"the gradient is off by {error:.1e}"
+        off = error(dh, hidden.grad)
+        assert off < max(8 * eps, 1e-5), f"the gradient is off by {off:.1e}"
 
     return close
 
@@ -62,7 +63,7 @@ def case(tokens, D, V, dtype, device):
     return Case(
         name=f"cross-entropy, {tokens} tokens, D {D}, V {V}, {str(dtype)[6:]}",
         inputs=inputs,
-        contestants={"handtuned": contestant(linear_cross_entropy), "torch": contestant(by_torch), "liger": liger},
+        providers={"handtuned": provider(linear_cross_entropy), "torch": provider(by_torch), "liger": liger},
         check=check,
         bytes=(V * D + 2 * tokens * D) * dtype.itemsize,
         flops=4 * tokens * D * V,
@@ -73,10 +74,10 @@ def case(tokens, D, V, dtype, device):
 
 def cases(device, quick):
     if device.type == "cuda":
-        yield case(2048 if quick else 4096, 2048, 49152, bench.low_precision(device), device)
+        yield case(2048 if quick else 4096, 2048, 49152, low_precision(device), device)
     else:
         yield case(64 if quick else 168, 576, 49152, torch.float32, device)
 
 
 if __name__ == "__main__":
-    raise SystemExit(bench.script(__file__))
+    raise SystemExit(script(__file__))

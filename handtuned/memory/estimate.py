@@ -1,6 +1,6 @@
 """How much memory a training step takes: model states, activations, logits, and the moment when most is alive.
 
-States of A parameters, in bytes a parameter (Rajbhandari et al. 2020, "ZeRO", section 3.1):
+States of A parameters, in bytes per parameter (Rajbhandari et al. 2020, "ZeRO", section 3.1):
 
                         weight   gradient   master   Adam's moments
     fp32                4        4          –        8                 = 16
@@ -21,16 +21,39 @@ from collections.abc import Iterable
 
 import torch
 
+from ..nn.checkpoint_plan import Segment, split_evenly
+from ..quant.nf4 import nf4_bytes
 from .activations import KINDS, LayerSetup
-from .ledger import Ledger, Line
-from .nn.checkpoint_plan import Segment, split_evenly
-from .presets import PROJECTIONS, Shape, shape_of
-from .timeline import PREFIX, Gradients, Loss, follow
+from .breakdown import Breakdown, Component
+from .model_shapes import PROJECTIONS, Shape, shape_of
+from .timeline import PREFIX, Gradients, follow
 
 METHODS = ("full", "lora", "qlora")
-DTYPES = {"float32": 4, "float16": 2, "bfloat16": 2}
+DTYPES = ("float32", "float16", "bfloat16")
 MOMENTS = {"adamw": 2, "sgd-momentum": 1, "sgd": 0}
-NF4_BLOCK, NESTED_BLOCK = 64, 256
+# What ZeRO divides from each stage on.
+DIVIDED = {
+    1: ("optimizer state", "master weights"),
+    2: ("gradients",),
+    3: ("weights", "quantization constants", "adapters"),
+}
+
+
+def state_bytes(shape: Shape, method: str, c: int, optimizer: str, masters: bool, adapters: int) -> dict[str, int]:
+    """Bytes of each state on one device that shares nothing: c bytes per value, `adapters` parameters of LoRA."""
+    full = method == "full"
+    trained = shape.parameters if full else adapters
+    moment = 4 if masters or not full else c
+    packed = [out * into for out, into in shape.linears.values()] if method == "qlora" else []
+    codes, scales = (sum(part) for part in zip((0, 0), *map(nf4_bytes, packed), strict=True))
+    return {
+        "weights": c * (shape.parameters - shape.layers * sum(packed)) + shape.layers * codes,
+        "quantization constants": shape.layers * scales,
+        "adapters": 4 * adapters,
+        "gradients": (c if full else 4) * trained,
+        "optimizer state": MOMENTS[optimizer] * moment * trained,
+        "master weights": 4 * trained * masters,
+    }
 
 
 def estimate(
@@ -52,17 +75,17 @@ def estimate(
     master_weights: bool | None = None,
     accumulation_steps: int = 1,
     offload: bool = False,
-) -> Ledger:
+) -> Breakdown:
     """Estimate the memory of one training step (forward, backward, optimizer) on one device.
 
     Args:
         model: a model or config of the Llama family, a preset ("llama-3-8b", "7b", …), a directory, or
-            a number of parameters (then states only). See `presets.shape_of`.
+            a number of parameters (then states only). See `model_shapes.shape_of`.
         method: "full" trains everything, "lora" adapters on frozen weights, "qlora" adapters on
             linears in NF4 with double quantization (embeddings, norms and the head stay in `dtype`).
         dtype: of weights and activations: float32, float16 or bfloat16. Adapters are fp32.
         optimizer: "adamw", "sgd-momentum" or "sgd".
-        batch, seq: rows, and tokens a row, of one forward pass on one device.
+        batch, seq: rows, and tokens per row, of one forward pass on one device.
         checkpoint: False; True for a checkpoint in every layer; or a number of segments.
         zero: stage 0 (replicated) to 3, over `world_size` devices.
         flash: fused attention, which keeps no probabilities; False for eager attention.
@@ -76,7 +99,7 @@ def estimate(
             gradients stay on the device). `ZeroOptimizer` also keeps the rank's weights there, not counted.
 
     Returns:
-        A `Ledger`.
+        A `Breakdown`.
 
     Raises:
         ValueError, TypeError: an argument out of range, or a model that is not of the Llama family.
@@ -94,44 +117,45 @@ def estimate(
         _need(argument, count, isinstance(count, int) and count >= 1, "an integer of at least 1")
     _need("model", shape.name, shape.layers or method == "full", "more than a number of parameters for LoRA")
     tokens = batch * seq
-    answers = batch * (seq - 1) if answer_tokens is None else answer_tokens
-    _need("answer_tokens", answers, 0 <= answers <= tokens, f"from 0 to batch · seq = {tokens}")
+    labelled = batch * (seq - 1) if answer_tokens is None else answer_tokens
+    _need("answer_tokens", labelled, 0 <= labelled <= tokens, f"from 0 to batch · seq = {tokens}")
 
-    c = DTYPES[name]
+    c = getattr(torch, name).itemsize
     full = method == "full"
     masters = full and c == 2 if master_weights is None else master_weights
-    adapted = frozenset() if full else _projections(target_modules)
-    in_layer = sum(lora_r * sum(shape.linears[each]) for each in adapted)  # adapter parameters
-    states = _states(shape, method, c, optimizer, masters, shape.layers * in_layer)
+    targets = frozenset() if full else _projections(target_modules)
+    in_layer = sum(lora_r * sum(shape.linears[each]) for each in targets)  # adapter parameters
+    trainable = shape.parameters if full else shape.layers * in_layer
+    states = state_bytes(shape, method, c, optimizer, masters, shape.layers * in_layer)
     states, host = _spread(states, zero, world_size, offload)
 
-    share = world_size if zero >= 2 else 1
-    on_device = states["gradients"] > 0
-    gradients = Gradients(
-        layer=math.ceil((c * shape.layer_parameters if full else 4 * in_layer) / share) * on_device,
-        table=math.ceil(c * shape.table_parameters * full / share) * on_device,
-        norm=math.ceil(c * shape.hidden * full / share) * on_device,
-        held=accumulation_steps > 1,
-    )
     moments: dict[str, Counter] = {}
     if shape.layers:
-        setup = LayerSetup(shape, c, seq, full, adapted, lora_r, flash)
-        moments = follow(setup, tokens, _segments(shape.layers, checkpoint), Loss(logits == "full", answers), gradients)
+        def gradient(values: int) -> int:
+            return math.ceil(values / (world_size if zero >= 2 else 1)) * (states["gradients"] > 0)
+
+        gradients = Gradients(
+            layer=gradient(c * shape.layer_parameters if full else 4 * in_layer),
+            table=gradient(c * shape.table_parameters * full),
+            norm=gradient(c * shape.hidden * full),
+            held=accumulation_steps > 1,
+        )
+        setup = LayerSetup(shape, c, seq, full, targets, lora_r, flash)
+        segments = _segments(shape.layers, checkpoint)
+        moments = follow(setup, tokens, segments, labelled if logits == "chunked" else None, gradients)
         for alive in moments.values():
-            alive["buffers"] += _made_whole(shape, method, c, zero, gradients_too=full)
-    trainable = shape.parameters if full else shape.layers * in_layer
-    step = Counter({"gradients": states["gradients"]})
+            alive["buffers"] += _made_whole(shape, method, c, zero)
+    step = moments["optimizer step"] = Counter({"gradients": states["gradients"]})
     if masters and not offload:
         # The masters are stepped with FP32 gradients: in the 16-bit ones' place, or beside them for a rank's shard.
         step["buffers"] = math.ceil(4 * trainable / world_size) if zero else states["gradients"]
-    moments["optimizer step"] = step
 
     title = f"{shape.name}, {method}, {name}, {optimizer}"
     if shape.layers:
         title += f", {batch} × {seq} tokens" + (f", checkpoint={checkpoint}" if checkpoint else "")
     if zero:
         title += f", ZeRO-{zero} over {world_size}" + (" with offload" if offload else "")
-    return _ledger(title, shape, states, moments, trainable, host)
+    return _breakdown(title, shape, states, moments, trainable, host)
 
 
 def _need(argument: str, value, holds: bool, expected: str) -> None:
@@ -143,8 +167,7 @@ def _projections(names: str | Iterable[str]) -> frozenset[str]:
     if names == "all-linear":
         return frozenset(PROJECTIONS)
     names = [names] if isinstance(names, str) else list(names)
-    unknown = [name for name in names if name not in PROJECTIONS]
-    if unknown or not names:
+    if not names or not set(names) <= set(PROJECTIONS):
         raise ValueError(f"target_modules must be all-linear or some of {', '.join(PROJECTIONS)}, got {names}")
     return frozenset(names)
 
@@ -159,71 +182,41 @@ def _segments(layers: int, checkpoint: bool | int) -> tuple[Segment, ...]:
     return split_evenly(layers, checkpoint)
 
 
-def nf4_bytes(outputs: int, inputs: int) -> tuple[int, int]:
-    """(bytes of codes, bytes of scales) of one linear in NF4 with double quantization, in `NF4Tensor`'s layout."""
-    values = outputs * inputs
-    blocks = math.ceil(values / NF4_BLOCK)
-    return math.ceil(values / 2), blocks + 4 * math.ceil(blocks / NESTED_BLOCK) + 4
-
-
-def _states(shape: Shape, method: str, c: int, optimizer: str, masters: bool, adapters: int) -> dict[str, int]:
-    """Bytes of each state, undivided."""
-    full = method == "full"
-    frozen_linears = [nf4_bytes(*sizes) for sizes in shape.linears.values()] if method == "qlora" else []
-    packed = shape.layers * sum(out * into for out, into in shape.linears.values()) if method == "qlora" else 0
-    trained = shape.parameters if full else adapters
-    moment = 4 if masters or not full else c
-    return {
-        "weights": c * (shape.parameters - packed) + shape.layers * sum(codes for codes, _ in frozen_linears),
-        "quantization constants": shape.layers * sum(scales for _, scales in frozen_linears),
-        "adapters": 4 * adapters,
-        "gradients": (c if full else 4) * trained,
-        "optimizer state": MOMENTS[optimizer] * moment * trained,
-        "master weights": 4 * trained * masters,
-    }
-
-
-def _made_whole(shape: Shape, method: str, c: int, zero: int, gradients_too: bool) -> int:
+def _made_whole(shape: Shape, method: str, c: int, zero: int) -> int:
     """What is there only while it is used: a dequantized weight, or under ZeRO-3 a layer's weights and gradients.
 
     Of a gathered layer its weights, and with them either the buffer that they came in or, in backward, its
     gradients and the buffer that these leave in.
     """
-    largest = max(out * into for out, into in shape.linears.values())
     if zero < 3:
-        return c * largest * (method == "qlora")
-    return c * max(shape.layer_parameters, shape.table_parameters) * (3 if gradients_too else 2)
+        return c * max(out * into for out, into in shape.linears.values()) * (method == "qlora")
+    return c * max(shape.layer_parameters, shape.table_parameters) * (3 if method == "full" else 2)
 
 
 def _spread(states: dict[str, int], zero: int, world_size: int, offload: bool) -> tuple[dict[str, int], int]:
     """(bytes of each state on one device, bytes moved to the host)."""
-    divided = {1: ("optimizer state", "master weights"), 2: ("gradients",),
-               3: ("weights", "quantization constants", "adapters")}  # fmt: skip
-    states = dict(states)
-    for stage in range(1, zero + 1):
-        for name in divided[stage]:
-            states[name] = math.ceil(states[name] / world_size)
-    host = 0
-    if offload:
-        moved = ["optimizer state", "master weights", "gradients"]
-        if zero == 1:  # the full gradients stay, and the rank's part of their mean is on the host
-            moved.remove("gradients")
-            host = math.ceil(states["gradients"] / world_size)
-        for name in moved:
-            host += states[name]
-            states[name] = 0
-    return states, host
+    divided = [name for stage in range(1, zero + 1) for name in DIVIDED[stage]]
+    states = states | {name: math.ceil(states[name] / world_size) for name in divided}
+    if not offload:
+        return states, 0
+    moved, host = ["optimizer state", "master weights", "gradients"], 0
+    if zero == 1:  # the full gradients stay, and the rank's part of their mean is on the host
+        moved.remove("gradients")
+        host = math.ceil(states["gradients"] / world_size)
+    return states | dict.fromkeys(moved, 0), host + sum(states[name] for name in moved)
 
 
-def _ledger(title, shape, states, moments, trainable, host) -> Ledger:
+def _breakdown(title, shape, states, moments, trainable, host) -> Breakdown:
     steady = Counter({name: count for name, count in states.items() if name != "gradients"})
     whole = {name: steady + alive for name, alive in moments.items()}
     peak = max(whole, key=lambda name: whole[name].total())
     names = [*states, *(PREFIX + kind for kind in KINDS), "logits", "buffers"]
     most = {name: max(alive[name] for alive in whole.values()) for name in names} | states
-    lines = {name: Line(most[name], whole[peak][name]) for name in names if most[name]}
-    notes = () if shape.layers else ("only the number of parameters is known: activations are not in this ledger",)
+    lines = {name: Component(most[name], whole[peak][name]) for name in names if most[name]}
+    notes = []
     if peak == "optimizer step" and "buffers" in lines:
-        notes = ("buffers at the peak: gradients as FP32, which the masters are stepped with", *notes)
+        notes.append("buffers at the peak: gradients as FP32, which the masters are stepped with")
+    if not shape.layers:
+        notes.append("only the number of parameters is known: activations are not in this breakdown")
     totals = {name: alive.total() for name, alive in whole.items()}
-    return Ledger(title, lines, totals, shape.parameters, trainable, host, notes)
+    return Breakdown(title, lines, totals, shape.parameters, trainable, host, tuple(notes))

@@ -1,7 +1,7 @@
-"""GPUs in numbers: what an architecture allows to be resident at once, and what NVIDIA publishes of seven cards.
+"""Cards in numbers: what an architecture allows to be resident at once, and what NVIDIA publishes of seven of them.
 
-Occupancy is how many programs (blocks) and warps a multiprocessor holds at the same time. Each resource
-allows its own number; the smallest counts:
+Occupancy is how many programs (blocks) and warps a multiprocessor holds at the same time. Each resource allows its
+own number; the smallest counts:
 
     blocks = min(most blocks, most warps / warps, registers / allocated registers, shared / allocated shared)
 
@@ -45,22 +45,20 @@ class Occupancy:
 
 
 def occupancy(arch: str, threads: int, registers: int, shared_bytes: int) -> Occupancy:
-    """How many blocks of a kernel fit on one multiprocessor.
+    """How many blocks fit on one multiprocessor of an `arch` (key of ARCHS).
 
     Args:
-        arch: key of ARCHS.
-        threads: a block.
-        registers: a thread.
-        shared_bytes: a block.
+        threads, shared_bytes: of a block.
+        registers: of a thread.
     """
     has = ARCHS[arch]
     warps = -(-threads // 32)
-    a_warp = -(-registers * 32 // 256) * 256
+    per_warp = -(-registers * 32 // 256) * 256
     shared = -(-(shared_bytes + has.reserved_shared) // has.shared_unit) * has.shared_unit
     allowed = {"blocks": has.blocks, "warps": has.warps // warps}
-    if a_warp:
-        # registers are handed out in four equal parts, one a scheduler
-        allowed["registers"] = 4 * (has.registers // 4 // a_warp) // warps
+    if per_warp:
+        # registers are handed out in four equal parts, one per scheduler
+        allowed["registers"] = 4 * (has.registers // 4 // per_warp) // warps
     if shared:
         allowed["shared memory"] = has.shared_bytes // shared
     limit = min(allowed, key=allowed.get)
@@ -73,9 +71,9 @@ class Gpu:
 
     Attributes:
         clock: boost clock, Hz; of an H100 and H200 the one that the tensor rate follows from (1.98 GHz for FP32).
-        bandwidth: of memory, bytes a second.
-        tensor: dense FP16 with FP32 accumulation, FLOPs a second.
-        tensor_per_clock: the same, a multiprocessor and clock; clock × multiprocessors × this is `tensor`.
+        bandwidth: of memory, bytes per second.
+        tensor: dense FP16 with FP32 accumulation, FLOPs per second.
+        tensor_per_clock: the same per multiprocessor and clock; clock × multiprocessors × this is `tensor`.
         source: where the figures are published.
     """
 
@@ -95,7 +93,7 @@ class Gpu:
 
     @property
     def issue(self) -> float:
-        """Warp instructions a second: four schedulers a multiprocessor, one instruction a clock each."""
+        """Warp instructions per second: four schedulers in a multiprocessor, one instruction per clock each."""
         return self.multiprocessors * 4 * self.clock
 
 

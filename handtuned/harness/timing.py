@@ -1,14 +1,14 @@
-"""Contests: several ways to compute one thing, each checked first and then timed in turns (A B A B).
+"""Several providers of one computation, each checked first and then timed in turns (A B A B).
 
 What makes a time honest here:
 
-- a contestant whose result is wrong is not timed;
+- a provider whose result is wrong is not timed;
 - turns alternate, so a slow spell of the machine falls on all alike;
 - each turn goes on to the next of several input sets, together larger than the last cache, so that
   operands come from memory, as they do in training;
 - inputs are random: on zeros a GPU is faster than it is on data;
 - on a GPU the time is the device's own (events). The device first sleeps while the host queues the calls of a
-  turn, so gaps between launches do not count; what the host needs for a call is told beside it.
+  turn, so gaps between launches do not count; what the host needs for a call is reported beside it.
 """
 
 import gc
@@ -25,7 +25,7 @@ import torch
 
 RIVALS = ("torch", "peft", "bitsandbytes", "liger", "unsloth")
 OURS = "handtuned"
-MODULES = {"liger": "liger_kernel"}  # a rival's import name where it differs
+MODULES = {"liger": "liger_kernel"}  # a library's import name where it differs
 MOST_SETS = 32
 FIRST_ROUNDS = 3  # what every case gets before any gets more
 TIME_UP = "the time was up"
@@ -39,7 +39,7 @@ class Case:
     Attributes:
         name: for people; with its sizes.
         inputs: makes one set of random inputs.
-        contestants: name → function of one input set that returns the callable to time. The first is ours. A rival's
+        providers: name → function of one input set that returns the callable to time. The first is ours. Another's
             name is made of library names ("peft + bitsandbytes"); those not asked for or not installed are left out.
         check: from one input set, a function of (name, result) that raises when the result is wrong.
         bytes, flops: the least that any implementation must move and compute; the floor follows from them.
@@ -51,7 +51,7 @@ class Case:
 
     name: str
     inputs: Callable[[], Any]
-    contestants: dict[str, Callable[[Any], Callable[[], object]]]
+    providers: dict[str, Callable[[Any], Callable[[], object]]]
     check: Callable[[Any], Callable[[str, object], None]]
     bytes: int = 0
     flops: int = 0
@@ -62,7 +62,7 @@ class Case:
 
 
 def libraries(name: str) -> set[str]:
-    """The rival libraries that a contestant's name mentions: "peft + bitsandbytes" → {"peft", "bitsandbytes"}."""
+    """The libraries that a provider's name mentions: "peft + bitsandbytes" → {"peft", "bitsandbytes"}."""
     return {word for word in name.replace("+", " ").split() if word in RIVALS}
 
 
@@ -78,44 +78,30 @@ def cache_bytes(device: torch.device) -> int:
     return max(found) or 32 * 2**20
 
 
-class HostClock:
-    """Times a turn of calls on a CPU."""
+def turn(device: torch.device, calls: list[Callable], lead: float = 0.0) -> tuple[float, float | None]:
+    """Make some calls; gives (seconds of the device per call, seconds of the host per call).
 
-    def turn(self, calls: list[Callable], lead: float = 0.0) -> tuple[float, float]:
-        """(seconds a call, the same again as seconds of the host)."""
+    `lead`: seconds that the host will need for all, during which a GPU sleeps; 0: it does not. Only then is the
+    host's time given, as a call that waits for the device would wait for its sleep too.
+    """
+    if device.type != "cuda":
         start = time.perf_counter()
         for call in calls:
             call()
         seconds = (time.perf_counter() - start) / len(calls)
         return seconds, seconds
-
-
-class CudaClock:
-    """Times a turn of calls on a GPU by events, with the launches hidden behind a sleep of the device."""
-
-    def turn(self, calls: list[Callable], lead: float = 0.0) -> tuple[float, float | None]:
-        """(seconds of the device a call, seconds of the host a call).
-
-        `lead`: seconds that the host will need for all; 0: the device does not sleep first. Only then is the host's
-        time told, as a call that waits for the device would wait for its sleep too.
-        """
-        start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-        torch.cuda.synchronize()
-        if lead:
-            torch.cuda._sleep(int(min(1.5 * lead + 1e-4, 0.1) * SLEEP_CYCLES))
-        start.record()
-        begun = time.perf_counter()
-        for call in calls:
-            call()
-        host = time.perf_counter() - begun
-        end.record()
-        torch.cuda.synchronize()
-        return start.elapsed_time(end) / 1e3 / len(calls), None if lead else host / len(calls)
-
-
-def clock_of(device: torch.device):
-    """The clock that a device needs."""
-    return CudaClock() if device.type == "cuda" else HostClock()
+    begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+    torch.cuda.synchronize()
+    if lead:
+        torch.cuda._sleep(int(min(1.5 * lead + 1e-4, 0.1) * SLEEP_CYCLES))
+    begin.record()
+    start = time.perf_counter()
+    for call in calls:
+        call()
+    host = (time.perf_counter() - start) / len(calls)
+    end.record()
+    torch.cuda.synchronize()
+    return begin.elapsed_time(end) / 1e3 / len(calls), None if lead else host
 
 
 def summary(seconds: list[float]) -> dict[str, float]:
@@ -139,7 +125,7 @@ def take_turns(
     deadline: float = math.inf,
     least: float = 2e-3,
 ) -> dict[str, dict[str, float]]:
-    """Time contestants in turn, each going round its own list of callables (one an input set).
+    """Time providers in turn, each going round its own list of callables (one for each input set).
 
     Args:
         runs: name → callables that do the same work on different memory, warm already.
@@ -149,66 +135,60 @@ def take_turns(
         least: seconds that a turn lasts at least; short calls are repeated (at most 50 times).
 
     Returns:
-        name → `summary` of the seconds a call, and "host" (median seconds of the host), "rounds", "calls" (a turn).
-        Empty if the deadline was over before a first round.
+        name → `summary` of the seconds per call, and "host" (median seconds of the host), "rounds", "calls" (in a
+        turn). Empty if the deadline was over before a first round.
     """
-    clock = clock_of(device)
     endless = {name: itertools.cycle(calls) for name, calls in runs.items()}
     counts, lead, queued = {}, {}, {}
     for name, calls in endless.items():
         if time.monotonic() >= deadline:
             return {}
-        clock.turn([next(calls)])
-        queued[name] = statistics.median(clock.turn([next(calls)])[1] for _ in range(3))
-        once, _ = clock.turn([next(calls)], queued[name])
+        turn(device, [next(calls)])
+        queued[name] = statistics.median(turn(device, [next(calls)])[1] for _ in range(3))
+        once, _ = turn(device, [next(calls)], queued[name])
         counts[name] = min(50, max(1, math.ceil(least / max(once, 1e-9))))
         lead[name] = queued[name] * counts[name]
-    seconds = {name: [] for name in runs}
-    host = {name: [] for name in runs}
+    seconds, host = {name: [] for name in runs}, {name: [] for name in runs}
     for done in range(rounds):
         if time.monotonic() >= (deadline if done < FIRST_ROUNDS else min(share, deadline)):
             break
         for name, calls in endless.items():
-            device_time, host_time = clock.turn(list(itertools.islice(calls, counts[name])), lead[name])
+            device_time, host_time = turn(device, list(itertools.islice(calls, counts[name])), lead[name])
             seconds[name].append(device_time)
             host[name].append(queued[name] if host_time is None else host_time)
     return {
-        name: summary(taken)
-        | {"host": statistics.median(host[name]), "rounds": len(taken), "calls": counts[name]}
+        name: summary(taken) | {"host": statistics.median(host[name]), "rounds": len(taken), "calls": counts[name]}
         for name, taken in seconds.items()
         if taken
     }
 
 
 def compare(
-    contestants: dict[str, Callable[[], object]],
+    providers: dict[str, Callable[[], object]],
     check: Callable[[str, object], None] | None = None,
     rounds: int = 9,
     device: str | torch.device = "cpu",
 ) -> dict[str, dict[str, float]]:
-    """Time callables in turn and return their seconds.
-
-    Each is run once to warm up and its result handed to `check(name, result)`, which
-    raises when it is wrong: nothing wrong is ever timed.
+    """Time callables in turn. Each is run once to warm up, and its result handed to `check`: nothing wrong is timed.
 
     Args:
-        contestants: name → function of no arguments.
-        check: called with each name and its first result.
+        providers: name → function of no arguments.
+        check: called with each name and its first result; raises when it is wrong.
         rounds: timed turns for each.
         device: "cpu" or "cuda".
 
     Returns:
-        name → {"median", "p20", "p80", "min", "max", "host", "rounds", "calls"}, times in seconds a call.
+        name → {"median", "p20", "p80", "min", "max", "host", "rounds", "calls"}, times in seconds per call.
     """
-    for name, run in contestants.items():
+    for name, run in providers.items():
         result = run()
         if check is not None:
             check(name, result)
-    return take_turns({name: [run] for name, run in contestants.items()}, rounds, torch.device(device))
+    return take_turns({name: [run] for name, run in providers.items()}, rounds, torch.device(device))
 
 
 def table(times: dict[str, dict[str, float]], ours: str) -> str:
-    """The times as text, with each rival's median as a multiple of `ours` (above 1 means that ours is faster)."""
+    """`compare`'s times as text, with each median as a multiple of that of `ours` (above 1: ours is faster)."""
     width = max(map(len, times))
     lines = [f"{'':{width}}  median ms    min ms    max ms  ratio"]
     for name, t in times.items():
@@ -219,26 +199,12 @@ def table(times: dict[str, dict[str, float]], ours: str) -> str:
 
 
 def cut_short(record: dict) -> list[str]:
-    """How many of the rounds asked for a record's contestants had, in words, where it was not all; else nothing."""
+    """How many of the rounds asked for a record's providers had, in words, where it was not all; else nothing."""
     rounds = min((taken["rounds"] for taken in record["contestants"].values()), default=0)
     return [f"{rounds} of {record['asked']} rounds: {TIME_UP}"] if 0 < rounds < record.get("asked", 0) else []
 
 
-def _told(error: Exception) -> str:
-    return f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
-
-
-def _enter(name: str, make: Callable, sets: list, check: Callable) -> list[Callable]:
-    """A contestant's callables, one an input set, all of them run once, and the first result checked."""
-    calls = [make(inputs) for inputs in sets]
-    for at, call in enumerate(calls):
-        result = call()
-        if at == 0:
-            check(name, result)
-    return calls
-
-
-def contest(
+def run_case(
     case: Case,
     device: torch.device,
     against: Iterable[str] = RIVALS,
@@ -246,19 +212,15 @@ def contest(
     share: float = math.inf,
     deadline: float = math.inf,
 ) -> dict:
-    """Check and time one case.
+    """Check and time one case whose inputs lie on `device`, against those of the `RIVALS` that are wanted.
 
-    Args:
-        case: what to compute.
-        device: where its inputs lie.
-        against: rival libraries wanted.
-        rounds, share, deadline: as for `take_turns`; past the deadline no contestant is prepared or checked either.
+    `rounds`, `share`, `deadline`: as for `take_turns`; past the deadline no provider is prepared or checked either.
 
     Returns:
         A record, ready for JSON: the case's name, sizes and work; "sets" of inputs and whether they are larger than
-        the cache ("cold"); "contestants", name → times and "ratio" (its median over ours; above 1: ours is faster);
-        "skipped", name → why (not installed, no time); "failed", name → the error or what was wrong with the result;
-        "asked", the rounds asked for: a contestant's "rounds" are fewer where the time was up.
+        the cache ("cold"); "contestants", provider → times and "ratio" (its median over ours; above 1: ours is
+        faster); "skipped", name → why (not installed, no time); "failed", name → the error or what was wrong with the
+        result; "asked", the rounds asked for: a provider's "rounds" are fewer where the time was up.
     """
     footprint = case.footprint or case.bytes
     cache = cache_bytes(device)
@@ -268,40 +230,51 @@ def contest(
         "bytes": case.bytes, "flops": case.flops, "sets": count, "cold": count * footprint > cache, "asked": rounds,
         "contestants": {}, "skipped": {}, "failed": {},
     }  # fmt: skip
-    wanted = set(against)
     try:
         sets = [case.inputs() for _ in range(count)]
         check = case.check(sets[0])
     except Exception as error:  # out of memory, for one; other cases may still run
-        record["failed"][OURS] = f"no inputs: {_told(error)}"
+        record["failed"][OURS] = f"no inputs: {_in_words(error)}"
         return record
     runs = {}
-    for name, make in case.contestants.items():
+    for name, make in case.providers.items():
         needs = libraries(name)
-        if not needs <= wanted:
+        if not needs <= set(against):
             continue
         if time.monotonic() >= deadline:
             record["skipped"][name] = TIME_UP
             continue
         try:
-            runs[name] = _enter(name, make, sets, check)
-        except ModuleNotFoundError as error:
-            rivals = {MODULES.get(library, library) for library in needs}
-            if error.name is None or error.name.split(".")[0] not in rivals:
-                record["failed"][name] = _told(error)
+            runs[name] = _checked(name, make, sets, check)
+        except Exception as error:  # whatever a library raises, the others are still timed
+            missing = (error.name or "").split(".")[0] if isinstance(error, ModuleNotFoundError) else ""
+            if missing in {MODULES.get(library, library) for library in needs}:
+                record["skipped"][name] = f"{missing} is not installed"
             else:
-                record["skipped"][name] = f"{error.name.split('.')[0]} is not installed"
-        except Exception as error:  # whatever a rival's library raises, the others are still timed
-            record["failed"][name] = _told(error)
+                record["failed"][name] = _in_words(error)
     if OURS in runs:
         try:
             times = take_turns(runs, rounds, device, share, deadline)
             record["skipped"] |= {name: TIME_UP for name in runs if name not in times}
         except Exception as error:
-            record["failed"][OURS] = f"while timing: {_told(error)}"
+            record["failed"][OURS] = f"while timing: {_in_words(error)}"
             times = {}
         for name, taken in times.items():
             record["contestants"][name] = taken | {"ratio": taken["median"] / times[OURS]["median"]}
     del runs, sets, check
     gc.collect()
     return record
+
+
+def _checked(name: str, make: Callable, sets: list, check: Callable) -> list[Callable]:
+    """A provider's callables, one for each input set, all of them run once, and the first result checked."""
+    calls = [make(inputs) for inputs in sets]
+    for at, call in enumerate(calls):
+        result = call()
+        if at == 0:
+            check(name, result)
+    return calls
+
+
+def _in_words(error: Exception) -> str:
+    return f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"

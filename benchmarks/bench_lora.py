@@ -1,7 +1,7 @@
 """One LoRA layer, forward and backward, beside peft's on the same weights, and beside the base layer alone.
 
-    python tests/bench_lora.py            the same as `handtuned bench lora`
-    python tests/bench_lora.py --work     counts bytes and FLOPs instead, without running anything
+    python benchmarks/bench_lora.py            the same as `handtuned bench lora`
+    python benchmarks/bench_lora.py --work     counts bytes and FLOPs instead, without running anything
 
 Every result is compared with one computed in fp64.
 """
@@ -10,12 +10,14 @@ import sys
 from dataclasses import dataclass
 
 import torch
-from handtuned.kernels.lora_work import floors, report
 from handtuned.nn import LoRALinear
+from shared import close, low_precision
 from torch import nn
 
-from handtuned import bench
-from handtuned.contest import Case
+from handtuned.bench import script
+from handtuned.harness import Case
+
+NAMES = ("y", "dx", "dA", "dB")
 
 
 @dataclass
@@ -109,17 +111,6 @@ def base_step(layer):
     return run
 
 
-def tolerance(dtype):
-    """Of the largest value: a few roundings of a 16-bit result; the rounding of sums of a thousand terms in fp32."""
-    return torch.finfo(dtype).eps * (256 if dtype == torch.float32 else 4)
-
-
-def close(result, expected, dtype):
-    for got, want, what in zip(result, expected, ("y", "dx", "dA", "dB"), strict=False):
-        error = ((got.double() - want).abs().max() / want.abs().max()).item()
-        assert error < tolerance(dtype), f"{what} is off by {error:.1e}"
-
-
 def exact(layer, weight):
     """y, dx, dA and dB in fp64, of the base layer alone and with the adapter."""
     x, dy, W, A, B = (t.detach().double() for t in (layer.x, layer.dy, weight, layer.A, layer.B))
@@ -130,7 +121,7 @@ def exact(layer, weight):
 
 def check_step(layer):
     base, adapted = exact(layer, layer.linear.weight)
-    return lambda name, result: close(result, base if "alone" in name else adapted, layer.x.dtype)
+    return lambda name, result: close(result, base if "alone" in name else adapted, layer.x.dtype, NAMES)
 
 
 def check_dropout(dropout):
@@ -151,26 +142,31 @@ def check_dropout(dropout):
     return check
 
 
+def least_bytes(M, N, K, rank, low):
+    """(forward, backward): every array once, the adapter in `low` bytes too."""
+    forward = M * K + N * K + M * N + rank * (N + K)
+    return low * forward, low * (M * N + N * K + 2 * M * K + 2 * rank * (N + K) + M * rank)
+
+
 def case(M, N, K, rank, dtype, device, dropout=0.0):
     low = dtype.itemsize
-    floor = floors(M, N, K, rank, low)
-    contestants = {
+    providers = {
         "handtuned": lambda layer: step(with_ours(layer.linear, layer, dropout), layer),
         "peft": lambda layer: step(with_peft(layer.linear, layer, dropout), layer),
         "base layer alone": base_step,
     }
     if low == 2:
         autocast = lambda layer: under_autocast(with_peft(layer.linear, layer, dropout))  # noqa: E731
-        contestants["peft autocast"] = lambda layer: step(autocast(layer), layer)
+        providers["peft autocast"] = lambda layer: step(autocast(layer), layer)
     if device.type == "cuda" and not dropout:
-        contestants["unsloth"] = lambda layer: step(with_unsloth(layer.linear.weight, None, layer), layer)
+        providers["unsloth"] = lambda layer: step(with_unsloth(layer.linear.weight, None, layer), layer)
     return Case(
         name=f"LoRA layer, forward and backward, M {M}, {N} × {K}, r {rank}, {str(dtype)[6:]}"
         + (f", dropout {dropout}" if dropout else ""),
         inputs=lambda: Layer.random(M, N, K, rank, dtype, device),
-        contestants=contestants,
+        providers=providers,
         check=check_dropout(dropout) if dropout else check_step,
-        bytes=floor["forward"] + floor["backward"],
+        bytes=sum(least_bytes(M, N, K, rank, low)),
         flops=4 * M * N * K + 6 * M * rank * (N + K),
         footprint=low * (2 * M * K + 2 * M * N + N * K),
         dtype=dtype,
@@ -180,7 +176,7 @@ def case(M, N, K, rank, dtype, device, dropout=0.0):
 
 def cases(device, quick):
     if device.type == "cuda":
-        dtype = bench.low_precision(device)
+        dtype = low_precision(device)
         for M in (4096,) if quick else (4096, 512, 8192):
             yield case(M, 4096, 4096, 16, dtype, device)
         if not quick:
@@ -194,6 +190,8 @@ def cases(device, quick):
 
 if __name__ == "__main__":
     if "--work" in sys.argv:
+        from handtuned.kernels.lora_work import report
+
         print(report(4096, 4096, 4096, 16))
     else:
-        raise SystemExit(bench.script(__file__))
+        raise SystemExit(script(__file__))

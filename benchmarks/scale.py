@@ -1,5 +1,7 @@
 """What ZeRO costs on many devices: a model of step time, from link bandwidths and counted communication.
 
+    python benchmarks/scale.py docs/scale.md            # writes the tables between its markers
+
 Nothing here is measured on a GPU. A step of one micro-batch takes
 
     compute         8 · A · tokens / (efficiency · peak)        2A forward, 4A backward, 2A forward again (checkpoints)
@@ -13,9 +15,7 @@ and between max(compute, communication), if all of it were hidden behind computa
 none is. `ZeroOptimizer` hides nothing: its collectives are called one after the other, so as to be readable.
 
 How many elements go through the collectives is not written down here: `counted` runs `ZeroOptimizer`
-on a small model and looks (tests find the same with 2 and 4 processes). Bytes a device come from `estimate`.
-
-    python -m handtuned.scale docs/scale.md     # writes the tables between its markers
+on a small model and looks (tests find the same with 2 and 4 processes). Bytes per device come from `estimate`.
 """
 
 import re
@@ -28,11 +28,12 @@ from itertools import pairwise
 from pathlib import Path
 
 import torch
+from handtuned.nn.files import whole_file
+from handtuned.optim import ZeroOptimizer
 from torch import nn
 
-from .estimate import estimate
-from .optim.zero import ZeroOptimizer
-from .presets import PRESETS
+from handtuned.memory import estimate
+from handtuned.memory.model_shapes import PRESETS
 
 STAGES = (0, 1, 2, 3)
 BYTES = 2  # of a 16-bit element
@@ -112,7 +113,7 @@ class _Layers(nn.Module):
 
 @lru_cache
 def counted(stage: int, micro_batches: int = 1, layers: int = 6, width: int = 8) -> tuple[Counter, Counter]:
-    """Run one step of `ZeroOptimizer` and count: collective → elements in units of A, and calls a layer.
+    """Run one step of `ZeroOptimizer` and count: collective → elements in units of A, and calls per layer.
 
     Stage 0, DistributedDataParallel, all-reduces A elements: a reduce-scatter and an all-gather of stage 1's size.
     Gradients of several micro-batches are accumulated as memory allows: stages 0 and 1 have room for full ones and
@@ -135,29 +136,29 @@ def counted(stage: int, micro_batches: int = 1, layers: int = 6, width: int = 8)
 def simulate(
     model: str, stage: int, devices: int, cluster: Cluster, tokens: int = TOKENS, offload: bool = False
 ) -> Step:
-    """One optimizer step of one micro-batch of `tokens` tokens (one row) a device.
+    """One optimizer step of one micro-batch of `tokens` tokens (one row) per device.
 
     Args:
-        model: a preset, see `presets`.
+        model: a preset, see `memory.model_shapes`.
         stage: 0 (DistributedDataParallel) to 3.
         devices: N.
         offload: optimizer state and gradients on the host.
     """
     shape = PRESETS[model]
     size = shape.parameters
-    ledger = estimate(shape, dtype="bfloat16", batch=1, seq=tokens, checkpoint=True, zero=stage, world_size=devices,
+    memory = estimate(shape, dtype="bfloat16", batch=1, seq=tokens, checkpoint=True, zero=stage, world_size=devices,
                       offload=offload)  # fmt: skip
-    elements, calls_a_layer = counted(stage)
+    elements, calls_per_layer = counted(stage)
     sent = seconds = 0.0
     for name, factor in elements.items():
         volume = factor * size * BYTES
-        calls = calls_a_layer[name] * shape.layers if stage == 3 else -(-size // ZeroOptimizer.bucket_elements)
+        calls = calls_per_layer[name] * shape.layers if stage == 3 else -(-size // ZeroOptimizer.bucket_elements)
         sent += volume * (devices - 1) / devices
         seconds += ring(volume, devices, cluster) + calls * (devices - 1) * cluster.latency
     mine = size / devices
     moving = 2 * BYTES * mine / cluster.host_link + 28 * mine / cluster.host_memory if offload else 0.0
     compute = 8 * size * tokens / (cluster.efficiency * cluster.peak)
-    return Step(ledger.states, ledger.peak, sent, compute, seconds, moving)
+    return Step(memory.states, memory.peak, sent, compute, seconds, moving)
 
 
 def ring(volume: float, devices: int, cluster: Cluster) -> float:
@@ -168,7 +169,7 @@ def ring(volume: float, devices: int, cluster: Cluster) -> float:
 
 
 def break_even(stage: int, devices: int, cluster: Cluster) -> float:
-    """Tokens a device at which computation takes as long as communication; the size of the model cancels out.
+    """Tokens per device at which computation takes as long as communication; the size of the model cancels out.
 
     8 · A · tokens / speed = Σ factor · 2A / bandwidth. Latency is left out.
     """
@@ -257,10 +258,8 @@ def main(words: list[str]) -> None:
         print("\n\n".join(tables().values()))
         return
     page = Path(words[0])
-    filled = fill(page.read_text(encoding="utf-8"))
-    whole = page.with_suffix(".new")
-    whole.write_text(filled, encoding="utf-8")
-    whole.replace(page)
+    with whole_file(page) as temporary:
+        temporary.write_text(fill(page.read_text(encoding="utf-8")), encoding="utf-8")
 
 
 if __name__ == "__main__":

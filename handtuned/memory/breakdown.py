@@ -1,4 +1,4 @@
-"""The ledger of a training step: what takes how many bytes, and when they are there."""
+"""The memory breakdown of a training step: what takes how many bytes, and when they are there."""
 
 from dataclasses import dataclass
 
@@ -7,7 +7,7 @@ BAR = 48
 
 
 @dataclass(frozen=True)
-class Line:
+class Component:
     """Bytes of one component: in full, and at the moment of the peak."""
 
     full: int
@@ -15,18 +15,20 @@ class Line:
 
 
 @dataclass(frozen=True)
-class Ledger:
+class Breakdown:
     """Where the memory of a training step goes, on one device.
 
     Attributes:
         title: what was estimated.
-        lines: component → Line. Components do not all reach their full size at the same time.
+        lines: name → Component. Components do not all reach their full size at the same time.
         moments: moment of the step → bytes alive then; the largest is the peak.
+        parameters, trainable: how many the model has, and how many are trained.
+        host: bytes in the host's memory.
         notes: what is worth knowing.
     """
 
     title: str
-    lines: dict[str, Line]
+    lines: dict[str, Component]
     moments: dict[str, int]
     parameters: int
     trainable: int
@@ -36,7 +38,7 @@ class Ledger:
     STATES = ("weights", "quantization constants", "adapters", "gradients", "optimizer state", "master weights")
 
     def __getitem__(self, component: str) -> int:
-        """Bytes of a component in full; 0 if it has none."""
+        """Bytes of a component in full; 0 if there is none of that name."""
         return self.lines[component].full if component in self.lines else 0
 
     @property
@@ -60,7 +62,21 @@ class Ledger:
         return sum(line.full for name, line in self.lines.items() if name.startswith("activations"))
 
     def __str__(self) -> str:
-        return "\n".join(_table(self))
+        width = max(map(len, self.lines), default=0) + 2
+        rows = [self.title, "", f"{'':{width}}{'in full':>12}  {'at the peak':>12}"]
+        for name, line in self.lines.items():
+            bar = "█" * round(BAR * line.at_peak / self.peak) if self.peak else ""
+            rows.append(f"{name:{width}}{size(line.full):>12}  {size(line.at_peak):>12}  {bar}")
+        rows += [
+            f"{'peak':{width}}{'':>12}  {size(self.peak):>12}  {'▔' * BAR}",
+            "",
+            f"peak of {both(self.peak)}, reached at: {self.moment}",
+            f"model states {both(self.states)} ({self.states / self.parameters:.3g} bytes per parameter), "
+            f"{self.trainable:,} of {self.parameters:,} parameters are trained",
+        ]
+        if self.host:
+            rows.append(f"in the host's memory: {both(self.host)}")
+        return "\n".join([*rows, *self.notes])
 
 
 def size(count: float) -> str:
@@ -75,25 +91,3 @@ def both(count: float) -> str:
     if count < GB / 100:
         return f"{count / 1e6:,.2f} MB = {count / 2**20:,.2f} MiB"
     return f"{count / GB:,.2f} GB = {count / GIB:,.2f} GiB"
-
-
-def _table(ledger: Ledger) -> list[str]:
-    lines = [ledger.title, ""]
-    width = max(map(len, ledger.lines), default=0) + 2
-    lines.append(f"{'':{width}}{'in full':>12}  {'at the peak':>12}")
-    peak = ledger.peak
-    for name, line in ledger.lines.items():
-        if not line.full:
-            continue
-        bar = "█" * round(BAR * line.at_peak / peak) if peak else ""
-        lines.append(f"{name:{width}}{size(line.full):>12}  {size(line.at_peak):>12}  {bar}")
-    lines += [
-        f"{'peak':{width}}{'':>12}  {size(peak):>12}  {'▔' * BAR}",
-        "",
-        f"peak of {both(peak)}, reached at: {ledger.moment}",
-        f"model states {both(ledger.states)} ({ledger.states / ledger.parameters:.3g} bytes a parameter), "
-        f"{ledger.trainable:,} of {ledger.parameters:,} parameters are trained",
-    ]
-    if ledger.host:
-        lines.append(f"in the host's memory: {both(ledger.host)}")
-    return lines + list(ledger.notes)

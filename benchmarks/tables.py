@@ -1,4 +1,4 @@
-"""Tables in benchmarks/README.md from the JSON files beside it: `python -m handtuned.bench_tables`.
+"""Tables in benchmarks/README.md from the JSON files beside it: `python benchmarks/tables.py`.
 
 Between `<!-- FILE.json -->` and `<!-- end of FILE.json -->` stands what `render` makes of that file and nothing else,
 so no figure in the tables is typed by hand.
@@ -9,10 +9,10 @@ import json
 import re
 from pathlib import Path
 
-from .contest import OURS, cut_short
-from .nn.files import whole_file
+from handtuned.nn.files import whole_file
 
-FOLDER = Path(__file__).resolve().parents[1] / "benchmarks"
+from handtuned.harness.timing import OURS, cut_short
+
 MARKED = re.compile(r"<!-- (?P<file>[\w.-]+\.json) -->\n.*?<!-- end of (?P=file) -->", re.DOTALL)
 
 
@@ -93,8 +93,8 @@ def updated(text: str, folder: Path) -> str:
 
 def main() -> int:
     """Rewrite the page; with --check only say whether that would change it (exit code 1)."""
-    parser = argparse.ArgumentParser(prog="python -m handtuned.bench_tables", description=__doc__.splitlines()[0])
-    parser.add_argument("--folder", type=Path, default=FOLDER, help="of README.md and the JSON files")
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--folder", type=Path, default=Path(__file__).parent, help="of README.md and the JSON files")
     parser.add_argument("--check", action="store_true", help="change nothing; 1 if the tables are out of date")
     args = parser.parse_args()
     page = args.folder / "README.md"

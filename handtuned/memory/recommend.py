@@ -6,9 +6,9 @@ Checkpointing it calls twice the work and puts last; it is at most a third more,
 001 has it, after mixed precision. A shorter context and a smaller model change the task and are not tried.
 """
 
+from .breakdown import Breakdown, both, size
 from .estimate import estimate
-from .ledger import Ledger, both, size
-from .presets import shape_of
+from .model_shapes import shape_of
 
 Technique = tuple[str, dict]
 
@@ -38,25 +38,24 @@ def techniques(settings: dict, host: bool = True) -> list[Technique]:
     elif host:
         ladder.append(("optimizer offload", {"offload": True}))
     if shape_of(settings["model"]).layers:
-        methods = {"full": ("lora", "qlora"), "lora": ("qlora",), "qlora": ()}[settings["method"]]
-        ladder += [({"lora": "LoRA", "qlora": "QLoRA"}[method], {"method": method}) for method in methods]
+        further = {"full": ("LoRA", "QLoRA"), "lora": ("QLoRA",), "qlora": ()}[settings["method"]]
+        ladder += [(name, {"method": name.lower()}) for name in further]
     return [(name, change) for name, change in ladder if any(settings[key] != value for key, value in change.items())]
 
 
-def fit(settings: dict, budget: int, host: bool = True) -> tuple[list[tuple[str, Ledger]], list[str], Ledger | None]:
+def fit(
+    settings: dict, budget: int, host: bool = True
+) -> tuple[list[tuple[str, Breakdown]], list[str], Breakdown | None]:
     """Add technique after technique until the peak is within `budget` bytes; then leave out what was not needed.
 
     Returns:
-        (every technique tried, with the ledger once it had been added; the names of those needed; their
-        ledger, or None if all together do not fit).
+        (every technique tried, with the breakdown once it had been added; the names of those needed; their
+        breakdown, or None if all together do not fit).
     """
     tried, chosen = [], []
 
-    def with_all(several: list[Technique]) -> Ledger:
-        changed = dict(settings)
-        for _, change in several:
-            changed.update(change)
-        return estimate(**changed)
+    def with_all(several: list[Technique]) -> Breakdown:
+        return estimate(**{key: value for _, change in [("", settings), *several] for key, value in change.items()})
 
     for technique in techniques(settings, host):
         chosen.append(technique)
@@ -72,28 +71,26 @@ def fit(settings: dict, budget: int, host: bool = True) -> tuple[list[tuple[str,
     return tried, [name for name, _ in chosen], with_all(chosen)
 
 
-def advise(settings: dict, budget: int) -> str:
-    """Whether it fits into `budget` bytes and, if not, what would make it, told in a few lines."""
+def recommend(settings: dict, budget: int) -> str:
+    """Whether it fits into `budget` bytes and, if not, what would make it, in a few lines."""
     peak = estimate(**settings).peak
     if peak <= budget:
         return f"fits into {both(budget)}: {size(budget - peak)} are left (CUDA's own context not counted)"
     lines = [f"does not fit into {both(budget)}: {size(peak - budget)} are missing. Step by step:"]
-    tried, needed, ledger = fit(settings, budget)
+    tried, needed, found = fit(settings, budget)
     width = max((len(name) for name, _ in tried), default=0) + 2
-    lines += [
-        f"  + {name:{width}} peak {size(after.peak):>12}" + "  fits" * (after.peak <= budget) for name, after in tried
-    ]
-    if ledger is None:
-        lines.append("nothing of this is enough: a shorter context, a smaller model, or more devices")
-        return "\n".join(lines)
-    lines.append(_told("the cheapest set that fits", needed, ledger))
-    if ledger.host:
-        _, alone, without = fit(settings, budget, host=False)
-        if without is not None:
-            lines.append(_told("without the host's memory", alone, without))
+    lines += [f"  + {name:{width}} peak {size(then.peak):>12}" + "  fits" * (then.peak <= budget)
+              for name, then in tried]  # fmt: skip
+    if found is None:
+        return "\n".join([*lines, "nothing of this is enough: a shorter context, a smaller model, or more devices"])
+    lines.append(_in_words("the cheapest set that fits", needed, found))
+    if found.host:
+        _, needed, found = fit(settings, budget, host=False)
+        if found is not None:
+            lines.append(_in_words("without the host's memory", needed, found))
     return "\n".join(lines)
 
 
-def _told(what: str, names: list[str], ledger: Ledger) -> str:
-    text = f"{what}: {', '.join(names)} (peak {both(ledger.peak)})"
-    return text + (f", with {size(ledger.host)} on the host" if ledger.host else "")
+def _in_words(what: str, names: list[str], found: Breakdown) -> str:
+    text = f"{what}: {', '.join(names)} (peak {both(found.peak)})"
+    return text + (f", with {size(found.host)} on the host" if found.host else "")

@@ -1,0 +1,121 @@
+"""Memory as it is really taken: `measure` for any function, and a training step for it to run.
+
+On a CPU every live tensor storage is counted (`nn.live_memory`); on a GPU the caching allocator counts.
+"""
+
+import gc
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from ..answers import AnswerModel
+from ..nn import apply_lora_to_model, lora_parameters
+from ..nn.live_memory import LiveMemory
+from ..optim import AdamW
+from .breakdown import both, size
+
+
+@dataclass(frozen=True)
+class Measurement:
+    """What a function took, in bytes on one kind of device.
+
+    Attributes:
+        before, after: alive when it began and when it returned (its result included).
+        peak: most alive at any moment.
+        result: what it returned.
+        history: bytes alive after every change, if asked for.
+    """
+
+    before: int
+    peak: int
+    after: int
+    result: Any = None
+    history: tuple[int, ...] | None = None
+
+    @property
+    def added(self) -> int:
+        """Most bytes above those that were there before."""
+        return self.peak - self.before
+
+    def __str__(self):
+        return f"peak {both(self.peak)}, {size(self.added)} above the {size(self.before)} that were there before"
+
+
+def measure(function: Callable, *args, device: str | None = None, keep_history: bool = False, **kwargs) -> Measurement:
+    """Run `function(*args, **kwargs)` and find the most memory that was in use by tensors.
+
+    On a CPU every live tensor storage counts once however many views it has, from those that were there
+    before to the last temporary; that slows the run down by some microseconds per operation.
+
+    Args:
+        device: "cpu" or "cuda"; by default the GPU if CUDA is in use in this process.
+        keep_history: also keep the course of it (CPU only), for a picture.
+
+    Raises:
+        ValueError: another device, or a history of a GPU.
+    """
+    device = device or ("cuda" if torch.cuda.is_initialized() else "cpu")
+    if device == "cpu":
+        with LiveMemory("cpu", keep_history=keep_history) as memory:
+            result = function(*args, **kwargs)
+        before = memory.before
+        history = tuple(before + added for added in memory.history) if keep_history else None
+        return Measurement(before, before + memory.peak_added, before + memory.added, result, history)
+    if device != "cuda" or keep_history:
+        raise ValueError(f'device must be "cpu" or "cuda" (and history is for a CPU only), got {device!r}')
+    gc.collect()
+    torch.cuda.synchronize()
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    result = function(*args, **kwargs)
+    torch.cuda.synchronize()
+    return Measurement(before, torch.cuda.max_memory_allocated(), torch.cuda.memory_allocated(), result)
+
+
+def training_step(
+    model,
+    method: str,
+    batch: int,
+    seq: int,
+    checkpoint: bool = False,
+    logits: str = "chunked",
+    lora_r: int = 8,
+    target_modules="all-linear",
+    accumulation_steps: int = 1,
+) -> Callable[[], None]:
+    """A function that does one step on random tokens: forward, loss, backward, AdamW.
+
+    It has run once when it is returned, so that AdamW's state is there.
+
+    Args:
+        model: a transformers causal LM, its linears in NF4 if the method is "qlora"; it is changed.
+        method, batch, seq, checkpoint, logits, lora_r, target_modules, accumulation_steps: as for `estimate`.
+    """
+    if method == "full":
+        model.requires_grad_(True)
+        parameters = list(model.parameters())
+    else:
+        model.requires_grad_(False)
+        apply_lora_to_model(model, lora_r, 16.0, target_modules)
+        parameters = list(lora_parameters(model))
+    if checkpoint:
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    tokens = torch.randint(0, model.config.vocab_size, (batch, seq), device=parameters[0].device)
+    chunked = AnswerModel(model, tokens[:1, :8])
+    optimizer = AdamW(parameters, lr=1e-5)
+    model.train()
+
+    def step() -> None:
+        for _ in range(accumulation_steps):
+            if logits == "full":
+                loss = model(input_ids=tokens, labels=tokens, use_cache=False).loss
+            else:
+                loss = chunked.loss({"input_ids": tokens, "labels": tokens}) / tokens.numel()
+            loss.backward()
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+
+    step()
+    return step
