@@ -6,7 +6,7 @@ them store everything: A parameters and gradients in 16 bits, FP32 masters and A
 elements that it updates. Rajbhandari et al. 2020, "ZeRO: Memory optimizations toward training
 trillion parameter models", sections 3 and 5, cut in three stages:
 
-    stage   cut among the ranks          bytes a rank    A = 7·10⁹, N = 8      elements a rank sends a step
+    stage   cut among the ranks          bytes per rank  A = 7·10⁹, N = 8      elements sent per rank and step
     DDP     –                            16A             112    GB             2A   (all-reduce of gradients)
     1       optimizer state, masters     4A + 12A/N       38.5  GB             2A
     2       and gradients                2A + 14A/N       26.25 GB             2A
@@ -19,8 +19,18 @@ optimizer's step between the two: gradients are reduce-scattered, each rank upda
 new parameters are all-gathered; still 2A. Stage 3 has nowhere to keep gathered parameters: it
 all-gathers them for forward, A, and again for backward, A, and reduce-scatters gradients, A: 3A.
 
-How tensors are cut is told in `shards.py`, how gradients are reduced during backward in `reduction.py`, how
-stage 3 gathers parameters in `gathering.py`, and what offloading moves in `offload.py`.
+`zero_reference` is that on plain lists, N ranks in one process. `ZeroOptimizer` is one rank of it: `zero_collectives.py`
+cuts tensors and calls the collectives, `zero_gradients.py` reduces gradients during backward, `zero_parameters.py`
+gathers stage 3's parameters, `zero_state.py` the state dict.
+
+Offloading (ZeRO-Offload, Ren et al. 2021, section 4) leaves on the device what forward and backward need, the 16-bit
+weights. A step of a rank that owns M = A / N parameters then is
+
+    backward     a bucket's reduced gradient, 2M in all, goes to the host while backward computes the next
+    step         on the CPU, where masters and moments (12M) are
+    afterwards   the rounded weights, 2M in all, go to the device while the CPU rounds the next ones
+
+so 4M bytes cross the bus each step, and the device holds 2A instead of 2A + 14M.
 """
 
 import contextlib
@@ -29,13 +39,41 @@ import weakref
 import torch
 import torch.distributed as dist
 
-from .gathering import Gathering
-from .offload import Host
-from .reduction import Reduction
-from .shards import Collectives, Shard, bounds, pack_row, unpack
-from .zero_state import load_cut_state, whole_state
+from .zero_collectives import Collectives, Host, Shard, bounds
+from .zero_gradients import Reduction
+from .zero_parameters import Gathering
+from .zero_state import hyperparameters, load_cut_state, whole_state
 
 LOW = (torch.float16, torch.bfloat16)
+
+
+def zero_reference(weights, losses, make_optimizer, stage, steps):
+    """Document 002's three stages: what rank r holds is item r of a list.
+
+    Args:
+        weights: (n,), n divisible by the number of ranks.
+        losses: for each rank its part of the batch: a function of all weights.
+        make_optimizer: makes a rank's optimizer from the list of what it updates.
+    """
+    shards = [shard.clone() for shard in weights.chunk(len(losses))]
+    optimizers = [make_optimizer([shard]) for shard in shards]  # stage 1: each has the state of its shard only
+
+    def all_gather():
+        return [torch.cat(shards) for _ in losses]
+
+    whole = all_gather()
+    for _ in range(steps):
+        gradients = [torch.func.grad(loss)(w) for loss, w in zip(losses, whole, strict=True)]
+        for rank, shard in enumerate(shards):  # reduce-scatter: rank r receives the mean of all ranks' r-th pieces
+            shard.grad = sum(gradient.chunk(len(losses))[rank] for gradient in gradients) / len(losses)
+        if stage >= 2:
+            gradients = None
+        if stage == 3:
+            whole = None
+        for optimizer in optimizers:
+            optimizer.step()
+        whole = all_gather()  # stages 1 and 2 now; stage 3 layer by layer, when forward and backward reach them
+    return torch.cat(shards)
 
 
 class ZeroOptimizer(torch.optim.Optimizer):
@@ -102,17 +140,15 @@ class ZeroOptimizer(torch.optim.Optimizer):
 
         remaining = iter(self.shards)
         cut = [[next(remaining) for _ in group["params"]] for group in self.param_groups]
-        self.inner = optimizer_class(
-            [
-                {**_hyperparameters(group), "params": [shard.master for shard in shards]}
-                for group, shards in zip(self.param_groups, cut, strict=True)
-            ],
-            **kwargs,
-        )
+        masters = [
+            hyperparameters(group) | {"params": [shard.master for shard in shards]}
+            for group, shards in zip(self.param_groups, cut, strict=True)
+        ]
+        self.inner = optimizer_class(masters, **kwargs)
         self.defaults = self.inner.defaults
         self.state = self.inner.state
         for group, ours, shards in zip(self.param_groups, self.inner.param_groups, cut, strict=True):
-            group.update(_hyperparameters(ours), params=[shard.value for shard in shards])
+            group.update(hyperparameters(ours), params=[shard.value for shard in shards])
 
         self._hooks = self.reduction.hooks()
         if stage == 3:
@@ -204,7 +240,7 @@ class ZeroOptimizer(torch.optim.Optimizer):
         if found_inf is not None and found_inf.item():
             return loss
         for group, ours in zip(self.param_groups, self.inner.param_groups, strict=True):
-            ours.update(_hyperparameters(group))
+            ours.update(hyperparameters(group))
         moved = [shard for shard in self.trained if shard.value.grad is not None]
         for shard in moved:
             if shard.param._version != shard.version:
@@ -232,9 +268,8 @@ class ZeroOptimizer(torch.optim.Optimizer):
 
     def _gather_parameters(self) -> None:
         for bucket in self.reduction.buckets:
-            numels = [shard.numel for shard in bucket]
-            row = pack_row([shard.owned for shard in bucket], numels, self.group.size)
-            for shard, flat in zip(bucket, unpack(self.group.all_gather(row), numels), strict=True):
+            flats = self.group.gather_whole([shard.owned for shard in bucket], [shard.numel for shard in bucket])
+            for shard, flat in zip(bucket, flats, strict=True):
                 shard.param.view(-1).copy_(flat)
                 shard.version = shard.param._version
 
@@ -284,21 +319,19 @@ class ZeroOptimizer(torch.optim.Optimizer):
 
         Storages are counted once, whole, on this rank and as they are now.
         """
-        held, seen = dict.fromkeys(("parameters", "gradients", "optimizer state", "host"), 0), set()
-
-        def count(role, *tensors):
-            for tensor in tensors:
-                storage = tensor.untyped_storage() if isinstance(tensor, torch.Tensor) else None
-                if storage is not None and storage.nbytes() and storage.data_ptr() not in seen:
-                    seen.add(storage.data_ptr())
-                    held[role] += storage.nbytes()
-
+        tensors: dict[str, list] = {"parameters": [], "gradients": [], "optimizer state": [], "host": []}
+        gradients, states = ("host", "host") if self.host else ("gradients", "optimizer state")
         for shard in self.shards:
-            count("parameters", shard.param, shard.owned)
-            count("gradients", shard.param.grad)
-            count("host" if self.host else "gradients", shard.value.grad)
-            states = self.inner.state[shard.master].values() if shard.master in self.inner.state else ()
-            count("host" if self.host else "optimizer state", shard.value, shard.master, *states)
+            tensors["parameters"] += shard.param, shard.owned
+            tensors["gradients"] += (shard.param.grad,)
+            tensors[gradients] += (shard.value.grad,)
+            tensors[states] += shard.value, shard.master, *self.inner.state.get(shard.master, {}).values()
+        held, seen = {}, set()
+        for role, members in tensors.items():
+            storages = (t.untyped_storage() for t in members if isinstance(t, torch.Tensor))
+            new = {storage.data_ptr(): storage.nbytes() for storage in storages if storage.data_ptr() not in seen}
+            seen |= new.keys()
+            held[role] = sum(new.values())
         return held
 
     def state_dict(self) -> dict:
@@ -322,10 +355,6 @@ class ZeroOptimizer(torch.optim.Optimizer):
             ValueError: other groups, or a state tensor that is not element-wise.
         """
         load_cut_state(self, state_dict)
-
-
-def _hyperparameters(group: dict) -> dict:
-    return {key: value for key, value in group.items() if key not in ("params", "param_names")}
 
 
 def _remove(hooks: list) -> None:

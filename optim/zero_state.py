@@ -4,7 +4,7 @@ import copy
 
 import torch
 
-from .shards import Shard, pack_row, unpack
+from .zero_collectives import Shard
 
 
 def whole_state(zero) -> dict:
@@ -31,8 +31,8 @@ def _whole(zero, shard: Shard, key: str, value):
             f"state must be element-wise to be gathered, got {key!r} of shape {tuple(value.shape)} for "
             f"{shard.value.numel()} elements"
         )
-    row = pack_row([value.to(shard.owned.device)], [shard.numel], zero.group.size)
-    return next(unpack(zero.group.all_gather(row), [shard.numel])).view(shard.shape).cpu()
+    whole = next(zero.group.gather_whole([value.to(shard.owned.device)], [shard.numel]))
+    return whole.view(shard.shape).cpu()
 
 
 def load_cut_state(zero, state_dict: dict) -> None:
@@ -51,7 +51,7 @@ def load_cut_state(zero, state_dict: dict) -> None:
         state[name] = {key: _cut(shard, key, value) for key, value in values.items() if key != "master"}
         if "master" in values:
             masters[index] = _cut(shard, "master", values["master"])
-    zero.inner.load_state_dict({"state": state, "param_groups": [_without_names(group) for group in groups]})
+    zero.inner.load_state_dict({"state": state, "param_groups": [hyperparameters(group) | {"params": group["params"]} for group in groups]})
     zero.state = zero.inner.state
     for group, ours in zip(zero.param_groups, groups, strict=True):
         group.update({key: value for key, value in ours.items() if key != "params"})
@@ -73,5 +73,5 @@ def _cut(shard: Shard, key: str, value):
     return value.reshape(-1)[shard.start : shard.stop].clone()
 
 
-def _without_names(group: dict) -> dict:
-    return {key: value for key, value in group.items() if key != "param_names"}
+def hyperparameters(group: dict) -> dict:
+    return {key: value for key, value in group.items() if key not in ("params", "param_names")}

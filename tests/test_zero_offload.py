@@ -5,7 +5,7 @@ import pytest
 import torch
 import zero_worker
 from handtuned.optim import AdamW, ZeroOptimizer
-from handtuned.optim.offload import Host
+from handtuned.optim.zero_collectives import Host
 from torch import nn
 
 CHECKS = ("offload_changes_no_number", "offload_skips_overflows", "offload_bytes")
