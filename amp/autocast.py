@@ -23,6 +23,7 @@ import torch
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_iter, tree_map_only
 
+
 def autocast_reference(function, *tensors, dtype=torch.float16):
     """What `autocast(dtype)` makes of the call `function(*tensors)`."""
     target = cast_dtype(function.__name__, [x.dtype for x in tensors], dtype)

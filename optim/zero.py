@@ -19,9 +19,9 @@ optimizer's step between the two: gradients are reduce-scattered, each rank upda
 new parameters are all-gathered; still 2A. Stage 3 has nowhere to keep gathered parameters: it
 all-gathers them for forward, A, and again for backward, A, and reduce-scatters gradients, A: 3A.
 
-`zero_reference` is that on plain lists, N ranks in one process. `ZeroOptimizer` is one rank of it: `zero_collectives.py`
-cuts tensors and calls the collectives, `zero_gradients.py` reduces gradients during backward, `zero_parameters.py`
-gathers stage 3's parameters, `zero_state.py` the state dict.
+`zero_reference` is that on plain lists, N ranks in one process. `ZeroOptimizer` is one rank of it:
+`zero_collectives.py` cuts tensors and calls the collectives, `zero_gradients.py` reduces gradients during backward,
+`zero_parameters.py` gathers stage 3's parameters, `zero_state.py` the state dict.
 
 Offloading (ZeRO-Offload, Ren et al. 2021, section 4) leaves on the device what forward and backward need, the 16-bit
 weights. A step of a rank that owns M = A / N parameters then is

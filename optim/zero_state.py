@@ -51,7 +51,8 @@ def load_cut_state(zero, state_dict: dict) -> None:
         state[name] = {key: _cut(shard, key, value) for key, value in values.items() if key != "master"}
         if "master" in values:
             masters[index] = _cut(shard, "master", values["master"])
-    zero.inner.load_state_dict({"state": state, "param_groups": [hyperparameters(group) | {"params": group["params"]} for group in groups]})
+    bare = [hyperparameters(group) | {"params": group["params"]} for group in groups]
+    zero.inner.load_state_dict({"state": state, "param_groups": bare})
     zero.state = zero.inner.state
     for group, ours in zip(zero.param_groups, groups, strict=True):
         group.update({key: value for key, value in ours.items() if key != "params"})
