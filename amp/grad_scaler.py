@@ -1,16 +1,15 @@
 """Dynamic loss scaling: keep FP16 gradients out of the underflow, and find the scale by trial.
 
-A gradient below 2**-25 rounds to zero in FP16. Multiplying the loss by S multiplies every gradient by S
-(the chain rule is linear), so tiny ones survive; after they are in FP32 they are divided by S again and the
-update is what it would have been. The largest useful S is unknown and moves, so it is searched for: an
-overflow (inf or NaN in any gradient) skips the step and halves S; `growth_interval` steps *in a row*
-without one double it. (Micikevicius et al. 2018, section 3.2.)
+A gradient below 2**-25 rounds to zero in FP16. Multiplying the loss by S multiplies every gradient by S (the chain
+rule is linear), so tiny ones survive; after they are in FP32 they are divided by S again and the update is what it
+would have been. The largest useful S is unknown and moves, so it is searched for: an overflow (inf or NaN in any
+gradient) skips the step and halves S; `growth_interval` steps *in a row* without one double it. (Micikevicius et al.
+2018, section 3.2.)
 
-`GradScalerReference` is that. `GradScaler` below it is the one to train with: scale, run of good steps and
-overflow flag stay on the gradients' device as 0-dim tensors. With an optimizer that can read the flag there
-(`optim.AdamW` with its kernel, or torch's `fused=True`) a training step never waits for the GPU; any other
-optimizer needs one `.item()` to decide whether to step. Its behaviour, errors and state dict are those of
-`torch.amp.GradScaler`.
+`GradScalerReference` is that. `GradScaler` below it is the one to train with: scale, run of good steps and overflow
+flag stay on the gradients' device as 0-dim tensors. With an optimizer that can read the flag there (`optim.AdamW`
+with its kernel, or torch's `fused=True`) a training step never waits for the GPU; any other optimizer needs one
+`.item()` to decide whether to step. Its behaviour, errors and state dict are those of `torch.amp.GradScaler`.
 """
 
 from collections import defaultdict
@@ -141,8 +140,8 @@ class GradScaler:
 
         Raises:
             RuntimeError: called twice, or after `step`, without an `update` between.
-            ValueError: a gradient is FP16. What underflowed there is gone: keep parameters in FP32 (autocast) or
-                use `MasterWeights`.
+            ValueError: a gradient is FP16. What underflowed there is gone: keep parameters in FP32 (autocast) or use
+                `MasterWeights`.
         """
         if not self._enabled:
             return
@@ -322,5 +321,5 @@ class GradScaler:
                 "A GradScaler instance may only be pickled at the beginning of an iteration, "
                 "or at the end after scaler.update()."
             )
-        at_rest = {"_placed": False, "_scale": self._scale.double().cpu(), "_growth_tracker": self._growth_tracker.cpu()}
-        return self.__dict__ | at_rest
+        scale, run = self._scale.double().cpu(), self._growth_tracker.cpu()
+        return self.__dict__ | {"_placed": False, "_scale": scale, "_growth_tracker": run}

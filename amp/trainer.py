@@ -41,10 +41,7 @@ class MixedPrecisionTrainer(GradientAccumulationTrainer):
         optimizer: any torch optimizer over its parameters.
         dtype: torch.float16 or torch.bfloat16.
         init_scale: the loss scale to begin with, for FP16.
-        max_norm: bound of the unscaled gradient's L2 norm; None does not clip.
-        accumulation_steps: calls of `train_step` for each optimizer step; all their answer tokens
-            weigh the same, as in one big batch.
-        scheduler: its `step()` is called once for each optimizer step that was not skipped.
+        max_norm, accumulation_steps, scheduler: as for `GradientAccumulationTrainer`.
 
     Attributes:
         scaler: the `GradScaler` (disabled for BF16).

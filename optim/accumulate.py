@@ -1,21 +1,18 @@
 """Gradient accumulation: a big batch in small pieces, with exactly the big batch's gradient.
 
-The gradient of a sum is the sum of the gradients, so the losses of k micro-batches may be
-backpropagated one after another into the same `.grad`. What has to be right is the division.
-The big batch's loss is a mean over its tokens,
+The gradient of a sum is the sum of the gradients, so the losses of k micro-batches may be backpropagated one after
+another into the same `.grad`. What has to be right is the division. The big batch's loss is a mean over its tokens,
 
     L = Σ_i ℓ_i / n,        n = n_1 + … + n_k  answer tokens,
 
-and neither "divide each micro-batch's mean by k" (true only if all n_j are equal; a short
-sequence's tokens weigh too much) nor "always divide by k" (a tail of fewer than k is made too
-small) computes that. So each micro-batch contributes its *sum* of losses, divided by n.
+and neither "divide each micro-batch's mean by k" (true only if all n_j are equal; a short sequence's tokens weigh too
+much) nor "always divide by k" (a tail of fewer than k is made too small) computes that. So each micro-batch
+contributes its *sum* of losses, divided by n.
 
 A trainer that sees one micro-batch after the other learns n with the last one. `TokenMean` divides by an estimate
-(the first count times k), which keeps gradients in the range that FP16 needs, and multiplies the finished
-gradient by estimate / n.
-
-Under DistributedDataParallel only the last micro-batch's backward pass communicates, estimate
-and n are those of all processes, and DDP's mean over processes is undone by their number.
+(the first count times k), which keeps gradients in the range that FP16 needs, and multiplies the finished gradient by
+estimate / n. Under DistributedDataParallel only the last micro-batch's backward pass communicates, estimate and n are
+those of all processes, and DDP's mean over processes is undone by their number.
 """
 
 import contextlib
@@ -52,8 +49,8 @@ class TokenMean:
         mean.correct(gradients)                         # nothing to do if `expected` was right
 
     Args:
-        expected: what losses are divided by, a number or 0-dim tensor: the count of all tokens of the step, or
-            an estimate of it. Where gradients are averaged over ranks, all ranks' tokens divided by their number.
+        expected: what losses are divided by, a number or 0-dim tensor: the count of all tokens of the step, or an
+            estimate of it. Where gradients are averaged over ranks, all ranks' tokens divided by their number.
 
     Attributes:
         loss_sum, tokens: of this process so far.
@@ -63,20 +60,15 @@ class TokenMean:
         self.expected = expected
         self.loss_sum = self.tokens = 0
 
-    def part(self, loss_sum: torch.Tensor, tokens) -> torch.Tensor:
-        """One micro-batch's contribution to the mean, to be backpropagated."""
+    def part(self, loss_sum: torch.Tensor, tokens=0) -> torch.Tensor:
+        """One micro-batch's contribution, to be backpropagated; `tokens` is needed only if `expected` is an estimate."""
         self.loss_sum = self.loss_sum + loss_sum.detach()
         self.tokens = self.tokens + tokens
         return loss_sum / self.expected
 
     def correct(self, gradients: list[torch.Tensor], tokens=None) -> None:
-        """Scale the accumulated gradients to the count there really was.
-
-        Args:
-            tokens: if it is not that of this process alone, as for `expected`.
-        """
-        tokens = self.tokens if tokens is None else tokens
-        torch._foreach_mul_(gradients, float(self.expected / tokens))
+        """Scale the accumulated gradients to the count there was: this process's, or `tokens`, as for `expected`."""
+        torch._foreach_mul_(gradients, float(self.expected / (self.tokens if tokens is None else tokens)))
 
 
 class GradientAccumulationTrainer:
@@ -86,8 +78,8 @@ class GradientAccumulationTrainer:
         for epoch in range(3):
             print(trainer.train_epoch(loader))
 
-    The loss is the cross-entropy of `model(inputs)` (or its `.logits`) over labels that are
-    not −100. Logits are (…, classes) and labels (…), aligned: nothing is shifted here.
+    The loss is the cross-entropy of `model(inputs)` (or its `.logits`) over labels that are not −100. Logits are (…,
+    classes) and labels (…), aligned: nothing is shifted here.
 
     Args:
         model: called with `inputs` (as keywords if that is a dict); may be wrapped in DistributedDataParallel.
@@ -95,8 +87,8 @@ class GradientAccumulationTrainer:
         accumulation_steps: micro-batches for each optimizer step.
         max_norm: bound of the gradient's L2 norm; None does not clip.
         scheduler: its `step()` is called once for each optimizer step that was not skipped.
-        scaler: an `amp.GradScaler` or torch's, for a model that computes in FP16 (run the trainer
-            under autocast then).
+        scaler: an `amp.GradScaler` or torch's, for a model that computes in FP16 (run the trainer under autocast
+            then).
 
     Attributes:
         last_loss: mean loss of the last micro-batch's answer tokens (0-dim; NaN if it had none).
@@ -126,8 +118,7 @@ class GradientAccumulationTrainer:
         """Accumulate one micro-batch, and update the parameters if it completes a batch.
 
         Returns:
-            whether the optimizer was asked to step: not before the last micro-batch of a batch, and
-            not if all its labels were −100.
+            whether the optimizer was asked to step: not before the last micro-batch, nor if all labels were −100.
 
         Raises:
             ValueError: logits and labels do not fit.

@@ -64,7 +64,7 @@ class AdamW(torch.optim.Optimizer):
         betas: decay rates of the two moments, each in 0…1 (1 excluded).
         eps: added to the root of the second moment.
         weight_decay: λ; a step first multiplies parameters by 1 − lr·λ.
-        fused: None picks the fastest way for the device, True always takes over unscaling from
+        fused: None picks the fastest for the device, True always takes over unscaling from
             the `GradScaler`, False runs the reference.
         maximize: ascend instead of descend.
         amsgrad: only False; the variant needs a fifth tensor for each parameter.

@@ -1,18 +1,17 @@
 """AdamW with its two moments in 8 bits each: 2 bytes per parameter of state instead of 8.
 
-Block-wise dynamic quantization (Dettmers et al. 2022, "8-bit optimizers via block-wise
-quantization", sections 2.1 and 3): every 256 values share one FP32 scale, their largest magnitude,
-so an outlier spoils only its own block; and the 256 levels between −1 and 1 (`quant.dynamic_map`) are spaced
-dynamically, in seven decades with twice as many levels in each as in the one below. Large values
-get a relative precision of about 1 %, and values a million times smaller are still not zero.
+Block-wise dynamic quantization (Dettmers et al. 2022, "8-bit optimizers via block-wise quantization", sections 2.1
+and 3): every 256 values share one FP32 scale, their largest magnitude, so an outlier spoils only its own block; and
+the 256 levels between −1 and 1 (`quant.dynamic_map`) are spaced dynamically, in seven decades with twice as many
+levels in each as in the one below. Large values get a relative precision of about 1 %, and values a million times
+smaller are still not zero.
 
-The first moment uses signed levels. Of the second, the root is stored, with unsigned ones:
-its small values stand in the update's denominator, and the root halves the decades that they span.
-No v > 0 is stored as zero (down to 1e-24 of its block's largest), which would turn the division by √v + ε
-into one by ε alone.
+The first moment uses signed levels. Of the second, the root is stored, with unsigned ones: its small values stand in
+the update's denominator, and the root halves the decades that they span. No v > 0 is stored as zero (down to 1e-24 of
+its block's largest), which would turn the division by √v + ε into one by ε alone.
 
-A step decodes one tensor's moments to FP32, updates as `AdamW` does, and encodes them again; nothing
-but the 8 bits outlives it. Bytes per parameter: 2 + 2·4/256 = 2.03.
+A step decodes one tensor's moments to FP32, updates as `AdamW` does, and encodes them again; nothing but the 8 bits
+outlives it. Bytes per parameter: 2 + 2·4/256 = 2.03.
 """
 
 from functools import lru_cache
@@ -54,7 +53,8 @@ def _nearest_table(signed: bool) -> torch.Tensor:
 def quantize_blocks(x: torch.Tensor, signed: bool) -> tuple[torch.Tensor, torch.Tensor]:
     """The reference by table: of the value rounded to FP16; what is positive and above 1e-12 of its block's largest
     never becomes zero."""
-    blocks = F.pad(x.flatten(), (0, -x.numel() % BLOCK_SIZE)).view(-1, BLOCK_SIZE)
+    padding = -x.numel() % BLOCK_SIZE
+    blocks = (F.pad(x.flatten(), (0, padding)) if padding else x).reshape(-1, BLOCK_SIZE)
     scale = torch.linalg.vector_norm(blocks, torch.inf, dim=1)
     half = (blocks * (HALF_RANGE / scale.clamp(min=1e-30))[:, None]).half()
     index = half.view(torch.int16).flatten().int().add_(32768)
@@ -72,8 +72,8 @@ class AdamW8bit(torch.optim.Optimizer):
 
     Args:
         params, lr, betas, eps, weight_decay: as for `AdamW`.
-        min_elements: tensors with fewer elements keep FP32 moments; they are few bytes, and
-            often the delicate ones (norms, biases).
+        min_elements: tensors with fewer elements keep FP32 moments; they are few bytes, and often the delicate ones
+            (norms, biases).
 
     Raises:
         ValueError: a hyperparameter out of range.

@@ -1,36 +1,30 @@
 """ZeRO: data-parallel training in which no two ranks store the same thing.
 
-Under data parallelism each of N ranks computes gradients of its own part of the batch, and all of
-them store everything: A parameters and gradients in 16 bits, FP32 masters and Adam's two moments,
-2A + 2A + 12A = 16A bytes. The optimizer is element-wise, so a rank needs optimizer state only for the
-elements that it updates. Rajbhandari et al. 2020, "ZeRO: Memory optimizations toward training
-trillion parameter models", sections 3 and 5, cut in three stages:
+Under data parallelism each of N ranks computes gradients of its own part of the batch, and all of them store
+everything: A parameters and gradients in 16 bits, FP32 masters and Adam's two moments, 2A + 2A + 12A = 16A bytes. The
+optimizer is element-wise, so a rank needs optimizer state only for the elements that it updates. Rajbhandari et al.
+2020, "ZeRO: Memory optimizations toward training trillion parameter models", sections 3 and 5, cut in three stages:
 
-    stage   cut among the ranks          bytes per rank  A = 7·10⁹, N = 8      elements sent per rank and step
-    DDP     –                            16A             112    GB             2A   (all-reduce of gradients)
-    1       optimizer state, masters     4A + 12A/N       38.5  GB             2A
-    2       and gradients                2A + 14A/N       26.25 GB             2A
-    3       and parameters               16A/N            14    GB             3A
+    stage   cut among the ranks          bytes per rank   A = 7·10⁹, N = 8   elements that a rank sends
+    DDP     –                            16A              112    GB          2A   (all-reduce of gradients)
+    1       optimizer state, masters     4A + 12A/N        38.5  GB          2A
+    2       and gradients                2A + 14A/N        26.25 GB          2A
+    3       and parameters               16A/N             14    GB          3A
 
 (FP32 parameters need no masters: 8A + 8A/N, 4A + 12A/N, 16A/N.)
 
-Communication (section 7): all-reduce is a reduce-scatter, A, and an all-gather, A. Stages 1 and 2 put the
-optimizer's step between the two: gradients are reduce-scattered, each rank updates its shard, the
-new parameters are all-gathered; still 2A. Stage 3 has nowhere to keep gathered parameters: it
-all-gathers them for forward, A, and again for backward, A, and reduce-scatters gradients, A: 3A.
+Communication (section 7): all-reduce is a reduce-scatter, A, and an all-gather, A. Stages 1 and 2 put the optimizer's
+step between the two: still 2A. Stage 3 has nowhere to keep gathered parameters: it all-gathers them for forward, A,
+and again for backward, A, and reduce-scatters gradients, A: 3A.
 
-`zero_reference` is that on plain lists, N ranks in one process. `ZeroOptimizer` is one rank of it:
+Offloading (ZeRO-Offload, Ren et al. 2021, section 4) moves what only the optimizer needs to the host. A step of a
+rank that owns M = A / N parameters sends 4M bytes over the bus: each bucket's reduced gradient (2M in all) to the
+host while backward computes the next, the rounded weights (2M) back while the CPU rounds the next ones. The device
+holds 2A instead of 2A + 14M.
+
+`zero_reference` is the three stages on plain lists, N ranks in one process. `ZeroOptimizer` is one rank of it:
 `zero_collectives.py` cuts tensors and calls the collectives, `zero_gradients.py` reduces gradients during backward,
 `zero_parameters.py` gathers stage 3's parameters, `zero_state.py` the state dict.
-
-Offloading (ZeRO-Offload, Ren et al. 2021, section 4) leaves on the device what forward and backward need, the 16-bit
-weights. A step of a rank that owns M = A / N parameters then is
-
-    backward     a bucket's reduced gradient, 2M in all, goes to the host while backward computes the next
-    step         on the CPU, where masters and moments (12M) are
-    afterwards   the rounded weights, 2M in all, go to the device while the CPU rounds the next ones
-
-so 4M bytes cross the bus each step, and the device holds 2A instead of 2A + 14M.
 """
 
 import contextlib
@@ -39,6 +33,7 @@ import weakref
 import torch
 import torch.distributed as dist
 
+from .adamw import evaluate
 from .zero_collectives import Collectives, Host, Shard, bounds
 from .zero_gradients import Reduction
 from .zero_parameters import Gathering
@@ -87,21 +82,21 @@ class ZeroOptimizer(torch.optim.Optimizer):
             optimizer.step()
             optimizer.zero_grad()
 
-    It takes the place of DistributedDataParallel (do not wrap the model in both) and computes the
-    same: parameters begin as rank 0's, gradients are averaged, a parameter that no rank used keeps its value.
+    It takes the place of DistributedDataParallel (do not wrap the model in both) and computes the same: parameters
+    begin as rank 0's, gradients are averaged, a parameter that no rank used keeps its value.
 
-    `param_groups` hold this rank's shards as flat tensors with their `.grad`, so schedulers and GradScaler
-    (torch's and ours) work as ever, and an overflow on one rank is made to show on all. Norms
-    need all ranks: clip with `clip_grad_norm_` of this class. Clear gradients with its `zero_grad`.
+    `param_groups` hold this rank's shards as flat tensors with their `.grad`, so schedulers and GradScaler (torch's
+    and ours) work as ever, and an overflow on one rank shows on all. Norms and clearing need all ranks and tensors:
+    `clip_grad_norm_` and `zero_grad` of this class.
 
-    Under stage 3 a parameter is empty outside of the forward and backward of the modules that hold it; read or
-    load weights under `with optimizer.gathered():`. All ranks must run the same modules. Pass the model itself
-    rather than its parameters if modules read each other's within the layers of a ModuleList (LoRA layers do);
-    the layers are gathered as a whole then.
+    Under stage 3 a parameter is empty outside of the forward and backward of the modules that hold it; read or load
+    weights under `with optimizer.gathered():`. All ranks must run the same modules. Pass the model itself if modules
+    read each other's parameters within the layers of a ModuleList (LoRA layers do); the layers are gathered as a
+    whole then.
 
     Args:
-        params: the model's parameters, or groups of them as for any optimizer, or the model. FP16 and
-            BF16 ones get FP32 masters. Those that are not contiguous are made so.
+        params: the model's parameters, or groups of them as for any optimizer, or the model. FP16 and BF16 ones get
+            FP32 masters. Those that are not contiguous are made so.
         optimizer_class: called with this rank's shards and `kwargs`.
         stage: 1, 2 or 3, as above.
         offload: keep gradient shards, masters and optimizer state in the host's memory, and step there.
@@ -110,8 +105,8 @@ class ZeroOptimizer(torch.optim.Optimizer):
     Attributes:
         inner: the optimizer of the shards.
         group: its `traffic` and `calls` count what was communicated, by collective.
-        bucket_elements: size of one reduction under stages 1 and 2; smaller ones leave fewer full gradients in
-            stage 2 and are slower, since each of the N − 1 hops of a ring has its latency.
+        bucket_elements: size of one reduction under stages 1 and 2; smaller ones leave fewer full gradients in stage
+            2 and are slower (each of the N − 1 hops of a ring has its latency).
 
     Raises:
         ValueError: another stage, no parameters or one given twice.
@@ -138,17 +133,14 @@ class ZeroOptimizer(torch.optim.Optimizer):
         self.reduction = Reduction(self.shards, stage, self.group, self.host, self.bucket_elements)
         self.trained = self.reduction.trained
 
-        remaining = iter(self.shards)
-        cut = [[next(remaining) for _ in group["params"]] for group in self.param_groups]
-        masters = [
-            hyperparameters(group) | {"params": [shard.master for shard in shards]}
-            for group, shards in zip(self.param_groups, cut, strict=True)
-        ]
-        self.inner = optimizer_class(masters, **kwargs)
+        values, masters = ({s.param: getattr(s, name) for s in self.shards} for name in ("value", "master"))
+        self.inner = optimizer_class(
+            [hyperparameters(g) | {"params": [masters[p] for p in g["params"]]} for g in self.param_groups], **kwargs
+        )
         self.defaults = self.inner.defaults
         self.state = self.inner.state
-        for group, ours, shards in zip(self.param_groups, self.inner.param_groups, cut, strict=True):
-            group.update(hyperparameters(ours), params=[shard.value for shard in shards])
+        for group, ours in zip(self.param_groups, self.inner.param_groups, strict=True):
+            group.update(hyperparameters(ours), params=[values[p] for p in group["params"]])
 
         self._hooks = self.reduction.hooks()
         if stage == 3:
@@ -196,10 +188,7 @@ class ZeroOptimizer(torch.optim.Optimizer):
 
     @torch.no_grad()
     def clip_grad_norm_(self, max_norm: float, norm_type: float = 2.0) -> torch.Tensor:
-        """Scale the gradients of all ranks so that their joint norm is at most `max_norm`; the norm before (0-dim).
-
-        All ranks must call it. As `torch.nn.utils.clip_grad_norm_` on whole gradients.
-        """
+        """As `torch.nn.utils.clip_grad_norm_` on whole gradients; all ranks must call it, and get the norm (0-dim)."""
         grads = [shard.value.grad for shard in self.trained if shard.value.grad is not None]
         return self._clip(grads, max_norm, norm_type)
 
@@ -220,19 +209,14 @@ class ZeroOptimizer(torch.optim.Optimizer):
 
     @torch.no_grad()
     def step(self, closure=None, *, max_norm: float | None = None):
-        """Update this rank's shards, and under stages 1 and 2 gather the new parameters.
-
-        All ranks must call it.
+        """Update this rank's shards, and under stages 1 and 2 gather the new parameters; all ranks must call it.
 
         Args:
             closure: computes loss and gradients; its value is returned.
-            max_norm: clip the global norm, after unscaling if a GradScaler left that to this step (it does
-                for FP16 parameters).
+            max_norm: clip the global norm, after unscaling if a GradScaler left that to this step (it does for FP16
+                parameters).
         """
-        loss = None
-        if closure is not None:
-            with torch.enable_grad():
-                loss = closure()
+        loss = evaluate(closure)
         if not self.reduction.settled:  # no gradient came on this rank, or all of them under no_sync
             self.reduction.end_backward()
         self.reduction.settled = False
@@ -335,10 +319,10 @@ class ZeroOptimizer(torch.optim.Optimizer):
         return held
 
     def state_dict(self) -> dict:
-        """That of the inner optimizer on whole parameters, on the host, the same on every rank.
+        """That of the inner optimizer on whole parameters, on the host, the same on every rank; all must call it.
 
-        So `optimizer_class` can load it without ZeRO, or a ZeroOptimizer in another world size or stage. The
-        FP32 master of a 16-bit parameter is in its state as "master". All ranks must call it.
+        So `optimizer_class` can load it without ZeRO, or a ZeroOptimizer in another world size or stage. The FP32
+        master of a 16-bit parameter is in its state as "master".
 
         Raises:
             ValueError: a state tensor that is not element-wise.

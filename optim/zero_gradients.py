@@ -6,11 +6,10 @@ Hooks note every gradient as it is accumulated, and reductions are called
     stage 2     a bucket when its parameters have their gradients; the full ones are freed
     stage 3     a module's when backward goes on to the next module (`zero_parameters.py`)
 
-All ranks must call them in the same order, though on one of them a parameter may have no gradient at
-all. So buckets go in a fixed order, one that lacks a gradient waits (and all behind it) until backward has
-ended, and what is missing then counts as zero. At last the ranks tell each other which parameters
-any of them has used (a parameter that nobody used has no gradient, and weight decay must
-not touch it), and whether any gradient overflowed.
+All ranks must call them in the same order, though on one of them a parameter may have no gradient at all. So buckets
+go in a fixed order, one that lacks a gradient waits (and all behind it) until backward has ended, and what is missing
+then counts as zero. At last the ranks tell each other which parameters any of them has used (a parameter that nobody
+used has no gradient, and weight decay must not touch it), and whether any gradient overflowed.
 """
 
 import weakref
@@ -26,7 +25,6 @@ class Reduction:
 
     Args:
         shards: of all parameters.
-        stage: 1, 2 or 3.
         group: `Collectives`.
         host: `Host` if gradient shards are kept there, else None.
         bucket_elements: size of one reduction under stages 1 and 2.

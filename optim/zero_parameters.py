@@ -39,7 +39,7 @@ class Gathering:
     Args:
         shards: of all parameters.
         group: `Collectives`.
-        reduction: `Reduction` of the gradients; it is told of backward, and called for each module.
+        reduction: `Reduction` of the gradients; called when backward begins, and for each module.
         model: if it is known, the members of its ModuleLists (a decoder's layers) are gathered as a whole: fewer
             and larger collectives, and their modules may read each other's parameters.
     """
