@@ -215,7 +215,7 @@ class GradScaler:
                 f"got shape {tuple(new_scale.shape)}, requires_grad={new_scale.requires_grad}"
             )
         if new_scale is not None:
-            self._scale.copy_(torch.as_tensor(new_scale).reshape(()))
+            self._scale.fill_(new_scale.reshape(()) if isinstance(new_scale, torch.Tensor) else new_scale)
         else:
             flags = self._flags(*self._states.values())
             if not flags:

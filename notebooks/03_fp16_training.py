@@ -146,8 +146,6 @@ from importlib import import_module
 
 lists = import_module("handtuned.amp.autocast")
 lessons.source(lists.autocast_reference)
-
-# %%
 lessons.source(lists.cast_dtype)
 print("in 16 bits:", ", ".join(sorted(lists.LOW)[:8]), "…")
 print("in FP32:   ", ", ".join(sorted(lists.HIGH)[:8]), "…")

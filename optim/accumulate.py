@@ -61,7 +61,7 @@ class TokenMean:
         self.loss_sum = self.tokens = 0
 
     def part(self, loss_sum: torch.Tensor, tokens=0) -> torch.Tensor:
-        """One micro-batch's contribution, to be backpropagated; `tokens` is needed only if `expected` is an estimate."""
+        """What to backpropagate for one micro-batch; `tokens` is needed only if `expected` is an estimate."""
         self.loss_sum = self.loss_sum + loss_sum.detach()
         self.tokens = self.tokens + tokens
         return loss_sum / self.expected

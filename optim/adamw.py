@@ -16,14 +16,9 @@ from ..kernels.unscale import squared_norm
 
 # With the hyperparameters these are torch's keys, so that the two classes read each other's state dicts.
 FLAGS = {
-    "amsgrad": False,
-    "maximize": False,
-    "foreach": None,
-    "capturable": False,
-    "differentiable": False,
-    "fused": None,
+    "amsgrad": False, "maximize": False, "foreach": None, "capturable": False, "differentiable": False, "fused": None,
     "decoupled_weight_decay": True,
-}
+}  # fmt: skip
 
 
 def adamw_step_cpu_(groups, grad_scale=None, found_inf=None, sq_norm=None, max_norm=None):

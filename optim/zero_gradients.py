@@ -166,8 +166,9 @@ class Reduction:
 
     def _on_any_rank(self, indices, overflow: torch.Tensor | bool = False) -> list[int]:
         """A flag for each parameter, and one for the overflow: set if it is on any rank."""
-        flags = torch.zeros(len(self.shards) + 1, dtype=torch.int32, device=self.shards[0].param.device)
+        flags = torch.zeros(len(self.shards) + 1, dtype=torch.int32)
         flags[list(indices)] = 1
+        flags = flags.to(self.shards[0].param.device)
         flags[-1] = overflow
         return self.group.all_reduce(flags, dist.ReduceOp.MAX).tolist()
 

@@ -1,5 +1,5 @@
-"""Offloading: the same numbers, with optimizer state in the host's memory. On a CPU both memories are one, distinguished
-by what the optimizer keeps where; on a GPU by the tensors' devices."""
+"""Offloading: the same numbers, with optimizer state in the host's memory. On a CPU both memories are one, known
+apart by what the optimizer keeps where; on a GPU by the tensors' devices."""
 
 import pytest
 import torch
