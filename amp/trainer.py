@@ -48,7 +48,7 @@ class MixedPrecisionTrainer(GradientAccumulationTrainer):
         masters: the `MasterWeights`, or None for an FP32 model.
 
     Raises:
-        ValueError: another dtype, and as `GradientAccumulationTrainer`.
+        ValueError: another dtype, a 16-bit model under DistributedDataParallel, and as `GradientAccumulationTrainer`.
     """
 
     def __init__(
@@ -67,6 +67,8 @@ class MixedPrecisionTrainer(GradientAccumulationTrainer):
         super().__init__(model, optimizer, accumulation_steps, max_norm, scheduler, scaler)
         self.dtype = dtype
         low = any(p.dtype in LOW for group in optimizer.param_groups for p in group["params"])
+        if low and self.distributed:  # masters would collect gradients that no rank has averaged yet
+            raise ValueError("model must be in FP32 to be wrapped in DistributedDataParallel, got 16-bit parameters")
         self.masters = MasterWeights(model, optimizer) if low else None
         self._stepped = False
 
@@ -93,8 +95,7 @@ class MixedPrecisionTrainer(GradientAccumulationTrainer):
         return super().finish() and self._stepped
 
     def _forward(self, inputs):
-        device = next(self.model.parameters()).device.type
-        with torch.autocast(device, dtype=self.dtype):
+        with torch.autocast(next(self.model.parameters()).device.type, dtype=self.dtype):
             return super()._forward(inputs)
 
     def _backward(self, loss: torch.Tensor) -> None:

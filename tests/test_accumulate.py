@@ -276,6 +276,9 @@ def _rank(rank, world, path, lengths, results):
         syncs += 1
         return default_hooks.allreduce_hook(state, bucket)
 
+    with pytest.raises(ValueError, match="FP32 to be wrapped in DistributedDataParallel"):
+        half = torch.nn.parallel.DistributedDataParallel(torch.nn.Linear(2, 2).bfloat16())
+        MixedPrecisionTrainer(half, torch.optim.SGD(half.parameters(), lr=0.1))
     model.register_comm_hook(None, hook)
     trainer = GradientAccumulationTrainer(model, torch.optim.SGD(model.parameters(), lr=0.5), 3, max_norm=0.05)
     trainer.train_epoch([tokens(lengths[i], i) for i in range(rank, len(lengths), world)])
