@@ -8,13 +8,12 @@ Three lists, those of torch's autocast on CUDA, are the whole idea:
     WIDEST   ops that insist on one dtype: the widest among the inputs
 
 Any other operation (add, relu, reshape, …) takes what it gets. The casts are ordinary
-differentiable ops, so an FP32 weight gets an FP32 gradient. A weight is cast once for the whole
-outermost `with` block, not once for every use.
+differentiable ops, so an FP32 weight gets an FP32 gradient.
 
-How it sees the calls: a `TorchFunctionMode` is asked before each call of torch's Python interface.
-What it cannot see is what such a function calls inside, in C++ or in Python, nor a forward
-pass that `torch.utils.checkpoint` repeats during backward. `torch.autocast` lives below all that and is the
-one to use in earnest.
+`autocast_reference` is that for one call. The class sees all calls of a block: a `TorchFunctionMode` is asked before
+each call of torch's Python interface. What it cannot see is what such a function calls inside, in C++ or in Python,
+nor a forward pass that `torch.utils.checkpoint` repeats during backward. `torch.autocast` lives below all that and is
+the one to use in earnest.
 """
 
 import threading
@@ -23,6 +22,22 @@ from contextlib import ContextDecorator
 import torch
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_iter, tree_map_only
+
+
+def autocast_reference(function, *tensors, dtype=torch.float16):
+    """What `autocast(dtype)` makes of the call `function(*tensors)`."""
+    target = cast_dtype(function.__name__, [x.dtype for x in tensors], dtype)
+    return function(*(x.to(target or x.dtype) for x in tensors))
+
+
+def cast_dtype(name: str, dtypes: list[torch.dtype], low: torch.dtype) -> torch.dtype | None:
+    """The dtype that the operation `name` wants for its tensors, which have `dtypes`; None: as they are."""
+    if name in LOW:
+        return low
+    if name in HIGH or (name in WIDEST and torch.float32 in dtypes):
+        return torch.float32
+    return None
+
 
 LOW = {
     "matmul", "__matmul__", "__rmatmul__", "mm", "bmm", "mv", "linear", "addmm", "addmv", "addbmm", "baddbmm", "addr",
@@ -67,7 +82,8 @@ class autocast(ContextDecorator, TorchFunctionMode):
             loss = F.cross_entropy(model(x), y)     # products in fp16, softmax and loss in fp32
         scaler.scale(loss).backward()               # outside of the block
 
-    Blocks nest, and the innermost decides: `autocast(enabled=False)` switches casting off within.
+    Blocks nest, and the innermost decides: `autocast(enabled=False)` switches casting off within. A weight is cast
+    once for the whole outermost block, not once for every use.
 
     Args:
         dtype: torch.float16 or torch.bfloat16.
@@ -101,15 +117,8 @@ class autocast(ContextDecorator, TorchFunctionMode):
         # Outer blocks are asked too, after inner ones; a result dtype or place that was asked for is kept.
         asked = kwargs.get("dtype") is not None or kwargs.get("out") is not None
         if self.enabled and scopes and scopes[-1] is self and not asked:
-            name = getattr(func, "__name__", "")
-            target = None
-            if name in LOW:
-                target = self.dtype
-            elif name in HIGH:
-                target = torch.float32
-            elif name in WIDEST:
-                widths = [x.dtype for x in tree_iter((args, kwargs)) if _castable(x)]
-                target = torch.float32 if torch.float32 in widths else None
+            dtypes = [x.dtype for x in tree_iter((args, kwargs)) if _castable(x)]
+            target = cast_dtype(getattr(func, "__name__", ""), dtypes, self.dtype)
             if target is not None:
                 args, kwargs = tree_map_only(torch.Tensor, lambda x: self._cast(x, target), (args, kwargs))
         return func(*args, **kwargs)

@@ -1,41 +1,80 @@
 """Dynamic loss scaling: keep FP16 gradients out of the underflow, and find the scale by trial.
 
-A gradient below 2**-25 rounds to zero in FP16. Multiplying the loss by S multiplies
-every gradient by S (the chain rule is linear), so tiny ones survive; after they
-are in FP32 they are divided by S again and the update is what it would have been.
-The largest useful S is unknown and moves, so it is searched for: an overflow
-(inf or NaN in any gradient) skips the step and halves S; `growth_interval` steps
-*in a row* without one double it. (Micikevicius et al. 2018, section 3.2.)
+A gradient below 2**-25 rounds to zero in FP16. Multiplying the loss by S multiplies every gradient by S (the chain
+rule is linear), so tiny ones survive; after they are in FP32 they are divided by S again and the update is what it
+would have been. The largest useful S is unknown and moves, so it is searched for: an overflow (inf or NaN in any
+gradient) skips the step and halves S; `growth_interval` steps *in a row* without one double it. (Micikevicius et al.
+2018, section 3.2.)
 
-The scale, the run of good steps and the overflow flag stay on the gradients' device
-as 0-dim tensors. With an optimizer that can read the flag there (`optim.AdamW` with
-its kernel, or torch's `fused=True`) a training step never waits for the GPU; any
-other optimizer needs one `.item()` to decide whether to step.
-
-Behaviour, errors and state dict are those of `torch.amp.GradScaler`.
+`GradScalerReference` is that. `GradScaler` below it is the one to train with: scale, run of good steps and overflow
+flag stay on the gradients' device as 0-dim tensors. With an optimizer that can read the flag there (`optim.AdamW`
+with its kernel, or torch's `fused=True`) a training step never waits for the GPU; any other optimizer needs one
+`.item()` to decide whether to step. Its behaviour, errors and state dict are those of `torch.amp.GradScaler`.
 """
 
 from collections import defaultdict
 from collections.abc import Iterable
-from enum import Enum
+from dataclasses import dataclass, field
 
 import torch
 
 from ..kernels.unscale import unscale_
 
 
-class _Stage(Enum):
-    READY = 0
-    UNSCALED = 1
-    STEPPED = 2
+class GradScalerReference:
+    """Document 001's GradScaler, put right: good steps count in a row, and `step` unscales by itself.
+
+        scaler.scale_loss(loss).backward()
+        scaler.step(optimizer)          # False: an overflow, skipped
+    """
+
+    def __init__(self, init_scale=65536.0, growth_factor=2.0, backoff_factor=0.5, growth_interval=2000):
+        self.scale = init_scale
+        self.growth_factor = growth_factor
+        self.backoff_factor = backoff_factor
+        self.growth_interval = growth_interval
+        self.good_steps = 0
+
+    def scale_loss(self, loss):
+        return loss * self.scale
+
+    def step(self, optimizer):
+        grads = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
+        for grad in grads:
+            grad /= self.scale
+        if not all(grad.isfinite().all() for grad in grads):
+            self.scale *= self.backoff_factor
+            self.good_steps = 0
+            return False
+        optimizer.step()
+        self.good_steps += 1
+        if self.good_steps == self.growth_interval:
+            self.scale *= self.growth_factor
+            self.good_steps = 0
+        return True
 
 
+def next_scale(scale, good_steps, overflow, growth_factor, backoff_factor, growth_interval):
+    """Where the search goes from here: the new scale and the new run of good steps.
+
+    The reference's last lines in 0-dim tensors (float32, int32, bool), so that nobody waits for the device. Products
+    are taken in fp64 and rounded once; a growth that would make the scale infinite is left out.
+    """
+    wide = scale.double()
+    grown = (wide * growth_factor).float()
+    good_steps = good_steps + 1
+    due = good_steps == growth_interval
+    kept = torch.where(due & torch.isfinite(grown), grown, scale)
+    new = torch.where(overflow, (wide * backoff_factor).float(), kept)
+    return new, good_steps.masked_fill(due | overflow, 0)
+
+
+@dataclass
 class _OptimizerState:
     """What happened to one optimizer since the last `update()`."""
 
-    def __init__(self):
-        self.stage = _Stage.READY
-        self.found_inf: dict[torch.device, torch.Tensor] = {}
+    stage: str = "ready"  # then "unscaled", then "stepped"
+    found_inf: dict[torch.device, torch.Tensor] = field(default_factory=dict)
 
 
 class GradScaler:
@@ -59,26 +98,21 @@ class GradScaler:
     """
 
     def __init__(
-        self,
-        init_scale: float = 65536.0,
-        growth_factor: float = 2.0,
-        backoff_factor: float = 0.5,
-        growth_interval: int = 2000,
-        enabled: bool = True,
-    ):
+        self, init_scale: float = 65536.0, growth_factor: float = 2.0, backoff_factor: float = 0.5,
+        growth_interval: int = 2000, enabled: bool = True,
+    ):  # fmt: skip
         if enabled and growth_factor <= 1.0:
             raise AssertionError(f"growth_factor must be > 1.0, got {growth_factor}")
         if enabled and backoff_factor >= 1.0:
             raise AssertionError(f"backoff_factor must be < 1.0, got {backoff_factor}")
         self._enabled = enabled
-        self._init_scale = init_scale
         self._growth_factor = growth_factor
         self._backoff_factor = backoff_factor
         self._growth_interval = growth_interval
-        self._init_growth_tracker = 0
-        # Made by the first scale(), on the device of the loss.
-        self._scale: torch.Tensor | None = None
-        self._growth_tracker: torch.Tensor | None = None
+        # The first scale() moves them to the device of the loss, in float32 and int32.
+        self._placed = False
+        self._scale = torch.tensor(init_scale, dtype=torch.float64, device="cpu")
+        self._growth_tracker = torch.zeros((), dtype=torch.int32, device="cpu")
         # By the optimizer itself and not its id, which a new one may get when an old one is gone.
         self._states: dict[torch.optim.Optimizer, _OptimizerState] = defaultdict(_OptimizerState)
 
@@ -91,8 +125,10 @@ class GradScaler:
         if not self._enabled:
             return outputs
         if isinstance(outputs, torch.Tensor):
-            if self._scale is None:
-                self._materialize(outputs.device)
+            if not self._placed:
+                self._scale = self._scale.to(outputs.device, torch.float32)
+                self._growth_tracker = self._growth_tracker.to(outputs.device)
+                self._placed = True
             return outputs * self._scale.to(outputs.device, non_blocking=True)
         if isinstance(outputs, Iterable):
             scaled = map(self.scale, outputs)
@@ -104,20 +140,20 @@ class GradScaler:
 
         Raises:
             RuntimeError: called twice, or after `step`, without an `update` between.
-            ValueError: a gradient is FP16. What underflowed there is gone and cannot be
-                unscaled: keep parameters in FP32 (autocast) or use `MasterWeights`.
+            ValueError: a gradient is FP16. What underflowed there is gone: keep parameters in FP32 (autocast) or use
+                `MasterWeights`.
         """
         if not self._enabled:
             return
         self._require_scale("unscale_")
         state = self._states[optimizer]
-        if state.stage is _Stage.UNSCALED:
+        if state.stage == "unscaled":
             raise RuntimeError("unscale_() has already been called on this optimizer since the last update().")
-        if state.stage is _Stage.STEPPED:
+        if state.stage == "stepped":
             raise RuntimeError("unscale_() is being called after step().")
         # The reciprocal is rounded once, from fp64.
         self._check_and_multiply(optimizer, self._scale.double().reciprocal().float(), allow_fp16=False)
-        state.stage = _Stage.UNSCALED
+        state.stage = "unscaled"
 
     def step(self, optimizer: torch.optim.Optimizer, *args, **kwargs):
         """Unscale if `unscale_` was not called, then `optimizer.step(*args, **kwargs)` unless a gradient overflowed.
@@ -135,31 +171,29 @@ class GradScaler:
             raise RuntimeError("Closure use is not currently supported if GradScaler is enabled.")
         self._require_scale("step")
         state = self._states[optimizer]
-        if state.stage is _Stage.STEPPED:
+        if state.stage == "stepped":
             raise RuntimeError("step() has already been called since the last update().")
         if getattr(optimizer, "_step_supports_amp_scaling", False):
             result = self._step_on_device(optimizer, state, *args, **kwargs)
         else:
-            if state.stage is _Stage.READY:
+            if state.stage == "ready":
                 self.unscale_(optimizer)
             if not state.found_inf:
                 raise AssertionError("No inf checks were recorded for this optimizer.")
             result = None
             if not any(flag.item() for flag in state.found_inf.values()):
                 result = optimizer.step(*args, **kwargs)
-        state.stage = _Stage.STEPPED
+        state.stage = "stepped"
         return result
 
     def _step_on_device(self, optimizer, state, *args, **kwargs):
         """Hand scale and flag to an optimizer whose kernel unscales and skips by itself (torch's protocol)."""
         grad_scale = getattr(optimizer, "grad_scale", None)
-        if state.stage is _Stage.READY:
-            ones = torch.ones_like(self._scale)
-            self._check_and_multiply(optimizer, ones, allow_fp16=True)
+        if state.stage == "ready":
+            self._check_and_multiply(optimizer, torch.ones_like(self._scale), allow_fp16=True)
             grad_scale = self._scale if grad_scale is None else self._scale * grad_scale
-        flags = [flag.to(self._scale.device, non_blocking=True) for flag in state.found_inf.values()]
         optimizer.grad_scale = grad_scale
-        optimizer.found_inf = sum(flags) if flags else torch.zeros_like(self._scale)
+        optimizer.found_inf = sum(self._flags(state), torch.zeros_like(self._scale))
         try:
             return optimizer.step(*args, **kwargs)
         finally:
@@ -169,77 +203,57 @@ class GradScaler:
         """Adapt the scale to this iteration, or set it to `new_scale`; call once, after every `step`.
 
         Raises:
-            AssertionError: no gradient was checked since the last `update`, or `new_scale`
-                is a tensor with several elements or one that requires a gradient.
+            AssertionError: no gradient was checked since the last `update`, or `new_scale` is a tensor with several
+                elements or one that requires a gradient.
         """
         if not self._enabled:
             return
         self._require_scale("update")
+        if isinstance(new_scale, torch.Tensor) and (new_scale.numel() != 1 or new_scale.requires_grad):
+            raise AssertionError(
+                "new_scale should be a float or a 1-element tensor with requires_grad=False, "
+                f"got shape {tuple(new_scale.shape)}, requires_grad={new_scale.requires_grad}"
+            )
         if new_scale is not None:
-            if isinstance(new_scale, torch.Tensor):
-                if new_scale.numel() != 1 or new_scale.requires_grad:
-                    raise AssertionError(
-                        "new_scale should be a float or a 1-element tensor with requires_grad=False, "
-                        f"got shape {tuple(new_scale.shape)}, requires_grad={new_scale.requires_grad}"
-                    )
-                self._scale.copy_(new_scale.reshape(()))
-            else:
-                self._scale.fill_(new_scale)
+            self._scale.fill_(new_scale.reshape(()) if isinstance(new_scale, torch.Tensor) else new_scale)
         else:
-            flags = [
-                flag.to(self._scale.device, non_blocking=True)
-                for state in self._states.values()
-                for flag in state.found_inf.values()
-            ]
+            flags = self._flags(*self._states.values())
             if not flags:
                 raise AssertionError("No inf checks were recorded prior to update.")
-            self._adapt(sum(flags) > 0)
+            factors = self._growth_factor, self._backoff_factor, self._growth_interval
+            scale, run = next_scale(self._scale, self._growth_tracker, sum(flags) > 0, *factors)
+            self._scale.copy_(scale)
+            self._growth_tracker.copy_(run)
         self._states.clear()
 
-    def _adapt(self, overflow: torch.Tensor) -> None:
-        """One move of the search, in 0-dim tensors so that nobody waits for the device.
-
-        Products are taken in fp64 and rounded once; a growth that would make the scale infinite is left out.
-        """
-        wide = self._scale.double()
-        grown = (wide * self._growth_factor).float()
-        run = self._growth_tracker + 1
-        due = run == self._growth_interval
-        kept = torch.where(due & torch.isfinite(grown), grown, self._scale)
-        self._scale.copy_(torch.where(overflow, (wide * self._backoff_factor).float(), kept))
-        self._growth_tracker.copy_(run.masked_fill(due | overflow, 0))
-
     def _check_and_multiply(self, optimizer, factor: torch.Tensor, allow_fp16: bool) -> None:
-        """Multiply every gradient by `factor` and record a flag a device; gradients of one dtype go in one launch."""
+        """Multiply every gradient by `factor` and record a flag per device; gradients of one dtype go in one launch."""
         groups: dict[tuple[torch.device, torch.dtype], list[torch.Tensor]] = defaultdict(list)
-        for group in optimizer.param_groups:
-            for param in group["params"]:
-                grad = param.grad
-                if grad is None:
-                    continue
-                if not allow_fp16 and grad.dtype == torch.float16:
-                    raise ValueError(
-                        "Attempting to unscale FP16 gradients. "
-                        "Keep the parameters in float32 under autocast, or wrap the optimizer in MasterWeights."
-                    )
-                if grad.is_sparse:
-                    # Two finite FP16 entries of one index may overflow only when they are added.
-                    if grad.dtype == torch.float16:
-                        grad = param.grad = grad.coalesce()
-                    grad = grad._values()
-                groups[grad.device, grad.dtype].append(grad)
+        params = [p for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
+        if not allow_fp16 and any(p.grad.dtype == torch.float16 for p in params):
+            raise ValueError(
+                "Attempting to unscale FP16 gradients. "
+                "Keep the parameters in float32 under autocast, or wrap the optimizer in MasterWeights."
+            )
+        for param in params:
+            if param.grad.is_sparse and param.grad.dtype == torch.float16:
+                # Two finite FP16 entries of one index may overflow only when they are added.
+                param.grad = param.grad.coalesce()
+            grad = param.grad._values() if param.grad.is_sparse else param.grad
+            groups[grad.device, grad.dtype].append(grad)
         flags = self._states[optimizer].found_inf
         flags.clear()
         for (device, _), grads in groups.items():
             flag = flags.setdefault(device, torch.zeros((), dtype=torch.float32, device=device))
             unscale_(grads, factor.to(device, non_blocking=True), flag)
 
-    def _materialize(self, device: torch.device) -> None:
-        self._scale = torch.full((), self._init_scale, dtype=torch.float32, device=device)
-        self._growth_tracker = torch.full((), self._init_growth_tracker, dtype=torch.int32, device=device)
+    def _flags(self, *states: _OptimizerState) -> list[torch.Tensor]:
+        """The overflow flags of all devices, on that of the scale."""
+        flags = (flag for state in states for flag in state.found_inf.values())
+        return [flag.to(self._scale.device, non_blocking=True) for flag in flags]
 
     def _require_scale(self, method: str) -> None:
-        if self._scale is None:
+        if not self._placed:
             raise AssertionError(
                 f"Attempted {method} but _scale is None. This may indicate your script did not use "
                 "scaler.scale(loss or outputs) earlier in the iteration."
@@ -247,9 +261,7 @@ class GradScaler:
 
     def get_scale(self) -> float:
         """The scale as a Python number (waits for the device); 1.0 when disabled."""
-        if not self._enabled:
-            return 1.0
-        return self._init_scale if self._scale is None else self._scale.item()
+        return self._scale.item() if self._enabled else 1.0
 
     def get_growth_factor(self) -> float:
         return self._growth_factor
@@ -272,11 +284,6 @@ class GradScaler:
     def is_enabled(self) -> bool:
         return self._enabled
 
-    def _get_growth_tracker(self) -> int:
-        if not self._enabled:
-            return 0
-        return self._init_growth_tracker if self._growth_tracker is None else self._growth_tracker.item()
-
     def state_dict(self) -> dict[str, float | int]:
         """The five entries of `torch.amp.GradScaler.state_dict()`; empty when disabled."""
         if not self._enabled:
@@ -286,7 +293,7 @@ class GradScaler:
             "growth_factor": self._growth_factor,
             "backoff_factor": self._backoff_factor,
             "growth_interval": self._growth_interval,
-            "_growth_tracker": self._get_growth_tracker(),
+            "_growth_tracker": self._growth_tracker.item(),
         }
 
     def load_state_dict(self, state_dict: dict[str, float | int]) -> None:
@@ -301,14 +308,11 @@ class GradScaler:
             raise RuntimeError(
                 "The source state dict is empty, possibly because it was saved from a disabled instance of GradScaler."
             )
-        self._init_scale = state_dict["scale"]
         self._growth_factor = state_dict["growth_factor"]
         self._backoff_factor = state_dict["backoff_factor"]
         self._growth_interval = state_dict["growth_interval"]
-        self._init_growth_tracker = state_dict["_growth_tracker"]
-        if self._scale is not None:
-            self._scale.fill_(self._init_scale)
-            self._growth_tracker.fill_(self._init_growth_tracker)
+        self._scale.fill_(state_dict["scale"])
+        self._growth_tracker.fill_(state_dict["_growth_tracker"])
 
     def __getstate__(self) -> dict:
         """For pickle and copy: only between iterations, since the flags belong to live optimizers."""
@@ -317,8 +321,5 @@ class GradScaler:
                 "A GradScaler instance may only be pickled at the beginning of an iteration, "
                 "or at the end after scaler.update()."
             )
-        state = self.__dict__.copy()
-        state["_init_scale"] = self.get_scale()
-        state["_init_growth_tracker"] = self._get_growth_tracker()
-        state["_scale"] = state["_growth_tracker"] = None
-        return state
+        scale, run = self._scale.double().cpu(), self._growth_tracker.cpu()
+        return self.__dict__ | {"_placed": False, "_scale": scale, "_growth_tracker": run}

@@ -9,13 +9,25 @@ small steps add up, and the model computes with its rounding (Micikevicius et al
     3. gradients to FP32 (and only then unscale: FP16 would lose again what the scale saved)
     4. step the masters, round them into the model
 
-Bytes a parameter with Adam: 2 (weight) + 2 (gradient) + 4 (master) + 8 (moments), and 4 for the FP32
+Bytes per parameter with Adam: 2 (weight) + 2 (gradient) + 4 (master) + 8 (moments), and 4 for the FP32
 gradient while a step lasts: no less than the 16 of plain FP32. What shrinks is the activations.
 """
 
 import torch
 
 LOW = (torch.float16, torch.bfloat16)
+
+
+def master_step_reference(loss, params, masters, optimizer, scale=1.0) -> None:
+    """Document 000's loop, one step: 16-bit `params` compute, FP32 `masters` are in the optimizer."""
+    (loss * scale).backward()
+    for param, master in zip(params, masters, strict=True):
+        master.grad = param.grad.float() / scale
+        param.grad = None
+    optimizer.step()
+    with torch.no_grad():
+        for param, master in zip(params, masters, strict=True):
+            param.copy_(master)
 
 
 class MasterWeights:

@@ -145,7 +145,8 @@ silent_zeros = (naive == 0).float().mean().item()
 from importlib import import_module
 
 lists = import_module("handtuned.amp.autocast")
-lessons.source(lists.autocast.__torch_function__, "name = getattr", "return func")
+lessons.source(lists.autocast_reference)
+lessons.source(lists.cast_dtype)
 print("in 16 bits:", ", ".join(sorted(lists.LOW)[:8]), "…")
 print("in FP32:   ", ", ".join(sorted(lists.HIGH)[:8]), "…")
 

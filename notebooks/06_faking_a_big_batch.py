@@ -31,7 +31,7 @@ from handtuned.data import shipped_dataset
 from handtuned.nn.transformer import Transformer
 from handtuned.optim import AdamW, GradientAccumulationTrainer, cosine_with_warmup, optimizer_steps
 from handtuned.optim.accumulate import cross_entropy_sum
-from handtuned.optim.schedule import _WarmupCosine
+from handtuned.optim.schedule import warmup_cosine
 from torch import nn
 
 # %% [markdown]
@@ -385,7 +385,7 @@ lessons.claim(
 )
 
 # %%
-lessons.source(_WarmupCosine.__call__)
+lessons.source(warmup_cosine)
 
 # %%
 if lessons.gpu():

@@ -36,8 +36,8 @@ from handtuned import lessons, memory
 from handtuned.amp import MasterWeights
 from handtuned.nn.transformer import Transformer
 from handtuned.optim import AdamW, ZeroOptimizer
-from handtuned.optim.gathering import Gathering
-from handtuned.optim.shards import Collectives
+from handtuned.optim.zero_parameters import Gathering
+from handtuned.optim.zero_collectives import Collectives
 from torch.nn.parallel import DistributedDataParallel
 
 GB = 10**9

@@ -1,22 +1,18 @@
 """Gradient accumulation: a big batch in small pieces, with exactly the big batch's gradient.
 
-The gradient of a sum is the sum of the gradients, so the losses of k micro-batches may be
-backpropagated one after another into the same `.grad`. What has to be right is the division.
-The big batch's loss is a mean over its tokens,
+The gradient of a sum is the sum of the gradients, so the losses of k micro-batches may be backpropagated one after
+another into the same `.grad`. What has to be right is the division. The big batch's loss is a mean over its tokens,
 
     L = Σ_i ℓ_i / n,        n = n_1 + … + n_k  answer tokens,
 
-and neither "divide each micro-batch's mean by k" (true only if all n_j are equal; a short
-sequence's tokens weigh too much) nor "always divide by k" (a tail of fewer than k is made too
-small) computes that. So each micro-batch contributes its *sum* of losses, and the gradient
-is divided by n when the last one has been counted.
+and neither "divide each micro-batch's mean by k" (true only if all n_j are equal; a short sequence's tokens weigh too
+much) nor "always divide by k" (a tail of fewer than k is made too small) computes that. So each micro-batch
+contributes its *sum* of losses, divided by n.
 
-n is not known during the first micro-batch. Its sum is divided by a first guess of n (its own
-count times k), which keeps gradients in the range that FP16 needs, and the finished
-gradient is multiplied by guess / n.
-
-Under DistributedDataParallel only the last micro-batch's backward pass communicates, guess
-and n are those of all processes, and DDP's mean over processes is undone by their number.
+A trainer that sees one micro-batch after the other learns n with the last one. `TokenMean` divides by an estimate
+(the first count times k), which keeps gradients in the range that FP16 needs, and multiplies the finished gradient by
+estimate / n. Under DistributedDataParallel only the last micro-batch's backward pass communicates, estimate and n are
+those of all processes, and DDP's mean over processes is undone by their number.
 """
 
 import contextlib
@@ -27,7 +23,52 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch.nn.parallel import DistributedDataParallel
 
-IGNORE_INDEX = -100
+
+def accumulated_step_reference(model, optimizer, micro_batches, max_norm=1.0) -> None:
+    """Document 001's update, put right: weighted by tokens, a tail of any length, clipped, nothing left from before.
+
+    Args:
+        micro_batches: a list of (inputs, labels), all that belong to this step; at least one label is not −100.
+    """
+    tokens = sum((labels != -100).sum() for _, labels in micro_batches)
+    optimizer.zero_grad()
+    for inputs, labels in micro_batches:
+        logits = model(inputs).flatten(0, -2)
+        loss = F.cross_entropy(logits, labels.flatten(), reduction="sum") / tokens
+        loss.backward()
+    torch.nn.utils.clip_grad_norm_(model.parameters(), max_norm)
+    optimizer.step()
+
+
+class TokenMean:
+    """The mean loss of all tokens of an optimizer step, over many backward passes.
+
+        mean = TokenMean(expected)
+        for micro_batch in step:
+            mean.part(loss_sum, tokens).backward()
+        mean.correct(gradients)                         # nothing to do if `expected` was right
+
+    Args:
+        expected: what losses are divided by, a number or 0-dim tensor: the count of all tokens of the step, or an
+            estimate of it. Where gradients are averaged over ranks, all ranks' tokens divided by their number.
+
+    Attributes:
+        loss_sum, tokens: of this process so far.
+    """
+
+    def __init__(self, expected):
+        self.expected = expected
+        self.loss_sum = self.tokens = 0
+
+    def part(self, loss_sum: torch.Tensor, tokens=0) -> torch.Tensor:
+        """What to backpropagate for one micro-batch; `tokens` is needed only if `expected` is an estimate."""
+        self.loss_sum = self.loss_sum + loss_sum.detach()
+        self.tokens = self.tokens + tokens
+        return loss_sum / self.expected
+
+    def correct(self, gradients: list[torch.Tensor], tokens=None) -> None:
+        """Scale the accumulated gradients to the count there was: this process's, or `tokens`, as for `expected`."""
+        torch._foreach_mul_(gradients, float(self.expected / (self.tokens if tokens is None else tokens)))
 
 
 class GradientAccumulationTrainer:
@@ -37,8 +78,8 @@ class GradientAccumulationTrainer:
         for epoch in range(3):
             print(trainer.train_epoch(loader))
 
-    The loss is the cross-entropy of `model(inputs)` (or its `.logits`) over labels that are
-    not −100. Logits are (…, classes) and labels (…), aligned: nothing is shifted here.
+    The loss is the cross-entropy of `model(inputs)` (or its `.logits`) over labels that are not −100. Logits are (…,
+    classes) and labels (…), aligned: nothing is shifted here.
 
     Args:
         model: called with `inputs` (as keywords if that is a dict); may be wrapped in DistributedDataParallel.
@@ -46,14 +87,15 @@ class GradientAccumulationTrainer:
         accumulation_steps: micro-batches for each optimizer step.
         max_norm: bound of the gradient's L2 norm; None does not clip.
         scheduler: its `step()` is called once for each optimizer step that was not skipped.
-        scaler: an `amp.GradScaler` or torch's, for a model that computes in FP16 (run the trainer
-            under autocast then).
+        scaler: an `amp.GradScaler` or torch's, for a model that computes in FP16 (run the trainer under autocast
+            then).
 
     Attributes:
         last_loss: mean loss of the last micro-batch's answer tokens (0-dim; NaN if it had none).
 
     Raises:
-        ValueError: `accumulation_steps` no whole number or < 1, `max_norm` ≤ 0, or a ZeroOptimizer on several ranks.
+        ValueError: `accumulation_steps` is not a whole number or < 1, `max_norm` ≤ 0, or the optimizer is a
+            ZeroOptimizer on several ranks.
     """
 
     def __init__(self, model, optimizer, accumulation_steps=4, max_norm=1.0, scheduler=None, scaler=None):
@@ -76,14 +118,21 @@ class GradientAccumulationTrainer:
         """Accumulate one micro-batch, and update the parameters if it completes a batch.
 
         Returns:
-            whether the optimizer was asked to step: not before the last micro-batch of a batch, and
-            not if all its labels were −100.
+            whether the optimizer was asked to step: not before the last micro-batch, nor if all labels were −100.
 
         Raises:
             ValueError: logits and labels do not fit.
         """
+        if self._micro_batches == 0:
+            self.optimizer.zero_grad()
         last = self._micro_batches + 1 == self.accumulation_steps
-        self._accumulate(inputs, labels, sync=last)
+        with self.model.no_sync() if self.distributed and not last else contextlib.nullcontext():
+            loss_sum, tokens = cross_entropy_sum(self._forward(inputs), labels)
+            if self._micro_batches == 0:
+                self._mean = TokenMean((self._over_processes(tokens) * self.accumulation_steps).clamp(min=1))
+            self._backward(self._mean.part(loss_sum, tokens))
+        self._last = loss_sum.detach(), tokens
+        self._micro_batches += 1
         return last and self._update()
 
     def finish(self) -> bool:
@@ -91,9 +140,9 @@ class GradientAccumulationTrainer:
         if self._micro_batches == 0:
             return False
         if self.distributed:  # none of its micro-batches was the one that communicates
-            for grad in self._gradients():
-                dist.all_reduce(grad)
-                grad /= dist.get_world_size()
+            for param in self._params():
+                dist.all_reduce(param.grad)
+                param.grad /= dist.get_world_size()
         return self._update()
 
     def train_epoch(self, loader: Iterable) -> float:
@@ -120,48 +169,42 @@ class GradientAccumulationTrainer:
         loss_sum, tokens = self._last
         return loss_sum / tokens
 
-    def _accumulate(self, inputs, labels, sync: bool) -> None:
-        if self._micro_batches == 0:
-            self.optimizer.zero_grad()
-        with contextlib.nullcontext() if sync or not self.distributed else self.model.no_sync():
-            outputs = self.model(**inputs) if isinstance(inputs, Mapping) else self.model(inputs)
-            loss_sum, tokens = cross_entropy_sum(outputs, labels)
-            if self._micro_batches == 0:
-                guess = self._over_processes(tokens) * self.accumulation_steps
-                self._guess = guess.clamp(min=1)
-                self._tokens = torch.zeros_like(tokens)
-            loss = loss_sum / self._guess
-            (loss if self.scaler is None else self.scaler.scale(loss)).backward()
-        self._last = loss_sum.detach(), tokens
-        self._tokens += tokens
-        self._micro_batches += 1
+    def _forward(self, inputs):
+        return self.model(**inputs) if isinstance(inputs, Mapping) else self.model(inputs)
+
+    def _backward(self, loss: torch.Tensor) -> None:
+        (loss if self.scaler is None else self.scaler.scale(loss)).backward()
 
     def _update(self) -> bool:
-        tokens = self._over_processes(self._tokens)
+        tokens = self._over_processes(self._mean.tokens)
         self._micro_batches = 0
         if tokens == 0:
             return False
         if self.scaler is not None:
             self.scaler.unscale_(self.optimizer)
-        torch._foreach_mul_(self._gradients(), (self._guess / tokens).item())
+        params = self._params()
+        self._mean.correct([param.grad for param in params], tokens)
         if self.max_norm is not None:
-            params = [p for group in self.optimizer.param_groups for p in group["params"]]
             torch.nn.utils.clip_grad_norm_(params, self.max_norm)
-        skipped = False
+        self._step()
+        return True
+
+    def _step(self, **arguments) -> bool:
+        """The optimizer's step and the schedule's; whether there was one, not an overflow."""
         if self.scaler is None:
-            self.optimizer.step()
+            self.optimizer.step(**arguments)
         else:
             scale = self.scaler.get_scale()
-            self.scaler.step(self.optimizer)
+            self.scaler.step(self.optimizer, **arguments)
             self.scaler.update()
-            skipped = self.scaler.get_scale() < scale
-        if self.scheduler is not None and not skipped:
+            if self.scaler.get_scale() < scale:
+                return False
+        if self.scheduler is not None:
             self.scheduler.step()
         return True
 
-    def _gradients(self) -> list[torch.Tensor]:
-        params = (p for group in self.optimizer.param_groups for p in group["params"])
-        return [p.grad for p in params if p.grad is not None]
+    def _params(self) -> list[torch.Tensor]:
+        return [p for group in self.optimizer.param_groups for p in group["params"] if p.grad is not None]
 
     def _over_processes(self, tokens: torch.Tensor) -> torch.Tensor:
         """The mean count of all processes: DDP averages gradients, so counts are averaged alike."""
@@ -190,5 +233,4 @@ def cross_entropy_sum(outputs, labels: torch.Tensor) -> tuple[torch.Tensor, torc
         )
     flat = logits.reshape(-1, logits.shape[-1])
     flat = flat.to(torch.promote_types(flat.dtype, torch.float32))
-    loss = F.cross_entropy(flat, labels.reshape(-1), ignore_index=IGNORE_INDEX, reduction="sum")
-    return loss, (labels != IGNORE_INDEX).sum()
+    return F.cross_entropy(flat, labels.reshape(-1), reduction="sum"), (labels != -100).sum()

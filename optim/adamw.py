@@ -16,14 +16,9 @@ from ..kernels.unscale import squared_norm
 
 # With the hyperparameters these are torch's keys, so that the two classes read each other's state dicts.
 FLAGS = {
-    "amsgrad": False,
-    "maximize": False,
-    "foreach": None,
-    "capturable": False,
-    "differentiable": False,
-    "fused": None,
+    "amsgrad": False, "maximize": False, "foreach": None, "capturable": False, "differentiable": False, "fused": None,
     "decoupled_weight_decay": True,
-}
+}  # fmt: skip
 
 
 def adamw_step_cpu_(groups, grad_scale=None, found_inf=None, sq_norm=None, max_norm=None):
@@ -34,29 +29,13 @@ def adamw_step_cpu_(groups, grad_scale=None, found_inf=None, sq_norm=None, max_n
     scale = torch.tensor(factor, dtype=torch.float64, device="cpu").reciprocal().float()
     for group in groups:
         # The C++ loop walks all four tensors by the same offsets and does not look at their strides.
-        write_back, dense = [], []
-        for param, grad, exp_avg, exp_avg_sq in zip(
-            group.params, group.grads, group.exp_avgs, group.exp_avg_sqs, strict=True
-        ):
-            dense.append(same_layout([param, grad.to(param.dtype), exp_avg, exp_avg_sq], write_back))
-        params, grads, exp_avgs, exp_avg_sqs = map(list, zip(*dense, strict=True))
+        write_back = []
+        dense = [same_layout([p, g.to(p.dtype), m, v], write_back) for p, g, m, v, *_ in group.rows()]
         torch_adamw(
-            params,
-            grads,
-            exp_avgs,
-            exp_avg_sqs,
-            [],
-            group.steps,
-            fused=True,
-            grad_scale=None if factor == 1.0 else scale,
-            amsgrad=False,
-            beta1=group.betas[0],
-            beta2=group.betas[1],
-            lr=group.lr,
-            weight_decay=group.weight_decay,
-            eps=group.eps,
-            maximize=group.maximize,
-        )
+            *map(list, zip(*dense, strict=True)), [], group.steps, fused=True,
+            grad_scale=None if factor == 1.0 else scale, amsgrad=False, beta1=group.betas[0], beta2=group.betas[1],
+            lr=group.lr, weight_decay=group.weight_decay, eps=group.eps, maximize=group.maximize,
+        )  # fmt: skip
         for tensor, copy in write_back:
             tensor.copy_(copy)
         for param, copy in zip(group.params, group.copies, strict=True):
@@ -71,8 +50,8 @@ class AdamW(torch.optim.Optimizer):
     that of `torch.optim.AdamW`, both ways. FP16 or BF16 parameters lose small updates to
     rounding; `amp.MasterWeights` keeps float32 copies for them.
 
-    On a GPU it takes part in torch's protocol for loss scaling: a `GradScaler` hands over its
-    scale and overflow flag, and the step unscales and skips on the device, without writing gradients.
+    On a GPU it takes part in torch's protocol for loss scaling: a `GradScaler` hands over its scale and overflow
+    flag, and the step unscales and skips on the device, without writing gradients.
 
     Args:
         params: parameters, or dicts with `params` and their own hyperparameters.
@@ -80,10 +59,10 @@ class AdamW(torch.optim.Optimizer):
         betas: decay rates of the two moments, each in 0…1 (1 excluded).
         eps: added to the root of the second moment.
         weight_decay: λ; a step first multiplies parameters by 1 − lr·λ.
-        fused: None picks the fastest way for the device, True always takes over unscaling from
+        fused: None picks the fastest for the device, True always takes over unscaling from
             the `GradScaler`, False runs the reference.
         maximize: ascend instead of descend.
-        amsgrad: only False; the variant needs a fifth tensor a parameter.
+        amsgrad: only False; the variant needs a fifth tensor for each parameter.
 
     Raises:
         ValueError: a hyperparameter out of range, or `amsgrad` (from a loaded state dict too).
@@ -93,28 +72,11 @@ class AdamW(torch.optim.Optimizer):
     writes_copies = True  # read by amp.MasterWeights: `step` takes `copies`
 
     def __init__(
-        self,
-        params,
-        lr: float = 1e-3,
-        betas: tuple[float, float] = (0.9, 0.999),
-        eps: float = 1e-8,
-        weight_decay: float = 1e-2,
-        fused: bool | None = None,
-        *,
-        maximize: bool = False,
-        amsgrad: bool = False,
-    ):
-        defaults = {
-            "lr": lr,
-            "betas": tuple(betas),
-            "eps": eps,
-            "weight_decay": weight_decay,
-            **FLAGS,
-            "amsgrad": amsgrad,
-            "maximize": maximize,
-            "fused": fused,
-        }
-        super().__init__(params, defaults)
+        self, params, lr: float = 1e-3, betas: tuple[float, float] = (0.9, 0.999), eps: float = 1e-8,
+        weight_decay: float = 1e-2, fused: bool | None = None, *, maximize: bool = False, amsgrad: bool = False,
+    ):  # fmt: skip
+        rates = {"lr": lr, "betas": tuple(betas), "eps": eps, "weight_decay": weight_decay}
+        super().__init__(params, rates | FLAGS | {"amsgrad": amsgrad, "maximize": maximize, "fused": fused})
 
     def __setstate__(self, state: dict) -> None:
         super().__setstate__(state)
@@ -128,16 +90,14 @@ class AdamW(torch.optim.Optimizer):
     def load_state_dict(self, state_dict: dict) -> None:
         """Load this class's or torch.optim.AdamW's state dict."""
         for group in state_dict["param_groups"]:
-            _check_flags(group)
+            _check_group(group)
         super().load_state_dict(state_dict)
 
     @property
     def _step_supports_amp_scaling(self) -> bool:
         """Asked by GradScaler (torch's too): do steps unscale and skip by themselves?"""
         group = self.param_groups[0]
-        if group["fused"] is None:
-            return backend(group["params"][0]) != "torch"
-        return group["fused"]
+        return backend(group["params"][0]) != "torch" if group["fused"] is None else group["fused"]
 
     @torch.no_grad()
     def step(self, closure=None, *, max_norm: float | None = None, copies: dict | None = None):
@@ -145,17 +105,14 @@ class AdamW(torch.optim.Optimizer):
 
         Args:
             closure: recomputes the loss and gradients; its value is returned.
-            max_norm: scale all gradients down so that their joint L2 norm is at most this, within
-                the step. What `.grad` holds afterwards depends on the device.
+            max_norm: scale all gradients down so that their joint L2 norm is at most this, within the step.
+                What `.grad` holds afterwards depends on the device.
             copies: parameter → 16-bit tensor of its shape that receives the rounded new value.
 
         Raises:
             RuntimeError: a gradient is sparse.
         """
-        loss = None
-        if closure is not None:
-            with torch.enable_grad():
-                loss = closure()
+        loss = evaluate(closure)
         by_device: dict[torch.device, list[ParamGroup]] = {}
         for group in self.param_groups:
             params = [p for p in group["params"] if p.grad is not None]
@@ -205,6 +162,14 @@ class AdamW(torch.optim.Optimizer):
         )
 
 
+def evaluate(closure):
+    """A closure's loss, with gradients; None without one."""
+    if closure is None:
+        return None
+    with torch.enable_grad():
+        return closure()
+
+
 def step_function(param: torch.Tensor, fused: bool | None = None):
     """Which of the three step functions serves tensors like `param`."""
     if fused is False:
@@ -212,23 +177,23 @@ def step_function(param: torch.Tensor, fused: bool | None = None):
     return adamw_step_cpu_ if param.device.type == "cpu" and backend(param) == "torch" else adamw_step_
 
 
-def _check_flags(group: dict) -> None:
-    for flag in ("amsgrad", "differentiable"):
-        if group.get(flag):
-            raise ValueError(f"{flag} must be False, got {group[flag]!r}: this AdamW does not have it")
-
-
 def check_last_group(optimizer: torch.optim.Optimizer) -> None:
     """Refuse the parameter group that was added last, and then without leaving it behind."""
+    group = optimizer.param_groups[-1]
     try:
-        _check_group(optimizer.param_groups[-1])
+        _check_group(group)
+        for param in group["params"]:
+            if param.is_complex():
+                raise TypeError(f"params must be real, got {param.dtype}")
     except (TypeError, ValueError):
         del optimizer.param_groups[-1]
         raise
 
 
 def _check_group(group: dict) -> None:
-    _check_flags(group)
+    for flag in ("amsgrad", "differentiable"):
+        if group.get(flag):
+            raise ValueError(f"{flag} must be False, got {group[flag]!r}: this AdamW does not have it")
     for name in ("lr", "eps", "weight_decay"):
         value = group[name]
         if isinstance(value, torch.Tensor) and value.numel() != 1:
@@ -240,6 +205,3 @@ def _check_group(group: dict) -> None:
     for i, beta in enumerate(group["betas"]):
         if not 0 <= beta < 1:
             raise ValueError(f"betas[{i}] must be at least 0 and below 1, got {beta}")
-    for p in group["params"]:
-        if p.is_complex():
-            raise TypeError(f"params must be real, got {p.dtype}")

@@ -1,45 +1,40 @@
-"""AdamW with its two moments in 8 bits each: 2 bytes a parameter of state instead of 8.
+"""AdamW with its two moments in 8 bits each: 2 bytes per parameter of state instead of 8.
 
-Block-wise dynamic quantization (Dettmers et al. 2022, "8-bit optimizers via block-wise
-quantization", sections 2.1 and 3): every 256 values share one FP32 scale, their largest magnitude,
-so an outlier spoils only its own block; and the 256 levels between −1 and 1 are spaced
-dynamically, in seven decades with twice as many levels in each as in the one below. Large values
-get a relative precision of about 1 %, and values a million times smaller are still not zero.
+Block-wise dynamic quantization (Dettmers et al. 2022, "8-bit optimizers via block-wise quantization", sections 2.1
+and 3): every 256 values share one FP32 scale, their largest magnitude, so an outlier spoils only its own block; and
+the 256 levels between −1 and 1 (`quant.dynamic_map`) are spaced dynamically, in seven decades with twice as many
+levels in each as in the one below. Large values get a relative precision of about 1 %, and values a million times
+smaller are still not zero.
 
-The first moment uses signed levels. Of the second, the root is stored, with unsigned ones:
-its small values stand in the update's denominator, and the root halves the decades that they span.
-No v > 0 is stored as zero (down to 1e-24 of its block's largest), which would turn the division by √v + ε
-into one by ε alone.
+The first moment uses signed levels. Of the second, the root is stored, with unsigned ones: its small values stand in
+the update's denominator, and the root halves the decades that they span. No v > 0 is stored as zero (down to 1e-24 of
+its block's largest), which would turn the division by √v + ε into one by ε alone.
 
-A step decodes one tensor's moments to FP32, updates as `AdamW` does, and encodes them again; nothing
-but the 8 bits outlives it. Bytes a parameter: 2 + 2·4/256 = 2.03.
+A step decodes one tensor's moments to FP32, updates as `AdamW` does, and encodes them again; nothing but the 8 bits
+outlives it. Bytes per parameter: 2 + 2·4/256 = 2.03.
 """
 
 from functools import lru_cache
 
 import torch
+import torch.nn.functional as F
 
 from ..kernels.adamw import ParamGroup, rounded_sqrt
-from .adamw import check_last_group, step_function
+from ..quant.codebooks import dynamic_map
+from .adamw import check_last_group, evaluate, step_function
 
 BLOCK_SIZE = 256
+_levels = lru_cache(dynamic_map)
 HALF_RANGE = 2.0**15  # a block's largest value in FP16: as far from overflow as small ones from underflow
 
 
-@lru_cache
-def dynamic_code(signed: bool) -> torch.Tensor:
-    """The 256 levels, ascending: midpoints of equal steps in each decade of 10⁻⁷ … 1, then 0 and 1.
-
-    Decade i (i = 0 … 6, from 10^(i−7) to 10^(i−6)) has 2^i levels of each sign, or 2^(i+1) without a sign.
-    """
-    levels = [0.0, 1.0]
-    for i in range(7):
-        edges = torch.linspace(0.1, 1, 2 ** (i if signed else i + 1) + 1, dtype=torch.float64, device="cpu")
-        middles = ((edges[1:] + edges[:-1]) / 2 * 10.0 ** (i - 6)).tolist()
-        levels += middles
-        if signed:
-            levels += [-level for level in middles]
-    return torch.tensor(sorted(levels), dtype=torch.float32, device="cpu")
+def quantize_blocks_reference(x: torch.Tensor, signed: bool) -> tuple[torch.Tensor, torch.Tensor]:
+    """x (any shape) → the number of each value's nearest level (n,) uint8, and the blocks' scales (ceil(n / 256),)."""
+    code = dynamic_map(signed)
+    blocks = F.pad(x.flatten(), (0, -x.numel() % BLOCK_SIZE)).view(-1, BLOCK_SIZE)
+    scale = blocks.abs().amax(dim=1)
+    levels = torch.bucketize(blocks / scale.clamp(min=1e-30)[:, None], (code[1:] + code[:-1]) / 2)
+    return levels.flatten()[: x.numel()].to(torch.uint8), scale
 
 
 @lru_cache
@@ -48,7 +43,7 @@ def _nearest_table(signed: bool) -> torch.Tensor:
 
     A table read is several times as fast as a search among the levels. Positive numbers never get the level zero.
     """
-    code = dynamic_code(signed)
+    code = _levels(signed)
     h = torch.arange(-32768, 32768, dtype=torch.int16, device="cpu").view(torch.float16).float()
     levels = torch.bucketize(h / HALF_RANGE, (code[1:] + code[:-1]) / 2)
     zero = int((code == 0).nonzero())
@@ -56,36 +51,29 @@ def _nearest_table(signed: bool) -> torch.Tensor:
 
 
 def quantize_blocks(x: torch.Tensor, signed: bool) -> tuple[torch.Tensor, torch.Tensor]:
-    """x (any shape) → its levels' numbers (n,) uint8 and the blocks' scales (ceil(n / 256),) float32.
-
-    The level is the one nearest to the value rounded to FP16, over the block's largest; what is positive
-    and above 1e-12 of that never becomes zero.
-    """
-    n = x.numel()
-    blocks = -(-n // BLOCK_SIZE)
-    flat = x.flatten()
-    if n % BLOCK_SIZE:
-        flat = torch.nn.functional.pad(flat, (0, blocks * BLOCK_SIZE - n))
-    flat = flat.view(blocks, BLOCK_SIZE)
-    scale = torch.linalg.vector_norm(flat, torch.inf, dim=1)
-    half = (flat * (HALF_RANGE / scale.clamp(min=1e-30))[:, None]).half()
+    """The reference by table: of the value rounded to FP16; what is positive and above 1e-12 of its block's largest
+    never becomes zero."""
+    padding = -x.numel() % BLOCK_SIZE
+    blocks = (F.pad(x.flatten(), (0, padding)) if padding else x).reshape(-1, BLOCK_SIZE)
+    scale = torch.linalg.vector_norm(blocks, torch.inf, dim=1)
+    half = (blocks * (HALF_RANGE / scale.clamp(min=1e-30))[:, None]).half()
     index = half.view(torch.int16).flatten().int().add_(32768)
-    return _nearest_table(signed).to(x.device).index_select(0, index)[:n], scale
+    return _nearest_table(signed).to(x.device).index_select(0, index)[: x.numel()], scale
 
 
 def dequantize_blocks(levels: torch.Tensor, scale: torch.Tensor, signed: bool) -> torch.Tensor:
     """The inverse: (n,) float32."""
-    units = dynamic_code(signed).to(levels.device).index_select(0, levels.int())
+    units = _levels(signed).to(levels.device).index_select(0, levels.int())
     return units.mul_(scale.repeat_interleave(BLOCK_SIZE)[: levels.numel()])
 
 
 class AdamW8bit(torch.optim.Optimizer):
-    """AdamW whose moments take 2 bytes a parameter.
+    """AdamW whose moments take 2 bytes per parameter.
 
     Args:
         params, lr, betas, eps, weight_decay: as for `AdamW`.
-        min_elements: tensors with fewer elements keep FP32 moments; they are few bytes, and
-            often the delicate ones (norms, biases).
+        min_elements: tensors with fewer elements keep FP32 moments; they are few bytes, and often the delicate ones
+            (norms, biases).
 
     Raises:
         ValueError: a hyperparameter out of range.
@@ -112,10 +100,7 @@ class AdamW8bit(torch.optim.Optimizer):
     @torch.no_grad()
     def step(self, closure=None):
         """One update of every parameter that has a gradient; returns the closure's value."""
-        loss = None
-        if closure is not None:
-            with torch.enable_grad():
-                loss = closure()
+        loss = evaluate(closure)
         for group in self.param_groups:
             for param in group["params"]:
                 if param.grad is not None:
@@ -134,20 +119,9 @@ class AdamW8bit(torch.optim.Optimizer):
         exp_avg, exp_avg_sq = self._load(state, param, small)
         # Moments and arithmetic are FP32; a 16-bit parameter receives the result rounded.
         wide = param if param.dtype == torch.float32 else param.float()
-        step_function(wide)([
-            ParamGroup(
-                params=[wide],
-                grads=[param.grad.to(wide.dtype)],
-                exp_avgs=[exp_avg],
-                exp_avg_sqs=[exp_avg_sq],
-                steps=[state["step"]],
-                copies=[None],
-                lr=float(group["lr"]),
-                betas=group["betas"],
-                eps=group["eps"],
-                weight_decay=group["weight_decay"],
-            )
-        ])  # fmt: skip
+        tensors = [wide], [param.grad.to(wide.dtype)], [exp_avg], [exp_avg_sq], [state["step"]], [None]
+        one = ParamGroup(*tensors, float(group["lr"]), group["betas"], group["eps"], group["weight_decay"])
+        step_function(wide)([one])
         if wide is not param:
             param.copy_(wide)
         self._store(state, exp_avg, exp_avg_sq, small)

@@ -14,25 +14,31 @@ what the second update may. Every other k agrees with transformers'
 """
 
 import math
+from dataclasses import dataclass
 
 import torch
 from torch.optim.lr_scheduler import LambdaLR
 
 
-class _WarmupCosine:
-    """The factor for one parameter group: an object and not a closure, so that `LambdaLR` saves its numbers."""
+def warmup_cosine(step: int, warmup_steps: int, total_steps: int, floor: float = 0.0) -> float:
+    """Document 003's schedule, put right: what update `step` multiplies the learning rate by, at the end `floor`."""
+    if step < warmup_steps:
+        return max(step, 0.5) / warmup_steps
+    progress = (step - warmup_steps) / max(1, total_steps - warmup_steps)
+    cosine = 0.5 * (1.0 + math.cos(math.pi * min(1.0, progress)))
+    return floor + (1.0 - floor) * cosine
 
-    def __init__(self, warmup_steps: int, total_steps: int, floor: float):
-        self.warmup_steps = warmup_steps
-        self.total_steps = total_steps
-        self.floor = floor
+
+@dataclass
+class _WarmupCosine:
+    """That for one parameter group: an object and not a closure, so that `LambdaLR` saves its numbers."""
+
+    warmup_steps: int
+    total_steps: int
+    floor: float
 
     def __call__(self, step: int) -> float:
-        if step < self.warmup_steps:
-            return max(step, 0.5) / self.warmup_steps
-        progress = (step - self.warmup_steps) / max(1, self.total_steps - self.warmup_steps)
-        cosine = 0.5 * (1.0 + math.cos(math.pi * min(1.0, progress)))
-        return self.floor + (1.0 - self.floor) * cosine
+        return warmup_cosine(step, self.warmup_steps, self.total_steps, self.floor)
 
 
 class _Schedule(LambdaLR):
@@ -48,13 +54,13 @@ def cosine_with_warmup(
 ) -> LambdaLR:
     """Warm up over the first ceil(warmup_ratio · total_steps) updates, then follow half a cosine down to `min_lr`.
 
-    Call `.step()` once after each `optimizer.step()` that was not skipped. The state dict
-    holds the position and the numbers of the schedule, so a resumed run continues exactly.
+    Call `.step()` once after each `optimizer.step()` that was not skipped. The state dict holds the position and the
+    numbers of the schedule, so a resumed run continues exactly.
 
     Args:
         optimizer: each parameter group's `lr` is taken as its peak.
         total_steps: optimizer updates in the whole run (see `optimizer_steps`).
-        warmup_ratio: share of them that warms up, 0 to 1.
+        warmup_ratio: fraction of them that warms up, 0 to 1.
         min_lr: the learning rate at the end, in the unit of `lr`.
 
     Returns:
@@ -84,23 +90,14 @@ def optimizer_steps(
 ) -> int:
     """Optimizer updates in a run: what `total_steps` must be.
 
-    Each of `world_size` processes sees ceil(examples / world_size) examples an epoch, in
-    micro-batches of `batch_size`; `accumulation_steps` of them make an update, and a
-    shorter tail at the end of an epoch makes one too.
+    Each of `world_size` processes sees ceil(examples / world_size) examples per epoch, in micro-batches of
+    `batch_size`; `accumulation_steps` of them make an update, and so does a shorter tail at the end of an epoch.
 
     Raises:
         ValueError: an argument is below 1.
     """
-    arguments = {
-        "examples": examples,
-        "batch_size": batch_size,
-        "accumulation_steps": accumulation_steps,
-        "world_size": world_size,
-        "epochs": epochs,
-    }
-    for name, value in arguments.items():
+    for name, value in list(locals().items()):
         if value < 1:
             raise ValueError(f"{name} must be at least 1, got {value}")
-    examples_each = math.ceil(examples / world_size)
-    micro_batches = math.ceil(examples_each / batch_size)
+    micro_batches = math.ceil(math.ceil(examples / world_size) / batch_size)
     return epochs * math.ceil(micro_batches / accumulation_steps)

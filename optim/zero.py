@@ -1,26 +1,30 @@
 """ZeRO: data-parallel training in which no two ranks store the same thing.
 
-Under data parallelism each of N ranks computes gradients of its own part of the batch, and all of
-them store everything: A parameters and gradients in 16 bits, FP32 masters and Adam's two moments,
-2A + 2A + 12A = 16A bytes. The optimizer is element-wise, so a rank needs optimizer state only for the
-elements that it updates. Rajbhandari et al. 2020, "ZeRO: Memory optimizations toward training
-trillion parameter models", sections 3 and 5, cut in three stages:
+Under data parallelism each of N ranks computes gradients of its own part of the batch, and all of them store
+everything: A parameters and gradients in 16 bits, FP32 masters and Adam's two moments, 2A + 2A + 12A = 16A bytes. The
+optimizer is element-wise, so a rank needs optimizer state only for the elements that it updates. Rajbhandari et al.
+2020, "ZeRO: Memory optimizations toward training trillion parameter models", sections 3 and 5, cut in three stages:
 
-    stage   cut among the ranks          bytes a rank    A = 7·10⁹, N = 8      elements a rank sends a step
-    DDP     –                            16A             112    GB             2A   (all-reduce of gradients)
-    1       optimizer state, masters     4A + 12A/N       38.5  GB             2A
-    2       and gradients                2A + 14A/N       26.25 GB             2A
-    3       and parameters               16A/N            14    GB             3A
+    stage   cut among the ranks          bytes per rank   A = 7·10⁹, N = 8   elements that a rank sends
+    DDP     –                            16A              112    GB          2A   (all-reduce of gradients)
+    1       optimizer state, masters     4A + 12A/N        38.5  GB          2A
+    2       and gradients                2A + 14A/N        26.25 GB          2A
+    3       and parameters               16A/N             14    GB          3A
 
 (FP32 parameters need no masters: 8A + 8A/N, 4A + 12A/N, 16A/N.)
 
-Communication (section 7): all-reduce is a reduce-scatter, A, and an all-gather, A. Stages 1 and 2 put the
-optimizer's step between the two: gradients are reduce-scattered, each rank updates its shard, the
-new parameters are all-gathered; still 2A. Stage 3 has nowhere to keep gathered parameters: it
-all-gathers them for forward, A, and again for backward, A, and reduce-scatters gradients, A: 3A.
+Communication (section 7): all-reduce is a reduce-scatter, A, and an all-gather, A. Stages 1 and 2 put the optimizer's
+step between the two: still 2A. Stage 3 has nowhere to keep gathered parameters: it all-gathers them for forward, A,
+and again for backward, A, and reduce-scatters gradients, A: 3A.
 
-How tensors are cut is told in `shards.py`, how gradients are reduced during backward in `reduction.py`, how
-stage 3 gathers parameters in `gathering.py`, and what offloading moves in `offload.py`.
+Offloading (ZeRO-Offload, Ren et al. 2021, section 4) moves what only the optimizer needs to the host. A step of a
+rank that owns M = A / N parameters sends 4M bytes over the bus: each bucket's reduced gradient (2M in all) to the
+host while backward computes the next, the rounded weights (2M) back while the CPU rounds the next ones. The device
+holds 2A instead of 2A + 14M.
+
+`zero_reference` is the three stages on plain lists, N ranks in one process. `ZeroOptimizer` is one rank of it:
+`zero_collectives.py` cuts tensors and calls the collectives, `zero_gradients.py` reduces gradients during backward,
+`zero_parameters.py` gathers stage 3's parameters, `zero_state.py` the state dict.
 """
 
 import contextlib
@@ -29,13 +33,42 @@ import weakref
 import torch
 import torch.distributed as dist
 
-from .gathering import Gathering
-from .offload import Host
-from .reduction import Reduction
-from .shards import Collectives, Shard, bounds, pack_row, unpack
-from .zero_state import load_cut_state, whole_state
+from .adamw import evaluate
+from .zero_collectives import Collectives, Host, Shard, bounds
+from .zero_gradients import Reduction
+from .zero_parameters import Gathering
+from .zero_state import hyperparameters, load_cut_state, whole_state
 
 LOW = (torch.float16, torch.bfloat16)
+
+
+def zero_reference(weights, losses, make_optimizer, stage, steps):
+    """Document 002's three stages: what rank r holds is item r of a list.
+
+    Args:
+        weights: (n,), n divisible by the number of ranks.
+        losses: for each rank its part of the batch: a function of all weights.
+        make_optimizer: makes a rank's optimizer from the list of what it updates.
+    """
+    shards = [shard.clone() for shard in weights.chunk(len(losses))]
+    optimizers = [make_optimizer([shard]) for shard in shards]  # stage 1: each has the state of its shard only
+
+    def all_gather():
+        return [torch.cat(shards) for _ in losses]
+
+    whole = all_gather()
+    for _ in range(steps):
+        gradients = [torch.func.grad(loss)(w) for loss, w in zip(losses, whole, strict=True)]
+        for rank, shard in enumerate(shards):  # reduce-scatter: rank r receives the mean of all ranks' r-th pieces
+            shard.grad = sum(gradient.chunk(len(losses))[rank] for gradient in gradients) / len(losses)
+        if stage >= 2:
+            gradients = None
+        if stage == 3:
+            whole = None
+        for optimizer in optimizers:
+            optimizer.step()
+        whole = all_gather()  # stages 1 and 2 now; stage 3 layer by layer, when forward and backward reach them
+    return torch.cat(shards)
 
 
 class ZeroOptimizer(torch.optim.Optimizer):
@@ -49,21 +82,21 @@ class ZeroOptimizer(torch.optim.Optimizer):
             optimizer.step()
             optimizer.zero_grad()
 
-    It takes the place of DistributedDataParallel (do not wrap the model in both) and computes the
-    same: parameters begin as rank 0's, gradients are averaged, a parameter that no rank used keeps its value.
+    It takes the place of DistributedDataParallel (do not wrap the model in both) and computes the same: parameters
+    begin as rank 0's, gradients are averaged, a parameter that no rank used keeps its value.
 
-    `param_groups` hold this rank's shards as flat tensors with their `.grad`, so schedulers and GradScaler
-    (torch's and ours) work as ever, and an overflow on one rank is made to show on all. Norms
-    need all ranks: clip with `clip_grad_norm_` of this class. Clear gradients with its `zero_grad`.
+    `param_groups` hold this rank's shards as flat tensors with their `.grad`, so schedulers and GradScaler (torch's
+    and ours) work as ever, and an overflow on one rank shows on all. Norms and clearing need all ranks and tensors:
+    `clip_grad_norm_` and `zero_grad` of this class.
 
-    Under stage 3 a parameter is empty outside of the forward and backward of the modules that hold it; read or
-    load weights under `with optimizer.gathered():`. All ranks must run the same modules. Pass the model itself
-    rather than its parameters if modules read each other's within the layers of a ModuleList (LoRA layers do);
-    the layers are gathered as a whole then.
+    Under stage 3 a parameter is empty outside of the forward and backward of the modules that hold it; read or load
+    weights under `with optimizer.gathered():`. All ranks must run the same modules. Pass the model itself if modules
+    read each other's parameters within the layers of a ModuleList (LoRA layers do); the layers are gathered as a
+    whole then.
 
     Args:
-        params: the model's parameters, or groups of them as for any optimizer, or the model. FP16 and
-            BF16 ones get FP32 masters. Those that are not contiguous are made so.
+        params: the model's parameters, or groups of them as for any optimizer, or the model. FP16 and BF16 ones get
+            FP32 masters. Those that are not contiguous are made so.
         optimizer_class: called with this rank's shards and `kwargs`.
         stage: 1, 2 or 3, as above.
         offload: keep gradient shards, masters and optimizer state in the host's memory, and step there.
@@ -72,8 +105,8 @@ class ZeroOptimizer(torch.optim.Optimizer):
     Attributes:
         inner: the optimizer of the shards.
         group: its `traffic` and `calls` count what was communicated, by collective.
-        bucket_elements: size of one reduction under stages 1 and 2; smaller ones leave fewer full gradients in
-            stage 2 and are slower, since each of the N − 1 hops of a ring has its latency.
+        bucket_elements: size of one reduction under stages 1 and 2; smaller ones leave fewer full gradients in stage
+            2 and are slower (each of the N − 1 hops of a ring has its latency).
 
     Raises:
         ValueError: another stage, no parameters or one given twice.
@@ -100,19 +133,14 @@ class ZeroOptimizer(torch.optim.Optimizer):
         self.reduction = Reduction(self.shards, stage, self.group, self.host, self.bucket_elements)
         self.trained = self.reduction.trained
 
-        remaining = iter(self.shards)
-        cut = [[next(remaining) for _ in group["params"]] for group in self.param_groups]
+        values, masters = ({s.param: getattr(s, name) for s in self.shards} for name in ("value", "master"))
         self.inner = optimizer_class(
-            [
-                {**_hyperparameters(group), "params": [shard.master for shard in shards]}
-                for group, shards in zip(self.param_groups, cut, strict=True)
-            ],
-            **kwargs,
+            [hyperparameters(g) | {"params": [masters[p] for p in g["params"]]} for g in self.param_groups], **kwargs
         )
         self.defaults = self.inner.defaults
         self.state = self.inner.state
-        for group, ours, shards in zip(self.param_groups, self.inner.param_groups, cut, strict=True):
-            group.update(_hyperparameters(ours), params=[shard.value for shard in shards])
+        for group, ours in zip(self.param_groups, self.inner.param_groups, strict=True):
+            group.update(hyperparameters(ours), params=[values[p] for p in group["params"]])
 
         self._hooks = self.reduction.hooks()
         if stage == 3:
@@ -160,10 +188,7 @@ class ZeroOptimizer(torch.optim.Optimizer):
 
     @torch.no_grad()
     def clip_grad_norm_(self, max_norm: float, norm_type: float = 2.0) -> torch.Tensor:
-        """Scale the gradients of all ranks so that their joint norm is at most `max_norm`; the norm before (0-dim).
-
-        All ranks must call it. As `torch.nn.utils.clip_grad_norm_` on whole gradients.
-        """
+        """As `torch.nn.utils.clip_grad_norm_` on whole gradients; all ranks must call it, and get the norm (0-dim)."""
         grads = [shard.value.grad for shard in self.trained if shard.value.grad is not None]
         return self._clip(grads, max_norm, norm_type)
 
@@ -184,19 +209,14 @@ class ZeroOptimizer(torch.optim.Optimizer):
 
     @torch.no_grad()
     def step(self, closure=None, *, max_norm: float | None = None):
-        """Update this rank's shards, and under stages 1 and 2 gather the new parameters.
-
-        All ranks must call it.
+        """Update this rank's shards, and under stages 1 and 2 gather the new parameters; all ranks must call it.
 
         Args:
             closure: computes loss and gradients; its value is returned.
-            max_norm: clip the global norm, after unscaling if a GradScaler left that to this step (it does
-                for FP16 parameters).
+            max_norm: clip the global norm, after unscaling if a GradScaler left that to this step (it does for FP16
+                parameters).
         """
-        loss = None
-        if closure is not None:
-            with torch.enable_grad():
-                loss = closure()
+        loss = evaluate(closure)
         if not self.reduction.settled:  # no gradient came on this rank, or all of them under no_sync
             self.reduction.end_backward()
         self.reduction.settled = False
@@ -204,7 +224,7 @@ class ZeroOptimizer(torch.optim.Optimizer):
         if found_inf is not None and found_inf.item():
             return loss
         for group, ours in zip(self.param_groups, self.inner.param_groups, strict=True):
-            ours.update(_hyperparameters(group))
+            ours.update(hyperparameters(group))
         moved = [shard for shard in self.trained if shard.value.grad is not None]
         for shard in moved:
             if shard.param._version != shard.version:
@@ -232,9 +252,8 @@ class ZeroOptimizer(torch.optim.Optimizer):
 
     def _gather_parameters(self) -> None:
         for bucket in self.reduction.buckets:
-            numels = [shard.numel for shard in bucket]
-            row = pack_row([shard.owned for shard in bucket], numels, self.group.size)
-            for shard, flat in zip(bucket, unpack(self.group.all_gather(row), numels), strict=True):
+            flats = self.group.gather_whole([shard.owned for shard in bucket], [shard.numel for shard in bucket])
+            for shard, flat in zip(bucket, flats, strict=True):
                 shard.param.view(-1).copy_(flat)
                 shard.version = shard.param._version
 
@@ -284,28 +303,26 @@ class ZeroOptimizer(torch.optim.Optimizer):
 
         Storages are counted once, whole, on this rank and as they are now.
         """
-        held, seen = dict.fromkeys(("parameters", "gradients", "optimizer state", "host"), 0), set()
-
-        def count(role, *tensors):
-            for tensor in tensors:
-                storage = tensor.untyped_storage() if isinstance(tensor, torch.Tensor) else None
-                if storage is not None and storage.nbytes() and storage.data_ptr() not in seen:
-                    seen.add(storage.data_ptr())
-                    held[role] += storage.nbytes()
-
+        tensors: dict[str, list] = {"parameters": [], "gradients": [], "optimizer state": [], "host": []}
+        gradients, states = ("host", "host") if self.host else ("gradients", "optimizer state")
         for shard in self.shards:
-            count("parameters", shard.param, shard.owned)
-            count("gradients", shard.param.grad)
-            count("host" if self.host else "gradients", shard.value.grad)
-            states = self.inner.state[shard.master].values() if shard.master in self.inner.state else ()
-            count("host" if self.host else "optimizer state", shard.value, shard.master, *states)
+            tensors["parameters"] += shard.param, shard.owned
+            tensors["gradients"] += (shard.param.grad,)
+            tensors[gradients] += (shard.value.grad,)
+            tensors[states] += shard.value, shard.master, *self.inner.state.get(shard.master, {}).values()
+        held, seen = {}, set()
+        for role, members in tensors.items():
+            storages = (t.untyped_storage() for t in members if isinstance(t, torch.Tensor))
+            new = {storage.data_ptr(): storage.nbytes() for storage in storages if storage.data_ptr() not in seen}
+            seen |= new.keys()
+            held[role] = sum(new.values())
         return held
 
     def state_dict(self) -> dict:
-        """That of the inner optimizer on whole parameters, on the host, the same on every rank.
+        """That of the inner optimizer on whole parameters, on the host, the same on every rank; all must call it.
 
-        So `optimizer_class` can load it without ZeRO, or a ZeroOptimizer in another world size or stage. The
-        FP32 master of a 16-bit parameter is in its state as "master". All ranks must call it.
+        So `optimizer_class` can load it without ZeRO, or a ZeroOptimizer in another world size or stage. The FP32
+        master of a 16-bit parameter is in its state as "master".
 
         Raises:
             ValueError: a state tensor that is not element-wise.
@@ -322,10 +339,6 @@ class ZeroOptimizer(torch.optim.Optimizer):
             ValueError: other groups, or a state tensor that is not element-wise.
         """
         load_cut_state(self, state_dict)
-
-
-def _hyperparameters(group: dict) -> dict:
-    return {key: value for key, value in group.items() if key not in ("params", "param_names")}
 
 
 def _remove(hooks: list) -> None:

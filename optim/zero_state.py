@@ -4,7 +4,7 @@ import copy
 
 import torch
 
-from .shards import Shard, pack_row, unpack
+from .zero_collectives import Shard
 
 
 def whole_state(zero) -> dict:
@@ -17,7 +17,7 @@ def whole_state(zero) -> dict:
         if shard.master.dtype != shard.value.dtype:
             state[index]["master"] = _whole(zero, shard, "master", shard.master)
     groups = [
-        {**{key: value for key, value in group.items() if key != "params"}, "params": ours["params"]}
+        group | {"params": ours["params"]}
         for group, ours in zip(zero.param_groups, local["param_groups"], strict=True)
     ]
     return {"state": state, "param_groups": groups}
@@ -31,27 +31,26 @@ def _whole(zero, shard: Shard, key: str, value):
             f"state must be element-wise to be gathered, got {key!r} of shape {tuple(value.shape)} for "
             f"{shard.value.numel()} elements"
         )
-    row = pack_row([value.to(shard.owned.device)], [shard.numel], zero.group.size)
-    return next(unpack(zero.group.all_gather(row), [shard.numel])).view(shard.shape).cpu()
+    whole = next(zero.group.gather_whole([value.to(shard.owned.device)], [shard.numel]))
+    return whole.view(shard.shape).cpu()
 
 
 def load_cut_state(zero, state_dict: dict) -> None:
     groups = copy.deepcopy(state_dict["param_groups"])
-    if [len(group["params"]) for group in groups] != [len(group["params"]) for group in zero.param_groups]:
+    wanted, got = ([len(group["params"]) for group in each] for each in (zero.param_groups, groups))
+    if wanted != got:
         raise ValueError(
-            "state_dict must have groups of as many parameters as the optimizer's, "
-            f"{[len(group['params']) for group in zero.param_groups]}, got {[len(group['params']) for group in groups]}"
+            f"state_dict must have groups of as many parameters as the optimizer's, {wanted}, got {got}"
         )
     names = [name for group in groups for name in group["params"]]
-    position = {name: index for index, name in enumerate(names)}
-    state, masters = {}, {}
-    for name, values in state_dict["state"].items():
-        index = position[name]
-        shard = zero.shards[index]
-        state[name] = {key: _cut(shard, key, value) for key, value in values.items() if key != "master"}
-        if "master" in values:
-            masters[index] = _cut(shard, "master", values["master"])
-    zero.inner.load_state_dict({"state": state, "param_groups": [_without_names(group) for group in groups]})
+    shard_of = dict(zip(names, zero.shards, strict=True))
+    state = {
+        name: {key: _cut(shard_of[name], key, value) for key, value in values.items()}
+        for name, values in state_dict["state"].items()
+    }
+    masters = {shard_of[name]: values.pop("master") for name, values in state.items() if "master" in values}
+    bare = [hyperparameters(group) | {"params": group["params"]} for group in groups]
+    zero.inner.load_state_dict({"state": state, "param_groups": bare})
     zero.state = zero.inner.state
     for group, ours in zip(zero.param_groups, groups, strict=True):
         group.update({key: value for key, value in ours.items() if key != "params"})
@@ -59,7 +58,7 @@ def load_cut_state(zero, state_dict: dict) -> None:
         if shard.value is not shard.owned:
             shard.value.copy_(shard.owned)
         if shard.master is not shard.value:
-            shard.master.copy_(masters.get(shard.index, shard.value))
+            shard.master.copy_(masters.get(shard, shard.value))
 
 
 def _cut(shard: Shard, key: str, value):
@@ -73,5 +72,5 @@ def _cut(shard: Shard, key: str, value):
     return value.reshape(-1)[shard.start : shard.stop].clone()
 
 
-def _without_names(group: dict) -> dict:
-    return {key: value for key, value in group.items() if key != "param_names"}
+def hyperparameters(group: dict) -> dict:
+    return {key: value for key, value in group.items() if key not in ("params", "param_names")}

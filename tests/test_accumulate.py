@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 from handtuned.amp import GradScaler, MixedPrecisionTrainer
 from handtuned.optim import AdamW, GradientAccumulationTrainer, cosine_with_warmup
+from handtuned.optim.accumulate import accumulated_step_reference
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
@@ -109,6 +110,16 @@ def test_1_times_8_equals_8_times_1_in_float32():
     torch.optim.SGD(naive.parameters(), lr=0.5).step()
     with pytest.raises(AssertionError):
         assert_equal_models(naive, models[0], dtype=torch.float32)
+
+
+def test_the_reference_equals_the_big_batch():
+    batches = [tokens(micro, seed) for seed, micro in enumerate([[1, 2], [6], [0, 3]])]
+    reference, big = TinyLanguageModel(), TinyLanguageModel()
+    for p in reference.parameters():
+        p.grad = torch.full_like(p, 100.0)
+    accumulated_step_reference(reference, torch.optim.SGD(reference.parameters(), lr=0.5), batches, max_norm=0.05)
+    big_batch_step(big, torch.optim.SGD(big.parameters(), lr=0.5), batches, max_norm=0.05)
+    assert_equal_models(reference, big)
 
 
 def classifier():
@@ -265,6 +276,9 @@ def _rank(rank, world, path, lengths, results):
         syncs += 1
         return default_hooks.allreduce_hook(state, bucket)
 
+    with pytest.raises(ValueError, match="FP32 to be wrapped in DistributedDataParallel"):
+        half = torch.nn.parallel.DistributedDataParallel(torch.nn.Linear(2, 2).bfloat16())
+        MixedPrecisionTrainer(half, torch.optim.SGD(half.parameters(), lr=0.1))
     model.register_comm_hook(None, hook)
     trainer = GradientAccumulationTrainer(model, torch.optim.SGD(model.parameters(), lr=0.5), 3, max_norm=0.05)
     trainer.train_epoch([tokens(lengths[i], i) for i in range(rank, len(lengths), world)])

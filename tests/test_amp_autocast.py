@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from autocast_ops import CPU_TOO, OPS, labels
 from handtuned.amp import autocast
-from handtuned.amp.autocast import HIGH, LOW, WIDEST
+from handtuned.amp.autocast import HIGH, LOW, WIDEST, autocast_reference
 from helpers import TORCH
 from torch._subclasses.fake_tensor import FakeTensorMode
 
@@ -98,6 +98,17 @@ def test_same_results_as_torch(dtype):
     for a, b in zip(our_grads, their_grads, strict=True):
         assert a.dtype == b.dtype == torch.float32
         torch.testing.assert_close(a, b, rtol=0, atol=8 * torch.finfo(dtype).eps * b.abs().max().item())
+
+
+@pytest.mark.parametrize("function", [torch.matmul, torch.dist, torch.atan2, torch.add], ids=lambda f: f.__name__)
+@DTYPES
+def test_equals_the_reference(function, dtype):
+    for first, second in [(torch.float32, torch.float32), (dtype, torch.float32), (dtype, dtype)]:
+        x, y = (torch.randn(4, 4).to(each) for each in (first, second))
+        with autocast(dtype):
+            ours = function(x, y)
+        reference = autocast_reference(function, x, y, dtype=dtype)
+        assert ours.dtype == reference.dtype and torch.equal(ours, reference)
 
 
 def test_float64_and_integers_are_left_alone():

@@ -7,6 +7,7 @@ import pickle
 import pytest
 import torch
 from handtuned.amp import GradScaler
+from handtuned.amp.grad_scaler import GradScalerReference
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
@@ -120,6 +121,18 @@ def test_growth_counts_steps_in_a_row():
             theirs *= 2.0 if good % 4 == 0 else 1.0
     assert scaler.get_scale() == 2.0**-20
     assert theirs == 2.0**-5
+
+
+@given(values=st.lists(st.sampled_from([1.0, -3.5, INF, NAN]), max_size=20), interval=st.integers(1, 4))
+def test_equals_the_reference(values, interval):
+    kwargs = {"init_scale": 1024.0, "growth_interval": interval}
+    ours, reference = GradScaler(**kwargs), GradScalerReference(**kwargs)
+    for value in values:
+        a, b = optimizer_with(None), optimizer_with(value)
+        iteration(ours, [a], [value], [False])
+        assert reference.step(b) == math.isfinite(value)
+        assert torch.equal(a.param_groups[0]["params"][0], b.param_groups[0]["params"][0])
+        assert (reference.scale, reference.good_steps) == (ours.get_scale(), ours.state_dict()["_growth_tracker"])
 
 
 def test_scale_of_tensors_lists_and_tuples():

@@ -3,6 +3,7 @@
 import pytest
 import torch
 from handtuned.amp import GradScaler, MasterWeights
+from handtuned.amp.master_weights import master_step_reference
 from handtuned.optim import AdamW
 
 LOW = pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
@@ -98,6 +99,27 @@ def test_equals_fp32_training_on_rounded_weights(each_backend, dtype, optimizer_
         assert torch.equal(masters.masters[name], q)
         if each_backend == "torch" or dtype == torch.float16:  # the interpreter truncates to bf16
             assert torch.equal(p, q.to(dtype))
+
+
+def test_equals_the_reference():
+    """Document 000's loop and the class: the same FP16 weights after five scaled steps."""
+    torch.manual_seed(0)
+    held, plain = torch.nn.Linear(9, 7).half(), torch.nn.Linear(9, 7).half()
+    plain.load_state_dict(held.state_dict())
+    optimizer, scaler = torch.optim.AdamW(held.parameters(), lr=1e-2), GradScaler(init_scale=64.0)
+    masters = MasterWeights(held, optimizer)
+    copies = [p.detach().float() for p in plain.parameters()]
+    reference = torch.optim.AdamW(copies, lr=1e-2)
+    for _ in range(5):
+        x = torch.randn(4, 9).half()
+        master_step_reference(plain(x).float().square().mean(), list(plain.parameters()), copies, reference, 64.0)
+        optimizer.zero_grad()
+        scaler.scale(held(x).float().square().mean()).backward()
+        masters.collect_gradients()
+        scaler.step(optimizer)
+        scaler.update()
+        masters.write_back()
+    assert all(torch.equal(p, q) for p, q in zip(held.parameters(), plain.parameters(), strict=True))
 
 
 def test_micro_batches_accumulate_in_fp32():

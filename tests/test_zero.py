@@ -10,6 +10,7 @@ from handtuned.cli import main
 from handtuned.memory import estimate
 
 TWO = (
+    "equals_the_reference",
     "50_steps_bit_equal",
     "bf16_with_masters_bit_equal",
     "accumulation",

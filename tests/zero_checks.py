@@ -8,6 +8,7 @@ import torch
 import torch.distributed as dist
 from handtuned.amp import GradScaler, MasterWeights
 from handtuned.optim import AdamW, ZeroOptimizer
+from handtuned.optim.zero import zero_reference
 from zero_race import STAGES, Race, build, loss_of, overflowing, two_ranks
 
 
@@ -37,6 +38,30 @@ def check_50_steps_to_rounding(steps=50):
 
 def check_5_steps_to_rounding():
     check_50_steps_to_rounding(5)
+
+
+def check_equals_the_reference():
+    """One weight that two ranks cut in halves, each rank with its own batch: the same bits as on plain lists."""
+    def loss_on(x):
+        return lambda weight: (x @ weight.view(6, 4)).square().mean()
+
+    inputs = [torch.randn(5, 6, generator=torch.Generator().manual_seed(rank)) for rank in range(2)]
+    start = torch.randn(24, generator=torch.Generator().manual_seed(9))
+    for stage in STAGES:
+        expected = zero_reference(
+            start, [loss_on(x) for x in inputs], lambda shards: torch.optim.AdamW(shards, lr=0.1), stage, steps=5
+        )
+        layer = torch.nn.Linear(24, 1, bias=False)
+        with torch.no_grad():
+            layer.weight.copy_(start)
+        layer.forward = lambda x, layer=layer: loss_on(x)(layer.weight)
+        zero = ZeroOptimizer(layer.parameters(), torch.optim.AdamW, stage=stage, lr=0.1)
+        for _ in range(5):
+            layer(inputs[dist.get_rank()]).backward()
+            zero.step()
+            zero.zero_grad()
+        zero.close()
+        assert torch.equal(layer.weight.flatten(), expected)
 
 
 def check_the_same_batch_equals_one_process():

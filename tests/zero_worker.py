@@ -1,4 +1,4 @@
-"""One process of test_zero.py and test_offload.py: a list of checks, in step with the other ranks.
+"""One process of test_zero.py and test_zero_offload.py: a list of checks, in step with the other ranks.
 
     python zero_worker.py RANK SIZE DIRECTORY CHECK…
 

@@ -1,11 +1,11 @@
-"""Offloading: the same numbers, with optimizer state in the host's memory. On a CPU both memories are one, told
+"""Offloading: the same numbers, with optimizer state in the host's memory. On a CPU both memories are one, known
 apart by what the optimizer keeps where; on a GPU by the tensors' devices."""
 
 import pytest
 import torch
 import zero_worker
 from handtuned.optim import AdamW, ZeroOptimizer
-from handtuned.optim.offload import Host
+from handtuned.optim.zero_collectives import Host
 from torch import nn
 
 CHECKS = ("offload_changes_no_number", "offload_skips_overflows", "offload_bytes")

@@ -4,13 +4,12 @@ Hooks note every gradient as it is accumulated, and reductions are called
 
     stage 1     bucket by bucket when backward has ended; the full gradients stay
     stage 2     a bucket when its parameters have their gradients; the full ones are freed
-    stage 3     a module's when backward goes on to the next module (`gathering.py`)
+    stage 3     a module's when backward goes on to the next module (`zero_parameters.py`)
 
-All ranks must call them in the same order, though on one of them a parameter may have no gradient at
-all. So buckets go in a fixed order, one that lacks a gradient waits (and all behind it) until backward has
-ended, and what is missing then counts as zero. At last the ranks tell each other which parameters
-any of them has used (a parameter that nobody used has no gradient, and weight decay must
-not touch it), and whether any gradient overflowed.
+All ranks must call them in the same order, though on one of them a parameter may have no gradient at all. So buckets
+go in a fixed order, one that lacks a gradient waits (and all behind it) until backward has ended, and what is missing
+then counts as zero. At last the ranks tell each other which parameters any of them has used (a parameter that nobody
+used has no gradient, and weight decay must not touch it), and whether any gradient overflowed.
 """
 
 import weakref
@@ -18,7 +17,7 @@ import weakref
 import torch
 import torch.distributed as dist
 
-from .shards import Shard, alike, buckets, pack, width
+from .zero_collectives import Shard, alike, buckets, pack, width
 
 
 class Reduction:
@@ -26,14 +25,12 @@ class Reduction:
 
     Args:
         shards: of all parameters.
-        stage: 1, 2 or 3.
         group: `Collectives`.
         host: `Host` if gradient shards are kept there, else None.
         bucket_elements: size of one reduction under stages 1 and 2.
 
     Attributes:
-        trained: shards of parameters with gradients.
-        buckets: of these.
+        trained: shards of parameters with gradients; `buckets` of these.
         gathering: `Gathering` under stage 3.
         syncing: False while gradients are only accumulated.
         settled: what backward left has been reduced.
@@ -56,7 +53,6 @@ class Reduction:
         self._ready: set[Shard] = set()
         self._arrived: dict[Shard, torch.Tensor] = {}  # reduced, not yet in .grad
         self._used: set[int] = set()
-        self._finite: list[torch.Tensor] = []
 
     def hooks(self) -> list:
         me = weakref.ref(self)  # the parameters must not keep this alive
@@ -107,11 +103,9 @@ class Reduction:
             # Divided before they are summed, as DDP does: an FP16 sum could overflow where the mean does not.
             rows = pack([self._take(shard, early) for shard in group], size).mul_(1 / size)
             mine = self.group.reduce_scatter(rows)
-            if mine.numel():
-                self._finite.append(torch.linalg.vector_norm(mine, torch.inf).isfinite())
             for shard, padded in zip(group, mine.split([width(shard.numel, size) for shard in group]), strict=True):
                 mean = padded[: shard.stop - shard.start]
-                mean = mean if self.host is None else self.host.fetch(mean)
+                mean = self.host.fetch(mean) if self.host else mean
                 if shard in self._arrived:
                     self._wait()
                     mean += self._arrived[shard]
@@ -136,37 +130,32 @@ class Reduction:
         if self.syncing:
             for bucket in self._waiting:
                 self.reduce(bucket)
-            if self.stage == 3:
-                self.reduce(self._left_over())
+            if self.stage == 3:  # gradients that came after their module's turn: of tied weights, or no module's
+                late = self._on_any_rank(shard.index for shard in self.trained if shard.param.grad is not None)
+                self.reduce([shard for shard in self.trained if late[shard.index]])
             self._settle()
         self._begin()
 
-    def _left_over(self) -> list[Shard]:
-        """Parameters whose gradient came after their module's turn, on any rank: of tied weights, or no module's."""
-        late = self._on_any_rank(shard.index for shard in self.trained if shard.param.grad is not None)
-        return [shard for shard in self.trained if late[shard.index]]
-
     @torch.no_grad()
     def _settle(self) -> None:
-        overflow = ~torch.stack(self._finite).all() if self._finite else None
-        *used, overflow = self._on_any_rank(self._used, overflow)
+        """Hand the optimizer the means of this backward pass."""
         self._wait()
+        means = [mean for mean in self._arrived.values() if mean.numel()]
+        overflow = ~torch.stack(torch._foreach_norm(means, torch.inf)).isfinite().all() if means else False
+        *used, overflow = self._on_any_rank(self._used, overflow)
         for shard, mean in self._arrived.items():
             if not used[shard.index]:
                 continue
-            value = shard.value
-            if value.grad is not None:
-                mean += value.grad
+            if shard.value.grad is not None:
+                mean += shard.value.grad
             if self.stage == 1:
                 self._averaged.add(shard)
                 mean = mean if self.host else self._put_back(shard, mean)
-            value.grad = mean
-        if overflow:
-            # It is in one rank's shard, and a GradScaler looks at its own rank's only.
-            for shard in self.trained:
-                if shard.value.grad is not None and shard.value.numel():
-                    shard.value.grad[0] = torch.inf
-                    break
+            shard.value.grad = mean
+        if overflow:  # it is in one rank's shard, and a GradScaler looks at its own rank's only
+            grads = [shard.value.grad for shard in self.trained if shard.value.numel() and shard.value.grad is not None]
+            for grad in grads[:1]:
+                grad[0] = torch.inf
         self.settled = True
 
     def _put_back(self, shard: Shard, mean: torch.Tensor) -> torch.Tensor:
@@ -175,13 +164,12 @@ class Reduction:
         param.grad = torch.zeros_like(param) if param.grad is None else param.grad.contiguous()
         return param.grad.view(-1)[shard.start : shard.stop].copy_(mean)
 
-    def _on_any_rank(self, indices, overflow: torch.Tensor | None = None) -> list[int]:
+    def _on_any_rank(self, indices, overflow: torch.Tensor | bool = False) -> list[int]:
         """A flag for each parameter, and one for the overflow: set if it is on any rank."""
         flags = torch.zeros(len(self.shards) + 1, dtype=torch.int32)
         flags[list(indices)] = 1
         flags = flags.to(self.shards[0].param.device)
-        if overflow is not None:
-            flags[-1] = overflow
+        flags[-1] = overflow
         return self.group.all_reduce(flags, dist.ReduceOp.MAX).tolist()
 
     def _wait(self) -> None:
@@ -191,11 +179,9 @@ class Reduction:
     def clear(self, set_to_none: bool) -> None:
         """Clear the gradients of parameters and shards, and forget a backward pass that did not end."""
         for tensor in (tensor for shard in self.shards for tensor in (shard.param, shard.value)):
-            if tensor.grad is None:
-                continue
             if set_to_none:
                 tensor.grad = None
-            else:
+            elif tensor.grad is not None:
                 tensor.grad.zero_()
         if set_to_none:
             self._averaged.clear()

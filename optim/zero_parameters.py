@@ -27,7 +27,7 @@ from torch import nn
 from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
 from torch.utils._pytree import tree_leaves
 
-from .shards import Shard, alike, pack_row, unpack
+from .zero_collectives import Shard, alike
 
 # Their forward reads the parameters of submodules without calling these.
 READ_INTO = (nn.MultiheadAttention, nn.TransformerEncoderLayer)
@@ -39,7 +39,7 @@ class Gathering:
     Args:
         shards: of all parameters.
         group: `Collectives`.
-        reduction: `Reduction` of the gradients; it is told of backward, and called for each module.
+        reduction: `Reduction` of the gradients; called when backward begins, and for each module.
         model: if it is known, the members of its ModuleLists (a decoder's layers) are gathered as a whole: fewer
             and larger collectives, and their modules may read each other's parameters.
     """
@@ -74,9 +74,8 @@ class Gathering:
     def gather(self, shards) -> None:
         """Make parameters whole."""
         for group in alike(shard for shard in shards if shard not in self.whole):
-            numels = [shard.numel for shard in group]
-            row = pack_row([shard.owned for shard in group], numels, self.group.size)
-            for shard, flat in zip(group, unpack(self.group.all_gather(row), numels), strict=True):
+            flats = self.group.gather_whole([shard.owned for shard in group], [shard.numel for shard in group])
+            for shard, flat in zip(group, flats, strict=True):
                 full = self.full[shard]
                 full.untyped_storage().resize_(shard.numel * full.element_size())
                 full.view(-1).copy_(flat)
@@ -85,10 +84,8 @@ class Gathering:
 
     def release(self, shards) -> None:
         """Give back the memory of parameters that no running forward call uses."""
-        if self.held:
-            return
         for shard in shards:
-            if shard in self.whole and self.users[shard] == 0:
+            if shard in self.whole and self.users[shard] == 0 and not self.held:
                 shard.param.data = self.empty[shard]
                 self.full[shard].untyped_storage().resize_(0)
                 self.whole.remove(shard)
@@ -117,13 +114,9 @@ class Gathering:
         for shard in shards:
             self.users[shard] += 1
         frozen = [shard for shard in shards if not shard.param.requires_grad]
-        if frozen and torch.is_grad_enabled():
-            self._release_after_backward(frozen, args)
-
-    def _release_after_backward(self, frozen: list[Shard], args: tuple) -> None:
-        """A frozen parameter has no gradient to wait for, but its module's input has one, after the last use."""
+        # A frozen parameter has no gradient to wait for, but its module's input has one, after the last use.
         entered = next((x for x in args if isinstance(x, torch.Tensor) and x.requires_grad and not x.is_leaf), None)
-        if entered is None:
+        if not frozen or entered is None or not torch.is_grad_enabled():
             return
         for shard in frozen:
             self.pending[shard] += 1
@@ -143,17 +136,16 @@ class Gathering:
             self.users[shard] -= 1
         self.release(shards)
         outputs = [x for x in tree_leaves(output) if isinstance(x, torch.Tensor) and x.requires_grad]
-        if outputs:
-            if module in self.blocks:  # the calls within were a part of this one
-                for inner in [key for key in self.order if set(key) < set(shards)]:
-                    del self.order[inner]
-                self.home.update(dict.fromkeys(shards, shards))
-            self.order.pop(shards, None)
-            self.order[shards] = None
-            for shard in shards:
-                self.home.setdefault(shard, shards)
-            for x in outputs:
-                x.register_hook(lambda _: self.before_backward(shards))
+        if not outputs:
+            return
+        if module in self.blocks:  # the calls within were a part of this one
+            self.order = {key: None for key in self.order if not set(key) < set(shards)}
+            self.home.update(dict.fromkeys(shards, shards))
+        self.order.pop(shards, None)
+        self.order[shards] = None
+        self.home = dict.fromkeys(shards, shards) | self.home
+        for x in outputs:
+            x.register_hook(lambda _: self.before_backward(shards))
 
     def before_backward(self, shards: tuple[Shard, ...]) -> None:
         """A gradient has reached a module's output."""

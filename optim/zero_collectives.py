@@ -1,7 +1,7 @@
-"""Cutting tensors into shards, and the collectives that put them together again.
+"""Cutting tensors into shards, the collectives that put them together again, and the host's memory beside them.
 
-The rule for N processes: a tensor of n elements, flattened and padded with zeros to N · w
-elements, w = ceil(n / N), is cut into N rows; row r belongs to rank r. Several tensors travel
+The rule for N ranks: a tensor of n elements, flattened and padded with zeros to N · w elements,
+w = ceil(n / N), is cut into N rows; row r belongs to rank r. Several tensors travel
 in one collective when their rows are laid side by side:
 
     rank 0's row   | tensor a: 0 … w_a | tensor b: 0 … w_b |
@@ -9,7 +9,7 @@ in one collective when their rows are laid side by side:
 
 reduce-scatter sums all ranks' (N, Σw) buffers and leaves rank r with row r of the sum; all-gather
 takes a row from each rank and leaves the whole buffer on all of them. A ring does either by
-sending (N − 1)/N of the buffer once through every link, so each counts as "A elements a rank" for
+sending (N − 1)/N of the buffer once through every link, so each counts as "A elements per rank" for
 A elements; all-reduce is one after the other, 2A (Rajbhandari et al. 2020, "ZeRO", section 7.1).
 """
 
@@ -19,6 +19,7 @@ from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
 
 # torch 2.13 renamed them.
 _reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
@@ -65,6 +66,13 @@ class Collectives:
         _all_gather(rows.view(-1), mine)
         return rows
 
+    def gather_whole(self, pieces: list[torch.Tensor], numels: list[int]) -> Iterator[torch.Tensor]:
+        """Every rank's pieces of tensors with `numels` elements → one whole flat tensor after the other."""
+        widths = [width(numel, self.size) for numel in numels]
+        rows = self.all_gather(torch.cat([_padded(piece, w) for piece, w in zip(pieces, widths, strict=True)]))
+        for columns, numel in zip(rows.split(widths, dim=1), numels, strict=True):
+            yield columns.reshape(-1)[:numel]
+
     def all_reduce(self, tensor: torch.Tensor, op=dist.ReduceOp.SUM) -> torch.Tensor:
         """In place; used for a few flags and norms only."""
         self._count("all-reduce", tensor.numel())
@@ -77,6 +85,40 @@ class Collectives:
         self._count("broadcast", tensor.numel())
         if self.size > 1:
             dist.broadcast(tensor, src=0)
+
+
+class Host:
+    """Host memory for tensors of one device, and on a GPU the stream that copies from and to it.
+
+    Copies overlap with the device's work only if host memory is pinned (page-locked) and they have a stream of
+    their own. Without a GPU they are ordinary ones, within the same memory.
+    """
+
+    def __init__(self, device: torch.device):
+        self.device = device
+        self.stream = torch.cuda.Stream(device) if device.type == "cuda" else None
+
+    def fetch(self, tensor: torch.Tensor) -> torch.Tensor:
+        """A copy in host memory; on a GPU it is complete after `wait`."""
+        copy = torch.empty(tensor.shape, dtype=tensor.dtype, device="cpu", pin_memory=self.stream is not None)
+        self.send(tensor, copy)
+        if self.stream is not None:
+            tensor.record_stream(self.stream)  # its memory must not be handed out again before the copy has been made
+        return copy
+
+    def send(self, source: torch.Tensor, target: torch.Tensor) -> None:
+        """Copy between the memories; `source` must not change before `wait`."""
+        if self.stream is None:
+            target.copy_(source)
+            return
+        self.stream.wait_stream(torch.cuda.current_stream(self.device))
+        with torch.cuda.stream(self.stream):
+            target.copy_(source, non_blocking=True)
+
+    def wait(self) -> None:
+        """Until all copies have been made."""
+        if self.stream is not None:
+            self.stream.synchronize()
 
 
 @dataclass(eq=False)
@@ -124,30 +166,12 @@ def bounds(numel: int, rank: int, size: int) -> tuple[int, int]:
 def pack(tensors: list[torch.Tensor], size: int) -> torch.Tensor:
     """Whole tensors of one dtype → the (N, Σw) buffer, in new memory."""
     widths = [width(tensor.numel(), size) for tensor in tensors]
-    rows = tensors[0].new_zeros(size, sum(widths))
-    for columns, tensor, w in zip(rows.split(widths, dim=1), tensors, widths, strict=True):
-        flat = tensor.reshape(-1)
-        filled = len(flat) // w if w else 0
-        columns[:filled] = flat[: filled * w].view(filled, w)
-        if filled < size:
-            columns[filled, : len(flat) - filled * w] = flat[filled * w :]
-    return rows
+    rows = [_padded(t.reshape(-1), size * w).view(size, w) for t, w in zip(tensors, widths, strict=True)]
+    return torch.cat(rows, dim=1)
 
 
-def pack_row(pieces: list[torch.Tensor], numels: list[int], size: int) -> torch.Tensor:
-    """This rank's pieces of tensors with `numels` elements → its (Σw,) row."""
-    widths = [width(numel, size) for numel in numels]
-    row = pieces[0].new_zeros(sum(widths))
-    for columns, piece in zip(row.split(widths), pieces, strict=True):
-        columns[: len(piece)] = piece
-    return row
-
-
-def unpack(rows: torch.Tensor, numels: list[int]) -> Iterator[torch.Tensor]:
-    """The (N, Σw) buffer → one whole tensor after the other, flat and without padding."""
-    columns = rows.split([width(numel, len(rows)) for numel in numels], dim=1)
-    for column, numel in zip(columns, numels, strict=True):
-        yield column.reshape(-1)[:numel]
+def _padded(flat: torch.Tensor, length: int) -> torch.Tensor:
+    return F.pad(flat, (0, length - len(flat))) if len(flat) < length else flat
 
 
 def alike(shards) -> list[list[Shard]]:
@@ -163,13 +187,11 @@ def buckets(shards: list[Shard], elements: int) -> list[list[Shard]]:
     `elements` elements: large enough that a collective is worth its latency, small beside the model."""
     result = []
     for group in alike(reversed(shards)):
-        bucket, count = [], 0
+        count = elements  # begin with a new bucket
         for shard in group:
-            bucket.append(shard)
-            count += shard.numel
             if count >= elements:
-                result.append(bucket)
-                bucket, count = [], 0
-        if bucket:
-            result.append(bucket)
+                result.append([])
+                count = 0
+            result[-1].append(shard)
+            count += shard.numel
     return result
