@@ -10,7 +10,7 @@ from .counters import sectors, wavefronts
 from .fault import KernelFault, Unsupported
 from .memory import EVERYONE
 from .registers import both
-from .types import U32, U64, UNSIGNED, type_of
+from .types import S64, U32, U64, UNSIGNED, type_of
 
 
 class Access:
@@ -79,6 +79,15 @@ class Access:
         if name == "shared" and mask is None and rows > 1 and (table == table[0]).all():
             table, times = table[:1], times * rows  # programs run alike
         batch.launch.tally.traffic[name][pc] += batch.launch.remembered(cost, table, mask, self.nbytes) * times
+
+
+class ListedAccess(Access):
+    """An access whose entries are given one by one."""
+
+    def __init__(self, batch, i, program, thread, address, nbytes):
+        self.batch, self.i, self.nbytes = batch, i, nbytes
+        self.program, self.thread, self.warp = program, thread, thread >> 5
+        self.ids, self.address = batch.ids[program], address.astype(S64)
 
 
 def _width(i):

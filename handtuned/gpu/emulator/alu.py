@@ -11,7 +11,7 @@ import numpy as np
 
 from . import floats, integers
 from .convert import convert
-from .types import F32, F64, PRED, S32, TYPES, U16, U32, UNSIGNED, WIDER, bf16_to_f32
+from .types import F32, F64, PRED, S32, TYPES, U16, U32, U64, UNSIGNED, WIDER, bf16_to_f32
 
 
 @dataclass(frozen=True)
@@ -112,6 +112,23 @@ def _arity(base):
     return 3 if base in ("fma", "mad") else 2
 
 
+def _on_pairs(fn):
+    """An fp32 operation on the two halves of 64-bit registers."""
+
+    def run(*args):
+        args = [np.ascontiguousarray(a).view(F32) for a in np.broadcast_arrays(*args)]
+        return np.ascontiguousarray(fn(*args)).view(U64)
+
+    return run
+
+
+def _mixed(base, parts, kind):
+    """add.f32.bf16 (Blackwell): 16-bit operands, but for the last one and the sum, which are fp32."""
+    fn, n = floats.operation(base, parts, F32), _arity(base)
+    widen = bf16_to_f32 if kind == "bf16" else (lambda bits: bits.view(np.float16).astype(F32))
+    return fn and Operation(lambda *args: fn(*map(widen, args[:-1]), args[-1]), [U16] * (n - 1) + [F32], F32)
+
+
 def find(op: str) -> Operation | None:
     """The operation of an opcode; None if it is none of this kind."""
     parts = op.split(".")
@@ -121,6 +138,11 @@ def find(op: str) -> Operation | None:
         return found and Operation(*found)
     if base == "prmt":
         return _integer(base, parts, "b32")
+    if kind == "f32x2":
+        fn = floats.operation(base, parts, F32)
+        return fn and Operation(_on_pairs(fn), [U64] * _arity(base), U64)
+    if len(parts) > 2 and parts[-2] == "f32" and kind in ("f16", "bf16"):
+        return _mixed(base, parts[:-1], kind)
     t = TYPES.get(kind)
     if t is None:
         return None

@@ -69,7 +69,7 @@ class Batch:
         other.arrived = {k: part(m) for k, m in self.arrived.items()}
         for name in ("copies", "bulk", "multiplying"):
             setattr(other, name, getattr(self, name).select(keep, new))
-        other.mbarriers = {k: bar.select(keep) for k, bar in self.mbarriers.items()}
+        other.mbarriers = {k: bar.select(keep, new) for k, bar in self.mbarriers.items()}
         if self.shared:
             other.shared = self.shared.select(keep)
         return other

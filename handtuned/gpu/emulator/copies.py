@@ -49,13 +49,14 @@ class Groups:
 
     def __init__(self):
         self.open, self.closed = [], []  # transfers; (mask or None, transfers)
+        self.committed = 0
 
     def add(self, transfer: Transfer):
         self.open.append(transfer)
 
     def commit(self, mask):
         self.closed.append((mask, self.open))
-        self.open = []
+        self.open, self.committed = [], self.committed + 1
 
     def wait(self, mask, most: int, shape):
         """Take out the transfers that are done when threads in `mask` have at most `most` groups left."""
@@ -78,6 +79,7 @@ class Groups:
 
     def select(self, keep, new):
         other = Groups()
+        other.committed = self.committed
         other.open = [t.select(new) for t in self.open]
         other.closed = [(m[keep] if m is not None and m.shape[0] > 1 else m, [t.select(new) for t in transfers])
                         for m, transfers in self.closed]  # fmt: skip

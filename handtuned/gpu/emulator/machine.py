@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from . import access, alu, atomics, copies, move, schedule, tensor, tma, warp, wgmma
+from . import access, alu, atomics, copies, mbarrier, move, schedule, tensor, tma, warp, wgmma
 from .batch import Batch
 from .counters import Tally
 from .fault import Unsupported
@@ -29,7 +29,7 @@ HANDLERS = {
     "mov": move.move, "cvta": move.convert_address,
     "shfl": warp.shuffle, "redux": warp.reduce, "vote": warp.vote, "elect": warp.elect, "activemask": warp.active,
     "match": warp.match, "mma": tensor.multiply, "ldmatrix": tensor.load_matrix, "stmatrix": tensor.store_matrix,
-    "wgmma": wgmma.wgmma, "mbarrier": tma.mbarrier, "tensormap": tma.tensormap, "fence": tma.fence,
+    "wgmma": wgmma.wgmma, "mbarrier": mbarrier.mbarrier, "tensormap": tma.tensormap, "fence": tma.fence,
     "membar": _nothing, "bar": _nothing, "barrier": _nothing, "prefetch": _nothing, "griddepcontrol": _nothing,
     "setmaxnreg": _nothing, "pragma": _nothing, "nanosleep": _nothing, "discard": _nothing, "applypriority": _nothing,
 }  # fmt: skip

@@ -1,7 +1,8 @@
 """Global memory: the tensors that a launch was given, every access checked.
 
-A launch may touch the storages of its tensor arguments, and of those tensors whose addresses stand in an int64 tensor
-that it was given (a table of addresses, as kernels/adamw.py makes). Everything else is "out of bounds".
+A launch may touch its tensor arguments, each from its first element to its last, and those tensors whose addresses
+stand in an int64 tensor that it was given (a table of addresses, as kernels/adamw.py makes). Everything else is "out
+of bounds": the rest of a storage, of which an argument is a view, as well.
 
 DRAM is moved in sectors of 32 bytes. From a cold cache every sector that a launch reads before writing it comes from
 DRAM once, and every sector it writes goes back once: those two sums are what any launch must pay at least.
@@ -20,7 +21,7 @@ import torch
 from .registers import POISON
 from .types import U32, UNSIGNED
 
-_BLOCK = 64  # torch aligns storages so; typed views need an aligned start
+_BLOCK = 128  # the largest access: views of that width need an aligned start
 EVERYONE = -2  # stands for the programs of a batch that all make the same access
 
 
@@ -48,10 +49,10 @@ def _bytes_at(address, nbytes):
 
 
 class Region:
-    """Bytes [start, end) of one storage, and what the launch did to them.
+    """Bytes [start, end) of tensors, and what the launch did to them.
 
     Attributes:
-        first: start of the arrays, a multiple of 64 bytes not above `start`.
+        first: start of the arrays, a multiple of 128 bytes not above `start`.
         bytes: the memory itself.
         read_by, written_by: for each sector 1 + the instruction that touched it first; 0: none did.
         owner: for each piece 1 + the program that wrote it last; 0: none did.
@@ -69,20 +70,21 @@ class Region:
         self.owner, self.poisoned = None, poisoned
 
 
-def storages_of(tensors):
-    """Merged [start, end) of the storages of CPU tensors."""
-    spans = set()
+def spans_of(tensors, unwritten):
+    """Merged (start, end, poisoned) of what CPU tensors reach, from their first element to their last."""
+    spans = []
     for t in tensors:
-        if isinstance(t, torch.Tensor) and t.device.type == "cpu" and t.layout == torch.strided:
-            storage = t.untyped_storage()
-            if storage.nbytes():
-                spans.add((storage.data_ptr(), storage.data_ptr() + storage.nbytes()))
+        if isinstance(t, torch.Tensor) and t.device.type == "cpu" and t.layout == torch.strided and t.numel():
+            last = sum((n - 1) * stride for n, stride in zip(t.shape, t.stride(), strict=True))
+            poisoned = unwritten is not None and unwritten.holds(t.untyped_storage().data_ptr())
+            spans.append((t.data_ptr(), t.data_ptr() + (last + 1) * t.element_size(), poisoned))
     merged = []
-    for start, end in sorted(spans):
+    for start, end, poisoned in sorted(spans):
         if merged and start < merged[-1][1]:
-            merged[-1] = (merged[-1][0], max(end, merged[-1][1]))
+            before = merged[-1]
+            merged[-1] = (before[0], max(end, before[1]), before[2] or poisoned)
         else:
-            merged.append((start, end))
+            merged.append((start, end, poisoned))
     return merged
 
 
@@ -123,14 +125,13 @@ class Global:
         self.version = 0  # grows with every write: whoever waits for memory to change can tell whether it did
         self.acquired = {}  # program → since it acquired, it may read what others released
         self.released = set()
-        self._add(storages_of(tensors))
+        self._add(tensors)
 
-    def _add(self, spans):
-        known = {region.start: region for region in self.regions}
-        for start, end in spans:
-            if start not in known:
-                known[start] = Region(start, end, self.unwritten is not None and self.unwritten.holds(start))
-        self.regions = [known[start] for start in sorted(known)]
+    def _add(self, tensors):
+        """Regions for these tensors; what earlier regions recorded is kept where they did not grow."""
+        known = {(region.start, region.end): region for region in self.regions}
+        spans = spans_of(tensors, self.unwritten)
+        self.regions = [known.get((start, end)) or Region(start, end, poisoned) for start, end, poisoned in spans]
         self.starts = np.array([region.start for region in self.regions], np.int64)
 
     def _region(self, low, high):
@@ -163,7 +164,7 @@ class Global:
             return index
         if not self.tables_read:
             self.tables_read = True
-            self._add(storages_of([*self.tensors, *tensors_in_tables(self.tensors)]))
+            self._add([*self.tensors, *tensors_in_tables(self.tensors)])
             return self._index(access)
         access.fail("out of bounds", f"{access.nbytes} bytes that are in no tensor of the launch"
                     f"{self._nearest(int(access.address[outside.argmax()]))} "

@@ -9,7 +9,7 @@ Nobody can run and somebody waits: that is a deadlock.
 import numpy as np
 
 from .fault import KernelFault, Unsupported
-from .types import PRED, U32
+from .types import U32
 
 ENDS_BLOCK = ("bra", "ret", "exit", "bar", "barrier", "trap")
 _SLICE = 4096  # blocks that a batch runs before others get their turn: one may wait for what another writes
@@ -33,7 +33,7 @@ def terminator(m, pc, i):
     if base == "trap":
         return _trap(m, pc, i)
     if base == "mbarrier":
-        from .tma import try_wait
+        from .mbarrier import try_wait
 
         return try_wait(m, pc, i)
     return _barrier(m, pc, i)
@@ -222,7 +222,3 @@ def run_all(batches, machine, memory):
             waiting = parts + waiting
             quiet = 0 if not parts else quiet
 
-
-def true_for(b, mask):
-    """A predicate register that holds `mask`."""
-    return np.broadcast_to(mask, (b.programs, b.threads)).astype(PRED)

@@ -14,11 +14,11 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from .access import Access
+from .access import ListedAccess
 from .copies import Transfer
 from .fault import KernelFault, Unsupported
 from .tensor import matrix_a, per_warp
-from .types import F16, F32, PRED, S64, U32, U64, small_floats
+from .types import F16, F32, PRED, U32, U64, small_floats
 
 _SHAPE = re.compile(r"m64n(\d+)k(\d+)")
 _SWIZZLE = {0: 0, 1: 128, 2: 64, 3: 32}  # bits 62 and 63 of a descriptor → bytes of a row that are permuted
@@ -28,8 +28,8 @@ _CHUNK = 16
 class InFlight:
     """A register that a wgmma which nobody has waited for will write."""
 
-    def __init__(self, value, instruction, kernel, ids):
-        self.value, self.instruction, self.kernel, self.ids = value, instruction, kernel, ids
+    def __init__(self, value, group, instruction, kernel, ids):
+        self.value, self.group, self.instruction, self.kernel, self.ids = value, group, instruction, kernel, ids
 
     @property
     def dtype(self):
@@ -39,7 +39,7 @@ class InFlight:
     view = shape = dtype
 
     def select(self, keep, new):
-        return InFlight(self.value[keep], self.instruction, self.kernel, self.ids[keep])
+        return InFlight(self.value[keep], self.group, self.instruction, self.kernel, self.ids[keep])
 
 
 def swizzled(offset, span):
@@ -121,24 +121,15 @@ class _Operand:
         return chunks.reshape(n, self.outer // per, self.depth, per).swapaxes(2, 3).reshape(n, self.outer, self.depth)
 
 
-class ListedAccess(Access):
-    """An access whose entries are given one by one."""
-
-    def __init__(self, batch, i, program, thread, address, nbytes):
-        self.batch, self.i, self.nbytes = batch, i, nbytes
-        self.program, self.thread, self.warp = program, thread, thread >> 5
-        self.ids, self.address = batch.ids[program], address.astype(S64)
-
-
 def _wait(most):
     def run(b):
         for t in b.multiplying.wait(b.mask, most, (b.programs, b.threads)):
             pieces = t.pieces + (t.program * b.shared.writer.shape[1])[:, None]
             b.shared.finish_async_read(t.program, pieces, (0b1111 << (t.thread >> 5))[:, None])
-        if not b.multiplying.closed:
-            for slot, value in enumerate(b.values):
-                if type(value) is InFlight:
-                    b.values[slot] = value.value
+        done = b.multiplying.committed - len(b.multiplying.closed)
+        for slot, value in enumerate(b.values):
+            if type(value) is InFlight and value.group < done:
+                b.values[slot] = value.value
 
     return run
 
@@ -218,4 +209,4 @@ def _updated(b, old, new, accumulate, i):
     value = np.ascontiguousarray(new.astype(F16)).view(U32) if two else new
     if b.mask is not None:
         value = np.where(b.mask, value.view(U32), np.broadcast_to(old, value.shape).view(U32)).view(value.dtype)
-    return InFlight(value, i, b.kernel.name, b.ids)
+    return InFlight(value, b.multiplying.committed, i, b.kernel.name, b.ids)
