@@ -10,6 +10,7 @@ from setuptools import Extension, setup
 
 HERE = Path(__file__).parent
 FLOORS = ("kernels", "quant", "amp", "optim", "nn")
+INSIDE = ("gpu", "gpu.emulator")  # packages that lie in handtuned/ itself
 
 version = next(
     line.split('"')[1]
@@ -62,7 +63,7 @@ setup(
     long_description_content_type="text/markdown",
     license="Apache-2.0",
     python_requires=">=3.10",
-    packages=["handtuned", *(f"handtuned.{part}" for part in (*FLOORS, "gpu", "gpu.emulator", "lessons", "lessons.exercises"))],
+    packages=["handtuned", *(f"handtuned.{part}" for part in (*FLOORS, *INSIDE, "lessons", "lessons.exercises"))],
     package_dir={"handtuned": "handtuned", **{f"handtuned.{floor}": floor for floor in FLOORS}},
     ext_modules=[native],
     package_data={"handtuned": ["datasets/*.jsonl"]},

@@ -121,8 +121,8 @@ class _Utils:
 
     def get_device_properties(self, device):
         arch = limits.ARCHS[self.arch]
-        return {"max_shared_mem": limits.shared_per_program(self.arch), "multiprocessor_count": 1, "warpSize": 32,
-                "max_num_regs": arch.registers, "sm_clock_rate": 1, "mem_clock_rate": 1, "mem_bus_width": 1}  # fmt: skip
+        shared = limits.shared_per_program(self.arch)
+        return {"max_shared_mem": shared, "multiprocessor_count": 1, "warpSize": 32, "max_num_regs": arch.registers}
 
 
 class EmulatedDriver(DriverBase):

@@ -41,11 +41,12 @@ def table(gpu) -> str:
     widths = [max(len(row[c]) for row in (_HEAD, *rows)) for c in range(len(_HEAD))]
 
     def line(row):
-        return "  ".join(cell.ljust(w) if c == 0 else cell.rjust(w) for c, (cell, w) in enumerate(zip(row, widths)))
+        first, *rest = (cell.rjust(w) for cell, w in zip(row, widths, strict=True))
+        return "  ".join([first.strip().ljust(widths[0]), *rest])
 
     notes = (
-        "instructions: of warps (32 threads each). sectors: of 32 bytes, for one request of a warp; wavefronts: passes "
-        "over the\n32 banks of shared memory; in brackets the fewest possible. DRAM: each sector once, from a cold cache."
+        "instructions: of warps (32 threads each). sectors: of 32 bytes, for a request of a warp. wavefronts: passes\n"
+        "over the 32 banks of shared memory. In brackets: the fewest possible. DRAM: each sector once, cold cache."
     )
     return "\n".join([f"{gpu.arch}, emulated: {len(gpu.launches)} launches", line(_HEAD), *map(line, rows), "", notes])
 
@@ -76,7 +77,8 @@ def source_listing(counters, file, lines, first) -> str:
     rows += [(*_costs(counters.lines[place]), f"{place[1]:4} {_text(place)}") for place in others]
     widths = [max(len(row[c]) for row in (head, *rows)) for c in range(len(head))]
     return "\n".join(
-        "  ".join(cell.rjust(w) for cell, w in zip(row, widths)) + "  " + row[-1] for row in ((*head, "line"), *rows)
+        "  ".join(cell.rjust(w) for cell, w in zip(row[:-1], widths, strict=True)) + "  " + row[-1]
+        for row in ((*head, "line"), *rows)
     )
 
 

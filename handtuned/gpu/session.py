@@ -110,8 +110,9 @@ class Emulator:
             kernel: its name, or the @triton.jit function.
         """
         launches = self._of(kernel)
-        lines, first = inspect.getsourcelines(launches[0].function)
-        return source_listing(self.counters(launches[0].name), inspect.getsourcefile(launches[0].function), lines, first)
+        function = launches[0].function
+        lines, first = inspect.getsourcelines(function)
+        return source_listing(self.counters(launches[0].name), inspect.getsourcefile(function), lines, first)
 
     def by_kernel(self):
         """name → its launches, in the order of the first ones."""

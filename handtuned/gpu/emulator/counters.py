@@ -102,7 +102,8 @@ def pipe_of(op: str) -> str:
     if base == "wgmma" and "mma_async" not in parts:
         return "barrier"
     if base in ("ld", "st"):
-        space = next((s for s in ("shared", "global", "param", "local") if any(p.startswith(s) for p in parts)), "global")
+        spaces = ("shared", "global", "param", "local")
+        space = next((s for s in spaces if any(p.startswith(s) for p in parts)), "global")
         return "constant" if space == "param" else f"{'load' if base == 'ld' else 'store'} {space}"
     if base == "cp" and ("wait" in op or "commit" in op):
         return "barrier"

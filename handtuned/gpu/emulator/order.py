@@ -50,7 +50,7 @@ class Order:
         self.table[program, warps] = self.release(program, warps)
 
     def release(self, program: int, warps):
-        """(W,) what these warps together know, themselves up to now included: to be handed on through an mbarrier."""
+        """(W,) what these warps together know, themselves up to now included: an mbarrier hands it on."""
         self._need_table()
         known = self.table[program, warps].max(0)
         known[warps] = self.tick[program]
@@ -62,7 +62,7 @@ class Order:
         self.table[program, warps] = np.maximum(self.table[program, warps], known)
 
     def knows(self, program, warp, of):
-        """Up to which tick `warp` knows warp `of`; arrays of one shape; warp -1: the least that any other warp knows."""
+        """Up to which tick `warp` knows warp `of`; warp -1: the least that any other warp knows."""
         if self.table is None:
             return self.base[program]
         named = self.table[program, np.maximum(warp, 0), of]

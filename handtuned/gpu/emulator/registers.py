@@ -48,7 +48,8 @@ class Registers:
 
     def _constant(self, operand, dtype):
         if isinstance(operand, FloatBits):
-            value = np.array([[operand.bits]], U32 if operand.size == 4 else U64).view(F32 if operand.size == 4 else F64)
+            bits, number = (U32, F32) if operand.size == 4 else (U64, F64)
+            value = np.array([[operand.bits]], bits).view(number)
             return value.view(dtype) if dtype.itemsize == operand.size else value.astype(dtype)
         if dtype == PRED:
             return np.array([[bool(operand)]])

@@ -98,7 +98,7 @@ def _trap(m, pc, i):
 
 
 def _barrier(m, pc, i):
-    """bar.sync name[, threads]: wait until so many threads (all, if none is said) have come; bar.arrive: do not wait."""
+    """bar.sync name[, threads]: wait until so many threads (or all) have come; bar.arrive: come, do not wait."""
     if "red" in i.parts:
         raise Unsupported(i)
     wait, guard = "arrive" not in i.parts, m.guard(i)

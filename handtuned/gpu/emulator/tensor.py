@@ -171,7 +171,7 @@ def store_matrix(m, pc, i):
             matrices = np.ascontiguousarray(matrices.swapaxes(-1, -2))
         b.shared.check_write(rows.access, rows.offset)
         differ = b.shared.store(rows.access.program, rows.offset, matrices.reshape(-1, 8))
-        rows.access.fail_if("conflicting writes", "threads write different values to one address of shared memory", differ)
+        rows.access.fail_if("conflicting writes", "rows of a matrix are written to one address", differ)
         rows.count(pc)
 
     return run

@@ -156,7 +156,7 @@ def bulk(m, pc, i):
         return lambda b: b.bulk.commit(both(b.mask, guard(b.values)))
     if "wait_group" in parts:
         return _wait(i, guard)
-    if "tensor" not in parts or parts[0] != "cp" or "im2col" in parts or "tile" in i.op and "gather4" in i.op:
+    if "tensor" not in parts or parts[0] != "cp" or "im2col" in parts or "gather4" in i.op:
         raise Unsupported(i)
     if "prefetch" in parts:
         return lambda b: None
@@ -203,8 +203,8 @@ def _check_alignment(b, i, program, thread, start, tensor):
     need = 128 if tensor.span else 16
     one = ListedAccess(b, i, np.array([program]), np.array([thread]), np.array([start - SHARED_BASE]), need)
     one.fail_if("misaligned", f"a TMA box in shared memory must be aligned to {need} bytes", one.address % need != 0)
-    bad = tensor.address % 16 or any(stride % 16 for stride in tensor.strides[1:])
-    one.fail_if("misaligned", "TMA needs a tensor whose start and strides are multiples of 16 bytes", np.array([bool(bad)]))
+    bad = sum(n % 16 for n in (tensor.address, *tensor.strides[1:]))
+    one.fail_if("misaligned", "TMA needs starts and strides that are multiples of 16 bytes", np.array([bad > 0]))
 
 
 def _count(b, pc, name, address, inside, unit, nbytes):
@@ -231,7 +231,8 @@ def _load(m, pc, i):
             width = min(unit, 8)
             data = np.zeros((address.size, unit // width), f"u{width}")
             who = np.full(int(inside.sum()), program), np.full(int(inside.sum()), thread)
-            data[inside] = b.launch.memory.load(ListedAccess(b, i, *who, address[inside], unit), width, unit // width, pc)
+            origin = ListedAccess(b, i, *who, address[inside], unit)
+            data[inside] = b.launch.memory.load(origin, width, unit // width, pc)
             access, offset = _shared_places(b, i, program, thread, start, tensor)
             b.shared.check_write(access, offset, asynchronous=True)
             one = ListedAccess(b, i, np.array([program]), np.array([thread]), np.array([bar]), 8)

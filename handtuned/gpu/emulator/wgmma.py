@@ -63,7 +63,7 @@ class Descriptor:
         return cls(*field, _SWIZZLE[bits >> 62 & 3])
 
     def chunks(self, outer: int, depth: int, itemsize: int, transposed: bool):
-        """(addresses of the 16-byte chunks, shape, how to get [outer, depth] from chunks of that shape).
+        """Addresses of the 16-byte chunks, flat.
 
         outer is M or N. Not transposed ("K-major"): a chunk runs along K. Blocks of 8 rows, each row `span` bytes, lie
         `stride` apart. Transposed: a chunk runs along outer, a block is `span` bytes of outer by 8 of K; blocks
@@ -76,8 +76,9 @@ class Descriptor:
             at = o // 8 * self.stride + o % 8 * (self.span or _CHUNK) + c * step
         else:
             c, k = np.arange(outer // per)[:, None], np.arange(depth)[None]
-            in_block = (self.span or _CHUNK) // _CHUNK
-            at = c // in_block * self.leading + c % in_block * _CHUNK + k // 8 * self.stride + k % 8 * (self.span or _CHUNK)
+            row = self.span or _CHUNK
+            in_block = row // _CHUNK
+            at = c // in_block * self.leading + c % in_block * _CHUNK + k // 8 * self.stride + k % 8 * row
         return swizzled(self.start + at, self.span).reshape(-1)
 
 
