@@ -2,8 +2,9 @@
 
 import numpy as np
 import torch
+
 from handtuned.gpu.emulator.machine import Launch, Machine
-from handtuned.gpu.emulator.memory import Global, Unwritten
+from handtuned.gpu.emulator.memory import Global
 from handtuned.gpu.emulator.parse import parse
 
 _HEAD = """

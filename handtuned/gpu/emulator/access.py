@@ -148,6 +148,7 @@ def load(m, pc, i):
             got = b.shared.load(access.program, offset, width, len(registers))
         else:
             if volatile:
+                b.launch.memory.polls += 1
                 b.launch.memory.acquired.update(dict.fromkeys(access.ids.tolist()))
             got = b.launch.memory.load(access, width, len(registers), pc)
         for j, write in enumerate(writes):

@@ -136,5 +136,7 @@ def _global(b, access, operation, values, t, pc):
         old[pick] = _apply(view, index, operation, [v[pick] for v in values])
         if (view[index] != before).any():
             memory.version += 1
+        else:
+            memory.polls += 1
         memory.touch_written(region, offset, access.nbytes, pc)
     return old

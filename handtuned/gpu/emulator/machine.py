@@ -46,6 +46,10 @@ def _arithmetic(m, pc, i):
         raise Unsupported(i, "number of operands")
     reads = [m.source(operand, t, i) for operand, t in zip(operands, operation.sources, strict=True)]
     write, guard, slot, function = m.destination(target), m.guard(i), m.slot(target), operation.function
+    width, t = m.kernel.width(target), operation.destination
+    if t.kind in "iu" and width and t.itemsize < width:  # a register of more bits gets the sign, or zeros, in front
+        inner = function
+        function = lambda *args: inner(*args).astype(f"{t.kind}{width}")  # noqa: E731
     always = i.guard is None
     if len(reads) == 1:
         (first,) = reads
@@ -97,7 +101,6 @@ class Machine(Registers):
         blocks: by the index of their first instruction.
         registers: how many there are.
         shared_piece, global_piece: bytes of memory that are watched as one.
-        polls: whether programs may wait for each other, by atomics.
     """
 
     def __init__(self, kernel: Kernel):
@@ -105,7 +108,6 @@ class Machine(Registers):
         self.shared_piece = min([16, *filter(None, (_access_bytes(i, ("shared",)) for i in kernel.code))])
         writes = [i for i in kernel.code if i.parts[0] != "ld"]
         self.global_piece = min([16, *filter(None, (_access_bytes(i, ("global",)) for i in writes))])
-        self.polls = any(i.parts[0] == "atom" or "acquire" in i.parts for i in kernel.code)
         if any(i.parts[0] == "mbarrier" for i in kernel.code):
             self.shared_piece = min(8, self.shared_piece)
         self.blocks = self._blocks()

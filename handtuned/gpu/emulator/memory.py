@@ -26,8 +26,7 @@ EVERYONE = -2  # stands for the programs of a batch that all make the same acces
 
 
 class Unwritten:
-    """Remembers which storages came from torch.empty, filled with POISON: a word that still holds it was never written.
-    """
+    """Remembers which storages came from torch.empty, filled with POISON: a word that holds it is unwritten."""
 
     def __init__(self):
         self.starts = set()
@@ -122,7 +121,7 @@ class Global:
     def __init__(self, tensors, unwritten: Unwritten | None, piece: int):
         self.tensors, self.unwritten, self.piece = tensors, unwritten, piece
         self.regions, self.starts, self.tables_read = [], None, False
-        self.version = 0  # grows with every write: whoever waits for memory to change can tell whether it did
+        self.version = self.polls = 0  # writes, and questions (atomics that changed nothing, acquiring loads)
         self.acquired = {}  # program → since it acquired, it may read what others released
         self.released = set()
         self._add(tensors)
@@ -158,8 +157,11 @@ class Global:
         """Number of the region of each address, all of them checked."""
         ends = np.array([region.end for region in self.regions], np.int64)
         index = np.searchsorted(self.starts, access.address, "right") - 1
-        outside = np.ones(index.size, bool) if not ends.size else (
-            (index < 0) | (access.address + access.nbytes > ends[np.maximum(index, 0)]))
+        outside = (
+            np.ones(index.size, bool)
+            if not ends.size
+            else ((index < 0) | (access.address + access.nbytes > ends[np.maximum(index, 0)]))
+        )
         if not outside.any():
             return index
         if not self.tables_read:

@@ -12,8 +12,8 @@ from .fault import KernelFault, Unsupported
 from .types import U32
 
 ENDS_BLOCK = ("bra", "ret", "exit", "bar", "barrier", "trap")
-_SLICE = 4096  # blocks that a batch runs before others get their turn: one may wait for what another writes
-_PATIENCE = 500  # turns of all batches without any write to memory before that is called a deadlock
+_SLICE = 512  # blocks that a batch runs before others get their turn: one may wait for what another writes
+_PATIENCE = 20  # turns of each batch in which it asked memory for a value that nobody wrote
 
 
 def ends_block(i) -> bool:
@@ -205,7 +205,7 @@ def run_batch(b, machine, limit=_SLICE):
 def run_all(batches, machine, memory):
     """Run batches (an iterable that makes each when it is first needed) in turns until all have ended."""
     waiting, source = [], iter(batches)
-    quiet, version = 0, memory.version
+    quiet, seen = 0, (memory.version, memory.polls)
     while True:
         b = waiting.pop(0) if waiting else next(source, None)
         if b is None:
@@ -214,11 +214,11 @@ def run_all(batches, machine, memory):
         if parts == [b]:  # its turn is over: start another program before it goes on, it may be waited for
             fresh = next(source, None)
             waiting += [*([fresh] if fresh else []), b]
-            quiet, version = (quiet + 1, version) if version == memory.version else (0, memory.version)
-            if quiet > _PATIENCE * (len(waiting) + 1) and machine.polls:
+            only_asked = memory.version == seen[0] and memory.polls > seen[1]
+            quiet, seen = quiet + 1 if only_asked else 0, (memory.version, memory.polls)
+            if quiet > _PATIENCE * len(waiting):
                 raise KernelFault("deadlock", "programs wait for a value in memory that nobody writes",
                                   machine.kernel.code[b.pc], b.kernel.name, int(b.ids[0]), 0)  # fmt: skip
         else:
             waiting = parts + waiting
             quiet = 0 if not parts else quiet
-
