@@ -4,6 +4,8 @@ Start with `handtuned.quant` (NF4), `handtuned.nn` (LoRA, checkpointing), `handt
 (mixed precision), `handtuned.optim` (AdamW, schedule) and `handtuned.memory` (what fits where).
 """
 
+import os
+
 __version__ = "0.1.0"
 __all__ = ["__version__", "analyze_lora_params", "analyze_memory_savings", "memory"]
 
@@ -16,3 +18,10 @@ def __getattr__(name: str):
 
     memory = import_module(f"{__name__}.memory")
     return memory if name == "memory" else getattr(memory, name)
+
+
+if os.environ.get("HANDTUNED_BACKEND", "").startswith("sm_"):
+    # A process that is to run its kernels in the emulator does so from the first import on.
+    from .gpu import emulate_process
+
+    emulate_process()

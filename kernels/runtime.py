@@ -11,6 +11,7 @@ Which one runs is decided per call by `backend(tensor)`:
     any         HANDTUNED_BACKEND=torch      "torch"        (the reference, anywhere)
     any         TRITON_INTERPRET=1           "interpreter"  (the same kernel, run in numpy)
     CUDA        –                            "cuda"         (the compiled kernel)
+    CPU         HANDTUNED_BACKEND=sm_90, …   "sm_90", …     (the compiled kernel, in the emulator; handtuned.gpu)
     CPU         –                            "torch"        (the reference; NF4 is decoded by C, see nf4_cpu.py)
 
 Triton reads `TRITON_INTERPRET` at the moment a kernel is decorated, so it must be
@@ -45,16 +46,22 @@ except ImportError:
     HAS_TRITON = INTERPRETED = False
 
 
+# The architecture that `handtuned.gpu` emulates at the moment ("sm_90"), which sets it; None: none.
+emulated_arch: str | None = None
+
+
 def reference_is_forced() -> bool:
-    """Whether HANDTUNED_BACKEND=torch is set; any other value is a ValueError."""
+    """Whether HANDTUNED_BACKEND=torch is set; a value that names no backend is a ValueError."""
     forced = os.environ.get("HANDTUNED_BACKEND", "")
-    if forced not in ("", "torch"):
-        raise ValueError(f"HANDTUNED_BACKEND must be unset or 'torch', got {forced!r}")
+    if forced not in ("", "torch") and forced != emulated_arch:
+        raise ValueError(
+            f"HANDTUNED_BACKEND must be unset, 'torch' or an architecture to emulate such as 'sm_90', got {forced!r}"
+        )
     return forced == "torch"
 
 
 def backend(tensor: torch.Tensor) -> str:
-    """Say which implementation a kernel call on `tensor` runs: "cuda", "interpreter" or "torch".
+    """Say which implementation a kernel call on `tensor` runs: "cuda", "interpreter", "torch" or, emulated, "sm_90".
 
     Raises:
         RuntimeError: a CUDA tensor on a machine without Triton. It never falls
@@ -63,6 +70,8 @@ def backend(tensor: torch.Tensor) -> str:
     """
     if reference_is_forced():
         return "torch"
+    if emulated_arch is not None and not tensor.is_cuda:
+        return emulated_arch
     if INTERPRETED:
         return "interpreter"
     if tensor.is_cuda:

@@ -2,6 +2,7 @@
 
 import torch
 
+from . import runtime
 from .runtime import INTERPRETED, KernelSpec, backend, tl
 
 _DOT = {torch.float16: tl.float16, torch.bfloat16: tl.bfloat16, torch.float32: tl.float32}
@@ -11,7 +12,7 @@ TARGET_PROGRAMS = 256  # what fills a large GPU; a constant, so that sums are sp
 
 def runs_kernel(x: torch.Tensor) -> bool:
     """Whether x meets a Triton kernel. FP64 has none (it serves gradient checks) and runs in torch."""
-    if x.is_cpu and not INTERPRETED:
+    if x.is_cpu and not INTERPRETED and runtime.emulated_arch is None:
         return False  # at once: a layer asks this four times
     return backend(x) != "torch" and x.dtype in _DOT
 

@@ -1,0 +1,269 @@
+"""How the emulator takes the place of a GPU under Triton. Everything that leans on Triton's insides is in this file.
+
+Triton asks its active driver for the target to compile for, for a launcher, and to load the machine code. This driver
+names an architecture that need not exist here, takes PTX as the machine code (`ptxas` is called only when somebody
+asks for registers), and its launcher runs it on CPU tensors. Specialization, pruning of tuned lists, the check of
+shared memory and Triton's own cache work as on a card.
+
+Private interfaces used, the same in Triton 3.6 and 3.7: `triton.runtime.driver`, what a driver, its `utils` and its
+launcher are called with, `knobs.runtime.add_stages_inspection_hook`, `CompiledKernel.metadata`, the fields `cache` and
+`do_bench` of an Autotuner, `InterpretedFunction.run`.
+"""
+
+import contextlib
+import gc
+import hashlib
+import json
+import re
+import subprocess
+import tempfile
+from pathlib import Path
+
+import numpy as np
+import torch
+import triton
+from triton import knobs
+from triton.backends.compiler import GPUTarget
+from triton.backends.driver import DriverBase
+from triton.runtime.autotuner import Autotuner
+from triton.runtime.cache import get_cache_manager
+from triton.runtime.interpreter import InterpretedFunction
+
+from . import limits
+from .emulator.machine import Launch, Machine
+from .emulator.memory import Global
+from .emulator.parse import parse
+from .emulator.types import f32_to_bf16
+
+WRITTEN_FOR = ("3.6", "3.7")
+_SCALARS = {
+    "i1": np.uint8, "i8": np.int8, "i16": np.int16, "i32": np.int32, "i64": np.int64, "u1": np.uint8, "u8": np.uint8,
+    "u16": np.uint16, "u32": np.uint32, "u64": np.uint64, "fp16": np.float16, "fp32": np.float32, "f32": np.float32,
+    "fp64": np.float64,
+}  # fmt: skip
+
+
+def check_version():
+    if not triton.__version__.startswith(WRITTEN_FOR):
+        raise RuntimeError(
+            f"the emulator takes Triton's own interfaces and is written for versions {' and '.join(WRITTEN_FOR)}; this "
+            f"is {triton.__version__}. handtuned/gpu/driver.py holds all that may have changed"
+        )
+
+
+def _flat(signature, values):
+    """(Triton type, value) of each argument that is passed at run time; tuples are passed element by element."""
+    for kind, value in zip(signature, values, strict=True):
+        if isinstance(kind, tuple):
+            yield from _flat(kind, value)
+        elif kind != "constexpr":
+            yield kind, value
+
+
+def _bits(kind, value):
+    """An argument as an unsigned array (1, 1), as the kernel finds it in its parameters."""
+    if kind.startswith("*"):
+        return np.array([[0 if value is None else value.data_ptr()]], np.uint64)
+    if kind == "bf16":
+        return f32_to_bf16(np.array([[value]], np.float32))
+    value = np.array([[value]]).astype(_SCALARS[kind])
+    return value.view(f"u{value.dtype.itemsize}")
+
+
+class _Launcher:
+    """Runs one compiled kernel; `src` and `metadata` are what Triton's compiler left."""
+
+    def __init__(self, src, metadata):
+        self.src, self.metadata = src, metadata
+        self.driver = triton.runtime.driver.active
+
+    def __call__(self, x, y, z, stream, machine, packed, launch_metadata, enter, leave, *args):
+        if self.driver.only_compile:
+            return
+        if enter is not None:
+            enter(launch_metadata)
+        self._run(machine, (x, y, z), list(_flat(self.src.signature.values(), args)))
+        if leave is not None:
+            leave(launch_metadata)
+
+    def _run(self, machine, grid, arguments):
+        meta = self.metadata
+        values, tensors = [], []
+        for kind, value in arguments:
+            values.append(_bits(kind, value))
+            if kind.startswith("*") and value is not None:
+                tensors.append(getattr(value, "base", value) if not isinstance(value, torch.Tensor) else value)
+        programs = grid[0] * grid[1] * grid[2]
+        for size in (meta.global_scratch_size, meta.profile_scratch_size):
+            scratch = torch.empty(programs * size + 128, dtype=torch.uint8)  # 128: TMA descriptors are aligned so
+            values.append(np.array([[scratch.data_ptr() + -scratch.data_ptr() % 128]], np.uint64))
+            if size:
+                tensors.append(scratch)
+        names = [name for _, name, _ in machine.kernel.params]
+        memory = Global(tensors, self.driver.unwritten, machine.global_piece)
+        launch = Launch(machine, dict(zip(names, values, strict=True)), grid, memory, meta.shared)
+        self.driver.ran(launch, self.src, meta, launch.run() if programs else None)
+
+
+class _Utils:
+    """Loads "machine code", which is PTX here."""
+
+    def __init__(self, arch):
+        self.arch, self.machines = arch, {}
+
+    def load_binary(self, name, code, shared, device):
+        machine = self.machines.get(code)
+        if machine is None:
+            machine = self.machines[code] = Machine(parse(code.decode()))
+            machine.ptx = code.decode()
+        registers, spills, most_threads = 0, 0, 1024
+        return machine, machine, registers, spills, most_threads
+
+    def get_device_properties(self, device):
+        arch = limits.ARCHS[self.arch]
+        shared = limits.shared_per_program(self.arch)
+        return {"max_shared_mem": shared, "multiprocessor_count": 1, "warpSize": 32, "max_num_regs": arch.registers}
+
+
+class EmulatedDriver(DriverBase):
+    """What Triton takes for the GPU.
+
+    Args:
+        arch: "sm_90".
+        unwritten: who remembers the storages of torch.empty.
+        ran: called with (Launch, source, metadata, Counters) after each launch.
+    """
+
+    def __init__(self, arch, unwritten, ran):
+        self.arch, self.unwritten = arch, unwritten
+        self.launched, self.only_compile, self._ran = 0, False, ran
+        self.utils, self.launcher_cls = _Utils(arch), _Launcher
+
+    def ran(self, *launch):
+        self.launched += 1
+        self._ran(*launch)
+
+    @classmethod
+    def is_active(cls):
+        return True
+
+    def map_python_to_cpp_type(self, ty):
+        return ty
+
+    def get_current_target(self):
+        return GPUTarget("cuda", limits.number(self.arch), 32)
+
+    def get_current_device(self):
+        return f"emulated {self.arch}"  # Triton keeps compiled kernels, and the limit of shared memory, by device
+
+    def set_current_device(self, device):
+        pass
+
+    def get_current_stream(self, device):
+        return 0
+
+    def get_active_torch_device(self):
+        return torch.device("cpu")
+
+    def get_device_interface(self):
+        return torch.cpu
+
+    def get_benchmarker(self):
+        return _Tuning(self)
+
+    def get_empty_cache_for_benchmark(self):
+        return torch.empty(0)
+
+    def clear_cache(self, cache):
+        pass
+
+
+class _Tuning:
+    """Stands in for timing in an Autotuner: the first configuration that compiles and fits wins, none is run."""
+
+    def __init__(self, driver):
+        self.driver, self.found_at = driver, None
+
+    def __call__(self, kernel_call, quantiles=None, **kwargs):
+        if self.found_at == self.driver.launched:  # no launch since: still the same list
+            return [float("inf")] * 3
+        self.driver.only_compile = True
+        try:
+            kernel_call()
+        finally:
+            self.driver.only_compile = False
+        self.found_at = self.driver.launched
+        return [1.0] * 3
+
+
+def _take_ptx(*args):
+    """Triton's hook into compilation: PTX is the last stage."""
+    if not args:  # asked for a name of what this does, for the key of the cache
+        return "handtuned emulator", "handtuned emulator"
+    _, stages, *_ = args
+    stages["cubin"] = lambda src, metadata: src.encode()
+    return None
+
+
+def _refuse(self, *args, **kwargs):
+    raise RuntimeError(
+        f"the kernel {self.fn.__name__} was decorated while TRITON_INTERPRET=1 was set, so it cannot be compiled. "
+        "Unset TRITON_INTERPRET before the module that holds it is imported"
+    )
+
+
+def _fresh_tuners(saved=()):
+    """Let every Autotuner choose anew; gives what they had, or puts back what was `saved`."""
+    saved = {id(tuner): state for tuner, state in saved}
+    had = []
+    for tuner in [o for o in gc.get_objects() if issubclass(type(o), Autotuner)]:
+        had.append((tuner, (tuner.cache, tuner.__dict__.pop("do_bench", None))))
+        tuner.cache, bench = saved.get(id(tuner), ({}, None))
+        if bench is not None:
+            tuner.__dict__["do_bench"] = bench
+    return had
+
+
+@contextlib.contextmanager
+def installed(driver: EmulatedDriver):
+    """Triton runs on `driver` inside."""
+    check_version()
+    config, runtime = triton.runtime.driver, knobs.runtime
+    before, hook, run = config._active, runtime.add_stages_inspection_hook, InterpretedFunction.run
+    tuners = _fresh_tuners()
+    config.set_active(driver)
+    runtime.add_stages_inspection_hook, InterpretedFunction.run = _take_ptx, _refuse
+    try:
+        yield
+    finally:
+        config._active = before
+        runtime.add_stages_inspection_hook, InterpretedFunction.run = hook, run
+        _fresh_tuners(tuners)
+
+
+def registers_and_spills(ptx: str, metadata) -> tuple[int, int]:
+    """(registers, bytes spilled) of a thread, as ptxas assigns them; kept in Triton's cache."""
+    tool = knobs.nvidia.ptxas_blackwell if metadata.target.arch >= 100 else knobs.nvidia.ptxas
+    command = [tool.path, "-v", f"--gpu-name={re.search(r'[.]target (sm_[0-9]+[af]?)', _target(ptx, metadata))[1]}"]
+    command += [] if metadata.enable_fp_fusion else ["--fmad=false"]
+    key = hashlib.sha256(json.dumps([ptx, command[1:], tool.version]).encode()).hexdigest()
+    cache = get_cache_manager(key)
+    kept = cache.get_file("registers.json")
+    if kept is None:
+        with tempfile.TemporaryDirectory() as folder:
+            source = Path(folder) / "kernel.ptx"
+            source.write_text(ptx, encoding="utf-8")
+            done = subprocess.run([*command, str(source), "-o", str(Path(folder) / "kernel.cubin")],
+                                  capture_output=True, text=True)  # fmt: skip
+        if done.returncode:
+            raise RuntimeError(f"ptxas failed on {metadata.name}:\n{done.stderr}")
+        registers = int(re.search(r"Used (\d+) registers", done.stderr)[1])
+        spilled = max(map(int, re.findall(r"(\d+) bytes spill", done.stderr)), default=0)
+        kept = cache.put(json.dumps([registers, spilled]), "registers.json", binary=False)
+    return tuple(json.loads(Path(kept).read_text(encoding="utf-8")))
+
+
+def _target(ptx, metadata):
+    """The .target line; Triton leaves the letter away that sm_90 and later need for their own instructions."""
+    line = re.search(r"^\.target.*$", ptx, re.M)[0]
+    return re.sub(r"sm_(\d+)(?![\daf])", lambda m: m[0] + ("a" if int(m[1]) >= 90 else ""), line)

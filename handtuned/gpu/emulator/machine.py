@@ -1,0 +1,178 @@
+"""A kernel made ready to run: every instruction translated into a function of a batch, once, whatever the launch.
+
+HANDLERS says which module knows which instructions; everything else is arithmetic (alu.py). To add an instruction:
+give it a handler (or an entry in alu.py), and a test against torch in tests/test_emulator_*.py.
+"""
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from . import access, alu, atomics, copies, mbarrier, move, schedule, tensor, tma, warp, wgmma
+from .batch import Batch
+from .counters import Tally
+from .fault import Unsupported
+from .memory import Global
+from .parse import Kernel
+from .registers import Registers, both
+from .types import type_of
+
+_THREADS = 8192  # that run together: enough for numpy to be worth its calls, few enough to stay in the cache
+
+
+def _nothing(m, pc, i):
+    return lambda b: None
+
+
+HANDLERS = {
+    "ld": access.load, "st": access.store, "atom": atomics.atomic, "red": atomics.atomic, "cp": copies.copy,
+    "mov": move.move, "cvta": move.convert_address,
+    "shfl": warp.shuffle, "redux": warp.reduce, "vote": warp.vote, "elect": warp.elect, "activemask": warp.active,
+    "match": warp.match, "mma": tensor.multiply, "ldmatrix": tensor.load_matrix, "stmatrix": tensor.store_matrix,
+    "wgmma": wgmma.wgmma, "mbarrier": mbarrier.mbarrier, "tensormap": tma.tensormap, "fence": tma.fence,
+    "membar": _nothing, "bar": _nothing, "barrier": _nothing, "prefetch": _nothing, "griddepcontrol": _nothing,
+    "setmaxnreg": _nothing, "pragma": _nothing, "nanosleep": _nothing, "discard": _nothing, "applypriority": _nothing,
+}  # fmt: skip
+
+
+def _arithmetic(m, pc, i):
+    operation = alu.find(i.op)
+    if operation is None or isinstance(i.args[0], list):
+        raise Unsupported(i)
+    target, *operands = i.args
+    if isinstance(target, tuple):
+        raise Unsupported(i, "two results")
+    if len(operands) != len(operation.sources):
+        raise Unsupported(i, "number of operands")
+    reads = [m.source(operand, t, i) for operand, t in zip(operands, operation.sources, strict=True)]
+    write, guard, slot, function = m.destination(target), m.guard(i), m.slot(target), operation.function
+    width, t = m.kernel.width(target), operation.destination
+    if t.kind in "iu" and width and t.itemsize < width:  # a register of more bits gets the sign, or zeros, in front
+        inner = function
+        function = lambda *args: inner(*args).astype(f"{t.kind}{width}")  # noqa: E731
+    always = i.guard is None
+    if len(reads) == 1:
+        (first,) = reads
+        compute = lambda values: function(first(values))  # noqa: E731
+    elif len(reads) == 2:
+        first, second = reads
+        compute = lambda values: function(first(values), second(values))  # noqa: E731
+    else:
+        compute = lambda values: function(*[read(values) for read in reads])  # noqa: E731
+
+    def run(b):
+        values = b.values
+        result = compute(values)
+        if always and b.mask is None:
+            values[slot] = result
+        else:
+            write(b, result, both(b.mask, guard(values)))
+
+    return run
+
+
+@dataclass
+class Block:
+    """Instructions from a label (or branch) to the next: `steps`, then `end` decides, or `after` follows."""
+
+    steps: list
+    end: object
+    after: int
+
+
+def _access_bytes(i, spaces):
+    """Bytes that one thread moves, if the instruction touches one of these memories; None."""
+    if i.parts[0] not in ("ld", "st", "atom", "red", "cp", "ldmatrix", "stmatrix") or "bulk" in i.parts:
+        return None
+    if not any(part.split("::")[0] in spaces for part in i.parts[1:]):
+        return None
+    if i.parts[0] == "cp":
+        return i.args[2] if len(i.args) > 2 else None
+    if "matrix" in i.parts[0]:
+        return 16
+    count = next((int(p[1:]) for p in i.parts if p in ("v2", "v4", "v8")), 1)
+    return type_of(i.op).itemsize * count
+
+
+class Machine(Registers):
+    """One compiled kernel.
+
+    Attributes:
+        blocks: by the index of their first instruction.
+        registers: how many there are.
+        shared_piece, global_piece: bytes of memory that are watched as one.
+    """
+
+    def __init__(self, kernel: Kernel):
+        super().__init__(kernel)
+        self.shared_piece = min([16, *filter(None, (_access_bytes(i, ("shared",)) for i in kernel.code))])
+        writes = [i for i in kernel.code if i.parts[0] != "ld"]
+        self.global_piece = min([16, *filter(None, (_access_bytes(i, ("global",)) for i in writes))])
+        if any(i.parts[0] == "mbarrier" for i in kernel.code):
+            self.shared_piece = min(8, self.shared_piece)
+        self.blocks = self._blocks()
+        self.registers = len(self.slots)
+
+    def _translate(self, pc, i):
+        """An unknown instruction stops the launch only where it is reached."""
+        try:
+            return HANDLERS.get(i.parts[0], _arithmetic)(self, pc, i)
+        except Unsupported as error:
+            stop = error
+        except (KeyError, StopIteration, ValueError, TypeError, AttributeError, IndexError) as error:
+            stop = Unsupported(i, repr(error))
+
+        def unknown(b):
+            raise stop
+
+        return unknown
+
+    def _blocks(self):
+        code = self.kernel.code
+        starts = {0, *self.kernel.labels.values()}
+        starts |= {pc + 1 for pc, i in enumerate(code) if schedule.ends_block(i)}
+        starts = sorted(s for s in starts if s < len(code))
+        blocks = {}
+        for start, after in zip(starts, [*starts[1:], len(code)], strict=True):
+            last = code[after - 1]
+            ends = schedule.ends_block(last)
+            steps = [self._translate(pc, code[pc]) for pc in range(start, after - ends)]
+            blocks[start] = Block(steps, schedule.terminator(self, after - 1, last) if ends else None, after)
+        return blocks
+
+
+class Launch:
+    """One run of a kernel over a grid.
+
+    Args:
+        machine: the kernel.
+        parameters: name → array (1, 1) of its bits, unsigned.
+        grid: programs in x, y, z.
+        memory: what it may touch.
+        shared_bytes: of a program.
+    """
+
+    def __init__(self, machine: Machine, parameters: dict, grid, memory: Global, shared_bytes: int):
+        self.machine, self.kernel, self.parameters, self.grid = machine, machine.kernel, parameters, grid
+        self.memory, self.shared_bytes = memory, shared_bytes
+        self.tally, self.block_runs, self._costs = Tally(machine.kernel), {}, {}
+
+    def remembered(self, cost, table, mask, nbytes):
+        """cost(table, mask, nbytes) of an access pattern; small patterns are met again and again."""
+        if table.size > 1024:
+            return cost(table, mask, nbytes)
+        key = (cost, nbytes, table.tobytes(), None if mask is None else mask.tobytes())
+        if key not in self._costs:
+            self._costs[key] = cost(table, mask, nbytes)
+        return self._costs[key]
+
+    def run(self):
+        """Execute all programs; gives the Counters."""
+        total = self.grid[0] * self.grid[1] * self.grid[2]
+        together = max(1, _THREADS // self.kernel.threads)
+        batches = (Batch(self, np.arange(first, min(first + together, total))) for first in range(0, total, together))
+        with np.errstate(all="ignore"):
+            schedule.run_all(batches, self.machine, self.memory)
+        for start, runs in self.block_runs.items():
+            self.tally.issued[start : self.machine.blocks[start].after] += runs
+        return self.tally.counters(self.memory.dram(len(self.kernel.code)))

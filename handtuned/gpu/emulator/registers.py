@@ -1,0 +1,133 @@
+"""Registers and constants: how an instruction's operands are read and written.
+
+A register of a real GPU is 32 bits in each thread. Here it is one array for all threads of all programs that run
+together, and an array only as large as it must be:
+
+    (1, 1)  the same for every thread of every program: a kernel argument, a loop counter
+    (P, 1)  depends on the program alone: what follows from tl.program_id
+    (1, T)  depends on the thread alone: the offsets of tl.arange
+    (P, T)  depends on both: what was loaded
+
+numpy broadcasts them against each other, so an address computation that no program influences is done once for all.
+(ptxas does the like with its "uniform registers", one for 32 threads.)
+"""
+
+import numpy as np
+
+from .fault import Unsupported
+from .parse import FloatBits, Kernel
+from .types import F32, F64, PRED, U32, U64, UNSIGNED
+
+SHARED_BASE = 1024  # shared memory begins here, not at 0, so that a forgotten base address shows
+POISON = 0xFFC5FFD3  # what unwritten memory and registers hold: NaN as f32, as two f16 and as two bf16
+
+
+def poison_as(dtype):
+    if dtype == PRED:
+        return np.array([[True]])
+    bits = (POISON << 32 | POISON) & ((1 << 8 * dtype.itemsize) - 1)
+    return np.array([[bits]], UNSIGNED[dtype.itemsize]).view(dtype)
+
+
+def both(a, b):
+    """The intersection of two masks; None is everyone."""
+    return b if a is None else a if b is None else a & b
+
+
+class Registers:
+    """Gives each register of a kernel a slot, and makes the functions that read and write it.
+
+    Readers take the list of slots of a batch (`batch.values`); writers take (batch, value, mask).
+    """
+
+    def __init__(self, kernel: Kernel):
+        self.kernel, self.slots = kernel, {}
+
+    def slot(self, name: str) -> int:
+        return self.slots.setdefault(name, len(self.slots))
+
+    def _constant(self, operand, dtype):
+        if isinstance(operand, FloatBits):
+            bits, number = (U32, F32) if operand.size == 4 else (U64, F64)
+            value = np.array([[operand.bits]], bits).view(number)
+            return value.view(dtype) if dtype.itemsize == operand.size else value.astype(dtype)
+        if dtype == PRED:
+            return np.array([[bool(operand)]])
+        return np.array([[operand & (1 << 8 * dtype.itemsize) - 1]], UNSIGNED[dtype.itemsize]).view(dtype)
+
+    def _shared_address(self, name):
+        at = SHARED_BASE
+        for other, size in sorted(self.kernel.shared, key=lambda array: array[1] == 0):  # the dynamic one comes last
+            if other == name:
+                return at
+            at += size
+        return None
+
+    def source(self, operand, dtype, i):
+        """A function of the registers' values that gives an operand as `dtype`."""
+        if isinstance(operand, str) and operand.startswith("!"):
+            inner = self.source(operand[1:], dtype, i)
+            return lambda values: ~inner(values)
+        width = self.kernel.width(operand) if isinstance(operand, str) else None
+        if width is None:
+            if isinstance(operand, str):
+                operand = self._shared_address(operand)
+            if operand is None or not isinstance(operand, int | FloatBits):
+                raise Unsupported(i, "operand")
+            constant = self._constant(operand, dtype)
+            return lambda values: constant
+        slot = self.slot(operand)
+        if dtype == PRED or width == dtype.itemsize:
+
+            def read(values):
+                value = values[slot]
+                return value if value.dtype is dtype else value.view(dtype)
+
+            return read
+        if width < dtype.itemsize:
+            raise Unsupported(i, f"a {8 * width}-bit register read as {8 * dtype.itemsize} bits")
+        unsigned = UNSIGNED[width]  # st and cvt take the low bits of a wider register
+        return lambda values: values[slot].view(unsigned).astype(UNSIGNED[dtype.itemsize]).view(dtype)
+
+    def guard(self, i):
+        """A function of the values that gives the mask of an instruction's guard; None: everyone."""
+        if i.guard is None:
+            return lambda values: None
+        read = self.source(i.guard, PRED, i)
+
+        def mask(values):
+            m = ~read(values) if i.negated else read(values)
+            return None if m.size == 1 and m.flat[0] else m
+
+        return mask
+
+    def destination(self, name: str):
+        """A function (batch, value, mask) that writes a register; `_` takes nothing."""
+        if name == "_":
+            return lambda batch, value, mask: None
+        slot = self.slot(name)
+
+        def write(batch, value, mask):
+            if mask is not None:
+                old = batch.values[slot]
+                if old is UNWRITTEN:
+                    old = poison_as(value.dtype)
+                elif old.dtype is not value.dtype:
+                    old = old.view(value.dtype)
+                value = np.where(mask, value, old)
+            batch.values[slot] = value
+
+        return write
+
+
+class _Unwritten:
+    """What a register holds before it is written."""
+
+    @property
+    def dtype(self):
+        raise RuntimeError("the machine code reads a register before it writes it")
+
+    view = dtype
+
+
+UNWRITTEN = _Unwritten()
