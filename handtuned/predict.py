@@ -16,10 +16,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from .gpus import GPUS, Gpu
-from .kernels.lora_backward import down_grad_blocks, up_grads_blocks
-from .kernels.lora_down import down_blocks
-from .kernels.runtime import KernelSpec
-from .kernels.tiles import cdiv
+from .kernels.lora_gemms import down_blocks, down_grad_blocks, up_grads_blocks
+from .kernels.runtime import KernelSpec, cdiv
 
 MMA_SHARE = {"sm_90": 0.63, "sm_100": 0.63}
 ASSUMES = """\

@@ -10,8 +10,8 @@ import sys
 from dataclasses import dataclass
 
 import torch
-from handtuned.kernels.lora_work import floors, report
 from handtuned.nn import LoRALinear
+from lora_work import floors, report
 from torch import nn
 
 from handtuned import bench

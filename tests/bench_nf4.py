@@ -72,7 +72,7 @@ def dequantize_case(N, K, dtype, device, nested):
         return lambda: bnb.dequantize_4bit(packed, state)
 
     def check(q):
-        expected = nf4_dequantize_reference(q.packed, q.absmax, q.shape, dtype, q.block_size, q.nested)
+        expected = nf4_dequantize_reference(q, dtype)
 
         def same(name, result):
             result = result.view(expected.shape)

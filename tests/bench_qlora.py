@@ -5,8 +5,8 @@
 
 import torch
 from bench_lora import Layer, close, exact, step, under_autocast, with_ours, with_peft, with_unsloth
-from handtuned.kernels.lora_work import floors
 from handtuned.quant import NF4Linear
+from lora_work import floors
 
 from handtuned import bench
 from handtuned.contest import Case
