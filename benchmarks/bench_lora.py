@@ -11,6 +11,7 @@ from dataclasses import dataclass
 
 import torch
 from handtuned.nn import LoRALinear
+from lora_work import floors, report
 from shared import close, low_precision
 from torch import nn
 
@@ -142,12 +143,6 @@ def check_dropout(dropout):
     return check
 
 
-def least_bytes(M, N, K, rank, low):
-    """(forward, backward): every array once, the adapter in `low` bytes too."""
-    forward = M * K + N * K + M * N + rank * (N + K)
-    return low * forward, low * (M * N + N * K + 2 * M * K + 2 * rank * (N + K) + M * rank)
-
-
 def case(M, N, K, rank, dtype, device, dropout=0.0):
     low = dtype.itemsize
     providers = {
@@ -166,7 +161,7 @@ def case(M, N, K, rank, dtype, device, dropout=0.0):
         inputs=lambda: Layer.random(M, N, K, rank, dtype, device),
         providers=providers,
         check=check_dropout(dropout) if dropout else check_step,
-        bytes=sum(least_bytes(M, N, K, rank, low)),
+        bytes=sum(floors(M, N, K, rank, low).values()),
         flops=4 * M * N * K + 6 * M * rank * (N + K),
         footprint=low * (2 * M * K + 2 * M * N + N * K),
         dtype=dtype,
@@ -190,8 +185,6 @@ def cases(device, quick):
 
 if __name__ == "__main__":
     if "--work" in sys.argv:
-        from handtuned.kernels.lora_work import report
-
         print(report(4096, 4096, 4096, 16))
     else:
         raise SystemExit(script(__file__))

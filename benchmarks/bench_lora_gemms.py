@@ -4,8 +4,7 @@
 """
 
 import torch
-from handtuned.kernels.lora_backward import lora_down_grad, lora_up_grads
-from handtuned.kernels.lora_down import lora_down
+from handtuned.kernels.lora_gemms import lora_down, lora_down_grad, lora_up_grads
 from shared import close, low_precision
 
 from handtuned.bench import script

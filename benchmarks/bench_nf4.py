@@ -35,7 +35,7 @@ def bitsandbytes(q):
 
 
 def check(q):
-    expected = nf4_dequantize_reference(q.packed, q.absmax, q.shape, q.dtype, q.block_size, q.nested)
+    expected = nf4_dequantize_reference(q, q.dtype)
 
     def same(name, result):
         result = result.view(expected.shape)

@@ -10,7 +10,7 @@ For a parameter p with gradient g, step t and hyperparameters of its group
     p ← p − lr/(1 − β1ᵗ) · m / (√v / √(1 − β2ᵗ) + ε)
 
 About 15 FLOPs an element against 28 bytes (read p, g, m, v; write p, m, v), so the floor is
-28 bytes a parameter, 30 with a 16-bit copy of p. Written as separate passes the same
+28 bytes per parameter, 30 with a 16-bit copy of p. Written as separate passes the same
 work moves 48 bytes and more: unscaling reads and writes g, clipping does it again.
 
 One launch covers every tensor by a table of addresses (see `unscale.py`). Whether the step is
@@ -30,8 +30,8 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from .runtime import KernelSpec, backend, on_device, tl, triton
-from .unscale import TRITON_DTYPES, address_table, chunk_table, find_chunk, load_pointer
+from .runtime import TRITON_DTYPES, KernelSpec, backend, kernel_spec, on_device, tl, triton
+from .unscale import address_table, chunk_table, find_chunk, load_pointer
 
 BLOCK = 1024
 
@@ -248,18 +248,9 @@ def _launch(rows, rates, dtypes, grad_scale, found_inf, sq_norm):
     with on_device(scalars):
         _prepare_kernel[(len(rows),)](tensors, rates, scalars, grad_scale, found_inf, sq_norm, num_warps=1)
         _adamw_kernel[(len(chunks),)](
-            tensors,
-            chunks,
-            scalars,
-            found_inf,
-            P_DTYPE=p_dtype,
-            G_DTYPE=g_dtype,
-            COPY_DTYPE=copy_dtype,
-            ALIGNED=aligned,
-            BLOCK=BLOCK,
-            num_warps=4,
-            enable_fp_fusion=False,
-        )
+            tensors, chunks, scalars, found_inf, P_DTYPE=p_dtype, G_DTYPE=g_dtype, COPY_DTYPE=copy_dtype,
+            ALIGNED=aligned, BLOCK=BLOCK, num_warps=4, enable_fp_fusion=False,
+        )  # fmt: skip
     for tensor, dense in write_back:
         tensor.copy_(dense)
 
@@ -285,7 +276,7 @@ def adamw_step_(
         max_norm: bound of the norm of the unscaled gradients; needed with `sq_norm`.
 
     Raises:
-        TypeError: a parameter or gradient is no float32, float16, bfloat16 or float64.
+        TypeError: a parameter or gradient is not float32, float16, bfloat16 or float64.
     """
     rows = [(i, *row) for i, group in enumerate(groups) for row in group.rows() if row[0].numel()]
     if not rows:
@@ -307,27 +298,12 @@ def adamw_step_(
 
 
 def xray_specs() -> list[KernelSpec]:
-    signature = {
-        "tensors_ptr": "*i64",
-        "chunks_ptr": "*i32",
-        "scalars_ptr": "*fp32",
-        "found_inf_ptr": "*fp32",
-        "P_DTYPE": "constexpr",
-        "G_DTYPE": "constexpr",
-        "COPY_DTYPE": "constexpr",
-        "ALIGNED": "constexpr",
-        "BLOCK": "constexpr",
-    }
+    types = {"tensors_ptr": "*i64", "chunks_ptr": "*i32"}
+    common = {"P_DTYPE": tl.float32, "ALIGNED": True, "BLOCK": BLOCK}
     return [
-        KernelSpec(
-            name=name,
-            kernel=_adamw_kernel,
-            signature=signature,
-            constexprs={"P_DTYPE": tl.float32, "G_DTYPE": g, "COPY_DTYPE": copy, "ALIGNED": True, "BLOCK": BLOCK},
-            elements=BLOCK,
-            options={"num_warps": 4, "enable_fp_fusion": False},
-            aligned=("tensors_ptr", "chunks_ptr", "scalars_ptr", "found_inf_ptr"),
-            unit="parameter",
+        kernel_spec(
+            name, _adamw_kernel, types, common | {"G_DTYPE": g, "COPY_DTYPE": copy}, BLOCK, "parameter",
+            num_warps=4, enable_fp_fusion=False,
         )
         for name, g, copy in (("adamw[fp32]", tl.float32, None), ("adamw[fp32, fp16 copy]", tl.float16, tl.float16))
-    ]
+    ]  # fmt: skip

@@ -13,7 +13,8 @@ statistical tests (table 2 of the paper); ten is the cautious default elsewhere.
 
 The expectation is exact, since the caller divides by the probability that is really used,
 `1 - threshold / 65536`. The seed comes from torch's generator, so that `torch.manual_seed`,
-`torch.get_rng_state` and checkpointing govern the mask as they do `F.dropout`.
+`torch.get_rng_state` and checkpointing govern the mask as they do `F.dropout`. There is no kernel of its own
+here: products draw the mask of the tile that they hold (`lora_gemms.py`, `matmul.py`).
 """
 
 import torch
@@ -22,40 +23,6 @@ from .runtime import tl, triton
 
 LANES = 8  # elements from one Philox call
 ROUNDS = 7
-
-
-def threshold_of(p: float) -> int:
-    """Of 65536 equally likely values, how many drop an element."""
-    return min(round(p * 65536), 65535)
-
-
-def new_seed(device: torch.device) -> torch.Tensor:
-    """(1,) int64 on `device`, from torch's default generator. It stays there: reading it would stall a GPU."""
-    return torch.randint(0, 2**62, (1,), device=device)
-
-
-def _seeded_keep(seed: torch.Tensor, rows: int, columns: int, threshold: int) -> torch.Tensor:
-    generator = torch.Generator(seed.device).manual_seed(int(seed))
-    bits = torch.empty(-(-rows * columns // 4), dtype=torch.int64, device=seed.device)
-    bits.random_(-(2**63), None, generator=generator)
-    return (bits.view(torch.int16)[: rows * columns] >= threshold - 32768).view(rows, columns)
-
-
-keep_op = torch.library.custom_op("handtuned::dropout_keep", _seeded_keep, mutates_args=())
-
-
-@keep_op.register_fake
-def _(seed, rows, columns, threshold):
-    return torch.empty(rows, columns, dtype=torch.bool, device=seed.device)
-
-
-def seeded_keep(seed: torch.Tensor, rows: int, columns: int, threshold: int) -> torch.Tensor:
-    """(rows, columns) bool, True to keep: the mask of the torch path, the same for the same seed.
-
-    Made by torch's own generator, 16 bits an element, which on a CPU is ten times as fast as
-    `bernoulli_` and faster than Philox written in tensor operations.
-    """
-    return (keep_op if torch.compiler.is_compiling() else _seeded_keep)(seed, rows, columns, threshold)
 
 
 def philox(c0, c1, c2, c3, k0, k1):
@@ -68,8 +35,8 @@ def philox(c0, c1, c2, c3, k0, k1):
     return c0, c1, c2, c3
 
 
-def philox_keep_reference(seed: torch.Tensor, rows: int, columns: int, threshold: int) -> torch.Tensor:
-    """(rows, columns) bool: the kernels' mask, written in torch. The specification of `keep_tile`."""
+def dropout_mask_reference(seed: torch.Tensor, rows: int, columns: int, threshold: int) -> torch.Tensor:
+    """(rows, columns) bool, True to keep: the kernels' mask, written in torch. The specification of `keep_tile`."""
     groups = -(-columns // LANES)
     group = torch.arange(groups, device=seed.device).expand(rows, groups)
     row = torch.arange(rows, device=seed.device)[:, None].expand(rows, groups)
@@ -77,6 +44,18 @@ def philox_keep_reference(seed: torch.Tensor, rows: int, columns: int, threshold
     words = philox(group, row, zero, zero, seed & 0xFFFFFFFF, seed >> 32)
     lanes = torch.stack([half for word in words for half in (word & 0xFFFF, word >> 16)], dim=-1)
     return (lanes.view(rows, groups * LANES) >= threshold)[:, :columns]
+
+
+def dropout_mask(seed: torch.Tensor, rows: int, columns: int, threshold: int) -> torch.Tensor:
+    """(rows, columns) bool, True to keep: the mask of the torch path, the same for the same seed.
+
+    Made by torch's own generator, 16 bits an element, which on a CPU is ten times as fast as
+    `bernoulli_` and faster than Philox written in tensor operations.
+    """
+    generator = torch.Generator(seed.device).manual_seed(int(seed))
+    bits = torch.empty(-(-rows * columns // 4), dtype=torch.int64, device=seed.device)
+    bits.random_(-(2**63), None, generator=generator)
+    return (bits.view(torch.int16)[: rows * columns] >= threshold - 32768).view(rows, columns)
 
 
 @triton.jit
@@ -93,3 +72,31 @@ def keep_tile(
     words = tl.join(tl.join(c0, c2), tl.join(c1, c3))  # [ROWS, GROUPS, 2, 2], index (i, j) holds c[2 i + j]
     halves = tl.join(words & 0xFFFF, words >> 16)
     return tl.reshape(halves, [ROWS, COLUMNS]).to(tl.int32) >= threshold
+
+
+def threshold_of(p: float) -> int:
+    """Of 65536 equally likely values, how many drop an element."""
+    return min(round(p * 65536), 65535)
+
+
+def new_seed(device: torch.device) -> torch.Tensor:
+    """(1,) int64 on `device`, from torch's default generator. It stays there: reading it would stall a GPU."""
+    return torch.randint(0, 2**62, (1,), device=device)
+
+
+class Dropout:
+    """The dropout of one pass: kernels take `seed` and `threshold` and draw the mask themselves, torch takes `mask`.
+
+    Args:
+        seed: (1,) int64, from `new_seed`.
+        threshold: from `threshold_of`.
+    """
+
+    def __init__(self, seed: torch.Tensor, threshold: int):
+        self.seed, self.threshold, self._mask = seed, threshold, None
+
+    def mask(self, rows: int, columns: int, dtype: torch.dtype) -> torch.Tensor:
+        """(rows, columns) of zeros and ones in `dtype` (products with bool are slow on a CPU), drawn once."""
+        if self._mask is None:
+            self._mask = dropout_mask(self.seed, rows, columns, self.threshold).to(dtype)
+        return self._mask

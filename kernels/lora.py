@@ -20,129 +20,131 @@ Saved for backward: x and S, which is tiny. Nothing else: not the mask (a seed m
 a product with W, and a quantized W is dequantized a second time instead of being kept. dW is
 skipped when W is frozen: dx still crosses W, but a third of a full backward's products falls away.
 
-The pieces are in `lora_down.py` (S), `lora_product.py` (y, dx) and `lora_backward.py` (dS, dB, dA).
+The pieces are in `lora_gemms.py` (S, dS, dB, dA), `matmul.py` (y and dx with a dense W) and `nf4_matmul.py` (the
+same with W in NF4).
 """
 
 from collections.abc import Sequence
+from contextlib import nullcontext
 
 import torch
 import torch.nn.functional as F
 from torch.autograd.function import once_differentiable
 from torch.overrides import handle_torch_function, has_torch_function
 
-from .dropout import new_seed, threshold_of
-from .lora_backward import lora_down_grad, lora_up_grads
-from .lora_down import drawn_mask, lora_down
-from .lora_product import lora_product
-from .nf4_matmul import QuantizedWeight, dense_weight, plan, quantized_product, quantized_product_dx
+from .dropout import Dropout, new_seed, threshold_of
+from .lora_gemms import lora_down, lora_down_grad, lora_up_grads
+from .nf4 import NF4Weight, flatten, unflatten
+from .nf4_matmul import plan, quantized_product, quantized_product_dx
 
 
-def lora_linear_reference(x, weight, bias, lora_A, lora_B, scaling, keep=None, dropout_p=0.0):
+def lora_linear_reference(x, weight, bias, lora_A, lora_B, scaling, mask=None, dropout_p=0.0):
     """The specification, in operations that autograd differentiates: x Wᵀ + b + s (x̂ Aᵀ) Bᵀ.
 
-    x̂ = x · keep / (1 - dropout_p), with `keep` a boolean mask of x's shape (None: nothing is
+    x̂ = x · mask / (1 - dropout_p), with a boolean `mask` of x's shape (None: nothing is
     dropped). All tensors share one dtype.
     """
-    dropped = x if keep is None else x * keep / (1 - dropout_p)
+    dropped = x if mask is None else x * mask / (1 - dropout_p)
     return F.linear(x, weight, bias) + scaling * F.linear(F.linear(dropped, lora_A), lora_B)
 
 
-class _LoRALinear(torch.autograd.Function):
-    """Several adapted layers on one x. `layers` holds weight, bias, lora_A, lora_B of each in turn."""
+def _forward(x, weight, bias, A, B, scale, seed, threshold, way):
+    """y (M, N) and S (M, r) from x (M, K)."""
+    S = lora_down(x, A, None if seed is None else Dropout(seed, threshold))
+    return quantized_product(way, x, weight, bias, S, A, B, scale), S
 
+
+def _backward(dy, x, S, weight, A, B, scale, seed, threshold, way, needs):
+    """[dx, dA, dB] from dy (M, N), without those that `needs` (three booleans) does not ask for."""
+    needs_x, needs_A, needs_B = needs
+    dropout = None if seed is None else Dropout(seed, threshold)
+    dS, dB = lora_up_grads(dy, S, B, scale)
+    dA = lora_down_grad(dS, x, A.dtype, dropout) if needs_A else None
+    dx = quantized_product_dx(way, dy, weight, dS, A, B, scale, dropout) if needs_x else None
+    return [gradient for gradient, needed in ((dx, needs_x), (dA, needs_A), (dB, needs_B)) if needed]
+
+
+@torch.library.custom_op("handtuned::lora_linear", mutates_args=())
+def _forward_op(
+    x: torch.Tensor, weight: Sequence[torch.Tensor], sizes: Sequence[int], bias: torch.Tensor | None,
+    A: torch.Tensor, B: torch.Tensor, scale: float, seed: torch.Tensor | None, threshold: int, way: str,
+) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
+    """`_forward` as one operation for `torch.compile`, the weight flattened; and so its backward."""
+    y, S = _forward(x, unflatten(weight, sizes), bias, A, B, scale, seed, threshold, way)
+    return y.contiguous(), S.contiguous()
+
+
+@_forward_op.register_fake
+def _(x, weight, sizes, bias, A, B, scale, seed, threshold, way):
+    return x.new_empty(x.shape[0], B.shape[0]), x.new_empty(x.shape[0], A.shape[0])
+
+
+@torch.library.custom_op("handtuned::lora_linear_backward", mutates_args=())
+def _backward_op(
+    dy: torch.Tensor, x: torch.Tensor | None, S: torch.Tensor, weight: Sequence[torch.Tensor], sizes: Sequence[int],
+    A: torch.Tensor, B: torch.Tensor, scale: float, seed: torch.Tensor | None, threshold: int, way: str,
+    needs: Sequence[bool],
+) -> list[torch.Tensor]:  # fmt: skip
+    made = _backward(dy, x, S, unflatten(weight, sizes), A, B, scale, seed, threshold, way, needs)
+    return [gradient.contiguous() for gradient in made]
+
+
+@_backward_op.register_fake
+def _(dy, x, S, weight, sizes, A, B, scale, seed, threshold, way, needs):
+    dx = dy.new_empty(dy.shape[0], A.shape[1])
+    made = (dx, torch.empty_like(A), torch.empty_like(B))
+    return [gradient for gradient, needed in zip(made, needs, strict=True) if needed]
+
+
+class _LoRALinear(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x, scalings, dropout_p, *layers):
-        weights, biases, As, Bs = layers[0::4], layers[1::4], layers[2::4], layers[3::4]
+    def forward(ctx, x, weight, bias, A, B, scaling, dropout_p):
         rows = x if x.dim() == 2 else x.reshape(-1, x.shape[-1])
-        threshold, seed = threshold_of(dropout_p), None
-        if threshold:
-            seed = new_seed(x.device)
-            scalings = [scale * 65536 / (65536 - threshold) for scale in scalings]
-        S = lora_down(rows, _stack(As), drawn_mask(seed, rows, rows.shape[1], threshold), threshold)
-        ys, dense, ctx.ways, ctx.quantized, ctx.bias_dtypes = [], [], [], [], []
-        for weight, bias, A, B, part, scale in zip(weights, biases, As, Bs, _parts(S, As), scalings, strict=True):
-            if isinstance(weight, torch.Tensor):
-                y, way = lora_product(rows, weight, bias, part, B, scale), None
-            else:
-                way = plan(rows, weight, threshold > 0)
-                y = quantized_product(way, rows, weight, bias, part, A, B, scale)
-            # No view: callers may change it in place. (Traced by torch 2.11, a result that was itself made in place
-            # would get no gradient.)
-            if x.dim() != 2 or torch.compiler.is_compiling():
-                y = torch.ops.aten._unsafe_view(y, [*x.shape[:-1], y.shape[-1]])
-            ys.append(y)
-            dense.append(weight if way is None else None)
-            ctx.ways.append(way)
-            ctx.quantized.append(None if way is None else weight)
-            ctx.bias_dtypes.append(None if bias is None else bias.dtype)
-        needs = ctx.needs_input_grad
-        x_kept = rows if any(needs[3::4]) or any(needs[5::4]) else None  # for dW and dA
-        ctx.save_for_backward(x_kept, S, seed, *As, *Bs, *dense)
-        ctx.scales, ctx.threshold, ctx.x_shape = scalings, threshold, x.shape
-        return tuple(ys)
+        threshold = threshold_of(dropout_p)
+        seed = new_seed(x.device) if threshold else None
+        scale = scaling * 65536 / (65536 - threshold)
+        ctx.way = plan(rows, weight, threshold > 0)
+        if torch.compiler.is_compiling():
+            y, S = _forward_op(rows, *flatten(weight), bias, A, B, scale, seed, threshold, ctx.way)
+        else:
+            y, S = _forward(rows, weight, bias, A, B, scale, seed, threshold, ctx.way)
+        needs_weight, needs_A = ctx.needs_input_grad[1], ctx.needs_input_grad[3]
+        dense = weight if isinstance(weight, torch.Tensor) else None
+        ctx.save_for_backward(rows if needs_weight or needs_A else None, S, seed, A, B, dense)
+        ctx.quantized, ctx.bias_dtype = None if dense is weight else weight, None if bias is None else bias.dtype
+        ctx.scale, ctx.threshold, ctx.x_shape = scale, threshold, x.shape
+        # No view: callers may change it in place.
+        return y if x.dim() == 2 else torch.ops.aten._unsafe_view(y, [*x.shape[:-1], y.shape[-1]])
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, *dys):
-        dys = [dy if dy.dim() == 2 else dy.reshape(-1, dy.shape[-1]) for dy in dys]
-        if not torch.is_autocast_enabled(dys[0].device.type):
-            return _gradients(ctx, dys)
-        with torch.autocast(dys[0].device.type, enabled=False):
-            return _gradients(ctx, dys)
+    def backward(ctx, dy):
+        dy = dy if dy.dim() == 2 else dy.reshape(-1, dy.shape[-1])
+        x, S, seed, A, B, weight = ctx.saved_tensors
+        needs_x, needs_weight, needs_bias, needs_A, needs_B, _, _ = ctx.needs_input_grad
+        needs, rest = (needs_x, needs_A, needs_B), (A, B, ctx.scale, seed, ctx.threshold, ctx.way)
+        with _without_autocast(dy):
+            dW = (dy.t() @ x).to(weight.dtype) if needs_weight else None
+            dbias = dy.sum(0).to(ctx.bias_dtype) if needs_bias else None
+            weight, made = weight if ctx.quantized is None else ctx.quantized, []
+            if any(needs) and torch.compiler.is_compiling():
+                made = _backward_op(dy, x, S, *flatten(weight), *rest, needs)
+            elif any(needs):
+                made = _backward(dy, x, S, weight, *rest, needs)
+        made = iter(made)
+        dx, dA, dB = (next(made) if needed else None for needed in needs)
+        return None if dx is None else dx.view(ctx.x_shape), dW, dbias, dA, dB, None, None
 
 
-def _gradients(ctx, dys):
-    """Gradients of x, None for scalings and dropout_p, then of weight, bias, lora_A and lora_B of each layer."""
-    x, S, seed, *rest = ctx.saved_tensors
-    count, threshold = len(dys), ctx.threshold
-    As, Bs, weights = rest[:count], rest[count : 2 * count], rest[2 * count :]
-    needs_x, _, _, *needs = ctx.needs_input_grad
-    needs_A, needs_B = any(needs[2::4]), any(needs[3::4])
-    dx, grads, dSs = None, [None] * len(needs), []
-    for i, (dy, part) in enumerate(zip(dys, _parts(S, As), strict=True)):
-        if needs[4 * i]:
-            grads[4 * i] = (dy.t() @ x).to(weights[i].dtype)
-        if needs[4 * i + 1]:
-            grads[4 * i + 1] = dy.sum(0).to(ctx.bias_dtypes[i])
-        if needs_x or needs_A or needs_B:
-            dS, dB = lora_up_grads(dy, part, Bs[i], ctx.scales[i])
-            dSs.append(dS)
-            grads[4 * i + 3] = dB if needs[4 * i + 3] else None
-    if not (needs_x or needs_A):
-        return dx, None, None, *grads
-    dS = dSs[0] if count == 1 else torch.cat([part.t() for part in dSs]).t()
-    mask = drawn_mask(seed, dys[0], As[0].shape[1], threshold)
-    if needs_A:
-        dA = lora_down_grad(dS, x, As[0].dtype, mask, threshold)
-        for i, part in enumerate([dA] if count == 1 else dA.split([A.shape[0] for A in As])):
-            grads[4 * i + 2] = part.to(As[i].dtype) if needs[4 * i + 2] else None
-    if needs_x:
-        weights = [quantized or dense for quantized, dense in zip(ctx.quantized, weights, strict=True)]
-        if count == 1 and ctx.ways[0] is not None:
-            way, scale = ctx.ways[0], ctx.scales[0]
-            dx = quantized_product_dx(way, dys[0], weights[0], dS, As[0], Bs[0], scale, mask, threshold)
-        else:
-            W = dense_weight(weights[0], dys[0])
-            dx = lora_product(dys[0], W.t(), None, dS, _stack(As).t(), 1.0, mask, threshold)
-        for dy, weight in zip(dys[1:], weights[1:], strict=True):
-            dx.addmm_(dy, dense_weight(weight, dy))
-        if len(ctx.x_shape) != 2:
-            dx = dx.view(ctx.x_shape)
-    return dx, None, None, *grads
-
-
-def _stack(tensors: Sequence[torch.Tensor]) -> torch.Tensor:
-    return tensors[0] if len(tensors) == 1 else torch.cat(tensors)
-
-
-def _parts(S: torch.Tensor, As: Sequence[torch.Tensor]) -> Sequence[torch.Tensor]:
-    """The columns of S (M, Σ r) that belong to each adapter."""
-    return [S] if len(As) == 1 else S.split([A.shape[0] for A in As], dim=1)
+def _without_autocast(x):
+    """Everything is computed in x's dtype. (To enter a context costs time even where it changes nothing.)"""
+    enabled = torch.is_autocast_enabled(x.device.type)
+    return torch.autocast(x.device.type, enabled=False) if enabled else nullcontext()
 
 
 def lora_linear(
     x: torch.Tensor,
-    weight: torch.Tensor | QuantizedWeight,
+    weight: torch.Tensor | NF4Weight,
     bias: torch.Tensor | None,
     lora_A: torch.Tensor,
     lora_B: torch.Tensor,
@@ -153,7 +155,7 @@ def lora_linear(
 
     Args:
         x: (..., K), floating point. Everything is computed in its dtype (sums in fp32) and returned in it.
-        weight: (N, K) of any floating dtype; or a quantized weight, which gets no gradient.
+        weight: (N, K) of any floating dtype; or one in NF4, which gets no gradient.
         bias: (N,) or None.
         lora_A: (r, K), r ≥ 1, of any floating dtype; its gradient has that dtype.
         lora_B: (N, r), likewise.
@@ -169,52 +171,20 @@ def lora_linear(
         TypeError: x is not floating point.
         ValueError: shapes that do not fit, or `dropout_p` outside [0, 1).
     """
-    return stacked_lora_linear(x, [weight], [bias], [lora_A], [lora_B], [scaling], dropout_p)[0]
-
-
-def stacked_lora_linear(
-    x: torch.Tensor,
-    weights: Sequence[torch.Tensor | QuantizedWeight],
-    biases: Sequence[torch.Tensor | None],
-    lora_As: Sequence[torch.Tensor],
-    lora_Bs: Sequence[torch.Tensor],
-    scalings: Sequence[float],
-    dropout_p: float = 0.0,
-) -> tuple[torch.Tensor, ...]:
-    """`lora_linear` for several layers that share an x (q, k, v; gate, up): their adapters read x once.
-
-    All S = x̂ Aᵀ come from one pass over x, and so do all dA; one dx is accumulated in place. Ranks
-    and output sizes may differ. The layers share one dropout mask.
-
-    Args: as for `lora_linear`, one entry a layer.
-
-    Returns:
-        One (..., N_i) for each layer.
-
-    Raises:
-        TypeError, ValueError: as `lora_linear`, and when the sequences differ in length.
-    """
     if has_torch_function((x,)):  # to a mode such as `amp.autocast` this is one operation, whatever it calls inside
-        arguments = x, weights, biases, lora_As, lora_Bs, scalings, dropout_p
-        return handle_torch_function(stacked_lora_linear, (x,), *arguments)
+        arguments = x, weight, bias, lora_A, lora_B, scaling, dropout_p
+        return handle_torch_function(lora_linear, (x,), *arguments)
     if not x.is_floating_point():
         raise TypeError(f"x must be floating point, got {x.dtype}")
     if not 0 <= dropout_p < 1:
         raise ValueError(f"dropout_p must lie in [0, 1), got {dropout_p}")
-    lengths = {len(weights), len(biases), len(lora_As), len(lora_Bs), len(scalings)}
-    if len(lengths) > 1 or 0 in lengths:
-        raise ValueError(f"one weight, bias, lora_A, lora_B and scaling a layer expected, got lengths {lengths}")
-    layers = []
-    for weight, bias, A, B in zip(weights, biases, lora_As, lora_Bs, strict=True):
-        (N, K), r = weight.shape, A.shape[0]
-        if x.dim() == 0 or x.shape[-1] != K:
-            raise ValueError(f"x must be (..., {K}) for a weight of shape {(N, K)}, got {tuple(x.shape)}")
-        if r == 0 or A.shape != (r, K) or B.shape != (N, r):
-            raise ValueError(f"lora_A must be (r, {K}) and lora_B ({N}, r), got {tuple(A.shape)} and {tuple(B.shape)}")
-        if bias is not None and bias.shape != (N,):
-            raise ValueError(f"bias must be ({N},), got {tuple(bias.shape)}")
-        layers += [weight, bias, A, B]
-    if not torch.is_autocast_enabled(x.device.type):
-        return _LoRALinear.apply(x, tuple(scalings), dropout_p, *layers)
-    with torch.autocast(x.device.type, enabled=False):  # everything is computed in x's dtype
-        return _LoRALinear.apply(x, tuple(scalings), dropout_p, *layers)
+    (N, K), r = weight.shape, lora_A.shape[0]
+    if x.dim() == 0 or x.shape[-1] != K:
+        raise ValueError(f"x must be (..., {K}) for a weight of shape {(N, K)}, got {tuple(x.shape)}")
+    if r == 0 or lora_A.shape != (r, K) or lora_B.shape != (N, r):
+        got = f"{tuple(lora_A.shape)} and {tuple(lora_B.shape)}"
+        raise ValueError(f"lora_A must be (r, {K}) and lora_B ({N}, r), got {got}")
+    if bias is not None and bias.shape != (N,):
+        raise ValueError(f"bias must be ({N},), got {tuple(bias.shape)}")
+    with _without_autocast(x):
+        return _LoRALinear.apply(x, weight, bias, lora_A, lora_B, scaling, dropout_p)

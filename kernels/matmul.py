@@ -1,34 +1,46 @@
-"""FP16 matrix product with the loss scale in its epilogue: c = s · a b, and a flag for overflow.
+"""The dense product in Triton: one tiled loop with two uses, a loss scale after the sum or a LoRA term before it.
 
-With a (M, K), b (K, N) and a scale s,
+    scaled_matmul    c = s · a b, and a flag for overflow       a (M, K), b (K, N), s the loss scale
+    lora_product     y = x Wᵀ + b + s S Bᵀ                      x (M, K), W (N, K), S (M, r), B (N, r)
 
-    forward    c  = s · a b           found_inf = any |c| = ∞ or NaN
-    backward   da = s · dc bᵀ         db = s · aᵀ dc
+Scale and term meet the FP32 accumulator: one rounding, one write. Rounding first and scaling
+afterwards loses what underflows in between (a product of 1e-8 is zero in FP16; times 65536 it is
+not) and moves 4MN bytes more. Added at the end, S Bᵀ would need a second accumulator of
+128 × 256 fp32 values, and registers would spill; so the first one starts with it. Backward is the same
+kernel on transposed views, which cost nothing but other strides:
 
-so backward is the same kernel on transposed views, which cost nothing but other strides.
+    da = s · dc bᵀ      db = s · aᵀ dc      dx = dy W + dS A     (in dx a dropout mask falls on dS A alone)
 
-Operands have 16 bits, but each of the 2MNK FLOPs is added up in an FP32 accumulator, and the
-scale meets that accumulator: one rounding, at the end. Rounding first and scaling afterwards,
-as two operations do, loses what underflows in between (a product of 1e-8 is zero in FP16; times
-65536 it is not) and moves 4MN bytes more, to read and write c once again.
+Floor: max(FLOPs / rate, bytes / bandwidth), with 2MNK + 2MNr FLOPs and 2(MK + NK + MN + Mr) + 4Nr bytes (16-bit
+operands, fp32 adapter). At M = N = K = 4096 that is 137 GFLOP against 101 MB: arithmetic, by far.
 
-Floor: max(2MNK / FLOP rate, 2(MK + KN + MN) bytes / bandwidth). At M = N = K = 4096 that is
-137 GFLOP against 101 MB: arithmetic, by far. Programs take output tiles in an order that keeps
-the operands' tiles in L2: down a group of GROUP_M tiles first, then one to the right.
-
-Saved for backward: a, b and s. The flag is a value on the device; any program with a non-finite
-output writes the same 1.0 to it.
+`scaled_matmul` saves a, b and s for backward. Its flag is a value on the device; any program with a non-finite
+output writes the same 1.0 to it. `lora_product` is a piece of `lora.py`, which has its backward.
 """
 
 from contextlib import nullcontext
 
 import torch
+import torch.nn.functional as F
 from torch.autograd.function import once_differentiable
 from torch.overrides import handle_torch_function, has_torch_function
 
-from .runtime import INTERPRETED, KernelSpec, backend, on_device, tl, triton
-
-TRITON_DTYPES = {torch.float16: tl.float16, torch.bfloat16: tl.bfloat16, torch.float32: tl.float32}
+from .dropout import ROUNDS, Dropout, keep_tile
+from .runtime import (
+    INTERPRETED,
+    LOW,
+    TRITON_DTYPES,
+    KernelSpec,
+    block_of,
+    cdiv,
+    dot_settings,
+    kernel_spec,
+    on_device,
+    runs_kernel,
+    stored_dtype,
+    tl,
+    triton,
+)  # fmt: skip
 
 
 def scaled_matmul_reference(a, b, scale):
@@ -38,46 +50,67 @@ def scaled_matmul_reference(a, b, scale):
     return c, (~torch.isfinite(c)).any().float()
 
 
-def _tile(block_m, block_n, num_warps, num_stages):
-    blocks = {"BLOCK_M": block_m, "BLOCK_N": block_n, "BLOCK_K": 64, "GROUP_M": 8}
-    return triton.Config(blocks, num_warps=num_warps, num_stages=num_stages)
+def lora_product_reference(x, weight, bias, S, lora_B, scale, mask=None):
+    """x (M, K), W (N, K), b (N,), S (M, r), B (N, r), mask (M, N) → y = x Wᵀ + b + mask ⊙ s S Bᵀ in x's dtype."""
+    low_rank = scale * (S @ lora_B.to(x.dtype).t())
+    y = F.linear(x, weight.to(x.dtype), None if bias is None else bias.to(x.dtype))
+    return y + (low_rank if mask is None else low_rank * mask)
 
 
-# The first is what the tests run.
-TILES = [
-    _tile(64, 64, 4, 4),
-    _tile(128, 256, 8, 3),
-    _tile(128, 256, 8, 4),
-    _tile(128, 128, 4, 4),
-    _tile(64, 128, 4, 4),
-    _tile(32, 64, 4, 5),
-]
+def lora_product_addmm(x, weight, bias, S, lora_B, scale, mask=None):
+    """`lora_product_reference` with the low-rank term added in place by its product: no further (M, N) array."""
+    y = F.linear(x, weight.to(x.dtype), None if bias is None else bias.to(x.dtype))
+    B_t = lora_B.t().to(x.dtype)
+    if mask is None:
+        return y.addmm_(S, B_t, alpha=scale)
+    return y.addcmul_(S @ B_t, mask, value=scale)
 
 
-@triton.autotune(TILES[:1] if INTERPRETED else TILES, key=["M_BUCKET", "N", "K", "stride_ak", "stride_bn", "DTYPE"])
 @triton.jit
-def _scaled_matmul_kernel(
+def _low_rank(
+    acc, s_ptr, up_ptr, seed_ptr, first_m, first_n, M, N, r,
+    stride_sm, stride_sr, stride_un, stride_ur, scale, threshold,
+    DOT: tl.constexpr, PRECISION: tl.constexpr, ROUNDS: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_R: tl.constexpr,
+):  # fmt: skip
+    """acc [BLOCK_M, BLOCK_N], zero so far, plus s S Bᵀ with dropout."""
+    offs_m, offs_n = first_m + tl.arange(0, BLOCK_M), first_n + tl.arange(0, BLOCK_N)
+    rows, columns = offs_m.to(tl.int64), offs_n.to(tl.int64)
+    for j in range(0, r, BLOCK_R):
+        offs_r = j + tl.arange(0, BLOCK_R)
+        s_ptrs = s_ptr + rows[:, None] * stride_sm + offs_r[None, :] * stride_sr
+        s = tl.load(s_ptrs, mask=(offs_m < M)[:, None] & (offs_r[None, :] < r), other=0.0)  # [BLOCK_M, BLOCK_R]
+        up_ptrs = up_ptr + columns[None, :] * stride_un + offs_r[:, None] * stride_ur
+        up = tl.load(up_ptrs, mask=(offs_n < N)[None, :] & (offs_r[:, None] < r), other=0.0)  # [BLOCK_R, BLOCK_N]
+        acc = tl.dot(s.to(DOT), up.to(DOT), acc, input_precision=PRECISION)
+    acc *= scale
+    if seed_ptr is not None:
+        keep = keep_tile(seed_ptr, threshold, first_m, first_n, BLOCK_M, BLOCK_N, ROUNDS)
+        acc = tl.where(keep, acc, 0.0)
+    return acc
+
+
+@triton.jit
+def _matmul_kernel(
     a_ptr,  # (M, K)
     b_ptr,  # (K, N)
     c_ptr,  # (M, N), contiguous
-    scale_ptr,  # () fp32
+    bias_ptr,  # (N,) or None
+    s_ptr,  # (M, r) or None: no low-rank term
+    up_ptr,  # (N, r), LoRA's B, or None
+    seed_ptr,  # (1,) or None: no dropout on the low-rank term
+    loss_scale_ptr,  # () fp32 or None
     found_inf_ptr,  # () fp32 or None
-    M,
-    N,
-    K,
-    stride_am,
-    stride_ak,
-    stride_bk,
-    stride_bn,
+    M, N, K, r,
+    stride_am, stride_ak, stride_bk, stride_bn, stride_sm, stride_sr, stride_un, stride_ur,
+    scale,  # of the low-rank term
+    threshold,
     M_BUCKET: tl.constexpr,  # M up to a power of two: what the tile is tuned for
-    EVEN: tl.constexpr,  # every tile is full
-    DTYPE: tl.constexpr,
-    DOT: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-    GROUP_M: tl.constexpr,
-):
+    EVEN: tl.constexpr,  # N and K are multiples of the tile's, and M where rows are masked
+    DOT: tl.constexpr, PRECISION: tl.constexpr, ROUNDS: tl.constexpr, BLOCK_R: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP_M: tl.constexpr,
+):  # fmt: skip
+    # Programs walk down GROUP_M tiles before they move right, so that neighbours share tiles in L2.
     pid = tl.program_id(0)
     tiles_m, tiles_n = tl.cdiv(M, BLOCK_M), tl.cdiv(N, BLOCK_N)
     group = pid // (GROUP_M * tiles_n)
@@ -88,57 +121,138 @@ def _scaled_matmul_kernel(
     offs_m = pid_m * BLOCK_M + tl.arange(0, BLOCK_M)
     offs_n = pid_n * BLOCK_N + tl.arange(0, BLOCK_N)
     offs_k = tl.arange(0, BLOCK_K)
+    in_m, in_n = offs_m < M, offs_n < N
     # 64-bit arithmetic for where a tile starts, 32-bit within it: half the registers for addresses.
     a_tile = a_ptr + (pid_m * BLOCK_M).to(tl.int64) * stride_am
     b_tile = b_ptr + (pid_n * BLOCK_N).to(tl.int64) * stride_bn
-    a_offs = tl.arange(0, BLOCK_M)[:, None] * stride_am + offs_k[None, :] * stride_ak
+    if s_ptr is None:  # a may be transposed, so its rows stay consecutive
+        a_rows, read = tl.arange(0, BLOCK_M), in_m
+    else:  # a mask costs registers: rows past the end read the last one, and are not stored
+        a_rows, read = tl.minimum(offs_m, M - 1) - pid_m * BLOCK_M, tl.full([BLOCK_M], 1, tl.int1)
+    a_offs = a_rows[:, None] * stride_am + offs_k[None, :] * stride_ak
     b_offs = offs_k[:, None] * stride_bk + tl.arange(0, BLOCK_N)[None, :] * stride_bn
 
     acc = tl.zeros([BLOCK_M, BLOCK_N], dtype=tl.float32)
+    if s_ptr is not None:
+        acc = _low_rank(
+            acc, s_ptr, up_ptr, seed_ptr, pid_m * BLOCK_M, pid_n * BLOCK_N, M, N, r, stride_sm, stride_sr, stride_un,
+            stride_ur, scale, threshold, DOT, PRECISION, ROUNDS, BLOCK_M, BLOCK_N, BLOCK_R,
+        )  # fmt: skip
     for k in range(0, K, BLOCK_K):
-        if EVEN:
+        if EVEN:  # masks in this loop cost registers that the largest tile does not have
             a = tl.load(a_tile + a_offs)  # [BLOCK_M, BLOCK_K]
             b = tl.load(b_tile + b_offs)  # [BLOCK_K, BLOCK_N]
         else:
-            a = tl.load(a_tile + a_offs, mask=(offs_m[:, None] < M) & (offs_k[None, :] < K - k), other=0.0)
-            b = tl.load(b_tile + b_offs, mask=(offs_k[:, None] < K - k) & (offs_n[None, :] < N), other=0.0)
-        acc = tl.dot(a.to(DOT), b.to(DOT), acc, input_precision="ieee")
+            a = tl.load(a_tile + a_offs, mask=read[:, None] & (offs_k[None, :] < K - k), other=0.0)
+            b = tl.load(b_tile + b_offs, mask=(offs_k[:, None] < K - k) & in_n[None, :], other=0.0)
+        acc = tl.dot(a.to(DOT), b.to(DOT), acc, input_precision=PRECISION)
         a_tile += tl.cast(BLOCK_K * stride_ak, tl.int64)
         b_tile += tl.cast(BLOCK_K * stride_bk, tl.int64)
 
-    c = (acc * tl.load(scale_ptr)).to(DTYPE)
-    mask = (offs_m[:, None] < M) & (offs_n[None, :] < N)
-    c_ptrs = c_ptr + offs_m.to(tl.int64)[:, None] * N + offs_n[None, :]
-    tl.store(c_ptrs, c, mask=mask)
+    if bias_ptr is not None:
+        acc += tl.load(bias_ptr + offs_n, mask=in_n, other=0.0).to(tl.float32)[None, :]
+    if loss_scale_ptr is not None:
+        acc *= tl.load(loss_scale_ptr)
+    c = acc.to(c_ptr.dtype.element_ty)
+    c_tile = c_ptr + (pid_m * BLOCK_M).to(tl.int64) * N + pid_n * BLOCK_N
+    c_offs = tl.arange(0, BLOCK_M)[:, None] * N + tl.arange(0, BLOCK_N)[None, :]
+    mask = in_m[:, None] & in_n[None, :]
+    tl.store(c_tile + c_offs, c, mask=mask)
     if found_inf_ptr is not None:
         finite = tl.abs(c.to(tl.float32)) < float("inf")  # false for NaN too
         bad = tl.max(tl.where(mask & (finite == 0), 1, 0))  # axis by axis it does not compile for sm_100
         tl.store(found_inf_ptr, 1.0, mask=bad != 0)
 
 
-def _product(a, b, scale, found_inf):
-    """One launch: c = scale · a b for two matrices of any strides; sets `found_inf` unless it is None."""
+def _tile(block_m, block_n, num_warps, num_stages):
+    # Every tile steps through K alike, so that the choice of a tile does not change the sum.
+    blocks = {"BLOCK_M": block_m, "BLOCK_N": block_n, "BLOCK_K": 64, "GROUP_M": 8}
+    return triton.Config(blocks, num_warps=num_warps, num_stages=num_stages)
+
+
+# The first of each is what the tests run.
+SCALED_TILES = [
+    _tile(64, 64, 4, 4), _tile(128, 256, 8, 3), _tile(128, 256, 8, 4), _tile(128, 128, 4, 4), _tile(64, 128, 4, 4),
+    _tile(32, 64, 4, 5),
+]  # fmt: skip
+LORA_TILES = [
+    _tile(64, 128, 4, 4), _tile(128, 256, 8, 3), _tile(128, 128, 8, 4), _tile(128, 128, 4, 3), _tile(16, 128, 4, 5),
+    _tile(16, 64, 4, 6),
+]  # fmt: skip
+
+
+def _without_spills(tiles, arguments, **_):  # a mask of 128 × 256 does not fit into registers beside the accumulator
+    return [tile for tile in tiles if arguments["seed_ptr"] is None or tile.kwargs["BLOCK_N"] < 256]
+
+
+_scaled = triton.autotune(
+    SCALED_TILES[:1] if INTERPRETED else SCALED_TILES, key=["M_BUCKET", "N", "K", "stride_ak", "stride_bn", "DOT"]
+)(_matmul_kernel)
+_lora = triton.autotune(
+    LORA_TILES[:1] if INTERPRETED else LORA_TILES,
+    key=["M_BUCKET", "N", "K", "stride_bk", "DOT", "PRECISION"],
+    prune_configs_by={"early_config_prune": _without_spills},
+)(_matmul_kernel)
+
+
+def _launch(
+    kernel, a, b, c, precision, bias=None, S=None, up=None, scale=1.0, dropout=None, loss_scale=None, flag=None
+):  # fmt: skip
+    """One launch into c (M, N); what is None has no part in it."""
     (M, K), N = a.shape, b.shape[1]
-    c = torch.empty((M, N), dtype=a.dtype, device=a.device)
     if c.numel() == 0:
-        return c
-    dtype = TRITON_DTYPES[a.dtype]
-    upcast = INTERPRETED and a.dtype == torch.bfloat16  # the interpreter multiplies bf16 wrongly
-
-    def grid(tile):
-        return (triton.cdiv(M, tile["BLOCK_M"]) * triton.cdiv(N, tile["BLOCK_N"]),)
-
+        return
+    r, strides = (0, (0, 0, 0, 0)) if S is None else (S.shape[1], (*S.stride(), *up.stride()))
+    seed, threshold = (None, 0) if dropout is None else (dropout.seed, dropout.threshold)
+    even = N % 256 == 0 and K % 64 == 0 and (S is not None or M % 128 == 0)
     with on_device(a):
-        _scaled_matmul_kernel[grid](
-            a, b, c, scale, found_inf, M, N, K, *a.stride(), *b.stride(),
-            M_BUCKET=triton.next_power_of_2(M), EVEN=M % 128 == N % 256 == K % 64 == 0,
-            DTYPE=dtype, DOT=tl.float32 if upcast else dtype,
+        kernel[lambda tile: (cdiv(M, tile["BLOCK_M"]) * cdiv(N, tile["BLOCK_N"]),)](
+            a, b, c, bias, S, up, seed, loss_scale, flag, M, N, K, r, *a.stride(), *b.stride(), *strides,
+            scale, threshold, M_BUCKET=block_of(M, 16, 8192), EVEN=even, ROUNDS=ROUNDS, BLOCK_R=block_of(r, 16, 64),
+            **dot_settings(a.dtype) | precision,
         )  # fmt: skip
-    return c
 
 
-def _in_fp32(a, b, scale):
-    """The reference, out of reach of `torch.autocast`, which would take its FP32 operands down to 16 bits."""
+def lora_product(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    S: torch.Tensor,
+    lora_B: torch.Tensor,
+    scale: float,
+    dropout: Dropout | None = None,
+) -> torch.Tensor:
+    """y = x Wᵀ + b + mask ⊙ (scale · S Bᵀ), in one pass.
+
+    Args:
+        x: (M, K), any strides.
+        weight: (N, K), of any floating dtype and strides. So dx = dy W + dS A is
+            `lora_product(dy, W.t(), None, dS, A.t(), 1.0)`.
+        bias: (N,) or None.
+        S: (M, r) in x's dtype.
+        lora_B: (N, r), of any floating dtype.
+        scale: a number.
+        dropout: over (M, N), on the low-rank term alone, or None.
+
+    Returns:
+        (M, N) in x's dtype, contiguous.
+    """
+    M, N = x.shape[0], weight.shape[0]
+    if not runs_kernel(x):
+        return lora_product_addmm(x, weight, bias, S, lora_B, scale, dropout and dropout.mask(M, N, x.dtype))
+    y = torch.empty((M, N), dtype=stored_dtype(x.dtype), device=x.device)
+    _launch(_lora, x, weight.t(), y, {}, bias, S, lora_B, scale, dropout)
+    return y.to(x.dtype)
+
+
+def _scaled_product(a, b, scale, want_flag):
+    """scale · a b (M, N), and found_inf if it is wanted (in torch it comes anyway)."""
+    if runs_kernel(a):
+        c = torch.empty((a.shape[0], b.shape[1]), dtype=a.dtype, device=a.device)
+        found_inf = torch.zeros((), dtype=torch.float32, device=a.device) if want_flag else None
+        _launch(_scaled, a, b, c, {"PRECISION": "ieee"}, loss_scale=scale, flag=found_inf)
+        return c, found_inf
+    # Out of reach of `torch.autocast`, which would take the FP32 operands down to 16 bits.
     with nullcontext() if a.is_meta else torch.autocast(a.device.type, enabled=False):
         return scaled_matmul_reference(a, b, scale)
 
@@ -147,11 +261,7 @@ class _ScaledMatmul(torch.autograd.Function):
     @staticmethod
     def forward(ctx, a, b, scale):
         ctx.save_for_backward(a, b, scale)
-        if backend(a) == "torch" or a.dtype not in TRITON_DTYPES:
-            c, found_inf = _in_fp32(a, b, scale)
-        else:
-            found_inf = torch.zeros((), dtype=torch.float32, device=a.device)
-            c = _product(a, b, scale, found_inf)
+        c, found_inf = _scaled_product(a, b, scale, want_flag=True)
         ctx.mark_non_differentiable(found_inf)
         return c, found_inf
 
@@ -159,13 +269,8 @@ class _ScaledMatmul(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, dc, _):
         a, b, scale = ctx.saved_tensors
-        needs_a, needs_b, _ = ctx.needs_input_grad
-        if backend(dc) == "torch" or a.dtype not in TRITON_DTYPES:
-            product = lambda x, y: _in_fp32(x, y, scale)[0]  # noqa: E731
-        else:
-            product = lambda x, y: _product(x, y, scale, None)  # noqa: E731
-        da = product(dc, b.t()) if needs_a else None
-        db = product(a.t(), dc) if needs_b else None
+        da = _scaled_product(dc, b.t(), scale, want_flag=False)[0] if ctx.needs_input_grad[0] else None
+        db = _scaled_product(a.t(), dc, scale, want_flag=False)[0] if ctx.needs_input_grad[1] else None
         return da, db, None
 
 
@@ -185,7 +290,7 @@ def scaled_matmul(
 
     Raises:
         ValueError: shapes or devices do not fit, or `scale` has several elements or requires a gradient.
-        TypeError: a or b is no tensor, or dtypes differ or are no floats.
+        TypeError: a or b is not a tensor, or dtypes differ or are not floats.
     """
     if not isinstance(a, torch.Tensor) or not isinstance(b, torch.Tensor):
         raise TypeError(f"a and b must be tensors, got {type(a).__name__} and {type(b).__name__}")
@@ -207,32 +312,39 @@ def scaled_matmul(
 
 
 def xray_specs() -> list[KernelSpec]:
-    """4096³ of fp16 in the three layouts of forward (nn) and backward (nt, tn), and a ragged product of bf16."""
+    """4096³ with r = 16 and an fp32 adapter: both uses in every tile, in the layouts of forward and backward."""
     strides = {"nn": ("stride_ak", "stride_bn"), "nt": ("stride_ak", "stride_bk"), "tn": ("stride_am", "stride_bn")}
-    cases = [("fp16", "nn", True, tile) for tile in TILES]
-    cases += [("fp16", "nt", True, TILES[1]), ("fp16", "tn", True, TILES[1])]
-    cases += [("fp16", "nn", False, TILES[1]), ("bf16", "nn", True, TILES[1])]
+    no_lora = dict.fromkeys(("bias_ptr", "s_ptr", "up_ptr", "seed_ptr"))
+    no_loss = {"loss_scale_ptr": None, "found_inf_ptr": None, "stride_sr": 1}
+    y, dx = {"seed_ptr": None, "stride_ur": 1}, {"bias_ptr": None, "seed_ptr": None, "stride_un": 1}
+    dropped = {"bias_ptr": None, "stride_un": 1}
+    wide = SCALED_TILES[1]  # LORA_TILES[1] is the same
+    cases = [("scaled_matmul", "", "fp16", "nn", tile, no_lora) for tile in SCALED_TILES] + [
+        ("scaled_matmul", "", "fp16", "nt", wide, no_lora),
+        ("scaled_matmul", "", "fp16", "tn", wide, no_lora),
+        ("scaled_matmul", ",ragged", "fp16", "nn", wide, no_lora),
+        ("scaled_matmul", "", "bf16", "nn", wide, no_lora),
+        ("lora_product", "y", "bf16", "nt", wide, y),
+        ("lora_product", "dx", "fp16", "nn", wide, dx),
+        ("lora_product", "dx,dropout", "fp16", "nn", LORA_TILES[2], dropped),
+    ]
+    cases += [("lora_product", "y", "fp16", "nt", tile, y) for tile in LORA_TILES]
     specs = []
-    for low, layout, even, tile in cases:
-        dtype = {"fp16": tl.float16, "bf16": tl.bfloat16}[low]
-        constexprs = {"M_BUCKET": 4096, "EVEN": even, "DTYPE": dtype, "DOT": dtype, **tile.kwargs}
-        constexprs |= dict.fromkeys(strides[layout], 1)
-        pointers = {"a_ptr": f"*{low}", "b_ptr": f"*{low}", "c_ptr": f"*{low}"}
-        pointers |= {"scale_ptr": "*fp32", "found_inf_ptr": "*fp32"}
-        names = _scaled_matmul_kernel.fn.arg_names
-        signature = {name: "constexpr" if name in constexprs else pointers.get(name, "i32") for name in names}
-        block_m, block_n = tile.kwargs["BLOCK_M"], tile.kwargs["BLOCK_N"]
-        shape = f"{block_m}x{block_n}x64,{tile.num_stages} stages"
+    for name, what, low, layout, tile, absent in cases:
+        size = f"{tile.kwargs['BLOCK_M']}x{tile.kwargs['BLOCK_N']}"
+        if name == "lora_product":
+            shape, absent = f"{what},{size},{tile.num_warps} warps", absent | no_loss
+        else:
+            shape = f"{layout}{what},{size}x64,{tile.num_stages} stages"
+        constexprs = {"M_BUCKET": 4096, "EVEN": what != ",ragged", "DOT": LOW[low], "PRECISION": "ieee"}
+        constexprs |= {"ROUNDS": ROUNDS, "BLOCK_R": 16} | tile.kwargs | dict.fromkeys(strides[layout], 1) | absent
+        types = dict.fromkeys(("a_ptr", "b_ptr", "c_ptr", "bias_ptr", "s_ptr"), f"*{low}")
         specs.append(
-            KernelSpec(
-                name=f"scaled_matmul[{low},{layout}{'' if even else ',ragged'},{shape}]",
-                kernel=_scaled_matmul_kernel,
-                signature=signature,
-                constexprs=constexprs,
-                elements=block_m * block_n,
-                options={"num_warps": tile.num_warps, "num_stages": tile.num_stages},
-                aligned=tuple(name for name in names if name not in constexprs and (even or name != "M")),
-                unit="output",
+            kernel_spec(
+                f"{name}[{low},{shape}]", _matmul_kernel, types | {"seed_ptr": "*i64", "scale": "fp32"}, constexprs,
+                tile.kwargs["BLOCK_M"] * tile.kwargs["BLOCK_N"], "output",
+                ("threshold", "M") if what == ",ragged" else ("threshold",),
+                num_warps=tile.num_warps, num_stages=tile.num_stages,
             )
-        )
+        )  # fmt: skip
     return specs

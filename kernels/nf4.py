@@ -30,15 +30,15 @@ here was timed on a GPU):
 There is no gradient: weights in four bits are frozen.
 """
 
-import threading
 from collections.abc import Sequence
+from dataclasses import dataclass
 from functools import lru_cache
 from typing import NamedTuple
 
 import torch
 
 from .nf4_cpu import nf4_dequantize_native, runs_native
-from .runtime import KernelSpec, backend, on_device, tl, triton
+from .runtime import TRITON_DTYPES, KernelSpec, backend, kernel_spec, on_device, scratch, tl, triton
 
 NF4_CODE = torch.tensor(
     [
@@ -51,16 +51,10 @@ NF4_CODE = torch.tensor(
     device="cpu",
 )  # fmt: skip
 
-DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+DTYPES = tuple(TRITON_DTYPES)
 BLOCK = 8192  # values a program
 NUM_WARPS = 4
-TILE = 1 << 19  # values a step of the reference
-
-
-def check_float(dtype: torch.dtype) -> None:
-    """Raise TypeError unless it can hold decoded values."""
-    if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
-        raise TypeError(f"dtype must be a floating-point torch.dtype, got {dtype!r}")
+TILE = 1 << 19  # values a step of `nf4_dequantize_tiled`
 
 
 class NestedScales(NamedTuple):
@@ -79,88 +73,54 @@ class NestedScales(NamedTuple):
     block_size: int = 256
 
 
-def check_layout(
-    packed: torch.Tensor,
-    absmax: torch.Tensor,
-    shape: torch.Size,
-    block_size: int,
-    nested: NestedScales | None,
-    name: str = "weight",
-) -> None:
-    """Raise ValueError unless the tensors are what a kernel will read, by address, for `shape` values."""
-    scales = -(-shape.numel() // block_size)
-    wanted = {"codes": (packed, (shape.numel() + 1) // 2, torch.uint8)}
-    wanted["absmax"] = (absmax, scales, torch.float32 if nested is None else torch.uint8)
-    if nested is not None:
-        wanted["nested absmax"] = (nested.absmax, -(-scales // nested.block_size), torch.float32)
-        wanted["nested map"] = (nested.code, 256, torch.float32)
-        wanted["nested offset"] = (nested.offset, 1, torch.float32)
-    for what, (tensor, count, dtype) in wanted.items():
-        if tensor.numel() != count or tensor.dtype != dtype or not tensor.is_contiguous():
-            layout = "" if tensor.is_contiguous() else " not contiguous"
-            raise ValueError(
-                f"{name} of shape {tuple(shape)} in blocks of {block_size} needs {count} contiguous {dtype} as its "
-                f"{what}, got{layout} {tensor.numel()} {tensor.dtype}"
-            )
+@dataclass(eq=False)
+class NF4Weight:
+    """What a kernel needs of a tensor in NF4; `quant.NF4Tensor` is one.
+
+    Attributes:
+        packed: (⌈n / 2⌉,) uint8, two codes a byte, the first in the high nibble.
+        absmax: (⌈n / block_size⌉,) one scale a block: fp32, or uint8 codes where `nested` is set.
+        shape: of the tensor that was quantized.
+        dtype: of the tensor that was quantized: float32, float16 or bfloat16.
+        block_size: values that share a scale, running over the flattened tensor: a power of two, 32 to 4096.
+        nested: what decodes 8-bit scales (double quantization), or None.
+    """
+
+    packed: torch.Tensor
+    absmax: torch.Tensor
+    shape: torch.Size
+    dtype: torch.dtype
+    block_size: int
+    nested: NestedScales | None = None
+
+
+def nf4_dequantize_reference(weight: NF4Weight, dtype: torch.dtype) -> torch.Tensor:
+    """Unpack, look each code up, multiply by the scale of its block, round to `dtype`."""
+    codes = torch.stack([weight.packed >> 4, weight.packed & 15], dim=-1).view(-1)
+    scales = decode_scales(weight.absmax, weight.nested).repeat_interleave(weight.block_size)
+    values = NF4_CODE.to(codes.device)[codes.int()] * scales[: codes.numel()]
+    return values[: weight.shape.numel()].view(weight.shape).to(dtype)
 
 
 def decode_scales(absmax: torch.Tensor, nested: NestedScales | None) -> torch.Tensor:
     """One fp32 scale a block, whether they are stored as fp32 or as 8-bit codes."""
     if nested is None:
         return absmax
-    scales = torch.index_select(nested.code, 0, absmax.int())
-    _scale_blocks(scales, nested.absmax, nested.block_size)
-    return scales.add_(nested.offset)
+    constants = nested.absmax.repeat_interleave(nested.block_size)[: absmax.numel()]
+    return nested.code.index_select(0, absmax.int()) * constants + nested.offset
 
 
-def _scale_blocks(values: torch.Tensor, scales: torch.Tensor, block_size: int) -> None:
-    """values[i] *= scales[i // block_size], in place; the last block may be short."""
-    whole = values.numel() // block_size
-    if whole * block_size == values.numel():
-        values.view(whole, block_size).mul_(scales[:, None])
-        return
-    values[: whole * block_size].view(whole, block_size).mul_(scales[:whole, None])
-    if whole < scales.numel():
-        values[whole * block_size :].mul_(scales[whole])
+def nf4_dequantize_tiled(weight: NF4Weight, out: torch.Tensor) -> torch.Tensor:
+    """The reference's bits, fast on a CPU: each byte picks its two values, as one int64, from a table of 256.
 
-
-@lru_cache
-def _pairs(device: torch.device) -> torch.Tensor:
-    """(256,) int64: the two fp32 values in a byte, the first in the low half."""
-    byte = torch.arange(256, device="cpu")
-    return NF4_CODE[torch.stack([byte >> 4, byte & 15], dim=1)].view(torch.int64).view(256).to(device)
-
-
-_local = threading.local()
-
-
-def _index_buffer(count: int, device: torch.device) -> torch.Tensor:
-    """int64 workspace; on a CPU the thread's own and reused, because fresh memory costs more than the lookup."""
-    if device.type != "cpu" or torch.compiler.is_compiling():
-        return torch.empty(count, dtype=torch.int64, device=device)
-    if getattr(_local, "index", None) is None:
-        with torch.inference_mode(False):  # made within that mode, it could not be written to outside
-            _local.index = torch.empty(TILE // 2, dtype=torch.int64, device="cpu")
-    return _local.index[:count]
-
-
-def nf4_dequantize_reference(
-    packed: torch.Tensor,
-    absmax: torch.Tensor,
-    shape: Sequence[int],
-    dtype: torch.dtype,
-    block_size: int,
-    nested: NestedScales | None = None,
-    out: torch.Tensor | None = None,
-) -> torch.Tensor:
-    """Plain torch: each byte picks its two values, as one int64, from a table of 256; a tile at a time, in cache."""
-    out = torch.empty(shape, dtype=dtype, device=packed.device) if out is None else out
-    packed, flat = packed.view(-1), out.view(-1)
-    scales = decode_scales(absmax, nested)
+    A tile at a time, so that everything stays in cache. `out` is contiguous and of the weight's shape.
+    """
+    packed, flat, block_size = weight.packed.view(-1), out.view(-1), weight.block_size
+    scales = decode_scales(weight.absmax, weight.nested)
     table = _pairs(packed.device)
     tile_pairs = min(TILE, flat.numel() + 1) // 2
-    index = _index_buffer(tile_pairs, packed.device)
-    in_place = dtype == torch.float32 and flat.storage_offset() % 2 == 0
+    index = scratch((tile_pairs,), torch.int64, packed.device)
+    in_place = out.dtype == torch.float32 and flat.storage_offset() % 2 == 0
     values = None if in_place else torch.empty(tile_pairs * 2, dtype=torch.float32, device=packed.device)
     for start in range(0, flat.numel(), TILE):
         stop = min(start + TILE, flat.numel())
@@ -171,10 +131,20 @@ def nf4_dequantize_reference(
         torch.gather(table.expand(lanes, 256), 1, bytes_.view(lanes, -1), out=pairs.view(lanes, -1))
         if tile.numel() % 2:
             tile[-1:] = NF4_CODE.to(packed.device)[packed[-1:].int() >> 4]
-        _scale_blocks(tile, scales[start // block_size : -(-stop // block_size)], block_size)
+        whole, first = tile.numel() // block_size, start // block_size
+        tile[: whole * block_size].view(whole, block_size).mul_(scales[first : first + whole, None])
+        if whole * block_size < tile.numel():  # the last block may be short
+            tile[whole * block_size :].mul_(scales[first + whole])
         if not in_place:
             flat[start:stop].copy_(tile)
     return out
+
+
+@lru_cache
+def _pairs(device: torch.device) -> torch.Tensor:
+    """(256,) int64: the two fp32 values in a byte, the first in the low half."""
+    byte = torch.arange(256, device="cpu")
+    return NF4_CODE[torch.stack([byte >> 4, byte & 15], dim=1)].view(torch.int64).view(256).to(device)
 
 
 @triton.jit
@@ -210,90 +180,150 @@ def _nf4_dequantize(
     tl.store(out_ptr + pid * BLOCK + offs, y, mask=offs < left)
 
 
-def _launch(packed, absmax, block_size, nested, out):
-    scales = (nested.absmax, nested.code, nested.offset) if nested is not None else (absmax, absmax, absmax)
+@triton.jit
+def decode(words, table):
+    """[ROWS, WORDS] int32, eight codes each → their values in order, [ROWS, 8 · WORDS] fp32."""
+    ROWS: tl.constexpr = words.shape[0]
+    WORDS: tl.constexpr = words.shape[1]
+    # The last axis joined is the fastest: joins by bit 2, bit 1 and bit 0 of a code's place in the word.
+    even = tl.join(tl.join(words >> 4, words >> 20), tl.join(words >> 12, words >> 28))
+    odd = tl.join(tl.join(words, words >> 16), tl.join(words >> 8, words >> 24))
+    codes = tl.reshape(tl.join(even, odd) & 15, [ROWS * WORDS * 8])
+    return tl.reshape(tl.gather(table, codes, 0), [ROWS, WORDS * 8])
+
+
+@triton.jit
+def load_scales(absmax_ptr, nested_absmax_ptr, nested_code_ptr, offset_ptr, blocks, mask, nested_block):
+    """fp32 scales of the given blocks."""
+    scales = tl.load(absmax_ptr + blocks, mask=mask, other=0)
+    if nested_code_ptr is not None:
+        nested = tl.load(nested_absmax_ptr + blocks // nested_block, mask=mask, other=0.0)
+        scales = tl.load(nested_code_ptr + scales.to(tl.int32)) * nested + tl.load(offset_ptr)
+    return scales
+
+
+@triton.jit
+def dense_tile(
+    words_ptr, table, absmax_ptr, nested_absmax_ptr, nested_code_ptr, offset_ptr,
+    rows, k, K, block_size, nested_block, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    """W[rows, k : k + BLOCK_K] as fp32."""
+    ROWS: tl.constexpr = rows.shape[0]
+    GROUPS: tl.constexpr = BLOCK_K // 64
+    offs_w = k // 8 + tl.arange(0, BLOCK_K // 8)
+    words = tl.load(words_ptr + rows[:, None] * (K // 8) + offs_w[None, :], mask=offs_w[None, :] < K // 8, other=0)
+    groups = k // 64 + tl.arange(0, GROUPS)
+    blocks = (rows[:, None] * (K // 64) + groups[None, :]) // (block_size // 64)
+    in_row = groups[None, :] < K // 64
+    scales = load_scales(absmax_ptr, nested_absmax_ptr, nested_code_ptr, offset_ptr, blocks, in_row, nested_block)
+    values = tl.reshape(decode(words, table), [ROWS, GROUPS, 64]) * scales[:, :, None]
+    return tl.reshape(values, [ROWS, GROUPS * 64])
+
+
+def _launch(weight: NF4Weight, out: torch.Tensor) -> torch.Tensor:
+    packed, absmax, nested = weight.packed, weight.absmax, weight.nested
+    scales = (absmax, absmax, absmax) if nested is None else nested[:3]
     with on_device(packed):
         _nf4_dequantize[(triton.cdiv(out.numel(), BLOCK),)](
             packed, absmax, *scales, _pairs(packed.device), out,
-            out.numel(), packed.numel(), absmax.numel(),
-            BLOCK_SIZE=block_size, NESTED=nested is not None, NESTED_BLOCK=nested.block_size if nested else 1,
+            out.numel(), packed.numel(), absmax.numel(), BLOCK_SIZE=weight.block_size,
+            NESTED=nested is not None, NESTED_BLOCK=nested.block_size if nested else 1,
             BLOCK=BLOCK, num_warps=NUM_WARPS, enable_fp_fusion=False,
         )  # fmt: skip
+    return out
 
 
-def nf4_dequantize(
-    packed: torch.Tensor,
-    absmax: torch.Tensor,
-    shape: Sequence[int],
-    dtype: torch.dtype,
-    block_size: int,
-    nested: NestedScales | None = None,
-    out: torch.Tensor | None = None,
-) -> torch.Tensor:
+def check_float(dtype: torch.dtype) -> None:
+    """Raise TypeError unless it can hold decoded values."""
+    if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
+        raise TypeError(f"dtype must be a floating-point torch.dtype, got {dtype!r}")
+
+
+def check_layout(weight: NF4Weight, name: str = "weight") -> None:
+    """Raise ValueError unless the tensors are what a kernel will read, by address, for the weight's shape."""
+    shape, block_size, nested = weight.shape, weight.block_size, weight.nested
+    scales = -(-shape.numel() // block_size)
+    wanted = {"codes": (weight.packed, (shape.numel() + 1) // 2, torch.uint8)}
+    wanted["absmax"] = (weight.absmax, scales, torch.float32 if nested is None else torch.uint8)
+    if nested is not None:
+        wanted["nested absmax"] = (nested.absmax, -(-scales // nested.block_size), torch.float32)
+        wanted["nested map"] = (nested.code, 256, torch.float32)
+        wanted["nested offset"] = (nested.offset, 1, torch.float32)
+    for what, (tensor, count, dtype) in wanted.items():
+        if tensor.numel() != count or tensor.dtype != dtype or not tensor.is_contiguous():
+            layout = "" if tensor.is_contiguous() else " not contiguous"
+            raise ValueError(
+                f"{name} of shape {tuple(shape)} in blocks of {block_size} needs {count} contiguous {dtype} as its "
+                f"{what}, got{layout} {tensor.numel()} {tensor.dtype}"
+            )
+
+
+def nf4_dequantize(weight: NF4Weight, dtype: torch.dtype, out: torch.Tensor | None = None) -> torch.Tensor:
     """Values from NF4 codes: `NF4_CODE[code] * scale` in fp32, rounded once to `dtype`.
 
     Args:
-        packed: uint8, contiguous, any shape: two codes a byte, the first in the high nibble; `shape` in all,
-            rounded up to an even number.
-        absmax: (⌈codes / block_size⌉,) fp32 scales, or uint8 scale codes when `nested` is given; contiguous.
-        shape: of the result.
+        weight: codes and scales, contiguous.
         dtype: torch.float32, float16 or bfloat16; others (float64) are rounded from fp32.
-        block_size: codes that share a scale, running over the flattened tensor: a power of two, 32 to 4096.
-        nested: how to decode `absmax`, or None.
-        out: contiguous tensor of `shape` and `dtype` to write into; a fresh one if None.
+        out: contiguous tensor of the weight's shape and `dtype` to write into; a fresh one if None.
 
     Returns:
         `out`.
 
     Raises:
-        TypeError: `dtype` is no floating-point dtype.
+        TypeError: `dtype` is not a floating-point dtype.
         ValueError: `out` has another shape or dtype, or is not contiguous; or codes and scales are not as described.
     """
     check_float(dtype)
-    shape = torch.Size(shape)
-    fresh = out is None
+    fresh, shape = out is None, torch.Size(weight.shape)
     if fresh:
-        out = torch.empty(shape, dtype=dtype, device=packed.device)
+        out = torch.empty(shape, dtype=dtype, device=weight.packed.device)
     elif out.shape != shape or out.dtype != dtype or not out.is_contiguous():
         layout = "" if out.is_contiguous() else " not contiguous"
         raise ValueError(f"out must be a contiguous {dtype} {tuple(shape)}, got{layout} {out.dtype} {tuple(out.shape)}")
-    check_layout(packed, absmax, shape, block_size, nested)
+    check_layout(weight)
     if out.numel() == 0 or out.is_meta:
         return out
-    where = backend(packed)
+    where = backend(weight.packed)
+    if where == "torch" and torch.compiler.is_compiling():
+        return out.copy_(nf4_dequantize_reference(weight, dtype))
     if where == "torch":
-        if dtype == torch.float32 and runs_native(packed, absmax, block_size, nested):
-            return nf4_dequantize_native(packed, absmax, block_size, nested, NF4_CODE, out, fresh)
-        return nf4_dequantize_reference(packed, absmax, shape, dtype, block_size, nested, out)
+        if dtype == torch.float32 and runs_native(weight):
+            return nf4_dequantize_native(weight, NF4_CODE, out, fresh)
+        return nf4_dequantize_tiled(weight, out)
     if where == "interpreter" and dtype == torch.bfloat16:
         # Triton's interpreter cuts fp32 down to bf16 instead of rounding.
-        exact = torch.empty(shape, dtype=torch.float32, device=out.device)
-        _launch(packed, absmax, block_size, nested, exact)
-        return out.copy_(exact)
-    _launch(packed, absmax, block_size, nested, out)
-    return out
+        return out.copy_(_launch(weight, torch.empty(shape, dtype=torch.float32, device=out.device)))
+    return _launch(weight, out)
+
+
+def flatten(weight: torch.Tensor | NF4Weight) -> tuple[list[torch.Tensor], list[int]]:
+    """A weight as what a custom operation of torch may take: tensors and whole numbers."""
+    if isinstance(weight, torch.Tensor):
+        return [weight], []
+    nested = weight.nested or ()
+    return [weight.packed, weight.absmax, *nested[:3]], [weight.block_size, *weight.shape, *nested[3:]]
+
+
+def unflatten(tensors: Sequence[torch.Tensor], sizes: Sequence[int]) -> torch.Tensor | NF4Weight:
+    """The weight (N, K) again. The original dtype of one in NF4 is lost: it says nothing about its values."""
+    if not sizes:
+        return tensors[0]
+    (packed, absmax, *decoding), (block_size, N, K, *nested_block) = tensors, sizes
+    nested = NestedScales(*decoding, *nested_block) if decoding else None
+    return NF4Weight(packed.view(-1), absmax, torch.Size((N, K)), torch.float32, block_size, nested)
 
 
 def xray_specs() -> list[KernelSpec]:
     """The variants that a real model uses: block 64, each output dtype, scales of 8 bits and of fp32."""
-    signature = {
-        "packed_ptr": "*u8", "nested_absmax_ptr": "*fp32", "nested_code_ptr": "*fp32", "offset_ptr": "*fp32",
-        "pairs_ptr": "*i64", "N": "i64", "N_BYTES": "i64", "N_BLOCKS": "i64",
-    }  # fmt: skip
-    aligned = (
-        "packed_ptr", "absmax_ptr", "nested_absmax_ptr", "nested_code_ptr", "pairs_ptr", "out_ptr", "N", "N_BYTES",
-        "N_BLOCKS",
-    )  # fmt: skip
+    integers = dict.fromkeys(("N", "N_BYTES", "N_BLOCKS"), "i64")
+    types = {"packed_ptr": "*u8", "pairs_ptr": "*i64"} | integers
     return [
-        KernelSpec(
-            name=f"nf4_dequantize[{out}{', nested' if nested else ''}]",
-            kernel=_nf4_dequantize,
-            signature=signature | {"absmax_ptr": "*u8" if nested else "*fp32", "out_ptr": f"*{out}"},
-            constexprs={"BLOCK_SIZE": 64, "NESTED": nested, "NESTED_BLOCK": 256 if nested else 1, "BLOCK": BLOCK},
-            elements=BLOCK,
-            options={"num_warps": NUM_WARPS, "enable_fp_fusion": False},
-            aligned=aligned,
+        kernel_spec(
+            f"nf4_dequantize[{out}{', nested' if nested else ''}]", _nf4_dequantize,
+            types | {"absmax_ptr": "*u8" if nested else "*fp32", "out_ptr": f"*{out}"},
+            {"BLOCK_SIZE": 64, "NESTED": nested, "NESTED_BLOCK": 256 if nested else 1, "BLOCK": BLOCK},
+            BLOCK, unaligned=("offset_ptr",), num_warps=NUM_WARPS, enable_fp_fusion=False,
         )
         for out in ("fp16", "bf16", "fp32")
         for nested in (True, False)
-    ]
+    ]  # fmt: skip

@@ -5,7 +5,7 @@ index, gathers, and multiplies: three passes over memory and a dozen calls. `nf4
 pass and one call. It is built when the package is installed, if there is a C compiler; without one,
 and with HANDTUNED_BACKEND=torch, CPU tensors run the reference.
 
-Time for 4096 × 4096 in fp32 (`python tests/bench_nf4.py`) is the memory's: 67 MB to write. A fresh
+Time for 4096 × 4096 in fp32 (`python benchmarks/bench_nf4.py`) is the memory's: 67 MB to write. A fresh
 output would cost more for its page faults than for its values; it is asked for in pages of 2 MiB.
 
 The product goes further: codes become values in the cache, and W is never dense. On a CPU that is
@@ -44,11 +44,12 @@ class _Weight(ctypes.Structure):
     ] + [("block", ctypes.c_int64), ("nested_block", ctypes.c_int64)]
 
 
-def _weight(packed, absmax, block_size, nested, levels) -> _Weight:
+def _weight(weight, levels) -> _Weight:
     scales, nested_block = (None, None, None), 0
-    if nested is not None:
-        scales, nested_block = [tensor.data_ptr() for tensor in nested[:3]], nested.block_size
-    return _Weight(packed.data_ptr(), absmax.data_ptr(), *scales, levels.data_ptr(), block_size, nested_block)
+    if weight.nested is not None:
+        scales, nested_block = [tensor.data_ptr() for tensor in weight.nested[:3]], weight.nested.block_size
+    addresses = weight.packed.data_ptr(), weight.absmax.data_ptr(), *scales, levels.data_ptr()
+    return _Weight(*addresses, weight.block_size, nested_block)
 
 
 def has_native() -> bool:
@@ -56,12 +57,13 @@ def has_native() -> bool:
     return _library is not None and not reference_is_forced()
 
 
-def runs_native(packed: torch.Tensor, absmax: torch.Tensor, block_size: int, nested) -> bool:
-    """Whether the C functions may take these: plain memory of a CPU, laid out as they read it."""
+def runs_native(weight) -> bool:
+    """Whether the C functions may take it: plain memory of a CPU, laid out as they read it."""
+    packed, absmax, nested = weight.packed, weight.absmax, weight.nested
     if not has_native() or torch.compiler.is_compiling():
         return False
-    if block_size.bit_count() != 1 or (nested is not None and nested.block_size.bit_count() != 1):
-        return False  # no powers of two
+    if weight.block_size.bit_count() != 1 or (nested is not None and nested.block_size.bit_count() != 1):
+        return False  # not powers of two
     codes, numbers = ((packed,), (absmax,)) if nested is None else ((packed, absmax), nested[:3])
     for dtype, tensors in ((torch.uint8, codes), (torch.float32, numbers)):
         for tensor in tensors:
@@ -70,19 +72,11 @@ def runs_native(packed: torch.Tensor, absmax: torch.Tensor, block_size: int, nes
     return True
 
 
-def nf4_dequantize_native(
-    packed: torch.Tensor,
-    absmax: torch.Tensor,
-    block_size: int,
-    nested,
-    levels: torch.Tensor,
-    out: torch.Tensor,
-    fresh: bool = False,
-) -> torch.Tensor:
+def nf4_dequantize_native(weight, levels: torch.Tensor, out: torch.Tensor, fresh: bool = False) -> torch.Tensor:
     """`nf4_dequantize_reference` where `runs_native` says so, into an fp32 `out`.
 
     Args:
-        packed, absmax, block_size, nested: as for `nf4_dequantize`.
+        weight: an `NF4Weight` (`nf4.py`).
         levels: (16,) fp32, the values of the codes.
         out: contiguous fp32 CPU tensor to write into.
         fresh: `out` has just been allocated.
@@ -90,10 +84,8 @@ def nf4_dequantize_native(
     Returns:
         `out`.
     """
-    w = _weight(packed, absmax, block_size, nested, levels)
-    _library.handtuned_nf4_dequantize(
-        ctypes.byref(w), out.data_ptr(), out.numel(), fresh, torch.get_num_threads()
-    )
+    w = _weight(weight, levels)
+    _library.handtuned_nf4_dequantize(ctypes.byref(w), out.data_ptr(), out.numel(), fresh, torch.get_num_threads())
     return out
 
 
@@ -112,7 +104,7 @@ def runs_native_product(x: torch.Tensor, weight) -> bool:
         and weight.packed.numel() == values // 2
         and scales == -(-values // weight.block_size)
         and (nested is None or nested.absmax.numel() == -(-scales // nested.block_size))
-        and runs_native(weight.packed, weight.absmax, weight.block_size, nested)
+        and runs_native(weight)
     )
 
 
@@ -130,7 +122,7 @@ def nf4_product_native(
 
     Args:
         x: (M, K) if `transposed`, else (M, N), fp32.
-        weight: packed, absmax, shape, block_size and nested, as `quant.NF4Tensor` has them.
+        weight: an `NF4Weight` of shape (N, K).
         levels: (16,) fp32, the values of the codes.
         transposed: whether x meets Wᵀ.
         bias: fp32, one value a column of y, or None.
@@ -151,7 +143,7 @@ def nf4_product_native(
         strides = low.stride() if transposed else (low.stride(1), low.stride(0))
         adapter = S.data_ptr(), low.data_ptr(), S.shape[1], *strides
     bias = None if bias is None else bias.contiguous()
-    w = _weight(weight.packed, weight.absmax, weight.block_size, weight.nested, levels)
+    w = _weight(weight, levels)
     _library.handtuned_nf4_product(
         ctypes.byref(w), N, K, transposed, x.data_ptr(), x.stride(0), M, None if bias is None else bias.data_ptr(),
         *adapter, scale, y.data_ptr(), torch.get_num_threads(),

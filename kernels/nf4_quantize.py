@@ -9,11 +9,11 @@ for bit: 1 / absmax is rounded before it is multiplied, a magnitude under 1e-38 
 the last block, if it is short, is divided by its absmax instead (and stores at least 1e-38).
 
 A search through 15 thresholds costs a comparison each. Neighbours are at least 0.08 apart, so 32
-equal cells over [-1, 1], 0.065 wide, hold one threshold at most, and two look-ups replace the search:
+equal cells over [-1, 1], 0.067 wide, hold one threshold at most, and two look-ups replace the search:
 
-    cell = ⌊15.5 x + 16⌋        code = levels below the cell + (x > the cell's threshold)
+    cell = ⌊15 x + 16.0625⌋        code = levels below the cell + (x > the cell's threshold)
 
-A value within a rounding of a cell's edge may land on either side: both cells answer alike there.
+A value within a rounding of a cell's edge may land on either side: both cells give the same code there.
 
 Bytes: 2 (fp16, bf16) or 4 (fp32) in, 0.5 + 4/block_size out, one pass. The kernel holds its values in
 registers between the maximum and the codes. The maximum is taken over the bits as integers, so that
@@ -23,16 +23,61 @@ NaN, whose bits lie above those of infinity, cannot hide. There is no gradient.
 from functools import lru_cache
 
 import torch
+import torch.nn.functional as F
 
 from .nf4 import NF4_CODE
-from .runtime import KernelSpec, backend, on_device, tl, triton
+from .runtime import KernelSpec, backend, kernel_spec, on_device, tl, triton
 
 THRESHOLDS = (NF4_CODE[:-1] + NF4_CODE[1:]) / 2
 SMALLEST = 1e-38
 CELL_SLOPE, CELL_START = 15.0, 16.0625
-TILE = 1 << 17  # values a step of the reference
 BLOCK = 4096  # values a program
 NUM_WARPS = 4
+TILE = 1 << 17  # values a step of `nf4_quantize_tiled`
+
+
+def nf4_quantize_reference(x: torch.Tensor, block_size: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Divide each block by its largest magnitude, search the thresholds, pack two codes a byte."""
+    flat = x.reshape(-1).float()
+    blocks = F.pad(flat, (0, -flat.numel() % block_size)).view(-1, block_size)
+    absmax = blocks.abs().amax(dim=1)
+    scaled = blocks * (1.0 / absmax.clamp(min=SMALLEST))[:, None]
+    if flat.numel() % block_size:
+        absmax[-1] = absmax[-1].clamp(min=SMALLEST)
+        scaled[-1] = blocks[-1] / absmax[-1]
+    codes = torch.bucketize(scaled.view(-1), THRESHOLDS.to(x.device)).to(torch.uint8)  # on a threshold: the lower level
+    codes = F.pad(codes[: flat.numel()], (0, flat.numel() % 2), value=7)  # 7 is exact zero
+    return codes[0::2] << 4 | codes[1::2], absmax
+
+
+def nf4_quantize_tiled(x: torch.Tensor, block_size: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """The reference's bits, fast on a CPU: two look-ups instead of a search, a tile at a time while it is in cache.
+
+    Where an absmax is not finite, codes are arbitrary.
+    """
+    flat = x.reshape(-1)
+    size = flat.numel()
+    packed = torch.empty((size + 1) // 2, dtype=torch.uint8, device=x.device)
+    absmax = torch.empty(-(-size // block_size), dtype=torch.float32, device=x.device)
+    tile_size = min(TILE, size + size % 2)
+    coder = _Codes(tile_size, x.device)
+    scaled = torch.empty(tile_size, dtype=torch.float32, device=x.device)
+    for start in range(0, size, TILE):
+        stop = min(start + TILE, size)
+        tile, first = flat[start:stop].float(), start // block_size
+        whole = (stop - start) // block_size
+        short = tile[whole * block_size :]
+        blocks, into = (t[: whole * block_size].view(whole, block_size) for t in (tile, scaled))
+        peak = torch.amax(torch.abs(blocks, out=into), dim=1, out=absmax[first : first + whole])
+        torch.mul(blocks, (1.0 / peak.clamp(min=SMALLEST))[:, None], out=into)
+        if short.numel():
+            absmax[first + whole] = short.abs().amax().clamp(min=SMALLEST)
+            torch.div(short, absmax[first + whole], out=scaled[whole * block_size :][: short.numel()])
+        if absmax[first : -(-stop // block_size)].isfinite().all():
+            scaled[stop - start :] = 0.0  # pads an odd count with code 7, exact zero
+            even = stop - start + (stop - start) % 2
+            coder.pack(scaled[:even], packed[start // 2 : (start + even) // 2])
+    return packed, absmax
 
 
 @lru_cache
@@ -74,33 +119,6 @@ class _Codes:
         # Two codes as one little-endian int16: 4097 adds the first, four bits up, to the high byte.
         codes.view(torch.int16).mul_(4097)
         out.copy_(codes[1::2])
-
-
-def nf4_quantize_reference(x: torch.Tensor, block_size: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Plain torch, a tile at a time while it is in cache. Where an absmax is not finite, codes are arbitrary."""
-    flat = x.reshape(-1)
-    size = flat.numel()
-    packed = torch.empty((size + 1) // 2, dtype=torch.uint8, device=x.device)
-    absmax = torch.empty(-(-size // block_size), dtype=torch.float32, device=x.device)
-    tile_size = min(TILE, size + size % 2)
-    coder = _Codes(tile_size, x.device)
-    scaled = torch.empty(tile_size, dtype=torch.float32, device=x.device)
-    for start in range(0, size, TILE):
-        stop = min(start + TILE, size)
-        tile, first = flat[start:stop].float(), start // block_size
-        whole = (stop - start) // block_size
-        short = tile[whole * block_size :]
-        blocks, into = (t[: whole * block_size].view(whole, block_size) for t in (tile, scaled))
-        peak = torch.amax(torch.abs(blocks, out=into), dim=1, out=absmax[first : first + whole])
-        torch.mul(blocks, (1.0 / peak.clamp(min=SMALLEST))[:, None], out=into)
-        if short.numel():
-            absmax[first + whole] = short.abs().amax().clamp(min=SMALLEST)
-            torch.div(short, absmax[first + whole], out=scaled[whole * block_size :][: short.numel()])
-        if absmax[first : -(-stop // block_size)].isfinite().all():
-            scaled[stop - start :] = 0.0  # pads an odd count with code 7, exact zero
-            even = stop - start + (stop - start) % 2
-            coder.pack(scaled[:even], packed[start // 2 : (start + even) // 2])
-    return packed, absmax
 
 
 @triton.jit
@@ -176,7 +194,7 @@ def nf4_quantize(x: torch.Tensor, block_size: int) -> tuple[torch.Tensor, torch.
     """
     where = backend(x)
     if where == "torch":
-        return nf4_quantize_reference(x, block_size)
+        return nf4_quantize_tiled(x, block_size)
     flat = x.reshape(-1).contiguous()  # of every other value, for one, reshape makes a view that skips them
     if where == "interpreter" and x.dtype == torch.bfloat16:
         flat = flat.float()  # exact; the interpreter has no bf16 of its own
@@ -212,7 +230,7 @@ def quantize_scales(
     if not offset.isfinite():
         offset = absmax.double().mean().float()  # only the sum of huge scales overflows, not their mean
     padding = -absmax.numel() % block_size
-    centred = torch.nn.functional.pad(absmax - offset, (0, padding)).view(-1, block_size)
+    centred = F.pad(absmax - offset, (0, padding)).view(-1, block_size)
     peak = centred.abs().amax(dim=1)
     scaled = centred * (1.0 / peak.clamp(min=SMALLEST))[:, None]
     codes = torch.bucketize(scaled, (code[:-1] + code[1:]) / 2, out_int32=True).to(torch.uint8)
@@ -221,21 +239,12 @@ def quantize_scales(
 
 def xray_specs() -> list[KernelSpec]:
     """Block 64, from each dtype."""
+    constexprs = {"SLOPE": CELL_SLOPE, "START": CELL_START, "SMALLEST": SMALLEST, "BLOCK_SIZE": 64}
+    types = {"packed_ptr": "*i32", "cells_ptr": "*i64", "N": "i64", "N_BLOCKS": "i64"}
     return [
-        KernelSpec(
-            name=f"nf4_quantize[{dtype}]",
-            kernel=_nf4_quantize,
-            signature={
-                "x_ptr": f"*{dtype}", "packed_ptr": "*i32", "absmax_ptr": "*fp32", "cells_ptr": "*i64",
-                "N": "i64", "N_BLOCKS": "i64",
-            },
-            constexprs={
-                "SLOPE": CELL_SLOPE, "START": CELL_START, "SMALLEST": SMALLEST,
-                "BLOCK_SIZE": 64, "SHORT": False, "BLOCK": BLOCK,
-            },
-            elements=BLOCK,
-            options={"num_warps": NUM_WARPS},
-            aligned=("x_ptr", "packed_ptr", "absmax_ptr", "cells_ptr", "N", "N_BLOCKS"),
+        kernel_spec(
+            f"nf4_quantize[{dtype}]", _nf4_quantize, types | {"x_ptr": f"*{dtype}"},
+            constexprs | {"SHORT": False, "BLOCK": BLOCK}, BLOCK, num_warps=NUM_WARPS,
         )
         for dtype in ("fp16", "bf16", "fp32")
     ]  # fmt: skip

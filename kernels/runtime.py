@@ -1,4 +1,4 @@
-"""The one place that knows whether a tensor meets a GPU, Triton's interpreter or plain torch.
+"""What all kernels share: whether a tensor meets a GPU, Triton's interpreter or plain torch; dtypes and tile sizes.
 
 Every kernel file imports `triton` and `tl` from here, so that the package also
 imports on a machine without Triton (macOS, Windows): there the decorators do
@@ -20,8 +20,9 @@ set before `handtuned` is imported; setting it later changes nothing.
 
 import contextlib
 import os
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+import threading
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 
 import torch
 
@@ -44,6 +45,10 @@ except ImportError:
 
     triton = tl = _Absent()
     HAS_TRITON = INTERPRETED = False
+
+TRITON_DTYPES = {torch.float32: tl.float32, torch.float16: tl.float16, torch.bfloat16: tl.bfloat16}
+LOW = {"fp16": tl.float16, "bf16": tl.bfloat16}
+TARGET_PROGRAMS = 256  # what fills a large GPU; a constant, so that sums are split alike on every machine
 
 
 # The architecture that `handtuned.gpu` emulates at the moment ("sm_90"), which sets it; None: none.
@@ -89,6 +94,58 @@ def on_device(tensor: torch.Tensor):
     return torch.cuda.device(tensor.device) if tensor.is_cuda else contextlib.nullcontext()
 
 
+def runs_kernel(x: torch.Tensor) -> bool:
+    """Whether x meets a Triton kernel. FP64 has none (it serves gradient checks) and runs in torch."""
+    if x.is_cpu and not INTERPRETED and emulated_arch is None:
+        return False  # at once: a layer asks this four times
+    return backend(x) != "torch" and x.dtype in TRITON_DTYPES
+
+
+def dot_settings(dtype: torch.dtype) -> dict:
+    """Operand type and precision of the tensor-core products (the interpreter cannot multiply bf16)."""
+    tf32 = dtype == torch.float32 and torch.get_float32_matmul_precision() != "highest"
+    upcast = INTERPRETED and dtype == torch.bfloat16
+    return {"DOT": tl.float32 if upcast else TRITON_DTYPES[dtype], "PRECISION": "tf32" if tf32 else "ieee"}
+
+
+def stored_dtype(dtype: torch.dtype) -> torch.dtype:
+    """What a kernel stores for a result of `dtype`: the same, but the interpreter cuts bf16 instead of rounding it."""
+    return torch.float32 if INTERPRETED and dtype == torch.bfloat16 else dtype
+
+
+def cdiv(a: int, b: int) -> int:
+    """a / b, rounded up."""
+    return -(-a // b)
+
+
+def block_of(size: int, low: int, high: int) -> int:
+    """The power of two that covers `size`, within [low, high]."""
+    return min(max(1 << (size - 1).bit_length() if size > 0 else 1, low), high)
+
+
+def splits_of(programs: int, steps: int) -> int:
+    """Into how many parts to split a loop of `steps` when there are only `programs` of them."""
+    return max(1, min(TARGET_PROGRAMS // max(programs, 1), steps))
+
+
+_local = threading.local()
+
+
+def scratch(shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+    """A buffer that is valid until this thread's next call with the same dtype.
+
+    On a CPU it is one reused block: fresh memory costs a page fault for every 4 KiB.
+    CUDA's caching allocator reuses blocks by itself, and knows about streams.
+    """
+    if device.type != "cpu":
+        return torch.empty(shape, dtype=dtype, device=device)
+    count, blocks = torch.Size(shape).numel(), _local.__dict__.setdefault("blocks", {})
+    if dtype not in blocks or blocks[dtype].numel() < count:
+        with torch.inference_mode(False):  # made within that mode, it could not be written to outside
+            blocks[dtype] = torch.empty(count, dtype=dtype, device="cpu")
+    return blocks[dtype][:count].view(shape)
+
+
 @dataclass(frozen=True)
 class KernelSpec:
     """How to compile one kernel ahead of time, without a GPU (read by `handtuned xray`).
@@ -111,6 +168,17 @@ class KernelSpec:
     signature: Mapping[str, str]
     constexprs: Mapping[str, object]
     elements: int
-    options: Mapping[str, int] = field(default_factory=dict)
-    aligned: tuple[str, ...] = ()
+    options: Mapping[str, int]
+    aligned: tuple[str, ...]
     unit: str = "element"
+
+
+def kernel_spec(name, kernel, types, constexprs, elements, unit="element", unaligned=(), **options) -> KernelSpec:
+    """A spec from `types` (argument → type); other pointers are fp32, other arguments i32, all divisible by 16."""
+    signature = {}
+    for argument in kernel.arg_names:
+        default = "*fp32" if argument.endswith("_ptr") else "i32"
+        signature[argument] = "constexpr" if argument in constexprs else types.get(argument, default)
+    no_integers = ("constexpr", "fp32")
+    aligned = tuple(key for key, kind in signature.items() if kind not in no_integers and key not in unaligned)
+    return KernelSpec(name, kernel, signature, constexprs, elements, options, aligned, unit)

@@ -22,14 +22,21 @@ from functools import lru_cache
 
 import torch
 
-from .runtime import KernelSpec, backend, on_device, tl, triton
+from .runtime import TRITON_DTYPES, KernelSpec, backend, kernel_spec, on_device, tl, triton
 
 BLOCK = 4096
-TRITON_DTYPES = {torch.float32: tl.float32, torch.float16: tl.float16, torch.bfloat16: tl.bfloat16}
 
 
 def unscale_reference_(grads, inv_scale, found_inf):
-    """Plain torch: flag a gradient that is not finite, then multiply each by `inv_scale` in place (None: only look)."""
+    """Flag a gradient that is not finite, then multiply it by `inv_scale` in place (None: only look)."""
+    for grad in grads:
+        found_inf.masked_fill_(~torch.isfinite(grad).all(), 1.0)
+        if inv_scale is not None:
+            grad.mul_(inv_scale)
+
+
+def unscale_foreach_(grads, inv_scale, found_inf):
+    """The same in few calls for all tensors: what costs with hundreds of small ones is the number of calls."""
     # Finite norms prove finite gradients; norms that are not may have overflowed themselves.
     if not torch.isfinite(torch.stack(torch._foreach_norm(grads))).all():
         for grad in grads:
@@ -176,19 +183,19 @@ def unscale_(grads: list[torch.Tensor], inv_scale: torch.Tensor | None, found_in
         found_inf: 0-dim float32 on that device; never set back to 0.
 
     Raises:
-        TypeError: a gradient is no float32, float16, bfloat16 or float64.
+        TypeError: a gradient is not float32, float16, bfloat16 or float64.
     """
     if not grads:
         return
     _check(grads)
     if backend(grads[0]) == "torch":
-        unscale_reference_(grads, inv_scale, found_inf)
+        unscale_foreach_(grads, inv_scale, found_inf)
         return
     narrow, wide = _split(grads)
     if narrow:
         _launch(narrow, inv_scale, found_inf, want_sums=False)
     if wide:
-        unscale_reference_(wide, inv_scale, found_inf)
+        unscale_foreach_(wide, inv_scale, found_inf)
 
 
 @torch.no_grad()
@@ -196,7 +203,7 @@ def squared_norm(grads: list[torch.Tensor]) -> torch.Tensor:
     """Σ g² over all gradients, as a 0-dim float32 on their device (inf or NaN if any gradient is; 0 if there is none).
 
     Raises:
-        TypeError: a gradient is no float32, float16, bfloat16 or float64.
+        TypeError: a gradient is not float32, float16, bfloat16 or float64.
     """
     if not grads:
         return torch.zeros((), dtype=torch.float32)
@@ -213,25 +220,11 @@ def squared_norm(grads: list[torch.Tensor]) -> torch.Tensor:
 
 
 def xray_specs() -> list[KernelSpec]:
+    types = {"tensors_ptr": "*i64", "chunks_ptr": "*i32"}
     return [
-        KernelSpec(
-            name=f"unscale[{', '.join(map(str, dtypes))}]",
-            kernel=_unscale_kernel,
-            signature={
-                "tensors_ptr": "*i64",
-                "chunks_ptr": "*i32",
-                "inv_scale_ptr": "*fp32",
-                "found_inf_ptr": "*fp32",
-                "sums_ptr": "constexpr",
-                "DTYPES": "constexpr",
-                "ALIGNED": "constexpr",
-                "BLOCK": "constexpr",
-            },
-            constexprs={"sums_ptr": None, "DTYPES": dtypes, "ALIGNED": True, "BLOCK": BLOCK},
-            elements=BLOCK,
-            options={"num_warps": 8},
-            aligned=("tensors_ptr", "chunks_ptr", "inv_scale_ptr", "found_inf_ptr"),
-            unit="gradient",
+        kernel_spec(
+            f"unscale[{', '.join(map(str, dtypes))}]", _unscale_kernel, types,
+            {"sums_ptr": None, "DTYPES": dtypes, "ALIGNED": True, "BLOCK": BLOCK}, BLOCK, "gradient", num_warps=8,
         )
         for dtypes in ((tl.float32,), (tl.float16,), (tl.bfloat16, tl.float32))
-    ]
+    ]  # fmt: skip

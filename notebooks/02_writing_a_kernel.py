@@ -301,7 +301,7 @@ lessons.check("02.3", softmax);
 # %%
 from handtuned.kernels import matmul
 
-lessons.source(matmul._scaled_matmul_kernel, "acc = tl.zeros", "b_tile +=")
+lessons.source(matmul._matmul_kernel, "acc = tl.zeros", "b_tile +=")
 
 # %% [markdown]
 # `acc` is FP32 even where $A$ and $B$ are FP16: a sum of many small products needs the digits. Lesson 03 comes back to this kernel.

@@ -210,7 +210,7 @@ print(f"rounded, then scaled: {late}     scaled, then rounded: {early}     exact
 
 # %%
 lessons.source(matmul.scaled_matmul_reference)
-lessons.source(matmul._scaled_matmul_kernel, "c = (acc * tl.load(scale_ptr))", "tl.store(found_inf_ptr")
+lessons.source(matmul._matmul_kernel, "if loss_scale_ptr", "tl.store(found_inf_ptr")
 
 fig, axes = lessons.figure(7, 2.3, columns=3)
 lessons.who_reads(axes[0], [[0 if i < 2 else -1 for _ in range(6)] for i in range(4)], "A: a strip of rows")

@@ -43,7 +43,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import handtuned
 from handtuned import lessons
-from handtuned.kernels import lora, lora_down, lora_work
+from handtuned.kernels import lora, lora_gemms
 from handtuned.kernels.runtime import tl, triton  # Triton, or stand-ins where it cannot be installed
 from handtuned.lessons import ACCENT, GREYS, bars, claim, figure, gpu, show, skipped, source, who_reads
 from handtuned.lessons.house import HOUSE_A, House, accuracy, fit
@@ -535,8 +535,8 @@ for k in range(0, 4, 2):
     print(f"after k = {k}, {k + 1}: S =", acc)
 print("at once: ", x4 @ A4.T)
 
-source(lora_down.lora_down_reference)
-source(lora_down._down_kernel, first="pid_m, split")
+source(lora_gemms.lora_down_reference)
+source(lora_gemms._down_kernel, first="pid_m, split")
 
 fig, (x_axis, a_axis, s_axis) = figure(7.5, 2.2, columns=3, width_ratios=(8, 8, 3))
 who_reads(x_axis, [[2 * m + k // 4 for k in range(8)] for m in range(4)], "x (M, K) in tiles: read by program")
@@ -544,19 +544,18 @@ who_reads(a_axis, [[k // 4 for k in range(8)]], "A (r, K): read by every program
 who_reads(s_axis, [[2 * m, 2 * m + 1] for m in range(4)], "S: written by")
 show(fig, alt="x as 4 × 8 tiles: each of 8 programs reads half a row of tiles. A as 8 tiles: half 0 is read by the even "
      "programs, half 1 by the odd ones. S as 4 × 2 tiles: each program writes its own part.")  # fmt: skip
-print("for 2,048 × 4,096 and r = 8:", lora_down.down_blocks(2048, 4096, 8))
+print("for 2,048 × 4,096 and r = 8:", lora_gemms.down_blocks(2048, 4096, 8))
 
 forced = os.environ.pop("HANDTUNED_BACKEND", None)  # from here the real kernel runs, interpreted on a CPU
 torch.manual_seed(0)
 place = "cuda" if gpu() else "cpu"
 x, A = torch.randn(70, 100, device=place), torch.randn(5, 100, device=place)
-S = lora_down.lora_down(x, A)
+S = lora_gemms.lora_down(x, A)
 error = (S.double() - x.double() @ A.double().t()).abs().max().item()
 print(f"kernel by {handtuned.kernels.backend(x)!r}, x 70 × 100, r = 5: largest error against fp64 {error:.1e}\n")
 if forced:
     os.environ["HANDTUNED_BACKEND"] = forced
 assert error < 1e-4
-print(lora_work.report(2048, 4096, 4096, 8))
 
 if gpu():
     from handtuned.harness import compare, table

@@ -343,7 +343,7 @@ print("bytes", two_bytes, "→ codes", unpacked, "→", levels[unpacked] * nf4_o
 # same in one pass, and a test holds it to the reference's bits. There the 16 levels lie in *one* 512-bit register.)
 
 # %%
-source(nf4.nf4_dequantize_reference, first="table = _pairs", last="copy_(tile)")
+source(nf4.nf4_dequantize_tiled, first="table = _pairs", last="copy_(tile)")
 
 # %% [markdown]
 # **In Triton** the same table is gathered from on chip. A program makes 8,192 values. It reads 4,096 bytes of codes, 128
@@ -379,7 +379,7 @@ by_kernel = dequantize_nf4(sample)
 print("dequantized by:", handtuned.kernels.backend(sample.packed))
 if forced:
     os.environ["HANDTUNED_BACKEND"] = forced
-reference = nf4.nf4_dequantize_reference(sample.packed, sample.absmax, sample.shape, sample.dtype, 64, sample.nested)
+reference = nf4.nf4_dequantize_reference(sample, sample.dtype)
 assert torch.equal(by_kernel, reference)
 print("kernel and reference agree bit for bit on", tuple(sample.shape))
 

@@ -40,7 +40,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from handtuned import lessons, memory
-from handtuned.kernels import nf4_matmul, nf4_stream
+from handtuned.kernels import nf4_matmul
 from handtuned.lessons import (
     ACCENT,
     GREYS,
@@ -135,7 +135,7 @@ show(fig, alt="Live memory over forward and backward of ten layers. With plain a
 # of activations. Its backward is a few lines, because the operation is its own gradient with W transposed:
 
 # %%
-source(nf4_linear_module._backward)
+source(nf4_linear_module._NF4Linear)
 layer = NF4Linear.from_linear(nn.Linear(96, 64))
 x, dy = torch.randn(5, 96, requires_grad=True), torch.randn(5, 64)
 layer(x).backward(dy)
@@ -454,7 +454,7 @@ for M in (1, 64, 4096):
         y = layer(x)
     off = ((y - dense(x)).norm() / y.norm()).item()
     beside = live.peak_added - y.nbytes
-    print(f"M = {M:4}: way {plan(x, layer.quantized, dropout=True)!r}, off by {off:.0e} from a dense weight, {beside:,} bytes beside y")
+    print(f"M = {M:4}: way {plan(x, layer.quantized)!r}, off by {off:.0e} from a dense weight, {beside:,} bytes beside y")
 """
 environment = {name: value for name, value in os.environ.items() if name not in ("TRITON_INTERPRET", "HANDTUNED_BACKEND")}
 done = subprocess.run([sys.executable, "-c", QUESTION], capture_output=True, text=True, env=environment)
@@ -476,7 +476,7 @@ print("multiply, sum, then scale: ", ((level4 * x4).reshape(2, 2).sum(1) * scale
 # of eight codes, multiplies, sums each run of 64, and only then applies the scales.
 
 # %%
-source(nf4_stream._one_row_kernel, first="for k in range(0, K, BLOCK_K)", last="in_row =")
+source(nf4_matmul._one_row_kernel, first="for k in range(0, K, BLOCK_K)", last="in_row =")
 fig, (w_axis, x_axis, y_axis) = figure(7.5, 2.2, columns=3, width_ratios=(8, 8, 3))
 who_reads(w_axis, [[n // 2] * 8 for n in range(6)], "codes of W (N, K), 8 per word: read by program")
 who_reads(x_axis, [[-1] * 8], "x (1, K): read by every program")
@@ -506,7 +506,7 @@ if gpu():
     q = quantize_nf4(torch.randn(4096, 4096, device="cuda"))
     W, x = q.dequantize(torch.float16), torch.randn(1, 4096, device="cuda", dtype=torch.float16)
     S, B = x.new_zeros(1, 8), x.new_zeros(4096, 8)
-    ways = {"nf4 streamed": lambda: nf4_stream.nf4_stream(x, q, None, S, B, 1.0), "fp16": lambda: x @ W.t()}
+    ways = {"nf4 streamed": lambda: nf4_matmul.nf4_stream(x, q, None, S, B, 1.0), "fp16": lambda: x @ W.t()}
     print(torch.cuda.get_device_name(), torch.__version__)
     print(table(compare(ways, device="cuda"), ours="nf4 streamed"))
 else:

@@ -2,51 +2,23 @@
 
     y = x Wᵀ + b        dx = dy W        no dW: the weight is frozen
 
-W (out, in) is made dense for the length of one product, in forward and again in backward, and is
-never saved: keeping it is what four bits are there to avoid. A few rows (decoding) do not need it
-dense at all on a GPU, nor any number of fp32 rows on a CPU with AVX-512 (`kernels/nf4_matmul.py`).
-Memory: 0.516 bytes a weight, plus one dense weight while a product runs.
+W (out, in) is never saved dense: keeping it is what four bits are there to avoid. `kernels/nf4_matmul.py` decides
+whether it is made dense for the length of one product, in forward and again in backward.
+Memory: 0.516 bytes per weight, plus one dense weight while such a product runs.
 
 Dtypes, in this order: `torch.autocast` casts x as it would for `nn.Linear`; the product is computed in
-`compute_dtype`, or in x's dtype where that is None; the result has x's dtype. 16-bit
-products on a CPU are done in fp32 arithmetic on operands rounded to 16 bits: what a GPU does with its
-fp32 accumulators, and several times as fast as a CPU's own 16-bit product.
+`compute_dtype`, or in x's dtype where that is None; the result has x's dtype.
 """
 
+from collections.abc import Sequence
+
 import torch
-import torch.nn.functional as F
 from torch import nn
 
-from ..kernels.nf4 import DTYPES, NF4_CODE, NestedScales, check_layout
-from ..kernels.nf4_cpu import nf4_product_native
-from ..kernels.nf4_matmul import dense_weight, plan
-from ..kernels.nf4_stream import nf4_stream
+from ..kernels.nf4 import DTYPES, NestedScales, check_layout, flatten, unflatten
+from ..kernels.nf4_matmul import nf4_matmul
 from .codebooks import DYNAMIC_MAP
 from .nf4 import FACTS, NESTED_BLOCK, PARTS, NF4Tensor, check_block_size, quantize_nf4
-
-TILE_ROWS = 512  # of W, upcast at a time on a CPU
-
-
-def _product(rows: torch.Tensor, q: NF4Tensor, transposed: bool, bias: torch.Tensor | None) -> torch.Tensor:
-    """rows @ Wᵀ + bias if `transposed`, else rows @ W."""
-    way = plan(rows, q, dropout=True)
-    if way == "native":
-        return nf4_product_native(rows, q, NF4_CODE, transposed, bias)
-    if transposed and way == "stream":
-        # With an adapter of rank 0.
-        return nf4_stream(rows, q, bias, rows.new_empty(len(rows), 0), rows.new_empty(q.shape[0], 0), 0.0)
-    weight = dense_weight(q, rows)
-    if rows.device.type != "cpu" or rows.dtype.itemsize > 2:
-        return F.linear(rows, weight, bias) if transposed else rows @ weight
-    y = torch.zeros(len(rows), weight.shape[0 if transposed else 1], dtype=torch.float32, device=rows.device)
-    wide = rows.float()
-    for start in range(0, weight.shape[0], TILE_ROWS):
-        tile = weight[start : start + TILE_ROWS].float()
-        if transposed:
-            torch.mm(wide, tile.t(), out=y[:, start : start + TILE_ROWS])
-        else:
-            y.addmm_(wide[:, start : start + TILE_ROWS], tile)
-    return (y if bias is None else y.add_(bias)).to(rows.dtype)
 
 
 def _rows(x: torch.Tensor) -> torch.Tensor:
@@ -55,56 +27,35 @@ def _rows(x: torch.Tensor) -> torch.Tensor:
 
 
 @torch.library.custom_op("handtuned::nf4_linear", mutates_args=())
-def nf4_linear(
-    x: torch.Tensor,
-    bias: torch.Tensor | None,
-    packed: torch.Tensor,
-    absmax: torch.Tensor,
-    nested_absmax: torch.Tensor | None,
-    nested_code: torch.Tensor | None,
-    nested_offset: torch.Tensor | None,
-    nested_block: int,
-    out_features: int,
-    in_features: int,
-    block_size: int,
-    transposed: bool,
+def _nf4_linear_op(
+    x: torch.Tensor, weight: Sequence[torch.Tensor], sizes: Sequence[int], bias: torch.Tensor | None, transposed: bool
 ) -> torch.Tensor:
-    """x @ Wᵀ + bias if `transposed`, else x @ W, as one operation that autograd and `torch.compile` see.
-
-    Its gradient is itself with `transposed` flipped, so it can be differentiated any number of times.
-    """
-    nested = None
-    if nested_absmax is not None:
-        nested = NestedScales(nested_absmax, nested_code, nested_offset, nested_block)
-    q = NF4Tensor(packed.view(-1), absmax, torch.Size((out_features, in_features)), x.dtype, block_size, nested)
-    rows = _rows(x)
+    """x @ Wᵀ + bias if `transposed`, else x @ W, as one operation for `torch.compile`, the weight flattened."""
     with torch.autocast(x.device.type, enabled=False):
-        y = _product(rows, q, transposed, bias)
+        y = nf4_matmul(_rows(x), unflatten(weight, sizes), bias, transposed)
     return torch.ops.aten._unsafe_view(y, [*x.shape[:-1], y.shape[-1]])  # no view: callers may change it in place
 
 
-@nf4_linear.register_fake
-def _(x, bias, packed, absmax, na, nc, no, nb, out_features, in_features, block_size, transposed):
-    return x.new_empty(*x.shape[:-1], out_features if transposed else in_features)
+@_nf4_linear_op.register_fake
+def _(x, weight, sizes, bias, transposed):
+    return x.new_empty(*x.shape[:-1], sizes[1] if transposed else sizes[2])
 
 
-def _setup_context(ctx, inputs, output):
-    _x, bias, *weight, ctx.transposed = inputs
-    ctx.save_for_backward(*weight[:5])
-    ctx.sizes = weight[5:]
-    ctx.has_bias = bias is not None
+class _NF4Linear(torch.autograd.Function):
+    """Its gradient is itself with `transposed` flipped, so it can be differentiated any number of times."""
 
+    @staticmethod
+    def forward(ctx, x, weight, sizes, bias, transposed):
+        ctx.save_for_backward(*weight)
+        ctx.sizes, ctx.transposed = sizes, transposed
+        return _nf4_linear_op(x, weight, sizes, bias, transposed)
 
-def _backward(ctx, dy):
-    dx = dbias = None
-    if ctx.needs_input_grad[0]:
-        dx = nf4_linear(dy, None, *ctx.saved_tensors, *ctx.sizes, not ctx.transposed)
-    if ctx.has_bias and ctx.needs_input_grad[1]:
-        dbias = _rows(dy).sum(0)
-    return dx, dbias, *[None] * 10
-
-
-nf4_linear.register_autograd(_backward, setup_context=_setup_context)
+    @staticmethod
+    def backward(ctx, dy):
+        needs_x, _, _, needs_bias, _ = ctx.needs_input_grad
+        dx = _NF4Linear.apply(dy, ctx.saved_tensors, ctx.sizes, None, not ctx.transposed) if needs_x else None
+        dbias = _rows(dy).sum(0) if needs_bias else None
+        return dx, None, None, dbias, None
 
 
 class NF4Linear(nn.Module):
@@ -174,7 +125,7 @@ class NF4Linear(nn.Module):
     def quantized(self, q: NF4Tensor) -> None:
         if q.shape != (self.out_features, self.in_features):
             raise ValueError(f"quantized must be {self.out_features} × {self.in_features}, got {tuple(q.shape)}")
-        check_layout(q.packed, q.absmax, q.shape, q.block_size, q.nested, "quantized")
+        check_layout(q, "quantized")
         self.weight = nn.Parameter(q.packed.view(-1, 1), requires_grad=False)
         self.absmax, self.block_size, self.weight_dtype = q.absmax, q.block_size, q.dtype
         self.nested_absmax, self.nested_code, self.nested_offset, self.nested_block = q.nested or (None,) * 3 + (1,)
@@ -234,11 +185,7 @@ class NF4Linear(nn.Module):
             x = x.to(torch.get_autocast_dtype(x.device.type))
         compute = x.dtype if self.compute_dtype is None else self.compute_dtype
         bias = None if self.bias is None else self.bias.to(compute)
-        y = nf4_linear(
-            x.to(compute), bias, self.weight, self.absmax, self.nested_absmax, self.nested_code, self.nested_offset,
-            self.nested_block, self.out_features, self.in_features, self.block_size, True,
-        )  # fmt: skip
-        return y.to(x.dtype)
+        return _NF4Linear.apply(x.to(compute), *flatten(self.quantized), bias, True).to(x.dtype)
 
     def _apply(self, fn, recurse=True):
         """Everything that moves or casts a module comes through here: codes and scales move, but are never cast."""

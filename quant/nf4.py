@@ -5,7 +5,7 @@ block of 64 values. That magnitude, the block's scale, costs 4 bytes as fp32: ha
 Double quantization stores it in one byte instead. Scales are all positive, so first their mean is
 taken off; what is left is coded by a dynamic 8-bit float in blocks of 256 with an fp32 scale each:
 
-    bytes a value     0.5 + 4/64 = 0.5625           0.5 + 1/64 + 4/(64·256) = 0.5159
+    bytes per value   0.5 + 4/64 = 0.5625           0.5 + 1/64 + 4/(64·256) = 0.5159
 
 On Gaussian weights the error is 9.2 % of their standard deviation either way: the coded scale is off
 by some tenths of a percent, next to levels that are tens of percent apart.
@@ -13,18 +13,17 @@ by some tenths of a percent, next to levels that are tens of percent apart.
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass
 
 import torch
 
-from ..kernels.nf4 import DTYPES, NF4_CODE, NestedScales, check_layout, nf4_dequantize
+from ..kernels.nf4 import DTYPES, NF4_CODE, NestedScales, NF4Weight, check_layout, nf4_dequantize
 from ..kernels.nf4_quantize import nf4_quantize, quantize_scales
 from .codebooks import DYNAMIC_MAP
 
 BLOCK_SIZES = (32, 64, 128, 256, 512, 1024, 2048, 4096)
 NESTED_BLOCK = 256
 PARTS = ("absmax", "quant_map", "nested_absmax", "nested_quant_map")
-FACTS = "quant_state.bitsandbytes__nf4"  # bitsandbytes keeps what is no tensor as JSON text in a uint8 tensor
+FACTS = "quant_state.bitsandbytes__nf4"  # bitsandbytes keeps what is not a tensor as JSON text in a uint8 tensor
 
 
 def check_block_size(block_size: int) -> None:
@@ -39,25 +38,11 @@ def nf4_bytes(values: int, block_size: int = 64, double_quant: bool = True) -> t
     return -(-values // 2), blocks + 4 * -(-blocks // NESTED_BLOCK) + 4 if double_quant else 4 * blocks
 
 
-@dataclass(eq=False)
-class NF4Tensor:
-    """A tensor held in four bits a value.
+class NF4Tensor(NF4Weight):
+    """A tensor held in four bits a value: `NF4Tensor(packed, absmax, shape, dtype, block_size, nested=None)`.
 
-    Attributes:
-        packed: (⌈n / 2⌉,) uint8, two codes a byte, the first in the high nibble.
-        absmax: (⌈n / block_size⌉,) one scale a block: fp32, or uint8 codes where `nested` is set.
-        shape: of the tensor that was quantized.
-        dtype: of the tensor that was quantized: float32, float16 or bfloat16.
-        block_size: values that share a scale, running over the flattened tensor.
-        nested: what decodes 8-bit scales (double quantization), or None.
+    The attributes, of the same names, are those of `kernels.nf4.NF4Weight`.
     """
-
-    packed: torch.Tensor
-    absmax: torch.Tensor
-    shape: torch.Size
-    dtype: torch.dtype
-    block_size: int
-    nested: NestedScales | None = None
 
     @property
     def device(self) -> torch.device:
@@ -80,11 +65,10 @@ class NF4Tensor:
             out: contiguous tensor of `shape` and that dtype to write into; a fresh one if None.
 
         Raises:
-            TypeError: `dtype` is no floating-point dtype.
+            TypeError: `dtype` is not a floating-point dtype.
             ValueError: `out` does not fit.
         """
-        dtype = self.dtype if dtype is None else dtype
-        return nf4_dequantize(self.packed, self.absmax, self.shape, dtype, self.block_size, self.nested, out)
+        return nf4_dequantize(self, self.dtype if dtype is None else dtype, out)
 
     def to(self, device: torch.device | str | int) -> "NF4Tensor":
         """The same on another device.
@@ -141,7 +125,7 @@ class NF4Tensor:
             prefix: as for `state_dict`.
 
         Raises:
-            ValueError: an entry is missing, is no NF4, or does not fit the shape.
+            ValueError: an entry is missing, is not NF4, or does not fit the shape.
         """
         key = _key(prefix)
 
@@ -163,9 +147,10 @@ class NF4Tensor:
             offset = torch.tensor(facts["nested_offset"], dtype=torch.float32, device=packed.device)
             tensors = scales("nested_absmax"), scales("nested_quant_map"), offset
             nested = NestedScales(*tensors, facts["nested_blocksize"])
-        absmax, shape, block_size = scales("absmax"), torch.Size(facts["shape"]), facts["blocksize"]
-        check_layout(packed, absmax, shape, block_size, nested, key)
-        return cls(packed, absmax, shape, getattr(torch, facts["dtype"]), block_size, nested)
+        dtype, shape = getattr(torch, facts["dtype"]), torch.Size(facts["shape"])
+        made = cls(packed, scales("absmax"), shape, dtype, facts["blocksize"], nested)
+        check_layout(made, key)
+        return made
 
 
 def _facts(entry: torch.Tensor, name: str) -> dict:
@@ -201,7 +186,7 @@ def quantize_nf4(x: torch.Tensor, block_size: int = 64, double_quant: bool = Tru
         name: what error messages call x.
 
     Raises:
-        TypeError: x is no tensor of one of these dtypes.
+        TypeError: x is not a tensor of one of these dtypes.
         ValueError: `block_size` is not offered, or x holds NaN or infinity.
 
     Source: Dettmers et al. 2023, "QLoRA: Efficient Finetuning of Quantized LLMs", section 3.

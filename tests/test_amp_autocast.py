@@ -69,7 +69,7 @@ def test_dtypes_are_those_of_torchs_autocast_on_a_cpu(op, dtype):
 
 def test_every_listed_operation_is_tested():
     untested = {
-        "__rmatmul__", "multi_head_attention_forward", "stacked_lora_linear",  # in tests of their own
+        "__rmatmul__", "multi_head_attention_forward", "lora_linear",  # in tests of their own
         "__rtruediv__",  # torch's other name of __rdiv__
         "binary_cross_entropy",  # an error in torch on CUDA
         "gaussian_nll_loss", "multilabel_margin_loss", "index_put",  # composed, or with inputs of special shape

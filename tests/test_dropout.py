@@ -4,9 +4,8 @@ import pytest
 import torch
 from handtuned.kernels import dropout
 from handtuned.kernels.lora import lora_linear
-from handtuned.kernels.lora_backward import lora_down_grad
-from handtuned.kernels.lora_down import lora_down
-from handtuned.kernels.lora_product import lora_product
+from handtuned.kernels.lora_gemms import lora_down, lora_down_grad
+from handtuned.kernels.matmul import lora_product
 from lora_layers import exact, operands
 
 
@@ -26,7 +25,7 @@ def test_masks_drop_what_they_should(p, columns):
     threshold, seed = dropout.threshold_of(p), torch.tensor([12345])
     rows = 20000 // columns
     spread = 6 * (p * (1 - p) / (rows * columns)) ** 0.5  # six standard deviations
-    for draw in (dropout.seeded_keep, dropout.philox_keep_reference):
+    for draw in (dropout.dropout_mask, dropout.dropout_mask_reference):
         keep = draw(seed, rows, columns, threshold)
         assert keep.shape == (rows, columns) and keep.dtype == torch.bool
         assert abs(keep.double().mean().item() - (1 - threshold / 65536)) < spread
@@ -51,13 +50,14 @@ def test_the_kernels_mask_is_the_specified_one(kernel_backend, device):
     """S of ones with an identity A is the mask itself, over several tiles."""
     seed, threshold = torch.tensor([2**40 + 7], device=device), 30000
     x = torch.ones(67, 130, device=device)
-    S = lora_down(x, torch.eye(130, device=device), seed, threshold)
-    keep = dropout.philox_keep_reference(seed, 67, 130, threshold)
+    drop = dropout.Dropout(seed, threshold)
+    S = lora_down(x, torch.eye(130, device=device), drop)
+    keep = dropout.dropout_mask_reference(seed, 67, 130, threshold)
     assert torch.equal(S.bool(), keep)
-    dA = lora_down_grad(torch.eye(67, device=device), x, x.dtype, seed, threshold)
+    dA = lora_down_grad(torch.eye(67, device=device), x, x.dtype, drop)
     assert torch.equal(dA.bool(), keep)
     zeros, up = torch.zeros(130, 67, device=device), torch.ones(130, 1, device=device)
-    y = lora_product(torch.zeros(67, 67, device=device), zeros, None, x[:, :1], up, 1.0, seed, threshold)
+    y = lora_product(torch.zeros(67, 67, device=device), zeros, None, x[:, :1], up, 1.0, drop)
     assert torch.equal(y.bool(), keep)
 
 

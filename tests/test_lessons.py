@@ -229,9 +229,9 @@ def test_source_shows_a_part(capsys):
 
 
 def test_source_of_an_autotuned_kernel(capsys):
-    from handtuned.kernels.matmul import _scaled_matmul_kernel
+    from handtuned.kernels.matmul import _scaled
 
-    lessons.source(_scaled_matmul_kernel, "acc = tl.zeros", "acc = tl.zeros")
+    lessons.source(_scaled, "acc = tl.zeros", "acc = tl.zeros")
     assert capsys.readouterr().out.startswith("acc = tl.zeros(")
 
 

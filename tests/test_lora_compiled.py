@@ -8,7 +8,7 @@ from helpers import run_uninterpreted
 
 pytestmark = pytest.mark.skipif(not runtime.HAS_TRITON, reason="Triton is not installed")
 
-MODULES = ("lora_down", "lora_product", "lora_backward", "nf4_stream", "nf4_merge")
+MODULES = ("matmul", "lora_gemms", "nf4_matmul")
 SCRIPT = """
 import importlib, json, sys
 from handtuned.gpu.machine_code import xray
@@ -55,6 +55,7 @@ def test_every_kernel_on_every_architecture(arch):
     found = compiled([], [arch])
     families = {name.partition("[")[0] for name, *_ in found}
     assert families == {
-        "lora_down", "lora_product", "lora_up_grads", "lora_down_grad", "nf4_one_row", "nf4_few_rows", "nf4_merge"
+        "scaled_matmul", "lora_down", "lora_product", "lora_up_grads", "lora_down_grad", "nf4_one_row", "nf4_few_rows",
+        "nf4_merge",
     }  # fmt: skip
     check(found)

@@ -3,10 +3,9 @@
 import pytest
 import torch
 from handtuned.kernels import dropout
-from handtuned.kernels.lora import lora_linear, lora_linear_reference, stacked_lora_linear
-from handtuned.kernels.lora_backward import lora_down_grad, lora_up_grads
-from handtuned.kernels.lora_down import lora_down
-from handtuned.kernels.lora_product import lora_product
+from handtuned.kernels.lora import lora_linear, lora_linear_reference
+from handtuned.kernels.lora_gemms import lora_down, lora_down_grad, lora_up_grads
+from handtuned.kernels.matmul import lora_product
 from helpers import assert_computes, assert_same_function, assert_within_budget
 from lora_layers import operands
 
@@ -104,7 +103,7 @@ def test_the_function_and_all_its_gradients(each_backend, device, dtype, p):
     if p:
         torch.manual_seed(1)
         seed = dropout.new_seed(x.device)
-        draw = dropout.seeded_keep if each_backend == "torch" else dropout.philox_keep_reference
+        draw = dropout.dropout_mask if each_backend == "torch" else dropout.dropout_mask_reference
         keep = draw(seed, M, K, threshold).view(2, 33, K)
     torch.manual_seed(1)
     ours = gradients(lambda: lora_linear(x, W, b, A, B, 0.5, p), dy, *leaves)
@@ -149,54 +148,6 @@ def test_gradcheck_in_fp64(p):
         return lora_linear(*tensors, 0.7, p)
 
     assert torch.autograd.gradcheck(seeded, (x, W, b, A, B))
-
-
-@pytest.mark.parametrize("p", [0.0, 0.3], ids=["no-dropout", "dropout"])
-def test_stacked_adapters_agree_with_single_ones(each_backend, device, p):
-    """q, k and v of unequal sizes and ranks; k has a bias. With dropout they share one mask, so it is compared."""
-    x = torch.randn(2, 5, 12, device=device).requires_grad_()
-    Ws = [torch.randn(n, 12, device=device) for n in (16, 4, 8)]
-    bs = [None, torch.randn(4, device=device), None]
-    As = [torch.randn(r, 12, device=device).requires_grad_() for r in (2, 3, 1)]
-    Bs = [torch.randn(n, r, device=device).requires_grad_() for n, r in ((16, 2), (4, 3), (8, 1))]
-    scalings = [0.5, 1.0, 2.0]
-    torch.manual_seed(3)
-    ys = stacked_lora_linear(x, Ws, bs, As, Bs, scalings, p)
-    got = [*ys, *torch.autograd.grad([y.square().sum() for y in ys], [x, *As, *Bs])]
-    threshold = dropout.threshold_of(p)
-    torch.manual_seed(3)
-    draw = dropout.seeded_keep if each_backend == "torch" else dropout.philox_keep_reference
-    keep = draw(dropout.new_seed(x.device), 10, 12, threshold).view(2, 5, 12) if p else None
-
-    def singly(kind, sign=torch.clone):
-        x_, As_, Bs_ = (
-            [sign(t.detach().to(kind)).requires_grad_() for t in tensors] for tensors in ([x], As, Bs)
-        )
-        plain = zip(*([t if t is None else sign(t.to(kind)) for t in tensors] for tensors in (Ws, bs)), strict=True)
-        layers = zip(plain, As_, Bs_, scalings, strict=True)
-        ys = [lora_linear_reference(*x_, *Wb, A, B, s, keep, threshold / 65536) for Wb, A, B, s in layers]
-        return [*ys, *torch.autograd.grad([y.square().sum() for y in ys], [*x_, *As_, *Bs_])]
-
-    exact, low, magnitudes = singly(torch.double), singly(torch.float), singly(torch.double, torch.abs)
-    # y is as long as in one layer; a gradient goes on through dS: N, then r, or M rows; dx adds all three up.
-    terms = 2 * 12 + 3 + 1 + (16 + 4 + 8) + (2 + 3 + 1) + 10
-    for index, (ours, *budget) in enumerate(zip(got, exact, low, magnitudes, strict=True)):
-        assert_within_budget(ours, *budget[:2], terms, budget[2], f"result {index}")
-
-
-def test_stacked_adapters_read_x_once(monkeypatch):
-    import handtuned.kernels.lora as lora
-
-    passes = []
-    for name in ("lora_down", "lora_down_grad"):
-        real = getattr(lora, name)
-        monkeypatch.setattr(lora, name, lambda *a, real=real, name=name: passes.append(name) or real(*a))
-    x = torch.randn(3, 4)
-    A = [torch.randn(2, 4, requires_grad=True) for _ in range(3)]
-    B = [torch.randn(5, 2, requires_grad=True) for _ in range(3)]
-    ys = stacked_lora_linear(x, [torch.randn(5, 4)] * 3, [None] * 3, A, B, [1.0] * 3)
-    sum(y.sum() for y in ys).backward()
-    assert passes == ["lora_down", "lora_down_grad"]
 
 
 def test_the_same_bits_every_time(each_backend, device):
@@ -260,8 +211,6 @@ def test_wrong_arguments_are_named():
         lora_linear(x, W, b, A, B, 1.0, 1.0)
     with pytest.raises(TypeError, match="floating"):
         lora_linear(x.long(), W, b, A, B, 1.0)
-    with pytest.raises(ValueError, match="lengths"):
-        stacked_lora_linear(x, [W, W], [b], [A], [B], [1.0])
 
 
 def test_kernels_neither_read_nor_write_out_of_bounds(kernel_backend, device):

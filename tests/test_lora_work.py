@@ -1,8 +1,9 @@
 """The counted work: against what the kernels execute in the interpreter, and against what is promised for it."""
 
+import lora_work
 import pytest
 import torch
-from handtuned.kernels import lora_product, lora_work, runtime
+from handtuned.kernels import matmul, runtime
 from handtuned.kernels.lora import lora_linear
 
 pytestmark = pytest.mark.skipif(not runtime.INTERPRETED, reason="counts the interpreter's loads and stores")
@@ -37,7 +38,7 @@ def executed(monkeypatch):
 @pytest.mark.parametrize("shape", [(130, 300, 200, 5), (64, 256, 128, 16)], ids=["ragged", "even"])
 def test_the_count_is_what_the_kernels_execute(kernel_backend, executed, shape):
     M, N, K, r = shape
-    tile = lora_product.TILES[0].kwargs
+    tile = matmul.LORA_TILES[0].kwargs
     x, W = torch.randn(M, K).half().requires_grad_(), torch.randn(N, K).half()
     A, B = torch.randn(r, K, requires_grad=True), torch.randn(N, r, requires_grad=True)
     y = lora_linear(x, W, None, A, B, 1.0)

@@ -1,12 +1,20 @@
 """The NF4 format, bit for bit against bitsandbytes on a CPU; the real kernels against the references."""
 
 import json
+from dataclasses import replace
 
 import pytest
 import torch
-from handtuned.kernels.nf4 import NF4_CODE, _local, _pairs, nf4_dequantize
-from handtuned.kernels.nf4_quantize import CELL_SLOPE, CELL_START, THRESHOLDS, _cell_words, _cells
-from handtuned.kernels.nf4_quantize import nf4_quantize_reference as quantize_reference
+from handtuned.kernels import runtime
+from handtuned.kernels.nf4 import NF4_CODE, _pairs, nf4_dequantize
+from handtuned.kernels.nf4_quantize import (
+    CELL_SLOPE,
+    CELL_START,
+    THRESHOLDS,
+    _cell_words,
+    _cells,
+    nf4_quantize_tiled,
+)
 from handtuned.quant import (
     NF4Tensor,
     dequantize_nf4,
@@ -135,7 +143,7 @@ def test_the_bucket_trick_equals_the_search():
     x = torch.cat([halves, around.view(torch.float32).flatten(), torch.rand(1_000_000) * 2 - 1])
     x = x[x.abs() <= 1]
     x = torch.cat([torch.ones(len(x), 1), x[:, None]], dim=1).repeat_interleave(16, 1).flatten()  # absmax 1 everywhere
-    packed, absmax = quantize_reference(x, 32)
+    packed, absmax = nf4_quantize_tiled(x, 32)
     assert torch.all(absmax == 1)
     codes = torch.stack([packed >> 4, packed & 15], dim=1).view(-1)
     assert torch.equal(codes.int(), torch.bucketize(x, THRESHOLDS, out_int32=True))
@@ -190,7 +198,7 @@ def test_out_is_filled_and_checked(each_backend, device):
         with pytest.raises(ValueError, match="out must be a contiguous"):
             q.dequantize(out=wrong.to(device))
     with pytest.raises(ValueError, match="needs"):
-        nf4_dequantize(q.packed[1:], q.absmax, q.shape, torch.float32, 64, q.nested)
+        nf4_dequantize(replace(q, packed=q.packed[1:]), torch.float32)
 
 
 @pytest.mark.parametrize("default", [torch.bfloat16, torch.float64], ids=str)
@@ -213,7 +221,7 @@ def test_torchs_defaults_of_dtype_and_device_change_nothing(default, each_backen
 
 def test_what_was_made_in_inference_mode_serves_outside_of_it():
     q = quantize_nf4(torch.randn(100, 100))
-    _local.__dict__.clear()
+    runtime._local.__dict__.clear()
     with torch.inference_mode():
         expected = q.dequantize(torch.bfloat16)
     assert torch.equal(q.dequantize(torch.bfloat16), expected)

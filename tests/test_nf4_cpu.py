@@ -1,5 +1,7 @@
 """The compiled CPU dequantize: the reference's bits, nothing written beside the output, and when it runs."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from handtuned.kernels import nf4_cpu
@@ -11,11 +13,11 @@ pytestmark = pytest.mark.skipif(nf4_cpu._library is None, reason="built only whe
 
 
 def _native(q, out, fresh=False):
-    return nf4_cpu.nf4_dequantize_native(q.packed, q.absmax, q.block_size, q.nested, NF4_CODE, out, fresh)
+    return nf4_cpu.nf4_dequantize_native(q, NF4_CODE, out, fresh)
 
 
 def _reference(q):
-    return nf4_dequantize_reference(q.packed, q.absmax, q.shape, torch.float32, q.block_size, q.nested)
+    return nf4_dequantize_reference(q, torch.float32)
 
 
 @pytest.mark.parametrize("double_quant", [False, True], ids=["plain", "nested"])
@@ -56,8 +58,8 @@ def test_blocks_that_are_no_powers_of_two_are_left_to_the_reference(monkeypatch,
     map_ = torch.linspace(0, 1, 256)
     nested = NestedScales(torch.rand(-(-scales // nested_block)), map_, torch.tensor(0.5), nested_block)
     q = NF4Tensor(codes, torch.arange(scales, dtype=torch.uint8), torch.Size((384,)), torch.float32, block_size, nested)
-    assert not nf4_cpu.runs_native(q.packed, q.absmax, block_size, nested)
-    assert nf4_cpu.runs_native(q.packed, q.absmax, 64, nested._replace(block_size=256))
+    assert not nf4_cpu.runs_native(q)
+    assert nf4_cpu.runs_native(replace(q, block_size=64, nested=nested._replace(block_size=256)))
     scale = map_[:scales] * nested.absmax.repeat_interleave(nested_block)[:scales] + 0.5
     values = NF4_CODE[torch.stack([codes >> 4, codes & 15], 1).flatten().long()]
     assert torch.equal(_reference(q), values * scale.repeat_interleave(block_size)[:384])

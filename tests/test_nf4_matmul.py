@@ -5,9 +5,14 @@ import torch
 import torch.nn.functional as F
 from handtuned.kernels import lora
 from handtuned.kernels.lora import lora_linear, lora_linear_reference
-from handtuned.kernels.nf4_matmul import dense_weight, plan, quantized_product, quantized_product_dx
-from handtuned.kernels.nf4_merge import nf4_merge
-from handtuned.kernels.nf4_stream import nf4_stream
+from handtuned.kernels.nf4_matmul import (
+    dense_weight,
+    nf4_merge,
+    nf4_stream,
+    plan,
+    quantized_product,
+    quantized_product_dx,
+)
 from handtuned.quant import quantize_nf4
 from helpers import assert_computes, assert_same_function, assert_within_budget
 

@@ -65,7 +65,7 @@ def test_nothing_is_written_beside_y(N):
     M, K = 9, 64
     q, x = quantize_nf4(torch.randn(N, K)), torch.randn(M, K)
     memory = torch.full((M * N + 200,), 123.25)
-    w = nf4_cpu._weight(q.packed, q.absmax, q.block_size, q.nested, NF4_CODE)
+    w = nf4_cpu._weight(q, NF4_CODE)
     nf4_cpu._library.handtuned_nf4_product(
         ctypes.byref(w), N, K, True, x.data_ptr(), K, M, None, None, None, 0, 0, 0, 1.0, memory[100:].data_ptr(), 2
     )
@@ -105,7 +105,7 @@ def test_inf_and_nan_stay_in_their_rows():
 
 def test_when_it_runs(native, monkeypatch):
     def way(q, dtype=torch.float32, M=3):
-        return nf4_matmul.plan(torch.empty(M, q.shape[1], dtype=dtype), q, dropout=True)
+        return nf4_matmul.plan(torch.empty(M, q.shape[1], dtype=dtype), q)
 
     q = quantize_nf4(torch.randn(8, 64))
     assert [way(q, M=M) for M in (0, 1, 17, 4096)] == ["native"] * 4

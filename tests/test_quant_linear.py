@@ -8,7 +8,7 @@ import threading
 
 import pytest
 import torch
-from handtuned.kernels import nf4_matmul
+from handtuned.kernels import runtime
 from handtuned.quant import NF4Linear, NF4Tensor, quantize_nf4
 from helpers import assert_computes, assert_same_function
 from torch import nn
@@ -71,7 +71,7 @@ def test_gradients_of_gradients():
 def test_inference_mode_first_and_training_afterwards(dtype, each_backend, device):
     """What a call in inference mode leaves behind, training must be able to write to."""
     layer, x = _layer().to(device), torch.randn(33, 128, device=device).to(dtype)
-    nf4_matmul._local.__dict__.clear()
+    runtime._local.__dict__.clear()
     with torch.inference_mode():
         expected = layer(x)
     y = layer(x.requires_grad_())

@@ -27,10 +27,8 @@ from pathlib import Path
 import torch
 
 from ..harness.timing import OURS, cache_bytes, take_turns
-from ..kernels.lora_backward import down_grad_blocks, up_grads_blocks
-from ..kernels.lora_down import down_blocks
-from ..kernels.runtime import KernelSpec
-from ..kernels.tiles import cdiv
+from ..kernels.lora_gemms import down_blocks, down_grad_blocks, up_grads_blocks
+from ..kernels.runtime import KernelSpec, cdiv
 from ..quant.nf4 import nf4_bytes
 from .cards import GPUS, Gpu
 

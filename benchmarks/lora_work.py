@@ -15,10 +15,9 @@ really execute, one by one, in Triton's interpreter.
 from collections import Counter
 from dataclasses import dataclass, field
 
-from .lora_backward import down_grad_blocks, up_grads_blocks
-from .lora_down import down_blocks
-from .lora_product import TILES
-from .tiles import block_of, cdiv
+from handtuned.kernels.lora_gemms import down_blocks, down_grad_blocks, up_grads_blocks
+from handtuned.kernels.matmul import LORA_TILES
+from handtuned.kernels.runtime import block_of, cdiv
 
 
 @dataclass
@@ -71,7 +70,7 @@ def forward(M, N, K, r, low=2, adapter=4, tile=None) -> Work:
         tile: block sizes of the product (by default 128 × 256 × 64).
     """
     work = Work()
-    tile = tile or TILES[1].kwargs
+    tile = tile or LORA_TILES[1].kwargs
     if r:
         b = down_blocks(M, K, r)
         rows, ranks = cdiv(M, b["BLOCK_M"]), cdiv(r, b["BLOCK_R"])
@@ -88,7 +87,7 @@ def forward(M, N, K, r, low=2, adapter=4, tile=None) -> Work:
 def backward(M, N, K, r, low=2, adapter=4, tile=None) -> Work:
     """dx, dA and dB for a frozen W. r = 0: dx of the base layer alone. Arguments as for `forward`."""
     work = Work()
-    tile = tile or TILES[1].kwargs
+    tile = tile or LORA_TILES[1].kwargs
     if r:
         b = up_grads_blocks(M, N, r)
         slabs, ranks, splits = cdiv(M, b["BLOCK_M"]), cdiv(r, b["BLOCK_R"]), b["splits"]

@@ -1,0 +1,306 @@
+"""The skinny products of a LoRA layer: S = x̂ Aᵀ forward; dS = s dy B, dB = s dyᵀ S and dA = dSᵀ x̂ backward.
+
+With y = x Wᵀ + s S Bᵀ and x̂ = x after dropout:
+
+    S  = x̂ Aᵀ            (M, r)      sums over K
+    dS = s dy B          (M, r)      sums over N
+    dB = s dyᵀ S         (N, r)      sums over M
+    dA = dSᵀ x̂           (r, K)      sums over M
+
+(y and dx = dy W + dS A are products with W: `matmul.py`.) Each has 2r FLOPs for an element of x or dy
+read, far below what a GPU needs to be busy with arithmetic, so reading x and dy once is the limit:
+
+    bytes (16-bit x and dy, fp32 A and B)    S, dA: 2MK + 4rK + 2Mr each       dS and dB: 2MN + 8rN + 4Mr
+
+Dropout happens in registers, on the tile of x just loaded. dS and dB both need all of dy (M, N), so one
+kernel makes both: a program loads a tile of dy once and multiplies it by B on one side and by S on
+the other. One of the two sums crosses programs whichever way the tiles run; S and dA, with few tiles,
+would leave a GPU idle, so their loops are split between programs too. Atomic additions would finish
+such sums in an order that changes from run to run; here each program writes its part in fp32 and a sum in
+fixed order follows, so results are the same bits every time. With slabs of 256 rows the parts of
+dB are 4 r N M / 256 bytes, that is r / 128 of the bytes of an fp16 dy.
+"""
+
+import torch
+
+from .dropout import ROUNDS, Dropout, keep_tile
+from .runtime import (
+    LOW,
+    KernelSpec,
+    block_of,
+    cdiv,
+    dot_settings,
+    kernel_spec,
+    on_device,
+    runs_kernel,
+    splits_of,
+    stored_dtype,
+    tl,
+    triton,
+)  # fmt: skip
+
+
+def lora_down_reference(x, lora_A, mask=None):
+    """x (M, K), A (r, K), mask (M, K) → S = x̂ Aᵀ (M, r)."""
+    return (x if mask is None else x * mask) @ lora_A.to(x.dtype).t()
+
+
+def lora_up_grads_reference(dy, S, lora_B, scale):
+    """dy (M, N), S (M, r), B (N, r) → dS = s dy B (M, r) in dy's dtype and dB = s dyᵀ S (N, r) in B's."""
+    return scale * (dy @ lora_B.to(dy.dtype)), (scale * (dy.t() @ S)).to(lora_B.dtype)
+
+
+def lora_down_grad_reference(dS, x, dtype, mask=None):
+    """dS (M, r), x (M, K), mask (M, K) → dA = dSᵀ x̂ (r, K) in `dtype`."""
+    return (dS.t() @ (x if mask is None else x * mask)).to(dtype)
+
+
+def lora_up_grads_addmm(dy, S, lora_B, scale):
+    """`lora_up_grads_reference` in one call for each, that scales as it goes; Sᵀ dy, as dyᵀ S is slower on a CPU."""
+    B = lora_B.to(dy.dtype)
+    dS = torch.addmm(S, dy, B, beta=0, alpha=scale)  # with beta=0 the first operand lends its shape alone
+    dB = torch.addmm(B.t(), S.t(), dy, beta=0, alpha=scale)
+    return dS, dB.to(lora_B.dtype).t()
+
+
+def _parts(count, shape, dtype, device):
+    """Room for `count` parts of a sum: in fp32, or in the dtype of the result where it is one."""
+    return torch.empty((count, *shape), dtype=torch.float32 if count > 1 else stored_dtype(dtype), device=device)
+
+
+def _sum(parts, dtype):
+    return (parts.sum(0) if len(parts) > 1 else parts[0]).to(dtype)
+
+
+@triton.jit
+def _down_kernel(
+    x_ptr,  # (M, K)
+    a_ptr,  # (r, K)
+    s_ptr,  # (splits, M, r)
+    seed_ptr,  # (1,) or None: no dropout
+    M, K, r,
+    stride_xm, stride_xk, stride_ar, stride_ak,
+    k_per_split,  # a multiple of BLOCK_K
+    threshold,
+    DOT: tl.constexpr, PRECISION: tl.constexpr, ROUNDS: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr,
+):  # fmt: skip
+    pid_m, split, pid_r = tl.program_id(0), tl.program_id(1), tl.program_id(2)
+    offs_m = pid_m * BLOCK_M + tl.arange(0, BLOCK_M)
+    offs_r = pid_r * BLOCK_R + tl.arange(0, BLOCK_R)
+    x_rows = x_ptr + offs_m.to(tl.int64)[:, None] * stride_xm
+    a_rows = a_ptr + offs_r.to(tl.int64)[None, :] * stride_ar
+    acc = tl.zeros([BLOCK_M, BLOCK_R], dtype=tl.float32)
+    for k in range(split * k_per_split, min(K, (split + 1) * k_per_split), BLOCK_K):
+        offs_k = (k + tl.arange(0, BLOCK_K)).to(tl.int64)
+        x_mask = (offs_m[:, None] < M) & (offs_k[None, :] < K)
+        x = tl.load(x_rows + offs_k[None, :] * stride_xk, mask=x_mask, other=0.0)  # [BLOCK_M, BLOCK_K]
+        if seed_ptr is not None:
+            x = tl.where(keep_tile(seed_ptr, threshold, pid_m * BLOCK_M, k, BLOCK_M, BLOCK_K, ROUNDS), x, 0.0)
+        a_mask = (offs_k[:, None] < K) & (offs_r[None, :] < r)
+        a = tl.load(a_rows + offs_k[:, None] * stride_ak, mask=a_mask, other=0.0)  # [BLOCK_K, BLOCK_R]
+        acc = tl.dot(x.to(DOT), a.to(DOT), acc, input_precision=PRECISION)
+    s_ptrs = s_ptr + (split.to(tl.int64) * M + offs_m[:, None]) * r + offs_r[None, :]
+    tl.store(s_ptrs, acc, mask=(offs_m[:, None] < M) & (offs_r[None, :] < r))
+
+
+def down_blocks(M: int, K: int, r: int) -> dict:
+    """Tile sizes of `lora_down`, and into how many parts K is split (few rows leave a GPU idle otherwise)."""
+    blocks = {"BLOCK_M": block_of(M, 16, 128), "BLOCK_K": 64, "BLOCK_R": block_of(r, 16, 128)}
+    if blocks["BLOCK_R"] == 128:
+        blocks["BLOCK_M"] = min(blocks["BLOCK_M"], 64)
+    programs = cdiv(M, blocks["BLOCK_M"]) * cdiv(r, blocks["BLOCK_R"])
+    steps = max(1, cdiv(K, blocks["BLOCK_K"]))
+    per_split = cdiv(steps, splits_of(programs, steps // 4))
+    return blocks | {"k_per_split": per_split * blocks["BLOCK_K"], "splits": cdiv(steps, per_split)}
+
+
+def lora_down(x: torch.Tensor, lora_A: torch.Tensor, dropout: Dropout | None = None) -> torch.Tensor:
+    """S = x̂ Aᵀ.
+
+    Args:
+        x: (M, K), any strides.
+        lora_A: (r, K), of any floating dtype.
+        dropout: over x, or None. Dropped elements become zero, the others are *not* rescaled.
+
+    Returns:
+        (M, r) in x's dtype, accumulated in fp32; its strides are not specified.
+    """
+    (M, K), r = x.shape, lora_A.shape[0]
+    if not runs_kernel(x):
+        return lora_down_reference(x, lora_A, dropout and dropout.mask(M, K, x.dtype))
+    if M == 0:
+        return x.new_empty(0, r)
+    blocks = down_blocks(M, K, r)
+    splits = blocks.pop("splits")
+    S = _parts(splits, (M, r), x.dtype, x.device)
+    with on_device(x):
+        _down_kernel[(cdiv(M, blocks["BLOCK_M"]), splits, cdiv(r, blocks["BLOCK_R"]))](
+            x, lora_A, S, dropout and dropout.seed, M, K, r, *x.stride(), *lora_A.stride(),
+            threshold=dropout.threshold if dropout else 0, ROUNDS=ROUNDS, **blocks, **dot_settings(x.dtype),
+            num_warps=4, num_stages=4,
+        )  # fmt: skip
+    return _sum(S, x.dtype)
+
+
+@triton.jit
+def _up_grads_kernel(
+    dy_ptr,  # (M, N)
+    s_ptr,  # (M, r)
+    b_ptr,  # (N, r)
+    ds_ptr,  # (splits, M, r)
+    db_ptr,  # (slabs, N, r)
+    M, N, r,
+    stride_ym, stride_yn, stride_sm, stride_sr, stride_bn, stride_br,
+    n_per_split,  # a multiple of BLOCK_N
+    scale,
+    DOT: tl.constexpr, PRECISION: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_R: tl.constexpr,
+):  # fmt: skip
+    slab, split, pid_r = tl.program_id(0), tl.program_id(1), tl.program_id(2)
+    offs_m = slab * BLOCK_M + tl.arange(0, BLOCK_M)
+    offs_r = pid_r * BLOCK_R + tl.arange(0, BLOCK_R)
+    rows = offs_m.to(tl.int64)
+    in_m, in_r = offs_m < M, offs_r < r
+    s_ptrs = s_ptr + rows[:, None] * stride_sm + offs_r[None, :] * stride_sr
+    s = tl.load(s_ptrs, mask=in_m[:, None] & in_r[None, :], other=0.0).to(DOT)  # [BLOCK_M, BLOCK_R]
+    ds = tl.zeros([BLOCK_M, BLOCK_R], dtype=tl.float32)
+    for n in range(split * n_per_split, min(N, (split + 1) * n_per_split), BLOCK_N):
+        offs_n = (n + tl.arange(0, BLOCK_N)).to(tl.int64)
+        in_n = offs_n < N
+        dy_ptrs = dy_ptr + rows[:, None] * stride_ym + offs_n[None, :] * stride_yn
+        dy = tl.load(dy_ptrs, mask=in_m[:, None] & in_n[None, :], other=0.0).to(DOT)  # [BLOCK_M, BLOCK_N]
+        b_ptrs = b_ptr + offs_n[:, None] * stride_bn + offs_r[None, :] * stride_br
+        b = tl.load(b_ptrs, mask=in_n[:, None] & in_r[None, :], other=0.0).to(DOT)  # [BLOCK_N, BLOCK_R]
+        ds = tl.dot(dy, b, ds, input_precision=PRECISION)
+        db = tl.dot(tl.trans(dy), s, input_precision=PRECISION) * scale  # [BLOCK_N, BLOCK_R]
+        db_ptrs = db_ptr + (slab.to(tl.int64) * N + offs_n[:, None]) * r + offs_r[None, :]
+        tl.store(db_ptrs, db, mask=in_n[:, None] & in_r[None, :])
+    ds_ptrs = ds_ptr + (split.to(tl.int64) * M + rows[:, None]) * r + offs_r[None, :]
+    tl.store(ds_ptrs, ds * scale, mask=in_m[:, None] & in_r[None, :])
+
+
+def up_grads_blocks(M: int, N: int, r: int) -> dict:
+    """Tile sizes of `lora_up_grads`, and into how many parts N is split. Tall slabs keep the parts of dB few."""
+    block_r = block_of(r, 16, 128)
+    blocks = {"BLOCK_M": block_of(M, 16, max(64, 4096 // block_r)), "BLOCK_N": 64, "BLOCK_R": block_r}
+    programs = cdiv(M, blocks["BLOCK_M"]) * cdiv(r, block_r)
+    steps = cdiv(N, blocks["BLOCK_N"])
+    per_split = cdiv(steps, splits_of(programs, steps))
+    return blocks | {"n_per_split": per_split * blocks["BLOCK_N"], "splits": cdiv(steps, per_split)}
+
+
+def lora_up_grads(
+    dy: torch.Tensor, S: torch.Tensor, lora_B: torch.Tensor, scale: float
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """dS = scale · dy B (M, r) in dy's dtype, and dB = scale · dyᵀ S (N, r) in B's, from one read of dy (M, N)."""
+    if not runs_kernel(dy):
+        return lora_up_grads_addmm(dy, S, lora_B, scale)
+    (M, N), r = dy.shape, S.shape[1]
+    if M == 0 or N == 0:
+        return torch.zeros_like(S), torch.zeros_like(lora_B)
+    blocks = up_grads_blocks(M, N, r)
+    splits, slabs = blocks.pop("splits"), cdiv(M, blocks["BLOCK_M"])
+    dS = _parts(splits, (M, r), dy.dtype, dy.device)
+    dB = _parts(slabs, (N, r), lora_B.dtype, dy.device)
+    with on_device(dy):
+        _up_grads_kernel[(slabs, splits, cdiv(r, blocks["BLOCK_R"]))](
+            dy, S, lora_B, dS, dB, M, N, r, *dy.stride(), *S.stride(), *lora_B.stride(), scale=scale,
+            **blocks, **dot_settings(dy.dtype), num_warps=8, num_stages=3,
+        )  # fmt: skip
+    return _sum(dS, dy.dtype), _sum(dB, lora_B.dtype)
+
+
+@triton.jit
+def _down_grad_kernel(
+    ds_ptr,  # (M, r)
+    x_ptr,  # (M, K)
+    da_ptr,  # (splits, r, K)
+    seed_ptr,  # (1,) or None: no dropout
+    M, K, r,
+    stride_sm, stride_sr, stride_xm, stride_xk,
+    m_per_split,  # a multiple of BLOCK_M
+    threshold,
+    DOT: tl.constexpr, PRECISION: tl.constexpr, ROUNDS: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr,
+):  # fmt: skip
+    pid_k, split, pid_r = tl.program_id(0), tl.program_id(1), tl.program_id(2)
+    offs_k = (pid_k * BLOCK_K + tl.arange(0, BLOCK_K)).to(tl.int64)
+    offs_r = pid_r * BLOCK_R + tl.arange(0, BLOCK_R)
+    in_k, in_r = offs_k < K, offs_r < r
+    acc = tl.zeros([BLOCK_K, BLOCK_R], dtype=tl.float32)
+    for m in range(split * m_per_split, min(M, (split + 1) * m_per_split), BLOCK_M):
+        rows = (m + tl.arange(0, BLOCK_M)).to(tl.int64)
+        in_m = rows < M
+        x_ptrs = x_ptr + rows[:, None] * stride_xm + offs_k[None, :] * stride_xk
+        x = tl.load(x_ptrs, mask=in_m[:, None] & in_k[None, :], other=0.0)  # [BLOCK_M, BLOCK_K]
+        if seed_ptr is not None:
+            x = tl.where(keep_tile(seed_ptr, threshold, m, pid_k * BLOCK_K, BLOCK_M, BLOCK_K, ROUNDS), x, 0.0)
+        ds_ptrs = ds_ptr + rows[:, None] * stride_sm + offs_r[None, :] * stride_sr
+        ds = tl.load(ds_ptrs, mask=in_m[:, None] & in_r[None, :], other=0.0)  # [BLOCK_M, BLOCK_R]
+        acc = tl.dot(tl.trans(x.to(DOT)), ds.to(DOT), acc, input_precision=PRECISION)
+    da_ptrs = da_ptr + (split.to(tl.int64) * r + offs_r[None, :]) * K + offs_k[:, None]
+    tl.store(da_ptrs, acc, mask=in_k[:, None] & in_r[None, :])
+
+
+def down_grad_blocks(M: int, K: int, r: int) -> dict:
+    """Tile sizes of `lora_down_grad`, and into how many parts M is split."""
+    blocks = {"BLOCK_M": block_of(M, 16, 64), "BLOCK_K": 64, "BLOCK_R": block_of(r, 16, 128)}
+    programs = cdiv(K, blocks["BLOCK_K"]) * cdiv(r, blocks["BLOCK_R"])
+    steps = cdiv(M, blocks["BLOCK_M"])
+    per_split = cdiv(steps, splits_of(programs, cdiv(steps, 4)))
+    return blocks | {"m_per_split": per_split * blocks["BLOCK_M"], "splits": cdiv(steps, per_split)}
+
+
+def lora_down_grad(
+    dS: torch.Tensor, x: torch.Tensor, dtype: torch.dtype, dropout: Dropout | None = None
+) -> torch.Tensor:
+    """dA = dSᵀ x̂ (r, K) in `dtype`, from dS (M, r) and x (M, K); `dropout` as in `lora_down`."""
+    (M, K), r = x.shape, dS.shape[1]
+    if not runs_kernel(x):
+        return lora_down_grad_reference(dS, x, dtype, dropout and dropout.mask(M, K, x.dtype))
+    if M == 0:
+        return torch.zeros((r, K), dtype=dtype, device=x.device)
+    blocks = down_grad_blocks(M, K, r)
+    splits = blocks.pop("splits")
+    dA = _parts(splits, (r, K), dtype, x.device)
+    with on_device(x):
+        _down_grad_kernel[(cdiv(K, blocks["BLOCK_K"]), splits, cdiv(r, blocks["BLOCK_R"]))](
+            dS, x, dA, dropout and dropout.seed, M, K, r, *dS.stride(), *x.stride(),
+            threshold=dropout.threshold if dropout else 0, ROUNDS=ROUNDS, **blocks, **dot_settings(x.dtype),
+            num_warps=4, num_stages=4,
+        )  # fmt: skip
+    return _sum(dA, dtype)
+
+
+def xray_specs() -> list[KernelSpec]:
+    """M = N = K = 4096, r = 16, fp32 adapter, with and without dropout."""
+    down, up, grad = down_blocks(4096, 4096, 16), up_grads_blocks(4096, 4096, 16), down_grad_blocks(4096, 4096, 16)
+    for blocks, part in ((down, "k_per_split"), (up, "n_per_split"), (grad, "m_per_split")):
+        del blocks["splits"], blocks[part]
+    dropped, kept = (",dropout", {"ROUNDS": ROUNDS}), ("", {"ROUNDS": ROUNDS, "seed_ptr": None})
+    specs = []
+    for low in LOW:
+        dot = {"DOT": LOW[low], "PRECISION": "ieee"}
+        types = dict.fromkeys(("x_ptr", "dy_ptr", "s_ptr", "ds_ptr"), f"*{low}") | {"seed_ptr": "*i64", "scale": "fp32"}
+        for what, seed in (kept, dropped):
+            specs += [
+                kernel_spec(
+                    f"lora_down[{low}{what}]", _down_kernel, types,
+                    dot | seed | down | {"stride_xk": 1, "stride_ak": 1}, down["BLOCK_M"] * 4096, "x",
+                    ("threshold",), num_warps=4, num_stages=4,
+                ),
+                kernel_spec(
+                    f"lora_down_grad[{low}{what}]", _down_grad_kernel, types,
+                    dot | seed | grad | {"stride_sr": 1, "stride_xk": 1}, grad["BLOCK_K"] * 4096, "x",
+                    ("threshold",), num_warps=4, num_stages=4,
+                ),
+            ]  # fmt: skip
+        strides = dict.fromkeys(("stride_sr", "stride_yn", "stride_br"), 1)
+        specs.append(
+            kernel_spec(
+                f"lora_up_grads[{low}]", _up_grads_kernel, types | {"ds_ptr": "*fp32"}, dot | strides | up,
+                up["BLOCK_M"] * 4096, "dy", num_warps=8, num_stages=3,
+            )
+        )  # fmt: skip
+    return specs
