@@ -52,7 +52,7 @@ def read_adapter_tensors(directory: str | Path) -> AdapterTensors:
         raise ValueError(f"{path} holds no tensors")
     for key, tensor in tensors.items():
         if not key.startswith(PREFIX):
-            raise ValueError(f"{path}: {short(key)} does not begin with {PREFIX!r}, as every key of a PEFT adapter does")
+            raise ValueError(f"{path}: {short(key)} does not begin with {PREFIX!r}, as all keys of a PEFT adapter do")
         name = key[len(PREFIX) :]
         ending = next((ending for ending in PARTS if name.endswith(f".{ending}")), None)
         if ending:
@@ -101,7 +101,8 @@ def read_safetensors(path: Path) -> dict[str, torch.Tensor]:
         raise ValueError(f"{path} is damaged or not a safetensors file: {str(error)[:300]}") from None
     for name, tensor in tensors.items():
         if tensor.dtype not in DTYPES:
-            raise ValueError(f"{path}: {short(name)} is of dtype {tensor.dtype}, expected one of {DTYPES}")
+            expected = ", ".join(map(str, DTYPES))
+            raise ValueError(f"{path}: {short(name)} is of dtype {tensor.dtype}, expected one of {expected}")
         if not torch.isfinite(tensor).all():
             raise ValueError(f"{path}: {short(name)} holds NaN or infinite values")
     return tensors

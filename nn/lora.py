@@ -126,7 +126,8 @@ class LoRALinear(Mergeable):
         weight, dtype = operand(self.base_layer, x)
         A, B = self.factors()
         dropout = self.lora_dropout if self.training else 0.0
-        return cast(lora_linear(cast(x, dtype), weight, self.bias, A, B, self.scaling, dropout), x.dtype)
+        y = lora_linear(cast(x, dtype), weight, self.bias, A, B, self.scaling, dropout)
+        return y if dtype == x.dtype else y.to(x.dtype)  # and not by y's dtype, which `amp.autocast` has chosen
 
     def factors(self):
         """The A (r, in) and B (out, r) to compute with."""

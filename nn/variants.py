@@ -220,7 +220,7 @@ class DoRALinear(LoRALinear):
         dropout = self.lora_dropout if self.training else 0.0
         y = lora_linear(cast(x, dtype), weight, None, A, B, self.scaling, dropout)
         y = y * self.gain(dense_weight(self.base_layer)).to(dtype)
-        return cast(y if self.bias is None else y + self.bias.to(dtype), x.dtype)
+        return (y if self.bias is None else y + self.bias.to(dtype)).to(x.dtype)
 
     @torch.no_grad()
     def delta_weight(self):

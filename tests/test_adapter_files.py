@@ -116,18 +116,18 @@ TENSOR_FAULTS = {
     "three dimensions": (lambda t: t.update({A: torch.ones(2, 6, 1)}), r"\(rank, in\)"),
     "NaN": (lambda t: t[A].fill_(float("nan")), "NaN or infinite"),
     "infinite": (lambda t: t[B].view(-1)[3:4].fill_(float("inf")), "NaN or infinite"),
-    "integers": (lambda t: t.update({A: torch.ones(2, 6, dtype=torch.int32)}), "dtype 'I32', expected one of F64, F32"),
+    "integers": (lambda t: t.update({A: torch.ones(2, 6, dtype=torch.int32)}), "dtype torch.int32, expected one of torch.float64"),
     "embedding adapter": (
         lambda t: t.update({"base_model.model.embed.lora_embedding_A": torch.ones(2, 7)}),
-        "lora_embedding_A in this place is not supported",
+        "unexpected in the file: 'embed.lora_embedding_A'",
     ),
-    "adapter bias": (lambda t: t.update({A.replace("weight", "bias"): torch.ones(2)}), "lora_A.bias in this place"),
+    "adapter bias": (lambda t: t.update({A.replace("weight", "bias"): torch.ones(2)}), "unexpected in the file: .*lora_A.bias'"),
     "DoRA that the config denies": (
         lambda t: t.update({A.replace("lora_A.weight", "lora_magnitude_vector"): torch.ones(5)}),
         "use_dora is False",
     ),
-    "path upwards": (lambda t: t.update({"base_model.model.../../x.lora_A.weight": torch.ones(2)}), "no tensor name"),
-    "absolute path": (lambda t: t.update({"/etc/passwd": torch.ones(2, 6)}), "no tensor name"),
+    "path upwards": (lambda t: t.update({"base_model.model.../../x.lora_A.weight": torch.ones(2)}), "has only one of"),
+    "absolute path": (lambda t: t.update({"/etc/passwd": torch.ones(2, 6)}), "does not begin with"),
     "attribute of every object": (lambda t: t.update(pair("block.__class__")), "unexpected .*'block.__class__'"),
     "nothing inside": (lambda t: t.clear(), "no tensors"),
 }  # fmt: skip
@@ -141,38 +141,40 @@ def test_wrong_tensors(files, change, message):
 
 ONE = {"dtype": "F32", "shape": [1], "data_offsets": [0, 4]}
 BYTES = {
-    "empty": (b"", "truncated or no safetensors"),
-    "seven bytes": (b"\x01" * 7, "truncated or no safetensors"),
-    "header longer than the file": (b"\xff" * 8 + b"{}", "truncated or no safetensors"),
-    "huge header": ((2**25).to_bytes(8, "little") + b" " * 2**25, "too large"),
-    "no JSON": (with_header(b"\x00\x01\x02"), "damaged header"),
-    "deep JSON": (with_header(b"[" * 100_000), "damaged header"),
-    "a list": (with_header([1]), "JSON object, got list"),
-    "not UTF-8": (with_header(b'{"\xff": 1}'), "damaged header"),
-    "key twice": (with_header(b'{"a": {}, "a": {}}'), "same key twice"),
-    "entry of another type": (with_header({"a": 3}), "must have dtype, shape and data_offsets"),
-    "field missing": (with_header({"a": {"dtype": "F32", "shape": [1]}}), "must have dtype, shape"),
-    "dtype unknown": (with_header({"a": {**ONE, "dtype": "F33"}}, b"\0" * 4), "dtype 'F33'"),
-    "dtype a list": (with_header({"a": {**ONE, "dtype": ["F32"]}}, b"\0" * 4), "of dtype"),
-    "negative size": (with_header({"a": {**ONE, "shape": [-1]}}, b"\0" * 4), "has shape"),
-    "size a float": (with_header({"a": {**ONE, "shape": [1.0]}}, b"\0" * 4), "has shape"),
-    "size true": (with_header({"a": {**ONE, "shape": [True]}}, b"\0" * 4), "has shape"),
-    "size beyond 64 bits": (with_header({"a": {**ONE, "shape": [2**64]}}, b"\0" * 4), "has shape"),
-    "sizes that overflow": (with_header({"a": {**ONE, "shape": [2**62, 4]}}, b"\0" * 4), "does not fill the bytes"),
-    "offsets backwards": (with_header({"a": {**ONE, "data_offsets": [4, 0]}}, b"\0" * 4), "does not fill"),
-    "offsets beyond the end": (with_header({"a": {**ONE, "data_offsets": [4, 8]}}, b"\0" * 4), "truncated file"),
-    "overlap": (with_header({"a": ONE, "b": ONE}, b"\0" * 4), "overlap or leave a gap"),
-    "gap": (with_header({"a": {**ONE, "data_offsets": [4, 8]}}, b"\0" * 8), "overlap or leave a gap"),
-    "bytes left over": (with_header({"a": ONE}, b"\0" * 8), "4 bytes after the last tensor"),
-    "metadata of another type": (with_header({"__metadata__": [1]}), "__metadata__ must hold strings"),
-    "metadata not strings": (with_header({"__metadata__": {"format": 1}}), "__metadata__ must hold strings"),
+    "empty": (b"", "header too small"),
+    "seven bytes": (b"\x01" * 7, "header too small"),
+    "header longer than the file": (b"\xff" * 8 + b"{}", "header too large"),
+    "huge header": ((2**25).to_bytes(8, "little") + b" " * 2**25, "EOF while parsing"),
+    "no JSON": (with_header(b"\x00\x01\x02"), "invalid JSON"),
+    "deep JSON": (with_header(b"[" * 100_000), "invalid JSON"),
+    "a list": (with_header([1]), "invalid type: sequence"),
+    "not UTF-8": (with_header(b'{"\xff": 1}'), "invalid UTF-8"),
+    "key twice": (with_header(b'{"a": {}, "a": {}}'), "missing field"),
+    "entry of another type": (with_header({"a": 3}), "invalid type: integer"),
+    "field missing": (with_header({"a": {"dtype": "F32", "shape": [1]}}), "missing field `data_offsets`"),
+    "dtype unknown": (with_header({"a": {**ONE, "dtype": "F33"}}, b"\0" * 4), "unknown variant `F33`"),
+    "dtype a list": (with_header({"a": {**ONE, "dtype": ["F32"]}}, b"\0" * 4), "invalid type: sequence"),
+    "negative size": (with_header({"a": {**ONE, "shape": [-1]}}, b"\0" * 4), "invalid value: integer `-1`"),
+    "size a float": (with_header({"a": {**ONE, "shape": [1.0]}}, b"\0" * 4), "invalid type: floating point"),
+    "size true": (with_header({"a": {**ONE, "shape": [True]}}, b"\0" * 4), "invalid type: boolean"),
+    "size beyond 64 bits": (with_header({"a": {**ONE, "shape": [2**64]}}, b"\0" * 4), "invalid type: floating point"),
+    "sizes that overflow": (with_header({"a": {**ONE, "shape": [2**62, 4]}}, b"\0" * 4), "overflow"),
+    "offsets backwards": (with_header({"a": {**ONE, "data_offsets": [4, 0]}}, b"\0" * 4), "invalid offset"),
+    "offsets beyond the end": (with_header({"a": {**ONE, "data_offsets": [4, 8]}}, b"\0" * 4), "invalid offset"),
+    "overlap": (with_header({"a": ONE, "b": ONE}, b"\0" * 4), "invalid offset"),
+    "gap": (with_header({"a": {**ONE, "data_offsets": [4, 8]}}, b"\0" * 8), "invalid offset"),
+    "bytes left over": (with_header({"a": ONE}, b"\0" * 8), "not fully covered"),
+    "metadata of another type": (with_header({"__metadata__": [1]}), "expected a map"),
+    "metadata not strings": (with_header({"__metadata__": {"format": 1}}), "expected a string"),
 }
+
+
 
 
 @pytest.mark.parametrize(("content", "message"), BYTES.values(), ids=BYTES)
 def test_damaged_safetensors(files, content, message):
     (files / "adapter_model.safetensors").write_bytes(content)
-    refused(files, message)
+    refused(files, f"is damaged or not a safetensors file: .*{message}")
 
 
 def test_truncated_anywhere(files):
@@ -182,7 +184,7 @@ def test_truncated_anywhere(files):
     before = snapshot(model)
     for length in range(0, len(whole), 3):
         path.write_bytes(whole[:length])
-        with pytest.raises(ValueError, match=r"truncated|damaged header"):
+        with pytest.raises(ValueError, match="is damaged or not a safetensors file"):
             load_adapter(model, files)
     assert_unchanged(model, before)
 
@@ -299,7 +301,7 @@ def test_a_regex_that_never_ends_is_stopped(files, monkeypatch):
     import handtuned.nn.adapter_config as module
 
     monkeypatch.setattr(module, "REGEX_SECONDS", 1)
-    change_config(files, target_modules="((((([a-z_.]+)+)+)+)+)+!")
+    change_config(files, target_modules=r"(([a-z]|_|\.|\w|.|[^!])+)+(?<=\d)")
     start = time.monotonic()
     with pytest.raises(ValueError, match="takes more than 1 seconds"):
         load_adapter(Tiny(), files)
