@@ -20,8 +20,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from .checkpoint import checkpoint
-from .checkpoint_plan import Plan
-from .sequential import checkpoint_sequential
+from .checkpoint_plan import Plan, checkpoint_sequential
 
 
 class RMSNorm(nn.Module):
