@@ -35,27 +35,64 @@ HARMLESS_IN_REFUSED = {"eva_config"}  # it chose the initial A, which training h
 INITS_THAT_KEEP_THE_BASE = (True, False, "gaussian", "eva", "orthogonal")
 
 
+def _is(*kinds):
+    return lambda value: isinstance(value, kinds) and (bool in kinds or not isinstance(value, bool))
+
+
+def _is_count(value):
+    return _is(int)(value) and value >= 1
+
+
+def _is_number(value):
+    return _is(int, float)(value) and -1e30 < value < 1e30  # neither NaN nor infinity nor 10**400
+
+
+def _is_strings(value):
+    return isinstance(value, list) and all(isinstance(item, str) and item for item in value)
+
+
+def _is_targets(value):
+    return isinstance(value, str) or _is_strings(value)
+
+
+def _is_dict_of(check):
+    return lambda value: isinstance(value, dict) and all(map(check, value.values()))
+
+
+def _is_layers(value):
+    return all(_is(int)(index) and index >= 0 for index in (value if isinstance(value, list) else [value]))
+
+
+# ruff: noqa: RUF009 - each of these calls makes one dataclass field
+def _field(default, check, expected: str, optional: bool = False):
+    """A field with what its value must be; an optional one may be null, which stands for the default."""
+    metadata = {"check": check, "expected": expected, "optional": optional}
+    if isinstance(default, dict):
+        return field(default_factory=dict, metadata=metadata)
+    return field(default=default, metadata=metadata)
+
+
 @dataclass(frozen=True)
 class AdapterConfig:
     """A checked `adapter_config.json`, under PEFT's own field names and with PEFT's defaults."""
 
-    r: int = 8
-    lora_alpha: float = 8
-    lora_dropout: float = 0.0
-    target_modules: list[str] | str | None = None
-    exclude_modules: list[str] | str | None = None
-    rank_pattern: dict[str, int] = field(default_factory=dict)
-    alpha_pattern: dict[str, float] = field(default_factory=dict)
-    layers_to_transform: list[int] | int | None = None
-    layers_pattern: list[str] | str | None = None
-    modules_to_save: list[str] | None = None
-    use_rslora: bool = False
-    use_dora: bool = False
-    fan_in_fan_out: bool = False
-    init_lora_weights: bool | str = True
-    bias: str = "none"
-    base_model_name_or_path: str | None = None
-    task_type: str | None = None
+    r: int = _field(8, _is_count, "an integer of at least 1")
+    lora_alpha: float = _field(8, _is_number, "a finite number")
+    lora_dropout: float = _field(0.0, lambda v: _is_number(v) and 0 <= v < 1, "a number in [0, 1)")
+    target_modules: list[str] | str | None = _field(None, _is_targets, "strings or a regular expression", True)
+    exclude_modules: list[str] | str | None = _field(None, _is_targets, "strings or a regular expression", True)
+    rank_pattern: dict[str, int] = _field({}, _is_dict_of(_is_count), "an object of integers of at least 1", True)
+    alpha_pattern: dict[str, float] = _field({}, _is_dict_of(_is_number), "an object of finite numbers", True)
+    layers_to_transform: list[int] | int | None = _field(None, _is_layers, "a layer number or a list of them", True)
+    layers_pattern: list[str] | str | None = _field(None, _is_targets, "a string or a list of strings", True)
+    modules_to_save: list[str] | None = _field(None, _is_strings, "a list of strings", True)
+    use_rslora: bool = _field(False, _is(bool), "true or false")
+    use_dora: bool = _field(False, _is(bool), "true or false")
+    fan_in_fan_out: bool = _field(False, _is(bool), "true or false")
+    init_lora_weights: bool | str = _field(True, _is(bool, str), "true, false or a string")
+    bias: str = _field("none", _is(str), "a string")
+    base_model_name_or_path: str | None = _field(None, _is(str), "a string", True)
+    task_type: str | None = _field(None, _is(str), "a string", True)
 
     def settings(self, paths: Iterable[str]) -> dict[str, tuple[int, float, float]]:
         """Path → (rank, alpha, scaling) of the layers at `paths`; the first pattern that matches wins, as in PEFT."""
@@ -162,12 +199,12 @@ def load_config(directory: str | Path) -> AdapterConfig:
         raise ValueError(f"{path}: peft_type must be 'LORA', got {short(fields.get('peft_type'))}")
     known = {}
     for name, value in fields.items():
-        if name in RULES:
-            check, expected = RULES[name]
-            if value is None and name in OPTIONAL:
+        if name in AdapterConfig.__dataclass_fields__:
+            rule = AdapterConfig.__dataclass_fields__[name].metadata
+            if value is None and rule["optional"]:
                 continue
-            if not check(value):
-                refuse(name, f"expected {expected}")
+            if not rule["check"](value):
+                refuse(name, f"expected {rule['expected']}")
             known[name] = value
         elif name in REFUSED and value and name not in HARMLESS_IN_REFUSED:
             refuse(name, "this is not supported, and ignoring it would change what the adapter computes")
@@ -217,54 +254,3 @@ def _unique(pairs) -> dict:
 def short(value) -> str:
     text = repr(value)
     return text if len(text) <= 80 else text[:77] + "..."
-
-
-def _is(*kinds):
-    return lambda value: isinstance(value, kinds) and (bool in kinds or not isinstance(value, bool))
-
-
-def _is_count(value):
-    return _is(int)(value) and value >= 1
-
-
-def _is_number(value):
-    return _is(int, float)(value) and -1e30 < value < 1e30  # neither NaN nor infinity nor 10**400
-
-
-def _is_strings(value):
-    return isinstance(value, list) and all(isinstance(item, str) and item for item in value)
-
-
-def _is_targets(value):
-    return isinstance(value, str) or _is_strings(value)
-
-
-OPTIONAL = {
-    "target_modules", "exclude_modules", "rank_pattern", "alpha_pattern", "layers_to_transform", "layers_pattern",
-    "modules_to_save", "base_model_name_or_path", "task_type",
-}  # fmt: skip
-RULES = {
-    "r": (_is_count, "an integer of at least 1"),
-    "lora_alpha": (_is_number, "a finite number"),
-    "lora_dropout": (lambda v: _is_number(v) and 0 <= v < 1, "a number in [0, 1)"),
-    "target_modules": (_is_targets, "a list of strings, a regular expression or 'all-linear'"),
-    "exclude_modules": (_is_targets, "a list of strings or a regular expression"),
-    "rank_pattern": (
-        lambda v: isinstance(v, dict) and all(map(_is_count, v.values())),
-        "an object of integers of at least 1",
-    ),
-    "alpha_pattern": (lambda v: isinstance(v, dict) and all(map(_is_number, v.values())), "an object of numbers"),
-    "layers_to_transform": (
-        lambda v: all(_is(int)(index) and index >= 0 for index in (v if isinstance(v, list) else [v])),
-        "a layer number or a list of them",
-    ),
-    "layers_pattern": (_is_targets, "a string or a list of strings"),
-    "modules_to_save": (_is_strings, "a list of strings"),
-    "use_rslora": (_is(bool), "true or false"),
-    "use_dora": (_is(bool), "true or false"),
-    "fan_in_fan_out": (_is(bool), "true or false"),
-    "init_lora_weights": (_is(bool, str), "true, false or a string"),
-    "bias": (_is(str), "a string"),
-    "base_model_name_or_path": (_is(str), "a string"),
-    "task_type": (_is(str), "a string"),
-}  # fmt: skip

@@ -43,8 +43,8 @@ def read_adapter_tensors(directory: str | Path) -> AdapterTensors:
     """Read and check `directory/adapter_model.safetensors`.
 
     Raises:
-        ValueError: missing, a pickle, damaged, tensors that are not finite floating-point numbers, names that
-            PEFT does not write, half a pair, or ranks that differ within a pair.
+        ValueError: missing, a pickle, damaged, tensors that are not finite floating-point numbers, or names that
+            PEFT does not write.
     """
     path = Path(directory) / WEIGHTS_NAME
     result, tensors = AdapterTensors(), read_safetensors(path)
@@ -63,15 +63,6 @@ def read_adapter_tensors(directory: str | Path) -> AdapterTensors:
         if name in place:
             raise ValueError(f"{path}: {short(key)} says again what another tensor says")
         place[name] = tensor
-    for layer, parts in result.layers.items():
-        if not {"lora_A", "lora_B"} <= parts.keys():
-            raise ValueError(f"{path}: {short(layer)} has only one of lora_A and lora_B, or none")
-        A, B = parts["lora_A"], parts["lora_B"]
-        if A.dim() != 2 or B.dim() != 2 or A.shape[0] != B.shape[1] or 0 in (*A.shape, *B.shape):
-            raise ValueError(
-                f"{path}: {short(layer)}: lora_A must be (rank, in) and lora_B (out, rank), "
-                f"got {tuple(A.shape)} and {tuple(B.shape)}"
-            )
     return result
 
 
@@ -108,29 +99,16 @@ def read_safetensors(path: Path) -> dict[str, torch.Tensor]:
     return tensors
 
 
-@dataclass(frozen=True)
-class Fit:
-    """The places in a model where a fitting adapter goes.
-
-    Attributes:
-        layers: path → layer to adapt (adapted already or not).
-        places: path → all paths of this layer: more than one if the model uses it more than once.
-        modules: path → module to replace whole (replaced already or not).
-        settings: path of each layer → (rank, alpha, scaling).
-    """
-
-    layers: dict[str, nn.Module]
-    places: dict[str, list[str]]
-    modules: dict[str, nn.Module]
-    settings: dict[str, tuple[int, float, float]]
-
-
-def check_fit(model: nn.Module, config: AdapterConfig, tensors: AdapterTensors, name: str, where: str) -> Fit:
+def check_fit(model: nn.Module, config: AdapterConfig, tensors: AdapterTensors, name: str, where: str):
     """Compare an adapter with a model, as the adapter `name` of which it is to be loaded.
+
+    Returns:
+        Path → layer to adapt (adapted already or not), path → module to replace whole (likewise), path of each
+        layer → (rank, alpha, scaling).
 
     Raises:
         ValueError: the message begins with `where` and names the layers that matched, are missing in
-            the file and are unexpected there, or the layer whose rank or shape is wrong.
+            the file and are unexpected there, or the layer whose parts or shapes are wrong.
     """
     linear = linear_layers(model)
     modules = _modules_to_save(model, config, where)
@@ -149,8 +127,7 @@ def check_fit(model: nn.Module, config: AdapterConfig, tensors: AdapterTensors, 
                     f"{where}: {path}.{key} is {tuple(given.shape)} in the file and {tuple(tensor.shape)} "
                     f"of {tensor.dtype} in the model"
                 )
-    places = {path: [other for other in linear if linear[other] is linear[path]] for path in settings}
-    return Fit({path: linear[path] for path in settings}, places, modules, settings)
+    return {path: linear[path] for path in settings}, modules, settings
 
 
 def _modules_to_save(model, config, where) -> dict[str, nn.Module]:
@@ -202,21 +179,15 @@ def _check_base(key, tensor, own, where) -> None:
 
 
 def _check_layer(path, layer, rank, config, parts, name, where) -> None:
-    A, B, magnitude = parts["lora_A"], parts["lora_B"], parts.get("lora_magnitude")
-    outputs, inputs = features(layer)
     if original(layer).weight.is_meta:
         raise ValueError(f"{path} is on the meta device, where an adapter would lose its values")
-    if A.shape[0] != rank:
-        raise ValueError(f"{where}: {path} has rank {A.shape[0]}, but the config gives it rank {rank}")
-    if (B.shape[0], A.shape[1]) != (outputs, inputs):
-        raise ValueError(
-            f"{where}: {path} maps {A.shape[1]} to {B.shape[0]} features, the model's layer {inputs} to {outputs}"
-        )
-    if config.use_dora != (magnitude is not None):
-        found = "no" if magnitude is None else "a"
-        raise ValueError(f"{where}: {path} has {found} lora_magnitude_vector, but use_dora is {config.use_dora}")
-    if magnitude is not None and magnitude.shape != (outputs,):
-        raise ValueError(f"{where}: {path}: lora_magnitude_vector must be ({outputs},), got {tuple(magnitude.shape)}")
+    outputs, inputs = features(layer)
+    wanted = {"lora_A": (rank, inputs), "lora_B": (outputs, rank)}
+    if config.use_dora:
+        wanted["lora_magnitude"] = (outputs,)
+    found = {part: tuple(tensor.shape) for part, tensor in parts.items()}
+    if found != wanted:
+        raise ValueError(f"{where}: {path} is {found} in the file, but the model and the config want {wanted}")
     held = adapter_of(layer, name) if isinstance(layer, LoRALinear) else None
     if held is None:
         return

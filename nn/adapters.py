@@ -30,6 +30,7 @@ from .multi import (
     adapter_of,
     check_name,
     check_unmerged,
+    linear_layers,
     modules_with_adapters,
     original,
     outer_modules,
@@ -136,28 +137,30 @@ def load_adapter(model: nn.Module, directory: str | Path, name: str = "default",
     config = load_config(directory)
     tensors = read_adapter_tensors(directory)
     check_unmerged(model)
-    fit = check_fit(model, config, tensors, name, str(directory))
+    layers, modules, settings = check_fit(model, config, tensors, name, str(directory))
 
     # Everything that can fail lies before the first change to the model.
     kind = DoRALinear if config.use_dora else LoRALinear
     new: dict[str, nn.Module] = {}
-    for path, layer in fit.layers.items():
+    for path, layer in layers.items():
         like = adapter_like(original(layer))
         parts = {part: nn.Parameter(t.to(**like), trainable) for part, t in tensors.layers[path].items()}
-        values = (*fit.settings[path], config.lora_dropout)
+        values = (*settings[path], config.lora_dropout)
         new[path] = RestingAdapter(kind, parts, dict(zip(SETTINGS, values, strict=True)))
-    for path, module in fit.modules.items():
+    for path, module in modules.items():
         new[path] = copy.deepcopy(original(module)).requires_grad_(trainable)
         new[path].load_state_dict({key: tensors.whole[f"{path}.{key}"] for key in new[path].state_dict()})
 
-    for path, module in (fit.layers | fit.modules).items():
+    linear = linear_layers(model)
+    for path, module in (layers | modules).items():
         if not isinstance(module, (LoRALinear, ModuleToSave)):
-            module = without_adapter(module) if path in fit.layers else ModuleToSave(module)
-            for place in fit.places.get(path, [path]):
-                model.set_submodule(place, module)
+            wrapped = without_adapter(module) if path in layers else ModuleToSave(module)
+            for place in [other for other in linear if linear[other] is module] if path in layers else [path]:
+                model.set_submodule(place, wrapped)
+            module = wrapped
         held = adapter_of(module, name)
         if held is None:
-            (module.resting if path in fit.layers else module.copies)[name] = new[path]
+            (module.resting if path in layers else module.copies)[name] = new[path]
         elif isinstance(module, ModuleToSave):
             held.load_state_dict(new[path].state_dict())
         else:
@@ -166,7 +169,7 @@ def load_adapter(model: nn.Module, directory: str | Path, name: str = "default",
             for setting in SETTINGS:
                 setattr(held, setting, getattr(new[path], setting))
     set_adapter(model, name)
-    return LoadReport(name, sorted(fit.layers), sorted(fit.modules), config)
+    return LoadReport(name, sorted(layers), sorted(modules), config)
 
 
 def _unwrapped(model: nn.Module) -> nn.Module:

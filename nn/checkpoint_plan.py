@@ -174,8 +174,8 @@ def _least_limit(costs: Sequence[LayerCost], worst: dict) -> int:
     def fits(limit):
         fewest = [0]  # bytes kept on arrival at each layer
         for stop in range(1, len(costs) + 1):
-            found = (fewest[s.start] + left for s, left, _ in _steps(costs, stop) if fewest[s.start] + worst[s] <= limit)
-            fewest.append(min(found, default=float("inf")))
+            kept = (fewest[s.start] + left for s, left, _ in _steps(costs, stop) if fewest[s.start] + worst[s] <= limit)
+            fewest.append(min(kept, default=float("inf")))
         return fewest[-1] < float("inf")
 
     low, high = 0, sum(c.kept for c in costs) + max(worst.values())
