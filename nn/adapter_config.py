@@ -166,7 +166,7 @@ def full_matches(patterns: list[str], names: list[str]) -> list[set[str]]:
     except TimeoutError:
         raise ValueError(f"a regular expression takes more than {REGEX_SECONDS} seconds: {short(patterns)}") from None
     except (regex.error, OverflowError, RecursionError) as error:
-        raise ValueError(f"no regular expression: {short(patterns)}: {error}") from None
+        raise ValueError(f"not a regular expression: {short(patterns)}: {error}") from None
 
 
 def read_adapter_config(directory: str | Path) -> dict:

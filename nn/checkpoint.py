@@ -59,7 +59,7 @@ def manual_checkpoint_forward(func: Callable, *args: torch.Tensor):
     - every result must be one too, with a gradient;
     - if no argument requires a gradient, parameters inside `func` get none;
     - parameters get theirs through `.grad` only: `torch.autograd.grad` does not see them;
-    - no double backward: second derivatives lack the function's share, without a word.
+    - no double backward: second derivatives lack what the function adds to them, without a word.
 
     Args:
         func: takes and returns tensors (one, or a tuple of them).

@@ -7,9 +7,8 @@ from collections.abc import Iterable, Sequence
 
 from torch import nn
 
-from .base_layer import is_adaptable
 from .lora import LoRALinear, check_settings, lora_layers
-from .multi import active_adapter, lora_parameters, modules_with_adapters
+from .multi import active_adapter, linear_layers, lora_parameters, modules_with_adapters
 
 
 def apply_lora_to_model(
@@ -57,13 +56,7 @@ def apply_lora_to_model(
 
 def _select(model: nn.Module, target_modules) -> dict[str, nn.Module]:
     """Path → module of the linear (or already adapted) layers that the targets select, in the model's order."""
-    everything = {name: module for name, module in model.named_modules(remove_duplicate=False) if name}
-    inside = tuple(f"{name}." for name, module in everything.items() if isinstance(module, LoRALinear))
-    linear = {
-        name: module
-        for name, module in everything.items()
-        if (is_adaptable(module) or isinstance(module, LoRALinear)) and not name.startswith(inside)
-    }
+    linear = linear_layers(model, in_attention=True)
     last = sorted({name.rpartition(".")[2] for name in linear})
     available = f" (linear layers: {', '.join(last) or 'none'})"
     if isinstance(target_modules, str):
@@ -75,7 +68,7 @@ def _select(model: nn.Module, target_modules) -> dict[str, nn.Module]:
             try:
                 selected = {name for name in linear if re.fullmatch(target_modules, name)}
             except re.error as error:
-                raise ValueError(f"target_modules is no regular expression: {target_modules!r}: {error}") from None
+                raise ValueError(f"target_modules is not a regular expression: {target_modules!r}: {error}") from None
             if not selected:
                 hint = f"; did you mean the name, [{target_modules!r}]?" if _ending(linear, target_modules) else ""
                 raise ValueError(
@@ -91,7 +84,7 @@ def _select(model: nn.Module, target_modules) -> dict[str, nn.Module]:
                 raise ValueError(f"target_modules must hold strings, got {pattern!r}")
             found = _ending(linear, pattern)
             if not found:
-                raise ValueError(f"target_modules: {pattern!r} {_no_match(pattern, linear, everything)}{available}")
+                raise ValueError(f"target_modules: {pattern!r} {_no_match(pattern, linear, model)}{available}")
             selected |= found
     else:
         raise TypeError(f"target_modules must be names, a regular expression or 'all-linear', got {target_modules!r}")
@@ -110,8 +103,8 @@ def output_heads(model, linear) -> set[str]:
     return {name for name, module in linear.items() if module is head}
 
 
-def _no_match(pattern, linear, everything) -> str:
-    other = sorted({type(everything[name]).__name__ for name in _ending(everything, pattern)})
+def _no_match(pattern, linear, model) -> str:
+    other = sorted({type(module).__name__ for name, module in model.named_modules() if _ending([name], pattern)})
     if other:
         return f"names no linear layer but {', '.join(other)}"
     names = {name.rpartition(".")[2] for name in linear} | set(linear)

@@ -1,6 +1,6 @@
 """Counting the bytes of live tensors, exactly, on a device without an allocator that counts; what a layer costs.
 
-PyTorch's CUDA allocator keeps its own books (`torch.cuda.max_memory_allocated`); its CPU
+PyTorch's CUDA allocator counts for itself (`torch.cuda.max_memory_allocated`); its CPU
 allocator does not, and the resident size of the process also holds the interpreter and
 whatever malloc has not given back. Here every operation is watched by a
 `TorchDispatchMode`: a storage that appears in a result is added when it is first seen

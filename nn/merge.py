@@ -1,4 +1,4 @@
-"""Merging over a whole model: for a while, for good, into dense weights or into NF4, and what each way costs.
+"""Merging over a whole model: for a while, for good, into dense weights or into NF4, and what each method costs.
 
 An NF4 weight stands on one of 16 levels, 0.08 to 0.3 of the block's largest value apart. A trained ΔW
 is far smaller than that, so that rounding W + ΔW back to 4 bits leaves most codes as they were and

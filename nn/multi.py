@@ -41,10 +41,11 @@ class RestingAdapter(nn.Module):
             setattr(self, name, settings[name])
 
     def factors(self):
-        """As in a layer of this kind, like the next."""
+        """As a layer of this kind computes them."""
         return self.kind.factors(self)
 
     def added_term(self, x, y, base, training):
+        """As a layer of this kind computes it."""
         return self.kind.added_term(self, x, y, base, training)
 
 
@@ -90,12 +91,14 @@ def modules_with_adapters(model: nn.Module) -> dict[str, LoRALinear | ModuleToSa
     return {path: module for path, module in model.named_modules() if isinstance(module, (LoRALinear, ModuleToSave))}
 
 
-def linear_layers(model: nn.Module) -> dict[str, nn.Module]:
-    """Path → module of the layers that LoRA can adapt or has adapted.
+def linear_layers(model: nn.Module, in_attention: bool = False) -> dict[str, nn.Module]:
+    """Path → module of the layers that LoRA can adapt or has adapted; not those inside adapters.
 
-    Left out are those inside adapters, and those inside nn.MultiheadAttention, which reads their weights itself.
+    Args:
+        in_attention: also those inside nn.MultiheadAttention, which reads their weights itself.
     """
-    closed = [path for path, module in model.named_modules() if isinstance(module, nn.MultiheadAttention)]
+    closed = () if in_attention else nn.MultiheadAttention
+    closed = [path for path, module in model.named_modules() if isinstance(module, closed)]
     inside = tuple(f"{path}." for path in [*modules_with_adapters(model), *closed])
     return {
         path: module
