@@ -16,27 +16,13 @@ import torch
 from torch import nn
 
 from ..quant.model import is_conv1d
+from . import multi
 from .adapter_config import CONFIG_NAME, AdapterConfig, load_config, read_adapter_config
 from .adapter_file import PREFIX, WEIGHTS_NAME, check_fit, read_adapter_tensors
 from .base_layer import adapter_like
 from .files import write_json, write_safetensors
 from .lora import LoRALinear
-from .multi import (
-    SETTINGS,
-    ModuleToSave,
-    RestingAdapter,
-    active_adapter,
-    adapter_names,
-    adapter_of,
-    check_name,
-    check_unmerged,
-    linear_layers,
-    modules_with_adapters,
-    original,
-    outer_modules,
-    set_adapter,
-    without_adapter,
-)
+from .multi import set_adapter
 from .variants import DoRALinear
 
 __all__ = ["LoadReport", "load_adapter", "read_adapter_config", "save_adapter", "set_adapter"]
@@ -62,17 +48,17 @@ def save_adapter(
             PEFT could not tell from others. Nothing is written then.
     """
     model = _unwrapped(model)
-    adapted = modules_with_adapters(model)
+    adapted = multi.modules_with_adapters(model)
     if not adapted:
         raise ValueError("the model has no adapter; call apply_lora_to_model first")
-    name = active_adapter(model) if name is None else name
+    name = multi.active_adapter(model) if name is None else name
     layers, whole = {}, {}
     for path, module in adapted.items():
-        adapter = adapter_of(module, name)
+        adapter = multi.adapter_of(module, name)
         if adapter is not None:
-            (whole if isinstance(module, ModuleToSave) else layers)[path] = adapter
+            (whole if isinstance(module, multi.ModuleToSave) else layers)[path] = adapter
     if not layers:
-        raise ValueError(f"the model has no adapter {name!r}, only: {', '.join(adapter_names(model)) or 'none'}")
+        raise ValueError(f"the model has no adapter {name!r}, only: {', '.join(multi.adapter_names(model)) or 'none'}")
     tensors = {}
     for path, adapter in layers.items():
         tensors[f"{path}.lora_A.weight"], tensors[f"{path}.lora_B.weight"] = adapter.factors()
@@ -83,7 +69,7 @@ def save_adapter(
     for key, tensor in tensors.items():
         if not torch.isfinite(tensor).all():
             raise ValueError(f"adapter {name!r}: {key} holds NaN or infinite values; it was not saved")
-    ambiguous = [path for path in outer_modules(model) if path.endswith(tuple(whole)) and path not in whole]
+    ambiguous = [path for path in multi.outer_modules(model) if path.endswith(tuple(whole)) and path not in whole]
     if ambiguous:
         raise ValueError(
             f"modules are chosen by the ends of their paths in PEFT's files: {', '.join(whole)} would select "
@@ -133,40 +119,41 @@ def load_adapter(model: nn.Module, directory: str | Path, name: str = "default",
             is unchanged then.
     """
     model = _unwrapped(model)
-    check_name(name)
+    multi.check_name(name)
     config = load_config(directory)
     tensors = read_adapter_tensors(directory)
-    check_unmerged(model)
+    multi.check_unmerged(model)
     layers, modules, settings = check_fit(model, config, tensors, name, str(directory))
 
     # Everything that can fail lies before the first change to the model.
     kind = DoRALinear if config.use_dora else LoRALinear
     new: dict[str, nn.Module] = {}
     for path, layer in layers.items():
-        like = adapter_like(original(layer))
+        like = adapter_like(multi.original(layer))
         parts = {part: nn.Parameter(t.to(**like), trainable) for part, t in tensors.layers[path].items()}
         values = (*settings[path], config.lora_dropout)
-        new[path] = RestingAdapter(kind, parts, dict(zip(SETTINGS, values, strict=True)))
+        new[path] = multi.RestingAdapter(kind, parts, dict(zip(multi.SETTINGS, values, strict=True)))
     for path, module in modules.items():
-        new[path] = copy.deepcopy(original(module)).requires_grad_(trainable)
+        new[path] = copy.deepcopy(multi.original(module)).requires_grad_(trainable)
         new[path].load_state_dict({key: tensors.whole[f"{path}.{key}"] for key in new[path].state_dict()})
 
-    linear = linear_layers(model)
+    linear = multi.linear_layers(model)
     for path, module in (layers | modules).items():
-        if not isinstance(module, (LoRALinear, ModuleToSave)):
-            wrapped = without_adapter(module) if path in layers else ModuleToSave(module)
+        if not isinstance(module, (LoRALinear, multi.ModuleToSave)):
+            wrapped = multi.without_adapter(module) if path in layers else multi.ModuleToSave(module)
             for place in [other for other in linear if linear[other] is module] if path in layers else [path]:
                 model.set_submodule(place, wrapped)
             module = wrapped
-        held = adapter_of(module, name)
+        held = multi.adapter_of(module, name)
         if held is None:
             (module.resting if path in layers else module.copies)[name] = new[path]
-        elif isinstance(module, ModuleToSave):
+        elif isinstance(module, multi.ModuleToSave):
             held.load_state_dict(new[path].state_dict())
         else:
-            for part in kind.PARTS:
-                getattr(held, part).data.copy_(getattr(new[path], part))
-            for setting in SETTINGS:
+            with torch.no_grad():
+                for part in kind.PARTS:
+                    getattr(held, part).copy_(getattr(new[path], part))
+            for setting in multi.SETTINGS:
                 setattr(held, setting, getattr(new[path], setting))
     set_adapter(model, name)
     return LoadReport(name, sorted(layers), sorted(modules), config)
@@ -199,7 +186,7 @@ def _config_of(model, layers: dict, modules: list[str], base_model: str | None) 
         "base_model_name_or_path": str(base_model or getattr(model, "name_or_path", None) or "") or None,
         "bias": "none",
         "exclude_modules": None,
-        "fan_in_fan_out": any(is_conv1d(original(model.get_submodule(path))) for path in layers),
+        "fan_in_fan_out": any(is_conv1d(multi.original(model.get_submodule(path))) for path in layers),
         "inference_mode": True,
         "init_lora_weights": True,
         "layers_pattern": None,
@@ -236,5 +223,5 @@ def _last(path: str) -> str:
 def _targets(model, paths: set[str]) -> list[str]:
     """The layers' last names if they select these layers and no others; else the whole paths."""
     names = {_last(path) for path in paths}
-    chosen = {path for path in outer_modules(model) if _last(path) in names}
+    chosen = {path for path in multi.outer_modules(model) if _last(path) in names}
     return sorted(names if chosen == paths else paths)
