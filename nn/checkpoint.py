@@ -10,16 +10,19 @@ stack of n layers that is n·inside bytes. A checkpointed function keeps its inp
 The recomputation stops as soon as the last tensor that backward needs is there, so the
 price is usually a little below 1/3.
 
-`manual_checkpoint_forward` is the whole idea in one `torch.autograd.Function`, with the limits that its
-docstring lists. `checkpoint` has none of them: it puts no node of its own into the graph. The function runs
-with gradients on, and autograd's saved-tensor hooks swap every tensor that would be saved for an empty slot.
-When backward opens a slot, the function runs again and the slots fill up, in the same order.
+Two versions stand here. `manual_checkpoint_forward` is the whole idea in one
+`torch.autograd.Function`, with the limits that its docstring lists. `checkpoint` has
+none of them. It does not put a node of its own into the graph: the function runs with
+gradients on, and autograd's saved-tensor hooks swap every tensor that would be saved
+for an empty slot. When backward opens a slot, the function runs again and the slots
+fill up, in the same order.
 
 Source: Chen et al., Training Deep Nets with Sublinear Memory Cost (2016), section 4.
 """
 
 import contextlib
 import weakref
+import zlib
 from collections.abc import Callable
 from functools import partial
 
@@ -69,39 +72,6 @@ def manual_checkpoint_forward(func: Callable, *args: torch.Tensor):
         What `func(*args)` returns.
     """
     return _RecomputeFunction.apply(func, *args)
-
-
-def checkpoint(func: Callable, *args, preserve_rng_state: bool = True, **kwargs):
-    """Run `func(*args, **kwargs)`, keep its arguments only, and run it again when backward needs its inside.
-
-    Gradients are bit-equal to those of a plain call, if `func` does the same when it
-    runs again. Anything autograd can do with a plain call works: dropout, autocast,
-    arguments and results of any kind and nesting, arguments without gradient, parameters
-    in closures, checkpoints inside checkpoints, `torch.autograd.grad`, `retain_graph`,
-    double backward, backward inside `func`. What was recomputed is released as backward
-    uses it up, and at the end of each backward.
-
-    Not repeated: generators other than torch's global ones, side effects on buffers (a
-    BatchNorm updates its running statistics twice). Not supported: `torch.func`
-    transforms and forward-mode differentiation (torch says so itself).
-
-    Args:
-        func: any callable; it is called once now and at least once in each backward.
-        args, kwargs: passed on to `func`.
-        preserve_rng_state: draw the same random numbers again (CPU, and every CUDA device once
-            CUDA is initialized). False saves the time of noting the generators' states.
-
-    Returns:
-        What `func` returns.
-
-    Raises:
-        CheckpointError: in backward, naming the tensor: the number, shape, dtype or device of the saved tensors differs from the forward pass, or a parameter was modified in place in between.
-    """
-    if not callable(func):
-        raise TypeError(f"func must be callable, got {type(func).__name__}")
-    if not torch.is_grad_enabled():
-        return func(*args, **kwargs)
-    return _Region(func, args, kwargs, preserve_rng_state).run(args, kwargs)
 
 
 class CheckpointError(torch.utils.checkpoint.CheckpointError):
@@ -159,6 +129,30 @@ class _Surroundings:
             yield
 
 
+_compare_values = False
+
+
+@contextlib.contextmanager
+def verify_recompute():
+    """Within this context `checkpoint` compares recomputed tensors bit by bit, and names the first that differs.
+
+    Without it only their number, shapes, dtypes and devices are compared, which costs
+    nothing. This one costs a checksum of every saved tensor: for finding out why
+    gradients are wrong (a function that reads a Python or NumPy random generator, a
+    counter, a file), not for training. It matters at the time of the forward pass.
+    """
+    global _compare_values
+    before, _compare_values = _compare_values, True
+    try:
+        yield
+    finally:
+        _compare_values = before
+
+
+def _checksum(tensor: torch.Tensor) -> int:
+    return zlib.crc32(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+
+
 class _Slot:
     """Stands in the graph for one saved tensor. When its node is freed, the slot dies and is not filled again."""
 
@@ -169,17 +163,15 @@ class _Slot:
 class _Expected:
     """What is remembered of one tensor that the forward pass would have saved."""
 
-    def __init__(self, slot: _Slot, tensor: torch.Tensor):
+    def __init__(self, slot: _Slot, tensor: torch.Tensor, compare_values: bool):
         self.slot = weakref.ref(slot)
         self.traits = (tuple(tensor.shape), tensor.dtype, tensor.device)
         self.origin = tensor.grad_fn.name() if tensor.grad_fn is not None else "an input, parameter or constant"
+        self.checksum = _checksum(tensor) if compare_values else None
 
     def __str__(self):
-        return f"{_described(self.traits)}, from {self.origin}"
-
-
-def _described(traits: tuple) -> str:
-    return "shape {}, {}, on {}".format(*traits)
+        shape, dtype, device = self.traits
+        return f"shape {shape}, {dtype}, on {device}, from {self.origin}"
 
 
 class _Region:
@@ -187,6 +179,7 @@ class _Region:
 
     def __init__(self, func: Callable, args: tuple, kwargs: dict, preserve_rng_state: bool):
         self.func = func
+        self.compare_values = _compare_values
         self.constants, self.structure = tree_flatten((args, kwargs))
         tensors = {i: leaf for i, leaf in enumerate(self.constants) if isinstance(leaf, torch.Tensor)}
         self.tensor_places = list(tensors)
@@ -223,7 +216,7 @@ class _Region:
 
     def pack(self, tensor: torch.Tensor) -> _Slot:
         slot = _Slot(len(self.expected))
-        self.expected.append(_Expected(slot, tensor))
+        self.expected.append(_Expected(slot, tensor, self.compare_values))
         source = tensor._base if tensor._is_view() else tensor
         if source.is_leaf and source.requires_grad:
             self.parameters[id(source)] = (weakref.ref(source), source._version)
@@ -254,13 +247,8 @@ class _Region:
             nonlocal count
             index, count = count, count + 1
             tensor = tensor.detach()  # returned with its grad_fn, an operation's own output would keep itself alive
-            expected, traits = self.expected[index], (tuple(tensor.shape), tensor.dtype, tensor.device)
-            if traits != expected.traits:
-                raise CheckpointError(
-                    f"checkpoint: saved tensor #{index} of {self.name} ({expected}) was recomputed with "
-                    f"{_described(traits)}. It must do the same every time."
-                )
-            if expected.slot() is not None:
+            self.check_repeats(index, tensor)
+            if self.expected[index].slot() is not None:
                 tensors[index] = tensor
             if index == last:
                 raise _Enough
@@ -276,6 +264,21 @@ class _Region:
         raise CheckpointError(
             f"checkpoint: {self.name} saved {len(self.expected)} tensors in the forward pass, but only {count} when "
             f"it was recomputed; missing is #{count}: {self.expected[count]}. It must do the same every time."
+        )
+
+    def check_repeats(self, index: int, tensor: torch.Tensor) -> None:
+        expected = self.expected[index]
+        found = _Expected(_Slot(index), tensor, self.compare_values)
+        if found.traits != expected.traits:
+            shape, dtype, device = found.traits
+            difference = f"recomputed with shape {shape}, {dtype}, on {device}"
+        elif found.checksum != expected.checksum:
+            difference = "recomputed with other values"
+        else:
+            return
+        raise CheckpointError(
+            f"checkpoint: saved tensor #{index} of {self.name} ({expected}) was {difference}. "
+            "It must do the same every time."
         )
 
     def note_versions(self) -> None:
@@ -300,3 +303,38 @@ def _forget(region: weakref.ref, task: int) -> None:
     """Ends a backward pass. A weak reference: a region and its inputs go with their part of the graph."""
     if region() is not None:
         region().recomputed.pop(task, None)
+
+
+def checkpoint(func: Callable, *args, preserve_rng_state: bool = True, **kwargs):
+    """Run `func(*args, **kwargs)`, keep its arguments only, and run it again when backward needs its inside.
+
+    Gradients are bit-equal to those of a plain call, if `func` does the same when it
+    runs again. Anything autograd can do with a plain call works: dropout, autocast,
+    arguments and results of any kind and nesting, arguments without gradient, parameters
+    in closures, checkpoints inside checkpoints, `torch.autograd.grad`, `retain_graph`,
+    double backward, backward inside `func`. What was recomputed is released as backward
+    uses it up, and at the end of each backward.
+
+    Not repeated: generators other than torch's global ones, side effects on buffers (a
+    BatchNorm updates its running statistics twice). Not supported: `torch.func`
+    transforms and forward-mode differentiation (torch says so itself).
+
+    Args:
+        func: any callable; it is called once now and at least once in each backward.
+        args, kwargs: passed on to `func`.
+        preserve_rng_state: draw the same random numbers again (CPU, and every CUDA device once
+            CUDA is initialized). False saves the time of noting the generators' states.
+
+    Returns:
+        What `func` returns.
+
+    Raises:
+        CheckpointError: in backward, naming the tensor: the number, shape, dtype or device of
+            the saved tensors differs from the forward pass (`verify_recompute` compares the
+            values too), or a parameter was modified in place in between.
+    """
+    if not callable(func):
+        raise TypeError(f"func must be callable, got {type(func).__name__}")
+    if not torch.is_grad_enabled():
+        return func(*args, **kwargs)
+    return _Region(func, args, kwargs, preserve_rng_state).run(args, kwargs)

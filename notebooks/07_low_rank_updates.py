@@ -556,7 +556,6 @@ print(f"kernel by {handtuned.kernels.backend(x)!r}, x 70 × 100, r = 5: largest 
 if forced:
     os.environ["HANDTUNED_BACKEND"] = forced
 assert error < 1e-4
-print(lora_work.report(2048, 4096, 4096, 8))
 
 if gpu():
     from handtuned.bench import compare, table

@@ -37,22 +37,20 @@ def normal_quantile_levels() -> torch.Tensor:
     return torch.from_numpy(values / values.max())
 
 
-def dynamic_map() -> torch.Tensor:
-    """The signed dynamic 8-bit map (Dettmers et al. 2022, "8-bit Optimizers via Block-wise Quantization"); (256,) fp32.
+def dynamic_map(signed: bool = True) -> torch.Tensor:
+    """The dynamic 8-bit map (Dettmers et al. 2022, "8-bit Optimizers via Block-wise Quantization"); sorted (256,) fp32.
 
     A float of 8 bits whose exponent and fraction share their bits: the sign, then a run of zeros that
     counts decades down from 1, then a one, then whatever bits are left as a linear fraction. Large
     magnitudes get many fraction bits, small ones get range: 10^(i-6), i = 0 … 6, has 2^i values of each
-    sign, at the middles of 2^i equal cells of [0.1, 1]. Those are 254; 0 and 1 complete the map.
-
-    Returns:
-        Sorted: 127 negative values, 0, 128 positive ones.
+    sign, at the middles of 2^i equal cells of [0.1, 1]. Those are 254; 0 and 1 complete the map. Without signs
+    there are 2^(i+1) values.
     """
     values = [0.0, 1.0]
     for i in range(7):
-        edges = torch.linspace(0.1, 1, 2**i + 1, dtype=torch.float32, device="cpu")
-        middles = 10 ** (i - 6) * ((edges[:-1] + edges[1:]) / 2)
-        values += middles.tolist() + (-middles).tolist()
+        edges = torch.linspace(0.1, 1, 2 ** (i if signed else i + 1) + 1, dtype=torch.float32, device="cpu")
+        middles = (10 ** (i - 6) * ((edges[:-1] + edges[1:]) / 2)).tolist()
+        values += middles + ([-middle for middle in middles] if signed else [])
     return torch.tensor(sorted(values), dtype=torch.float32, device="cpu")
 
 

@@ -1,10 +1,12 @@
 """What checkpoint runs again, with what around it, and which recomputations it refuses."""
 
+import random
+
 import pytest
 import torch
 import torch.nn.functional as F
 from checkpoint_pair import assert_bit_equal, count_calls, mlp, torchs
-from handtuned.nn.checkpoint import CheckpointError, checkpoint
+from handtuned.nn.checkpoint import CheckpointError, checkpoint, verify_recompute
 from torch import nn
 
 
@@ -107,6 +109,23 @@ def test_the_refusal_names_the_tensor(again, message):
     out = checkpoint(func, x)
     with pytest.raises(CheckpointError, match=message):
         out.sum().backward()
+
+
+def test_changed_values_are_named_on_request():
+    noise = random.Random(0)
+
+    def func(t):
+        return (t.sin() * noise.random()).exp()
+
+    x = torch.randn(4, requires_grad=True)
+    checkpoint(func, x).sum().backward()
+    with verify_recompute():
+        out = checkpoint(func, x)
+        same = checkpoint(lambda t: F.dropout(t.sin()).log().exp(), x)  # holds NaN, and 0-d tensors are fine too
+        same = same.sum() + checkpoint(torch.exp, x.sum())
+    with pytest.raises(CheckpointError, match=r"#1 .* recomputed with other values"):
+        out.sum().backward()
+    same.backward()
 
 
 def test_a_parameter_stepped_before_backward_is_refused():

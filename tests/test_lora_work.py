@@ -1,8 +1,8 @@
 """The counted work: against what the kernels execute in the interpreter, and against what is promised for it."""
 
+import lora_work
 import pytest
 import torch
-import lora_work
 from handtuned.kernels import matmul, runtime
 from handtuned.kernels.lora import lora_linear
 
