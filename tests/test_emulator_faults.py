@@ -2,9 +2,10 @@
 
 import pytest
 import torch
+from ptx import element_address, run
+
 from handtuned.gpu.emulator import KernelFault
 from handtuned.gpu.emulator.memory import Unwritten
-from ptx import element_address, run
 
 TID = """mov.u32 %r1, %tid.x;
 mov.u32 %r2, %ctaid.x;"""

@@ -3,8 +3,9 @@
 import numpy as np
 import pytest
 import torch
-from handtuned.gpu.emulator import KernelFault
 from ptx import element_address, run
+
+from handtuned.gpu.emulator import KernelFault
 
 
 def lanes(instructions, *inputs, out=torch.int32, threads=32):
