@@ -10,14 +10,12 @@ import sys
 
 import pytest
 import torch
-
-triton = pytest.importorskip("triton")
+import triton
 import triton.language as tl
 from handtuned.kernels import runtime
 from helpers import assert_within_budget
 
-import handtuned.gpu
-from handtuned.gpu import KernelFault, emulate
+from handtuned.gpu import Emulator, KernelFault, emulate
 
 INTERPRETED = bool(triton.knobs.runtime.interpret)
 compiled = pytest.mark.skipif(INTERPRETED, reason="kernels are interpreted here")
@@ -224,7 +222,7 @@ def test_reports():
     (launch,) = gpu.launches
     assert 8 <= launch.registers <= 64 and launch.spill_bytes == 0
     assert launch.occupancy.blocks * launch.warps == launch.occupancy.warps <= 64
-    assert "no kernel" in str(handtuned.gpu.Emulator("sm_90"))
+    assert "no kernel" in str(Emulator("sm_90"))
     total_of_lines = sum(line.warp_instructions for line in launch.counters.lines.values())
     assert total_of_lines == launch.counters.warp_instructions > 0
 

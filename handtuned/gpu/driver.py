@@ -118,7 +118,9 @@ class _Utils:
     def load_binary(self, name, code, shared, device):
         machine = self.machines.get(code)
         if machine is None:
-            machine = self.machines[code] = Machine(parse(code.decode()))
+            # Triton 3.6 leaves the fence between cp.async and wgmma away, on every kernel; 3.7 writes it
+            strict = not triton.__version__.startswith("3.6")
+            machine = self.machines[code] = Machine(parse(code.decode()), copies_need_fence=strict)
             machine.ptx = code.decode()
         registers, spills, most_threads = 0, 0, 1024
         return machine, machine, registers, spills, most_threads

@@ -97,14 +97,18 @@ def _access_bytes(i, spaces):
 class Machine(Registers):
     """One compiled kernel.
 
+    Args:
+        copies_need_fence: what cp.async brought is seen by wgmma and TMA only after a fence, as PTX has it.
+
     Attributes:
         blocks: by the index of their first instruction.
         registers: how many there are.
         shared_piece, global_piece: bytes of memory that are watched as one.
     """
 
-    def __init__(self, kernel: Kernel):
+    def __init__(self, kernel: Kernel, copies_need_fence: bool = True):
         super().__init__(kernel)
+        self.copies_need_fence = copies_need_fence
         self.shared_piece = min([16, *filter(None, (_access_bytes(i, ("shared",)) for i in kernel.code))])
         writes = [i for i in kernel.code if i.parts[0] != "ld"]
         self.global_piece = min([16, *filter(None, (_access_bytes(i, ("global",)) for i in writes))])
