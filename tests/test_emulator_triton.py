@@ -181,6 +181,17 @@ def test_faults_name_the_line(arch):
 
 
 @compiled
+def test_blackwell_is_compiled_and_counted():
+    a = torch.randn(256, 256).half()
+    with emulate("sm_100") as gpu, pytest.warns(UserWarning, match="tcgen05"):
+        matmul[(2, 2)](a, a, torch.zeros_like(a), 256, 256, 256, 128, 128, 64)
+    (launch,) = gpu.launches
+    assert not launch.executed and launch.counters.instructions["tensor"] > 0
+    gpu, x, y, out = run_add(1000, "sm_100")  # without tensor cores it runs
+    assert gpu.launches[0].executed and torch.equal(out, x + y)
+
+
+@compiled
 def test_what_does_not_fit_is_refused():
     a = torch.zeros(256, 256, dtype=torch.float16)
     big = (a, a, a.clone(), 256, 256, 256, 128, 256, 64)

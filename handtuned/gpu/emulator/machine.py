@@ -104,6 +104,7 @@ class Machine(Registers):
         blocks: by the index of their first instruction.
         registers: how many there are.
         shared_piece, global_piece: bytes of memory that are watched as one.
+        executes: False if it uses Blackwell's tensor cores (tcgen05), which are not emulated.
     """
 
     def __init__(self, kernel: Kernel, copies_need_fence: bool = True):
@@ -114,6 +115,7 @@ class Machine(Registers):
         self.global_piece = min([16, *filter(None, (_access_bytes(i, ("global",)) for i in writes))])
         if any(i.parts[0] == "mbarrier" for i in kernel.code):
             self.shared_piece = min(8, self.shared_piece)
+        self.executes = not any(i.parts[0] == "tcgen05" for i in kernel.code)
         self.blocks = self._blocks()
         self.registers = len(self.slots)
 
@@ -169,6 +171,11 @@ class Launch:
         if key not in self._costs:
             self._costs[key] = cost(table, mask, nbytes)
         return self._costs[key]
+
+    def count_statically(self):
+        """Counters of every instruction once, for each warp of each program, without running any."""
+        self.tally.issued[:] = int(np.prod(self.grid)) * self.kernel.threads // 32
+        return self.tally.counters(self.memory.dram(len(self.kernel.code)))
 
     def run(self):
         """Execute all programs; gives the Counters."""
