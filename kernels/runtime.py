@@ -22,7 +22,7 @@ import contextlib
 import os
 import threading
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 
@@ -168,8 +168,8 @@ class KernelSpec:
     signature: Mapping[str, str]
     constexprs: Mapping[str, object]
     elements: int
-    options: Mapping[str, int]
-    aligned: tuple[str, ...]
+    options: Mapping[str, int] = field(default_factory=dict)
+    aligned: tuple[str, ...] = ()
     unit: str = "element"
 
 
