@@ -106,7 +106,7 @@ def finetune(settings: FinetuneSettings, team: parallel.Team | None = None, chec
         examples = encode(train_rows, "training", tokenizer, settings).examples
         encoded = encode(eval_rows, "held-out", tokenizer, settings) if eval_rows else None
         held_out = encoded.examples if encoded else []
-        marks = {"base": fingerprint(model), "data": data_mark(examples)}
+        marks = {"base": fingerprint(model), "codes": fingerprint(model, scales=False), "data": data_mark(examples)}
         record = adapter_record(settings, marks["base"], train_rows)
 
         torch.manual_seed(settings.seed)

@@ -4,7 +4,7 @@
     handtuned.json                                     the base that it belongs to, and how that was loaded
     optimizer.safetensors                              AdamW's moments
     rng.safetensors                                    torch's generators (CPU, and in a run alone each GPU)
-    state.json                                         step, schedule, loss scale, parameter groups
+    state.json                                         step, schedule, loss scale, parameter groups, machine
 
 The data order needs no file: it is a function of seed and step. A checkpoint is
 written under a temporary name and renamed, so a `checkpoint-N` that exists is whole.
@@ -12,6 +12,8 @@ All tensors in it are whole too, whatever number of ranks wrote or reads it.
 """
 
 import json
+import os
+import platform
 import re
 import shutil
 from pathlib import Path
@@ -19,10 +21,16 @@ from pathlib import Path
 import torch
 
 from .adapted import save_with_record
+from .kernels import backend
+from .kernels.nf4_cpu import has_native
 from .nn.files import whole_directory, write_json, write_safetensors
 from .nn.inject import lora_layers, lora_parameters
 from .parallel import Team
+from .records import versions
 from .shards import local, part, whole, whole_adapter
+
+# Variables that hold torch's libraries down to fewer instructions or other sums than the processor has.
+INSTRUCTION_LIMITS = ("MKL_CBWR", "MKL_ENABLE_INSTRUCTIONS", "ONEDNN_MAX_CPU_ISA")
 
 
 def checkpoints(directory: Path) -> list[Path]:
@@ -60,6 +68,7 @@ def save_checkpoint(
                 "param_groups": state["param_groups"],
                 "schedule": schedule.state_dict(),
                 "scaler": scaler.state_dict(),
+                "machine": machine(next(model.parameters()).device),
             }
             with whole_directory(path) as temporary:
                 save_with_record(model, temporary, record)
@@ -81,6 +90,8 @@ def drop_after(directory: Path, step: int) -> None:
 
 def load_checkpoint(path: Path, model, optimizer, schedule, scaler, team: Team) -> int:
     """Put a run back to where `path` was written; returns the number of optimizer steps done.
+
+    On another kind of machine the run goes on, and a line says that its bits will be others.
 
     Raises:
         ValueError: the checkpoint does not fit the model or lacks a part.
@@ -112,7 +123,45 @@ def load_checkpoint(path: Path, model, optimizer, schedule, scaler, team: Team) 
     for index in range(torch.cuda.device_count() if team.mode == "none" else 0):
         if f"cuda{index}" in generators:
             torch.cuda.set_rng_state(generators[f"cuda{index}"], index)
+    here = machine(next(model.parameters()).device)
+    before = progress.get("machine", here)  # checkpoints of version 0.1.0 do not tell
+    changed = [f"{name} was {before.get(name)}, now {now}" for name, now in here.items() if before.get(name) != now]
+    if changed:
+        print(f"not bit-equal from here on to a run that was never stopped: {'; '.join(changed)}")
     return progress["step"]
+
+
+def machine(device: torch.device) -> dict[str, str | int | bool]:
+    """What decides how numbers are rounded; two runs agree to the bit where all of it is the same.
+
+    Floating-point sums depend on their order, and MKL, oneDNN, torch and our own compiled C
+    order them by the processor's vector width, its vendor and the number of threads.
+    """
+    installed = versions()
+    libraries = re.findall(r"Math Kernel Library Version (\S+)|MKL-DNN (v\S+)", torch.__config__.show())
+    return {
+        "processor": _processor(),
+        "vector width": torch.backends.cpu.get_cpu_capability(),
+        "instruction limits": ", ".join(f"{k}={os.environ[k]}" for k in INSTRUCTION_LIMITS if k in os.environ),
+        "threads": torch.get_num_threads(),
+        "torch": installed["torch"],
+        "triton": installed["triton"],
+        "MKL and oneDNN": " ".join(first or second for first, second in libraries),
+        "kernels": backend(torch.empty(0, device=device)),
+        "compiled C": has_native(),
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
+    }
+
+
+def _processor() -> str:
+    """Vendor, family, model and name, as Linux tells them; elsewhere what Python knows."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").split("\n\n")[0].splitlines()
+    except OSError:
+        return platform.processor() or platform.machine()
+    facts = {name.strip(): value.strip() for name, _, value in (line.partition(":") for line in lines)}
+    told = [facts[name] for name in ("vendor_id", "cpu family", "model", "model name") if name in facts]
+    return " ".join(told) or platform.machine()
 
 
 def _generators(team: Team) -> dict[str, torch.Tensor]:

@@ -1,5 +1,6 @@
 """`handtuned finetune` stopped in every way and gone on with: equal, to the bit, to the run that never stopped."""
 
+import json
 import os
 import shutil
 import signal
@@ -10,8 +11,9 @@ from pathlib import Path
 
 import finetuned
 import pytest
+import torch
 from finetuned import COMMON, finetune, losses
-from tiny import write_rows
+from tiny import make_model, write_rows
 
 from handtuned import cli
 
@@ -160,3 +162,49 @@ def test_a_damaged_record_is_named(finished, tmp_path, capsys):
         (tmp_path / "run.json").write_text(text)
         assert cli.main(["finetune", "--resume", str(tmp_path)]) == 2
         assert f"{tmp_path / 'run.json'} is damaged" in capsys.readouterr().err
+
+
+def cut_after(finished, out, step):
+    """A copy of a run as if it had been killed after `step`."""
+    shutil.copytree(finished, out)
+    for path in out.glob("checkpoint-*"):
+        if int(path.name.split("-")[1]) > step:
+            shutil.rmtree(path)
+    return out
+
+
+@pytest.mark.skipif(torch.backends.cpu.get_cpu_capability() == "DEFAULT", reason="this CPU has but one vector width")
+def test_another_kind_of_cpu_goes_on_and_says_that_bits_will_differ(finished, tmp_path):
+    """Without vector instructions torch rounds sums, and the scales of the NF4 base, differently."""
+    out = cut_after(finished, tmp_path / "out", 8)
+    done = subprocess.run([sys.executable, "-m", "handtuned", "finetune", "--resume", str(out)], capture_output=True,
+                          text=True, env={**os.environ, "ATEN_CPU_CAPABILITY": "default"})  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    (line,) = [line for line in done.stdout.splitlines() if "bit-equal" in line]
+    width = torch.backends.cpu.get_cpu_capability()
+    assert line == f"not bit-equal from here on to a run that was never stopped: vector width was {width}, now DEFAULT"
+    assert losses(out) == pytest.approx(losses(finished), rel=1e-4)
+
+
+def test_every_difference_of_the_machine_is_named(finished, tmp_path, capsys):
+    other = ["processor was Z80", "threads was 9", "torch was 1.0", "triton was 0.1", "MKL and oneDNN was none",
+             "compiled C was maybe", "device was abacus", "kernels was by hand"]  # fmt: skip
+    for name, told in (("same", []), ("other", other), ("silent", [])):
+        out = cut_after(finished, tmp_path / name, 8)
+        state = json.loads((out / "checkpoint-8" / "state.json").read_text())
+        if name == "silent":  # as version 0.1.0 wrote it
+            del state["machine"]
+        state.get("machine", {}).update(words.split(" was ") for words in told)
+        (out / "checkpoint-8" / "state.json").write_text(json.dumps(state))
+        assert cli.main(["finetune", "--resume", str(out)]) == 0
+        lines = [line for line in capsys.readouterr().out.splitlines() if "bit-equal" in line]
+        assert len(lines) == bool(told) and all(f"{words}, now" in lines[0] for words in told)
+        assert losses(out) == losses(finished)
+
+
+def test_another_base_is_refused(rows, tmp_path, capsys):
+    model = make_model(tmp_path / "model")
+    assert finetune(model, rows, tmp_path / "out", "--max-steps", "1") == 0
+    make_model(tmp_path / "model", seed=1)
+    assert cli.main(["finetune", "--resume", str(tmp_path / "out")]) == 2
+    assert "is not what it was when this run began" in capsys.readouterr().err
