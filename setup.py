@@ -9,6 +9,7 @@ from pathlib import Path
 from setuptools import Extension, setup
 
 HERE = Path(__file__).parent
+FACE = ("training", "datasets", "lessons", "lessons.exercises")
 FLOORS = ("kernels", "quant", "amp", "optim", "nn")
 
 version = next(
@@ -62,10 +63,10 @@ setup(
     long_description_content_type="text/markdown",
     license="Apache-2.0",
     python_requires=">=3.10",
-    packages=["handtuned", *(f"handtuned.{part}" for part in (*FLOORS, "lessons", "lessons.exercises"))],
+    packages=["handtuned", *(f"handtuned.{part}" for part in (*FLOORS, *FACE))],
     package_dir={"handtuned": "handtuned", **{f"handtuned.{floor}": floor for floor in FLOORS}},
     ext_modules=[native],
-    package_data={"handtuned": ["datasets/*.jsonl"]},
+    package_data={"handtuned.datasets": ["*.jsonl"]},
     install_requires=["torch>=2.11", "numpy", 'triton>=3.6; platform_system == "Linux"'],
     extras_require=extras,
     entry_points={"console_scripts": ["handtuned = handtuned.cli:main"]},

@@ -26,13 +26,13 @@ from pathlib import Path
 
 import torch
 
-from . import records
 from .bench_report import describe, nvidia_smi, text, versions
 from .contest import OURS, RIVALS, TIME_UP, Case, compare, contest, cut_short, libraries, table
 from .kernels import backend
-from .models import choose_device, choose_dtype
 from .nn.files import write_json
 from .roofline import Ceilings, draw
+from .training import logging
+from .training.models import choose_device, choose_dtype
 
 __all__ = ["SHORT", "add_arguments", "compare", "libraries", "low_precision", "run", "script", "table"]
 
@@ -169,7 +169,7 @@ def run(args: argparse.Namespace) -> int:
         torch.cuda.set_device(device)
     ceilings = Ceilings(device, args.quick)
     report = {
-        "command": records.command_line(),
+        "command": logging.command_line(),
         "date": datetime.datetime.now(datetime.timezone.utc).isoformat("T", "seconds"),
         "seed": args.seed,
         "minutes": minutes if minutes < math.inf else None,

@@ -6,8 +6,8 @@ from pathlib import Path
 
 import torch
 
-from . import records
 from .contest import OURS, cut_short
+from .training import logging
 
 
 def nvidia_smi(device: torch.device) -> dict[str, str]:
@@ -41,7 +41,7 @@ def describe(device: torch.device) -> dict:
 
 def versions() -> dict[str, str]:
     """Versions of everything that a time may depend on, the rivals that are installed included."""
-    found = records.versions("peft", "bitsandbytes", "liger_kernel", "unsloth")
+    found = logging.versions("peft", "bitsandbytes", "liger_kernel", "unsloth")
     return found | ({"cuda": torch.version.cuda} if torch.version.cuda else {})
 
 

@@ -17,9 +17,9 @@ import torch
 from .advice import advise
 from .estimate import DTYPES, METHODS, MOMENTS, estimate
 from .ledger import GB, GIB, both, size
-from .models import choose_device, choose_dtype, load_base
 from .nn.live_memory import LiveMemory
 from .presets import shape_of
+from .training.models import choose_device, choose_dtype, load_base
 
 __all__ = ["Measurement", "analyze_lora_params", "analyze_memory_savings", "estimate", "korthikanti", "measure"]
 

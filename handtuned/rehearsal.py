@@ -4,9 +4,9 @@ from collections.abc import Callable
 
 import torch
 
-from .answers import AnswerModel
 from .nn import apply_lora_to_model, lora_parameters
 from .optim import AdamW
+from .training.evaluation import CausalLM
 
 
 def training_step(
@@ -36,7 +36,7 @@ def training_step(
     if checkpoint:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     tokens = torch.randint(0, model.config.vocab_size, (batch, seq), device=parameters[0].device)
-    answers = AnswerModel(model, tokens[:1, :8])
+    answers = CausalLM(model, tokens[:1, :8])
     optimizer = AdamW(parameters, lr=1e-5)
     model.train()
 

@@ -33,9 +33,9 @@ import torch
 
 from handtuned import bench
 from handtuned.contest import TIME_UP, summary
-from handtuned.data import encode, shipped_dataset
-from handtuned.models import choose_dtype, load_base, smollm2
-from handtuned.rows import load_rows
+from handtuned.training.data import encode, shipped_dataset
+from handtuned.training.formats import load_rows
+from handtuned.training.models import choose_dtype, load_base, smollm2
 
 RANK, ALPHA, RATE, MAX_NORM = 8, 16, 1e-3, 0.3
 CONTESTANTS = ("handtuned", "peft", "peft + bitsandbytes")
@@ -88,7 +88,7 @@ def handtuned_model(model, random, dtype, device):
     from handtuned.quant import quantize_model
     from transformers import AutoModelForCausalLM
 
-    from handtuned.answers import AnswerModel
+    from handtuned.training.evaluation import CausalLM
 
     if random:
         base = AutoModelForCausalLM.from_pretrained(model, dtype=dtype).requires_grad_(False)
@@ -97,7 +97,7 @@ def handtuned_model(model, random, dtype, device):
         base, _ = load_base(model, "qlora", dtype, device)
     apply_lora_to_model(base, RANK, ALPHA, "all-linear")
     parameters = list(lora_parameters(base.train()))
-    answers = AnswerModel(base, torch.arange(1000, 1008, device=device)[None])
+    answers = CausalLM(base, torch.arange(1000, 1008, device=device)[None])
 
     def loss(ids, labels):
         return answers.loss({"input_ids": ids, "labels": labels}) / (labels[:, 1:] != -100).sum()

@@ -42,12 +42,12 @@ def test_pain_20_resumed_run_is_bit_equal(model_dir, rows, finished, tmp_path):
 
 @pytest.mark.parametrize("step", [0, 1, 5, 8], ids=lambda s: f"after-{s}")
 def test_resume_from_any_step_is_bit_equal(model_dir, rows, finished, tmp_path, monkeypatch, step):
-    from handtuned import records
+    from handtuned.training import logging
 
     class Killed(BaseException):
         pass
 
-    append = records.Metrics.append
+    append = logging.Metrics.append
 
     def stop(self, row):
         if row["step"] > step:
@@ -56,7 +56,7 @@ def test_resume_from_any_step_is_bit_equal(model_dir, rows, finished, tmp_path, 
 
     out = tmp_path / "out"
     with monkeypatch.context() as patch, pytest.raises(Killed):
-        patch.setattr(records.Metrics, "append", stop)
+        patch.setattr(logging.Metrics, "append", stop)
         finetune(model_dir, rows, out, "--max-steps", "12", "--save-steps", "4", "--lora-dropout", "0.1")
     with open(out / "metrics.jsonl", "a") as file:
         file.write('{"step": 99, "lo')  # a line cut short by the kill
@@ -65,9 +65,9 @@ def test_resume_from_any_step_is_bit_equal(model_dir, rows, finished, tmp_path, 
 
 
 def test_ctrl_c_saves_and_says_how_to_go_on(model_dir, rows, finished, tmp_path, capsys, monkeypatch):
-    from handtuned import telling
+    from handtuned.training import logging
 
-    show = telling.progress_bar.show
+    show = logging.ProgressBar.show
 
     def press(self, row):
         if row["step"] == 6:
@@ -76,7 +76,7 @@ def test_ctrl_c_saves_and_says_how_to_go_on(model_dir, rows, finished, tmp_path,
 
     out = tmp_path / "out"
     with monkeypatch.context() as patch:
-        patch.setattr(telling.progress_bar, "show", press)
+        patch.setattr(logging.ProgressBar, "show", press)
         code = finetune(model_dir, rows, out, "--max-steps", "12", "--save-steps", "100", "--lora-dropout", "0.1")
     assert code == 130
     assert f"handtuned finetune --resume {out}" in capsys.readouterr().out
@@ -98,9 +98,9 @@ def test_resume_refuses_other_settings_and_other_data(model_dir, rows, finished,
 
 
 def test_disk_that_fills_up_later_loses_nothing(model_dir, rows, finished, tmp_path, capsys, monkeypatch):
-    from handtuned import runstate
+    from handtuned.training import checkpoints
 
-    write = runstate.write_safetensors
+    write = checkpoints.write_safetensors
 
     def full(path, tensors):
         if "checkpoint-8" in str(path):
@@ -109,7 +109,7 @@ def test_disk_that_fills_up_later_loses_nothing(model_dir, rows, finished, tmp_p
 
     out = tmp_path / "out"
     with monkeypatch.context() as patch:
-        patch.setattr(runstate, "write_safetensors", full)
+        patch.setattr(checkpoints, "write_safetensors", full)
         code = finetune(model_dir, rows, out, "--max-steps", "12", "--save-steps", "4", "--lora-dropout", "0.1")
     assert code == 2 and "No space left on device" in capsys.readouterr().err
     assert not [path for path in out.rglob("*") if ".tmp" in path.name or "checkpoint-8" in path.name]
@@ -118,9 +118,9 @@ def test_disk_that_fills_up_later_loses_nothing(model_dir, rows, finished, tmp_p
 
 
 def test_sigterm_is_taken_as_ctrl_c(model_dir, rows, tmp_path, capsys, monkeypatch):
-    from handtuned import telling
+    from handtuned.training import logging
 
-    show = telling.progress_bar.show
+    show = logging.ProgressBar.show
 
     def end(self, row):
         if row["step"] == 2:
@@ -129,7 +129,7 @@ def test_sigterm_is_taken_as_ctrl_c(model_dir, rows, tmp_path, capsys, monkeypat
 
     out, before = tmp_path / "out", signal.getsignal(signal.SIGTERM)
     with monkeypatch.context() as patch:
-        patch.setattr(telling.progress_bar, "show", end)
+        patch.setattr(logging.ProgressBar, "show", end)
         assert finetune(model_dir, rows, out, "--max-steps", "4") == 130
     assert f"handtuned finetune --resume {out}" in capsys.readouterr().out
     assert (out / "checkpoint-2").is_dir() and signal.getsignal(signal.SIGTERM) is before

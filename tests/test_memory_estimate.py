@@ -6,8 +6,8 @@ from handtuned.quant import quantize_model, quantize_nf4
 
 from handtuned.estimate import estimate
 from handtuned.memory import measure
-from handtuned.models import cache_directory
 from handtuned.rehearsal import training_step
+from handtuned.training.models import cache_directory
 
 transformers = pytest.importorskip("transformers")
 SIZES = {

@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from handtuned.rows import DataError, load_rows
+from handtuned.training.formats import DataError, load_rows
 
 CHAT = [
     {"role": "system", "content": "Be brief."},

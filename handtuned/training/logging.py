@@ -1,19 +1,24 @@
-"""What a run leaves behind beside the adapter: run.json, metrics.jsonl, loss.png."""
+"""What a run prints, and what it leaves behind beside the adapter: run.json, metrics.jsonl, loss.png."""
 
 import importlib.util
 import json
 import math
 import os
 import platform
+import resource
 import shlex
 import sys
+import textwrap
 from importlib import metadata
 from pathlib import Path
 
 import torch
 
-from . import __version__
-from .nn.files import whole_file, write_json
+from .. import __version__
+from ..nn import LoRALinear
+from ..nn.files import whole_file, write_json
+from ..quant import quantization_summary
+from .settings import FinetuneSettings
 
 PACKAGES = ("torch", "triton", "transformers", "tokenizers", "safetensors", "numpy")
 
@@ -40,7 +45,7 @@ def command_line() -> str:
 
 
 class Metrics:
-    """`metrics.jsonl`: one JSON object a logged step, appended as it happens."""
+    """`metrics.jsonl`: one JSON object per logged step, appended as it happens."""
 
     def __init__(self, path: Path):
         self.path = path
@@ -140,3 +145,107 @@ def write_run(directory: Path, settings: dict, marks: dict[str, str]) -> None:
         "marks": marks,
     }
     write_json(directory / "run.json", record)
+
+
+def megabytes(count: float) -> str:
+    return f"{count / 1e6:,.1f} MB"
+
+
+def plan(settings: FinetuneSettings, model, rows: int, held_out: int, total: int, device, dtype) -> str:
+    """The run in a few lines: parameters, bytes before and after quantization, data, steps."""
+    trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    layers = sum(isinstance(module, LoRALinear) for module in model.modules())
+    base = [row for row in quantization_summary(model).rows if row.kind != "LoRALinear"]
+    parameters, before, after = (sum(getattr(row, name) for row in base) for name in
+                                 ("parameters", "bytes_before", "bytes_after"))  # fmt: skip
+    where = f"{device}, {torch.get_num_threads()} threads" if device.type == "cpu" else str(device)
+    lines = [
+        f"model        {settings.model}: {parameters:,} parameters",
+        f"weights      {megabytes(before)} → {megabytes(after)}"
+        if settings.method == "qlora"
+        else f"weights      {megabytes(after)}, not quantized",
+        f"trainable    {trainable:,} parameters ({100 * trainable / parameters:.2f} %): "
+        f"LoRA r {settings.lora_r}, alpha {settings.lora_alpha:g} on {layers} layers",
+        f"data         {rows} rows to learn from, {held_out} held out",
+        f"steps        {total} of {settings.per_device_train_batch_size} rows × "
+        f"{settings.gradient_accumulation_steps}, learning rate {settings.learning_rate:g}",
+        f"on           {where}, computing in {str(dtype).removeprefix('torch.')}",
+        f"into         {settings.output_dir}",
+    ]
+    return "\n".join(lines)
+
+
+class ProgressBar:
+    """A bar over the optimizer steps with loss, learning rate and tokens per second."""
+
+    def __init__(self, first: int, total: int):
+        from tqdm import tqdm
+
+        self.bar = tqdm(total=total, initial=first, desc="training", unit="step", dynamic_ncols=True)
+
+    def show(self, row: dict) -> None:
+        self.bar.set_postfix_str(
+            f"loss {row['loss']:.4f}, lr {row['learning_rate']:.1e}, {row['tokens_per_second']:.0f} tokens/s"
+        )
+        self.bar.update(1)
+
+
+class RunLog:
+    """Everything that follows a run step by step: the bar, and on the main rank metrics.jsonl and `--report-to`."""
+
+    def __init__(self, directory: Path, first: int, total: int, settings: dict, main: bool):
+        self.main, self.total, self.every = main, total, settings["logging_steps"]
+        self.metrics = Metrics(directory / "metrics.jsonl")
+        if main:
+            self.metrics.keep_until(first)
+        self.reporter = Reporter(settings["report_to"] if main else "none", directory, settings)
+        self.bar = ProgressBar(first, total)
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, error, *more):
+        self.bar.bar.close()
+        if error is None:
+            self.reporter.close()
+
+    def log(self, row: dict) -> None:
+        self.bar.show(row)
+        if self.main and (row["step"] % self.every == 0 or row["step"] == self.total):
+            self.metrics.append(row)
+            self.reporter.log(row)
+
+
+def summary(results: dict, directory: Path) -> str:
+    """Held-out scores and answers before and after, peak memory, and where to go from here."""
+    lines = [""]
+    before, after = results["before"], results["after"]
+    if before and after:
+        lines.append(f"held-out rows ({after['rows']})   before      after")
+        for name, text, form in (("exact_match", "exact match", "{:.1%}"), ("token_accuracy", "right tokens", "{:.1%}"),
+                                 ("loss", "loss", "{:.4f}")):  # fmt: skip
+            lines.append(f"  {text:18} {form.format(before[name]):>9} {form.format(after[name]):>10}")
+    for entry in results["answers"]:
+        lines += ["", f"prompt    {_short(entry['prompt'])}", f"expected  {_short(entry['expected'])}",
+                  f"before    {_short(entry['before'])}", f"after     {_short(entry['after'])}"]  # fmt: skip
+    prompt = _short(results["answers"][0]["prompt"]) if results["answers"] else "…"
+    lines += [
+        "",
+        f"peak memory  {megabytes(results['peak_memory_bytes'])}",
+        f"time         {results['seconds']:.0f} s",
+        f"adapter      {directory}",
+        f'talk to it   handtuned generate --adapter {directory} "{prompt}"',
+    ]
+    return "\n".join(lines)
+
+
+def _short(text: str) -> str:
+    return textwrap.shorten(text, 110, placeholder=" …")
+
+
+def peak_memory(device: torch.device) -> int:
+    """Most bytes used so far: allocated on the GPU, or resident in this process on a CPU."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit

@@ -3,11 +3,16 @@
 import torch
 import torch.nn.functional as F
 
+from ..nn.loss import IGNORE_INDEX, linear_cross_entropy
 from . import data
-from .nn.loss import IGNORE_INDEX, linear_cross_entropy
+from .distributed import World
+from .formats import as_text
+
+SHOWN_PROMPTS = 3
+METRICS = ("loss", "token_accuracy", "exact_match")
 
 
-class AnswerModel:
+class CausalLM:
     """Runs a transformers causal LM so that only answer tokens meet the vocabulary.
 
     Most models are a body and a plain linear head, logits = head(body(tokens)); then the
@@ -19,12 +24,13 @@ class AnswerModel:
     to the left of a pad token can see it, and pad positions have label −100.
 
     Args:
-        model: the causal LM, already adapted.
+        model: the causal LM, already with its adapters.
         sample: (1, T) token ids for the comparison.
     """
 
-    def __init__(self, model, sample: torch.Tensor):
-        self.model = model
+    def __init__(self, model, sample):
+        self.model, self.device = model, next(model.parameters()).device
+        sample = torch.as_tensor(sample).long().to(self.device)
         head = model.get_output_embeddings()
         self.head = head if isinstance(head, torch.nn.Linear) and self._head_is_all(head, sample) else None
 
@@ -63,7 +69,7 @@ class AnswerModel:
         right[kept] = logits.argmax(dim=1) == target[kept]
         return F.cross_entropy(logits, target[kept], reduction="sum"), right
 
-    def score(self, examples: list, batch_size: int = 8, bar=None) -> dict[str, float]:
+    def score(self, examples: list[data.Example], batch_size: int = 8, bar=None) -> dict[str, float]:
         """Loss, token accuracy and exact match on held-out examples.
 
         Exact match counts the rows in which every answer token, the end of turn included,
@@ -71,22 +77,20 @@ class AnswerModel:
         decoding answers letter by letter.
 
         Args:
-            examples: encoded rows (`data.Example`).
             batch_size: rows in one forward pass; rows of like length go together.
             bar: a progress bar, advanced by rows.
 
         Returns:
-            {"loss": nats an answer token, "token_accuracy": share, "exact_match": share, "rows": count}
+            {"loss": nats per answer token, "token_accuracy": share, "exact_match": share, "rows": count}
         """
         training = self.model.training
         self.model.eval()
-        place = next(self.model.parameters()).device
         by_length = sorted(examples, key=lambda example: len(example.input_ids))
         loss = tokens = correct = exact = 0
         for at in range(0, len(by_length), batch_size):
             # any token may fill short rows: nothing looks at it
             batch = data.collate(by_length[at : at + batch_size], pad_id=0)
-            batch = {name: tensor.to(place) for name, tensor in batch.items()}
+            batch = {name: tensor.to(self.device) for name, tensor in batch.items()}
             summed, right = self._right(batch)
             answers = batch["labels"][:, 1:] != IGNORE_INDEX
             loss += summed.item()
@@ -100,7 +104,7 @@ class AnswerModel:
         return {"loss": loss / tokens, "token_accuracy": correct / tokens, "exact_match": exact / rows, "rows": rows}
 
 
-def write_answers(model, tokenizer, chats: list[list[dict]], max_new_tokens: int = 48, **sampling) -> list[str]:
+def generate(model, tokenizer, chats: list[list[dict]], max_new_tokens: int = 48, **sampling) -> list[str]:
     """Answer chats, greedily unless `sampling` says otherwise; all of them in one left-padded batch.
 
     Args:
@@ -117,7 +121,7 @@ def write_answers(model, tokenizer, chats: list[list[dict]], max_new_tokens: int
     device = next(model.parameters()).device
     prompts = [data.encode_prompt(chat, tokenizer) for chat in chats]
     width = max(map(len, prompts))
-    context = getattr(model.config, "max_position_embeddings", None)
+    context = data.context_length(model)
     if context is not None and width >= context:
         raise ValueError(f"a prompt of {width} tokens leaves no room for an answer in the model's context of {context}")
     max_new_tokens = max_new_tokens if context is None else min(max_new_tokens, context - width)
@@ -126,7 +130,7 @@ def write_answers(model, tokenizer, chats: list[list[dict]], max_new_tokens: int
     mask = torch.tensor([[0] * (width - len(prompt)) + [1] * len(prompt) for prompt in prompts], device=device)
     training = model.training
     model.eval()
-    options = {"do_sample": False, "eos_token_id": ends(model, tokenizer), **sampling}
+    options = {"do_sample": False, "eos_token_id": end_tokens(model, tokenizer), **sampling}
     if not options["do_sample"]:
         options.update(temperature=None, top_p=None, top_k=None)
     with torch.no_grad():
@@ -137,8 +141,66 @@ def write_answers(model, tokenizer, chats: list[list[dict]], max_new_tokens: int
     return [tokenizer.decode(row[width:], skip_special_tokens=True).strip() for row in out]
 
 
-def ends(model, tokenizer) -> list[int] | None:
+def end_tokens(model, tokenizer) -> list[int] | None:
     """All tokens that end an answer: a base model's own, and the one that its chat template ends a turn with."""
     own = model.generation_config.eos_token_id
     found = {*(own if isinstance(own, list) else [own]), data.end_of_turn(tokenizer)} - {None}
     return sorted(found) or None
+
+
+def evaluate(world: World, lm: CausalLM, tokenizer, held_out: data.EncodedRows, results: dict, when: str) -> None:
+    """Score the held-out rows and answer the first of them; both go into `results`.
+
+    Args:
+        results: gets `when`: scores or None, and in "answers" one dict per prompt with `when`: the model's answer.
+        when: "before" or "after" training.
+    """
+    results[when] = score(world, lm, held_out.examples, f"held-out, {when:6}")
+    shown = [chat for chat, example in zip(held_out.rows, held_out.examples, strict=True) if not example.cut]
+    shown = shown[:SHOWN_PROMPTS]
+    answers = results.setdefault(
+        "answers", [{"prompt": as_text(chat[-2]), "expected": as_text(chat[-1])} for chat in shown]
+    )
+    if shown:
+        # Ranks that share a model must make the same forward passes, even where one has answered already.
+        in_step = {"synced_gpus": True} if world.mode == "fsdp" else {}
+        prompts = [chat[:-1] for chat in shown]
+        written = world.evaluate(lambda: generate(lm.model, tokenizer, prompts, **in_step))
+        for entry, answer in zip(answers, written, strict=True):
+            entry[when] = answer
+
+
+def score(world: World, lm: CausalLM, held_out: list[data.Example], what: str) -> dict | None:
+    """`CausalLM.score` of the held-out rows behind a bar, each row on one rank; None when there are none."""
+    from tqdm import tqdm
+
+    if not held_out:
+        return None
+    mine, extra, counted = share_out(held_out, world.rank, world.size)
+    scored = []
+    for rows, counts in ((mine, True), (extra, counted)):
+        if rows:
+            with tqdm(total=len(rows), desc=what, unit="row", dynamic_ncols=True, leave=False) as bar:
+                result = world.evaluate(lambda rows=rows, bar=bar: lm.score(rows, bar=bar))
+            if counts:
+                tokens = sum(row.answer_tokens for row in rows)
+                scored.append((result, dict(zip(METRICS, (tokens, tokens, len(rows)), strict=True))))
+    if world.size == 1:
+        return scored[0][0]
+    combined = {}
+    for name in METRICS:
+        weight = world.sum(float(sum(weights[name] for _, weights in scored)))
+        combined[name] = world.sum(float(sum(result[name] * weights[name] for result, weights in scored))) / weight
+    return combined | {"rows": len(held_out)}
+
+
+def share_out(rows: list, rank: int, size: int) -> tuple[list, list, bool]:
+    """Share out rows so that all ranks make equally many forward passes, as FSDP needs.
+
+    Returns:
+        this rank's rows, the same number for each rank; one row more, where they do not come out even;
+        and whether that row counts here (else another rank counts it, and this one only runs it in step).
+    """
+    even = len(rows) - len(rows) % size
+    rest = rows[even:]
+    return rows[rank:even:size], rest[rank : rank + 1] or rest[:1], rank < len(rest)

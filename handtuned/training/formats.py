@@ -43,7 +43,7 @@ class Chat(list):
         return Chat(part, self.tools) if isinstance(index, slice) else part
 
 
-def said(message: dict) -> str:
+def as_text(message: dict) -> str:
     """What a message says, its tool calls as JSON."""
     calls = [json.dumps(call["function"], ensure_ascii=False) for call in message.get("tool_calls", ())]
     return "\n".join([message["content"], *calls] if message["content"] else calls)
