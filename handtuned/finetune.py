@@ -1,6 +1,6 @@
 """`handtuned finetune`: put low-rank adapters on a (4-bit) model and train them on your rows.
 
-Read `finetune` downward: load rows, model and adapters, say what is going to be done, evaluate, train, save,
+Read `finetune` downward: load rows, model and adapters, print the plan, evaluate, train, save,
 evaluate again. Each step is one call into `training/`; the loop itself is `training.loop.train_step`.
 """
 

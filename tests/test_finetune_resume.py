@@ -67,16 +67,16 @@ def test_resume_from_any_step_is_bit_equal(model_dir, rows, finished, tmp_path, 
 def test_ctrl_c_saves_and_says_how_to_go_on(model_dir, rows, finished, tmp_path, capsys, monkeypatch):
     from handtuned.training import logging
 
-    show = logging.ProgressBar.show
+    log = logging.RunLog.log
 
     def press(self, row):
         if row["step"] == 6:
             os.kill(os.getpid(), signal.SIGINT)
-        show(self, row)
+        log(self, row)
 
     out = tmp_path / "out"
     with monkeypatch.context() as patch:
-        patch.setattr(logging.ProgressBar, "show", press)
+        patch.setattr(logging.RunLog, "log", press)
         code = finetune(model_dir, rows, out, "--max-steps", "12", "--save-steps", "100", "--lora-dropout", "0.1")
     assert code == 130
     assert f"handtuned finetune --resume {out}" in capsys.readouterr().out
@@ -120,16 +120,16 @@ def test_disk_that_fills_up_later_loses_nothing(model_dir, rows, finished, tmp_p
 def test_sigterm_is_taken_as_ctrl_c(model_dir, rows, tmp_path, capsys, monkeypatch):
     from handtuned.training import logging
 
-    show = logging.ProgressBar.show
+    log = logging.RunLog.log
 
     def end(self, row):
         if row["step"] == 2:
             os.kill(os.getpid(), signal.SIGTERM)
-        show(self, row)
+        log(self, row)
 
     out, before = tmp_path / "out", signal.getsignal(signal.SIGTERM)
     with monkeypatch.context() as patch:
-        patch.setattr(logging.ProgressBar, "show", end)
+        patch.setattr(logging.RunLog, "log", end)
         assert finetune(model_dir, rows, out, "--max-steps", "4") == 130
     assert f"handtuned finetune --resume {out}" in capsys.readouterr().out
     assert (out / "checkpoint-2").is_dir() and signal.getsignal(signal.SIGTERM) is before

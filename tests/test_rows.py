@@ -71,7 +71,7 @@ class TestLoading:
         rows = [ALPACA, {"messages": AS_CHAT}, {"prompt": "Add.\n\n1 and 2", "completion": "3"}]
         loaded = load_rows(write(tmp_path / "rows.jsonl", *rows))
         assert loaded.rows == [AS_CHAT] * 3
-        assert loaded.notes() == []
+        assert loaded.notes == []
 
     @pytest.mark.parametrize("no_input", [{}, {"input": ""}, {"input": None}], ids=["missing", "empty", "null"])
     def test_alpaca_without_input(self, tmp_path, no_input):
@@ -100,7 +100,7 @@ class TestLoading:
     def test_unread_columns_are_announced(self, tmp_path):
         loaded = load_rows(write(tmp_path / "a.jsonl", {**ALPACA, "text": "x"}, {**ALPACA, "id": 7}))
         assert loaded.ignored_columns == ["id", "text"]
-        assert loaded.notes() == ["ignored columns: id, text"]
+        assert loaded.notes == ["ignored columns: id, text"]
         messages = [{**AS_CHAT[0], "name": "Ann", "weight": None}, {**AS_CHAT[1], "tool_calls": []}]
         loaded = load_rows(write(tmp_path / "m.jsonl", {"messages": messages, "source": "x"}))
         assert loaded.rows == [AS_CHAT]
@@ -116,7 +116,7 @@ class TestLoading:
         loaded = load_rows(path, skip_bad_rows=True)
         assert loaded.rows == [AS_CHAT] * 2
         assert loaded.skipped == [str(error.value)]
-        assert loaded.notes()[0].startswith(f"bad rows skipped: 1 of 3, the first: {path}:3: {reason}")
+        assert loaded.notes[0].startswith(f"bad rows skipped: 1 of 3, the first: {path}:3: {reason}")
 
     def test_bad_row_of_a_list_is_named_by_line_and_number(self, tmp_path):
         path = tmp_path / "rows.json"

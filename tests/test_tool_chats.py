@@ -64,7 +64,7 @@ def test_rows_keep_tools_and_what_belongs_to_calls(tmp_path):
     raw[2] = {**raw[2], "content": None}
     rows = [{"messages": raw, "tools": TOOLS}, {"messages": raw, "tools": json.dumps(TOOLS)}]
     loaded = load_rows(write(tmp_path / "rows.jsonl", *rows))
-    assert loaded.notes() == []
+    assert loaded.notes == []
     for chat in loaded.rows:
         assert chat == MESSAGES and chat.tools == TOOLS and chat[:-1].tools == TOOLS
     assert as_text(MESSAGES[-1]) == 'On it.\n{"name": "dim", "arguments": {"to": 4, "where": "hall é"}}'

@@ -58,7 +58,7 @@ def settings_and_checkpoint(
 def _to_resume(resume: str, typed: dict, fresh: FinetuneSettings, ranks: int) -> tuple[FinetuneSettings, Path | None]:
     """What was typed again must agree with the run. With --output-dir DIR --resume, one that never began starts afresh.
 
-    Another number of ranks than before shares out the same rows a step.
+    Another number of ranks than before shares out the same rows per step.
     """
     if not (resume or fresh.output_dir):
         raise ValueError("--resume needs the run's directory: --resume DIR, or --output-dir DIR")
@@ -186,7 +186,7 @@ def save_checkpoint(directory: Path, step: int, training, keep: int, record: dic
 def load_checkpoint(path: Path, training) -> int:
     """Put a `loop.Training` back to where `path` was written; returns the number of optimizer steps done.
 
-    On another kind of machine the run goes on, and a line says that its bits will be others.
+    On another kind of machine the run goes on, and a printed line names what will change its bits.
 
     Raises:
         ValueError: the checkpoint does not fit the model or lacks a part.
@@ -220,7 +220,7 @@ def load_checkpoint(path: Path, training) -> int:
         if f"cuda{index}" in generators:
             torch.cuda.set_rng_state(generators[f"cuda{index}"], index)
     here = machine(training.lm.device)
-    before = progress.get("machine", here)  # checkpoints of version 0.1.0 do not tell
+    before = progress.get("machine", here)  # version 0.1.0 did not record it
     changed = [f"{name} was {before.get(name)}, now {now}" for name, now in here.items() if before.get(name) != now]
     if changed:
         print(f"not bit-equal from here on to a run that was never stopped: {'; '.join(changed)}")
@@ -250,14 +250,14 @@ def machine(device: torch.device) -> dict[str, str | int | bool]:
 
 
 def _processor() -> str:
-    """Vendor, family, model and name, as Linux tells them; elsewhere what Python knows."""
+    """Vendor, family, model and name on Linux; elsewhere what Python knows."""
     try:
         lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").split("\n\n")[0].splitlines()
     except OSError:
         return platform.processor() or platform.machine()
     facts = {name.strip(): value.strip() for name, _, value in (line.partition(":") for line in lines)}
-    told = [facts[name] for name in ("vendor_id", "cpu family", "model", "model name") if name in facts]
-    return " ".join(told) or platform.machine()
+    parts = [facts[name] for name in ("vendor_id", "cpu family", "model", "model name") if name in facts]
+    return " ".join(parts) or platform.machine()
 
 
 def _generators(world: World) -> dict[str, torch.Tensor]:

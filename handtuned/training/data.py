@@ -21,7 +21,7 @@ __all__ = ["IGNORE_INDEX", "Chat", "DataError", "Example", "describe_example", "
 
 @dataclass(frozen=True)
 class EncodedRows:
-    """Examples that all have something to learn, the chats that they come from, and what the user must be told."""
+    """Examples that all have something to learn, the chats that they come from, and what the user must hear of."""
 
     examples: Sequence[Example] = ()
     rows: Sequence[Chat] = ()
@@ -57,7 +57,7 @@ def load_chats(
 
 def _read(path: str, skip_bad_rows: bool) -> list[Chat]:
     loaded = load_rows(path, skip_bad_rows)
-    for note in loaded.notes():
+    for note in loaded.notes:
         print(f"{path}: {note}")
     return loaded.rows
 
@@ -163,7 +163,7 @@ def encode_rows(
     return EncodedRows(examples, kept, notes)
 
 
-def collate(examples: Sequence[Example], pad_id: int) -> dict[str, torch.Tensor]:
+def collate(examples: Sequence[Example], pad_id: int, device: torch.device | str = "cpu") -> dict[str, torch.Tensor]:
     """Pad examples on the right to the longest of them.
 
     Returns:
@@ -180,7 +180,8 @@ def collate(examples: Sequence[Example], pad_id: int) -> dict[str, torch.Tensor]
         input_ids[row, :length] = torch.from_numpy(example.input_ids)
         labels[row, :length] = torch.from_numpy(example.labels)
         attention_mask[row, :length] = 1
-    return {"input_ids": input_ids, "labels": labels, "attention_mask": attention_mask}
+    batch = {"input_ids": input_ids, "labels": labels, "attention_mask": attention_mask}
+    return {name: tensor.to(device) for name, tensor in batch.items()}
 
 
 def batch_indices(step: int, n: int, batch_size: int, seed: int) -> list[int]:

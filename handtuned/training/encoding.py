@@ -1,7 +1,7 @@
 """Chats → token ids, with labels on the answers alone.
 
 A chat is written out with the model's own chat template. The loss looks only at what the
-model has to say itself: every assistant turn, up to and with the token that ends it; labels
+model has to write itself: every assistant turn, up to and with the token that ends it; labels
 are -100 everywhere else. The mask follows from positions in the text, never from token ids:
 where padding and end of turn share an id (SmolLM2 has 2 for both), masking "the padding"
 would hide the end of every answer and the model would never learn to stop.
@@ -158,7 +158,7 @@ def _answers(chat: Chat, text: str, tokenizer) -> Iterator[tuple[int, int]]:
             if in_place and not all(call["function"]["name"] in upto[len(prompt) :] for call in message["tool_calls"]):
                 raise DataError(f"message {turn + 1}: the chat template does not show its tool calls")
         else:
-            # The template tells where the answer ends: what it writes around a stand-in for it.
+            # The template decides where the answer ends: what it writes around a stand-in for it.
             stand_in = _with(chat, turn, {"role": "assistant", "content": _STAND_IN})
             before, found, after = _render(stand_in, tokenizer).partition(_STAND_IN)
             stop = len(text) - len(after)
@@ -173,7 +173,7 @@ def _with(chat: Chat, turn: int, message: dict) -> Chat:
 
 
 def _check_tools_are_shown(chat: Chat, text: str, tokenizer) -> None:
-    """Many templates leave tools out in silence; then the model would learn to call what it was never told of."""
+    """Many templates leave tools out in silence; then the model would learn to call what it never saw."""
     if _tools_of(chat) and _render(list(chat), tokenizer) == text:
         raise DataError("the chat template does not show the tools")
     for turn, message in enumerate(chat):

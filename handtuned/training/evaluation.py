@@ -9,7 +9,6 @@ from .distributed import World
 from .formats import as_text
 
 SHOWN_PROMPTS = 3
-METRICS = ("loss", "token_accuracy", "exact_match")
 
 
 class CausalLM:
@@ -69,19 +68,12 @@ class CausalLM:
         right[kept] = logits.argmax(dim=1) == target[kept]
         return F.cross_entropy(logits, target[kept], reduction="sum"), right
 
-    def score(self, examples: list[data.Example], batch_size: int = 8, bar=None) -> dict[str, float]:
-        """Loss, token accuracy and exact match on held-out examples.
-
-        Exact match counts the rows in which every answer token, the end of turn included,
-        is the model's likeliest after the right ones before it: just those rows that greedy
-        decoding answers letter by letter.
+    def sums(self, examples: list[data.Example], bar=None, batch_size: int = 8) -> tuple[float, int, int, int, int]:
+        """(loss, answer tokens, right tokens, right rows, rows), summed over examples; what `rates` divides.
 
         Args:
-            batch_size: rows in one forward pass; rows of like length go together.
             bar: a progress bar, advanced by rows.
-
-        Returns:
-            {"loss": nats per answer token, "token_accuracy": share, "exact_match": share, "rows": count}
+            batch_size: rows in one forward pass; rows of like length go together.
         """
         training = self.model.training
         self.model.eval()
@@ -89,8 +81,7 @@ class CausalLM:
         loss = tokens = correct = exact = 0
         for at in range(0, len(by_length), batch_size):
             # any token may fill short rows: nothing looks at it
-            batch = data.collate(by_length[at : at + batch_size], pad_id=0)
-            batch = {name: tensor.to(self.device) for name, tensor in batch.items()}
+            batch = data.collate(by_length[at : at + batch_size], pad_id=0, device=self.device)
             summed, right = self._right(batch)
             answers = batch["labels"][:, 1:] != IGNORE_INDEX
             loss += summed.item()
@@ -100,8 +91,24 @@ class CausalLM:
             if bar is not None:
                 bar.update(right.shape[0])
         self.model.train(training)
-        rows = len(examples)
-        return {"loss": loss / tokens, "token_accuracy": correct / tokens, "exact_match": exact / rows, "rows": rows}
+        return loss, tokens, correct, exact, len(examples)
+
+    def score(self, examples: list[data.Example]) -> dict[str, float]:
+        """`rates` of these examples."""
+        return rates(*self.sums(examples))
+
+
+def rates(loss: float, tokens: int, correct: int, exact: int, rows: int) -> dict[str, float]:
+    """Loss, token accuracy and exact match.
+
+    Exact match counts the rows in which every answer token, the end of turn included,
+    is the model's likeliest after the right ones before it: just those rows that greedy
+    decoding answers letter by letter.
+
+    Returns:
+        {"loss": nats per answer token, "token_accuracy": share, "exact_match": share, "rows": count}
+    """
+    return {"loss": loss / tokens, "token_accuracy": correct / tokens, "exact_match": exact / rows, "rows": int(rows)}
 
 
 def generate(model, tokenizer, chats: list[list[dict]], max_new_tokens: int = 48, **sampling) -> list[str]:
@@ -171,27 +178,19 @@ def evaluate(world: World, lm: CausalLM, tokenizer, held_out: data.EncodedRows, 
 
 
 def score(world: World, lm: CausalLM, held_out: list[data.Example], what: str) -> dict | None:
-    """`CausalLM.score` of the held-out rows behind a bar, each row on one rank; None when there are none."""
+    """`rates` of the held-out rows, each run on one rank, behind a bar; None when there are none."""
     from tqdm import tqdm
 
     if not held_out:
         return None
     mine, extra, counted = share_out(held_out, world.rank, world.size)
-    scored = []
+    totals = [0, 0, 0, 0, 0]
     for rows, counts in ((mine, True), (extra, counted)):
         if rows:
             with tqdm(total=len(rows), desc=what, unit="row", dynamic_ncols=True, leave=False) as bar:
-                result = world.evaluate(lambda rows=rows, bar=bar: lm.score(rows, bar=bar))
-            if counts:
-                tokens = sum(row.answer_tokens for row in rows)
-                scored.append((result, dict(zip(METRICS, (tokens, tokens, len(rows)), strict=True))))
-    if world.size == 1:
-        return scored[0][0]
-    combined = {}
-    for name in METRICS:
-        weight = world.sum(float(sum(weights[name] for _, weights in scored)))
-        combined[name] = world.sum(float(sum(result[name] * weights[name] for result, weights in scored))) / weight
-    return combined | {"rows": len(held_out)}
+                sums = world.evaluate(lambda rows=rows, bar=bar: lm.sums(rows, bar))
+            totals = [total + counts * value for total, value in zip(totals, sums, strict=True)]
+    return rates(*map(world.sum, totals))
 
 
 def share_out(rows: list, rank: int, size: int) -> tuple[list, list, bool]:

@@ -20,6 +20,7 @@ from ..nn.files import whole_file, write_json
 from ..quant import quantization_summary
 from .settings import FinetuneSettings
 
+MISSING = "--report-to {kind} needs its library: pip install {kind}"
 PACKAGES = ("torch", "triton", "transformers", "tokenizers", "safetensors", "numpy")
 
 
@@ -69,7 +70,7 @@ class Metrics:
             temporary.write_text("".join(json.dumps(row) + "\n" for row in kept), encoding="utf-8")
 
     def append(self, row: dict) -> None:
-        """Under loss scaling a step that is skipped may have infinite numbers, which JSON has no word for: null."""
+        """Under loss scaling a step that is skipped may have infinite numbers, which JSON cannot hold: null."""
         row = {key: value if math.isfinite(value) else None for key, value in row.items()}
         with open(self.path, "a", encoding="utf-8") as file:
             file.write(json.dumps(row) + "\n")
@@ -96,11 +97,7 @@ def draw_loss(rows: list[dict], path: Path, title: str) -> None:
 def check_reporter(kind: str) -> None:
     """Raise ValueError if the library of `--report-to` is not there, before the work begins."""
     if kind != "none" and importlib.util.find_spec(kind) is None:
-        raise ValueError(_missing(kind))
-
-
-def _missing(kind: str) -> str:
-    return f"--report-to {kind} needs its library: pip install {kind}"
+        raise ValueError(MISSING.format(kind=kind))
 
 
 class Reporter:
@@ -118,7 +115,7 @@ class Reporter:
 
                 self.sink = wandb.init(project="handtuned", dir=str(directory), config=settings)
         except ImportError as error:
-            raise ValueError(_missing(kind)) from error
+            raise ValueError(MISSING.format(kind=kind)) from error
 
     def log(self, row: dict) -> None:
         numbers = {key: value for key, value in row.items() if key != "step"}
@@ -175,42 +172,37 @@ def plan(settings: FinetuneSettings, model, rows: int, held_out: int, total: int
     return "\n".join(lines)
 
 
-class ProgressBar:
-    """A bar over the optimizer steps with loss, learning rate and tokens per second."""
-
-    def __init__(self, first: int, total: int):
-        from tqdm import tqdm
-
-        self.bar = tqdm(total=total, initial=first, desc="training", unit="step", dynamic_ncols=True)
-
-    def show(self, row: dict) -> None:
-        self.bar.set_postfix_str(
-            f"loss {row['loss']:.4f}, lr {row['learning_rate']:.1e}, {row['tokens_per_second']:.0f} tokens/s"
-        )
-        self.bar.update(1)
-
-
 class RunLog:
-    """Everything that follows a run step by step: the bar, and on the main rank metrics.jsonl and `--report-to`."""
+    """Follows a run step by step: a bar, and on the main rank metrics.jsonl and `--report-to`.
+
+    Args:
+        first, total: optimizer steps done already, and in the whole run.
+        settings: of the run, as JSON.
+        main: whether this rank writes.
+    """
 
     def __init__(self, directory: Path, first: int, total: int, settings: dict, main: bool):
+        from tqdm import tqdm
+
         self.main, self.total, self.every = main, total, settings["logging_steps"]
         self.metrics = Metrics(directory / "metrics.jsonl")
         if main:
             self.metrics.keep_until(first)
         self.reporter = Reporter(settings["report_to"] if main else "none", directory, settings)
-        self.bar = ProgressBar(first, total)
+        self.bar = tqdm(total=total, initial=first, desc="training", unit="step", dynamic_ncols=True)
 
     def __enter__(self):
         return self
 
     def __exit__(self, error, *more):
-        self.bar.bar.close()
+        self.bar.close()
         if error is None:
             self.reporter.close()
 
     def log(self, row: dict) -> None:
-        self.bar.show(row)
+        rates = f"lr {row['learning_rate']:.1e}, {row['tokens_per_second']:.0f} tokens/s"
+        self.bar.set_postfix_str(f"loss {row['loss']:.4f}, {rates}")
+        self.bar.update(1)
         if self.main and (row["step"] % self.every == 0 or row["step"] == self.total):
             self.metrics.append(row)
             self.reporter.log(row)

