@@ -4,7 +4,7 @@ import json
 
 import pytest
 from test_data import CHATML, learnt_texts, make_tokenizer
-from test_rows import write
+from test_training_formats import write
 
 from handtuned.training import data
 from handtuned.training.data import DataError

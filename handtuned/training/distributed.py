@@ -10,13 +10,11 @@ Each process (rank) takes every Nth forward pass of a step, and gradients are su
            gradients and moments. A block's weights are gathered before it runs, forward and backward, and
            dropped behind it. Bytes received: 2 W per forward and backward pass, W the bytes of the weights.
 
-The engine is torch's: `DistributedDataParallel`, `fully_shard` (FSDP2), gloo on a CPU and NCCL on GPUs.
-Both average gradients over ranks; the loss of a rank is multiplied by N, so that the average is the sum.
-
-FSDP2 makes every parameter a `DTensor`, which knows the whole shape and holds one rank's piece. It takes integer
-parameters that need no gradient: the codes of an NF4 weight (uint8) are cut like any other, and travel packed.
-Scales (3 % of the bytes) stay whole on every rank. The optimizer is given the local shards as plain tensors, since
-AdamW looks at one element at a time; clipping and files need whole tensors, by the functions at the end.
+The engine is torch's: `DistributedDataParallel`, `fully_shard` (FSDP2), gloo on a CPU and NCCL on GPUs. Both
+average gradients over ranks; the loss of a rank is multiplied by N, so that the average is the sum. FSDP2 makes
+every parameter a `DTensor`, which knows the whole shape and holds one rank's piece, the codes of an NF4 weight
+(uint8) included; its scales (3 % of the bytes) stay whole on every rank. The optimizer is given the shards as plain
+tensors, since AdamW looks at one element at a time; clipping and files see whole ones, by the functions at the end.
 """
 
 import contextlib

@@ -1,13 +1,13 @@
 """The training loop, whole: forward, scale, backward, unscale, clip, step, update, schedule.
 
-`train_step` is one optimizer step and `train` repeats it over the rows. Accumulation, loss scaling and clipping
-have to be done in one order:
+`train_step` is one optimizer step (`train_step_reference` in plain torch), `train` repeats it over the rows.
+Accumulation, loss scaling and clipping have to be done in one order:
 
     every micro-batch   loss · scale / tokens of the whole step  → backward: gradients add up, still scaled
     once per step       unscale → clip → step (skipped after an overflow) → update the scale
 
-The usual `loss = mean(batch) / accumulation_steps` weighs a token in a short micro-batch more than one in a long
-micro-batch. Here each micro-batch's *sum* is divided by the answer tokens of the whole step, so that 1 × 8 rows,
+The study documents' `loss = mean(batch) / accumulation_steps` weighs a token in a short micro-batch more than one in
+a long micro-batch. Here each micro-batch's *sum* is divided by the answer tokens of the whole step, so that 1 × 8 rows,
 8 × 1 rows and 2 ranks of 4 × 1 rows give the same gradient.
 """
 
@@ -19,22 +19,46 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 
 import torch
+import torch.nn.functional as F
 
 from ..amp import GradScaler
+from ..nn.loss import IGNORE_INDEX
 from ..optim import AdamW, cosine_with_warmup
 from .data import Example, batch_indices, collate
 from .distributed import World
 from .evaluation import CausalLM
 
 
-class Diverged(ValueError):
-    """The loss or its gradient is not finite any more."""
+def train_step_reference(model, batches: list, optimizer, scaler, max_grad_norm: float, dtype: torch.dtype) -> float:
+    """One optimizer step over several micro-batches: the study documents' loop, put right.
+
+    Args:
+        batches: (token ids, labels) pairs, each (rows, length), right-padded; a label of -100 is not learnt.
+        dtype: of the computation, by autocast.
+
+    Returns:
+        the loss per answer token.
+    """
+    tokens = sum((labels[:, 1:] != IGNORE_INDEX).sum() for _, labels in batches)
+    total = 0.0
+    for ids, labels in batches:
+        with torch.autocast(ids.device.type, dtype=dtype, enabled=dtype != torch.float32):
+            logits = model(ids).logits[:, :-1]
+        loss = F.cross_entropy(logits.flatten(0, 1).float(), labels[:, 1:].flatten(), reduction="sum") / tokens
+        scaler.scale(loss).backward()
+        total += loss.item()
+    scaler.unscale_(optimizer)
+    torch.nn.utils.clip_grad_norm_(model.parameters(), max_grad_norm)
+    scaler.step(optimizer)
+    scaler.update()
+    optimizer.zero_grad()
+    return total
 
 
 def train_step(
     training: "Training", batches: Iterable, answer_tokens: int, max_grad_norm: float
 ) -> tuple[float, float]:
-    """One optimizer step over several micro-batches.
+    """The same on several ranks, with a loss that looks at answer tokens alone, a schedule, and a check for NaN.
 
     Args:
         batches: (micro-batch on the device, whether it is the last) pairs, those of this rank.
@@ -70,6 +94,10 @@ def train_step(
         training.schedule.step()
     optimizer.zero_grad(set_to_none=True)
     return loss, grad_norm
+
+
+class Diverged(ValueError):
+    """The loss or its gradient is not finite any more."""
 
 
 @dataclass
