@@ -25,6 +25,7 @@ from .nn.files import write_json
 from .nn.merge import unload
 from .nn.multi import linear_layers
 from .training import data, logging, loop
+from .training.checkpoints import changed_marks
 from .training.models import adapter_record, choose_device, choose_dtype, fingerprint, load_base, save_with_record
 from .training.settings import FinetuneSettings, add_flags, differences
 from .trials import SEARCHED
@@ -99,10 +100,10 @@ def tune(settings: FinetuneSettings, trials: int, minutes: float | None = None, 
     runner = TrialRunner(settings)
     directory = Path(settings.output_dir)
     directory.mkdir(parents=True, exist_ok=True)
-    marks = {"base": runner.base, "data": data.digest(runner.examples), "search": list(search)}
+    marks = runner.marks | {"search": list(search)}
     record = {"settings": settings.to_json(), "search": list(search), "marks": marks, "versions": logging.versions()}
     known = directory / "tune.json"
-    if known.exists() and json.loads(known.read_text(encoding="utf-8"))["marks"] != marks:
+    if known.exists() and changed_marks(json.loads(known.read_text(encoding="utf-8"))["marks"], marks):
         raise ValueError(f"{directory}: base model, data or search are not what they were when this study began")
     write_json(known, record)
 
@@ -209,9 +210,10 @@ class TrialRunner:
         if len(held_out.examples) < 2:
             raise ValueError(f"tune needs at least 2 held-out rows to choose by, got {len(held_out.examples)}: "
                              "--eval-data, or --eval-fraction above 0")  # fmt: skip
-        self.base = fingerprint(self.model)
-        self.record = adapter_record(settings.model, settings.method, self.base, chats, eval_file)
         self.examples = learnt.examples
+        self.marks = {"base": fingerprint(self.model), "codes": fingerprint(self.model, scales=False),
+                      "data": data.digest(self.examples)}  # fmt: skip
+        self.record = adapter_record(settings.model, settings.method, self.marks["base"], chats, eval_file)
         self.choosing, self.untouched = held_out.examples[0::2], held_out.examples[1::2]
         apply_lora_to_model(self.model, settings.lora_r, settings.lora_alpha, settings.target_modules)  # does it fit?
         unload(self.model)

@@ -202,6 +202,23 @@ def test_every_difference_of_the_machine_is_named(finished, tmp_path, capsys):
         assert losses(out) == losses(finished)
 
 
+@pytest.mark.parametrize(
+    "before, changed",
+    [
+        ({"base": "b", "codes": "c", "data": "d"}, []),
+        ({"base": "other", "codes": "c", "data": "d"}, []),
+        ({"base": "other", "codes": "other", "data": "d"}, ["base"]),
+        ({"base": "other", "data": "d"}, ["base"]),
+        ({"base": "b", "data": "other"}, ["data"]),
+    ],
+    ids=["same", "scales", "codes", "version-0.1.0", "data"],
+)
+def test_what_marks_a_run_as_another(before, changed):
+    from handtuned.training.checkpoints import changed_marks
+
+    assert changed_marks(before, {"base": "b", "codes": "c", "data": "d"}) == changed
+
+
 def test_another_base_is_refused(rows, tmp_path, capsys):
     model = make_model(tmp_path / "model")
     assert finetune(model, rows, tmp_path / "out", "--max-steps", "1") == 0

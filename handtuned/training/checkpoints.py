@@ -106,11 +106,22 @@ def begin(directory: Path, settings: dict, marks: dict[str, str | int], needed: 
         logging.write_run(directory, settings, marks)
         return
     known = _read(directory)["marks"]
-    # On another kind of CPU the scales of the same base may be rounded differently; its 4-bit codes are not.
-    base = "base" if known["base"] == marks["base"] or "codes" not in known else "codes"
-    for what, name in ((base, f"base model ({settings['model']})"), ("data", "training data")):
-        if known[what] != marks[what]:
-            raise ValueError(f"{directory}: the {name} is not what it was when this run began")
+    for name in changed_marks(known, marks):
+        what = {"base": f"base model ({settings['model']})", "data": "training data"}.get(name)
+        if what:
+            raise ValueError(f"{directory}: the {what} is not what it was when this run began")
+    if known["base"] != marks["base"]:
+        print("the scales of the 4-bit base are rounded differently than when this run began")
+
+
+def changed_marks(before: dict, now: dict) -> list[str]:
+    """Which marks of base model, data and the like differ.
+
+    "codes" alone decides about a base in NF4: its scales may be rounded differently on another kind of CPU.
+    """
+    same_codes = "codes" in before and before["codes"] == now["codes"]
+    names = [name for name in now if name != "codes" and before.get(name) != now[name]]
+    return [name for name in names if name != "base" or not same_codes]
 
 
 def go_on(directory: Path, checkpoint: Path | None, training) -> int:

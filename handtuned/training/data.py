@@ -42,7 +42,7 @@ def load_chats(
     Args:
         path, eval_path: files of rows; without a `path` the shipped ones.
         eval_fraction: part of the rows held out when there is no `eval_path`.
-        eval_samples: at most so many are held out.
+        eval_samples: at most this many are held out.
     """
     if path is None:
         path, shipped = map(str, shipped_dataset())

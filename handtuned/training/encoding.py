@@ -18,7 +18,7 @@ from ..nn.loss import IGNORE_INDEX
 from .formats import Chat, DataError
 
 _GENERATION_MARK = re.compile(r"\{%-?\s*generation\s*-?%\}")  # a template that marks the answers itself
-_STAND_IN = "\ufdd0"  # a code point that is no character and never will be one
+_STAND_IN = "\ufdd0"  # a code point that is reserved never to be a character
 
 # For a tokenizer without a chat template. `bos` is empty where the tokenizer itself writes none.
 PLAIN_TEMPLATE = (
@@ -195,7 +195,7 @@ def _end_of_turn(ids: list[int], stop: int, tokenizer) -> int | None:
 
 
 def _is_special(token: int, tokenizer) -> bool:
-    """Whether a token is no text; one for unknown words is, and may well be an answer's last."""
+    """Whether a token stands for no text. One for unknown words does, and may well be an answer's last."""
     if token == tokenizer.unk_token_id != tokenizer.eos_token_id:
         return False
     return not tokenizer.decode([token], skip_special_tokens=True)

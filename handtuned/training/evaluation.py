@@ -5,7 +5,6 @@ import torch.nn.functional as F
 
 from ..nn.loss import IGNORE_INDEX, linear_cross_entropy
 from . import data
-from .distributed import World
 from .formats import as_text
 
 SHOWN_PROMPTS = 3
@@ -155,10 +154,11 @@ def end_tokens(model, tokenizer) -> list[int] | None:
     return sorted(found) or None
 
 
-def evaluate(world: World, lm: CausalLM, tokenizer, held_out: data.EncodedRows, results: dict, when: str) -> None:
+def evaluate(world, lm: CausalLM, tokenizer, held_out: data.EncodedRows, results: dict, when: str) -> None:
     """Score the held-out rows and answer the first of them; both go into `results`.
 
     Args:
+        world: the ranks that share the work (`distributed.World`).
         results: gets `when`: scores or None, and in "answers" one dict per prompt with `when`: the model's answer.
         when: "before" or "after" training.
     """
@@ -177,7 +177,7 @@ def evaluate(world: World, lm: CausalLM, tokenizer, held_out: data.EncodedRows, 
             entry[when] = answer
 
 
-def score(world: World, lm: CausalLM, held_out: list[data.Example], what: str) -> dict | None:
+def score(world, lm: CausalLM, held_out: list[data.Example], what: str) -> dict | None:
     """`rates` of the held-out rows, each run on one rank, behind a bar; None when there are none."""
     from tqdm import tqdm
 

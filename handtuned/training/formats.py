@@ -237,7 +237,7 @@ def _message(message: object, before: dict | None) -> dict:
     if role not in expected:
         raise DataError(f"role {role!r} out of order, expected {' or '.join(expected)}")
     calls = _tool_calls(message)
-    # Empty, and meant: a system message that switches off a template's own, and a call without a word.
+    # Empty on purpose: a system message that switches off a template's own, and a call without text.
     if (role == "system" and message.get("content") == "") or (calls and not message.get("content")):
         content = ""
     else:

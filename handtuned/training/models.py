@@ -39,7 +39,7 @@ def resolve(model: str) -> str:
     directory with a `config.json`.
 
     Raises:
-        ValueError: a path that is no model directory, or SmolLM2 could not be fetched.
+        ValueError: a path that is not a model directory, or SmolLM2 could not be fetched.
     """
     if model == "smollm2":
         return str(smollm2())
@@ -203,7 +203,7 @@ def fingerprint(model: torch.nn.Module, scales: bool = True, sample_bytes: int =
     """A sha256 over the base model as loaded: names, shapes, dtypes and the first bytes of every tensor.
 
     An adapter belongs to the base it was trained on, its quantization included
-    (merging it into another one silently loses quality); this distinguishes them.
+    (merging it into another one silently loses quality).
     LoRA parameters are left out.
 
     Args:

@@ -45,7 +45,7 @@ class FailureDetector:
         self.store, self.rank, self.addresses = store, rank, addresses
 
     def report(self, text: str) -> None:
-        """Leave word that this rank lives, and what went wrong on it if anything did."""
+        """Let the others know that this rank lives, and what went wrong on it if anything did."""
         with contextlib.suppress(RuntimeError):
             self.store.set(f"word/{self.rank}", text)
 
