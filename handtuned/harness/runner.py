@@ -23,7 +23,7 @@ import torch
 
 from ..gpu.roofline import Ceilings
 from ..kernels import backend
-from ..models import choose_device
+from ..training.models import choose_device
 from .report import describe, nvidia_smi, versions
 from .timing import OURS, TIME_UP, Case, run_case
 
