@@ -7,7 +7,7 @@ This is the mask of the torch path; the kernels draw theirs in registers, which 
 """
 
 import torch
-from handtuned.kernels.dropout import new_seed, dropout_mask, threshold_of
+from handtuned.kernels.dropout import dropout_mask, new_seed, threshold_of
 
 from handtuned.bench import script
 from handtuned.harness import Case

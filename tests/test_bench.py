@@ -59,7 +59,7 @@ def small(tmp_path, monkeypatch):
         "    yield Case('broken', lambda: torch.randn(10), {'handtuned': lambda x: lambda: x}, fail, bytes=40)\n"
     )
     monkeypatch.setattr(bench, "FOLDER", tmp_path)
-    monkeypatch.setattr(runner, "in_a_process", lambda settings, stop: runner.run_benchmarks(settings))
+    monkeypatch.setattr(runner, "in_a_process", lambda args, names, stop: runner.run_benchmarks(args, names))
     monkeypatch.setattr(timing, "cache_bytes", lambda device: 2**20)
     monkeypatch.setattr(roofline, "cache_bytes", lambda device: 2**20)
     return tmp_path

@@ -14,7 +14,6 @@ from torch.overrides import TorchFunctionMode
 
 from handtuned import bench
 from handtuned.gpu import roofline
-from handtuned.harness import report as reporting
 from handtuned.harness import runner, timing
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
@@ -130,7 +129,7 @@ def cases(device, quick):
 @pytest.fixture
 def command(gpu, tmp_path, monkeypatch):
     """Run `bench --device cuda` over scripts; gives its exit code and report."""
-    monkeypatch.setattr(runner, "in_a_process", lambda settings, stop: runner.run_benchmarks(settings))
+    monkeypatch.setattr(runner, "in_a_process", lambda args, names, stop: runner.run_benchmarks(args, names))
     monkeypatch.setattr(runner, "choose_device", lambda device: CUDA)
     rate = roofline.Ceilings.rate
     monkeypatch.setattr(roofline.Ceilings, "rate", lambda self, dtype: rate(roofline.Ceilings(CPU, True), dtype))
@@ -139,7 +138,7 @@ def command(gpu, tmp_path, monkeypatch):
         assert words[0] == "nvidia-smi" and f"--id=GPU-{UUID}" in words
         return types.SimpleNamespace(stdout="570.1, 1980 MHz, 1980 MHz, 3201 MHz, 40, 90.00 W\n", returncode=0)
 
-    monkeypatch.setattr(reporting.subprocess, "run", asked)
+    monkeypatch.setattr(runner.subprocess, "run", asked)
 
     def run(scripts, *words):
         for name, text in scripts.items():
@@ -170,8 +169,8 @@ def test_the_command_on_a_gpu(command, gpu, tmp_path, capsys):
 
 def test_a_gpu_of_which_nvidia_smi_knows_nothing_is_described_all_the_same(gpu, monkeypatch):
     missing = lambda *_, **__: (_ for _ in ()).throw(OSError())  # noqa: E731
-    monkeypatch.setattr(reporting.subprocess, "run", missing)
-    about = reporting.describe(CUDA)
+    monkeypatch.setattr(runner.subprocess, "run", missing)
+    about = runner.describe(CUDA)
     assert about["name"] == "NVIDIA H200" and about["before"] == {}
 
 
@@ -191,10 +190,10 @@ def test_a_lost_gpu_goes_on_in_a_new_process(command, monkeypatch):
     """It is lost in the first case: that is reported, the second is named, the other benchmark runs elsewhere."""
     asked = []
 
-    def processes(settings, stop):
-        asked.append(settings)
+    def processes(args, names, stop):
+        asked.append((args, names))
         if len(asked) == 1:
-            yield from runner.run_benchmarks(settings)
+            yield from runner.run_benchmarks(args, names)
         else:
             yield "records", ("later", [runner.untimed("from the new process")], {"copy": 7.0})
 
@@ -205,13 +204,13 @@ def test_a_lost_gpu_goes_on_in_a_new_process(command, monkeypatch):
     assert code == 1 and "AcceleratorError" in first["failed"]["handtuned"]
     assert second["name"] == "again" and second["skipped"] == {"all": "an earlier error lost the GPU"}
     assert report["results"]["later"][0]["name"] == "from the new process" and report["ceilings"] == {"copy": 7.0}
-    assert [settings.names for settings in asked] == [["double", "later"], ["later"]]
-    assert asked[1].deadline == asked[0].deadline and asked[1].rounds == 4, "what is left of the time, and no more"
+    assert [names for _, names in asked] == [["double", "later"], ["later"]]
+    assert asked[1][0].deadline == asked[0][0].deadline and asked[1][0].rounds == 4, "what is left of the time, no more"
 
 
 def test_a_new_process_that_fails_too_is_named(command, monkeypatch):
-    processes = iter([runner.run_benchmarks, lambda settings: [("died", -6)]])
-    monkeypatch.setattr(runner, "in_a_process", lambda settings, stop: next(processes)(settings))
+    processes = iter([runner.run_benchmarks, lambda args, names: [("died", -6)]])
+    monkeypatch.setattr(runner, "in_a_process", lambda args, names, stop: next(processes)(args, names))
     lost_after(monkeypatch, 0)
     code, report = command({"double": DOUBLE, "later": DOUBLE})
     assert code == 1

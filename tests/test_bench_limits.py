@@ -62,7 +62,7 @@ def timed(tmp_path, monkeypatch, capsys):
     clock = Clock()
     for module in (bench, runner, timing):
         monkeypatch.setattr(module, "time", clock)
-    monkeypatch.setattr(runner, "in_a_process", lambda settings, stop: runner.run_benchmarks(settings))
+    monkeypatch.setattr(runner, "in_a_process", lambda args, names, stop: runner.run_benchmarks(args, names))
     monkeypatch.setattr(runner, "Ceilings", NoCeilings)
 
     def command(scripts, *words):
@@ -247,7 +247,7 @@ def test_a_case_that_does_not_end_is_left_at_the_end_of_the_minutes(tmp_path):
 def test_when_the_time_is_up_every_case_that_is_left_is_named(tmp_path, monkeypatch, capsys):
     (tmp_path / "bench_hangs.py").write_text(HANGS)
     plan = [("hangs", "sleeps"), ("hangs", "never begun")]
-    monkeypatch.setattr(runner, "in_a_process", lambda settings, stop: [("plan", plan), ("time up", None)])
+    monkeypatch.setattr(runner, "in_a_process", lambda args, names, stop: [("plan", plan), ("time up", None)])
     parser = argparse.ArgumentParser()
     bench.add_arguments(parser)
     assert bench.run(parser.parse_args(["--benchmarks", str(tmp_path)])) == 0
