@@ -1,23 +1,20 @@
 """What the benchmarks do on a GPU only, run on a CPU: tensors asked of "cuda" are made here, and events stamp a time
 of their own. It shows wrong names and orders, not what a GPU would answer."""
 
-import argparse
 import io
 import json
 import sys
 import types
-from pathlib import Path
 
 import pytest
 import torch
+from bench_command import BENCHMARKS, run_bench, script, stay_in_this_process
 from torch.overrides import TorchFunctionMode
 
-from handtuned import bench
 from handtuned.gpu import roofline
 from handtuned.harness import runner, timing
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
-BENCHMARKS = Path(__file__).resolve().parents[1] / "benchmarks"
 UUID = "12345678-0000-0000-0000-000000000000"
 
 
@@ -129,7 +126,7 @@ def cases(device, quick):
 @pytest.fixture
 def command(gpu, tmp_path, monkeypatch):
     """Run `bench --device cuda` over scripts; gives its exit code and report."""
-    monkeypatch.setattr(runner, "in_a_process", lambda args, names, stop: runner.run_benchmarks(args, names))
+    stay_in_this_process(monkeypatch)
     monkeypatch.setattr(runner, "choose_device", lambda device: CUDA)
     rate = roofline.Ceilings.rate
     monkeypatch.setattr(roofline.Ceilings, "rate", lambda self, dtype: rate(roofline.Ceilings(CPU, True), dtype))
@@ -143,13 +140,10 @@ def command(gpu, tmp_path, monkeypatch):
     def run(scripts, *words):
         for name, text in scripts.items():
             (tmp_path / f"bench_{name}.py").write_text(text)
-        parser = argparse.ArgumentParser()
-        bench.add_arguments(parser)
         file = tmp_path / "gpu.json"
-        words = [*scripts, "--benchmarks", str(tmp_path), "--quick", "--json", str(file),
-                 "--plot", str(tmp_path / "gpu.png"), *words]  # fmt: skip
         with OnCpu():
-            code = bench.run(parser.parse_args(words))
+            code = run_bench(*scripts, "--benchmarks", tmp_path, "--quick", "--json", file,
+                             "--plot", tmp_path / "gpu.png", *words)  # fmt: skip
         return code, json.loads(file.read_text(encoding="utf-8"))
 
     return run
@@ -218,10 +212,6 @@ def test_a_new_process_that_fails_too_is_named(command, monkeypatch):
 
 
 # the scripts: what their cases do on a GPU, in small
-
-
-def script(name):
-    return runner.load(BENCHMARKS / f"bench_{name}.py")
 
 
 def small_cases():

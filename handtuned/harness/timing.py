@@ -129,7 +129,7 @@ def take_turns(
         turn). Empty if the deadline was over before a first round.
     """
     endless = {name: itertools.cycle(calls) for name, calls in runs.items()}
-    counts, lead, queued = {}, {}, {}
+    counts, queued = {}, {}
     for name, calls in endless.items():
         if time.monotonic() >= deadline:
             return {}
@@ -137,13 +137,13 @@ def take_turns(
         queued[name] = statistics.median(turn(device, [next(calls)])[1] for _ in range(3))
         once, _ = turn(device, [next(calls)], queued[name])
         counts[name] = min(50, max(1, math.ceil(least / max(once, 1e-9))))
-        lead[name] = queued[name] * counts[name]
     seconds, host = {name: [] for name in runs}, {name: [] for name in runs}
     for done in range(rounds):
         if time.monotonic() >= (deadline if done < FIRST_ROUNDS else min(share, deadline)):
             break
         for name, calls in endless.items():
-            device_time, host_time = turn(device, list(itertools.islice(calls, counts[name])), lead[name])
+            several = list(itertools.islice(calls, counts[name]))
+            device_time, host_time = turn(device, several, queued[name] * len(several))
             seconds[name].append(device_time)
             host[name].append(queued[name] if host_time is None else host_time)
     return {
@@ -218,11 +218,7 @@ def run_case(
             record["skipped"][name] = TIME_UP
             continue
         try:
-            calls = [make(inputs) for inputs in sets]
-            check(name, calls[0]())
-            for call in calls[1:]:
-                call()
-            runs[name] = calls
+            runs[name] = _checked(name, make, sets, check)
         except Exception as error:  # whatever a library raises, the others are still timed
             missing = (error.name or "").split(".")[0] if isinstance(error, ModuleNotFoundError) else ""
             if missing in {MODULES.get(library, library) for library in needs}:
@@ -239,6 +235,15 @@ def run_case(
         for name, taken in times.items():
             record["contestants"][name] = taken | {"ratio": taken["median"] / times[OURS]["median"]}
     return record
+
+
+def _checked(name: str, make: Callable, sets: list, check: Callable) -> list[Callable]:
+    """A provider's callables, one for each input set, all of them run once, and the first result checked."""
+    calls = [make(inputs) for inputs in sets]
+    check(name, calls[0]())
+    for call in calls[1:]:
+        call()
+    return calls
 
 
 def in_words(error: Exception) -> str:
