@@ -34,7 +34,7 @@ import torch
 from handtuned.answers import AnswerModel
 from handtuned.bench import script
 from handtuned.data import encode, shipped_dataset
-from handtuned.harness.timing import TIME_UP, libraries, summary
+from handtuned.harness.timing import TIME_UP, libraries, not_installed, summary
 from handtuned.models import choose_dtype, load_base, smollm2
 from handtuned.rows import load_rows
 
@@ -231,13 +231,6 @@ def answer(record, name, ask):
         return None
     except RuntimeError as error:
         record["failed"][name] = str(error)
-
-
-def not_installed(name):
-    import importlib.util
-
-    missing = [library for library in libraries(name) if importlib.util.find_spec(library) is None]
-    return f"{missing[0]} is not installed" if missing else ""
 
 
 def apart(turns):

@@ -38,8 +38,6 @@ from .timing import OURS, TIME_UP, Case, in_words, run_case
 FIRST = ("nf4", "nf4_quantize", "qlora", "nf4_matmul", "lora", "lora_gemms", "finetune", "matmul", "adamw", "unscale")
 MEASURE_WEIGHT = 8  # a `measure`'s share of the time, in cases
 
-Event = tuple[str, object]
-
 
 def found_benchmarks(folder: Path) -> dict[str, Path]:
     """name → script, the most informative first.
@@ -97,7 +95,7 @@ def untimed(name: str, skipped: str = "", failed: str = "") -> dict:
             "failed": {OURS: failed} if failed else {}}  # fmt: skip
 
 
-def run_benchmarks(args: argparse.Namespace, names: list[str]) -> Iterator[Event]:
+def run_benchmarks(args: argparse.Namespace, names: list[str]) -> Iterator[tuple[str, object]]:
     """Run them one after another, in this process.
 
     Yields:
@@ -175,7 +173,7 @@ def _lost(device: torch.device) -> bool:
     return False
 
 
-def in_a_process(args: argparse.Namespace, names: list[str], stop: float) -> Iterator[Event]:
+def in_a_process(args: argparse.Namespace, names: list[str], stop: float) -> Iterator[tuple[str, object]]:
     """The events of `run_benchmarks` in a process of its own, which can be ended whatever it is at.
 
     Yields:

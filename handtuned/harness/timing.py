@@ -11,6 +11,7 @@ What makes a time honest here:
   turn, so gaps between launches do not count; what the host needs for a call is reported beside it.
 """
 
+import importlib.util
 import itertools
 import math
 import statistics
@@ -63,6 +64,13 @@ class Case:
 def libraries(name: str) -> set[str]:
     """The libraries that a provider's name mentions: "peft + bitsandbytes" → {"peft", "bitsandbytes"}."""
     return {word for word in name.replace("+", " ").split() if word in RIVALS}
+
+
+def not_installed(name: str) -> str:
+    """Which library of a provider is missing, in words; nothing if all are there."""
+    modules = sorted(MODULES.get(library, library) for library in libraries(name))
+    missing = [module for module in modules if importlib.util.find_spec(module) is None]
+    return f"{missing[0]} is not installed" if missing else ""
 
 
 def cache_bytes(device: torch.device) -> int:
@@ -211,20 +219,15 @@ def run_case(
         return record
     runs = {}
     for name, make in case.providers.items():
-        needs = libraries(name)
-        if not needs <= set(against):
+        if not libraries(name) <= set(against):
             continue
-        if time.monotonic() >= deadline:
-            record["skipped"][name] = TIME_UP
+        if why := not_installed(name) or (TIME_UP if time.monotonic() >= deadline else ""):
+            record["skipped"][name] = why
             continue
         try:
             runs[name] = _checked(name, make, sets, check)
         except Exception as error:  # whatever a library raises, the others are still timed
-            missing = (error.name or "").split(".")[0] if isinstance(error, ModuleNotFoundError) else ""
-            if missing in {MODULES.get(library, library) for library in needs}:
-                record["skipped"][name] = f"{missing} is not installed"
-            else:
-                record["failed"][name] = in_words(error)
+            record["failed"][name] = in_words(error)
     if OURS in runs:
         try:
             times = take_turns(runs, rounds, device, share, deadline)

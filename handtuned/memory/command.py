@@ -1,6 +1,7 @@
 """`handtuned memory`: what training will take, what would make it fit, and whether the estimate is right."""
 
 import argparse
+import contextlib
 import re
 
 import torch
@@ -52,7 +53,8 @@ def run(args: argparse.Namespace) -> int:
         chosen = torch.bfloat16 if budget else choose_dtype("auto", choose_device("auto"))
         settings["dtype"] = str(chosen).removeprefix("torch.")
     targets = tuple(part for word in args.target_modules for part in word.split(","))
-    settings["model"] = _number_or_name(args.model)
+    with contextlib.suppress(ValueError):
+        settings["model"] = float(args.model)
     settings["target_modules"] = "all-linear" if targets == ("all-linear",) else targets
     settings["accumulation_steps"] = settings.pop("gradient_accumulation_steps")
     breakdown = estimate(**settings)
@@ -81,13 +83,6 @@ def _measured(settings: dict, model: str) -> Measurement:
     names = ("method", "batch", "seq", "checkpoint", "logits", "lora_r", "target_modules", "accumulation_steps")
     step = training_step(loaded, **{name: settings[name] for name in names})
     return measure(step, device=place.type)
-
-
-def _number_or_name(model: str):
-    try:
-        return float(model)
-    except ValueError:
-        return model
 
 
 def parse_size(text: str) -> int:
