@@ -32,7 +32,7 @@ from pathlib import Path
 import torch
 
 from handtuned.bench import script
-from handtuned.harness.timing import TIME_UP, libraries, summary
+from handtuned.harness.timing import TIME_UP, libraries, not_installed, summary
 from handtuned.training.data import encode, shipped_dataset
 from handtuned.training.formats import load_rows
 from handtuned.training.models import choose_dtype, load_base, smollm2
@@ -232,13 +232,6 @@ def answer(record, name, ask):
         return None
     except RuntimeError as error:
         record["failed"][name] = str(error)
-
-
-def not_installed(name):
-    import importlib.util
-
-    missing = [library for library in libraries(name) if importlib.util.find_spec(library) is None]
-    return f"{missing[0]} is not installed" if missing else ""
 
 
 def apart(turns):

@@ -5,16 +5,15 @@ ceilings that they are compared with `gpu/roofline.py`. What the time limit cut 
 """
 
 import argparse
+import contextlib
 import datetime
 import math
 import sys
 import time
-from dataclasses import replace
 from pathlib import Path
 
 from .gpu.roofline import draw
 from .harness import runner
-from .harness.report import text
 from .harness.timing import OURS, RIVALS, TIME_UP, cut_short
 from .nn.files import write_json
 from .training import logging
@@ -26,13 +25,10 @@ BEGIN_UNTIL, STOP_AT = 0.95, 0.975  # of the minutes: begin nothing after the fi
 
 
 def _minutes(word: str) -> float:
-    try:
-        minutes = math.inf if word == "none" else float(word)
-    except ValueError:
-        minutes = 0.0
-    if not minutes > 0:
-        raise argparse.ArgumentTypeError(f"expected minutes above 0, or none, got {word!r}")
-    return minutes
+    with contextlib.suppress(ValueError):
+        if (minutes := float("inf" if word == "none" else word)) > 0:
+            return minutes
+    raise argparse.ArgumentTypeError(f"expected minutes above 0, or none, got {word!r}")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -56,8 +52,8 @@ def run(args: argparse.Namespace) -> int:
     for name in args.names:
         if name not in found:
             raise ValueError(f"no benchmark {name!r}; there are: {', '.join(found)}")
-    against = [word for word in args.against.split(",") if word]
-    for word in against:
+    args.against = [word for word in args.against.split(",") if word]
+    for word in args.against:
         if word not in RIVALS:
             raise ValueError(f"--against {word}: not one of {', '.join(RIVALS)}")
     if args.rounds is not None and args.rounds < 1:
@@ -65,6 +61,8 @@ def run(args: argparse.Namespace) -> int:
     names = list(dict.fromkeys(args.names)) or list(found)
     mode = "quick" if args.quick else "full"
     minutes, begun = args.minutes or MINUTES[mode], time.monotonic()
+    args.rounds = args.rounds or ROUNDS[mode]
+    args.deadline = begun + 60 * minutes * BEGIN_UNTIL
     report = {
         "command": logging.command_line(),
         "date": datetime.datetime.now(datetime.timezone.utc).isoformat("T", "seconds"),
@@ -76,16 +74,20 @@ def run(args: argparse.Namespace) -> int:
         "results": {name: [] for name in names},
     }
 
+    def keep(name: str, made: list[dict]) -> None:
+        if not report["results"][name]:
+            print(f"\n== {name}", flush=True)
+        report["results"][name] += made
+        print("\n".join(map(text, made)), flush=True)
+        save()
+
     def save() -> None:
         report["seconds"] = round(time.monotonic() - begun, 1)
         if args.json:
             write_json(Path(args.json), report)
 
-    settings = runner.Settings(names, args.benchmarks, args.device, against, args.quick, args.rounds or ROUNDS[mode],
-                               args.seed, begun + 60 * minutes * BEGIN_UNTIL)  # fmt: skip
     while names:
-        events = runner.in_a_process(replace(settings, names=names), begun + 60 * minutes * STOP_AT)
-        names = _take_over(events, names, report, save)
+        names = _take_over(runner.in_a_process(args, names, begun + 60 * minutes * STOP_AT), names, report, keep)
 
     ceilings = ", ".join(f"{key} {value / 1e9:,.0f} G{'B' if key == 'copy' else 'FLOP'}/s"
                          for key, value in report["ceilings"].items())  # fmt: skip
@@ -100,20 +102,10 @@ def run(args: argparse.Namespace) -> int:
     return int(any(name.startswith(OURS) for record in every for name in record["failed"]))
 
 
-def _take_over(events, names: list[str], report: dict, save) -> list[str]:
+def _take_over(events, names: list[str], report: dict, keep) -> list[str]:
     """Print and keep what one process finds; gives the benchmarks that are left for the next one."""
-    pending, at = [(name, name) for name in names], ""
+    pending = [(name, name) for name in names]
     ended, why = set(), {}  # benchmarks that this process does not finish, and what becomes of their cases
-
-    def keep(name: str, made: list[dict]) -> None:
-        nonlocal at
-        if name != at:
-            print(f"\n== {name}", flush=True)
-            at = name
-        report["results"][name] += made
-        print("\n".join(map(text, made)), flush=True)
-        save()
-
     for kind, found in events:
         if kind == "machine" and not report["device"]:
             report.update(found)
@@ -140,6 +132,41 @@ def _take_over(events, names: list[str], report: dict, save) -> list[str]:
         if name in ended:
             keep(name, [runner.untimed(title, **why)])
     return list(dict.fromkeys(name for name, _ in pending if name not in ended))
+
+
+def text(record: dict) -> str:
+    """One record as a small table."""
+    times = record["contestants"]
+    head = record["name"]
+    if "floor" in record:
+        factor, unit = _unit(record["floor"])
+        head += f"   floor {record['floor'] * factor:.3g} {unit} ({record['bound']})"
+    notes = cut_short(record) + ([] if record.get("cold", True) else ["inputs fit in the cache"])
+    lines = [head + "".join(f"   [{note}]" for note in notes)]
+    if times:
+        factor, unit = _unit(times[OURS]["median"])
+        width = max(map(len, times))
+        lines.append(f"  {'':{width}} {'median ' + unit:>10} {'p20 – p80':>17} {'speed':>15} {'of ceiling':>11}"
+                     f" {'host ' + unit:>9} {'ratio':>7}")  # fmt: skip
+    for name, taken in times.items():
+        spread = f"{taken['p20'] * factor:.4g} – {taken['p80'] * factor:.4g}"
+        if "tokens_per_second" in taken:
+            speed = f"{taken['tokens_per_second']:.0f} tokens/s"
+        elif record.get("bound") == "arithmetic":
+            speed = f"{taken['flops_per_second'] / 1e12:.3g} TFLOP/s"
+        else:
+            speed = f"{taken['bytes_per_second'] / 1e9:.4g} GB/s" if "bytes_per_second" in taken else ""
+        share = f"{taken['of_ceiling']:.0%}" if "of_ceiling" in taken else ""
+        peak = f"  peak {taken['peak_bytes'] / 1e6:.0f} MB" if "peak_bytes" in taken else ""
+        lines.append(f"  {name:{width}} {taken['median'] * factor:10.4g} {spread:>17} {speed:>15} {share:>11}"
+                     f" {taken['host'] * factor:9.3g} {taken['ratio']:6.2f}x{peak}")  # fmt: skip
+    lines += [f"  {name}: skipped, {why}" for name, why in record["skipped"].items()]
+    lines += [f"  {name}: NOT TIMED, {why}" for name, why in record["failed"].items()]
+    return "\n".join(lines)
+
+
+def _unit(seconds: float) -> tuple[float, str]:
+    return (1e6, "µs") if seconds < 1e-3 else (1e3, "ms") if seconds < 1 else (1, "s")
 
 
 def script(path: str) -> int:

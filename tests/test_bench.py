@@ -1,10 +1,10 @@
 """The benchmark command: the ceilings it compares with, what it writes and prints, what it refuses."""
 
-import argparse
 import json
 
 import pytest
 import torch
+from bench_command import run_bench, stay_in_this_process
 
 from handtuned import bench
 from handtuned.gpu import roofline
@@ -59,16 +59,14 @@ def small(tmp_path, monkeypatch):
         "    yield Case('broken', lambda: torch.randn(10), {'handtuned': lambda x: lambda: x}, fail, bytes=40)\n"
     )
     monkeypatch.setattr(bench, "FOLDER", tmp_path)
-    monkeypatch.setattr(runner, "in_a_process", lambda settings, stop: runner.run_benchmarks(settings))
+    stay_in_this_process(monkeypatch)
     monkeypatch.setattr(timing, "cache_bytes", lambda device: 2**20)
     monkeypatch.setattr(roofline, "cache_bytes", lambda device: 2**20)
     return tmp_path
 
 
 def run(*words):
-    parser = argparse.ArgumentParser()
-    bench.add_arguments(parser)
-    return bench.run(parser.parse_args(["--device", "cpu", "--quick", *words]))
+    return run_bench("--device", "cpu", "--quick", *words)
 
 
 def test_the_command_writes_json_a_table_and_a_picture(small, capsys):

@@ -1,24 +1,20 @@
 """What the benchmarks do on a GPU only, run on a CPU: tensors asked of "cuda" are made here, and events stamp a time
 of their own. It shows wrong names and orders, not what a GPU would answer."""
 
-import argparse
 import io
 import json
 import sys
 import types
-from pathlib import Path
 
 import pytest
 import torch
+from bench_command import BENCHMARKS, run_bench, script, stay_in_this_process
 from torch.overrides import TorchFunctionMode
 
-from handtuned import bench
 from handtuned.gpu import roofline
-from handtuned.harness import report as reporting
 from handtuned.harness import runner, timing
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
-BENCHMARKS = Path(__file__).resolve().parents[1] / "benchmarks"
 UUID = "12345678-0000-0000-0000-000000000000"
 
 
@@ -130,7 +126,7 @@ def cases(device, quick):
 @pytest.fixture
 def command(gpu, tmp_path, monkeypatch):
     """Run `bench --device cuda` over scripts; gives its exit code and report."""
-    monkeypatch.setattr(runner, "in_a_process", lambda settings, stop: runner.run_benchmarks(settings))
+    stay_in_this_process(monkeypatch)
     monkeypatch.setattr(runner, "choose_device", lambda device: CUDA)
     rate = roofline.Ceilings.rate
     monkeypatch.setattr(roofline.Ceilings, "rate", lambda self, dtype: rate(roofline.Ceilings(CPU, True), dtype))
@@ -139,18 +135,15 @@ def command(gpu, tmp_path, monkeypatch):
         assert words[0] == "nvidia-smi" and f"--id=GPU-{UUID}" in words
         return types.SimpleNamespace(stdout="570.1, 1980 MHz, 1980 MHz, 3201 MHz, 40, 90.00 W\n", returncode=0)
 
-    monkeypatch.setattr(reporting.subprocess, "run", asked)
+    monkeypatch.setattr(runner.subprocess, "run", asked)
 
     def run(scripts, *words):
         for name, text in scripts.items():
             (tmp_path / f"bench_{name}.py").write_text(text)
-        parser = argparse.ArgumentParser()
-        bench.add_arguments(parser)
         file = tmp_path / "gpu.json"
-        words = [*scripts, "--benchmarks", str(tmp_path), "--quick", "--json", str(file),
-                 "--plot", str(tmp_path / "gpu.png"), *words]  # fmt: skip
         with OnCpu():
-            code = bench.run(parser.parse_args(words))
+            code = run_bench(*scripts, "--benchmarks", tmp_path, "--quick", "--json", file,
+                             "--plot", tmp_path / "gpu.png", *words)  # fmt: skip
         return code, json.loads(file.read_text(encoding="utf-8"))
 
     return run
@@ -170,8 +163,8 @@ def test_the_command_on_a_gpu(command, gpu, tmp_path, capsys):
 
 def test_a_gpu_of_which_nvidia_smi_knows_nothing_is_described_all_the_same(gpu, monkeypatch):
     missing = lambda *_, **__: (_ for _ in ()).throw(OSError())  # noqa: E731
-    monkeypatch.setattr(reporting.subprocess, "run", missing)
-    about = reporting.describe(CUDA)
+    monkeypatch.setattr(runner.subprocess, "run", missing)
+    about = runner.describe(CUDA)
     assert about["name"] == "NVIDIA H200" and about["before"] == {}
 
 
@@ -191,10 +184,10 @@ def test_a_lost_gpu_goes_on_in_a_new_process(command, monkeypatch):
     """It is lost in the first case: that is reported, the second is named, the other benchmark runs elsewhere."""
     asked = []
 
-    def processes(settings, stop):
-        asked.append(settings)
+    def processes(args, names, stop):
+        asked.append((args, names))
         if len(asked) == 1:
-            yield from runner.run_benchmarks(settings)
+            yield from runner.run_benchmarks(args, names)
         else:
             yield "records", ("later", [runner.untimed("from the new process")], {"copy": 7.0})
 
@@ -205,13 +198,13 @@ def test_a_lost_gpu_goes_on_in_a_new_process(command, monkeypatch):
     assert code == 1 and "AcceleratorError" in first["failed"]["handtuned"]
     assert second["name"] == "again" and second["skipped"] == {"all": "an earlier error lost the GPU"}
     assert report["results"]["later"][0]["name"] == "from the new process" and report["ceilings"] == {"copy": 7.0}
-    assert [settings.names for settings in asked] == [["double", "later"], ["later"]]
-    assert asked[1].deadline == asked[0].deadline and asked[1].rounds == 4, "what is left of the time, and no more"
+    assert [names for _, names in asked] == [["double", "later"], ["later"]]
+    assert asked[1][0].deadline == asked[0][0].deadline and asked[1][0].rounds == 4, "what is left of the time, no more"
 
 
 def test_a_new_process_that_fails_too_is_named(command, monkeypatch):
-    processes = iter([runner.run_benchmarks, lambda settings: [("died", -6)]])
-    monkeypatch.setattr(runner, "in_a_process", lambda settings, stop: next(processes)(settings))
+    processes = iter([runner.run_benchmarks, lambda args, names: [("died", -6)]])
+    monkeypatch.setattr(runner, "in_a_process", lambda args, names, stop: next(processes)(args, names))
     lost_after(monkeypatch, 0)
     code, report = command({"double": DOUBLE, "later": DOUBLE})
     assert code == 1
@@ -219,10 +212,6 @@ def test_a_new_process_that_fails_too_is_named(command, monkeypatch):
 
 
 # the scripts: what their cases do on a GPU, in small
-
-
-def script(name):
-    return runner.load(BENCHMARKS / f"bench_{name}.py")
 
 
 def small_cases():

@@ -1,6 +1,5 @@
 """How the benchmark command keeps its time: on a made-up clock, on which only the work itself takes time."""
 
-import argparse
 import json
 import math
 import os
@@ -8,15 +7,14 @@ import signal
 import subprocess
 import sys
 import types
-from pathlib import Path
 
 import pytest
 import torch
+from bench_command import BENCHMARKS, run_bench, stay_in_this_process
+from bench_command import script as shipped
 
 from handtuned import bench
 from handtuned.harness import runner, timing
-
-BENCHMARKS = Path(__file__).resolve().parents[1] / "benchmarks"
 
 CASES = """
 from handtuned.harness import timing
@@ -62,18 +60,15 @@ def timed(tmp_path, monkeypatch, capsys):
     clock = Clock()
     for module in (bench, runner, timing):
         monkeypatch.setattr(module, "time", clock)
-    monkeypatch.setattr(runner, "in_a_process", lambda settings, stop: runner.run_benchmarks(settings))
+    stay_in_this_process(monkeypatch)
     monkeypatch.setattr(runner, "Ceilings", NoCeilings)
 
     def command(scripts, *words):
         for name, text in scripts.items():
             (tmp_path / f"bench_{name}.py").write_text(text)
-        parser = argparse.ArgumentParser()
-        bench.add_arguments(parser)
         file, begun = tmp_path / "out.json", clock.now
-        words = [*scripts, "--benchmarks", str(tmp_path), "--device", "cpu", "--rounds", "20",
-                 "--json", str(file), *words]  # fmt: skip
-        assert bench.run(parser.parse_args(words)) == 0
+        fixed = ("--benchmarks", tmp_path, "--device", "cpu", "--rounds", 20, "--json", file)
+        assert run_bench(*scripts, *fixed, *words) == 0
         return clock.now - begun, json.loads(file.read_text(encoding="utf-8")), capsys.readouterr().out
 
     return command
@@ -174,7 +169,7 @@ def test_the_tables_tell_what_was_cut_short():
 @pytest.fixture
 def finetune(monkeypatch, tmp_path):
     """bench_finetune on the made-up clock, with children that answer at once, and with `sleep` never."""
-    module = runner.load(BENCHMARKS / "bench_finetune.py")
+    module = shipped("finetune")
     monkeypatch.setattr(module, "smollm2", lambda: tmp_path / "nowhere")
     monkeypatch.setattr(module, "batches", lambda *_: (torch.zeros(2), torch.zeros(2)))
     monkeypatch.setattr(module, "time", Clock())
@@ -247,9 +242,7 @@ def test_a_case_that_does_not_end_is_left_at_the_end_of_the_minutes(tmp_path):
 def test_when_the_time_is_up_every_case_that_is_left_is_named(tmp_path, monkeypatch, capsys):
     (tmp_path / "bench_hangs.py").write_text(HANGS)
     plan = [("hangs", "sleeps"), ("hangs", "never begun")]
-    monkeypatch.setattr(runner, "in_a_process", lambda settings, stop: [("plan", plan), ("time up", None)])
-    parser = argparse.ArgumentParser()
-    bench.add_arguments(parser)
-    assert bench.run(parser.parse_args(["--benchmarks", str(tmp_path)])) == 0
+    monkeypatch.setattr(runner, "in_a_process", lambda args, names, stop: [("plan", plan), ("time up", None)])
+    assert run_bench("--benchmarks", tmp_path) == 0
     said = capsys.readouterr().out
     assert "sleeps\n  all: skipped, the time was up" in said and "2 of 2 cases were cut short or left out" in said

@@ -1,21 +1,15 @@
 """The benchmark scripts of this repository: every provider's result is right, in the cases of a CPU and of a GPU."""
 
-from pathlib import Path
-
 import pytest
 import torch
+from bench_command import BENCHMARKS, script
 
 from handtuned.harness import runner, timing
 
 CPU = torch.device("cpu")
 HERE = ("torch", "peft", "bitsandbytes")  # rivals that run on a CPU; the others: test_rivals.py
-BENCHMARKS = Path(__file__).resolve().parents[1] / "benchmarks"
 NAMES = ["nf4", "nf4_quantize", "nf4_matmul", "lora", "lora_gemms", "qlora", "matmul", "dropout", "adamw", "unscale",
          "loss"]  # fmt: skip
-
-
-def script(name):
-    return runner.load(BENCHMARKS / f"bench_{name}.py")
 
 
 def test_every_script_is_found_and_offers_cases():

@@ -3,13 +3,12 @@
 Each is skipped where it is not installed. unsloth cannot be imported without a GPU, so it has no test here.
 """
 
-from pathlib import Path
-
 import pytest
 import torch
+from bench_command import script
 from handtuned.kernels.runtime import INTERPRETED
 
-from handtuned.harness import runner, timing
+from handtuned.harness import timing
 
 CPU = torch.device("cpu")
 
@@ -19,6 +18,6 @@ CPU = torch.device("cpu")
 def test_liger_is_called_as_it_wants_to_be(dtype, monkeypatch):
     pytest.importorskip("liger_kernel")
     monkeypatch.setattr(timing, "cache_bytes", lambda device: 1)
-    case = runner.load(Path(__file__).parents[1] / "benchmarks" / "bench_loss.py").case(12, 64, 500, dtype, CPU)
+    case = script("loss").case(12, 64, 500, dtype, CPU)
     record = timing.run_case(case, CPU, against=["liger"], rounds=1)
     assert record["failed"] == {} == record["skipped"] and set(record["contestants"]) == {"handtuned", "liger"}

@@ -1,6 +1,6 @@
 """The benchmark harness: providers of one result are checked first, then timed in turns (`timing.py`).
 
-`runner.py` runs the scripts of a folder within a time limit, `report.py` says what it found and on which machine.
+`runner.py` runs the scripts of a folder within a time limit, and says on which machine.
 """
 
 from .timing import Case, compare, table

@@ -7,47 +7,36 @@ How a time limit is kept: each case has its share of what is left, and what it d
 its share it may have all its rounds, beyond it the first three, beyond the deadline none. Preparing and compiling count
 like everything else. The benchmarks run in a process of their own (`in_a_process`), which is ended when it is still at
 one of them and the minutes are nearly over, and replaced by another one when an error has lost the GPU or ended it.
+
+`args` is what `handtuned bench` was told, and `deadline`, the moment of time.monotonic() (all processes share it) to
+begin nothing after.
 """
 
+import argparse
+import gc
 import importlib.util
 import math
 import multiprocessing
+import platform
+import re
 import signal
+import subprocess
 import sys
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
 from ..gpu.roofline import Ceilings
 from ..kernels import backend
+from ..training import logging
 from ..training.models import choose_device
-from .report import describe, nvidia_smi, versions
-from .timing import OURS, TIME_UP, Case, run_case
+from .timing import OURS, TIME_UP, Case, in_words, run_case
 
 # What a time limit may not cut off.
 FIRST = ("nf4", "nf4_quantize", "qlora", "nf4_matmul", "lora", "lora_gemms", "finetune", "matmul", "adamw", "unscale")
 MEASURE_WEIGHT = 8  # a `measure`'s share of the time, in cases
-
-Event = tuple[str, object]
-
-
-@dataclass(frozen=True)
-class Settings:
-    """What the process that runs benchmarks has to know: `names` in order, the `folder` of their scripts, what
-    `handtuned bench` was told, and the moment of time.monotonic() (all processes share it) to begin nothing after.
-    """
-
-    names: list[str]
-    folder: Path
-    device: str
-    against: list[str]
-    quick: bool
-    rounds: int
-    seed: int
-    deadline: float
 
 
 def found_benchmarks(folder: Path) -> dict[str, Path]:
@@ -74,13 +63,39 @@ def load(path: Path):
     return module
 
 
+def nvidia_smi(device: torch.device) -> dict[str, str]:
+    uuid = getattr(torch.cuda.get_device_properties(device), "uuid", None)  # CUDA_VISIBLE_DEVICES renumbers GPUs
+    gpu = f"GPU-{uuid}" if uuid else device.index or 0
+    fields = ["driver_version", "clocks.sm", "clocks.max.sm", "clocks.mem", "temperature.gpu", "power.draw"]
+    command = ["nvidia-smi", f"--query-gpu={','.join(fields)}", "--format=csv,noheader", f"--id={gpu}"]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=20)
+    except (OSError, subprocess.TimeoutExpired):
+        return {}
+    values = done.stdout.strip().split(", ")
+    return dict(zip(fields, values, strict=True)) if len(values) == len(fields) else {}
+
+
+def describe(device: torch.device) -> dict:
+    """The device in words and numbers."""
+    if device.type == "cuda":
+        gpu = torch.cuda.get_device_properties(device)
+        about = {"kind": "cuda", "name": gpu.name, "arch": f"sm_{gpu.major}{gpu.minor}",
+                 "multiprocessors": gpu.multi_processor_count, "memory": gpu.total_memory}  # fmt: skip
+        return about | {"before": nvidia_smi(device), "after": {}}  # after: each benchmark, while clocks are still up
+    info = Path("/proc/cpuinfo")
+    models = re.findall(r"^model name\s*:\s*(.*)", info.read_text(), re.MULTILINE) if info.exists() else []
+    return {"kind": "cpu", "name": (models or [platform.processor() or platform.machine()])[0].strip(),
+            "threads": torch.get_num_threads(), "capability": torch.backends.cpu.get_cpu_capability()}  # fmt: skip
+
+
 def untimed(name: str, skipped: str = "", failed: str = "") -> dict:
     """The record of something that has no times."""
     return {"name": name, "bytes": 0, "flops": 0, "contestants": {}, "skipped": {"all": skipped} if skipped else {},
             "failed": {OURS: failed} if failed else {}}  # fmt: skip
 
 
-def run_benchmarks(settings: Settings) -> Iterator[Event]:
+def run_benchmarks(args: argparse.Namespace, names: list[str]) -> Iterator[tuple[str, object]]:
     """Run them one after another, in this process.
 
     Yields:
@@ -91,21 +106,24 @@ def run_benchmarks(settings: Settings) -> Iterator[Event]:
     Raises:
         ValueError: an unknown device, or kernels are interpreted.
     """
-    device = choose_device(settings.device)
+    device = choose_device(args.device)
     if backend(torch.empty(0, device=device)) == "interpreter":
         raise ValueError("TRITON_INTERPRET is set: this would time the interpreter; run it with TRITON_INTERPRET=0")
-    torch.manual_seed(settings.seed)
+    torch.manual_seed(args.seed)
     if device.type == "cuda":
         torch.cuda.set_device(device)
-    ceilings = Ceilings(device, settings.quick)
-    yield "machine", {"device": describe(device), "versions": versions()}
-    jobs = _jobs(settings, device)
-    yield "plan", [(name, _title(name, job)) for name, job in jobs]
-    for at, (name, job) in enumerate(jobs):
+    ceilings = Ceilings(device, args.quick)
+    versions = logging.versions("peft", "bitsandbytes", "liger_kernel", "unsloth")
+    versions |= {"cuda": torch.version.cuda} if torch.version.cuda else {}
+    yield "machine", {"device": describe(device), "versions": versions}
+    jobs = _jobs(args, names, device)
+    yield "plan", [(name, title) for name, title, _ in jobs]
+    for at, (name, title, job) in enumerate(jobs):
         now = time.monotonic()
-        weights = [MEASURE_WEIGHT if hasattr(later, "measure") else 1 for _, later in jobs[at:]]
-        share = now + (settings.deadline - now) * weights[0] / sum(weights)
-        yield "records", (name, _run_job(name, job, device, settings, ceilings, share), dict(ceilings.found))
+        weights = [MEASURE_WEIGHT if hasattr(later, "measure") else 1 for _, _, later in jobs[at:]]
+        share = now + (args.deadline - now) * weights[0] / sum(weights)
+        yield "records", (name, _run_job(title, job, device, args, ceilings, share), dict(ceilings.found))
+        gc.collect()
         if device.type == "cuda":
             if _lost(device):
                 yield "lost", name
@@ -115,50 +133,47 @@ def run_benchmarks(settings: Settings) -> Iterator[Event]:
                 yield "clocks", (name, nvidia_smi(device))
 
 
-def _jobs(settings: Settings, device: torch.device) -> list[tuple[str, object]]:
-    """(benchmark, what to run) in order: a `Case`, a module with `measure`, or the error that a script ended in."""
+def _jobs(args: argparse.Namespace, names: list[str], device: torch.device) -> list[tuple[str, str, object]]:
+    """(benchmark, title, what to run): a `Case`, a module with `measure`, or the error that a script ended in."""
     jobs = []
-    for name in settings.names:
+    for name in names:
         try:
-            module = load(found_benchmarks(settings.folder)[name])
-            found = [module] if hasattr(module, "measure") else module.cases(device, settings.quick)
-            jobs += ((name, job) for job in found)
+            module = load(found_benchmarks(args.benchmarks)[name])
+            if hasattr(module, "measure"):
+                jobs.append((name, name, module))
+            else:
+                jobs += ((name, case.name, case) for case in module.cases(device, args.quick))
         except Exception as error:
-            jobs.append((name, error))
+            jobs.append((name, name, error))
     return jobs
 
 
-def _title(name: str, job) -> str:
-    return job.name if isinstance(job, Case) else name
-
-
-def _run_job(name: str, job, device: torch.device, settings: Settings, ceilings: Ceilings, share: float) -> list[dict]:
+def _run_job(title: str, job, device: torch.device, args: argparse.Namespace, ceilings: Ceilings, share: float) -> list:
     """The records of one job; what stops it becomes a record too."""
-    if time.monotonic() >= settings.deadline:
-        return [untimed(_title(name, job), skipped=TIME_UP)]
+    if time.monotonic() >= args.deadline:
+        return [untimed(title, skipped=TIME_UP)]
     try:
         if isinstance(job, Exception):
             raise job
         if not isinstance(job, Case):
-            return job.measure(device, settings.quick, settings.rounds, settings.against, share, settings.deadline)
-        record = run_case(job, device, settings.against, settings.rounds, share, settings.deadline)
+            return job.measure(device, args.quick, args.rounds, args.against, share, args.deadline)
+        record = run_case(job, device, args.against, args.rounds, share, args.deadline)
         return [record if _lost(device) else ceilings.rate_records(record)]
     except Exception as error:
-        return [untimed(_title(name, job), failed=f"{type(error).__name__}: {error}")]
+        return [untimed(title, failed=in_words(error))]
 
 
 def _lost(device: torch.device) -> bool:
     """Whether an error has made the GPU unusable for the rest of this process."""
-    if device.type != "cuda":
-        return False
-    try:
-        torch.cuda.synchronize(device)
-    except RuntimeError:
-        return True
+    if device.type == "cuda":
+        try:
+            torch.cuda.synchronize(device)
+        except RuntimeError:
+            return True
     return False
 
 
-def in_a_process(settings: Settings, stop: float) -> Iterator[Event]:
+def in_a_process(args: argparse.Namespace, names: list[str], stop: float) -> Iterator[tuple[str, object]]:
     """The events of `run_benchmarks` in a process of its own, which can be ended whatever it is at.
 
     Yields:
@@ -166,7 +181,7 @@ def in_a_process(settings: Settings, stop: float) -> Iterator[Event]:
     """
     context = multiprocessing.get_context("spawn")  # a forked process cannot use CUDA, or torch's threads
     receiver, sender = context.Pipe(duplex=False)
-    process = context.Process(target=_send_events, args=(settings, sender))
+    process = context.Process(target=_send_events, args=(args, names, sender))
     process.start()
     sender.close()
     try:
@@ -184,10 +199,10 @@ def in_a_process(settings: Settings, stop: float) -> Iterator[Event]:
         process.kill()
 
 
-def _send_events(settings: Settings, sender) -> None:
+def _send_events(args: argparse.Namespace, names: list[str], sender) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches both processes; the other one ends this one
     try:
-        for event in run_benchmarks(settings):
+        for event in run_benchmarks(args, names):
             sender.send(event)
     except ValueError as error:
         sender.send(("refused", str(error)))

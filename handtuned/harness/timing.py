@@ -11,7 +11,7 @@ What makes a time honest here:
   turn, so gaps between launches do not count; what the host needs for a call is reported beside it.
 """
 
-import gc
+import importlib.util
 import itertools
 import math
 import statistics
@@ -66,16 +66,20 @@ def libraries(name: str) -> set[str]:
     return {word for word in name.replace("+", " ").split() if word in RIVALS}
 
 
+def not_installed(name: str) -> str:
+    """Which library of a provider is missing, in words; nothing if all are there."""
+    modules = sorted(MODULES.get(library, library) for library in libraries(name))
+    missing = [module for module in modules if importlib.util.find_spec(module) is None]
+    return f"{missing[0]} is not installed" if missing else ""
+
+
 def cache_bytes(device: torch.device) -> int:
     """Size of the last cache before memory; 32 MiB where it cannot be read."""
     if device.type == "cuda":
         return getattr(torch.cuda.get_device_properties(device), "L2_cache_size", 64 * 2**20)
-    found = [0]
-    for path in Path("/sys/devices/system/cpu/cpu0/cache").glob("index*/size"):
-        digits = path.read_text().strip()
-        unit = {"K": 2**10, "M": 2**20}.get(digits[-1:], 1)
-        found.append(int(digits.rstrip("KM")) * unit)
-    return max(found) or 32 * 2**20
+    sizes = [path.read_text().strip() for path in Path("/sys/devices/system/cpu/cpu0/cache").glob("index*/size")]
+    units = {"K": 2**10, "M": 2**20}
+    return max((int(size.rstrip("KM")) * units.get(size[-1:], 1) for size in sizes), default=0) or 32 * 2**20
 
 
 def turn(device: torch.device, calls: list[Callable], lead: float = 0.0) -> tuple[float, float | None]:
@@ -107,14 +111,8 @@ def turn(device: torch.device, calls: list[Callable], lead: float = 0.0) -> tupl
 def summary(seconds: list[float]) -> dict[str, float]:
     """Median and spread of turns: {"median", "p20", "p80", "min", "max"} in the unit given."""
     ordered = sorted(seconds)
-    last = len(ordered) - 1
-    return {
-        "median": statistics.median(ordered),
-        "p20": ordered[round(0.2 * last)],
-        "p80": ordered[round(0.8 * last)],
-        "min": ordered[0],
-        "max": ordered[-1],
-    }
+    p20, p80 = (ordered[round(part * (len(ordered) - 1))] for part in (0.2, 0.8))
+    return {"median": statistics.median(ordered), "p20": p20, "p80": p80, "min": ordered[0], "max": ordered[-1]}
 
 
 def take_turns(
@@ -139,7 +137,7 @@ def take_turns(
         turn). Empty if the deadline was over before a first round.
     """
     endless = {name: itertools.cycle(calls) for name, calls in runs.items()}
-    counts, lead, queued = {}, {}, {}
+    counts, queued = {}, {}
     for name, calls in endless.items():
         if time.monotonic() >= deadline:
             return {}
@@ -147,13 +145,13 @@ def take_turns(
         queued[name] = statistics.median(turn(device, [next(calls)])[1] for _ in range(3))
         once, _ = turn(device, [next(calls)], queued[name])
         counts[name] = min(50, max(1, math.ceil(least / max(once, 1e-9))))
-        lead[name] = queued[name] * counts[name]
     seconds, host = {name: [] for name in runs}, {name: [] for name in runs}
     for done in range(rounds):
         if time.monotonic() >= (deadline if done < FIRST_ROUNDS else min(share, deadline)):
             break
         for name, calls in endless.items():
-            device_time, host_time = turn(device, list(itertools.islice(calls, counts[name])), lead[name])
+            several = list(itertools.islice(calls, counts[name]))
+            device_time, host_time = turn(device, several, queued[name] * len(several))
             seconds[name].append(device_time)
             host[name].append(queued[name] if host_time is None else host_time)
     return {
@@ -163,28 +161,11 @@ def take_turns(
     }
 
 
-def compare(
-    providers: dict[str, Callable[[], object]],
-    check: Callable[[str, object], None] | None = None,
-    rounds: int = 9,
-    device: str | torch.device = "cpu",
-) -> dict[str, dict[str, float]]:
-    """Time callables in turn. Each is run once to warm up, and its result handed to `check`: nothing wrong is timed.
-
-    Args:
-        providers: name → function of no arguments.
-        check: called with each name and its first result; raises when it is wrong.
-        rounds: timed turns for each.
-        device: "cpu" or "cuda".
-
-    Returns:
-        name → {"median", "p20", "p80", "min", "max", "host", "rounds", "calls"}, times in seconds per call.
-    """
-    for name, run in providers.items():
-        result = run()
-        if check is not None:
-            check(name, result)
-    return take_turns({name: [run] for name, run in providers.items()}, rounds, torch.device(device))
+def compare(providers: dict[str, Callable[[], object]], device: str = "cpu") -> dict[str, dict[str, float]]:
+    """Time functions of no arguments in nine turns each, once all have run to warm up; gives `take_turns`' times."""
+    for run in providers.values():
+        run()
+    return take_turns({name: [run] for name, run in providers.items()}, 9, torch.device(device))
 
 
 def table(times: dict[str, dict[str, float]], ours: str) -> str:
@@ -234,47 +215,40 @@ def run_case(
         sets = [case.inputs() for _ in range(count)]
         check = case.check(sets[0])
     except Exception as error:  # out of memory, for one; other cases may still run
-        record["failed"][OURS] = f"no inputs: {_in_words(error)}"
+        record["failed"][OURS] = f"no inputs: {in_words(error)}"
         return record
     runs = {}
     for name, make in case.providers.items():
-        needs = libraries(name)
-        if not needs <= set(against):
+        if not libraries(name) <= set(against):
             continue
-        if time.monotonic() >= deadline:
-            record["skipped"][name] = TIME_UP
+        if why := not_installed(name) or (TIME_UP if time.monotonic() >= deadline else ""):
+            record["skipped"][name] = why
             continue
         try:
             runs[name] = _checked(name, make, sets, check)
         except Exception as error:  # whatever a library raises, the others are still timed
-            missing = (error.name or "").split(".")[0] if isinstance(error, ModuleNotFoundError) else ""
-            if missing in {MODULES.get(library, library) for library in needs}:
-                record["skipped"][name] = f"{missing} is not installed"
-            else:
-                record["failed"][name] = _in_words(error)
+            record["failed"][name] = in_words(error)
     if OURS in runs:
         try:
             times = take_turns(runs, rounds, device, share, deadline)
             record["skipped"] |= {name: TIME_UP for name in runs if name not in times}
         except Exception as error:
-            record["failed"][OURS] = f"while timing: {_in_words(error)}"
+            record["failed"][OURS] = f"while timing: {in_words(error)}"
             times = {}
         for name, taken in times.items():
             record["contestants"][name] = taken | {"ratio": taken["median"] / times[OURS]["median"]}
-    del runs, sets, check
-    gc.collect()
     return record
 
 
 def _checked(name: str, make: Callable, sets: list, check: Callable) -> list[Callable]:
     """A provider's callables, one for each input set, all of them run once, and the first result checked."""
     calls = [make(inputs) for inputs in sets]
-    for at, call in enumerate(calls):
-        result = call()
-        if at == 0:
-            check(name, result)
+    check(name, calls[0]())
+    for call in calls[1:]:
+        call()
     return calls
 
 
-def _in_words(error: Exception) -> str:
+def in_words(error: Exception) -> str:
+    """An exception in one line of at most 300 characters."""
     return f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"

@@ -4,8 +4,7 @@ The two agree within 5 % (`tests/test_memory_estimate.py`). Read `estimate.py` f
 holds, and when. `handtuned memory` is `command.py`.
 """
 
-from .activations import korthikanti
-from .analyses import analyze_lora_params, analyze_memory_savings
+from .analyses import analyze_lora_params, analyze_memory_savings, korthikanti
 from .estimate import estimate
 from .tracker import Measurement, measure
 

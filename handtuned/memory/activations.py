@@ -1,4 +1,4 @@
-"""What one decoder layer keeps for backward, in bytes per token, and what its backward pass needs on top.
+"""What one decoder layer keeps for backward, in bytes per token, and a training step moment by moment.
 
 Counted operation by operation for the layer as transformers' Llama and `nn.TransformerBlock` run it.
 With c bytes per value (2 or 4), h the hidden size, H and K the sizes of all query and key/value heads,
@@ -15,48 +15,31 @@ A linear needs its input only where the weight or an adapter is trained: a froze
 pass is dx = dy W alone. So LoRA on few projections also keeps fewer activations.
 """
 
+from collections import Counter
 from dataclasses import dataclass
 
+from ..nn.checkpoint_plan import Segment
+from ..nn.loss import CHUNK_BYTES
 from .model_shapes import Shape
 
 KINDS = ("checkpoints", "norms", "attention", "attention scores", "MLP", "adapters")
-
-
-def korthikanti(batch: int, seq: int, hidden: int, heads: int, layers: int, flash: bool = False) -> int:
-    """Bytes of activations of a GPT in 16 bits with dropout: s·b·h·(34 + 5·a·s/h) per layer, without the logits.
-
-    With `flash` attention, which keeps no scores, s·b·h·34. For batch 1, sequence 2048 and the sizes of a
-    7B model (4096, 32 heads, 32 layers) 28.5 GiB: the study documents' "28.5 G"; 8.5 GiB with flash.
-
-    Source: Korthikanti et al. 2022, "Reducing Activation Recomputation in Large Transformer Models", equation 2.
-    """
-    return layers * (34 * seq * batch * hidden + (0 if flash else 5 * heads * seq * seq * batch))
+PREFIX = "activations: "
 
 
 @dataclass(frozen=True)
 class LayerSetup:
-    """What decides a layer's bytes.
-
-    Attributes:
-        shape: its sizes.
-        itemsize: c, bytes of a value in the forward pass.
-        seq: tokens in a row.
-        trained: the layer's own weights are trained.
-        targets: projections with an adapter.
-        rank: of the adapters.
-        flash: attention by a fused kernel, which keeps no probabilities.
-    """
+    """What decides a layer's bytes: its sizes, and how it is run and trained."""
 
     shape: Shape
-    itemsize: int
-    seq: int
-    trained: bool
-    targets: frozenset[str] = frozenset()
-    rank: int = 0
-    flash: bool = True
+    itemsize: int  # c, bytes of a value in the forward pass
+    seq: int  # tokens in a row
+    trained: bool  # the layer's own weights are trained
+    targets: frozenset[str] = frozenset()  # projections with an adapter
+    rank: int = 0  # of the adapters
+    flash: bool = True  # attention by a fused kernel, which keeps no probabilities
 
     def needs_input(self, *names: str) -> bool:
-        return self.trained or any(name in self.targets for name in names)
+        return self.trained or not self.targets.isdisjoint(names)
 
 
 def kept_by_layer(setup: LayerSetup) -> dict[str, int]:
@@ -101,3 +84,87 @@ def backward_extra(setup: LayerSetup, tokens: int) -> int:
     attention = (residual + c * shape.q_size + 8 * scores - copy - kept["MLP"] - kept["norms"] // 2) * tokens
     attention += setup.trained * residual * (3 * shape.intermediate + shape.q_size)
     return max(mlp, attention)
+
+
+def follow(
+    setup: LayerSetup, tokens: int, segments: tuple[Segment, ...], labelled: int | None, gradients: dict[str, int],
+    held: bool,
+) -> dict[str, Counter]:  # fmt: skip
+    """Moment → bytes of each component that comes and goes: gradients, activations by kind, logits, buffers.
+
+    Args:
+        tokens: of one forward pass.
+        segments: of layers, each recomputed from a checkpoint or kept.
+        labelled: tokens with a label, whose logits are made in chunks; None: transformers' own loss, all at once.
+        gradients: bytes of those of one "layer", the embedding "table" (and so of an untied head), the last "norm".
+        held: gradients are there during forward already, from earlier passes of an accumulated batch.
+    """
+    shape, c = setup.shape, setup.itemsize
+    kept = [_kept_in_layer(setup, tokens, i) for i in range(shape.layers)]
+    checkpoint = c * shape.hidden * tokens
+    table = gradients["table"]
+    everything = shape.layers * gradients["layer"] + gradients["norm"] + table * (1 if shape.tied else 2)
+
+    stored, before = Counter(), {}  # kept from forward, in total and before each segment
+    for segment in segments:
+        before[segment] = stored.copy()
+        if segment.recompute:
+            stored[PREFIX + "checkpoints"] += checkpoint
+        else:
+            stored += sum(kept[segment.start : segment.stop], Counter())
+    stored[PREFIX + "norms"] += (4 * shape.hidden + 4 + 2 * setup.trained * c * shape.hidden) * tokens  # the last
+
+    moments = {}
+
+    def note(name, alive, made, **more):
+        moments[name] = Counter(alive)
+        moments[name].update(more, gradients=everything if held else made)
+
+    if labelled is not None:
+        for name, more in _chunked_loss(setup, checkpoint, labelled).items():
+            note(name, stored, 0, **more)
+    else:
+        # log-softmax, its incoming and its outgoing gradient, all in fp32
+        note("loss", stored, 0, logits=12 * shape.vocab * tokens)
+        if setup.trained:
+            note("backward of the head", stored, table, logits=c * shape.vocab * tokens, buffers=checkpoint)
+    made = table * setup.trained + gradients["norm"]
+    for segment in reversed(segments):
+        for i in reversed(range(segment.start, segment.stop)):
+            alive = sum(kept[segment.start : i + 1], before[segment])
+            if segment.recompute:
+                alive[PREFIX + "checkpoints"] += checkpoint
+                if c == 4:  # the first norm's input is the checkpoint itself
+                    alive[PREFIX + "norms"] -= checkpoint if segment.start or setup.trained else 0
+            note(f"backward of layer {i}", alive, made, buffers=backward_extra(setup, tokens))
+            made += gradients["layer"]
+    if setup.trained:
+        # The table's gradient from the embedding is dense, as large as the table; a tied one is summed with the
+        # head's into a third tensor.
+        copies = (2 if shape.tied else 0) + held
+        note("backward of the embedding", {}, everything, buffers=copies * table + checkpoint)
+    return moments
+
+
+def _kept_in_layer(setup: LayerSetup, tokens: int, index: int) -> Counter:
+    kept = Counter({PREFIX + kind: count * tokens for kind, count in kept_by_layer(setup).items()})
+    if index == 0 and not setup.trained:  # a frozen embedding: nothing before the first adapter has a gradient
+        kept[PREFIX + "norms"] -= (4 * setup.shape.hidden + 4) * tokens
+    return kept
+
+
+def _chunked_loss(setup: LayerSetup, hidden: int, labelled: int) -> dict[str, dict[str, int]]:
+    """Moment → logits and buffers of `nn.loss`; `hidden`: bytes of the last norm's output."""
+    shape, c = setup.shape, setup.itemsize
+    table = shape.table_parameters
+    chunk = min(labelled, max(1, CHUNK_BYTES // (4 * shape.vocab)))
+    following = min(chunk, labelled - chunk)
+    # A chunk's logits and probabilities are still there when the next one's logits are made.
+    logits = shape.vocab * ((8 * chunk + 4 * following) if c == 4 else (10 * chunk + 6 * following))
+    rows = (c + 4) * shape.hidden * labelled  # the rows with a label, and their gradient in fp32
+    buffers = rows + c * shape.hidden * chunk
+    if not setup.trained:
+        return {"loss": {"logits": logits, "buffers": buffers + hidden}}  # the norm's output is still in use
+    buffers += 4 * table + (c if c == 4 else 4 + c) * table  # the head's gradient in fp32, a chunk's part of it
+    head = 8 * table + (c * table if c == 2 else 0) + rows
+    return {"loss": {"logits": logits, "buffers": buffers}, "backward of the head": {"buffers": head}}

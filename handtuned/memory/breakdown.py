@@ -1,13 +1,13 @@
 """The memory breakdown of a training step: what takes how many bytes, and when they are there."""
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 GB, GIB = 10**9, 2**30
 BAR = 48
 
 
-@dataclass(frozen=True)
-class Component:
+class Component(NamedTuple):
     """Bytes of one component: in full, and at the moment of the peak."""
 
     full: int
@@ -16,30 +16,21 @@ class Component:
 
 @dataclass(frozen=True)
 class Breakdown:
-    """Where the memory of a training step goes, on one device.
-
-    Attributes:
-        title: what was estimated.
-        lines: name → Component. Components do not all reach their full size at the same time.
-        moments: moment of the step → bytes alive then; the largest is the peak.
-        parameters, trainable: how many the model has, and how many are trained.
-        host: bytes in the host's memory.
-        notes: what is worth knowing.
-    """
+    """Where the memory of a training step goes, on one device."""
 
     title: str
-    lines: dict[str, Component]
-    moments: dict[str, int]
+    lines: dict[str, Component]  # components do not all reach their full size at the same time
+    moments: dict[str, int]  # moment of the step → bytes alive then; the largest is the peak
     parameters: int
-    trainable: int
-    host: int = 0
-    notes: tuple[str, ...] = ()
+    trainable: int  # how many of them are trained
+    host: int = 0  # bytes in the host's memory
+    notes: tuple[str, ...] = ()  # what is worth knowing
 
     STATES = ("weights", "quantization constants", "adapters", "gradients", "optimizer state", "master weights")
 
     def __getitem__(self, component: str) -> int:
         """Bytes of a component in full; 0 if there is none of that name."""
-        return self.lines[component].full if component in self.lines else 0
+        return self.lines.get(component, Component(0, 0)).full
 
     @property
     def peak(self) -> int:

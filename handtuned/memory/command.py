@@ -1,12 +1,13 @@
 """`handtuned memory`: what training will take, what would make it fit, and whether the estimate is right."""
 
 import argparse
+import contextlib
 import re
 
 import torch
 
 from ..training.models import choose_device, choose_dtype, load_base
-from .activations import korthikanti
+from .analyses import korthikanti
 from .breakdown import GB, GIB, both
 from .estimate import DTYPES, METHODS, MOMENTS, estimate
 from .model_shapes import shape_of
@@ -30,14 +31,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
                         help="rows in one forward pass (default: 8)")  # fmt: skip
     parser.add_argument("--seq", "--max-seq-length", type=int, default=512, help="tokens in a row (default: 512)")
     parser.add_argument("--gradient-accumulation-steps", type=int, default=1, help="(default: 1)")
-    parser.add_argument("--gradient-checkpointing", action=on_off, default=False, help="a checkpoint in every layer")
+    parser.add_argument("--gradient-checkpointing", dest="checkpoint", action=on_off, default=False,
+                        help="a checkpoint in every layer")  # fmt: skip
     parser.add_argument("--flash", action=on_off, default=True, help="fused attention (default: on)")
     parser.add_argument("--logits", choices=("chunked", "full"), default="chunked",
                         help="full: all logits at once, as transformers does (default: chunked)")  # fmt: skip
     parser.add_argument("--lora-r", "--r", type=int, default=8, help="rank of the adapters (default: 8)")
     parser.add_argument("--target-modules", nargs="+", default=["all-linear"], help="(default: all-linear)")
     parser.add_argument("--zero", type=int, choices=(0, 1, 2, 3), default=0, help="ZeRO stage (default: 0)")
-    parser.add_argument("--gpus", "--world-size", type=int, default=1, help="devices (default: 1)")
+    parser.add_argument("--gpus", "--world-size", dest="world_size", metavar="GPUS", type=int, default=1,
+                        help="devices (default: 1)")  # fmt: skip
     parser.add_argument("--offload", action=on_off, default=False, help="optimizer state and gradients on the host")
     parser.add_argument("--gpu", metavar="SIZE", help="memory of one device (24GB, 80GiB): what would make it fit?")
     parser.add_argument("--measure", action="store_true", help="also load the model, run a step and count (one device)")
@@ -45,37 +48,23 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     budget = parse_size(args.gpu) if args.gpu else None
-    dtype = args.dtype
-    if dtype == "auto":
+    settings = {name: value for name, value in vars(args).items() if name not in ("gpu", "measure")}
+    if args.dtype == "auto":
         chosen = torch.bfloat16 if budget else choose_dtype("auto", choose_device("auto"))
-        dtype = str(chosen).removeprefix("torch.")
+        settings["dtype"] = str(chosen).removeprefix("torch.")
     targets = tuple(part for word in args.target_modules for part in word.split(","))
-    settings = {
-        "model": _number_or_name(args.model),
-        "method": args.method,
-        "dtype": dtype,
-        "optimizer": args.optimizer,
-        "batch": args.batch,
-        "seq": args.seq,
-        "checkpoint": args.gradient_checkpointing,
-        "zero": args.zero,
-        "world_size": args.gpus,
-        "flash": args.flash,
-        "lora_r": args.lora_r,
-        "target_modules": "all-linear" if targets == ("all-linear",) else targets,
-        "logits": args.logits,
-        "accumulation_steps": args.gradient_accumulation_steps,
-        "offload": args.offload,
-    }
+    with contextlib.suppress(ValueError):
+        settings["model"] = float(args.model)
+    settings["target_modules"] = "all-linear" if targets == ("all-linear",) else targets
+    settings["accumulation_steps"] = settings.pop("gradient_accumulation_steps")
     breakdown = estimate(**settings)
     print(breakdown)
     shape = shape_of(settings["model"])
     if shape.layers:
         sizes = (args.batch, args.seq, shape.hidden, shape.heads, shape.layers)
-        print(
-            "rule of thumb for activations (Korthikanti et al., a 16-bit GPT with dropout): "
-            f"{both(korthikanti(*sizes))} with attention scores, {both(korthikanti(*sizes, flash=True))} without"
-        )
+        scores, fused = (both(korthikanti(*sizes, flash=flash)) for flash in (False, True))
+        print("rule of thumb for activations (Korthikanti et al., a 16-bit GPT with dropout): "
+              f"{scores} with attention scores, {fused} without")  # fmt: skip
     if args.measure:
         measured = _measured(settings, args.model)
         print(f"measured: {measured}\nthe estimate is off by {100 * (breakdown.peak / measured.peak - 1):+.1f} %")
@@ -94,13 +83,6 @@ def _measured(settings: dict, model: str) -> Measurement:
     names = ("method", "batch", "seq", "checkpoint", "logits", "lora_r", "target_modules", "accumulation_steps")
     step = training_step(loaded, **{name: settings[name] for name in names})
     return measure(step, device=place.type)
-
-
-def _number_or_name(model: str):
-    try:
-        return float(model)
-    except ValueError:
-        return model
 
 
 def parse_size(text: str) -> int:

@@ -12,7 +12,7 @@ Over N devices ZeRO-1 divides moments and masters by N, ZeRO-2 gradients too, Ze
 
 Activations grow with batch × sequence and are counted in `activations.py`. They and the gradients
 are not at their largest together: backward frees the one while it makes the other, so the step is
-followed moment by moment (`timeline.py`), and the peak is that of the fullest one.
+followed moment by moment, and the peak is that of the fullest one.
 """
 
 import math
@@ -23,10 +23,9 @@ import torch
 
 from ..nn.checkpoint_plan import Segment, split_evenly
 from ..quant.nf4 import nf4_bytes
-from .activations import KINDS, LayerSetup
+from .activations import KINDS, PREFIX, LayerSetup, follow
 from .breakdown import Breakdown, Component
 from .model_shapes import PROJECTIONS, Shape, shape_of
-from .timeline import PREFIX, Gradients, follow
 
 METHODS = ("full", "lora", "qlora")
 DTYPES = ("float32", "float16", "bfloat16")
@@ -131,18 +130,18 @@ def estimate(
 
     moments: dict[str, Counter] = {}
     if shape.layers:
-        def gradient(values: int) -> int:
-            return math.ceil(values / (world_size if zero >= 2 else 1)) * (states["gradients"] > 0)
+        def gradient(count: int) -> int:
+            return math.ceil(count / (world_size if zero >= 2 else 1)) * (states["gradients"] > 0)
 
-        gradients = Gradients(
-            layer=gradient(c * shape.layer_parameters if full else 4 * in_layer),
-            table=gradient(c * shape.table_parameters * full),
-            norm=gradient(c * shape.hidden * full),
-            held=accumulation_steps > 1,
-        )
-        setup = LayerSetup(shape, c, seq, full, targets, lora_r, flash)
-        segments = _segments(shape.layers, checkpoint)
-        moments = follow(setup, tokens, segments, labelled if logits == "chunked" else None, gradients)
+        gradients = {
+            "layer": gradient(c * shape.layer_parameters if full else 4 * in_layer),
+            "table": gradient(c * shape.table_parameters * full),
+            "norm": gradient(c * shape.hidden * full),
+        }
+        moments = follow(
+            LayerSetup(shape, c, seq, full, targets, lora_r, flash), tokens, _segments(shape.layers, checkpoint),
+            labelled if logits == "chunked" else None, gradients, held=accumulation_steps > 1,
+        )  # fmt: skip
         for alive in moments.values():
             alive["buffers"] += _made_whole(shape, method, c, zero)
     step = moments["optimizer step"] = Counter({"gradients": states["gradients"]})
@@ -167,8 +166,8 @@ def _projections(names: str | Iterable[str]) -> frozenset[str]:
     if names == "all-linear":
         return frozenset(PROJECTIONS)
     names = [names] if isinstance(names, str) else list(names)
-    if not names or not set(names) <= set(PROJECTIONS):
-        raise ValueError(f"target_modules must be all-linear or some of {', '.join(PROJECTIONS)}, got {names}")
+    known = names and set(names) <= set(PROJECTIONS)
+    _need("target_modules", names, known, f"all-linear or some of {', '.join(PROJECTIONS)}")
     return frozenset(names)
 
 
@@ -207,9 +206,10 @@ def _spread(states: dict[str, int], zero: int, world_size: int, offload: bool) -
 
 
 def _breakdown(title, shape, states, moments, trainable, host) -> Breakdown:
-    steady = Counter({name: count for name, count in states.items() if name != "gradients"})
+    steady = Counter(states | {"gradients": 0})
     whole = {name: steady + alive for name, alive in moments.items()}
-    peak = max(whole, key=lambda name: whole[name].total())
+    totals = {name: alive.total() for name, alive in whole.items()}
+    peak = max(totals, key=totals.get)
     names = [*states, *(PREFIX + kind for kind in KINDS), "logits", "buffers"]
     most = {name: max(alive[name] for alive in whole.values()) for name in names} | states
     lines = {name: Component(most[name], whole[peak][name]) for name in names if most[name]}
@@ -218,5 +218,4 @@ def _breakdown(title, shape, states, moments, trainable, host) -> Breakdown:
         notes.append("buffers at the peak: gradients as FP32, which the masters are stepped with")
     if not shape.layers:
         notes.append("only the number of parameters is known: activations are not in this breakdown")
-    totals = {name: alive.total() for name, alive in whole.items()}
     return Breakdown(title, lines, totals, shape.parameters, trainable, host, tuple(notes))

@@ -13,26 +13,19 @@ PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "
 
 @dataclass(frozen=True)
 class Shape:
-    """A decoder of the Llama family: RMSNorm, rotary, grouped heads, SwiGLU.
-
-    Attributes:
-        layers: 0: nothing is known but the number of parameters.
-        tied: the output head is the embedding table.
-        qkv_bias: q, k and v have biases (Qwen2).
-        rounded: count this many parameters instead of the true number ("7B" as in 7 · 10⁹).
-    """
+    """A decoder of the Llama family: RMSNorm, rotary, grouped heads, SwiGLU."""
 
     name: str
-    layers: int = 0
+    layers: int = 0  # 0: nothing is known but the number of parameters
     hidden: int = 0
     heads: int = 0
     kv_heads: int = 0
     head_dim: int = 0
     intermediate: int = 0
     vocab: int = 0
-    tied: bool = False
-    qkv_bias: bool = False
-    rounded: int | None = None
+    tied: bool = False  # the output head is the embedding table
+    qkv_bias: bool = False  # q, k and v have biases (Qwen2)
+    rounded: int | None = None  # count this many parameters instead of the true number ("7B" as in 7 · 10⁹)
 
     @property
     def q_size(self) -> int:
@@ -66,33 +59,29 @@ class Shape:
         return self.layers * self.layer_parameters + (1 if self.tied else 2) * self.table_parameters + self.hidden
 
 
-def _llama(name, layers, hidden, heads, kv_heads, intermediate, vocab, tied=False, qkv_bias=False) -> Shape:
-    return Shape(name, layers, hidden, heads, kv_heads, hidden // heads, intermediate, vocab, tied, qkv_bias)
-
-
 _KNOWN = (
-    _llama("smollm2-135m", 30, 576, 9, 3, 1536, 49152, tied=True),
-    _llama("smollm2-360m", 32, 960, 15, 5, 2560, 49152, tied=True),
-    _llama("smollm2-1.7b", 24, 2048, 32, 32, 8192, 49152, tied=True),
-    _llama("tinyllama-1.1b", 22, 2048, 32, 4, 5632, 32000),
-    _llama("qwen2.5-0.5b", 24, 896, 14, 2, 4864, 151936, tied=True, qkv_bias=True),
-    _llama("qwen2.5-1.5b", 28, 1536, 12, 2, 8960, 151936, tied=True, qkv_bias=True),
-    _llama("qwen2.5-3b", 36, 2048, 16, 2, 11008, 151936, tied=True, qkv_bias=True),
-    _llama("qwen2.5-7b", 28, 3584, 28, 4, 18944, 152064, qkv_bias=True),
-    _llama("qwen1.5-7b", 32, 4096, 32, 32, 11008, 151936, qkv_bias=True),
-    _llama("qwen2.5-14b", 48, 5120, 40, 8, 13824, 152064, qkv_bias=True),
-    _llama("qwen2.5-32b", 64, 5120, 40, 8, 27648, 152064, qkv_bias=True),
-    _llama("qwen2.5-72b", 80, 8192, 64, 8, 29568, 152064, qkv_bias=True),
-    _llama("llama-3.2-1b", 16, 2048, 32, 8, 8192, 128256, tied=True),
-    _llama("llama-3.2-3b", 28, 3072, 24, 8, 8192, 128256, tied=True),
-    _llama("llama-3-8b", 32, 4096, 32, 8, 14336, 128256),
-    _llama("llama-3-70b", 80, 8192, 64, 8, 28672, 128256),
-    _llama("llama-7b", 32, 4096, 32, 32, 11008, 32000),
-    _llama("llama-13b", 40, 5120, 40, 40, 13824, 32000),
-    _llama("llama-33b", 60, 6656, 52, 52, 17920, 32000),
-    _llama("llama-65b", 80, 8192, 64, 64, 22016, 32000),
-    _llama("llama-2-70b", 80, 8192, 64, 8, 28672, 32000),
-    _llama("mistral-7b", 32, 4096, 32, 8, 14336, 32000),
+    Shape("smollm2-135m", 30, 576, 9, 3, 64, 1536, 49152, tied=True),
+    Shape("smollm2-360m", 32, 960, 15, 5, 64, 2560, 49152, tied=True),
+    Shape("smollm2-1.7b", 24, 2048, 32, 32, 64, 8192, 49152, tied=True),
+    Shape("tinyllama-1.1b", 22, 2048, 32, 4, 64, 5632, 32000),
+    Shape("qwen2.5-0.5b", 24, 896, 14, 2, 64, 4864, 151936, tied=True, qkv_bias=True),
+    Shape("qwen2.5-1.5b", 28, 1536, 12, 2, 128, 8960, 151936, tied=True, qkv_bias=True),
+    Shape("qwen2.5-3b", 36, 2048, 16, 2, 128, 11008, 151936, tied=True, qkv_bias=True),
+    Shape("qwen2.5-7b", 28, 3584, 28, 4, 128, 18944, 152064, qkv_bias=True),
+    Shape("qwen1.5-7b", 32, 4096, 32, 32, 128, 11008, 151936, qkv_bias=True),
+    Shape("qwen2.5-14b", 48, 5120, 40, 8, 128, 13824, 152064, qkv_bias=True),
+    Shape("qwen2.5-32b", 64, 5120, 40, 8, 128, 27648, 152064, qkv_bias=True),
+    Shape("qwen2.5-72b", 80, 8192, 64, 8, 128, 29568, 152064, qkv_bias=True),
+    Shape("llama-3.2-1b", 16, 2048, 32, 8, 64, 8192, 128256, tied=True),
+    Shape("llama-3.2-3b", 28, 3072, 24, 8, 128, 8192, 128256, tied=True),
+    Shape("llama-3-8b", 32, 4096, 32, 8, 128, 14336, 128256),
+    Shape("llama-3-70b", 80, 8192, 64, 8, 128, 28672, 128256),
+    Shape("llama-7b", 32, 4096, 32, 32, 128, 11008, 32000),
+    Shape("llama-13b", 40, 5120, 40, 40, 128, 13824, 32000),
+    Shape("llama-33b", 60, 6656, 52, 52, 128, 17920, 32000),
+    Shape("llama-65b", 80, 8192, 64, 64, 128, 22016, 32000),
+    Shape("llama-2-70b", 80, 8192, 64, 8, 128, 28672, 32000),
+    Shape("mistral-7b", 32, 4096, 32, 8, 128, 14336, 32000),
 )  # fmt: skip
 
 PRESETS = {shape.name: shape for shape in _KNOWN}
@@ -141,10 +130,8 @@ def _named(name: str) -> Shape:
 def _from_config(config) -> Shape:
     kind = getattr(config, "model_type", None)
     if kind not in LLAMA_FAMILY:
-        raise ValueError(
-            f"memory can be estimated for decoders of the Llama family ({', '.join(LLAMA_FAMILY)}), got a config of "
-            f"type {kind!r}; memory.measure works for any model"
-        )
+        raise ValueError(f"memory can be estimated for decoders of the Llama family ({', '.join(LLAMA_FAMILY)}), got "
+                         f"a config of type {kind!r}; memory.measure works for any model")  # fmt: skip
     heads = config.num_attention_heads
     return Shape(
         name=getattr(config, "_name_or_path", "") or kind,

@@ -10,18 +10,14 @@ from .breakdown import Breakdown, both, size
 from .estimate import estimate
 from .model_shapes import shape_of
 
-Technique = tuple[str, dict]
 
+def techniques(settings: dict, host: bool = True) -> dict[str, dict]:
+    """Name → change of `estimate`'s arguments of everything that could still be done, what costs least first.
 
-def techniques(settings: dict, host: bool = True) -> list[Technique]:
-    """(name, change of the settings) of everything that could still be done, what costs least first.
-
-    Args:
-        settings: the arguments of `estimate`.
-        host: whether the host's memory may be used.
+    `host`: whether the host's memory may be used.
     """
     rows = settings["batch"] * settings["accumulation_steps"]
-    ladder: list[Technique] = [
+    ladder = [
         ("loss in chunks", {"logits": "chunked"}),
         ("mixed precision (bfloat16)", {"dtype": "bfloat16"} if settings["dtype"] == "float32" else {}),
         ("fused attention", {"flash": True}),
@@ -40,7 +36,7 @@ def techniques(settings: dict, host: bool = True) -> list[Technique]:
     if shape_of(settings["model"]).layers:
         further = {"full": ("LoRA", "QLoRA"), "lora": ("QLoRA",), "qlora": ()}[settings["method"]]
         ladder += [(name, {"method": name.lower()}) for name in further]
-    return [(name, change) for name, change in ladder if any(settings[key] != value for key, value in change.items())]
+    return {name: change for name, change in ladder if any(settings[key] != value for key, value in change.items())}
 
 
 def fit(
@@ -52,23 +48,23 @@ def fit(
         (every technique tried, with the breakdown once it had been added; the names of those needed; their
         breakdown, or None if all together do not fit).
     """
-    tried, chosen = [], []
+    changes, tried, chosen = techniques(settings, host), [], []
 
-    def with_all(several: list[Technique]) -> Breakdown:
-        return estimate(**{key: value for _, change in [("", settings), *several] for key, value in change.items()})
+    def with_all(names: list[str]) -> Breakdown:
+        return estimate(**settings | {key: value for name in names for key, value in changes[name].items()})
 
-    for technique in techniques(settings, host):
-        chosen.append(technique)
-        tried.append((technique[0], with_all(chosen)))
+    for name in changes:
+        chosen.append(name)
+        tried.append((name, with_all(chosen)))
         if tried[-1][1].peak <= budget:
             break
     else:
-        return tried, [name for name, _ in chosen], None
-    for technique in reversed(chosen[:-1]):  # the dearest first
-        rest = [other for other in chosen if other is not technique]
+        return tried, chosen, None
+    for name in reversed(chosen[:-1]):  # the dearest first
+        rest = [other for other in chosen if other != name]
         if with_all(rest).peak <= budget:
             chosen = rest
-    return tried, [name for name, _ in chosen], with_all(chosen)
+    return tried, chosen, with_all(chosen)
 
 
 def recommend(settings: dict, budget: int) -> str:

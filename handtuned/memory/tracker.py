@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from ..nn import apply_lora_to_model, lora_parameters
+from ..nn import apply_lora_to_model
 from ..nn.live_memory import LiveMemory
 from ..optim import AdamW
 from ..training.evaluation import CausalLM
@@ -19,20 +19,13 @@ from .breakdown import both, size
 
 @dataclass(frozen=True)
 class Measurement:
-    """What a function took, in bytes on one kind of device.
+    """What a function took, in bytes on one kind of device."""
 
-    Attributes:
-        before, after: alive when it began and when it returned (its result included).
-        peak: most alive at any moment.
-        result: what it returned.
-        history: bytes alive after every change, if asked for.
-    """
-
-    before: int
-    peak: int
-    after: int
-    result: Any = None
-    history: tuple[int, ...] | None = None
+    before: int  # alive when it began
+    peak: int  # most alive at any moment
+    after: int  # alive when it returned, its result included
+    result: Any = None  # what it returned
+    history: tuple[int, ...] | None = None  # bytes alive after every change, if asked for
 
     @property
     def added(self) -> int:
@@ -87,19 +80,13 @@ def training_step(
 ) -> Callable[[], None]:
     """A function that does one step on random tokens: forward, loss, backward, AdamW.
 
-    It has run once when it is returned, so that AdamW's state is there.
-
-    Args:
-        model: a transformers causal LM, its linears in NF4 if the method is "qlora"; it is changed.
-        method, batch, seq, checkpoint, logits, lora_r, target_modules, accumulation_steps: as for `estimate`.
+    It has run once when it is returned, so that AdamW's state is there. `model` is a transformers causal LM, its
+    linears in NF4 if the method is "qlora", and is changed; the rest is as for `estimate`.
     """
-    if method == "full":
-        model.requires_grad_(True)
-        parameters = list(model.parameters())
-    else:
-        model.requires_grad_(False)
+    model.requires_grad_(method == "full")
+    if method != "full":
         apply_lora_to_model(model, lora_r, 16.0, target_modules)
-        parameters = list(lora_parameters(model))
+    parameters = [p for p in model.parameters() if p.requires_grad]
     if checkpoint:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     tokens = torch.randint(0, model.config.vocab_size, (batch, seq), device=parameters[0].device)
