@@ -4,8 +4,8 @@ A safetensors file cannot carry code, but its names and shapes may be anything. 
 config and the model before the model is changed.
 """
 
-from dataclasses import dataclass, field
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from torch import nn
@@ -19,12 +19,12 @@ from .multi import adapter_of, linear_layers, original, outer_modules
 WEIGHTS_NAME = "adapter_model.safetensors"
 PREFIX = "base_model.model."
 DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
+PICKLES = (b"PK\x03\x04", b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05")
 PARTS = {"lora_A.weight": "lora_A", "lora_B.weight": "lora_B",
          "lora_magnitude_vector": "lora_magnitude", "lora_magnitude_vector.weight": "lora_magnitude"}  # fmt: skip
 
 
-@dataclass
-class AdapterTensors:
+class AdapterTensors(NamedTuple):
     """The tensors of one adapter file.
 
     Attributes:
@@ -34,9 +34,9 @@ class AdapterTensors:
         whole: by parameter name, the weights of modules that are replaced whole.
     """
 
-    layers: dict[str, dict[str, torch.Tensor]] = field(default_factory=dict)
-    base: dict[str, torch.Tensor] = field(default_factory=dict)
-    whole: dict[str, torch.Tensor] = field(default_factory=dict)
+    layers: dict[str, dict[str, torch.Tensor]]
+    base: dict[str, torch.Tensor]
+    whole: dict[str, torch.Tensor]
 
 
 def read_adapter_tensors(directory: str | Path) -> AdapterTensors:
@@ -47,12 +47,17 @@ def read_adapter_tensors(directory: str | Path) -> AdapterTensors:
             PEFT does not write.
     """
     path = Path(directory) / WEIGHTS_NAME
-    result, tensors = AdapterTensors(), read_safetensors(path)
+    result, tensors = AdapterTensors({}, {}, {}), _read_safetensors(path)
     if not tensors:
         raise ValueError(f"{path} holds no tensors")
     for key, tensor in tensors.items():
         if not key.startswith(PREFIX):
             raise ValueError(f"{path}: {short(key)} does not begin with {PREFIX!r}, as all keys of a PEFT adapter do")
+        if tensor.dtype not in DTYPES:
+            expected = ", ".join(map(str, DTYPES))
+            raise ValueError(f"{path}: {short(key)} is of dtype {tensor.dtype}, expected one of {expected}")
+        if not torch.isfinite(tensor).all():
+            raise ValueError(f"{path}: {short(key)} holds NaN or infinite values")
         name = key[len(PREFIX) :]
         ending = next((ending for ending in PARTS if name.endswith(f".{ending}")), None)
         if ending:
@@ -66,37 +71,24 @@ def read_adapter_tensors(directory: str | Path) -> AdapterTensors:
     return result
 
 
-def read_safetensors(path: Path) -> dict[str, torch.Tensor]:
-    """Name → tensor, on the CPU, in memory of its own.
-
-    Raises:
-        ValueError: see `read_adapter_tensors`.
-    """
+def _read_safetensors(path: Path) -> dict[str, torch.Tensor]:
+    """Name → tensor, on the CPU, in memory of its own."""
     from safetensors import SafetensorError, safe_open
 
     if not path.is_file():
-        if path.with_suffix(".bin").exists():
-            name = path.with_suffix(".bin")
-            raise ValueError(f"{name} is a pickle and can run any code when it is read; only {path.name} is")
+        pickle = path.with_suffix(".bin")
+        if pickle.exists():
+            raise ValueError(f"{pickle} is a pickle and can run any code when it is read; only {path.name} is")
         raise ValueError(f"{path}: no such file")
     try:
         with safe_open(path, framework="pt") as file:
-            tensors = {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118, it is no dict
+            return {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118, it is no dict
     except SafetensorError as error:
         with open(path, "rb") as file:
-            start = file.read(4)
-        if start.startswith((b"PK\x03\x04", b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05")):
-            raise ValueError(
-                f"{path} is a pickle under a false name; refused, for reading one can run any code"
-            ) from None
-        raise ValueError(f"{path} is damaged or not a safetensors file: {str(error)[:300]}") from None
-    for name, tensor in tensors.items():
-        if tensor.dtype not in DTYPES:
-            expected = ", ".join(map(str, DTYPES))
-            raise ValueError(f"{path}: {short(name)} is of dtype {tensor.dtype}, expected one of {expected}")
-        if not torch.isfinite(tensor).all():
-            raise ValueError(f"{path}: {short(name)} holds NaN or infinite values")
-    return tensors
+            why = f"is damaged or not a safetensors file: {str(error)[:300]}"
+            if file.read(4).startswith(PICKLES):
+                why = "is a pickle under a false name; refused, for reading one can run any code"
+        raise ValueError(f"{path} {why}") from None
 
 
 def check_fit(model: nn.Module, config: AdapterConfig, tensors: AdapterTensors, name: str, where: str):
@@ -112,21 +104,21 @@ def check_fit(model: nn.Module, config: AdapterConfig, tensors: AdapterTensors, 
     """
     linear = linear_layers(model)
     modules = _modules_to_save(model, config, where)
-    _compare_names(linear, modules, config, tensors, name, where, output_heads(model, linear))
+    whole = _tensors_of(modules)
+    held = {path for path, layer in linear.items() if isinstance(layer, LoRALinear) and adapter_of(layer, name)}
+    _compare_names(linear, held, config.selects(linear, output_heads(model, linear)), whole, tensors, where)
     settings = config.settings(tensors.layers)
     for path, (rank, _, _) in settings.items():
         _check_layer(path, linear[path], rank, config, tensors.layers[path], name, where)
-    own = {f"{p}.{key}": tensor for p in settings for key, tensor in original(linear[p]).state_dict().items()}
+    base = _tensors_of({path: linear[path] for path in settings})
     for key, tensor in tensors.base.items():
-        _check_base(key, tensor, own.get(key), where)
-    for path, module in modules.items():
-        for key, tensor in original(module).state_dict().items():
-            given = tensors.whole[f"{path}.{key}"]
-            if given.shape != tensor.shape or not tensor.is_floating_point():
-                raise ValueError(
-                    f"{where}: {path}.{key} is {tuple(given.shape)} in the file and {tuple(tensor.shape)} "
-                    f"of {tensor.dtype} in the model"
-                )
+        _check_base(key, tensor, base.get(key), where)
+    for key, own in whole.items():
+        given = tensors.whole[key]
+        if given.shape != own.shape or not own.is_floating_point():
+            raise ValueError(
+                f"{where}: {key} is {tuple(given.shape)} in the file and {tuple(own.shape)} of {own.dtype} in the model"
+            )
     return {path: linear[path] for path in settings}, modules, settings
 
 
@@ -139,7 +131,7 @@ def _modules_to_save(model, config, where) -> dict[str, nn.Module]:
     endings = tuple(config.modules_to_save or ())
     modules = {path: module for path, module in outer_modules(model).items() if path.endswith(endings)}
     if endings and not modules:
-        raise ValueError(f"{where}: modules_to_save names {_listed(set(endings))}, which the model does not have")
+        raise ValueError(f"{where}: modules_to_save names {_listed(endings)}, which the model does not have")
     for path, module in modules.items():
         inner = [inside for inside in modules if inside.startswith(f"{path}.")]
         inner += [f"{path}.{at}" for at, child in module.named_modules() if isinstance(child, LoRALinear)]
@@ -148,18 +140,20 @@ def _modules_to_save(model, config, where) -> dict[str, nn.Module]:
     return modules
 
 
-def _compare_names(linear, modules, config, tensors, name, where, heads) -> None:
+def _tensors_of(modules: dict[str, nn.Module]) -> dict[str, torch.Tensor]:
+    return {f"{path}.{key}": own for path, m in modules.items() for key, own in original(m).state_dict().items()}
+
+
+def _compare_names(linear, held, selected, whole, tensors, where) -> None:
+    """Layers in the file against those the model has, the config selects, an adapter of this name has already."""
     given = set(tensors.layers)
-    selected = config.selects(linear, heads)
-    held = {path for path, layer in linear.items() if isinstance(layer, LoRALinear) and adapter_of(layer, name)}
-    matched = {id(linear[path]) for path in given & linear.keys()}
+    matched = {id(linear[path]) for path in given & linear.keys()}  # a layer under two names needs one of them
     missing = {path for path in ((selected or set()) | held) - given if id(linear[path]) not in matched}
     unexpected = given - linear.keys()
     for allowed in (selected, held or None):
         unexpected |= set() if allowed is None else given - allowed
-    keys = {f"{path}.{key}" for path, module in modules.items() for key in original(module).state_dict()}
-    missing |= keys - tensors.whole.keys()
-    unexpected |= tensors.whole.keys() - keys
+    missing |= whole.keys() - tensors.whole.keys()
+    unexpected |= tensors.whole.keys() - whole.keys()
     if missing or unexpected:
         raise ValueError(
             f"{where}: the adapter does not fit the model: matched: {len(given - unexpected)} layers; "
@@ -189,14 +183,10 @@ def _check_layer(path, layer, rank, config, parts, name, where) -> None:
     if found != wanted:
         raise ValueError(f"{where}: {path} is {found} in the file, but the model and the config want {wanted}")
     held = adapter_of(layer, name) if isinstance(layer, LoRALinear) else None
-    if held is None:
-        return
-    if hasattr(held, "start_A"):
-        raise ValueError(f"the model's adapter {name!r} is in PiSSA training; load under another name")
-    if held.rank != rank or hasattr(held, "lora_magnitude") != config.use_dora:
+    if held is not None and (held.rank != rank or tuple(wanted) != held.PARTS):
         raise ValueError(
-            f"{where}: {path} has rank {rank}{', DoRA' * config.use_dora}; the model's adapter {name!r} has rank "
-            f"{held.rank}{', DoRA' * hasattr(held, 'lora_magnitude')}; load under another name"
+            f"{where}: {path} has rank {rank} and {', '.join(wanted)}; the model's adapter {name!r} has rank "
+            f"{held.rank} and {', '.join(held.PARTS)}; load under another name"
         )
 
 

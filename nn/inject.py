@@ -8,7 +8,7 @@ from collections.abc import Iterable, Sequence
 from torch import nn
 
 from .lora import LoRALinear, check_settings, lora_layers
-from .multi import active_adapter, linear_layers, lora_parameters, modules_with_adapters
+from .multi import active_adapter, ending_in, linear_layers, lora_parameters, modules_with_adapters
 
 
 def apply_lora_to_model(
@@ -70,7 +70,7 @@ def _select(model: nn.Module, target_modules) -> dict[str, nn.Module]:
             except re.error as error:
                 raise ValueError(f"target_modules is not a regular expression: {target_modules!r}: {error}") from None
             if not selected:
-                hint = f"; did you mean the name, [{target_modules!r}]?" if _ending(linear, target_modules) else ""
+                hint = f"; did you mean the name, [{target_modules!r}]?" if ending_in(linear, [target_modules]) else ""
                 raise ValueError(
                     f"target_modules: the regular expression {target_modules!r} matches the whole path of "
                     f"no linear layer{hint}{available}"
@@ -82,7 +82,7 @@ def _select(model: nn.Module, target_modules) -> dict[str, nn.Module]:
         for pattern in patterns:
             if not isinstance(pattern, str):
                 raise ValueError(f"target_modules must hold strings, got {pattern!r}")
-            found = _ending(linear, pattern)
+            found = ending_in(linear, [pattern])
             if not found:
                 raise ValueError(f"target_modules: {pattern!r} {_no_match(pattern, linear, model)}{available}")
             selected |= found
@@ -91,20 +91,16 @@ def _select(model: nn.Module, target_modules) -> dict[str, nn.Module]:
     return {name: module for name, module in linear.items() if name in selected}
 
 
-def _ending(names, pattern: str) -> set[str]:
-    return {name for name in names if f".{name}".endswith(f".{pattern}")}
-
-
 def output_heads(model, linear) -> set[str]:
     """The layer that makes the logits: what the model itself names, else any "lm_head"."""
     head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
     if head is None:
-        return _ending(linear, "lm_head")
+        return ending_in(linear, ["lm_head"])
     return {name for name, module in linear.items() if module is head}
 
 
 def _no_match(pattern, linear, model) -> str:
-    other = sorted({type(module).__name__ for name, module in model.named_modules() if _ending([name], pattern)})
+    other = sorted({type(module).__name__ for name, module in model.named_modules() if ending_in([name], [pattern])})
     if other:
         return f"names no linear layer but {', '.join(other)}"
     names = {name.rpartition(".")[2] for name in linear} | set(linear)

@@ -35,7 +35,7 @@ class RestingAdapter(nn.Module):
 
     def __init__(self, kind: type[LoRALinear], parts: dict[str, torch.Tensor], settings: dict[str, float]):
         super().__init__()
-        self.kind = kind
+        self.kind, self.PARTS = kind, kind.PARTS
         _hold(self, parts)
         for name in SETTINGS:
             setattr(self, name, settings[name])
@@ -113,6 +113,12 @@ def outer_modules(model: nn.Module) -> dict[str, nn.Module]:
     return {path: module for path, module in model.named_modules() if path and not path.startswith(inside)}
 
 
+def ending_in(paths: Iterable[str], names: Iterable[str]) -> set[str]:
+    """The paths that end in one of the names, by whole components: "proj" is not the end of "q_proj"."""
+    endings = tuple(f".{name}" for name in names)
+    return {path for path in paths if f".{path}".endswith(endings)}
+
+
 def original(module: nn.Module) -> nn.Module:
     """The model's own module, without the adapters around it."""
     return module.base_layer if isinstance(module, (LoRALinear, ModuleToSave)) else module
@@ -166,7 +172,7 @@ def set_adapter(model: nn.Module, name: str) -> None:
             if name in module.resting:
                 coming = module.resting.pop(name)
                 module.__class__, module.adapter = coming.kind, name
-                _hold(module, {part: getattr(coming, part) for part in coming.kind.PARTS})
+                _hold(module, {part: getattr(coming, part) for part in coming.PARTS})
                 for setting in SETTINGS:
                     setattr(module, setting, getattr(coming, setting))
 
@@ -276,16 +282,19 @@ def save_modules(model: nn.Module, names: Iterable[str]) -> None:
     active = active_adapter(model)
     if active is None:
         raise ValueError("the model has no adapter; call apply_lora_to_model first")
-    chosen = {}
+    modules = {path: module for path, module in model.named_modules() if path}
+    chosen = set()
     for name in names:
-        found = {p: m for p, m in model.named_modules() if p and f".{p}".endswith(f".{name}")}
+        found = ending_in(modules, [name])
         if not found:
             raise ValueError(f"no module's path ends in {name!r}")
         chosen |= found
-    for path, module in chosen.items():
-        if any(isinstance(child, LoRALinear) for child in module.modules()):
+    chosen = [path for path in modules if path in chosen]
+    for path in chosen:
+        if any(isinstance(child, LoRALinear) for child in modules[path].modules()):
             raise ValueError(f"{path!r} holds a LoRA adapter and cannot be trained whole")
-    for path, module in chosen.items():
+    for path in chosen:
+        module = modules[path]
         if not isinstance(module, ModuleToSave):
             module = ModuleToSave(module)
             model.set_submodule(path, module)
