@@ -131,8 +131,8 @@ def load_adapter(model: nn.Module, directory: str | Path, name: str = "default",
     for path, layer in layers.items():
         like = adapter_like(multi.original(layer))
         parts = {part: nn.Parameter(t.to(**like), trainable) for part, t in tensors.layers[path].items()}
-        values = (*settings[path], config.lora_dropout)
-        new[path] = multi.RestingAdapter(kind, parts, dict(zip(multi.SETTINGS, values, strict=True)))
+        values = dict(zip(multi.SETTINGS, (*settings[path], config.lora_dropout), strict=True))
+        new[path] = multi.RestingAdapter(kind, parts | values)
     for path, module in modules.items():
         new[path] = copy.deepcopy(multi.original(module)).requires_grad_(trainable)
         new[path].load_state_dict({key: tensors.whole[f"{path}.{key}"] for key in new[path].state_dict()})

@@ -29,16 +29,13 @@ class RestingAdapter(nn.Module):
 
     Args:
         kind: the class of the layer when this adapter is active, LoRALinear or one of `variants`.
-        parts: the parameters and buffers that `kind.PARTS` names.
-        settings: the values of SETTINGS.
+        contents: what `kind.PARTS` (parameters and buffers) and SETTINGS name.
     """
 
-    def __init__(self, kind: type[LoRALinear], parts: dict[str, torch.Tensor], settings: dict[str, float]):
+    def __init__(self, kind: type[LoRALinear], contents: dict):
         super().__init__()
         self.kind, self.PARTS = kind, kind.PARTS
-        _hold(self, parts)
-        for name in SETTINGS:
-            setattr(self, name, settings[name])
+        _hold(self, contents)
 
     def factors(self):
         """As a layer of this kind computes them."""
@@ -49,12 +46,16 @@ class RestingAdapter(nn.Module):
         return self.kind.added_term(self, x, y, base, training)
 
 
-def _hold(module: nn.Module, parts: dict[str, torch.Tensor]) -> None:
-    for name, tensor in parts.items():
-        if isinstance(tensor, nn.Parameter):
-            setattr(module, name, tensor)
+def _contents(adapter: LoRALinear | RestingAdapter) -> dict:
+    return {name: getattr(adapter, name) for name in adapter.PARTS + SETTINGS}
+
+
+def _hold(module: nn.Module, contents: dict) -> None:
+    for name, value in contents.items():
+        if isinstance(value, torch.Tensor) and not isinstance(value, nn.Parameter):
+            module.register_buffer(name, value)
         else:
-            module.register_buffer(name, tensor)
+            setattr(module, name, value)
 
 
 class ModuleToSave(nn.Module):
@@ -172,22 +173,17 @@ def set_adapter(model: nn.Module, name: str) -> None:
             if name in module.resting:
                 coming = module.resting.pop(name)
                 module.__class__, module.adapter = coming.kind, name
-                _hold(module, {part: getattr(coming, part) for part in coming.PARTS})
-                for setting in SETTINGS:
-                    setattr(module, setting, getattr(coming, setting))
+                _hold(module, _contents(coming))
 
 
 def set_aside(layer: LoRALinear) -> None:
     """Leave one layer without an active adapter; the one that was is kept in `resting`."""
     if layer.adapter is not None:
-        parts = {part: getattr(layer, part) for part in layer.PARTS}
-        settings = {setting: getattr(layer, setting) for setting in SETTINGS}
-        layer.resting[layer.adapter] = RestingAdapter(type(layer), parts, settings)
+        layer.resting[layer.adapter] = RestingAdapter(type(layer), _contents(layer))
     for part in layer.PARTS:
         delattr(layer, part)
     layer.__class__, layer.adapter = LoRALinear, None
-    for name in LoRALinear.PARTS + SETTINGS:
-        setattr(layer, name, None)
+    _hold(layer, dict.fromkeys(LoRALinear.PARTS + SETTINGS))
 
 
 def without_adapter(linear: nn.Module) -> LoRALinear:

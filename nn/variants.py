@@ -105,13 +105,12 @@ def pissa_init(model: nn.Module, iterations: int | None = None) -> None:
 
     Source: Meng et al. 2024, "PiSSA", section 3.
     """
-    for path, layer in active_layers(model):
+    layers = active_layers(model)
+    for path, layer in layers:
         if isinstance(layer.base_layer, NF4Linear):
             raise ValueError(f"{path!r} is quantized; pissa_init needs dense weights (for NF4 there is loftq_init)")
-    for _, layer in active_layers(model):
-        A, B = leading_factors(dense_weight(layer.base_layer), layer.rank, layer.scaling, iterations)
-        layer.lora_A.copy_(A)
-        layer.lora_B.copy_(B)
+    for _, layer in layers:
+        _start_at(layer, dense_weight(layer.base_layer), iterations)
         _become(layer, PiSSALinear)
         layer.register_buffer("start_A", layer.lora_A.detach().clone())
         layer.register_buffer("start_B", layer.lora_B.detach().clone())
@@ -143,7 +142,7 @@ def loftq_init(
     layers = {f"{p}.weight": layer for p, layer in active_layers(model) if isinstance(layer.base_layer, NF4Linear)}
     if not layers:
         raise ValueError("the model has no NF4 layer with an adapter; quantize_model comes first")
-    weights = original if isinstance(original, Mapping) else _InFiles(original)
+    weights = original if isinstance(original, Mapping) else _mapped(original)
     for name, layer in layers.items():
         if name not in weights:
             raise ValueError(f"original has no {name!r}")
@@ -155,26 +154,17 @@ def loftq_init(
         quantized = dense_weight(layer.base_layer).float()
         W = weights[name].to(quantized)
         lost = W - quantized
-        A, B = leading_factors(lost, layer.rank, layer.scaling, iterations)
-        layer.lora_A.copy_(A)
-        layer.lora_B.copy_(B)
+        _start_at(layer, lost, iterations)
         left = lost - layer.delta_weight()
         errors[name.removesuffix(".weight")] = tuple((part.norm() / W.norm()).item() for part in (lost, left))
     return errors
 
 
-class _InFiles(dict):
-    """The tensors of a directory of safetensors files by name, each read when it is asked for."""
+def _mapped(directory: str | Path) -> dict[str, torch.Tensor]:
+    """The tensors of a directory of safetensors files, mapped: what is not looked at takes no memory."""
+    from safetensors.torch import load_file
 
-    def __init__(self, directory):
-        from safetensors import safe_open
-
-        for path in sorted(Path(directory).glob("*.safetensors")):
-            file = safe_open(path, framework="pt")
-            self.update(dict.fromkeys(file.keys(), file))
-
-    def __getitem__(self, name):
-        return super().__getitem__(name).get_tensor(name)
+    return {name: t for path in sorted(Path(directory).glob("*.safetensors")) for name, t in load_file(path).items()}
 
 
 class DoRALinear(LoRALinear):
@@ -250,6 +240,12 @@ def dora_init(model: nn.Module) -> None:
 def _become(layer: LoRALinear, kind: type) -> None:
     other = PiSSALinear if kind is DoRALinear else DoRALinear
     layer.__class__ = DoRAPiSSALinear if isinstance(layer, other) else kind
+
+
+def _start_at(layer: LoRALinear, target: torch.Tensor, iterations: int | None) -> None:
+    A, B = leading_factors(target, layer.rank, layer.scaling, iterations)
+    layer.lora_A.copy_(A)
+    layer.lora_B.copy_(B)
 
 
 def leading_factors(target: torch.Tensor, rank: int, scaling: float, iterations: int | None = None):
