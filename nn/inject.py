@@ -59,22 +59,21 @@ def _select(model: nn.Module, target_modules) -> dict[str, nn.Module]:
     linear = linear_layers(model, in_attention=True)
     last = sorted({name.rpartition(".")[2] for name in linear})
     available = f" (linear layers: {', '.join(last) or 'none'})"
-    if isinstance(target_modules, str):
-        if target_modules.lower() == "all-linear":
-            selected = set(linear) - output_heads(model, linear)
-            if not selected:
-                raise ValueError("target_modules 'all-linear': the model has no linear layer besides its output head")
-        else:
-            try:
-                selected = {name for name in linear if re.fullmatch(target_modules, name)}
-            except re.error as error:
-                raise ValueError(f"target_modules is not a regular expression: {target_modules!r}: {error}") from None
-            if not selected:
-                hint = f"; did you mean the name, [{target_modules!r}]?" if ending_in(linear, [target_modules]) else ""
-                raise ValueError(
-                    f"target_modules: the regular expression {target_modules!r} matches the whole path of "
-                    f"no linear layer{hint}{available}"
-                )
+    if isinstance(target_modules, str) and target_modules.lower() == "all-linear":
+        selected = set(linear) - output_heads(model, linear)
+        if not selected:
+            raise ValueError("target_modules 'all-linear': the model has no linear layer besides its output head")
+    elif isinstance(target_modules, str):
+        try:
+            selected = {name for name in linear if re.fullmatch(target_modules, name)}
+        except re.error as error:
+            raise ValueError(f"target_modules is not a regular expression: {target_modules!r}: {error}") from None
+        if not selected:
+            hint = f"; did you mean the name, [{target_modules!r}]?" if ending_in(linear, [target_modules]) else ""
+            raise ValueError(
+                f"target_modules: the regular expression {target_modules!r} matches the whole path of "
+                f"no linear layer{hint}{available}"
+            )
     elif isinstance(target_modules, Iterable):
         patterns, selected = list(target_modules), set()
         if not patterns:

@@ -79,15 +79,12 @@ class LiveMemory(TorchDispatchMode):
         key, size = id(storage), storage.nbytes()
         known, reference = self._storages.get(key, (None, None))
         if known is None:
-            reference = weakref.ref(storage, lambda _: self._forget(key))
+            reference = weakref.ref(storage, lambda _: self._change(-self._storages.pop(key)[0]))
             known = 0 if new else size
             self.before += known
         self._storages[key] = size, reference
         if size != known:  # new, or resized
             self._change(size - known)
-
-    def _forget(self, key: int) -> None:
-        self._change(-self._storages.pop(key)[0])
 
     def _change(self, difference: int) -> None:
         self.added += difference

@@ -1,12 +1,9 @@
-"""Several adapters in one model, of which one is active.
+"""Several adapters in one model, of which one is active; where it has no part, a layer computes as its base.
 
 Every LoRALinear holds the active adapter in `lora_A`, `lora_B` and its settings, and the others in
 `layer.resting`, by name. Switching exchanges the Parameter objects themselves: no value is copied, so
 every bit stays, `requires_grad` and optimizer state stay with their parameter, and `.to()` and
-`state_dict()` reach all adapters because all are registered in the module. What is active and what
-is trained are two things.
-
-An adapter need not touch every layer: where the active one is absent, the layer computes as its base.
+`state_dict()` reach all adapters. What is active and what is trained are two things.
 """
 
 import contextlib
@@ -25,12 +22,7 @@ SETTINGS = ("rank", "lora_alpha", "scaling", "lora_dropout")
 
 
 class RestingAdapter(nn.Module):
-    """What one layer has of an adapter that is not active.
-
-    Args:
-        kind: the class of the layer when this adapter is active, LoRALinear or one of `variants`.
-        contents: what `kind.PARTS` (parameters and buffers) and SETTINGS name.
-    """
+    """What one layer has of an adapter that is not active; `kind` is the layer's class when it is."""
 
     def __init__(self, kind: type[LoRALinear], contents: dict):
         super().__init__()
@@ -38,11 +30,9 @@ class RestingAdapter(nn.Module):
         _hold(self, contents)
 
     def factors(self):
-        """As a layer of this kind computes them."""
         return self.kind.factors(self)
 
     def added_term(self, x, y, base, training):
-        """As a layer of this kind computes it."""
         return self.kind.added_term(self, x, y, base, training)
 
 
@@ -95,12 +85,10 @@ def modules_with_adapters(model: nn.Module) -> dict[str, LoRALinear | ModuleToSa
 def linear_layers(model: nn.Module, in_attention: bool = False) -> dict[str, nn.Module]:
     """Path → module of the layers that LoRA can adapt or has adapted; not those inside adapters.
 
-    Args:
-        in_attention: also those inside nn.MultiheadAttention, which reads their weights itself.
+    Nor, unless `in_attention`, those inside nn.MultiheadAttention, which reads their weights itself.
     """
-    closed = () if in_attention else nn.MultiheadAttention
-    closed = [path for path, module in model.named_modules() if isinstance(module, closed)]
-    inside = tuple(f"{path}." for path in [*modules_with_adapters(model), *closed])
+    closed = (LoRALinear, ModuleToSave) if in_attention else (LoRALinear, ModuleToSave, nn.MultiheadAttention)
+    inside = tuple(f"{path}." for path, module in model.named_modules() if isinstance(module, closed))
     return {
         path: module
         for path, module in model.named_modules(remove_duplicate=False)

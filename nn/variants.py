@@ -1,17 +1,8 @@
-"""Variants of LoRA: each a few lines that set up or read a model's active adapter, in place.
+"""Variants of LoRA: rsLoRA, LoRA+, LoRA-FA, PiSSA, LoftQ, DoRA; each a few lines on a model's active adapter.
 
-| call | what differs from LoRA | what is saved |
-|---|---|---|
-| `use_rslora(model)` | scaling α/√r, so that large ranks learn as fast as small ones | `use_rslora` |
-| `lora_plus_groups(model, lr)` | B learns `ratio` times as fast as A | plain LoRA |
-| `freeze_A(model)` | LoRA-FA: A stays random, only B learns | plain LoRA |
-| `pissa_init(model)` | starts at the r largest singular directions of W instead of at zero | plain LoRA of rank 2r |
-| `loftq_init(model, original)` | starts at what NF4 rounding took from W | plain LoRA |
-| `dora_init(model)` | direction and length of each row of W + ΔW learn separately | `use_dora` |
-
-Call them after `apply_lora_to_model` and before making the optimizer. DoRA and PiSSA hold more than A and B
-and compute with it: their layers are classes of their own, which a LoRALinear becomes and stops being with
-the adapter that is active.
+Call them after `apply_lora_to_model` and before making the optimizer. What is saved says `use_rslora` or `use_dora`
+where that is so, and is plain LoRA otherwise. DoRA and PiSSA hold more than A and B and compute with it: their
+layers are classes of their own, which a LoRALinear becomes and stops being with the adapter that is active.
 """
 
 import math
@@ -68,8 +59,7 @@ def lora_plus_groups(model: nn.Module, lr: float, ratio: float = 16.0, weight_de
 def freeze_A(model: nn.Module) -> None:
     """LoRA-FA: train B alone. ΔW then lives in the r directions that A was born with.
 
-    Half as many gradients and optimizer states; and since dA is not needed, the input x of each layer
-    need not be kept for backward, only S = x Aᵀ.
+    Without dA the input x of each layer need not be kept for backward, only S = x Aᵀ.
 
     Source: Zhang et al. 2023, "LoRA-FA: Memory-efficient Low-rank Adaptation".
     """
@@ -91,10 +81,9 @@ class PiSSALinear(LoRALinear):
 def pissa_init(model: nn.Module, iterations: int | None = None) -> None:
     """Start at the principal singular directions: s·B₀A₀ is W cut to rank r, and the rest of W stays frozen.
 
-    PiSSA usually writes the rest, W − s·B₀A₀, over the base weight. Here W is left alone and B₀A₀ is kept
-    beside the adapter. So the base can still be shared with other adapters, `disable_lora` shows the true
-    base, and what `save_adapter` writes, [A; A₀] and [B, −B₀], is a plain LoRA of rank 2r on the
-    untouched base.
+    PiSSA usually writes the rest, W − s·B₀A₀, over the base weight. Here W is left alone, for other adapters and
+    for `disable_lora`, and B₀A₀ is kept beside the adapter; `save_adapter` writes [A; A₀] and [B, −B₀], a plain
+    LoRA of rank 2r on the untouched base.
 
     Args:
         iterations: None for the exact singular value decomposition; a number for torch's randomized one
@@ -122,8 +111,7 @@ def loftq_init(
 ) -> dict[str, tuple[float, float]]:
     """Start at the best rank-r correction of the quantization error W − NF4(W), leaving NF4(W) as it is.
 
-    This is LoftQ with one iteration. Its further iterations re-quantize the base to something other
-    than NF4(W), which nobody who loads the adapter would have.
+    This is LoftQ with one iteration; further ones would quantize the base anew, which nobody who loads the adapter has.
 
     Args:
         model: NF4 layers with adapters.
@@ -142,29 +130,26 @@ def loftq_init(
     layers = {f"{p}.weight": layer for p, layer in active_layers(model) if isinstance(layer.base_layer, NF4Linear)}
     if not layers:
         raise ValueError("the model has no NF4 layer with an adapter; quantize_model comes first")
-    weights = original if isinstance(original, Mapping) else _mapped(original)
+    if not isinstance(original, Mapping):
+        from safetensors.torch import load_file  # maps the file: what is not looked at takes no memory
+
+        files = map(load_file, sorted(Path(original).glob("*.safetensors")))
+        original = {name: tensor for file in files for name, tensor in file.items()}
     for name, layer in layers.items():
-        if name not in weights:
+        if name not in original:
             raise ValueError(f"original has no {name!r}")
-        shape, found = (layer.out_features, layer.in_features), tuple(weights[name].shape)
+        shape, found = (layer.out_features, layer.in_features), tuple(original[name].shape)
         if found != shape:
             raise ValueError(f"original: {name!r} must be {shape}, got {found}")
     errors = {}
     for name, layer in layers.items():
         quantized = dense_weight(layer.base_layer).float()
-        W = weights[name].to(quantized)
+        W = original[name].to(quantized)
         lost = W - quantized
         _start_at(layer, lost, iterations)
         left = lost - layer.delta_weight()
         errors[name.removesuffix(".weight")] = tuple((part.norm() / W.norm()).item() for part in (lost, left))
     return errors
-
-
-def _mapped(directory: str | Path) -> dict[str, torch.Tensor]:
-    """The tensors of a directory of safetensors files, mapped: what is not looked at takes no memory."""
-    from safetensors.torch import load_file
-
-    return {name: t for path in sorted(Path(directory).glob("*.safetensors")) for name, t in load_file(path).items()}
 
 
 class DoRALinear(LoRALinear):
