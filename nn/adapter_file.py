@@ -25,18 +25,11 @@ PARTS = {"lora_A.weight": "lora_A", "lora_B.weight": "lora_B",
 
 
 class AdapterTensors(NamedTuple):
-    """The tensors of one adapter file.
+    """The tensors of one adapter file."""
 
-    Attributes:
-        layers: path of a layer → name of the part → tensor; `lora_magnitude` is DoRA's.
-        base: by parameter name, weights of adapted layers themselves. PEFT adds these copies when the
-            output head is adapted; they must equal the model's.
-        whole: by parameter name, the weights of modules that are replaced whole.
-    """
-
-    layers: dict[str, dict[str, torch.Tensor]]
-    base: dict[str, torch.Tensor]
-    whole: dict[str, torch.Tensor]
+    layers: dict[str, dict[str, torch.Tensor]]  # path of a layer → name of the part → tensor
+    base: dict[str, torch.Tensor]  # copies of the model's own weights, which PEFT adds when the output head is adapted
+    whole: dict[str, torch.Tensor]  # weights of modules that are replaced whole
 
 
 def read_adapter_tensors(directory: str | Path) -> AdapterTensors:

@@ -134,12 +134,11 @@ def disable_lora(model: nn.Module):
     Contexts nest. Raises ValueError for a model without LoRA layers.
     """
     required_lora_layers(model)
-    modules = list(modules_with_adapters(model).values())
-    before = [module.enabled for module in modules]
-    for module in modules:
+    enabled = [module for module in modules_with_adapters(model).values() if module.enabled]
+    for module in enabled:
         module.enabled = False
     try:
         yield model
     finally:
-        for module, enabled in zip(modules, before, strict=True):
-            module.enabled = enabled
+        for module in enabled:
+            module.enabled = True

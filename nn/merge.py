@@ -15,8 +15,8 @@ from torch import nn
 from ..quant import NF4Linear, quantize_nf4
 from .base_layer import dense_weight
 from .inject import required_lora_layers
-from .lora import LoRALinear, active_layers
-from .multi import ModuleToSave, modules_with_adapters
+from .lora import LoRALinear
+from .multi import ModuleToSave, active_layers, modules_with_adapters
 from .variants import leading_factors
 
 REFIT_ROUNDS = 5

@@ -16,7 +16,7 @@ import torch
 from torch import nn
 
 from .base_layer import autocast_input, base_forward, is_adaptable
-from .lora import LoRALinear
+from .lora import LoRALinear, lora_layers
 
 SETTINGS = ("rank", "lora_alpha", "scaling", "lora_dropout")
 
@@ -143,6 +143,15 @@ def adapter_names(model: nn.Module) -> list[str]:
 def active_adapter(model: nn.Module) -> str | None:
     """The name of the active adapter; None if the model has none."""
     return next((m.adapter for m in modules_with_adapters(model).values() if m.adapter is not None), None)
+
+
+def active_layers(model: nn.Module) -> list[tuple[str, LoRALinear]]:
+    """(path, layer) of every layer with an active adapter. Raises ValueError: there is none, or it is merged."""
+    layers = [(path, layer) for path, layer in lora_layers(model) if layer.adapter is not None]
+    if not layers:
+        raise ValueError("the model has no active adapter; call apply_lora_to_model first")
+    check_unmerged(model)
+    return layers
 
 
 def set_adapter(model: nn.Module, name: str) -> None:

@@ -15,9 +15,9 @@ from torch import nn
 
 from ..kernels.lora import lora_linear
 from ..quant import NF4Linear
-from .base_layer import cast, dense_weight, operand
-from .lora import LoRALinear, active_layers
-from .multi import lora_parameters
+from .base_layer import dense_weight, operands
+from .lora import LoRALinear
+from .multi import active_layers, lora_parameters
 
 
 def use_rslora(model: nn.Module) -> None:
@@ -190,12 +190,11 @@ class DoRALinear(LoRALinear):
 
     def fused(self, x):
         """Base and adapter in one operation, then the gain, then the bias."""
-        weight, dtype = operand(self.base_layer, x)
-        A, B = self.factors()
+        h, weight = operands(self.base_layer, x)
         dropout = self.lora_dropout if self.training else 0.0
-        y = lora_linear(cast(x, dtype), weight, None, A, B, self.scaling, dropout)
-        y = y * self.gain(dense_weight(self.base_layer)).to(dtype)
-        return (y if self.bias is None else y + self.bias.to(dtype)).to(x.dtype)
+        y = lora_linear(h, weight, None, *self.factors(), self.scaling, dropout)
+        y = y * self.gain(dense_weight(self.base_layer)).to(h.dtype)
+        return (y if self.bias is None else y + self.bias.to(h.dtype)).to(x.dtype)
 
     @torch.no_grad()
     def delta_weight(self):
