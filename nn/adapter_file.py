@@ -84,7 +84,7 @@ def _read_safetensors(path: Path) -> dict[str, torch.Tensor]:
         raise ValueError(f"{path} {why}") from None
 
 
-def check_fit(model: nn.Module, config: AdapterConfig, tensors: AdapterTensors, name: str, where: str):
+def check_fit(model: nn.Module, config: AdapterConfig, tensors: AdapterTensors, name: str):
     """Compare an adapter with a model, as the adapter `name` of which it is to be loaded.
 
     Returns:
@@ -92,30 +92,37 @@ def check_fit(model: nn.Module, config: AdapterConfig, tensors: AdapterTensors, 
         layer → (rank, alpha, scaling).
 
     Raises:
-        ValueError: the message begins with `where` and names the layers that matched, are missing in
-            the file and are unexpected there, or the layer whose parts or shapes are wrong.
+        ValueError: the message names the layers that matched, are missing in the file and are unexpected there, or
+            the layer whose parts or shapes are wrong.
     """
-    linear = linear_layers(model)
-    modules = _modules_to_save(model, config, where)
+    linear, modules = linear_layers(model), _modules_to_save(model, config)
+    held = {path: adapter_of(layer, name) for path, layer in linear.items() if isinstance(layer, LoRALinear)}
+    held = {path: adapter for path, adapter in held.items() if adapter is not None}
     whole = _tensors_of(modules)
-    held = {path for path, layer in linear.items() if isinstance(layer, LoRALinear) and adapter_of(layer, name)}
-    _compare_names(linear, held, config.selects(linear, output_heads(model, linear)), whole, tensors, where)
-    settings = config.settings(tensors.layers)
-    for path, (rank, _, _) in settings.items():
-        _check_layer(path, linear[path], rank, config, tensors.layers[path], name, where)
-    base = _tensors_of({path: linear[path] for path in settings})
+    _compare_names(linear, held.keys(), config.selects(linear, output_heads(model, linear)), whole, tensors)
+    layers = {path: linear[path] for path in tensors.layers}
+    settings = config.settings(layers)
+    for path, layer in layers.items():
+        _check_layer(path, layer, settings[path][0], config.use_dora, tensors.layers[path], held.get(path), name)
+    base = _tensors_of(layers)
     for key, tensor in tensors.base.items():
-        _check_base(key, tensor, base.get(key), where)
-    for key, own in whole.items():
-        given = tensors.whole[key]
-        if given.shape != own.shape or not own.is_floating_point():
+        own = base.get(key)
+        if own is None:
+            raise ValueError(f"unexpected in the file: {key} of the base model")
+        coarse = min(tensor.dtype, own.dtype, key=lambda dtype: dtype.itemsize)
+        if own.shape != tensor.shape or not torch.equal(own.to(coarse).cpu(), tensor.to(coarse)):
             raise ValueError(
-                f"{where}: {key} is {tuple(given.shape)} in the file and {tuple(own.shape)} of {own.dtype} in the model"
+                f"the file brings its own {key} of shape {tuple(tensor.shape)}, which is not the model's of shape "
+                f"{tuple(own.shape)}: another base model, or a resized vocabulary"
             )
-    return {path: linear[path] for path in settings}, modules, settings
+    for key, own in whole.items():
+        given = tuple(tensors.whole[key].shape)
+        if given != own.shape or not own.is_floating_point():
+            raise ValueError(f"{key} is {given} in the file and {tuple(own.shape)} of {own.dtype} in the model")
+    return layers, modules, settings
 
 
-def _modules_to_save(model, config, where) -> dict[str, nn.Module]:
+def _modules_to_save(model, config) -> dict[str, nn.Module]:
     """Path → module of what the config replaces whole.
 
     One name that is there is enough: PEFT writes both "classifier" and "score" for every classification
@@ -124,12 +131,12 @@ def _modules_to_save(model, config, where) -> dict[str, nn.Module]:
     endings = tuple(config.modules_to_save or ())
     modules = {path: module for path, module in outer_modules(model).items() if path.endswith(endings)}
     if endings and not modules:
-        raise ValueError(f"{where}: modules_to_save names {_listed(endings)}, which the model does not have")
+        raise ValueError(f"modules_to_save names {_listed(endings)}, which the model does not have")
     for path, module in modules.items():
         inner = [inside for inside in modules if inside.startswith(f"{path}.")]
         inner += [f"{path}.{at}" for at, child in module.named_modules() if isinstance(child, LoRALinear)]
         if inner:
-            raise ValueError(f"{where}: modules_to_save would replace {path!r}, which holds the adapted {inner[0]!r}")
+            raise ValueError(f"modules_to_save would replace {path!r}, which holds the adapted {inner[0]!r}")
     return modules
 
 
@@ -137,7 +144,7 @@ def _tensors_of(modules: dict[str, nn.Module]) -> dict[str, torch.Tensor]:
     return {f"{path}.{key}": own for path, m in modules.items() for key, own in original(m).state_dict().items()}
 
 
-def _compare_names(linear, held, selected, whole, tensors, where) -> None:
+def _compare_names(linear, held, selected, whole, tensors) -> None:
     """Layers in the file against those the model has, the config selects, an adapter of this name has already."""
     given = set(tensors.layers)
     matched = {id(linear[path]) for path in given & linear.keys()}  # a layer under two names needs one of them
@@ -149,37 +156,25 @@ def _compare_names(linear, held, selected, whole, tensors, where) -> None:
     unexpected |= tensors.whole.keys() - whole.keys()
     if missing or unexpected:
         raise ValueError(
-            f"{where}: the adapter does not fit the model: matched: {len(given - unexpected)} layers; "
+            f"the adapter does not fit the model: matched: {len(given - unexpected)} layers; "
             f"missing in the file: {_listed(missing)}; unexpected in the file: {_listed(unexpected)}"
         )
 
 
-def _check_base(key, tensor, own, where) -> None:
-    if own is None:
-        raise ValueError(f"{where}: unexpected in the file: {key} of the base model")
-    coarse = own.dtype if own.dtype.itemsize < tensor.dtype.itemsize else tensor.dtype
-    if own.shape != tensor.shape or not torch.equal(own.to(coarse).cpu(), tensor.to(coarse)):
-        raise ValueError(
-            f"{where}: the file brings its own {key} of shape {tuple(tensor.shape)}, which is not the model's of shape "
-            f"{tuple(own.shape)}: another base model, or a resized vocabulary"
-        )
-
-
-def _check_layer(path, layer, rank, config, parts, name, where) -> None:
+def _check_layer(path, layer, rank, use_dora, parts, held, name) -> None:
     if original(layer).weight.is_meta:
         raise ValueError(f"{path} is on the meta device, where an adapter would lose its values")
     outputs, inputs = features(layer)
     wanted = {"lora_A": (rank, inputs), "lora_B": (outputs, rank)}
-    if config.use_dora:
+    if use_dora:
         wanted["lora_magnitude"] = (outputs,)
     found = {part: tuple(tensor.shape) for part, tensor in parts.items()}
     if found != wanted:
-        raise ValueError(f"{where}: {path} is {found} in the file, but the model and the config want {wanted}")
-    held = adapter_of(layer, name) if isinstance(layer, LoRALinear) else None
+        raise ValueError(f"{path} is {found} in the file, but the model and the config want {wanted}")
     if held is not None and (held.rank != rank or tuple(wanted) != held.PARTS):
         raise ValueError(
-            f"{where}: {path} has rank {rank} and {', '.join(wanted)}; the model's adapter {name!r} has rank "
-            f"{held.rank} and {', '.join(held.PARTS)}; load under another name"
+            f"{path} has rank {rank} and {', '.join(wanted)}; the model's adapter {name!r} has rank {held.rank} "
+            f"and {', '.join(held.PARTS)}; load under another name"
         )
 
 

@@ -123,7 +123,10 @@ def load_adapter(model: nn.Module, directory: str | Path, name: str = "default",
     config = AdapterConfig(**read_adapter_config(directory))
     tensors = read_adapter_tensors(directory)
     multi.check_unmerged(model)
-    layers, modules, settings = check_fit(model, config, tensors, name, str(directory))
+    try:
+        layers, modules, settings = check_fit(model, config, tensors, name)
+    except ValueError as error:
+        raise ValueError(f"{directory}: {error}") from None
 
     # Everything that can fail lies before the first change to the model.
     kind = DoRALinear if config.use_dora else LoRALinear

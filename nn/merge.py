@@ -95,16 +95,15 @@ def merge_and_unload(model: nn.Module, dequantize: bool = False, untie: bool = F
     Raises:
         ValueError: as `merge_lora`; nothing is changed then.
     """
-    shared, torn = _shared_weights(model), False
-    for path, module in modules_with_adapters(model).items():
-        if isinstance(module, ModuleToSave) and module.adapter is not None:
-            tied = [shared[p] for p in module.base_layer.parameters() if p in shared]
-            if tied and not untie:
-                raise ValueError(
-                    f"the adapter has replaced {path!r}, whose weight is shared ({', '.join(tied[0])}); "
-                    "pass untie=True to keep both"
-                )
-            torn = torn or bool(tied)
+    shared = _shared_weights(model)
+    whole = {path: m for path, m in modules_with_adapters(model).items() if isinstance(m, ModuleToSave) and m.adapter}
+    torn = [(path, shared[p]) for path, m in whole.items() for p in m.base_layer.parameters() if p in shared]
+    if torn and not untie:
+        path, names = torn[0]
+        raise ValueError(
+            f"the adapter has replaced {path!r}, whose weight is shared ({', '.join(names)}); "
+            "pass untie=True to keep both"
+        )
     merge_lora(model, dequantize, untie)
     if torn and hasattr(model, "config"):
         model.config.tie_word_embeddings = False
