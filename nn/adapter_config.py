@@ -137,9 +137,6 @@ def full_matches(patterns: list[str], names: Collection[str]) -> list[set[str]]:
     """For every regular expression the names that it matches in full.
 
     A stranger's expression can be built to run for years, and `re` cannot be interrupted; `regex` can.
-
-    Raises:
-        ValueError: not a regular expression, or not done within REGEX_SECONDS.
     """
     if not patterns:
         return []

@@ -87,11 +87,12 @@ def linear_layers(model: nn.Module, in_attention: bool = False) -> dict[str, nn.
 
     Nor, unless `in_attention`, those inside nn.MultiheadAttention, which reads their weights itself.
     """
+    modules = dict(model.named_modules(remove_duplicate=False))
     closed = (LoRALinear, ModuleToSave) if in_attention else (LoRALinear, ModuleToSave, nn.MultiheadAttention)
-    inside = tuple(f"{path}." for path, module in model.named_modules() if isinstance(module, closed))
+    inside = tuple(f"{path}." for path, module in modules.items() if isinstance(module, closed))
     return {
         path: module
-        for path, module in model.named_modules(remove_duplicate=False)
+        for path, module in modules.items()
         if path and not path.startswith(inside) and (isinstance(module, LoRALinear) or is_adaptable(module))
     }
 

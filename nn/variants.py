@@ -163,15 +163,10 @@ class DoRALinear(LoRALinear):
     PARTS = (*LoRALinear.PARTS, "lora_magnitude")
 
     def gain(self, weight: torch.Tensor) -> torch.Tensor:
-        """g = m / ‖W + s·BA‖, one number for each output row, (out,); the gradient goes to m alone.
+        """g = m / ‖W + s·BA‖, (out,), for a dense W (out, in); the gradient goes to m alone (section 4.3).
 
         The norm of row i is taken without forming the sum, from
         ‖wᵢ + s·bᵢA‖² = ‖wᵢ‖² + 2s·bᵢ(A wᵢ) + s²·bᵢ(AAᵀ)bᵢ, which costs two skinny products.
-
-        Args:
-            weight: W, (out, in), dense.
-
-        Source: section 4.3 for the norm held constant in backward.
         """
         with torch.no_grad():
             A, B = (factor.to(torch.promote_types(factor.dtype, torch.float32)) for factor in self.factors())
@@ -235,13 +230,7 @@ def _start_at(layer: LoRALinear, target: torch.Tensor, iterations: int | None) -
 def leading_factors(target: torch.Tensor, rank: int, scaling: float, iterations: int | None = None):
     """A (rank, in) and B (out, rank) such that scaling · BA is `target` cut to its largest singular values.
 
-    The values are shared out evenly between A and B, as PiSSA and LoftQ do.
-
-    Args:
-        iterations: None for the exact decomposition, else for torch's randomized one.
-
-    Raises:
-        ValueError: scaling is 0.
+    The values are shared out evenly between A and B, as PiSSA and LoftQ do. `iterations` as in `pissa_init`.
     """
     if scaling == 0:
         raise ValueError("lora_alpha is 0, so that the adapter adds nothing, whatever A and B are")
