@@ -36,6 +36,7 @@ extras = {
         "accelerate",
         "tqdm",
         "matplotlib",
+        "regex",
     ],
     "notebooks": ["jupyterlab", "jupytext", "ipykernel", "matplotlib", "nbclient"],
     "test": [
@@ -50,6 +51,7 @@ extras = {
         "ipykernel",
         "jupytext",
         "nbclient",
+        "regex",
     ],
     "tune": ["optuna"],
     "dev": ["ruff"],

@@ -8,95 +8,90 @@ we do not do would otherwise load "fine" and answer wrongly.
 import json
 import math
 import time
-from collections.abc import Iterable
+from collections.abc import Collection
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import Annotated
+
+from .multi import ending_in
 
 CONFIG_NAME = "adapter_config.json"
 MAX_CONFIG_BYTES = 16 * 2**20
 REGEX_SECONDS = 10
 
 # These describe how the adapter was made or is stored; none changes what the finished adapter computes.
-# (`megatron_core` and `qalora_group_size` act only together with fields that are refused.)
+# (`megatron_core` and `qalora_group_size` act only together with fields that are refused, `loftq_config` with a
+# refused init; `eva_config` chose the initial A, which training has replaced.)
 INFORMATION = {
-    "auto_mapping", "ensure_weight_tying", "inference_mode", "megatron_core", "peft_version", "qalora_group_size",
-    "revision", "runtime_config",
+    "auto_mapping", "ensure_weight_tying", "eva_config", "inference_mode", "loftq_config", "megatron_core",
+    "peft_type", "peft_version", "qalora_group_size", "revision", "runtime_config",
 }  # fmt: skip
 
 # PEFT's further fields. Each changes the computation when it is set.
 REFUSED = {
-    "alora_invocation_tokens", "arrow_config", "corda_config", "eva_config", "kasa_config", "layer_replication",
-    "lora_bias", "lora_ga_config", "megatron_config", "monteclora_config", "target_parameters",
-    "trainable_token_indices", "use_bdlora", "use_qalora", "velora_config",
+    "alora_invocation_tokens", "arrow_config", "corda_config", "kasa_config", "layer_replication", "lora_bias",
+    "lora_ga_config", "megatron_config", "monteclora_config", "target_parameters", "trainable_token_indices",
+    "use_bdlora", "use_qalora", "velora_config",
 }  # fmt: skip
-HARMLESS_IN_REFUSED = {"eva_config"}  # it chose the initial A, which training has replaced
-
-# The other methods (PiSSA, OLoRA, LoftQ, CorDA, LoRA-GA …) replace the base weight by a residual.
-INITS_THAT_KEEP_THE_BASE = (True, False, "gaussian", "eva", "orthogonal")
 
 
-def _is(*kinds):
-    return lambda value: isinstance(value, kinds) and (bool in kinds or not isinstance(value, bool))
+def _fits(value, kind) -> bool:
+    return kind.__metadata__[1](value)
 
 
-def _is_count(value):
-    return _is(int)(value) and value >= 1
-
-
-def _is_number(value):
-    return _is(int, float)(value) and -1e30 < value < 1e30  # neither NaN nor infinity nor 10**400
-
-
-def _is_strings(value):
-    return isinstance(value, list) and all(isinstance(item, str) and item for item in value)
-
-
-def _is_targets(value):
-    return isinstance(value, str) or _is_strings(value)
-
-
-def _is_dict_of(check):
-    return lambda value: isinstance(value, dict) and all(map(check, value.values()))
-
-
-def _is_layers(value):
-    return all(_is(int)(index) and index >= 0 for index in (value if isinstance(value, list) else [value]))
-
-
-# ruff: noqa: RUF009 - each of these calls makes one dataclass field
-def _field(default, check, expected: str, optional: bool = False):
-    """A field with what its value must be; an optional one may be null, which stands for the default."""
-    metadata = {"check": check, "expected": expected, "optional": optional}
-    if isinstance(default, dict):
-        return field(default_factory=dict, metadata=metadata)
-    return field(default=default, metadata=metadata)
+# What a field may hold: the type here, words for a message, the check of a value from JSON.
+Count = Annotated[int, "an integer of at least 1", lambda v: type(v) is int and v >= 1]
+Number = Annotated[float, "a finite number", lambda v: type(v) in (int, float) and abs(v) < 1e30]  # 10**400 is none
+Probability = Annotated[float, "a number in [0, 1)", lambda v: _fits(v, Number) and 0 <= v < 1]
+Flag = Annotated[bool, "true or false", lambda v: isinstance(v, bool)]
+Text = Annotated[str | None, "a string", lambda v: isinstance(v, str)]
+Texts = Annotated[list[str] | None, "a list of strings",
+                  lambda v: isinstance(v, list) and all(isinstance(item, str) and item for item in v)]  # fmt: skip
+Targets = Annotated[list[str] | str | None, "strings or a regular expression",
+                    lambda v: isinstance(v, str) or _fits(v, Texts)]  # fmt: skip
+Counts = Annotated[dict[str, int], "an object of integers of at least 1",
+                   lambda v: isinstance(v, dict) and all(_fits(item, Count) for item in v.values())]  # fmt: skip
+Numbers = Annotated[dict[str, float], "an object of finite numbers",
+                    lambda v: isinstance(v, dict) and all(_fits(item, Number) for item in v.values())]  # fmt: skip
+Layers = Annotated[list[int] | int | None, "a layer number or a list of them",
+                   lambda v: all(type(i) is int and i >= 0 for i in (v if isinstance(v, list) else [v]))]  # fmt: skip
+NoBias = Annotated[str, "'none', for trained biases are not supported", lambda v: v == "none"]
+Init = Annotated[
+    bool | str,
+    "true, false, 'gaussian', 'eva' or 'orthogonal'; any other method (PiSSA, OLoRA, LoftQ, …) replaces the base "
+    "weights, so the adapter does not fit the base model as it is on disk; save it again with PEFT's "
+    "path_initial_model_for_weight_conversion, which makes a plain LoRA of it",
+    lambda v: v in (True, False, "gaussian", "eva", "orthogonal"),
+]
 
 
 @dataclass(frozen=True)
 class AdapterConfig:
-    """A checked `adapter_config.json`, under PEFT's own field names and with PEFT's defaults."""
+    """A checked `adapter_config.json`, under PEFT's own field names and with PEFT's defaults.
 
-    r: int = _field(8, _is_count, "an integer of at least 1")
-    lora_alpha: float = _field(8, _is_number, "a finite number")
-    lora_dropout: float = _field(0.0, lambda v: _is_number(v) and 0 <= v < 1, "a number in [0, 1)")
-    target_modules: list[str] | str | None = _field(None, _is_targets, "strings or a regular expression", True)
-    exclude_modules: list[str] | str | None = _field(None, _is_targets, "strings or a regular expression", True)
-    rank_pattern: dict[str, int] = _field({}, _is_dict_of(_is_count), "an object of integers of at least 1", True)
-    alpha_pattern: dict[str, float] = _field({}, _is_dict_of(_is_number), "an object of finite numbers", True)
-    layers_to_transform: list[int] | int | None = _field(None, _is_layers, "a layer number or a list of them", True)
-    layers_pattern: list[str] | str | None = _field(None, _is_targets, "a string or a list of strings", True)
-    modules_to_save: list[str] | None = _field(None, _is_strings, "a list of strings", True)
-    use_rslora: bool = _field(False, _is(bool), "true or false")
-    use_dora: bool = _field(False, _is(bool), "true or false")
-    fan_in_fan_out: bool = _field(False, _is(bool), "true or false")
-    init_lora_weights: bool | str = _field(True, _is(bool, str), "true, false or a string")
-    bias: str = _field("none", _is(str), "a string")
-    base_model_name_or_path: str | None = _field(None, _is(str), "a string", True)
-    task_type: str | None = _field(None, _is(str), "a string", True)
+    JSON's null stands for the default where that is None or an empty object.
+    """
 
-    def settings(self, paths: Iterable[str]) -> dict[str, tuple[int, float, float]]:
+    r: Count = 8
+    lora_alpha: Number = 8
+    lora_dropout: Probability = 0.0
+    target_modules: Targets = None
+    exclude_modules: Targets = None
+    rank_pattern: Counts = field(default_factory=dict)
+    alpha_pattern: Numbers = field(default_factory=dict)
+    layers_to_transform: Layers = None
+    layers_pattern: Targets = None
+    modules_to_save: Texts = None
+    use_rslora: Flag = False
+    use_dora: Flag = False
+    fan_in_fan_out: Flag = False
+    init_lora_weights: Init = True
+    bias: NoBias = "none"
+    base_model_name_or_path: Text = None
+    task_type: Text = None
+
+    def settings(self, paths: Collection[str]) -> dict[str, tuple[int, float, float]]:
         """Path → (rank, alpha, scaling) of the layers at `paths`; the first pattern that matches wins, as in PEFT."""
-        paths = list(paths)
         rank, alpha = dict.fromkeys(paths, self.r), dict.fromkeys(paths, self.lora_alpha)
         for chosen, patterns in ((rank, self.rank_pattern), (alpha, self.alpha_pattern)):
             matches = full_matches([rf"(?:.*\.)?(?:{key})" for key in patterns], paths)
@@ -105,18 +100,15 @@ class AdapterConfig:
         divisor = math.sqrt if self.use_rslora else int
         return {path: (rank[path], alpha[path], alpha[path] / divisor(rank[path])) for path in paths}
 
-    def selects(self, paths: Iterable[str], output_heads: Iterable[str] = ()) -> set[str] | None:
-        """The module paths that the config adapts, by PEFT's rules; None when it names no target modules.
+    def selects(self, paths: Collection[str], output_heads: set[str]) -> set[str] | None:
+        """Which of the linear layers at `paths` the config adapts, by PEFT's rules; None: it names no target modules.
 
-        Args:
-            paths: the paths of the model's linear layers.
-            output_heads: those of them that "all-linear" leaves out.
+        "all-linear" leaves out the output heads.
         """
-        paths = list(paths)
         if self.target_modules is None:
             return None
         if isinstance(self.target_modules, str) and self.target_modules.lower() == "all-linear":
-            found = set(paths) - set(output_heads)
+            found = set(paths) - output_heads
         else:
             found = _matching(self.target_modules, paths)
         if isinstance(self.target_modules, list) and self.layers_to_transform not in (None, []):
@@ -132,28 +124,19 @@ class AdapterConfig:
         parts = path.split(".")
         for pattern in patterns or [None]:
             for place in range(1 if pattern else 2, len(parts) - 1):  # without a pattern PEFT skips the first component
-                if parts[place].isdigit() and (not pattern or _ends_in(".".join(parts[:place]), [pattern])):
+                if parts[place].isdigit() and (not pattern or ending_in([".".join(parts[:place])], [pattern])):
                     return int(parts[place]) in wanted
         return False
 
 
-def _matching(targets: list[str] | str, paths: list[str]) -> set[str]:
-    if isinstance(targets, str):
-        return full_matches([targets], paths)[0]
-    return {path for path in paths if _ends_in(path, targets)}
+def _matching(targets: list[str] | str, paths: Collection[str]) -> set[str]:
+    return full_matches([targets], paths)[0] if isinstance(targets, str) else ending_in(paths, targets)
 
 
-def _ends_in(path: str, names: Iterable[str]) -> bool:
-    return any(f".{path}".endswith(f".{name}") for name in names)
-
-
-def full_matches(patterns: list[str], names: list[str]) -> list[set[str]]:
+def full_matches(patterns: list[str], names: Collection[str]) -> list[set[str]]:
     """For every regular expression the names that it matches in full.
 
     A stranger's expression can be built to run for years, and `re` cannot be interrupted; `regex` can.
-
-    Raises:
-        ValueError: not a regular expression, or not done within REGEX_SECONDS.
     """
     if not patterns:
         return []
@@ -171,15 +154,6 @@ def full_matches(patterns: list[str], names: list[str]) -> list[set[str]]:
 
 def read_adapter_config(directory: str | Path) -> dict:
     """Read and check `directory/adapter_config.json`; the fields of AdapterConfig as a dict, defaults filled in.
-
-    Raises:
-        ValueError: see `load_config`.
-    """
-    return asdict(load_config(directory))
-
-
-def load_config(directory: str | Path) -> AdapterConfig:
-    """Read and check `directory/adapter_config.json`.
 
     The file is taken for untrusted: its size, its JSON and every type are checked, and nothing it
     names is opened. Unknown fields are let pass when empty (null, false, 0, "", [], {}) and refused
@@ -200,33 +174,23 @@ def load_config(directory: str | Path) -> AdapterConfig:
     known = {}
     for name, value in fields.items():
         if name in AdapterConfig.__dataclass_fields__:
-            rule = AdapterConfig.__dataclass_fields__[name].metadata
-            if value is None and rule["optional"]:
+            if value is None and getattr(AdapterConfig, name, None) is None:
                 continue
-            if not rule["check"](value):
-                refuse(name, f"expected {rule['expected']}")
+            kind = AdapterConfig.__dataclass_fields__[name].type
+            if not _fits(value, kind):
+                refuse(name, f"expected {kind.__metadata__[0]}")
             known[name] = value
-        elif name in REFUSED and value and name not in HARMLESS_IN_REFUSED:
+        elif name in REFUSED and value:
             refuse(name, "this is not supported, and ignoring it would change what the adapter computes")
-        elif name == "loftq_config" and value and fields.get("init_lora_weights") == "loftq":
-            refuse(name, "the adapter belongs to a base that LoftQ has replaced")
-        elif name not in INFORMATION | REFUSED | {"peft_type", "loftq_config"} and value:
+        elif name not in INFORMATION and value:
             refuse(name, "unknown field; remove it if you are sure that it does not change what the adapter computes")
     config = AdapterConfig(**known)
-    if config.bias != "none":
-        refuse("bias", "trained biases are not supported, only 'none'")
-    if config.init_lora_weights not in INITS_THAT_KEEP_THE_BASE:
-        refuse(
-            "init_lora_weights",
-            "this method replaces the base weights, so the adapter does not fit the base model as it is on disk; "
-            "save it again with PEFT's path_initial_model_for_weight_conversion, which makes a plain LoRA of it",
-        )
     for name in ("layers_to_transform", "layers_pattern"):
         if isinstance(config.target_modules, str) and name in known:
             refuse(name, "this cannot be combined with target_modules given as one string")
     if config.layers_pattern and config.layers_to_transform is None:
         refuse("layers_pattern", "this needs layers_to_transform")
-    return config
+    return asdict(config)
 
 
 def _read_json(path: Path) -> dict:

@@ -9,7 +9,7 @@ import copy
 import math
 import re
 from collections import Counter
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
@@ -17,7 +17,7 @@ from torch import nn
 
 from ..quant.model import is_conv1d
 from . import multi
-from .adapter_config import CONFIG_NAME, AdapterConfig, load_config, read_adapter_config
+from .adapter_config import CONFIG_NAME, AdapterConfig, read_adapter_config
 from .adapter_file import PREFIX, WEIGHTS_NAME, check_fit, read_adapter_tensors
 from .base_layer import adapter_like
 from .files import write_json, write_safetensors
@@ -120,10 +120,13 @@ def load_adapter(model: nn.Module, directory: str | Path, name: str = "default",
     """
     model = _unwrapped(model)
     multi.check_name(name)
-    config = load_config(directory)
+    config = AdapterConfig(**read_adapter_config(directory))
     tensors = read_adapter_tensors(directory)
     multi.check_unmerged(model)
-    layers, modules, settings = check_fit(model, config, tensors, name, str(directory))
+    try:
+        layers, modules, settings = check_fit(model, config, tensors, name)
+    except ValueError as error:
+        raise ValueError(f"{directory}: {error}") from None
 
     # Everything that can fail lies before the first change to the model.
     kind = DoRALinear if config.use_dora else LoRALinear
@@ -131,8 +134,8 @@ def load_adapter(model: nn.Module, directory: str | Path, name: str = "default",
     for path, layer in layers.items():
         like = adapter_like(multi.original(layer))
         parts = {part: nn.Parameter(t.to(**like), trainable) for part, t in tensors.layers[path].items()}
-        values = (*settings[path], config.lora_dropout)
-        new[path] = multi.RestingAdapter(kind, parts, dict(zip(multi.SETTINGS, values, strict=True)))
+        values = dict(zip(multi.SETTINGS, (*settings[path], config.lora_dropout), strict=True))
+        new[path] = multi.RestingAdapter(kind, parts | values)
     for path, module in modules.items():
         new[path] = copy.deepcopy(multi.original(module)).requires_grad_(trainable)
         new[path].load_state_dict({key: tensors.whole[f"{path}.{key}"] for key in new[path].state_dict()})
@@ -180,29 +183,22 @@ def _config_of(model, layers: dict, modules: list[str], base_model: str | None) 
         alphas[path] = int(alpha) if alpha == int(alpha) else alpha
     rank, rank_pattern = _common(ranks)
     alpha, alpha_pattern = _common(alphas)
-    return {
-        "alpha_pattern": alpha_pattern,
-        "auto_mapping": None,
-        "base_model_name_or_path": str(base_model or getattr(model, "name_or_path", None) or "") or None,
-        "bias": "none",
-        "exclude_modules": None,
-        "fan_in_fan_out": any(is_conv1d(multi.original(model.get_submodule(path))) for path in layers),
-        "inference_mode": True,
-        "init_lora_weights": True,
-        "layers_pattern": None,
-        "layers_to_transform": None,
-        "lora_alpha": alpha,
-        "lora_dropout": Counter(adapter.lora_dropout for adapter in layers.values()).most_common(1)[0][0],
-        "modules_to_save": modules or None,
-        "peft_type": "LORA",
-        "r": rank,
-        "rank_pattern": rank_pattern,
-        "revision": None,
-        "target_modules": _targets(model, set(layers)),
-        "task_type": "CAUSAL_LM" if type(model).__name__.endswith(("ForCausalLM", "LMHeadModel")) else None,
-        "use_dora": any(hasattr(adapter, "lora_magnitude") for adapter in layers.values()),
-        "use_rslora": use_rslora,
-    }
+    config = AdapterConfig(
+        r=rank,
+        lora_alpha=alpha,
+        lora_dropout=Counter(adapter.lora_dropout for adapter in layers.values()).most_common(1)[0][0],
+        target_modules=_targets(model, set(layers)),
+        rank_pattern=rank_pattern,
+        alpha_pattern=alpha_pattern,
+        modules_to_save=modules or None,
+        use_rslora=use_rslora,
+        use_dora=any(hasattr(adapter, "lora_magnitude") for adapter in layers.values()),
+        fan_in_fan_out=any(is_conv1d(multi.original(model.get_submodule(path))) for path in layers),
+        base_model_name_or_path=str(base_model or getattr(model, "name_or_path", None) or "") or None,
+        task_type="CAUSAL_LM" if type(model).__name__.endswith(("ForCausalLM", "LMHeadModel")) else None,
+    )
+    further = {"auto_mapping": None, "inference_mode": True, "peft_type": "LORA", "revision": None}
+    return dict(sorted((asdict(config) | further).items()))
 
 
 def _common(values: dict) -> tuple:

@@ -40,14 +40,15 @@ def dense_weight(base) -> torch.Tensor:
     return base.weight.t() if is_conv1d(base) else base.weight
 
 
-def operand(base, x):
-    """The weight as `lora_linear` takes it, and the dtype to compute in."""
-    if isinstance(base, NF4Linear):
-        return base.quantized, base.compute_dtype or x.dtype
-    return dense_weight(base), x.dtype
+def operands(base, x):
+    """x in the dtype to compute in, and the weight as `lora_linear` takes it."""
+    if not isinstance(base, NF4Linear):
+        return x, dense_weight(base)
+    # Asked first: `.to` takes time even where it changes nothing.
+    return x if base.compute_dtype in (None, x.dtype) else x.to(base.compute_dtype), base.quantized
 
 
-def has_hooks(base) -> bool:
+def hooked(base) -> bool:
     """Whether calling `base` does more than its class's forward, which a fused operation would leave out."""
     own = vars(base)
     return "forward" in own or any(own[hooks] for hooks in HOOKS)
@@ -59,10 +60,6 @@ def autocast_input(x: torch.Tensor) -> torch.Tensor:
     if torch.is_autocast_enabled(device) and x.dtype != torch.float64:
         return x.to(torch.get_autocast_dtype(device))
     return x
-
-
-def cast(x: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    return x if x.dtype == dtype else x.to(dtype)  # asked first: `.to` takes time even where it changes nothing
 
 
 def base_forward(base, x):

@@ -21,6 +21,7 @@ Source: Chen et al. (2016), section 4.1, for the segments; the search is ours.
 """
 
 import weakref
+from bisect import bisect_left
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -130,12 +131,14 @@ def choose_segments(costs: Sequence[LayerCost], budget: int | None = None) -> Pl
         ValueError: no plan stays within the budget; names the least possible.
     """
     worst = _worst_moments(costs)
-    limit = _least_limit(costs, worst)
+    everything = sum(c.kept for c in costs) + max(worst.values())
+    limit = bisect_left(range(everything), True, key=lambda limit: bool(_arrivals(costs, worst, limit, states=1)))
     if budget is not None:
         if budget < limit:
             raise ValueError(f"budget is {budget:,} bytes, but no choice of segments needs fewer than {limit:,}")
         limit = budget
-    return _least_work(costs, worst, limit)
+    _, repeated, peak, segments = min(_arrivals(costs, worst, limit, STATES_KEPT), key=lambda a: (a[1], a[2]))
+    return Plan(_joined(segments), peak, repeated / max(1, sum(c.work for c in costs)))
 
 
 def _worst_moments(costs: Sequence[LayerCost]) -> dict[Segment, int]:
@@ -170,24 +173,13 @@ def _steps(costs: Sequence[LayerCost], stop: int):
         yield Segment(start, stop, recompute=True), last.output, work
 
 
-def _least_limit(costs: Sequence[LayerCost], worst: dict) -> int:
-    def fits(limit):
-        fewest = [0]  # bytes kept on arrival at each layer
-        for stop in range(1, len(costs) + 1):
-            kept = (fewest[s.start] + left for s, left, _ in _steps(costs, stop) if fewest[s.start] + worst[s] <= limit)
-            fewest.append(min(kept, default=float("inf")))
-        return fewest[-1] < float("inf")
+def _arrivals(costs: Sequence[LayerCost], worst: dict, limit: int, states: int) -> list[tuple]:
+    """(bytes kept, work repeated, peak so far, segments) of the ways through all layers that stay within `limit`.
 
-    low, high = 0, sum(c.kept for c in costs) + max(worst.values())
-    while low < high:
-        middle = (low + high) // 2
-        low, high = (low, middle) if fits(middle) else (middle + 1, high)
-    return low
-
-
-def _least_work(costs: Sequence[LayerCost], worst: dict, limit: int) -> Plan:
-    """Within `limit`: for each layer the arrivals that no other beats in bytes kept, work and peak."""
-    arrivals = [[(0, 0, 0, ())]]  # bytes kept, work repeated, peak so far, segments
+    At each layer those count that no other beats in both bytes and work; of these `states` are followed, the one
+    with the fewest bytes among them.
+    """
+    arrivals = [[(0, 0, 0, ())]]
     for stop in range(1, len(costs) + 1):
         found = [
             (kept + left, repeated + work, max(peak, kept + worst[segment]), (*segments, segment))
@@ -200,10 +192,8 @@ def _least_work(costs: Sequence[LayerCost], worst: dict, limit: int) -> Plan:
             if arrival[1] < least:
                 least = arrival[1]
                 best.append(arrival)
-        step = max(1, -(-len(best) // STATES_KEPT))
-        arrivals.append(best[::step])
-    _, repeated, peak, segments = min(arrivals[-1], key=lambda a: (a[1], a[2]))
-    return Plan(_joined(segments), peak, repeated / max(1, sum(c.work for c in costs)))
+        arrivals.append(best[:: max(1, -(-len(best) // states))])
+    return arrivals[-1]
 
 
 def _joined(segments: Sequence[Segment]) -> tuple[Segment, ...]:

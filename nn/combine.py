@@ -72,9 +72,9 @@ def add_weighted_adapter(
             A, B = torch.cat([A for A, _ in held]), torch.cat([B for _, B in held], dim=1)
             if combination_type == "svd":
                 A, B = best_of_rank(A, B, rank)
-        parts = {name: nn.Parameter(f.contiguous(), requires_grad=False) for name, f in (("lora_A", A), ("lora_B", B))}
-        settings = {"rank": len(A), "lora_alpha": len(A), "scaling": 1.0, "lora_dropout": 0.0}
-        made[path] = RestingAdapter(LoRALinear, parts, settings)
+        contents = {name: nn.Parameter(f.contiguous(), False) for name, f in (("lora_A", A), ("lora_B", B))}
+        contents |= {"rank": len(A), "lora_alpha": len(A), "scaling": 1.0, "lora_dropout": 0.0}
+        made[path] = RestingAdapter(LoRALinear, contents)
     for path, adapter in made.items():
         model.get_submodule(path).resting[adapter_name] = adapter
 

@@ -8,7 +8,7 @@ from collections.abc import Iterable, Sequence
 from torch import nn
 
 from .lora import LoRALinear, check_settings, lora_layers
-from .multi import active_adapter, linear_layers, lora_parameters, modules_with_adapters
+from .multi import active_adapter, ending_in, linear_layers, lora_parameters, modules_with_adapters
 
 
 def apply_lora_to_model(
@@ -59,22 +59,21 @@ def _select(model: nn.Module, target_modules) -> dict[str, nn.Module]:
     linear = linear_layers(model, in_attention=True)
     last = sorted({name.rpartition(".")[2] for name in linear})
     available = f" (linear layers: {', '.join(last) or 'none'})"
-    if isinstance(target_modules, str):
-        if target_modules.lower() == "all-linear":
-            selected = set(linear) - output_heads(model, linear)
-            if not selected:
-                raise ValueError("target_modules 'all-linear': the model has no linear layer besides its output head")
-        else:
-            try:
-                selected = {name for name in linear if re.fullmatch(target_modules, name)}
-            except re.error as error:
-                raise ValueError(f"target_modules is not a regular expression: {target_modules!r}: {error}") from None
-            if not selected:
-                hint = f"; did you mean the name, [{target_modules!r}]?" if _ending(linear, target_modules) else ""
-                raise ValueError(
-                    f"target_modules: the regular expression {target_modules!r} matches the whole path of "
-                    f"no linear layer{hint}{available}"
-                )
+    if isinstance(target_modules, str) and target_modules.lower() == "all-linear":
+        selected = set(linear) - output_heads(model, linear)
+        if not selected:
+            raise ValueError("target_modules 'all-linear': the model has no linear layer besides its output head")
+    elif isinstance(target_modules, str):
+        try:
+            selected = {name for name in linear if re.fullmatch(target_modules, name)}
+        except re.error as error:
+            raise ValueError(f"target_modules is not a regular expression: {target_modules!r}: {error}") from None
+        if not selected:
+            hint = f"; did you mean the name, [{target_modules!r}]?" if ending_in(linear, [target_modules]) else ""
+            raise ValueError(
+                f"target_modules: the regular expression {target_modules!r} matches the whole path of "
+                f"no linear layer{hint}{available}"
+            )
     elif isinstance(target_modules, Iterable):
         patterns, selected = list(target_modules), set()
         if not patterns:
@@ -82,7 +81,7 @@ def _select(model: nn.Module, target_modules) -> dict[str, nn.Module]:
         for pattern in patterns:
             if not isinstance(pattern, str):
                 raise ValueError(f"target_modules must hold strings, got {pattern!r}")
-            found = _ending(linear, pattern)
+            found = ending_in(linear, [pattern])
             if not found:
                 raise ValueError(f"target_modules: {pattern!r} {_no_match(pattern, linear, model)}{available}")
             selected |= found
@@ -91,20 +90,16 @@ def _select(model: nn.Module, target_modules) -> dict[str, nn.Module]:
     return {name: module for name, module in linear.items() if name in selected}
 
 
-def _ending(names, pattern: str) -> set[str]:
-    return {name for name in names if f".{name}".endswith(f".{pattern}")}
-
-
 def output_heads(model, linear) -> set[str]:
     """The layer that makes the logits: what the model itself names, else any "lm_head"."""
     head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
     if head is None:
-        return _ending(linear, "lm_head")
+        return ending_in(linear, ["lm_head"])
     return {name for name, module in linear.items() if module is head}
 
 
 def _no_match(pattern, linear, model) -> str:
-    other = sorted({type(module).__name__ for name, module in model.named_modules() if _ending([name], pattern)})
+    other = sorted({type(module).__name__ for name, module in model.named_modules() if ending_in([name], [pattern])})
     if other:
         return f"names no linear layer but {', '.join(other)}"
     names = {name.rpartition(".")[2] for name in linear} | set(linear)
@@ -139,12 +134,11 @@ def disable_lora(model: nn.Module):
     Contexts nest. Raises ValueError for a model without LoRA layers.
     """
     required_lora_layers(model)
-    modules = list(modules_with_adapters(model).values())
-    before = [module.enabled for module in modules]
-    for module in modules:
+    enabled = [module for module in modules_with_adapters(model).values() if module.enabled]
+    for module in enabled:
         module.enabled = False
     try:
         yield model
     finally:
-        for module, enabled in zip(modules, before, strict=True):
-            module.enabled = enabled
+        for module in enabled:
+            module.enabled = True

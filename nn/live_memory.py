@@ -79,15 +79,12 @@ class LiveMemory(TorchDispatchMode):
         key, size = id(storage), storage.nbytes()
         known, reference = self._storages.get(key, (None, None))
         if known is None:
-            reference = weakref.ref(storage, lambda _: self._forget(key))
+            reference = weakref.ref(storage, lambda _: self._change(-self._storages.pop(key)[0]))
             known = 0 if new else size
             self.before += known
         self._storages[key] = size, reference
         if size != known:  # new, or resized
             self._change(size - known)
-
-    def _forget(self, key: int) -> None:
-        self._change(-self._storages.pop(key)[0])
 
     def _change(self, difference: int) -> None:
         self.added += difference
@@ -102,30 +99,19 @@ def _tensors(value) -> list[torch.Tensor]:
 
 @dataclass(frozen=True)
 class LayerCost:
-    """What one layer costs, measured.
+    """What one layer costs, measured: in bytes, work in FLOPs plus one for each number that an operation writes."""
 
-    Attributes:
-        kept: bytes alive after its forward pass: saved tensors and output.
-        forward_peak: most bytes alive during its forward pass, saved tensors included.
-        backward_peak: most bytes that its backward pass adds to `kept` and the gradient of the output.
-        recomputed_backward_peak: the same where a checkpoint hands out the saved tensors: it lets go of
-            each while the operation that asked for it still runs, autograd only afterwards.
-        output: bytes of its output.
-        new_gradients: bytes of parameter gradients that its backward pass leaves behind.
-        work: FLOPs of its forward pass, plus one for each number that an operation writes.
-        stopped_work: the same up to the last tensor that it saves: a recomputation that ends with it stops there.
-        in_place: it overwrites its input, so no recomputation can start with it.
-    """
-
-    kept: int
-    forward_peak: int
-    backward_peak: int
+    kept: int  # alive after its forward pass: saved tensors and output
+    forward_peak: int  # most alive during its forward pass, saved tensors included
+    backward_peak: int  # most that its backward pass adds to `kept` and the gradient of the output
+    # The same where a checkpoint hands out the saved tensors: it lets go of each while the operation that asked for it
+    # still runs, autograd only afterwards.
     recomputed_backward_peak: int
     output: int
-    new_gradients: int
-    work: int
-    stopped_work: int
-    in_place: bool = False
+    new_gradients: int  # of parameters, left behind by its backward pass
+    work: int  # of its forward pass
+    stopped_work: int  # up to the last tensor that it saves: a recomputation that ends with this layer stops there
+    in_place: bool = False  # it overwrites its input, so no recomputation can start with it
 
 
 def measure_layers(functions: Sequence[Callable], x) -> list[LayerCost]:

@@ -16,17 +16,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from ..kernels.lora import lora_linear
-from .base_layer import (
-    Mergeable,
-    adapter_like,
-    autocast_input,
-    base_forward,
-    cast,
-    features,
-    has_hooks,
-    is_adaptable,
-    operand,
-)
+from .base_layer import Mergeable, adapter_like, autocast_input, base_forward, features, hooked, is_adaptable, operands
 
 
 class LoRALinearReference(nn.Module):
@@ -111,7 +101,7 @@ class LoRALinear(Mergeable):
         if self.merged or not self.enabled or self.adapter is None:
             return base_forward(self.base_in_force(), x)
         x = autocast_input(x)
-        if not has_hooks(self.base_layer):
+        if not hooked(self.base_layer):
             return self.fused(x)
         y = base_forward(self.base_layer, x)  # what hangs on the base acts as it does without an adapter
         return y + self.added_term(x, y, self.base_layer, self.training)
@@ -123,11 +113,10 @@ class LoRALinear(Mergeable):
 
     def fused(self, x):
         """Base and adapter in one operation (`kernels/lora.py`), which does not call the base."""
-        weight, dtype = operand(self.base_layer, x)
-        A, B = self.factors()
+        h, weight = operands(self.base_layer, x)
         dropout = self.lora_dropout if self.training else 0.0
-        y = lora_linear(cast(x, dtype), weight, self.bias, A, B, self.scaling, dropout)
-        return y if dtype == x.dtype else y.to(x.dtype)  # and not by y's dtype, which `amp.autocast` has chosen
+        y = lora_linear(h, weight, self.bias, *self.factors(), self.scaling, dropout)
+        return y if h.dtype == x.dtype else y.to(x.dtype)  # and not by y's dtype, which `amp.autocast` has chosen
 
     def factors(self):
         """The A (r, in) and B (out, r) to compute with."""
@@ -170,18 +159,3 @@ def check_settings(rank, lora_alpha, lora_dropout) -> None:
 def lora_layers(model: nn.Module) -> Iterator[tuple[str, LoRALinear]]:
     """(path, layer) of every layer that has been given adapters, each layer once."""
     return ((path, module) for path, module in model.named_modules() if isinstance(module, LoRALinear))
-
-
-def active_layers(model: nn.Module) -> list[tuple[str, LoRALinear]]:
-    """(path, layer) of every layer with an active adapter.
-
-    Raises:
-        ValueError: there is none, or it is merged.
-    """
-    layers = [(path, layer) for path, layer in lora_layers(model) if layer.adapter is not None]
-    if not layers:
-        raise ValueError("the model has no active adapter; call apply_lora_to_model first")
-    merged = [path for path, layer in layers if layer.merged]
-    if merged:
-        raise ValueError(f"the adapter is merged into {merged[0]!r}; call unmerge_lora first")
-    return layers

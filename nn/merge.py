@@ -6,6 +6,7 @@ loses most of ΔW, while adding an error of its own. That is why `merge_lora` re
 NF4 base unless it may become dense. `merge_errors` measures all methods on the model at hand.
 """
 
+import statistics
 from dataclasses import dataclass
 
 import torch
@@ -14,8 +15,8 @@ from torch import nn
 from ..quant import NF4Linear, quantize_nf4
 from .base_layer import dense_weight
 from .inject import required_lora_layers
-from .lora import LoRALayer, LoRALinear, active_layers
-from .multi import ModuleToSave, modules_with_adapters
+from .lora import LoRALinear
+from .multi import ModuleToSave, active_layers, modules_with_adapters
 from .variants import leading_factors
 
 REFIT_ROUNDS = 5
@@ -54,7 +55,8 @@ def merge_lora(model: nn.Module, dequantize: bool = False, untie: bool = False) 
     for name in tied:
         base = model.get_submodule(name).unmerged
         base.weight = nn.Parameter(base.weight.detach().clone(), base.weight.requires_grad)
-        _untie_config(model)
+    if tied and hasattr(model, "config"):
+        model.config.tie_word_embeddings = False
     return model
 
 
@@ -65,11 +67,6 @@ def _shared_weights(model) -> dict[torch.Tensor, list[str]]:
         for name, parameter in module.named_parameters(recurse=False):
             names.setdefault(parameter, []).append(f"{path}.{name}")
     return {parameter: found for parameter, found in names.items() if len(found) > 1}
-
-
-def _untie_config(model) -> None:
-    if hasattr(model, "config"):
-        model.config.tie_word_embeddings = False
 
 
 def unmerge_lora(model: nn.Module) -> nn.Module:
@@ -98,19 +95,18 @@ def merge_and_unload(model: nn.Module, dequantize: bool = False, untie: bool = F
     Raises:
         ValueError: as `merge_lora`; nothing is changed then.
     """
-    shared, torn = _shared_weights(model), False
-    for path, module in modules_with_adapters(model).items():
-        if isinstance(module, ModuleToSave) and module.adapter is not None:
-            tied = [shared[p] for p in module.base_layer.parameters() if p in shared]
-            if tied and not untie:
-                raise ValueError(
-                    f"the adapter has replaced {path!r}, whose weight is shared ({', '.join(tied[0])}); "
-                    "pass untie=True to keep both"
-                )
-            torn = torn or bool(tied)
+    shared = _shared_weights(model)
+    whole = {path: m for path, m in modules_with_adapters(model).items() if isinstance(m, ModuleToSave) and m.adapter}
+    torn = [(path, shared[p]) for path, m in whole.items() for p in m.base_layer.parameters() if p in shared]
+    if torn and not untie:
+        path, names = torn[0]
+        raise ValueError(
+            f"the adapter has replaced {path!r}, whose weight is shared ({', '.join(names)}); "
+            "pass untie=True to keep both"
+        )
     merge_lora(model, dequantize, untie)
-    if torn:
-        _untie_config(model)
+    if torn and hasattr(model, "config"):
+        model.config.tie_word_embeddings = False
     return unload(model)
 
 
@@ -130,15 +126,12 @@ class MergeErrors:
 
     layers: dict[str, dict[str, float]]
 
-    def _of(self, method: str) -> torch.Tensor:
-        return torch.tensor([errors[method] for errors in self.layers.values() if method in errors])
-
     def median(self, method: str) -> float:
         """The median over the layers that can be merged by this method."""
-        return self._of(method).median().item()
+        return statistics.median_low(errors[method] for errors in self.layers.values() if method in errors)
 
     def worst(self, method: str) -> float:
-        return self._of(method).max().item()
+        return max(errors[method] for errors in self.layers.values() if method in errors)
 
     def __str__(self):
         methods = dict.fromkeys(method for errors in self.layers.values() for method in errors)
@@ -183,25 +176,20 @@ def merge_into_nf4(model: nn.Module, method: str) -> MergeErrors:
     layers = {path: layer for path, layer in active_layers(model) if isinstance(layer.base_layer, NF4Linear)}
     if not layers:
         raise ValueError("the model has no NF4 layer with an active adapter")
-    variants = [path for path, layer in layers.items() if not _is_plain(layer)]
-    if method == "refit" and variants:
-        raise ValueError(f"{variants[0]!r}: only plain LoRA can be refitted")
+    for path, layer in layers.items():
+        if method == "refit" and layer.PARTS != LoRALinear.PARTS:
+            raise ValueError(f"{path!r}: only plain LoRA can be refitted")
     errors = MergeErrors({path: _errors(layer) for path, layer in layers.items()})
     for path, layer in layers.items():
-        target = _target(layer)
         if method == "requantize":
-            layer.base_layer.quantized = _quantized_like(layer.base_layer, target)
+            layer.base_layer.quantized = _quantized_like(layer.base_layer, _target(layer))
             model.set_submodule(path, layer.base_layer)
         else:
-            layer.base_layer.quantized, A, B = _refit(layer, target)
+            layer.base_layer.quantized, A, B = _refit(layer, _target(layer))
             with torch.no_grad():
                 layer.lora_A.copy_(A)
                 layer.lora_B.copy_(B)
     return errors
-
-
-def _is_plain(layer: LoRALinear) -> bool:
-    return type(layer) in (LoRALinear, LoRALayer)
 
 
 @torch.no_grad()
@@ -216,7 +204,7 @@ def _errors(layer: LoRALinear, four_bits: bool = True) -> dict[str, float]:
     results = {str(dtype).removeprefix("torch."): target.to(dtype) for dtype in dtypes}
     if four_bits and isinstance(layer.base_layer, NF4Linear):
         results["nf4, requantize"] = _quantized_like(layer.base_layer, target).dequantize(torch.float32)
-        if _is_plain(layer) and layer.scaling:
+        if layer.PARTS == LoRALinear.PARTS and layer.scaling:
             quantized, A, B = _refit(layer, target)
             results["nf4, refit"] = quantized.dequantize(torch.float32) + layer.scaling * (B @ A)
     lost = {method: (result - target).norm() for method, result in results.items()}

@@ -1,12 +1,9 @@
-"""Several adapters in one model, of which one is active.
+"""Several adapters in one model, of which one is active; where it has no part, a layer computes as its base.
 
 Every LoRALinear holds the active adapter in `lora_A`, `lora_B` and its settings, and the others in
 `layer.resting`, by name. Switching exchanges the Parameter objects themselves: no value is copied, so
 every bit stays, `requires_grad` and optimizer state stay with their parameter, and `.to()` and
-`state_dict()` reach all adapters because all are registered in the module. What is active and what
-is trained are two things.
-
-An adapter need not touch every layer: where the active one is absent, the layer computes as its base.
+`state_dict()` reach all adapters. What is active and what is trained are two things.
 """
 
 import contextlib
@@ -19,42 +16,36 @@ import torch
 from torch import nn
 
 from .base_layer import autocast_input, base_forward, is_adaptable
-from .lora import LoRALinear
+from .lora import LoRALinear, lora_layers
 
 SETTINGS = ("rank", "lora_alpha", "scaling", "lora_dropout")
 
 
 class RestingAdapter(nn.Module):
-    """What one layer has of an adapter that is not active.
+    """What one layer has of an adapter that is not active; `kind` is the layer's class when it is."""
 
-    Args:
-        kind: the class of the layer when this adapter is active, LoRALinear or one of `variants`.
-        parts: the parameters and buffers that `kind.PARTS` names.
-        settings: the values of SETTINGS.
-    """
-
-    def __init__(self, kind: type[LoRALinear], parts: dict[str, torch.Tensor], settings: dict[str, float]):
+    def __init__(self, kind: type[LoRALinear], contents: dict):
         super().__init__()
-        self.kind = kind
-        _hold(self, parts)
-        for name in SETTINGS:
-            setattr(self, name, settings[name])
+        self.kind, self.PARTS = kind, kind.PARTS
+        _hold(self, contents)
 
     def factors(self):
-        """As a layer of this kind computes them."""
         return self.kind.factors(self)
 
     def added_term(self, x, y, base, training):
-        """As a layer of this kind computes it."""
         return self.kind.added_term(self, x, y, base, training)
 
 
-def _hold(module: nn.Module, parts: dict[str, torch.Tensor]) -> None:
-    for name, tensor in parts.items():
-        if isinstance(tensor, nn.Parameter):
-            setattr(module, name, tensor)
+def _contents(adapter: LoRALinear | RestingAdapter) -> dict:
+    return {name: getattr(adapter, name) for name in adapter.PARTS + SETTINGS}
+
+
+def _hold(module: nn.Module, contents: dict) -> None:
+    for name, value in contents.items():
+        if isinstance(value, torch.Tensor) and not isinstance(value, nn.Parameter):
+            module.register_buffer(name, value)
         else:
-            module.register_buffer(name, tensor)
+            setattr(module, name, value)
 
 
 class ModuleToSave(nn.Module):
@@ -94,15 +85,14 @@ def modules_with_adapters(model: nn.Module) -> dict[str, LoRALinear | ModuleToSa
 def linear_layers(model: nn.Module, in_attention: bool = False) -> dict[str, nn.Module]:
     """Path → module of the layers that LoRA can adapt or has adapted; not those inside adapters.
 
-    Args:
-        in_attention: also those inside nn.MultiheadAttention, which reads their weights itself.
+    Nor, unless `in_attention`, those inside nn.MultiheadAttention, which reads their weights itself.
     """
-    closed = () if in_attention else nn.MultiheadAttention
-    closed = [path for path, module in model.named_modules() if isinstance(module, closed)]
-    inside = tuple(f"{path}." for path in [*modules_with_adapters(model), *closed])
+    modules = dict(model.named_modules(remove_duplicate=False))
+    closed = (LoRALinear, ModuleToSave) if in_attention else (LoRALinear, ModuleToSave, nn.MultiheadAttention)
+    inside = tuple(f"{path}." for path, module in modules.items() if isinstance(module, closed))
     return {
         path: module
-        for path, module in model.named_modules(remove_duplicate=False)
+        for path, module in modules.items()
         if path and not path.startswith(inside) and (isinstance(module, LoRALinear) or is_adaptable(module))
     }
 
@@ -111,6 +101,12 @@ def outer_modules(model: nn.Module) -> dict[str, nn.Module]:
     """Path → module of everything but the insides of adapted layers and modules."""
     inside = tuple(f"{path}." for path in modules_with_adapters(model))
     return {path: module for path, module in model.named_modules() if path and not path.startswith(inside)}
+
+
+def ending_in(paths: Iterable[str], names: Iterable[str]) -> set[str]:
+    """The paths that end in one of the names, by whole components: "proj" is not the end of "q_proj"."""
+    endings = tuple(f".{name}" for name in names)
+    return {path for path in paths if f".{path}".endswith(endings)}
 
 
 def original(module: nn.Module) -> nn.Module:
@@ -150,6 +146,15 @@ def active_adapter(model: nn.Module) -> str | None:
     return next((m.adapter for m in modules_with_adapters(model).values() if m.adapter is not None), None)
 
 
+def active_layers(model: nn.Module) -> list[tuple[str, LoRALinear]]:
+    """(path, layer) of every layer with an active adapter. Raises ValueError: there is none, or it is merged."""
+    layers = [(path, layer) for path, layer in lora_layers(model) if layer.adapter is not None]
+    if not layers:
+        raise ValueError("the model has no active adapter; call apply_lora_to_model first")
+    check_unmerged(model)
+    return layers
+
+
 def set_adapter(model: nn.Module, name: str) -> None:
     """Make the adapter `name` the active one, in place. What is trained (`requires_grad`) stays as it is.
 
@@ -166,22 +171,17 @@ def set_adapter(model: nn.Module, name: str) -> None:
             if name in module.resting:
                 coming = module.resting.pop(name)
                 module.__class__, module.adapter = coming.kind, name
-                _hold(module, {part: getattr(coming, part) for part in coming.kind.PARTS})
-                for setting in SETTINGS:
-                    setattr(module, setting, getattr(coming, setting))
+                _hold(module, _contents(coming))
 
 
 def set_aside(layer: LoRALinear) -> None:
     """Leave one layer without an active adapter; the one that was is kept in `resting`."""
     if layer.adapter is not None:
-        parts = {part: getattr(layer, part) for part in layer.PARTS}
-        settings = {setting: getattr(layer, setting) for setting in SETTINGS}
-        layer.resting[layer.adapter] = RestingAdapter(type(layer), parts, settings)
+        layer.resting[layer.adapter] = RestingAdapter(type(layer), _contents(layer))
     for part in layer.PARTS:
         delattr(layer, part)
     layer.__class__, layer.adapter = LoRALinear, None
-    for name in LoRALinear.PARTS + SETTINGS:
-        setattr(layer, name, None)
+    _hold(layer, dict.fromkeys(LoRALinear.PARTS + SETTINGS))
 
 
 def without_adapter(linear: nn.Module) -> LoRALinear:
@@ -276,16 +276,19 @@ def save_modules(model: nn.Module, names: Iterable[str]) -> None:
     active = active_adapter(model)
     if active is None:
         raise ValueError("the model has no adapter; call apply_lora_to_model first")
-    chosen = {}
+    modules = {path: module for path, module in model.named_modules() if path}
+    chosen = set()
     for name in names:
-        found = {p: m for p, m in model.named_modules() if p and f".{p}".endswith(f".{name}")}
+        found = ending_in(modules, [name])
         if not found:
             raise ValueError(f"no module's path ends in {name!r}")
         chosen |= found
-    for path, module in chosen.items():
-        if any(isinstance(child, LoRALinear) for child in module.modules()):
+    chosen = [path for path in modules if path in chosen]
+    for path in chosen:
+        if any(isinstance(child, LoRALinear) for child in modules[path].modules()):
             raise ValueError(f"{path!r} holds a LoRA adapter and cannot be trained whole")
-    for path, module in chosen.items():
+    for path in chosen:
+        module = modules[path]
         if not isinstance(module, ModuleToSave):
             module = ModuleToSave(module)
             model.set_submodule(path, module)

@@ -140,16 +140,6 @@ class TransformerBlock(nn.Module):
         return h + self.mlp(self.post_attention_layernorm(h))
 
 
-class _Body(nn.Module):
-    """Embedding, blocks and the last norm, under transformers' names."""
-
-    def __init__(self, vocab_size: int, num_layers: int, d_model: int, num_heads: int, d_ff: int, **options):
-        super().__init__()
-        self.embed_tokens = nn.Embedding(vocab_size, d_model)
-        self.layers = nn.ModuleList(TransformerBlock(d_model, num_heads, d_ff, **options) for _ in range(num_layers))
-        self.norm = RMSNorm(d_model, self.layers[0].input_layernorm.eps)
-
-
 class Transformer(nn.Module):
     """A whole causal language model: tokens in, logits out.
 
@@ -170,7 +160,12 @@ class Transformer(nn.Module):
         **options,
     ):
         super().__init__()
-        self.model = _Body(vocab_size, num_layers, d_model, num_heads, d_ff, **options)
+        blocks = [TransformerBlock(d_model, num_heads, d_ff, **options) for _ in range(num_layers)]
+        self.model = nn.ModuleDict({
+            "embed_tokens": nn.Embedding(vocab_size, d_model),
+            "layers": nn.ModuleList(blocks),
+            "norm": RMSNorm(d_model, blocks[0].input_layernorm.eps),
+        })  # fmt: skip
         self.lm_head = nn.Linear(d_model, vocab_size, bias=False)
         if tie_embeddings:
             self.lm_head.weight = self.model.embed_tokens.weight

@@ -1,17 +1,8 @@
-"""Variants of LoRA: each a few lines that set up or read a model's active adapter, in place.
+"""Variants of LoRA: rsLoRA, LoRA+, LoRA-FA, PiSSA, LoftQ, DoRA; each a few lines on a model's active adapter.
 
-| call | what differs from LoRA | what is saved |
-|---|---|---|
-| `use_rslora(model)` | scaling α/√r, so that large ranks learn as fast as small ones | `use_rslora` |
-| `lora_plus_groups(model, lr)` | B learns `ratio` times as fast as A | plain LoRA |
-| `freeze_A(model)` | LoRA-FA: A stays random, only B learns | plain LoRA |
-| `pissa_init(model)` | starts at the r largest singular directions of W instead of at zero | plain LoRA of rank 2r |
-| `loftq_init(model, original)` | starts at what NF4 rounding took from W | plain LoRA |
-| `dora_init(model)` | direction and length of each row of W + ΔW learn separately | `use_dora` |
-
-Call them after `apply_lora_to_model` and before making the optimizer. DoRA and PiSSA hold more than A and B
-and compute with it: their layers are classes of their own, which a LoRALinear becomes and stops being with
-the adapter that is active.
+Call them after `apply_lora_to_model` and before making the optimizer. What is saved says `use_rslora` or `use_dora`
+where that is so, and is plain LoRA otherwise. DoRA and PiSSA hold more than A and B and compute with it: their
+layers are classes of their own, which a LoRALinear becomes and stops being with the adapter that is active.
 """
 
 import math
@@ -24,9 +15,9 @@ from torch import nn
 
 from ..kernels.lora import lora_linear
 from ..quant import NF4Linear
-from .base_layer import cast, dense_weight, operand
-from .lora import LoRALinear, active_layers
-from .multi import lora_parameters
+from .base_layer import dense_weight, operands
+from .lora import LoRALinear
+from .multi import active_layers, lora_parameters
 
 
 def use_rslora(model: nn.Module) -> None:
@@ -68,8 +59,7 @@ def lora_plus_groups(model: nn.Module, lr: float, ratio: float = 16.0, weight_de
 def freeze_A(model: nn.Module) -> None:
     """LoRA-FA: train B alone. ΔW then lives in the r directions that A was born with.
 
-    Half as many gradients and optimizer states; and since dA is not needed, the input x of each layer
-    need not be kept for backward, only S = x Aᵀ.
+    Without dA the input x of each layer need not be kept for backward, only S = x Aᵀ.
 
     Source: Zhang et al. 2023, "LoRA-FA: Memory-efficient Low-rank Adaptation".
     """
@@ -91,10 +81,9 @@ class PiSSALinear(LoRALinear):
 def pissa_init(model: nn.Module, iterations: int | None = None) -> None:
     """Start at the principal singular directions: s·B₀A₀ is W cut to rank r, and the rest of W stays frozen.
 
-    PiSSA usually writes the rest, W − s·B₀A₀, over the base weight. Here W is left alone and B₀A₀ is kept
-    beside the adapter. So the base can still be shared with other adapters, `disable_lora` shows the true
-    base, and what `save_adapter` writes, [A; A₀] and [B, −B₀], is a plain LoRA of rank 2r on the
-    untouched base.
+    PiSSA usually writes the rest, W − s·B₀A₀, over the base weight. Here W is left alone, for other adapters and
+    for `disable_lora`, and B₀A₀ is kept beside the adapter; `save_adapter` writes [A; A₀] and [B, −B₀], a plain
+    LoRA of rank 2r on the untouched base.
 
     Args:
         iterations: None for the exact singular value decomposition; a number for torch's randomized one
@@ -105,13 +94,12 @@ def pissa_init(model: nn.Module, iterations: int | None = None) -> None:
 
     Source: Meng et al. 2024, "PiSSA", section 3.
     """
-    for path, layer in active_layers(model):
+    layers = active_layers(model)
+    for path, layer in layers:
         if isinstance(layer.base_layer, NF4Linear):
             raise ValueError(f"{path!r} is quantized; pissa_init needs dense weights (for NF4 there is loftq_init)")
-    for _, layer in active_layers(model):
-        A, B = leading_factors(dense_weight(layer.base_layer), layer.rank, layer.scaling, iterations)
-        layer.lora_A.copy_(A)
-        layer.lora_B.copy_(B)
+    for _, layer in layers:
+        _start_at(layer, dense_weight(layer.base_layer), iterations)
         _become(layer, PiSSALinear)
         layer.register_buffer("start_A", layer.lora_A.detach().clone())
         layer.register_buffer("start_B", layer.lora_B.detach().clone())
@@ -123,8 +111,7 @@ def loftq_init(
 ) -> dict[str, tuple[float, float]]:
     """Start at the best rank-r correction of the quantization error W − NF4(W), leaving NF4(W) as it is.
 
-    This is LoftQ with one iteration. Its further iterations re-quantize the base to something other
-    than NF4(W), which nobody who loads the adapter would have.
+    This is LoftQ with one iteration; further ones would quantize the base anew, which nobody who loads the adapter has.
 
     Args:
         model: NF4 layers with adapters.
@@ -143,38 +130,26 @@ def loftq_init(
     layers = {f"{p}.weight": layer for p, layer in active_layers(model) if isinstance(layer.base_layer, NF4Linear)}
     if not layers:
         raise ValueError("the model has no NF4 layer with an adapter; quantize_model comes first")
-    weights = original if isinstance(original, Mapping) else _InFiles(original)
+    if not isinstance(original, Mapping):
+        from safetensors.torch import load_file  # maps the file: what is not looked at takes no memory
+
+        files = map(load_file, sorted(Path(original).glob("*.safetensors")))
+        original = {name: tensor for file in files for name, tensor in file.items()}
     for name, layer in layers.items():
-        if name not in weights:
+        if name not in original:
             raise ValueError(f"original has no {name!r}")
-        shape, found = (layer.out_features, layer.in_features), tuple(weights[name].shape)
+        shape, found = (layer.out_features, layer.in_features), tuple(original[name].shape)
         if found != shape:
             raise ValueError(f"original: {name!r} must be {shape}, got {found}")
     errors = {}
     for name, layer in layers.items():
         quantized = dense_weight(layer.base_layer).float()
-        W = weights[name].to(quantized)
+        W = original[name].to(quantized)
         lost = W - quantized
-        A, B = leading_factors(lost, layer.rank, layer.scaling, iterations)
-        layer.lora_A.copy_(A)
-        layer.lora_B.copy_(B)
+        _start_at(layer, lost, iterations)
         left = lost - layer.delta_weight()
         errors[name.removesuffix(".weight")] = tuple((part.norm() / W.norm()).item() for part in (lost, left))
     return errors
-
-
-class _InFiles(dict):
-    """The tensors of a directory of safetensors files by name, each read when it is asked for."""
-
-    def __init__(self, directory):
-        from safetensors import safe_open
-
-        for path in sorted(Path(directory).glob("*.safetensors")):
-            file = safe_open(path, framework="pt")
-            self.update(dict.fromkeys(file.keys(), file))
-
-    def __getitem__(self, name):
-        return super().__getitem__(name).get_tensor(name)
 
 
 class DoRALinear(LoRALinear):
@@ -188,15 +163,10 @@ class DoRALinear(LoRALinear):
     PARTS = (*LoRALinear.PARTS, "lora_magnitude")
 
     def gain(self, weight: torch.Tensor) -> torch.Tensor:
-        """g = m / ‖W + s·BA‖, one number for each output row, (out,); the gradient goes to m alone.
+        """g = m / ‖W + s·BA‖, (out,), for a dense W (out, in); the gradient goes to m alone (section 4.3).
 
         The norm of row i is taken without forming the sum, from
         ‖wᵢ + s·bᵢA‖² = ‖wᵢ‖² + 2s·bᵢ(A wᵢ) + s²·bᵢ(AAᵀ)bᵢ, which costs two skinny products.
-
-        Args:
-            weight: W, (out, in), dense.
-
-        Source: section 4.3 for the norm held constant in backward.
         """
         with torch.no_grad():
             A, B = (factor.to(torch.promote_types(factor.dtype, torch.float32)) for factor in self.factors())
@@ -215,12 +185,11 @@ class DoRALinear(LoRALinear):
 
     def fused(self, x):
         """Base and adapter in one operation, then the gain, then the bias."""
-        weight, dtype = operand(self.base_layer, x)
-        A, B = self.factors()
+        h, weight = operands(self.base_layer, x)
         dropout = self.lora_dropout if self.training else 0.0
-        y = lora_linear(cast(x, dtype), weight, None, A, B, self.scaling, dropout)
-        y = y * self.gain(dense_weight(self.base_layer)).to(dtype)
-        return (y if self.bias is None else y + self.bias.to(dtype)).to(x.dtype)
+        y = lora_linear(h, weight, None, *self.factors(), self.scaling, dropout)
+        y = y * self.gain(dense_weight(self.base_layer)).to(h.dtype)
+        return (y if self.bias is None else y + self.bias.to(h.dtype)).to(x.dtype)
 
     @torch.no_grad()
     def delta_weight(self):
@@ -252,16 +221,16 @@ def _become(layer: LoRALinear, kind: type) -> None:
     layer.__class__ = DoRAPiSSALinear if isinstance(layer, other) else kind
 
 
+def _start_at(layer: LoRALinear, target: torch.Tensor, iterations: int | None) -> None:
+    A, B = leading_factors(target, layer.rank, layer.scaling, iterations)
+    layer.lora_A.copy_(A)
+    layer.lora_B.copy_(B)
+
+
 def leading_factors(target: torch.Tensor, rank: int, scaling: float, iterations: int | None = None):
     """A (rank, in) and B (out, rank) such that scaling · BA is `target` cut to its largest singular values.
 
-    The values are shared out evenly between A and B, as PiSSA and LoftQ do.
-
-    Args:
-        iterations: None for the exact decomposition, else for torch's randomized one.
-
-    Raises:
-        ValueError: scaling is 0.
+    The values are shared out evenly between A and B, as PiSSA and LoftQ do. `iterations` as in `pissa_init`.
     """
     if scaling == 0:
         raise ValueError("lora_alpha is 0, so that the adapter adds nothing, whatever A and B are")

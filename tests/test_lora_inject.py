@@ -168,6 +168,8 @@ def test_a_layer_used_twice_gets_one_adapter():
     apply_lora_to_model(model, 2, 4.0, ["q_proj"])
     assert model["a"]["q_proj"] is model["b"]["q_proj"]
     assert len(list(lora_parameters(model))) == 2
+    with pytest.raises(ValueError, match="names no linear layer"):  # the inside of an adapter, under either name
+        apply_lora_to_model(model, 2, 4.0, ["base_layer"])
     merge_lora(model)
     assert model["a"]["q_proj"].merged
 
