@@ -19,7 +19,12 @@ from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
+import torch.distributed.nn.functional  # noqa: F401 (below)
 import torch.nn.functional as F
+
+# That module's functions have the default process group as a default argument. Imported after `init_process_group`
+# (the first optimizer imports torch._dynamo, and that imports it) they would keep the group for ever, and gloo's
+# threads would still run while the interpreter ends, which may abort a rank that has finished its work.
 
 # torch 2.13 renamed them.
 _reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
