@@ -10,8 +10,8 @@ The first moment uses signed levels. Of the second, the root is stored, with uns
 the update's denominator, and the root halves the decades that they span. No v > 0 is stored as zero (down to 1e-24 of
 its block's largest), which would turn the division by √v + ε into one by ε alone.
 
-A step decodes one tensor's moments to FP32, updates as `AdamW` does, and encodes them again; nothing but the 8 bits
-outlives it. Bytes per parameter: 2 + 2·4/256 = 2.03.
+A step decodes one tensor's moments to FP32, updates as `AdamW` does, and encodes them again. Bytes per parameter:
+2 + 2·4/256 = 2.03.
 """
 
 from functools import lru_cache
