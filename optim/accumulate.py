@@ -81,11 +81,7 @@ class GradientAccumulationTrainer:
         accumulation_steps: micro-batches for each optimizer step.
         max_norm: bound of the gradient's L2 norm; None does not clip.
         scheduler: its `step()` is called once for each optimizer step that was not skipped.
-        scaler: an `amp.GradScaler` or torch's, for a model that computes in FP16 (run the trainer under autocast
-            then).
-
-    Attributes:
-        last_loss: mean loss of the last micro-batch's answer tokens (0-dim; NaN if it had none).
+        scaler: an `amp.GradScaler` or torch's, for a model that computes in FP16 (under autocast then).
 
     Raises:
         ValueError: `accumulation_steps` is not a whole number or < 1, `max_norm` ≤ 0, or the optimizer is a
@@ -154,6 +150,7 @@ class GradientAccumulationTrainer:
 
     @property
     def last_loss(self) -> torch.Tensor:
+        """Mean loss of the last micro-batch's answer tokens (0-dim; NaN if it had none)."""
         loss_sum, tokens = self._last
         return loss_sum / tokens
 

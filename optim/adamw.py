@@ -1,10 +1,7 @@
 """AdamW as an optimizer object: the state, and one call of the step function.
 
-The arithmetic is in `kernels/adamw.py`; what a step runs there depends on the tensors:
-
-    on a GPU        one launch for all parameters (float64 ones: the reference)
-    on a CPU        torch's own fused C++ loop, one pass over memory where torch ops take nine
-    fused=False     the reference, in torch ops
+On a GPU a step is one launch of `kernels/adamw.py` for all parameters (float64 ones: the reference), on a CPU torch's
+own fused C++ loop, one pass over memory where torch ops take nine.
 """
 
 import torch

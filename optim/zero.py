@@ -96,8 +96,6 @@ class ZeroOptimizer(torch.optim.Optimizer):
     Attributes:
         inner: the optimizer of the shards.
         group: its `traffic` and `calls` count what was communicated, by collective.
-        bucket_elements: size of one reduction under stages 1 and 2; smaller ones leave fewer full gradients in stage
-            2 and are slower (each of the N − 1 hops of a ring has its latency).
 
     Raises:
         ValueError: another stage, no parameters or one given twice.
@@ -105,6 +103,7 @@ class ZeroOptimizer(torch.optim.Optimizer):
         RuntimeError: from backward, a gradient is sparse.
     """
 
+    # Elements of one reduction under stages 1 and 2: fewer leave fewer full gradients in stage 2 and are slower.
     bucket_elements = 2**26
 
     def __init__(self, params, optimizer_class, stage: int = 1, offload: bool = False, **kwargs):
@@ -124,12 +123,12 @@ class ZeroOptimizer(torch.optim.Optimizer):
         self.reduction = Reduction(self.shards, stage, self.group, self.host, self.bucket_elements)
         self.trained = self.reduction.trained
 
-        values, masters = ({s.param: getattr(s, name) for s in self.shards} for name in ("value", "master"))
+        masters = {shard.param: shard.master for shard in self.shards}
         self.inner = optimizer_class(
             [hyperparameters(g) | {"params": [masters[p] for p in g["params"]]} for g in self.param_groups], **kwargs
         )
-        self.defaults = self.inner.defaults
-        self.state = self.inner.state
+        self.defaults, self.state = self.inner.defaults, self.inner.state
+        values = {shard.param: shard.value for shard in self.shards}
         for group, ours in zip(self.param_groups, self.inner.param_groups, strict=True):
             group.update(hyperparameters(ours), params=[values[p] for p in group["params"]])
 
@@ -167,10 +166,8 @@ class ZeroOptimizer(torch.optim.Optimizer):
 
     @contextlib.contextmanager
     def no_sync(self):
-        """Within, backward only accumulates, in each rank's own `.grad`, and the next one outside reduces the sum.
-
-        Without it every backward pass reduces: more traffic, but no full gradients between them (stages 2 and 3).
-        """
+        """Within, backward only accumulates, in each rank's own `.grad`, and the next one outside reduces the sum: less
+        traffic, but full gradients are held between the passes, under stages 2 and 3 too."""
         before, self.reduction.syncing = self.reduction.syncing, False
         try:
             yield
@@ -261,9 +258,9 @@ class ZeroOptimizer(torch.optim.Optimizer):
 
     @contextlib.contextmanager
     def gathered(self):
-        """Within, parameters are whole on every rank, to be read or written; what was written is kept.
+        """Within, stage 3's parameters are whole on every rank, to be read or written; what was written is kept.
 
-        All ranks must enter it, and write the same. Only stage 3 needs it.
+        All ranks must enter it, and write the same.
         """
         if not self.reduction.gathering:
             yield

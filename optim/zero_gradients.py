@@ -137,19 +137,16 @@ class Reduction:
                 mean += shard.value.grad
             if self.stage == 1:
                 self._averaged.add(shard)
-                mean = mean if self.host else self._put_back(shard, mean)
+                if self.host is None:  # there is room for one gradient: this rank's part of the full one
+                    param = shard.param
+                    param.grad = torch.zeros_like(param) if param.grad is None else param.grad.contiguous()
+                    mean = param.grad.view(-1)[shard.start : shard.stop].copy_(mean)
             shard.value.grad = mean
         if overflow:  # it is in one rank's shard, and a GradScaler looks at its own rank's only
             grads = [shard.value.grad for shard in self.trained if shard.value.numel() and shard.value.grad is not None]
             for grad in grads[:1]:
                 grad[0] = torch.inf
         self.settled = True
-
-    def _put_back(self, shard: Shard, mean: torch.Tensor) -> torch.Tensor:
-        """Stage 1 has room for one gradient: the mean goes into this rank's part of the full one."""
-        param = shard.param
-        param.grad = torch.zeros_like(param) if param.grad is None else param.grad.contiguous()
-        return param.grad.view(-1)[shard.start : shard.stop].copy_(mean)
 
     def _on_any_rank(self, indices, overflow: torch.Tensor | bool = False) -> list[int]:
         """A flag for each parameter, and one for the overflow: set if it is on any rank."""
