@@ -7,13 +7,12 @@ Three lists, those of torch's autocast on CUDA, are the whole idea:
              (fp16 exp(11.1) is infinite; a sum stops growing where the spacing exceeds the addend)
     WIDEST   ops that insist on one dtype: the widest among the inputs
 
-Any other operation (add, relu, reshape, …) takes what it gets. The casts are ordinary
-differentiable ops, so an FP32 weight gets an FP32 gradient.
+Any other operation (add, relu, reshape, …) takes what it gets. The casts are ordinary differentiable ops, so an FP32
+weight gets an FP32 gradient.
 
-`autocast_reference` is that for one call. The class sees all calls of a block: a `TorchFunctionMode` is asked before
-each call of torch's Python interface. What it cannot see is what such a function calls inside, in C++ or in Python,
-nor a forward pass that `torch.utils.checkpoint` repeats during backward. `torch.autocast` lives below all that and is
-the one to use in earnest.
+A `TorchFunctionMode` is asked before each call of torch's Python interface. What it cannot see is what such a function
+calls inside, in C++ or in Python, nor a forward pass that `torch.utils.checkpoint` repeats during backward.
+`torch.autocast` lives below all that and is the one to use in earnest.
 """
 
 import threading

@@ -16,9 +16,8 @@ so neighbours are 2^(e−b−M) apart: exponent bits buy range, mantissa bits bu
     fp8 e5m2      8  5   2  57344       6.1e-5           1.5e-5    7.6e-6
     fp8 e4m3      8  4   3  448         1.6e-2           2.0e-3    9.8e-4
 
-fp8 e4m3 has no infinity: its largest exponent holds numbers too, and only f = 2^M − 1 is NaN
-(Micikevicius et al. 2022, "FP8 formats for deep learning", section 3). tf32 is how tensor cores
-read fp32 operands: the exponent of fp32, the mantissa of fp16.
+fp8 e4m3 has no infinity: its largest exponent holds numbers too, and only f = 2^M − 1 is NaN (Micikevicius et al. 2022,
+"FP8 formats for deep learning", section 3). tf32 is how tensor cores read fp32 operands.
 """
 
 import math
@@ -29,18 +28,12 @@ import torch
 
 @dataclass(frozen=True)
 class FloatFormat:
-    """A binary floating-point format.
-
-    Attributes:
-        name: what it is called.
-        exponent_bits, mantissa_bits: E and M above; the sign takes one bit more.
-        has_infinity: False where the largest exponent is used for numbers (fp8 e4m3).
-    """
+    """A binary floating-point format; the sign takes one bit more than E and M."""
 
     name: str
     exponent_bits: int
     mantissa_bits: int
-    has_infinity: bool = True
+    has_infinity: bool = True  # False where the largest exponent is used for numbers (fp8 e4m3)
 
     @property
     def bits(self) -> int:
@@ -85,13 +78,8 @@ class FloatFormat:
     def round(self, x):
         """The nearest number of the format, ties to the even mantissa; beyond the largest: infinity (NaN in e4m3).
 
-        Casts to e4m3 may saturate at 448 instead, as those of torch 2.13 do: the OCP FP8 specification has both modes.
-
-        Args:
-            x: a number, or a tensor of any shape and float dtype.
-
-        Returns:
-            a float, or a float64 tensor.
+        A float for a number, a float64 tensor for a tensor of any shape and float dtype. Casts to e4m3 may saturate at
+        448 instead, as those of torch 2.13 do: the OCP FP8 specification has both modes.
         """
         x64 = torch.as_tensor(x, dtype=torch.float64)
         step = self.spacing(x64)
@@ -113,11 +101,7 @@ class FloatFormat:
         return _like(x, bits + (torch.signbit(value).to(torch.int64) << self.bits - 1))
 
     def decode(self, bits):
-        """The number that an integer's bits stand for (a float64 tensor for a tensor of integers).
-
-        Raises:
-            ValueError: an integer is negative or does not fit.
-        """
+        """The number that an integer's bits stand for (float64 for a tensor); ValueError if they do not fit."""
         whole = torch.as_tensor(bits, dtype=torch.int64)
         if ((whole < 0) | (whole >= 2**self.bits)).any():
             raise ValueError(f"bits must lie in 0…{2**self.bits - 1} for {self.name}, got {bits}")
@@ -166,27 +150,19 @@ FORMATS: dict[torch.dtype | str, FloatFormat] = {
 
 @dataclass(frozen=True)
 class Description:
-    """One number as a format stores it; printed, it is a line for a notebook.
-
-    Attributes:
-        value: what is stored; `error` is value − x.
-        sign, exponent, mantissa: the fields, as strings of bits.
-        kind: "normal", "subnormal", "zero", "infinity" or "nan".
-        spacing: distance to the neighbours (NaN where there are none).
-        underflow: x was not zero and became zero; `overflow`: x was finite and became infinity or NaN.
-    """
+    """One number as a format stores it; printed, it is a line for a notebook."""
 
     x: float
     format: FloatFormat
-    value: float
-    sign: str
+    value: float  # what is stored
+    sign: str  # the fields, as strings of bits
     exponent: str
     mantissa: str
-    kind: str
-    error: float
-    spacing: float
-    underflow: bool
-    overflow: bool
+    kind: str  # "normal", "subnormal", "zero", "infinity" or "nan"
+    error: float  # value − x
+    spacing: float  # distance to the neighbours (NaN where there are none)
+    underflow: bool  # x was not zero and became zero
+    overflow: bool  # x was finite and became infinity or NaN
 
     def __str__(self) -> str:
         lost = "  underflow" if self.underflow else "  overflow" if self.overflow else ""

@@ -6,14 +6,13 @@ would have been. The largest useful S is unknown and moves, so it is searched fo
 gradient) skips the step and halves S; `growth_interval` steps *in a row* without one double it. (Micikevicius et al.
 2018, section 3.2.)
 
-`GradScalerReference` is that. `GradScaler` below it is the one to train with: scale, run of good steps and overflow
-flag stay on the gradients' device as 0-dim tensors. With an optimizer that can read the flag there (`optim.AdamW`
-with its kernel, or torch's `fused=True`) a training step never waits for the GPU; any other optimizer needs one
-`.item()` to decide whether to step. Its behaviour, errors and state dict are those of `torch.amp.GradScaler`.
+`GradScaler` behaves as `torch.amp.GradScaler`, which keeps its books (`scale`, getters, state dict). Scale, run of good
+steps and overflow flag stay on the gradients' device as 0-dim tensors. With an optimizer that can read the flag there
+(`optim.AdamW` with its kernel, or torch's `fused=True`) a training step never waits for the GPU; any other optimizer
+needs one `.item()` to decide whether to step.
 """
 
 from collections import defaultdict
-from collections.abc import Iterable
 from dataclasses import dataclass, field
 
 import torch
@@ -55,10 +54,9 @@ class GradScalerReference:
 
 
 def next_scale(scale, good_steps, overflow, growth_factor, backoff_factor, growth_interval):
-    """Where the search goes from here: the new scale and the new run of good steps.
+    """The reference's last lines in 0-dim tensors (float32, int32, bool): the new scale and run of good steps.
 
-    The reference's last lines in 0-dim tensors (float32, int32, bool), so that nobody waits for the device. Products
-    are taken in fp64 and rounded once; a growth that would make the scale infinite is left out.
+    Products are rounded once, from fp64; a growth that would make the scale infinite is left out.
     """
     wide = scale.double()
     grown = (wide * growth_factor).float()
@@ -70,14 +68,12 @@ def next_scale(scale, good_steps, overflow, growth_factor, backoff_factor, growt
 
 
 @dataclass
-class _OptimizerState:
-    """What happened to one optimizer since the last `update()`."""
-
+class _OptimizerState:  # since the last `update()`
     stage: str = "ready"  # then "unscaled", then "stepped"
     found_inf: dict[torch.device, torch.Tensor] = field(default_factory=dict)
 
 
-class GradScaler:
+class GradScaler(torch.amp.GradScaler):
     """Scales the loss, unscales the gradients, skips steps that overflowed, adapts the scale.
 
         scaler.scale(loss).backward()
@@ -105,35 +101,13 @@ class GradScaler:
             raise AssertionError(f"growth_factor must be > 1.0, got {growth_factor}")
         if enabled and backoff_factor >= 1.0:
             raise AssertionError(f"backoff_factor must be < 1.0, got {backoff_factor}")
+        super().__init__("cpu", init_scale)  # a name only: the first scale() makes its tensors on the loss's device
         self._enabled = enabled
         self._growth_factor = growth_factor
         self._backoff_factor = backoff_factor
         self._growth_interval = growth_interval
-        # The first scale() moves them to the device of the loss, in float32 and int32.
-        self._placed = False
-        self._scale = torch.tensor(init_scale, dtype=torch.float64, device="cpu")
-        self._growth_tracker = torch.zeros((), dtype=torch.int32, device="cpu")
         # By the optimizer itself and not its id, which a new one may get when an old one is gone.
-        self._states: dict[torch.optim.Optimizer, _OptimizerState] = defaultdict(_OptimizerState)
-
-    def scale(self, outputs):
-        """Multiply a tensor, or every tensor of a (nested) list or tuple, by the scale.
-
-        Raises:
-            ValueError: something in `outputs` is neither a tensor nor an iterable.
-        """
-        if not self._enabled:
-            return outputs
-        if isinstance(outputs, torch.Tensor):
-            if not self._placed:
-                self._scale = self._scale.to(outputs.device, torch.float32)
-                self._growth_tracker = self._growth_tracker.to(outputs.device)
-                self._placed = True
-            return outputs * self._scale.to(outputs.device, non_blocking=True)
-        if isinstance(outputs, Iterable):
-            scaled = map(self.scale, outputs)
-            return type(outputs)(scaled) if isinstance(outputs, (list, tuple)) else scaled
-        raise ValueError("outputs must be a Tensor or an iterable of Tensors")
+        self._per_optimizer_states: dict[torch.optim.Optimizer, _OptimizerState] = defaultdict(_OptimizerState)
 
     def unscale_(self, optimizer: torch.optim.Optimizer) -> None:
         """Divide the optimizer's gradients by the scale, in place, and look for inf and NaN; no sync.
@@ -145,8 +119,8 @@ class GradScaler:
         """
         if not self._enabled:
             return
-        self._require_scale("unscale_")
-        state = self._states[optimizer]
+        self._check_scale_growth_tracker("unscale_")
+        state = self._per_optimizer_states[optimizer]
         if state.stage == "unscaled":
             raise RuntimeError("unscale_() has already been called on this optimizer since the last update().")
         if state.stage == "stepped":
@@ -158,8 +132,7 @@ class GradScaler:
     def step(self, optimizer: torch.optim.Optimizer, *args, **kwargs):
         """Unscale if `unscale_` was not called, then `optimizer.step(*args, **kwargs)` unless a gradient overflowed.
 
-        Returns:
-            what `optimizer.step` returned, None when it was skipped.
+        Returns what `optimizer.step` returned, None when it was skipped.
 
         Raises:
             RuntimeError: called twice without an `update` between, or with a closure.
@@ -169,8 +142,8 @@ class GradScaler:
             return optimizer.step(*args, **kwargs)
         if "closure" in kwargs:
             raise RuntimeError("Closure use is not currently supported if GradScaler is enabled.")
-        self._require_scale("step")
-        state = self._states[optimizer]
+        self._check_scale_growth_tracker("step")
+        state = self._per_optimizer_states[optimizer]
         if state.stage == "stepped":
             raise RuntimeError("step() has already been called since the last update().")
         if getattr(optimizer, "_step_supports_amp_scaling", False):
@@ -180,9 +153,8 @@ class GradScaler:
                 self.unscale_(optimizer)
             if not state.found_inf:
                 raise AssertionError("No inf checks were recorded for this optimizer.")
-            result = None
-            if not any(flag.item() for flag in state.found_inf.values()):
-                result = optimizer.step(*args, **kwargs)
+            overflow = any(flag.item() for flag in state.found_inf.values())
+            result = None if overflow else optimizer.step(*args, **kwargs)
         state.stage = "stepped"
         return result
 
@@ -208,7 +180,7 @@ class GradScaler:
         """
         if not self._enabled:
             return
-        self._require_scale("update")
+        self._check_scale_growth_tracker("update")
         if isinstance(new_scale, torch.Tensor) and (new_scale.numel() != 1 or new_scale.requires_grad):
             raise AssertionError(
                 "new_scale should be a float or a 1-element tensor with requires_grad=False, "
@@ -217,14 +189,14 @@ class GradScaler:
         if new_scale is not None:
             self._scale.fill_(new_scale.reshape(()) if isinstance(new_scale, torch.Tensor) else new_scale)
         else:
-            flags = self._flags(*self._states.values())
+            flags = self._flags(*self._per_optimizer_states.values())
             if not flags:
                 raise AssertionError("No inf checks were recorded prior to update.")
             factors = self._growth_factor, self._backoff_factor, self._growth_interval
             scale, run = next_scale(self._scale, self._growth_tracker, sum(flags) > 0, *factors)
             self._scale.copy_(scale)
             self._growth_tracker.copy_(run)
-        self._states.clear()
+        self._per_optimizer_states.clear()
 
     def _check_and_multiply(self, optimizer, factor: torch.Tensor, allow_fp16: bool) -> None:
         """Multiply every gradient by `factor` and record a flag per device; gradients of one dtype go in one launch."""
@@ -241,7 +213,7 @@ class GradScaler:
                 param.grad = param.grad.coalesce()
             grad = param.grad._values() if param.grad.is_sparse else param.grad
             groups[grad.device, grad.dtype].append(grad)
-        flags = self._states[optimizer].found_inf
+        flags = self._per_optimizer_states[optimizer].found_inf
         flags.clear()
         for (device, _), grads in groups.items():
             flag = flags.setdefault(device, torch.zeros((), dtype=torch.float32, device=device))
@@ -251,75 +223,3 @@ class GradScaler:
         """The overflow flags of all devices, on that of the scale."""
         flags = (flag for state in states for flag in state.found_inf.values())
         return [flag.to(self._scale.device, non_blocking=True) for flag in flags]
-
-    def _require_scale(self, method: str) -> None:
-        if not self._placed:
-            raise AssertionError(
-                f"Attempted {method} but _scale is None. This may indicate your script did not use "
-                "scaler.scale(loss or outputs) earlier in the iteration."
-            )
-
-    def get_scale(self) -> float:
-        """The scale as a Python number (waits for the device); 1.0 when disabled."""
-        return self._scale.item() if self._enabled else 1.0
-
-    def get_growth_factor(self) -> float:
-        return self._growth_factor
-
-    def set_growth_factor(self, new_factor: float) -> None:
-        self._growth_factor = new_factor
-
-    def get_backoff_factor(self) -> float:
-        return self._backoff_factor
-
-    def set_backoff_factor(self, new_factor: float) -> None:
-        self._backoff_factor = new_factor
-
-    def get_growth_interval(self) -> int:
-        return self._growth_interval
-
-    def set_growth_interval(self, new_interval: int) -> None:
-        self._growth_interval = new_interval
-
-    def is_enabled(self) -> bool:
-        return self._enabled
-
-    def state_dict(self) -> dict[str, float | int]:
-        """The five entries of `torch.amp.GradScaler.state_dict()`; empty when disabled."""
-        if not self._enabled:
-            return {}
-        return {
-            "scale": self.get_scale(),
-            "growth_factor": self._growth_factor,
-            "backoff_factor": self._backoff_factor,
-            "growth_interval": self._growth_interval,
-            "_growth_tracker": self._growth_tracker.item(),
-        }
-
-    def load_state_dict(self, state_dict: dict[str, float | int]) -> None:
-        """Load this class's or torch's state dict; a no-op when disabled.
-
-        Raises:
-            RuntimeError: the dict is empty (saved from a disabled scaler).
-        """
-        if not self._enabled:
-            return
-        if not state_dict:
-            raise RuntimeError(
-                "The source state dict is empty, possibly because it was saved from a disabled instance of GradScaler."
-            )
-        self._growth_factor = state_dict["growth_factor"]
-        self._backoff_factor = state_dict["backoff_factor"]
-        self._growth_interval = state_dict["growth_interval"]
-        self._scale.fill_(state_dict["scale"])
-        self._growth_tracker.fill_(state_dict["_growth_tracker"])
-
-    def __getstate__(self) -> dict:
-        """For pickle and copy: only between iterations, since the flags belong to live optimizers."""
-        if self._states:
-            raise AssertionError(
-                "A GradScaler instance may only be pickled at the beginning of an iteration, "
-                "or at the end after scaler.update()."
-            )
-        scale, run = self._scale.double().cpu(), self._growth_tracker.cpu()
-        return self.__dict__ | {"_placed": False, "_scale": scale, "_growth_tracker": run}

@@ -1,8 +1,8 @@
 """FP32 master weights for a model whose parameters are FP16 or BF16.
 
-A step of 1e-3 · lr on a weight near 1 is far below the spacing of FP16 there (1e-3) or BF16
-(8e-3): added in 16 bits it rounds away, every time. So the optimizer updates an FP32 copy, where
-small steps add up, and the model computes with its rounding (Micikevicius et al. 2018, section 3.1):
+A step of 1e-3 · lr on a weight near 1 is far below the spacing of FP16 there (1e-3) or BF16 (8e-3): added in 16 bits
+it rounds away, every time. So the optimizer updates an FP32 copy, where small steps add up, and the model computes with
+its rounding (Micikevicius et al. 2018, section 3.1):
 
     1. keep an FP32 master of every parameter, in the optimizer
     2. forward and backward in 16 bits, with the loss scaled
@@ -76,10 +76,7 @@ class MasterWeights:
 
     @torch.no_grad()
     def collect_gradients(self) -> None:
-        """Add the model's gradients to the masters', in FP32, and free the former.
-
-        Called after each backward pass, it accumulates micro-batches in FP32.
-        """
+        """After each backward pass: add the model's gradients to the masters', in FP32, and free the former."""
         for name, param in self.params.items():
             if param.grad is None:
                 continue
@@ -91,10 +88,7 @@ class MasterWeights:
             param.grad = None
 
     def step_arguments(self) -> dict:
-        """Keyword arguments with which `optim.AdamW.step` writes the rounded weights in its own pass; else empty.
-
-        Then `write_back` has nothing left to do.
-        """
+        """Keyword arguments with which `optim.AdamW.step` does `write_back`'s work in its own pass; else empty."""
         if not getattr(self.optimizer, "writes_copies", False):
             return {}
         return {"copies": {master: self.params[name].data for name, master in self.masters.items()}}
@@ -111,11 +105,7 @@ class MasterWeights:
 
     @torch.no_grad()
     def load_state_dict(self, state_dict: dict[str, torch.Tensor]) -> None:
-        """Restore the masters, and the model from them.
-
-        Raises:
-            ValueError: the names are not those of the masters.
-        """
+        """Restore the masters, and the model from them. ValueError: the names are not those of the masters."""
         if state_dict.keys() != self.masters.keys():
             odd = sorted(state_dict.keys() ^ self.masters.keys())
             raise ValueError(f"state_dict must have the masters' names, got or missed {odd}")

@@ -1,6 +1,6 @@
 """One training step in mixed precision: cast, scale, accumulate, unscale, clip, step, adapt the scale.
 
-The order matters. Clipping before unscaling would bound the norm of S·g, and leave a gradient of norm 1/S.
+The order matters: clipping before unscaling would bound the norm of S·g, and leave a gradient of norm 1/S.
 """
 
 import torch
@@ -32,9 +32,9 @@ class MixedPrecisionTrainer(GradientAccumulationTrainer):
         for inputs, labels in loader:
             loss = trainer.train_step(inputs, labels)
 
-    An FP32 model runs under autocast. A model that is FP16 or BF16 itself gets FP32 master weights,
-    which take its parameters' place in the optimizer. FP16 comes with loss scaling; BF16 has the
-    exponent range of FP32 and needs none. Loss and accumulation are those of `GradientAccumulationTrainer`.
+    An FP32 model runs under autocast. A model that is FP16 or BF16 itself gets FP32 master weights, which take its
+    parameters' place in the optimizer. FP16 comes with loss scaling; BF16 has the exponent range of FP32 and needs
+    none. Loss and accumulation are those of `GradientAccumulationTrainer`.
 
     Args:
         model: on one device.
@@ -52,15 +52,9 @@ class MixedPrecisionTrainer(GradientAccumulationTrainer):
     """
 
     def __init__(
-        self,
-        model: torch.nn.Module,
-        optimizer: torch.optim.Optimizer,
-        dtype: torch.dtype = torch.float16,
-        init_scale: float = 65536.0,
-        max_norm: float | None = 1.0,
-        accumulation_steps: int = 1,
-        scheduler=None,
-    ):
+        self, model: torch.nn.Module, optimizer: torch.optim.Optimizer, dtype: torch.dtype = torch.float16,
+        init_scale: float = 65536.0, max_norm: float | None = 1.0, accumulation_steps: int = 1, scheduler=None,
+    ):  # fmt: skip
         if dtype not in LOW:
             raise ValueError(f"dtype must be torch.float16 or torch.bfloat16, got {dtype}")
         scaler = GradScaler(init_scale, enabled=dtype == torch.float16)
@@ -75,11 +69,7 @@ class MixedPrecisionTrainer(GradientAccumulationTrainer):
     def train_step(self, inputs, labels: torch.Tensor) -> float:
         """Forward and backward of one micro-batch; every `accumulation_steps`-th call also updates.
 
-        Returns:
-            the mean loss of this micro-batch's answer tokens (NaN if it has none).
-
-        Raises:
-            ValueError: logits and labels do not fit.
+        Returns the mean loss of its answer tokens (NaN if it has none). ValueError: logits and labels do not fit.
         """
         if self._micro_batches == 0:
             self.model.zero_grad()  # its 16-bit parameters are not the optimizer's
@@ -87,10 +77,9 @@ class MixedPrecisionTrainer(GradientAccumulationTrainer):
         return self.last_loss.item()
 
     def finish(self) -> bool:
-        """Update from what has been accumulated, for a tail shorter than `accumulation_steps`.
+        """Update from a tail shorter than `accumulation_steps`.
 
-        Returns:
-            whether the parameters were updated: not without an answer token, nor after an overflow.
+        Returns whether the parameters were updated: not without an answer token, nor after an overflow.
         """
         return super().finish() and self._stepped
 

@@ -170,6 +170,7 @@ if __name__ == "__main__":
     rank, size = dist.get_rank(), dist.get_world_size()
     with open(f"{sys.argv[1]}/{rank}.json", "w") as file:
         json.dump(work(rank, size), file)
+    dist.barrier()  # no rank leaves while another still reads from it
     dist.destroy_process_group()
 """
 

@@ -9,10 +9,9 @@ and neither "divide each micro-batch's mean by k" (true only if all n_j are equa
 much) nor "always divide by k" (a tail of fewer than k is made too small) computes that. So each micro-batch
 contributes its *sum* of losses, divided by n.
 
-A trainer that sees one micro-batch after the other learns n with the last one. `TokenMean` divides by an estimate
-(the first count times k), which keeps gradients in the range that FP16 needs, and multiplies the finished gradient by
-estimate / n. Under DistributedDataParallel only the last micro-batch's backward pass communicates, estimate and n are
-those of all processes, and DDP's mean over processes is undone by their number.
+A trainer that sees one micro-batch after the other learns n with the last one. It divides by an estimate (the first
+count times k), which keeps gradients in the range that FP16 needs, and multiplies the finished gradient by
+estimate / n. Under DistributedDataParallel only the last micro-batch's backward pass communicates.
 """
 
 import contextlib
@@ -27,8 +26,7 @@ from torch.nn.parallel import DistributedDataParallel
 def accumulated_step_reference(model, optimizer, micro_batches, max_norm=1.0) -> None:
     """Document 001's update, put right: weighted by tokens, a tail of any length, clipped, nothing left from before.
 
-    Args:
-        micro_batches: a list of (inputs, labels), all that belong to this step; at least one label is not −100.
+    `micro_batches` are all (inputs, labels) of this step; at least one label is not −100.
     """
     tokens = sum((labels != -100).sum() for _, labels in micro_batches)
     optimizer.zero_grad()
@@ -48,12 +46,8 @@ class TokenMean:
             mean.part(loss_sum, tokens).backward()
         mean.correct(gradients)                         # nothing to do if `expected` was right
 
-    Args:
-        expected: what losses are divided by, a number or 0-dim tensor: the count of all tokens of the step, or an
-            estimate of it. Where gradients are averaged over ranks, all ranks' tokens divided by their number.
-
-    Attributes:
-        loss_sum, tokens: of this process so far.
+    `expected`, a number or 0-dim tensor, is the count of all tokens of the step, or an estimate of it. Where gradients
+    are averaged over ranks, all ranks' tokens divided by their number. `loss_sum` and `tokens` are this process's.
     """
 
     def __init__(self, expected):
@@ -87,11 +81,7 @@ class GradientAccumulationTrainer:
         accumulation_steps: micro-batches for each optimizer step.
         max_norm: bound of the gradient's L2 norm; None does not clip.
         scheduler: its `step()` is called once for each optimizer step that was not skipped.
-        scaler: an `amp.GradScaler` or torch's, for a model that computes in FP16 (run the trainer under autocast
-            then).
-
-    Attributes:
-        last_loss: mean loss of the last micro-batch's answer tokens (0-dim; NaN if it had none).
+        scaler: an `amp.GradScaler` or torch's, for a model that computes in FP16 (under autocast then).
 
     Raises:
         ValueError: `accumulation_steps` is not a whole number or < 1, `max_norm` ≤ 0, or the optimizer is a
@@ -117,11 +107,8 @@ class GradientAccumulationTrainer:
     def train_step(self, inputs, labels) -> bool:
         """Accumulate one micro-batch, and update the parameters if it completes a batch.
 
-        Returns:
-            whether the optimizer was asked to step: not before the last micro-batch, nor if all labels were −100.
-
-        Raises:
-            ValueError: logits and labels do not fit.
+        Returns whether the optimizer was asked to step: not before the last micro-batch, nor if all labels were −100.
+        ValueError: logits and labels do not fit.
         """
         if self._micro_batches == 0:
             self.optimizer.zero_grad()
@@ -148,11 +135,8 @@ class GradientAccumulationTrainer:
     def train_epoch(self, loader: Iterable) -> float:
         """One pass over (inputs, labels) pairs, the tail of any length included.
 
-        Returns:
-            mean loss of all answer tokens, each measured when its micro-batch was seen.
-
-        Raises:
-            ValueError: there was nothing to learn from.
+        Returns the mean loss of all answer tokens, each measured when its micro-batch was seen.
+        ValueError: there was nothing to learn from.
         """
         self.model.train()
         loss = tokens = 0
@@ -166,6 +150,7 @@ class GradientAccumulationTrainer:
 
     @property
     def last_loss(self) -> torch.Tensor:
+        """Mean loss of the last micro-batch's answer tokens (0-dim; NaN if it had none)."""
         loss_sum, tokens = self._last
         return loss_sum / tokens
 
@@ -216,14 +201,9 @@ class GradientAccumulationTrainer:
 
 
 def cross_entropy_sum(outputs, labels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Sum of the cross-entropies of all labels but −100, and their count (0-dim tensors).
+    """Sum of the cross-entropies of all labels (…) but −100, and their count (0-dim tensors).
 
-    Args:
-        outputs: logits (…, classes), or an object that has them as `.logits`.
-        labels: integers (…).
-
-    Raises:
-        ValueError: the shapes do not fit.
+    `outputs` are logits (…, classes), or have them as `.logits`. ValueError: the shapes do not fit.
     """
     logits = getattr(outputs, "logits", outputs)
     if logits.shape[:-1] != labels.shape:

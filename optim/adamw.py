@@ -1,10 +1,7 @@
 """AdamW as an optimizer object: the state, and one call of the step function.
 
-The arithmetic is in `kernels/adamw.py`; what a step runs there depends on the tensors:
-
-    on a GPU        one launch for all parameters (float64 ones: the reference)
-    on a CPU        torch's own fused C++ loop, one pass over memory where torch ops take nine
-    fused=False     the reference, in torch ops
+On a GPU a step is one launch of `kernels/adamw.py` for all parameters (float64 ones: the reference), on a CPU torch's
+own fused C++ loop, one pass over memory where torch ops take nine.
 """
 
 import torch
@@ -46,12 +43,10 @@ def adamw_step_cpu_(groups, grad_scale=None, found_inf=None, sq_norm=None, max_n
 class AdamW(torch.optim.Optimizer):
     """AdamW (Loshchilov & Hutter 2019, "Decoupled weight decay regularization", algorithm 2).
 
-    Moments have the dtype of their parameter, arithmetic is float32, and the state dict is
-    that of `torch.optim.AdamW`, both ways. FP16 or BF16 parameters lose small updates to
-    rounding; `amp.MasterWeights` keeps float32 copies for them.
-
-    On a GPU it takes part in torch's protocol for loss scaling: a `GradScaler` hands over its scale and overflow
-    flag, and the step unscales and skips on the device, without writing gradients.
+    Moments have the dtype of their parameter, arithmetic is float32, and the state dict is that of
+    `torch.optim.AdamW`, both ways. FP16 or BF16 parameters lose small updates to rounding; `amp.MasterWeights` keeps
+    float32 copies for them. On a GPU a `GradScaler` hands over its scale and overflow flag, and the step unscales and
+    skips on the device, without writing gradients.
 
     Args:
         params: parameters, or dicts with `params` and their own hyperparameters.
@@ -59,8 +54,7 @@ class AdamW(torch.optim.Optimizer):
         betas: decay rates of the two moments, each in 0…1 (1 excluded).
         eps: added to the root of the second moment.
         weight_decay: λ; a step first multiplies parameters by 1 − lr·λ.
-        fused: None picks the fastest for the device, True always takes over unscaling from
-            the `GradScaler`, False runs the reference.
+        fused: None picks the fastest for the device, True also takes over unscaling, False runs the reference.
         maximize: ascend instead of descend.
         amsgrad: only False; the variant needs a fifth tensor for each parameter.
 
@@ -147,19 +141,11 @@ class AdamW(torch.optim.Optimizer):
                 # Counters live with the parameter: a skipped step is known on its device only.
                 state["step"] = torch.as_tensor(step, dtype=torch.float32, device=p.device)
             states.append(state)
+        moments = ([state[key] for state in states] for key in ("exp_avg", "exp_avg_sq", "step"))
         return ParamGroup(
-            params=params,
-            grads=[p.grad for p in params],
-            exp_avgs=[state["exp_avg"] for state in states],
-            exp_avg_sqs=[state["exp_avg_sq"] for state in states],
-            steps=[state["step"] for state in states],
-            copies=[copies.get(p) for p in params],
-            lr=float(group["lr"]),
-            betas=tuple(float(beta) for beta in group["betas"]),
-            eps=group["eps"],
-            weight_decay=group["weight_decay"],
-            maximize=group["maximize"],
-        )
+            params, [p.grad for p in params], *moments, [copies.get(p) for p in params], float(group["lr"]),
+            tuple(map(float, group["betas"])), group["eps"], group["weight_decay"], group["maximize"],
+        )  # fmt: skip
 
 
 def evaluate(closure):

@@ -2,16 +2,15 @@
 
 Block-wise dynamic quantization (Dettmers et al. 2022, "8-bit optimizers via block-wise quantization", sections 2.1
 and 3): every 256 values share one FP32 scale, their largest magnitude, so an outlier spoils only its own block; and
-the 256 levels between −1 and 1 (`quant.dynamic_map`) are spaced dynamically, in seven decades with twice as many
-levels in each as in the one below. Large values get a relative precision of about 1 %, and values a million times
-smaller are still not zero.
+the 256 levels between −1 and 1 (`quant.dynamic_map`) lie in seven decades with twice as many in each as in the one
+below. Large values get a relative precision of about 1 %, and values a million times smaller are still not zero.
 
 The first moment uses signed levels. Of the second, the root is stored, with unsigned ones: its small values stand in
 the update's denominator, and the root halves the decades that they span. No v > 0 is stored as zero (down to 1e-24 of
 its block's largest), which would turn the division by √v + ε into one by ε alone.
 
-A step decodes one tensor's moments to FP32, updates as `AdamW` does, and encodes them again; nothing but the 8 bits
-outlives it. Bytes per parameter: 2 + 2·4/256 = 2.03.
+A step decodes one tensor's moments to FP32, updates as `AdamW` does, and encodes them again. Bytes per parameter:
+2 + 2·4/256 = 2.03.
 """
 
 from functools import lru_cache

@@ -4,13 +4,10 @@
     W ≤ k < T    min_lr + (lr − min_lr) · (1 + cos(π (k − W) / (T − W))) / 2
     k ≥ T        min_lr
 
-k counts optimizer updates, not micro-batches: with `a` accumulation steps on `w`
-processes one update takes a·w batches. `optimizer_steps` does that count.
-
-Starting the warmup at k/W, as is common, makes the very first update (k = 0) a no-op:
-a whole batch is computed to move the weights by zero. Here it moves them by half of
-what the second update may. Every other k agrees with transformers'
-`get_cosine_schedule_with_warmup`; past T that one would climb again, this one stays.
+k counts optimizer updates, not micro-batches (`optimizer_steps`). Starting the warmup at k/W, as is common, makes the
+very first update (k = 0) a no-op: a whole batch is computed to move the weights by zero. Here it moves them by half of
+what the second update may. Every other k agrees with transformers' `get_cosine_schedule_with_warmup`; past T that one
+would climb again, this one stays.
 """
 
 import math
@@ -62,9 +59,6 @@ def cosine_with_warmup(
         total_steps: optimizer updates in the whole run (see `optimizer_steps`).
         warmup_ratio: fraction of them that warms up, 0 to 1.
         min_lr: the learning rate at the end, in the unit of `lr`.
-
-    Returns:
-        a torch `LambdaLR`: `.step()`, `.get_last_lr()`, `.state_dict()`, `.load_state_dict()`.
 
     Raises:
         TypeError: `total_steps` is not an integer.

@@ -21,10 +21,6 @@ Offloading (ZeRO-Offload, Ren et al. 2021, section 4) moves what only the optimi
 rank that owns M = A / N parameters sends 4M bytes over the bus: each bucket's reduced gradient (2M in all) to the
 host while backward computes the next, the rounded weights (2M) back while the CPU rounds the next ones. The device
 holds 2A instead of 2A + 14M.
-
-`zero_reference` is the three stages on plain lists, N ranks in one process. `ZeroOptimizer` is one rank of it:
-`zero_collectives.py` cuts tensors and calls the collectives, `zero_gradients.py` reduces gradients during backward,
-`zero_parameters.py` gathers stage 3's parameters, `zero_state.py` the state dict.
 """
 
 import contextlib
@@ -45,10 +41,8 @@ LOW = (torch.float16, torch.bfloat16)
 def zero_reference(weights, losses, make_optimizer, stage, steps):
     """Document 002's three stages: what rank r holds is item r of a list.
 
-    Args:
-        weights: (n,), n divisible by the number of ranks.
-        losses: for each rank its part of the batch: a function of all weights.
-        make_optimizer: makes a rank's optimizer from the list of what it updates.
+    `weights` is (n,), n divisible by the number of ranks; `losses` are functions of all weights, one for each rank;
+    `make_optimizer` makes a rank's optimizer from the list of what it updates.
     """
     shards = [shard.clone() for shard in weights.chunk(len(losses))]
     optimizers = [make_optimizer([shard]) for shard in shards]  # stage 1: each has the state of its shard only
@@ -82,21 +76,18 @@ class ZeroOptimizer(torch.optim.Optimizer):
             optimizer.step()
             optimizer.zero_grad()
 
-    It takes the place of DistributedDataParallel (do not wrap the model in both) and computes the same: parameters
-    begin as rank 0's, gradients are averaged, a parameter that no rank used keeps its value.
-
-    `param_groups` hold this rank's shards as flat tensors with their `.grad`, so schedulers and GradScaler (torch's
-    and ours) work as ever, and an overflow on one rank shows on all. Norms and clearing need all ranks and tensors:
-    `clip_grad_norm_` and `zero_grad` of this class.
+    It takes the place of DistributedDataParallel and computes the same: parameters begin as rank 0's, gradients are
+    averaged, a parameter that no rank used keeps its value. `param_groups` hold this rank's shards as flat tensors
+    with their `.grad`, so schedulers and GradScaler (torch's and ours) work as ever, and an overflow on one rank shows
+    on all. Norms and clearing need all ranks and tensors: `clip_grad_norm_` and `zero_grad` of this class.
 
     Under stage 3 a parameter is empty outside of the forward and backward of the modules that hold it; read or load
-    weights under `with optimizer.gathered():`. All ranks must run the same modules. Pass the model itself if modules
-    read each other's parameters within the layers of a ModuleList (LoRA layers do); the layers are gathered as a
-    whole then.
+    weights under `with optimizer.gathered():`. All ranks must run the same modules.
 
     Args:
-        params: the model's parameters, or groups of them as for any optimizer, or the model. FP16 and BF16 ones get
-            FP32 masters. Those that are not contiguous are made so.
+        params: the model's parameters, or groups of them as for any optimizer, or the model: needed under stage 3 if
+            modules read each other's parameters within the layers of a ModuleList (LoRA layers do), which are gathered
+            as a whole then. FP16 and BF16 parameters get FP32 masters. Those that are not contiguous are made so.
         optimizer_class: called with this rank's shards and `kwargs`.
         stage: 1, 2 or 3, as above.
         offload: keep gradient shards, masters and optimizer state in the host's memory, and step there.
@@ -105,8 +96,6 @@ class ZeroOptimizer(torch.optim.Optimizer):
     Attributes:
         inner: the optimizer of the shards.
         group: its `traffic` and `calls` count what was communicated, by collective.
-        bucket_elements: size of one reduction under stages 1 and 2; smaller ones leave fewer full gradients in stage
-            2 and are slower (each of the N − 1 hops of a ring has its latency).
 
     Raises:
         ValueError: another stage, no parameters or one given twice.
@@ -114,6 +103,7 @@ class ZeroOptimizer(torch.optim.Optimizer):
         RuntimeError: from backward, a gradient is sparse.
     """
 
+    # Elements of one reduction under stages 1 and 2: fewer leave fewer full gradients in stage 2 and are slower.
     bucket_elements = 2**26
 
     def __init__(self, params, optimizer_class, stage: int = 1, offload: bool = False, **kwargs):
@@ -133,12 +123,12 @@ class ZeroOptimizer(torch.optim.Optimizer):
         self.reduction = Reduction(self.shards, stage, self.group, self.host, self.bucket_elements)
         self.trained = self.reduction.trained
 
-        values, masters = ({s.param: getattr(s, name) for s in self.shards} for name in ("value", "master"))
+        masters = {shard.param: shard.master for shard in self.shards}
         self.inner = optimizer_class(
             [hyperparameters(g) | {"params": [masters[p] for p in g["params"]]} for g in self.param_groups], **kwargs
         )
-        self.defaults = self.inner.defaults
-        self.state = self.inner.state
+        self.defaults, self.state = self.inner.defaults, self.inner.state
+        values = {shard.param: shard.value for shard in self.shards}
         for group, ours in zip(self.param_groups, self.inner.param_groups, strict=True):
             group.update(hyperparameters(ours), params=[values[p] for p in group["params"]])
 
@@ -176,10 +166,8 @@ class ZeroOptimizer(torch.optim.Optimizer):
 
     @contextlib.contextmanager
     def no_sync(self):
-        """Within, backward only accumulates, in each rank's own `.grad`, and the next one outside reduces the sum.
-
-        Without it every backward pass reduces: more traffic, but no full gradients between them (stages 2 and 3).
-        """
+        """Within, backward only accumulates, in each rank's own `.grad`, and the next one outside reduces the sum: less
+        traffic, but full gradients are held between the passes, under stages 2 and 3 too."""
         before, self.reduction.syncing = self.reduction.syncing, False
         try:
             yield
@@ -189,8 +177,7 @@ class ZeroOptimizer(torch.optim.Optimizer):
     @torch.no_grad()
     def clip_grad_norm_(self, max_norm: float, norm_type: float = 2.0) -> torch.Tensor:
         """As `torch.nn.utils.clip_grad_norm_` on whole gradients; all ranks must call it, and get the norm (0-dim)."""
-        grads = [shard.value.grad for shard in self.trained if shard.value.grad is not None]
-        return self._clip(grads, max_norm, norm_type)
+        return self._clip([s.value.grad for s in self.trained if s.value.grad is not None], max_norm, norm_type)
 
     def _clip(self, grads: list[torch.Tensor], max_norm: float, norm_type: float = 2.0) -> torch.Tensor:
         device = self.shards[0].param.device
@@ -211,10 +198,8 @@ class ZeroOptimizer(torch.optim.Optimizer):
     def step(self, closure=None, *, max_norm: float | None = None):
         """Update this rank's shards, and under stages 1 and 2 gather the new parameters; all ranks must call it.
 
-        Args:
-            closure: computes loss and gradients; its value is returned.
-            max_norm: clip the global norm, after unscaling if a GradScaler left that to this step (it does for FP16
-                parameters).
+        Returns `closure`'s value. The global norm is clipped to `max_norm` after unscaling, if a GradScaler left that
+        to this step (it does for FP16 parameters).
         """
         loss = evaluate(closure)
         if not self.reduction.settled:  # no gradient came on this rank, or all of them under no_sync
@@ -246,16 +231,12 @@ class ZeroOptimizer(torch.optim.Optimizer):
                 self.host.send(shard.value, shard.owned)
         if self.host:
             self.host.wait()
-        if self.stage < 3:
-            self._gather_parameters()
-        return loss
-
-    def _gather_parameters(self) -> None:
-        for bucket in self.reduction.buckets:
+        for bucket in self.reduction.buckets if self.stage < 3 else ():
             flats = self.group.gather_whole([shard.owned for shard in bucket], [shard.numel for shard in bucket])
             for shard, flat in zip(bucket, flats, strict=True):
                 shard.param.view(-1).copy_(flat)
                 shard.version = shard.param._version
+        return loss
 
     def _adopt(self, shard: Shard) -> None:
         """Take over what somebody has written into the parameter; masters that round to it stay."""
@@ -267,7 +248,7 @@ class ZeroOptimizer(torch.optim.Optimizer):
             shard.master.copy_(torch.where(same, shard.master, shard.value.float()))
 
     def zero_grad(self, set_to_none: bool = True) -> None:
-        """Clear the gradients: of the parameters and of the shards."""
+        """Clear the gradients of the parameters and of the shards."""
         self.reduction.clear(set_to_none)
 
     @property
@@ -277,9 +258,9 @@ class ZeroOptimizer(torch.optim.Optimizer):
 
     @contextlib.contextmanager
     def gathered(self):
-        """Within, parameters are whole on every rank, to be read or written; what was written is kept.
+        """Within, stage 3's parameters are whole on every rank, to be read or written; what was written is kept.
 
-        All ranks must enter it, and write the same. Only stage 3 needs it.
+        All ranks must enter it, and write the same.
         """
         if not self.reduction.gathering:
             yield
@@ -299,10 +280,8 @@ class ZeroOptimizer(torch.optim.Optimizer):
             self.reduction.gathering.gather(self.shards)
 
     def bytes_held(self) -> dict[str, int]:
-        """Bytes of "parameters", "gradients" and "optimizer state" on the device, and of all in "host" memory.
-
-        Storages are counted once, whole, on this rank and as they are now.
-        """
+        """Bytes of "parameters", "gradients" and "optimizer state" on the device, and of all in "host" memory, as they
+        are now on this rank; storages are counted once, and whole."""
         tensors: dict[str, list] = {"parameters": [], "gradients": [], "optimizer state": [], "host": []}
         gradients, states = ("host", "host") if self.host else ("gradients", "optimizer state")
         for shard in self.shards:
@@ -321,11 +300,8 @@ class ZeroOptimizer(torch.optim.Optimizer):
     def state_dict(self) -> dict:
         """That of the inner optimizer on whole parameters, on the host, the same on every rank; all must call it.
 
-        So `optimizer_class` can load it without ZeRO, or a ZeroOptimizer in another world size or stage. The FP32
-        master of a 16-bit parameter is in its state as "master".
-
-        Raises:
-            ValueError: a state tensor that is not element-wise.
+        `optimizer_class` can load it without ZeRO, and a ZeroOptimizer in another world size or stage. The FP32 master
+        of a 16-bit parameter is in its state as "master". A state tensor that is not element-wise: ValueError.
         """
         return whole_state(self)
 
@@ -333,10 +309,7 @@ class ZeroOptimizer(torch.optim.Optimizer):
     def load_state_dict(self, state_dict: dict) -> None:
         """Load what `state_dict` or the inner optimizer's own returned; each rank takes its part.
 
-        Masters that it does not have are made from the parameters.
-
-        Raises:
-            ValueError: other groups, or a state tensor that is not element-wise.
+        Masters that it does not have are made from the parameters. ValueError: other groups, or as `state_dict`.
         """
         load_cut_state(self, state_dict)
 

@@ -1,16 +1,14 @@
 """Cutting tensors into shards, the collectives that put them together again, and the host's memory beside them.
 
-The rule for N ranks: a tensor of n elements, flattened and padded with zeros to N · w elements,
-w = ceil(n / N), is cut into N rows; row r belongs to rank r. Several tensors travel
-in one collective when their rows are laid side by side:
+For N ranks a tensor of n elements, flattened and padded with zeros to N · w elements, w = ceil(n / N), is cut into N
+rows; row r belongs to rank r. Several tensors travel in one collective when their rows are laid side by side:
 
     rank 0's row   | tensor a: 0 … w_a | tensor b: 0 … w_b |
     rank 1's row   |          w_a … 2w_a |         w_b … 2w_b |
 
-reduce-scatter sums all ranks' (N, Σw) buffers and leaves rank r with row r of the sum; all-gather
-takes a row from each rank and leaves the whole buffer on all of them. A ring does either by
-sending (N − 1)/N of the buffer once through every link, so each counts as "A elements per rank" for
-A elements; all-reduce is one after the other, 2A (Rajbhandari et al. 2020, "ZeRO", section 7.1).
+reduce-scatter sums all ranks' (N, Σw) buffers and leaves rank r with row r of the sum; all-gather takes a row from each
+rank and leaves the whole buffer on all of them. A ring does either by sending (N − 1)/N of the buffer once through
+every link, so each counts as A elements per rank for A elements.
 """
 
 from collections import Counter
@@ -19,7 +17,12 @@ from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
+import torch.distributed.nn.functional
 import torch.nn.functional as F
+
+# That module's functions have the default process group as a default argument. Imported after `init_process_group`
+# (the first optimizer imports torch._dynamo, and that imports it) they would keep the group for ever, and gloo's
+# threads would still run while the interpreter ends, which may abort a rank that has finished its work.
 
 # torch 2.13 renamed them.
 _reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
@@ -27,12 +30,9 @@ _all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_t
 
 
 class Collectives:
-    """The calls on torch.distributed's default group, and how many elements went through them.
-
-    Without an initialized process group it is a world of one process, where each call is the identity.
+    """The calls on torch.distributed's default group: each the identity if no group was initialized, a world of one.
 
     Attributes:
-        rank, size: of this process, and of the group.
         traffic: collective → elements of its whole buffer, summed over the calls of this rank.
         calls: collective → how often it was called.
     """
@@ -88,11 +88,8 @@ class Collectives:
 
 
 class Host:
-    """Host memory for tensors of one device, and on a GPU the stream that copies from and to it.
-
-    Copies overlap with the device's work only if host memory is pinned (page-locked) and they have a stream of
-    their own. Without a GPU they are ordinary ones, within the same memory.
-    """
+    """Copies between one device and host memory. They overlap with a GPU's work only if host memory is pinned
+    (page-locked) and they have a stream of their own; without a GPU they are ordinary ones."""
 
     def __init__(self, device: torch.device):
         self.device = device
@@ -123,29 +120,17 @@ class Host:
 
 @dataclass(eq=False)
 class Shard:
-    """What one rank owns of one parameter.
-
-    Attributes:
-        param: the model's parameter.
-        index: its position among all parameters of the optimizer.
-        shape: of the whole parameter.
-        start, stop: the range of the flattened parameter that is owned.
-        owned: those elements on the parameter's device, in its dtype: a view of the parameter, or under
-            stage 3 all that is kept of it.
-        value: what the optimizer's `param_groups` hold: `owned` itself, or its copy in host memory.
-        master: what is updated: `value` itself, or an FP32 copy where that is a 16-bit tensor.
-        version: of the parameter when `master` was last in step with it.
-    """
+    """What one rank owns of one parameter."""
 
     param: torch.nn.Parameter
-    index: int
-    shape: torch.Size
-    start: int
+    index: int  # among all parameters of the optimizer
+    shape: torch.Size  # of the whole parameter
+    start: int  # of the range of the flattened parameter that is owned
     stop: int
-    owned: torch.Tensor
-    value: torch.Tensor
-    master: torch.Tensor
-    version: int = 0
+    owned: torch.Tensor  # on the parameter's device: a view of the parameter, or under stage 3 all that is kept of it
+    value: torch.Tensor  # what the optimizer's `param_groups` hold: `owned` itself, or its copy in host memory
+    master: torch.Tensor  # what is updated: `value` itself, or an FP32 copy where that is a 16-bit tensor
+    version: int  # of the parameter when `master` was last in step with it
 
     @property
     def numel(self) -> int:

@@ -21,28 +21,15 @@ from .zero_collectives import Shard, alike, buckets, pack, width
 
 
 class Reduction:
-    """Puts the shards of the mean gradient into `shard.value.grad` when backward has ended.
-
-    Args:
-        shards: of all parameters.
-        group: `Collectives`.
-        host: `Host` if gradient shards are kept there, else None.
-        bucket_elements: size of one reduction under stages 1 and 2.
-
-    Attributes:
-        trained: shards of parameters with gradients; `buckets` of these.
-        gathering: `Gathering` under stage 3.
-        syncing: False while gradients are only accumulated.
-        settled: what backward left has been reduced.
-    """
+    """Puts the shards of the mean gradient into `shard.value.grad` when backward has ended."""
 
     def __init__(self, shards, stage, group, host, bucket_elements):
         self.shards, self.stage, self.group, self.host = shards, stage, group, host
         self.trained = [shard for shard in shards if shard.param.requires_grad]
         self.buckets = buckets(self.trained, bucket_elements)
-        self.gathering = None
-        self.syncing = True
-        self.settled = False
+        self.gathering = None  # stage 3's
+        self.syncing = True  # False: gradients are only accumulated
+        self.settled = False  # what backward left has been reduced
         self._averaged: set[Shard] = set()  # stage 1: parameters whose .grad has been reduced
         self._begin()
 
@@ -92,10 +79,8 @@ class Reduction:
 
     @torch.no_grad()
     def reduce(self, shards: list[Shard], early: bool = False) -> None:
-        """Average the gradients of these parameters over the ranks, each rank receiving its shards'.
-
-        With `early` only gradients that this backward pass has completed: others may hold a part from before it.
-        """
+        """Average these parameters' gradients over the ranks; `early` takes only those that this backward pass has
+        completed, as others may hold a part from before it."""
         if not self.syncing:
             return
         size = self.group.size
@@ -107,7 +92,8 @@ class Reduction:
                 mean = padded[: shard.stop - shard.start]
                 mean = self.host.fetch(mean) if self.host else mean
                 if shard in self._arrived:
-                    self._wait()
+                    if self.host:
+                        self.host.wait()
                     mean += self._arrived[shard]
                 self._arrived[shard] = mean
 
@@ -139,7 +125,8 @@ class Reduction:
     @torch.no_grad()
     def _settle(self) -> None:
         """Hand the optimizer the means of this backward pass."""
-        self._wait()
+        if self.host:
+            self.host.wait()
         means = [mean for mean in self._arrived.values() if mean.numel()]
         overflow = ~torch.stack(torch._foreach_norm(means, torch.inf)).isfinite().all() if means else False
         *used, overflow = self._on_any_rank(self._used, overflow)
@@ -150,19 +137,16 @@ class Reduction:
                 mean += shard.value.grad
             if self.stage == 1:
                 self._averaged.add(shard)
-                mean = mean if self.host else self._put_back(shard, mean)
+                if self.host is None:  # there is room for one gradient: this rank's part of the full one
+                    param = shard.param
+                    param.grad = torch.zeros_like(param) if param.grad is None else param.grad.contiguous()
+                    mean = param.grad.view(-1)[shard.start : shard.stop].copy_(mean)
             shard.value.grad = mean
         if overflow:  # it is in one rank's shard, and a GradScaler looks at its own rank's only
             grads = [shard.value.grad for shard in self.trained if shard.value.numel() and shard.value.grad is not None]
             for grad in grads[:1]:
                 grad[0] = torch.inf
         self.settled = True
-
-    def _put_back(self, shard: Shard, mean: torch.Tensor) -> torch.Tensor:
-        """Stage 1 has room for one gradient: the mean goes into this rank's part of the full one."""
-        param = shard.param
-        param.grad = torch.zeros_like(param) if param.grad is None else param.grad.contiguous()
-        return param.grad.view(-1)[shard.start : shard.stop].copy_(mean)
 
     def _on_any_rank(self, indices, overflow: torch.Tensor | bool = False) -> list[int]:
         """A flag for each parameter, and one for the overflow: set if it is on any rank."""
@@ -171,10 +155,6 @@ class Reduction:
         flags = flags.to(self.shards[0].param.device)
         flags[-1] = overflow
         return self.group.all_reduce(flags, dist.ReduceOp.MAX).tolist()
-
-    def _wait(self) -> None:
-        if self.host:
-            self.host.wait()
 
     def clear(self, set_to_none: bool) -> None:
         """Clear the gradients of parameters and shards, and forget a backward pass that did not end."""

@@ -1,22 +1,19 @@
 """ZeRO stage 3: parameters that are whole only while a module uses them.
 
-Between uses a parameter is an empty tensor and its memory is given back; what is left of it
-is this rank's shard. Hooks on every module's call gather and release:
+Between uses a parameter is an empty tensor; what is left of it is this rank's shard. Hooks on every module's call:
 
     before a module's forward       all-gather the parameters that it holds itself
     after it                        release them, and hook the output:
     when a gradient reaches that    all-gather them again
     when a parameter's own gradient has been accumulated, release that parameter
 
-That is A elements gathered in forward and A in backward. What autograd has saved of a parameter (often a
-view, `weight.t()`) points into the parameter's storage, so the storage is shrunk to 0 bytes and
-grown again, never replaced.
+What autograd has saved of a parameter (often a view, `weight.t()`) points into the parameter's storage, so the
+storage is shrunk to 0 bytes and grown again, never replaced.
 
-Collectives must be called in the same order on all ranks, and the gradients of a rank come in the order of
-its own graph: on one of them an output may not reach the loss at all. So backward marches in
-lockstep, through the modules in the reverse of the order in which they ran forward; a gradient
-that reaches a module first makes up for those that were passed over, gathering and reducing
-each, with zeros for gradients that have not come. Forward must run the same modules on all ranks.
+Collectives must be called in the same order on all ranks, and the gradients of a rank come in the order of its own
+graph: on one of them an output may not reach the loss at all. So backward marches in lockstep, through the modules in
+the reverse of the order in which they ran forward; a gradient that reaches a module first makes up for those that were
+passed over, gathering and reducing each, with zeros for gradients that have not come.
 """
 
 import contextlib
@@ -34,14 +31,10 @@ READ_INTO = (nn.MultiheadAttention, nn.TransformerEncoderLayer)
 
 
 class Gathering:
-    """Gathers and releases the parameters of a stage 3 `ZeroOptimizer`.
+    """Gathers and releases parameters, and tells the `reduction` of their gradients when a module's are complete.
 
-    Args:
-        shards: of all parameters.
-        group: `Collectives`.
-        reduction: `Reduction` of the gradients; called when backward begins, and for each module.
-        model: if it is known, the members of its ModuleLists (a decoder's layers) are gathered as a whole: fewer
-            and larger collectives, and their modules may read each other's parameters.
+    If the `model` is known, the members of its ModuleLists (a decoder's layers) are gathered as a whole: fewer and
+    larger collectives, and their modules may read each other's parameters.
     """
 
     def __init__(self, shards, group, reduction, model: nn.Module | None = None):

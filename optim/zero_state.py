@@ -16,11 +16,8 @@ def whole_state(zero) -> dict:
         state[index] = {key: _whole(zero, shard, key, value) for key, value in local["state"][index].items()}
         if shard.master.dtype != shard.value.dtype:
             state[index]["master"] = _whole(zero, shard, "master", shard.master)
-    groups = [
-        group | {"params": ours["params"]}
-        for group, ours in zip(zero.param_groups, local["param_groups"], strict=True)
-    ]
-    return {"state": state, "param_groups": groups}
+    groups = zip(zero.param_groups, local["param_groups"], strict=True)
+    return {"state": state, "param_groups": [group | {"params": ours["params"]} for group, ours in groups]}
 
 
 def _whole(zero, shard: Shard, key: str, value):
@@ -39,9 +36,7 @@ def load_cut_state(zero, state_dict: dict) -> None:
     groups = copy.deepcopy(state_dict["param_groups"])
     wanted, got = ([len(group["params"]) for group in each] for each in (zero.param_groups, groups))
     if wanted != got:
-        raise ValueError(
-            f"state_dict must have groups of as many parameters as the optimizer's, {wanted}, got {got}"
-        )
+        raise ValueError(f"state_dict must have groups of as many parameters as the optimizer's, {wanted}, got {got}")
     names = [name for group in groups for name in group["params"]]
     shard_of = dict(zip(names, zero.shards, strict=True))
     state = {
@@ -53,7 +48,8 @@ def load_cut_state(zero, state_dict: dict) -> None:
     zero.inner.load_state_dict({"state": state, "param_groups": bare})
     zero.state = zero.inner.state
     for group, ours in zip(zero.param_groups, groups, strict=True):
-        group.update({key: value for key, value in ours.items() if key != "params"})
+        del ours["params"]
+        group.update(ours)
     for shard in zero.trained:
         if shard.value is not shard.owned:
             shard.value.copy_(shard.owned)

@@ -1,6 +1,8 @@
 """What one process can tell of ZeRO: it equals the optimizer alone."""
 
 import gc
+import subprocess
+import sys
 import weakref
 
 import pytest
@@ -320,3 +322,27 @@ def test_dropping_the_optimizer_takes_its_hooks_away():
     gc.collect()
     loss_of(model).backward()
     assert all(p.grad is not None for p in model.parameters())
+
+
+LEAVING = """
+import os, sys
+import torch, torch.distributed as dist
+from handtuned.optim import AdamW, ZeroOptimizer
+
+dist.init_process_group("gloo", init_method=f"file://{sys.argv[1]}", rank=0, world_size=1)
+dist.all_reduce(torch.ones(3))
+weight = torch.nn.Parameter(torch.ones(3))
+optimizer = ZeroOptimizer([weight], AdamW, stage=2)
+weight.sum().backward()
+optimizer.step()
+dist.destroy_process_group()
+print(*(open(f"/proc/self/task/{task}/comm").read().strip() for task in os.listdir("/proc/self/task")), sep="\\n")
+"""
+
+
+def test_gloo_leaves_no_threads_behind(tmp_path):
+    """They might want Python's lock while the interpreter ends, which aborts the process."""
+    threads = subprocess.run(
+        [sys.executable, "-c", LEAVING, tmp_path / "meeting"], capture_output=True, text=True, check=True
+    ).stdout
+    assert threads.split() and "gloo" not in threads
