@@ -102,7 +102,7 @@ class Machine(Registers):
 
     Attributes:
         blocks: by the index of their first instruction.
-        registers: how many there are.
+        registers: how many there are; `wgmma_registers`, `wgmma_slots`: those that wgmma works on.
         shared_piece, global_piece: bytes of memory that are watched as one.
         executes: False if it uses Blackwell's tensor cores (tcgen05), which are not emulated.
     """
@@ -115,7 +115,9 @@ class Machine(Registers):
         self.global_piece = min([16, *filter(None, (_access_bytes(i, ("global",)) for i in writes))])
         if any(i.parts[0] == "mbarrier" for i in kernel.code):
             self.shared_piece = min(8, self.shared_piece)
+        self.wgmma_registers = wgmma.registers_of(kernel.code)
         self.executes = not any(i.parts[0] == "tcgen05" for i in kernel.code)
+        self.wgmma_slots = [self.slot(name) for name in self.wgmma_registers]
         self.blocks = self._blocks()
         self.registers = len(self.slots)
 
@@ -142,7 +144,7 @@ class Machine(Registers):
         for start, after in zip(starts, [*starts[1:], len(code)], strict=True):
             last = code[after - 1]
             ends = schedule.ends_block(last)
-            steps = [self._translate(pc, code[pc]) for pc in range(start, after - ends)]
+            steps = [wgmma.touching(self, code[pc], self._translate(pc, code[pc])) for pc in range(start, after - ends)]
             blocks[start] = Block(steps, schedule.terminator(self, after - 1, last) if ends else None, after)
         return blocks
 

@@ -111,8 +111,7 @@ def _barrier(m, pc, i):
         expected = b.threads if count is None else count(b.values).max()
         if b.mask is None and mask is None and expected == b.threads and name(b.values).size == 1 and not b.arrived:
             b.launch.tally.barriers[pc] += b.programs
-            if b.shared:
-                b.shared.order.meet_all()
+            b.order.meet_all()
             b.pc = pc + 1
             return True
         here = b.here()
@@ -137,12 +136,10 @@ def _come(b, pc, name, here, expected, wait):
     full = arrived.sum(1) >= expected
     for program in np.flatnonzero(full):
         warps = np.unique(np.flatnonzero(arrived[program]) >> 5)
-        if b.shared:
-            order = b.shared.order
-            if len(warps) == b.threads // 32:
-                order.meet_all([program])
-            else:
-                order.meet(program, warps)
+        if len(warps) == b.threads // 32:
+            b.order.meet_all([program])
+        else:
+            b.order.meet(program, warps)
         b.launch.tally.barriers[pc] += 1
     b.arrived[name] = arrived & ~full[:, None]
     if not b.arrived[name].any():
