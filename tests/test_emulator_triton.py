@@ -77,6 +77,21 @@ def copy_tiles(x_ptr, y_ptr, M, N, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr)
 
 
 @triton.jit
+def copy_column(x_ptr, y_ptr, rows, columns, BLOCK: tl.constexpr):
+    row = tl.arange(0, BLOCK)
+    x = tl.load(x_ptr + row * columns + tl.program_id(0), mask=row < rows)
+    tl.store(y_ptr + tl.program_id(0) * rows + row, x, mask=row < rows)
+
+
+@triton.jit
+def talk(x_ptr, BLOCK: tl.constexpr):
+    x = tl.load(x_ptr + tl.arange(0, BLOCK))
+    tl.device_print("program", tl.program_id(0))
+    tl.device_print("x", x, tl.arange(0, BLOCK))
+    tl.device_assert(x < 20, "x must be below 20")
+
+
+@triton.jit
 def all_to_one(out_ptr):
     tl.store(out_ptr, tl.program_id(0))
 
@@ -184,6 +199,25 @@ def test_triton_sees_that_a_tensor_is_not_aligned():
 
 
 @compiled
+@pytest.mark.parametrize("arch", ["sm_75", "sm_90"])
+def test_device_print_and_device_assert(arch, capsys):
+    x = torch.arange(32) / 2
+    with emulate(arch):
+        talk[(2,)](x, BLOCK=32, num_warps=1, debug=True)
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0] == "program 0, threads 0 to 31: pid (0, 0, 0) idx () program: 0" and len(lines) == 2 + 2 * 2 * 32
+    assert "program 1, thread 7: pid (1, 0, 0) idx ( 7) x: (operand 0) 3.500000" in lines
+    assert "program 1, thread 7: pid (1, 0, 0) idx ( 7) x: (operand 1) 7" in lines
+    with pytest.raises(AssertionError, match="x must be below 20") as caught, emulate(arch):
+        talk[(2,)](x * 2, BLOCK=32, num_warps=1, debug=True)
+    with open(__file__) as source:
+        line = 1 + next(n for n, text in enumerate(source) if "device_assert(x" in text)
+    assert str(caught.value).endswith(f"in talk, {__file__}:{line}, program 0, thread 20")
+    with emulate(arch):
+        talk[(1,)](x * 2, BLOCK=32, num_warps=1)  # without debug=True there is no assertion, as on a card
+
+
+@compiled
 def test_blackwell_is_compiled_and_counted():
     a = torch.randn(256, 256).half()
     with emulate("sm_100") as gpu, pytest.warns(UserWarning, match="tcgen05"):
@@ -226,10 +260,16 @@ def test_an_autotuner_takes_the_first_configuration_that_fits():
 @compiled
 def test_reports():
     gpu, *_ = run_add(1008)
-    assert "add" in str(gpu) and "sectors/load" in str(gpu)
+    work, memory = (line.split() for line in str(gpu).splitlines() if line.startswith("add"))
+    assert work[:4] == ["add", "1", "4", "4"] and memory[1:] == [*["7.9"] * 4, "–", "–", "8.1", "kB", "4.0", "kB"]
     listing = gpu.source(add)
+    assert max(len(line) for line in (str(gpu) + listing).splitlines()) <= 120
     row = next(line for line in listing.splitlines() if "x = tl.load" in line)
-    assert row.split()[1] == "8.0" or "16.0" in row.split()
+    assert row.split()[1] == "7.9"
+    with emulate("sm_90") as gpu:
+        copy_column[(64,)](torch.randn(128, 64), torch.empty(64, 128), 128, 64, BLOCK=128)
+    assert "32.0 (4.0)" in gpu.source(copy_column) and "32.0      4.0" in str(gpu)
+    gpu, *_ = run_add(1008)
     assert gpu.source("add") == listing
     with pytest.raises(ValueError, match="launched"):
         gpu.source("nothing")

@@ -29,6 +29,7 @@ class Batch:
         arrived: barrier → (P, T) threads that have come to it.
         copies: cp.async; bulk: TMA stores; multiplying: wgmma.
         order: what its warps know of each other.
+        local: (P, T, bytes) memory of each thread; arguments: of the call that comes next (see calls.py).
         unfenced: slot → mask of threads that touched this register of wgmma since their last wgmma.fence.
         steps: blocks of instructions run so far.
     """
@@ -47,6 +48,7 @@ class Batch:
         self.order = Order(len(ids), self.threads // 32)
         self.shared = Shared(len(ids), size, launch.machine.shared_piece, self.order) if size else None
         self.mbarriers = {}
+        self.local, self.arguments = None, {}
         self.unfenced = dict.fromkeys(launch.machine.wgmma_slots)
         self.steps, self.moved = 0, True
         self._lanes = {}
@@ -67,7 +69,7 @@ class Batch:
         other.programs, other.ids, other._lanes = len(keep), self.ids[keep], {}
         other.coordinates = [c[keep] for c in self.coordinates]
         other.values = [part(a) for a in self.values]
-        other.mask = part(self.mask)
+        other.mask, other.local = part(self.mask), part(self.local)
         for name in ("elsewhere", "polling"):
             setattr(other, name, {pc: part(m) for pc, m in getattr(self, name).items()})
         other.at_barrier = {k: [(pc, part(m)) for pc, m in waiting] for k, waiting in self.at_barrier.items()}

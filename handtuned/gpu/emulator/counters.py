@@ -90,7 +90,7 @@ _PIPES = {
     "vote": "shuffle", "elect": "shuffle", "match": "shuffle", "activemask": "shuffle", "mov": "move", "cvta": "move",
     "bra": "control", "ret": "control", "exit": "control", "fence": "barrier", "membar": "barrier", "atom": "atomic",
     "red": "atomic", "ldmatrix": "load shared", "stmatrix": "store shared", "mbarrier": "barrier", "tensormap": "copy",
-    "cp": "copy", "tcgen05": "tensor", "sin": "special", "cos": "special",
+    "cp": "copy", "tcgen05": "tensor", "call": "control", "sin": "special", "cos": "special",
 }  # fmt: skip
 _SPECIAL = {"ex2", "lg2", "rcp", "rsqrt", "sqrt", "tanh", "div"}
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from . import access, alu, atomics, copies, mbarrier, move, schedule, tensor, tma, warp, wgmma
+from . import access, alu, atomics, calls, copies, mbarrier, move, schedule, tensor, tma, warp, wgmma
 from .batch import Batch
 from .counters import Tally
 from .fault import Unsupported
@@ -24,9 +24,15 @@ def _nothing(m, pc, i):
     return lambda b: None
 
 
+def _store(m, pc, i):
+    if i.parts[1] in ("param", "local"):
+        return (calls.set_parameter if i.parts[1] == "param" else calls.store_local)(m, i)
+    return access.store(m, pc, i)
+
+
 HANDLERS = {
-    "ld": access.load, "st": access.store, "atom": atomics.atomic, "red": atomics.atomic, "cp": copies.copy,
-    "mov": move.move, "cvta": move.convert_address,
+    "ld": access.load, "st": _store, "atom": atomics.atomic, "red": atomics.atomic, "cp": copies.copy,
+    "mov": move.move, "cvta": move.convert_address, "call": calls.call,
     "shfl": warp.shuffle, "redux": warp.reduce, "vote": warp.vote, "elect": warp.elect, "activemask": warp.active,
     "match": warp.match, "mma": tensor.multiply, "ldmatrix": tensor.load_matrix, "stmatrix": tensor.store_matrix,
     "wgmma": wgmma.wgmma, "mbarrier": mbarrier.mbarrier, "tensormap": tma.tensormap, "fence": tma.fence,

@@ -8,6 +8,7 @@ Nobody can run and somebody waits: that is a deadlock.
 
 import numpy as np
 
+from .calls import stop
 from .fault import KernelFault, Unsupported
 from .types import U32
 
@@ -90,9 +91,7 @@ def _trap(m, pc, i):
     def run(b):
         hit = b.here() if guard(b.values) is None else b.here() & guard(b.values)
         if hit.any():
-            program, thread = np.argwhere(hit)[0]
-            raise AssertionError(f"{b.kernel.name}: device assertion failed, {i.file}:{i.line}, program "
-                                 f"{b.ids[program]}, thread {thread}")  # fmt: skip
+            stop(b, i, hit, "device assertion failed")
         return b.go(pc + 1)
 
     return run
