@@ -7,10 +7,10 @@ of bounds": the rest of a storage, of which an argument is a view, as well.
 DRAM is moved in sectors of 32 bytes. From a cold cache every sector that a launch reads before writing it comes from
 DRAM once, and every sector it writes goes back once: those two sums are what any launch must pay at least.
 
-Programs run in no order and nothing orders them but atomics. So a program must not read what another one wrote in the
-same launch ("race"), unless it has acquired, by an atomic, what the other released; and where two write the same
-address they must write the same value ("conflicting writes"). Between the warps of one program a barrier must stand,
-as for shared memory ("race").
+Programs run in no order and nothing orders them but atomics. So a program must not read what another one writes in the
+same launch, before or after ("race"), unless it has acquired, by an atomic, what the other released; and where two
+write the same address they must write the same value ("conflicting writes"). Between a write of one warp and an access
+of another one of the same program a barrier must stand, as for shared memory ("race").
 """
 
 import ctypes
@@ -25,6 +25,7 @@ from .types import U32, UNSIGNED
 
 _BLOCK = 128  # the largest access: views of that width need an aligned start
 EVERYONE = -2  # stands for the programs of a batch that all make the same access
+_SEVERAL = EVERYONE + 1  # in place of 1 + a program
 
 
 class Unwritten:
@@ -58,6 +59,7 @@ class Region:
         read_by, written_by: for each sector 1 + the instruction that touched it first; 0: none did.
         owner: for each piece 1 + the program that wrote it last; 0: none did. None: nobody wrote any.
         stamp: for each piece the tick · 32 + warp of that write.
+        reader: for each piece 1 + the program that read it, or _SEVERAL; 0: none did. None: nobody read any.
         poisoned: it came from torch.empty, so POISON in it was never written.
     """
 
@@ -69,7 +71,7 @@ class Region:
         self.views = {width: self.bytes.view(t) for width, t in UNSIGNED.items()}
         self.read_by = np.zeros(self.size // 32, np.int32)
         self.written_by = np.zeros(self.size // 32, np.int32)
-        self.owner = self.stamp = None
+        self.owner = self.stamp = self.reader = None
         self.poisoned = poisoned
 
 
@@ -196,8 +198,10 @@ class Global:
             self._touch(region.read_by, region, offset, access.nbytes, pc, reading=True)
             if region.poisoned:
                 self._check_written(region, access, pick, offset)
-            if region.owner is not None and not atomic:
-                self._check_owner(region, access, pick, offset)
+            if not atomic:
+                if region.owner is not None:
+                    self._check_owner(region, access, pick, offset)
+                self._note_reader(region, access, pick, offset)
         return out
 
     @staticmethod
@@ -248,6 +252,16 @@ class Global:
         self._fail(access, pick, "race", "memory is read that another program wrote in the same launch", foreign)
         self._fail(access, pick, "race", "memory is read that another warp wrote, with no barrier in between", other)
 
+    def _note_reader(self, region, access, pick, offset):
+        if region.reader is None:
+            region.reader = np.zeros(region.size // self.piece, np.int32)
+        pieces, mine = self._pieces(offset, access.nbytes), access.ids[pick][:, None] + 1
+        before = region.reader[pieces]
+        region.reader[pieces] = mine
+        others = ((before != 0) & (before != mine)) | (region.reader[pieces] != mine)
+        if others.any():
+            region.reader[pieces[others]] = _SEVERAL
+
     @staticmethod
     def _fail(access, pick, kind, detail, bad_here):
         if bad_here.any():
@@ -266,8 +280,11 @@ class Global:
             index = offset // (width * count)
             self._own(region, access, pick, offset, (view[index] != v).any(1))
             view[index] = v
-            self._fail(access, pick, "conflicting writes", "threads write different values to one address",
-                       (view[index] != v).any(1))  # fmt: skip
+            lost = (view[index] != v).any(1)
+            if lost.any():
+                writers = access.ids[pick][index == index[lost.argmax()]]
+                who = "threads" if (writers == writers[0]).all() else "programs"
+                self._fail(access, pick, "conflicting writes", f"{who} write different values to one address", lost)
             self.touch_written(region, offset, access.nbytes, pc)
 
     def _own(self, region, access, pick, offset, changes):
@@ -282,6 +299,10 @@ class Global:
             self._fail(access, pick, "race", "memory is overwritten that another warp wrote, with no barrier in "
                        "between", other & changes)  # fmt: skip
         pieces = self._pieces(offset, access.nbytes)
+        if region.reader is not None and changes.any() and not self.handovers.used:
+            read = (region.reader[pieces] != 0) & (region.reader[pieces] != access.ids[pick][:, None] + 1)
+            self._fail(access, pick, "race", "memory is overwritten that another program reads in the same launch",
+                       read.any(1) & changes)  # fmt: skip
         region.owner[pieces] = access.ids[pick][:, None] + 1
         warp, tick = access.warp[pick], access.batch.order.tick[access.program[pick]]
         region.stamp[pieces] = np.where(warp < 0, 0, tick << 5 | warp)[:, None]  # 0: every warp wrote it

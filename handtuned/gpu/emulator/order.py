@@ -107,6 +107,10 @@ class Handovers:
     def __init__(self):
         self.events, self.left, self.known = [], {}, {}
 
+    @property
+    def used(self) -> bool:
+        return bool(self.events or self.left)
+
     def note(self, access, acquires: bool, releases: bool):
         order = access.batch.order
         known = order.known_by(access) if releases else None
