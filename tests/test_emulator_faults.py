@@ -1,8 +1,9 @@
-"""Each kind of fault, planted in machine code, is found, with line, program, thread and address; mended, it passes."""
+"""Each kind of fault, planted in machine code, is found: with line, program, thread, address. Mended, it passes."""
 
 import pytest
 import torch
 from ptx import element_address, run
+from test_emulator_wgmma import multiply
 
 from handtuned.gpu.emulator import KernelFault
 from handtuned.gpu.emulator.memory import Unwritten
@@ -196,6 +197,71 @@ def test_a_copy_that_was_not_waited_for():
         check(found, "not arrived", line=13, thread=0, address=offset)
 
 
+GLOBAL = f"""{TID}
+ld.param.b64 %d1, [kernel_param_0];
+mul.wide.u32 %d2, %r1, 4;
+add.s64 %d3, %d1, %d2;
+xor.b64 %d4, %d2, {{distance}};
+add.s64 %d4, %d1, %d4;
+st.global.b32 [%d3], %r1;
+{{barrier}}
+{{then}}"""
+
+
+@pytest.mark.parametrize("then", ["ld.global.b32 %r6, [%d4];", "st.global.b32 [%d4], %r1;"])
+def test_race_between_warps_in_global_memory(then):
+    def run_with(barrier, distance, check=run):
+        return check(GLOBAL.format(barrier=barrier, distance=distance, then=then), [x], threads=64)
+
+    x = torch.zeros(64, dtype=torch.int32)
+    run_with("bar.sync 0;", 128)
+    run_with("bar.warp.sync -1;", 4)  # a neighbour of the same warp
+    check(run_with("bar.warp.sync -1;", 128, fault), "race", line=10, thread=0, address=x.data_ptr() + 128)
+
+
+def handing_over(barrier="bar.sync 0;", late="", order="acq_rel"):
+    """Every program writes 64 words and counts; the last one reads what the first ones wrote."""
+    return f"""{TID}
+    ld.param.b64 %d1, [kernel_param_0];
+    ld.param.b64 %d2, [kernel_param_1];
+    mul.wide.u32 %d3, %r1, 4;
+    mul.wide.u32 %d4, %r2, 256;
+    add.s64 %d3, %d1, %d3;
+    add.s64 %d4, %d3, %d4;
+    st.global.b32 [%d4], %r1;
+    {barrier}
+    setp.eq.u32 %p1, %r1, 0;
+    @%p1 atom.global.gpu.{order}.add.u32 %r3, [%d2], 1;
+    {late}
+    mov.u32 %r9, global_smem;
+    @%p1 st.shared.b32 [%r9], %r3;
+    bar.sync 0;
+    ld.shared.b32 %r3, [%r9];
+    setp.ne.u32 %p2, %r3, 199;
+    @%p2 bra $OUT;
+    ld.global.b32 %r4, [%d3+256];
+    $OUT: bar.warp.sync -1;"""
+
+
+def test_only_what_was_released_may_be_read():
+    def data():
+        return [torch.zeros(200 * 64, dtype=torch.int32), torch.zeros(1, dtype=torch.int32)]
+
+    launch = {"threads": 64, "programs": 200, "shared_bytes": 64}
+    run(handing_over(), data(), **launch)
+    check(fault(handing_over(order="relaxed"), data(), **launch), "race", line=20, program=199, thread=0)
+    # without the barrier the second warp's words were not written when the first one counted
+    check(fault(handing_over(barrier="bar.warp.sync -1;"), data(), **launch), "race", program=199, thread=32)
+    late = "xor.b32 %r1, %r1, 1;\nst.global.b32 [%d4], %r1;"  # after the release
+    check(fault(handing_over(late=late), data(), **launch), "race", line=21, program=199, thread=0)
+
+
+def test_a_lock_that_does_not_acquire():
+    x = torch.zeros(2, dtype=torch.int32)
+    lock = LOCK.format(unlock="atom.global.gpu.release.exch.b32 %r5, [%d1], 0;")
+    assert fault(lock.replace("acquire", "relaxed"), [x], programs=300).kind == "race"
+
+
 def test_conflicting_writes_of_programs():
     x = torch.zeros(4, dtype=torch.int32)
     body = f"{TID}\nld.param.b64 %d1, [kernel_param_0];\nst.global.b32 [%d1], {{}};"
@@ -224,15 +290,18 @@ def test_a_program_reads_what_another_wrote():
     check(fault(body, [x], programs=300), "race", line=7)
 
 
-def test_wgmma_needs_a_fence():
-    from test_emulator_wgmma import multiply
+def without(**left_out):
+    body, tensors, launch, *_ = multiply(**left_out)
+    return fault(body, tensors, **launch)
 
-    check(fault(*multiply(fence=False)[:2], **multiply()[2]), "not arrived")
 
-
-def test_wgmma_needs_a_wait():
-    from test_emulator_wgmma import multiply
-
-    found = fault(*multiply(wait="wgmma.wait_group.sync.aligned 1;")[:2], **multiply()[2])
+def test_wgmma_needs_fences_and_a_wait():
+    check(without(fence=False), "not arrived")
+    check(without(order=""), "not arrived")
+    touched = "wgmma.fence.sync.aligned;\nadd.f32 %r100, %r10, %r10;"
+    check(without(order=touched), "not arrived")
+    touched = "wgmma.fence.sync.aligned;\nadd.s32 %r10, %r91, %r91;"
+    check(without(order=touched, registers=True), "not arrived")
+    found = without(wait="wgmma.wait_group.sync.aligned 1;")
     check(found, "not arrived")
     assert "wgmma" in str(found)

@@ -30,7 +30,7 @@ def _descriptor(at, leading, stride, span):
 
 
 def multiply(kind="f16", n=16, span=128, transposed=(False, False), registers=False, fence=True,
-             wait="wgmma.wait_group.sync.aligned 0;", seed=0):  # fmt: skip
+             order="wgmma.fence.sync.aligned;", wait="wgmma.wait_group.sync.aligned 0;", seed=0):  # fmt: skip
     """(body, tensors, launch, A, B) of one wgmma of a warpgroup: D (64, n) = A (64, K) · B (K, n)."""
     torch.manual_seed(seed)
     dtype = KINDS[kind]
@@ -61,11 +61,7 @@ def multiply(kind="f16", n=16, span=128, transposed=(False, False), registers=Fa
     fragments = torch.zeros(128, 4, dtype=torch.int32)
     if registers:
         flags = flags[3:] and f", {int(transposed[1])}"
-        lanes = (
-            A.contiguous().view(torch.int32).reshape(4, 2, 8, 2, 4)
-            if size == 2
-            else (A.view(torch.int32).reshape(4, 2, 8, 2, 4))
-        )
+        lanes = A.contiguous().view(torch.int32).reshape(4, 2, 8, 2, 4)
         fragments = lanes.permute(0, 2, 4, 3, 1).reshape(128, 4).contiguous()  # warp, g, t, half of K, half of rows
     a = "{%r90, %r91, %r92, %r93}" if registers else "%d40"
     steps = range(0, len(image), 512)
@@ -91,7 +87,7 @@ def multiply(kind="f16", n=16, span=128, transposed=(False, False), registers=Fa
     mov.b64 %d40, {bits[0]};
     mov.b64 %d41, {bits[1]};
     setp.ne.s32 %p1, 0, 0;
-    wgmma.fence.sync.aligned;
+    {order}
     wgmma.mma_async.sync.aligned.m64n{n}k{k}.f32.{kind}.{kind} {{{results}}}, {a}, %d41, %p1, 1, 1{flags};
     wgmma.commit_group.sync.aligned;
     {wait}

@@ -1,7 +1,19 @@
 """What the emulator says in words: a table of launches, and a kernel's source with its costs beside it."""
 
-_HEAD = ("kernel", "launches", "programs", "warps", "shared", "instructions", "tensor GFLOP", "sectors/load",
-         "sectors/store", "wavefronts/access", "DRAM in", "DRAM out", "barriers", "divergent")  # fmt: skip
+import linecache
+import os
+
+_WORK = ("kernel", "launches", "programs", "warps", "shared memory", "instructions", "tensor FLOPs", "barriers",
+         "divergent branches")  # fmt: skip
+_MEMORY = ("", "sectors a load", "(least)", "sectors a store", "(least)", "wavefronts", "(least)", "read from DRAM",
+           "written")  # fmt: skip
+_NOTES = """\
+programs: of all launches; warps: 32 threads each, and shared memory, of one program. instructions: of warps.
+A load or store of a warp moves sectors of 32 bytes: 4 if its threads take 4 bytes each, side by side. A wavefront is
+one pass over the 32 banks of shared memory, for one access of a warp. (least): the fewest that the same bytes need.
+DRAM: every sector once, as from an empty cache."""
+_WIDTH = 120
+_LONGEST = 32  # characters of a kernel's name
 
 
 def amount(n: float) -> str:
@@ -13,54 +25,68 @@ def amount(n: float) -> str:
     return ""
 
 
-def _ratio(traffic) -> str:
-    """Cost of a request, and the least possible where that is lower."""
+def _each(traffic) -> tuple[str, str]:
+    """(cost of a request, the least possible)."""
     if not traffic.requests:
-        return "–"
-    cost, least = traffic.cost / traffic.requests, traffic.least / traffic.requests
-    return f"{cost:.1f}" if abs(cost - least) < 0.05 else f"{cost:.1f} ({least:.1f})"
+        return "–", "–"
+    return f"{traffic.cost / traffic.requests:.1f}", f"{traffic.least / traffic.requests:.1f}"
 
 
-def _rows(gpu):
-    for name, launches in gpu.by_kernel().items():
-        total = gpu.counters(name)
-        yield (
-            name, str(len(launches)), amount(sum(launch.programs for launch in launches)), str(launches[0].warps),
-            f"{max(launch.shared_bytes for launch in launches)} B", amount(total.warp_instructions),
-            f"{total.tensor_flops / 1e9:.3f}" if total.tensor_flops else "–", _ratio(total.global_loads),
-            _ratio(total.global_stores), _ratio(total.shared), f"{amount(total.dram_read_bytes)}B",
-            f"{amount(total.dram_written_bytes)}B", amount(total.barriers), amount(total.divergent_branches),
-        )  # fmt: skip
+def _short(name):
+    return name if len(name) <= _LONGEST else name[: _LONGEST - 1] + "…"
+
+
+def _work(name, launches, total):
+    shared = max(launch.shared_bytes for launch in launches)
+    return (
+        _short(name), str(len(launches)), amount(sum(launch.programs for launch in launches)), str(launches[0].warps),
+        f"{shared / 1024:.1f} KiB" if shared else "–", amount(total.warp_instructions), amount(total.tensor_flops),
+        amount(total.barriers), amount(total.divergent_branches),
+    )  # fmt: skip
+
+
+def _memory(name, total):
+    return (
+        _short(name), *_each(total.global_loads), *_each(total.global_stores), *_each(total.shared),
+        f"{amount(total.dram_read_bytes)}B", f"{amount(total.dram_written_bytes)}B",
+    )  # fmt: skip
+
+
+def _columns(rows):
+    """Rows of cells, the first to the left, the others to the right."""
+    widths = [max(len(row[c]) for row in rows) for c in range(len(rows[0]))]
+    return [
+        "  ".join([row[0].ljust(widths[0]), *(cell.rjust(w) for cell, w in zip(row[1:], widths[1:], strict=True))])
+        for row in rows
+    ]
 
 
 def table(gpu) -> str:
-    """All kernels of an emulator, one a row."""
-    rows = list(_rows(gpu))
-    if not rows:
+    """All kernels of an emulator: what they did, then what it cost in memory."""
+    kernels = [(name, launches, gpu.counters(name)) for name, launches in gpu.by_kernel().items()]
+    if not kernels:
         return f"{gpu.arch}, emulated: no kernel was launched"
-    widths = [max(len(row[c]) for row in (_HEAD, *rows)) for c in range(len(_HEAD))]
+    work = _columns([_WORK, *(_work(name, launches, total) for name, launches, total in kernels)])
+    memory = _columns([_MEMORY, *(_memory(name, total) for name, _, total in kernels)])
+    launched = f"{gpu.arch}, emulated: {len(gpu.launches)} launch{'es' if len(gpu.launches) > 1 else ''}"
+    return "\n".join([launched, "", *work, "", *memory, "", _NOTES])
 
-    def line(row):
-        first, *rest = (cell.rjust(w) for cell, w in zip(row, widths, strict=True))
-        return "  ".join([first.strip().ljust(widths[0]), *rest])
 
-    notes = (
-        "instructions: of warps (32 threads each). sectors: of 32 bytes, for a request of a warp. wavefronts: passes\n"
-        "over the 32 banks of shared memory. In brackets: the fewest possible. DRAM: each sector once, cold cache."
-    )
-    return "\n".join([f"{gpu.arch}, emulated: {len(gpu.launches)} launches", line(_HEAD), *map(line, rows), "", notes])
+def _with_least(traffic) -> str:
+    """Cost of a request; behind it the least possible, where that is lower."""
+    if not traffic.requests:
+        return ""
+    cost, least = _each(traffic)
+    return cost + (f" ({least})" if cost != least else "").ljust(7)
 
 
 def _costs(counters) -> tuple:
     if counters is None:
         return ("", "", "", "", "")
     return (
-        amount(counters.warp_instructions),
-        _ratio(counters.global_loads) if counters.global_loads.requests else "",
-        _ratio(counters.global_stores) if counters.global_stores.requests else "",
-        _ratio(counters.shared) if counters.shared.requests else "",
-        str(counters.barriers) if counters.barriers else "",
-    )
+        amount(counters.warp_instructions), _with_least(counters.global_loads), _with_least(counters.global_stores),
+        _with_least(counters.shared), amount(counters.barriers) if counters.barriers else "",
+    )  # fmt: skip
 
 
 def source_listing(counters, file, lines, first) -> str:
@@ -70,21 +96,17 @@ def source_listing(counters, file, lines, first) -> str:
         counters: of the kernel.
         file, lines, first: the source lines of the kernel and the number of the first.
     """
-    head = ("instr.", "ld sectors", "st sectors", "wavefronts", "barriers")
-    rows = [(*_costs(counters.lines.get((file, n))), f"{n:4} {text.rstrip()}") for n, text in enumerate(lines, first)]
+    heads = [("instruc-", "sectors", "sectors", "wave-", "bar-", ""),
+             ("tions", "a load", "a store", "fronts", "riers", "line")]  # fmt: skip
+    rows = [(*_costs(counters.lines.get((file, n))), f"{n:4}  {text.rstrip()}") for n, text in enumerate(lines, first)]
     inside = {(file, n) for n in range(first, first + len(lines))}
-    others = sorted(place for place in counters.lines if place not in inside)
-    rows += [(*_costs(counters.lines[place]), f"{place[1]:4} {_text(place)}") for place in others]
-    widths = [max(len(row[c]) for row in (head, *rows)) for c in range(len(head))]
-    return "\n".join(
-        "  ".join(cell.rjust(w) for cell, w in zip(row[:-1], widths, strict=True)) + "  " + row[-1]
-        for row in ((*head, "line"), *rows)
-    )
-
-
-def _text(place):
-    """A source line of another function, with its file's name."""
-    import linecache
-    import os
-
-    return f"{linecache.getline(*place).rstrip()}  [{os.path.basename(place[0])}]"
+    others = sorted(place for place in counters.lines if place not in inside and place[1])
+    for file in dict.fromkeys(place[0] for place in others):
+        rows.append(("",) * 5 + (f"functions that it calls, in {os.path.basename(file)}:",))
+        rows += [(*_costs(counters.lines[place]), f"{place[1]:4}  {linecache.getline(*place).rstrip()}")
+                 for place in others if place[0] == file]  # fmt: skip
+    widths = [max(len(row[c]) for row in (*heads, *rows)) for c in range(5)]
+    out = ["  ".join([*(cell.rjust(w) for cell, w in zip(row[:5], widths, strict=True)), row[5]]).rstrip()
+           for row in (*heads, *rows)]  # fmt: skip
+    out = [line if len(line) <= _WIDTH else line[: _WIDTH - 1] + "…" for line in out]
+    return "\n".join([*out, "", "Sectors and wavefronts: of one access of a warp. In brackets: the least, if less."])

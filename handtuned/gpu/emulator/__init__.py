@@ -6,6 +6,7 @@ batch, schedule                                      programs, warps, branches, 
 warp        what lanes of a warp tell each other     move
 memory      tensors, sectors, DRAM                   shared, order      banks, races, who knows whom
 access      loads and stores                         atomics            copies   cp.async
+calls       device_print, device_assert
 tensor      mma.sync, ldmatrix                       wgmma              tma      mbarriers, tensor copies
 counters    what a profiler counts                   machine            everything together
 fault       what goes wrong

@@ -135,11 +135,11 @@ def load(m, pc, i):
     writes = [m.destination(r) for r in registers]
     # a load of 8 or 16 bits may fill a wider register
     wide = [f"{t.kind if t.kind in 'iu' else 'u'}{max(width, m.kernel.width(r) or 0)}" for r in registers]
-    volatile = "acquire" in i.parts
+    acquires = "acquire" in i.parts
 
     def run(b):
         mask = both(b.mask, guard(b.values))
-        access = Access(b, i, address(b.values), mask, nbytes, whole_programs=shared)
+        access = Access(b, i, address(b.values), mask, nbytes, whole_programs=shared or acquires)
         if access.address.size == 0:
             return
         if shared:
@@ -147,9 +147,9 @@ def load(m, pc, i):
             b.shared.check_read(access, offset)
             got = b.shared.load(access.program, offset, width, len(registers))
         else:
-            if volatile:
+            if acquires:
                 b.launch.memory.polls += 1
-                b.launch.memory.acquired.update(dict.fromkeys(access.ids.tolist()))
+                b.launch.memory.handovers.note(access, acquires=True, releases=False)
             got = b.launch.memory.load(access, width, len(registers), pc)
         for j, write in enumerate(writes):
             value = got[:, j]
@@ -205,7 +205,7 @@ def store(m, pc, i):
         else:
             b.launch.memory.store(access, stacked, pc)
             if release:
-                b.launch.memory.released.update(access.ids.tolist())
+                b.launch.memory.handovers.note(access, acquires=False, releases=True)
         access.count("shared" if shared else "global_stores", pc)
 
     return run

@@ -105,10 +105,8 @@ def atomic(m, pc, i):
             old = _shared(b, access, operation, values, t)
         else:
             old = _global(b, access, operation, values, t, pc)
-            if releases:
-                b.launch.memory.released.update(access.ids.tolist())
-            if acquires:
-                b.launch.memory.acquired.update(dict.fromkeys(access.ids.tolist()))
+            if acquires or releases:
+                b.launch.memory.handovers.note(access, acquires, releases)
         for j, write in enumerate(writes):
             write(b, access.scatter(np.ascontiguousarray(old[:, j]).view(word).astype(wide[j])), mask)
         access.count("shared" if shared else "global_stores", pc)

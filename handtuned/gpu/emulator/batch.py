@@ -10,6 +10,7 @@ import numpy as np
 
 from .copies import Groups
 from .memory import EVERYONE
+from .order import Order
 from .registers import UNWRITTEN
 from .shared import Shared
 from .types import U32
@@ -27,6 +28,9 @@ class Batch:
         at_barrier: barrier → [(pc to go on at, mask)] of threads that wait there.
         arrived: barrier → (P, T) threads that have come to it.
         copies: cp.async; bulk: TMA stores; multiplying: wgmma.
+        order: what its warps know of each other.
+        local: (P, T, bytes) memory of each thread; arguments: of the call that comes next (see calls.py).
+        unfenced: slot → mask of threads that touched this register of wgmma since their last wgmma.fence.
         steps: blocks of instructions run so far.
     """
 
@@ -41,8 +45,11 @@ class Batch:
         self.ended = False  # whether some threads have returned
         self.copies, self.bulk, self.multiplying = Groups(), Groups(), Groups()
         size = launch.shared_bytes
-        self.shared = Shared(len(ids), size, launch.machine.shared_piece, self.threads // 32) if size else None
+        self.order = Order(len(ids), self.threads // 32)
+        self.shared = Shared(len(ids), size, launch.machine.shared_piece, self.order) if size else None
         self.mbarriers = {}
+        self.local, self.arguments = None, {}
+        self.unfenced = dict.fromkeys(launch.machine.wgmma_slots)
         self.steps, self.moved = 0, True
         self._lanes = {}
 
@@ -62,7 +69,7 @@ class Batch:
         other.programs, other.ids, other._lanes = len(keep), self.ids[keep], {}
         other.coordinates = [c[keep] for c in self.coordinates]
         other.values = [part(a) for a in self.values]
-        other.mask = part(self.mask)
+        other.mask, other.local = part(self.mask), part(self.local)
         for name in ("elsewhere", "polling"):
             setattr(other, name, {pc: part(m) for pc, m in getattr(self, name).items()})
         other.at_barrier = {k: [(pc, part(m)) for pc, m in waiting] for k, waiting in self.at_barrier.items()}
@@ -70,8 +77,10 @@ class Batch:
         for name in ("copies", "bulk", "multiplying"):
             setattr(other, name, getattr(self, name).select(keep, new))
         other.mbarriers = {k: bar.select(keep, new) for k, bar in self.mbarriers.items()}
+        other.order = self.order.select(keep)
         if self.shared:
-            other.shared = self.shared.select(keep)
+            other.shared = self.shared.select(keep, other.order)
+        other.unfenced = {slot: part(m) for slot, m in self.unfenced.items()}
         return other
 
     def here(self):

@@ -14,6 +14,7 @@ All are counted by instruction, and so by source line. Instructions are those of
 move) up to a few (a division), so the sums by pipe are estimates, while sectors, wavefronts and bytes are exact.
 """
 
+import functools
 from collections import defaultdict
 from dataclasses import dataclass, field
 
@@ -90,11 +91,12 @@ _PIPES = {
     "vote": "shuffle", "elect": "shuffle", "match": "shuffle", "activemask": "shuffle", "mov": "move", "cvta": "move",
     "bra": "control", "ret": "control", "exit": "control", "fence": "barrier", "membar": "barrier", "atom": "atomic",
     "red": "atomic", "ldmatrix": "load shared", "stmatrix": "store shared", "mbarrier": "barrier", "tensormap": "copy",
-    "cp": "copy", "tcgen05": "tensor", "sin": "special", "cos": "special",
+    "cp": "copy", "tcgen05": "tensor", "call": "control", "sin": "special", "cos": "special",
 }  # fmt: skip
 _SPECIAL = {"ex2", "lg2", "rcp", "rsqrt", "sqrt", "tanh", "div"}
 
 
+@functools.cache
 def pipe_of(op: str) -> str:
     """The pipe that an opcode goes to."""
     parts = op.split(".")
@@ -128,41 +130,31 @@ class Tally:
         self.traffic = {name: np.zeros((n, 3), np.int64) for name in ("global_loads", "global_stores", "shared")}
 
     def counters(self, dram) -> Counters:
-        total = Counters()
-        for pc, i in enumerate(self.kernel.code):
-            if self.issued[pc]:
-                self._one(pc, dram).add_to(total.lines.setdefault((i.file, i.line), Counters()), i.op)
-        for line in total.lines.values():
-            total.add(line)
+        """dram: sectors (read, written) by instruction."""
+        places = {}
+        line = np.array([places.setdefault((i.file, i.line), len(places)) for i in self.kernel.code])
+        columns = [self.flops, self.barriers, self.divergent, dram[0] * 32, dram[1] * 32]
+        table = np.column_stack([*columns, *self.traffic.values()])
+        sums = np.zeros((len(places), table.shape[1]), np.int64)
+        np.add.at(sums, line, table)
+        lines = [self._line(row) for row in sums.tolist()]
+        for k, i, issued in zip(line.tolist(), self.kernel.code, self.issued.tolist(), strict=True):
+            if issued:
+                lines[k].instructions[pipe_of(i.op)] += issued
+        total = Counters(lines={place: lines[k] for place, k in places.items() if lines[k].instructions})
+        for each in total.lines.values():
+            total.add(each)
         return total
 
-    def _one(self, pc, dram):
-        return _Instruction(
-            self.issued[pc], self.flops[pc], self.barriers[pc], self.divergent[pc],
-            {name: counts[pc] for name, counts in self.traffic.items()}, dram[0][pc] * 32, dram[1][pc] * 32,
+    @staticmethod
+    def _line(row):
+        flops, barriers, divergent, read, written, *traffic = row
+        loads, stores, shared = (traffic[k : k + 3] for k in (0, 3, 6))
+        return Counters(
+            tensor_flops=flops, global_loads=Traffic(*loads), global_stores=Traffic(*stores),
+            shared=Traffic(*shared, unit="wavefronts"), dram_read_bytes=read, dram_written_bytes=written,
+            barriers=barriers, divergent_branches=divergent,
         )  # fmt: skip
-
-
-@dataclass
-class _Instruction:
-    issued: int
-    flops: int
-    barriers: int
-    divergent: int
-    traffic: dict
-    read: int
-    written: int
-
-    def add_to(self, line: Counters, op):
-        line.instructions[pipe_of(op)] += int(self.issued)
-        line.tensor_flops += int(self.flops)
-        line.barriers += int(self.barriers)
-        line.divergent_branches += int(self.divergent)
-        line.dram_read_bytes += int(self.read)
-        line.dram_written_bytes += int(self.written)
-        for name, (requests, cost, least) in self.traffic.items():
-            if requests:
-                getattr(line, name).add(Traffic(int(requests), int(cost), int(least)))
 
 
 def _distinct(rows):

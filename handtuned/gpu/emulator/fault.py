@@ -21,6 +21,8 @@ class KernelFault(RuntimeError):
     """
 
     def __init__(self, kind, detail, instruction, kernel, program, thread, address=None):
+        if kind not in KINDS:
+            raise ValueError(f"kind must be one of {', '.join(KINDS)}, got {kind!r}")
         self.kind, self.kernel, self.detail = kind, kernel, detail
         self.file, self.line = instruction.file, instruction.line
         self.program, self.thread, self.address = program, thread, address

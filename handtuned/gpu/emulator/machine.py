@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from . import access, alu, atomics, copies, mbarrier, move, schedule, tensor, tma, warp, wgmma
+from . import access, alu, atomics, calls, copies, mbarrier, move, schedule, tensor, tma, warp, wgmma
 from .batch import Batch
 from .counters import Tally
 from .fault import Unsupported
@@ -24,9 +24,15 @@ def _nothing(m, pc, i):
     return lambda b: None
 
 
+def _store(m, pc, i):
+    if i.parts[1] in ("param", "local"):
+        return (calls.set_parameter if i.parts[1] == "param" else calls.store_local)(m, i)
+    return access.store(m, pc, i)
+
+
 HANDLERS = {
-    "ld": access.load, "st": access.store, "atom": atomics.atomic, "red": atomics.atomic, "cp": copies.copy,
-    "mov": move.move, "cvta": move.convert_address,
+    "ld": access.load, "st": _store, "atom": atomics.atomic, "red": atomics.atomic, "cp": copies.copy,
+    "mov": move.move, "cvta": move.convert_address, "call": calls.call,
     "shfl": warp.shuffle, "redux": warp.reduce, "vote": warp.vote, "elect": warp.elect, "activemask": warp.active,
     "match": warp.match, "mma": tensor.multiply, "ldmatrix": tensor.load_matrix, "stmatrix": tensor.store_matrix,
     "wgmma": wgmma.wgmma, "mbarrier": mbarrier.mbarrier, "tensormap": tma.tensormap, "fence": tma.fence,
@@ -102,7 +108,7 @@ class Machine(Registers):
 
     Attributes:
         blocks: by the index of their first instruction.
-        registers: how many there are.
+        registers: how many there are; `wgmma_registers`, `wgmma_slots`: those that wgmma works on.
         shared_piece, global_piece: bytes of memory that are watched as one.
         executes: False if it uses Blackwell's tensor cores (tcgen05), which are not emulated.
     """
@@ -115,7 +121,9 @@ class Machine(Registers):
         self.global_piece = min([16, *filter(None, (_access_bytes(i, ("global",)) for i in writes))])
         if any(i.parts[0] == "mbarrier" for i in kernel.code):
             self.shared_piece = min(8, self.shared_piece)
+        self.wgmma_registers = wgmma.registers_of(kernel.code)
         self.executes = not any(i.parts[0] == "tcgen05" for i in kernel.code)
+        self.wgmma_slots = [self.slot(name) for name in self.wgmma_registers]
         self.blocks = self._blocks()
         self.registers = len(self.slots)
 
@@ -142,7 +150,7 @@ class Machine(Registers):
         for start, after in zip(starts, [*starts[1:], len(code)], strict=True):
             last = code[after - 1]
             ends = schedule.ends_block(last)
-            steps = [self._translate(pc, code[pc]) for pc in range(start, after - ends)]
+            steps = [wgmma.touching(self, code[pc], self._translate(pc, code[pc])) for pc in range(start, after - ends)]
             blocks[start] = Block(steps, schedule.terminator(self, after - 1, last) if ends else None, after)
         return blocks
 

@@ -49,7 +49,7 @@ class MBarrier:
         self.advance(b, program)
         self.bytes[program] += announced
         self.pending[program] -= count
-        known = b.shared.order.release(program, np.array([warp]))
+        known = b.order.release(program, np.array([warp]))
         self.known[program] = np.maximum(self.known[program], known)
         if not self.flying[program]:
             self.advance(b, program)
@@ -72,7 +72,7 @@ class MBarrier:
             if mine.any():
                 b.shared.store(landed.program, landed.offset, landed.data)
                 b.shared.arrive(landed.program, landed.offset, 16, landed.thread >> 5, fenced=True)
-                known = b.shared.order.release(program, np.array([int(landed.thread[0]) >> 5]))
+                known = b.order.release(program, np.array([int(landed.thread[0]) >> 5]))
                 self.known[program] = np.maximum(self.known[program], known)
             if not mine.all():
                 rest.append(t.pick(~mine))
@@ -162,7 +162,7 @@ def try_wait(m, pc, i):
             warps.add(warp)
         for (program, offset, _), (over, warps) in asked.items():
             if over:
-                b.shared.order.acquire(program, sorted(warps), barrier_at(b, offset).known[program])
+                b.order.acquire(program, sorted(warps), barrier_at(b, offset).known[program])
         waiting = here & ~done
         write(b, done, None if here.all() else here)
         if not waiting.any():

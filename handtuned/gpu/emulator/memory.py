@@ -7,9 +7,10 @@ of bounds": the rest of a storage, of which an argument is a view, as well.
 DRAM is moved in sectors of 32 bytes. From a cold cache every sector that a launch reads before writing it comes from
 DRAM once, and every sector it writes goes back once: those two sums are what any launch must pay at least.
 
-Programs run in no order and nothing orders them but atomics. So a program must not read what another one wrote in the
-same launch ("race"), unless it has acquired, by an atomic, what the other released; and where two write the same
-address they must write the same value ("conflicting writes").
+Programs run in no order and nothing orders them but atomics. So a program must not read what another one writes in the
+same launch, before or after ("race"), unless it has acquired, by an atomic, what the other released; and where two
+write the same address they must write the same value ("conflicting writes"). Between a write of one warp and an access
+of another one of the same program a barrier must stand, as for shared memory ("race").
 """
 
 import ctypes
@@ -18,11 +19,13 @@ import gc
 import numpy as np
 import torch
 
+from .order import Handovers
 from .registers import POISON
 from .types import U32, UNSIGNED
 
 _BLOCK = 128  # the largest access: views of that width need an aligned start
 EVERYONE = -2  # stands for the programs of a batch that all make the same access
+_SEVERAL = EVERYONE + 1  # in place of 1 + a program
 
 
 class Unwritten:
@@ -54,7 +57,9 @@ class Region:
         first: start of the arrays, a multiple of 128 bytes not above `start`.
         bytes: the memory itself.
         read_by, written_by: for each sector 1 + the instruction that touched it first; 0: none did.
-        owner: for each piece 1 + the program that wrote it last; 0: none did.
+        owner: for each piece 1 + the program that wrote it last; 0: none did. None: nobody wrote any.
+        stamp: for each piece the tick · 32 + warp of that write.
+        reader: for each piece 1 + the program that read it, or _SEVERAL; 0: none did. None: nobody read any.
         poisoned: it came from torch.empty, so POISON in it was never written.
     """
 
@@ -66,7 +71,8 @@ class Region:
         self.views = {width: self.bytes.view(t) for width, t in UNSIGNED.items()}
         self.read_by = np.zeros(self.size // 32, np.int32)
         self.written_by = np.zeros(self.size // 32, np.int32)
-        self.owner, self.poisoned = None, poisoned
+        self.owner = self.stamp = self.reader = None
+        self.poisoned = poisoned
 
 
 def spans_of(tensors, unwritten):
@@ -122,8 +128,7 @@ class Global:
         self.tensors, self.unwritten, self.piece = tensors, unwritten, piece
         self.regions, self.starts, self.tables_read = [], None, False
         self.version = self.polls = 0  # writes, and questions (atomics that changed nothing, acquiring loads)
-        self.acquired = {}  # program → since it acquired, it may read what others released
-        self.released = set()
+        self.handovers = Handovers()
         self._add(tensors)
 
     def _add(self, tensors):
@@ -193,8 +198,10 @@ class Global:
             self._touch(region.read_by, region, offset, access.nbytes, pc, reading=True)
             if region.poisoned:
                 self._check_written(region, access, pick, offset)
-            if region.owner is not None and not atomic:
-                self._check_owner(region, access, pick, offset)
+            if not atomic:
+                if region.owner is not None:
+                    self._check_owner(region, access, pick, offset)
+                self._note_reader(region, access, pick, offset)
         return out
 
     @staticmethod
@@ -214,28 +221,53 @@ class Global:
     def _check_written(self, region, access, pick, offset):
         words = offset[:, None] // 4 + np.arange(max(1, access.nbytes // 4))
         never = region.views[4][words] == U32.type(POISON)
-        if never.any():
-            bad = np.zeros(access.address.size, bool)
-            bad[pick] = never.any(1)
-            access.fail("never written", "memory of torch.empty that nobody wrote is read", bad)
+        self._fail(access, pick, "never written", "memory of torch.empty that nobody wrote is read", never.any(1))
 
     def _pieces(self, offset, nbytes):
         first = offset // self.piece
         return first[:, None] if nbytes <= self.piece else first[:, None] + np.arange(nbytes // self.piece)
 
-    def _foreign(self, region, access, pick, offset):
-        owner = region.owner[self._pieces(offset, access.nbytes)]
-        return owner, (owner > 0) & (owner != access.ids[pick][:, None] + 1)
+    def _unordered(self, region, access, pick, offset):
+        """(where another program wrote, where another warp of this one did), (n,), unknown to the access's warp."""
+        pieces = self._pieces(offset, access.nbytes)
+        owner, stamp = region.owner[pieces], region.stamp[pieces]
+        ids, order = access.ids[pick][:, None], access.batch.order
+        program, warp = access.program[pick][:, None], access.warp[pick][:, None]
+        foreign = (owner > 0) & (owner != ids + 1)
+        if foreign.any():
+            row, column = np.nonzero(foreign)
+            writer, when = owner[row, column] - 1, stamp[row, column]
+            hidden = np.zeros(row.size, bool)
+            for reader in access.batch.ids if ids[0, 0] == EVERYONE else [ids[row, 0]]:
+                readers = np.broadcast_to(reader, row.shape)
+                hidden |= self.handovers.hidden(readers, writer, when >> 5, when & 31) & (readers != writer)
+            foreign[row, column] = hidden
+        other = (owner == ids + 1) & ((stamp & 31) != warp) & (stamp >> 5 > order.base[program])
+        if other.any():
+            other &= stamp >> 5 > order.knows(program, warp, stamp & 31)
+        return foreign.any(1), other.any(1)
 
     def _check_owner(self, region, access, pick, offset):
-        owner, foreign = self._foreign(region, access, pick, offset)
-        if foreign.any() and self.released:
-            has_acquired = np.isin(access.ids[pick], list(self.acquired))[:, None]
-            foreign &= ~(has_acquired & np.isin(owner - 1, list(self.released)))
-        if foreign.any():
+        foreign, other = self._unordered(region, access, pick, offset)
+        self._fail(access, pick, "race", "memory is read that another program wrote in the same launch", foreign)
+        self._fail(access, pick, "race", "memory is read that another warp wrote, with no barrier in between", other)
+
+    def _note_reader(self, region, access, pick, offset):
+        if region.reader is None:
+            region.reader = np.zeros(region.size // self.piece, np.int32)
+        pieces, mine = self._pieces(offset, access.nbytes), access.ids[pick][:, None] + 1
+        before = region.reader[pieces]
+        region.reader[pieces] = mine
+        others = ((before != 0) & (before != mine)) | (region.reader[pieces] != mine)
+        if others.any():
+            region.reader[pieces[others]] = _SEVERAL
+
+    @staticmethod
+    def _fail(access, pick, kind, detail, bad_here):
+        if bad_here.any():
             bad = np.zeros(access.address.size, bool)
-            bad[pick] = foreign.any(1)
-            access.fail("race", "memory is read that another program wrote in the same launch", bad)
+            bad[pick] = bad_here
+            access.fail(kind, detail, bad)
 
     def store(self, access, values, pc):
         """Write (n, count)."""
@@ -248,24 +280,32 @@ class Global:
             index = offset // (width * count)
             self._own(region, access, pick, offset, (view[index] != v).any(1))
             view[index] = v
-            if (view[index] != v).any():
-                bad = np.zeros(access.address.size, bool)
-                bad[pick] = (view[index] != v).any(1)
-                access.fail("conflicting writes", "threads write different values to one address", bad)
+            lost = (view[index] != v).any(1)
+            if lost.any():
+                writers = access.ids[pick][index == index[lost.argmax()]]
+                who = "threads" if (writers == writers[0]).all() else "programs"
+                self._fail(access, pick, "conflicting writes", f"{who} write different values to one address", lost)
             self.touch_written(region, offset, access.nbytes, pc)
 
     def _own(self, region, access, pick, offset, changes):
-        """Note who wrote; an error where that changes what another program wrote."""
+        """Note who wrote; an error where that changes what another program or warp wrote."""
         if region.owner is None:
             region.owner = np.zeros(region.size // self.piece, np.int32)
+            region.stamp = np.zeros(region.size // self.piece, np.int64)
         else:
-            _, foreign = self._foreign(region, access, pick, offset)
-            bad_here = foreign.any(1) & changes
-            if bad_here.any() and not self.released:
-                bad = np.zeros(access.address.size, bool)
-                bad[pick] = bad_here
-                access.fail("conflicting writes", "programs write different values to one address", bad)
-        region.owner[self._pieces(offset, access.nbytes)] = access.ids[pick][:, None] + 1
+            foreign, other = self._unordered(region, access, pick, offset)
+            self._fail(access, pick, "conflicting writes", "programs write different values to one address",
+                       foreign & changes)  # fmt: skip
+            self._fail(access, pick, "race", "memory is overwritten that another warp wrote, with no barrier in "
+                       "between", other & changes)  # fmt: skip
+        pieces = self._pieces(offset, access.nbytes)
+        if region.reader is not None and changes.any() and not self.handovers.used:
+            read = (region.reader[pieces] != 0) & (region.reader[pieces] != access.ids[pick][:, None] + 1)
+            self._fail(access, pick, "race", "memory is overwritten that another program reads in the same launch",
+                       read.any(1) & changes)  # fmt: skip
+        region.owner[pieces] = access.ids[pick][:, None] + 1
+        warp, tick = access.warp[pick], access.batch.order.tick[access.program[pick]]
+        region.stamp[pieces] = np.where(warp < 0, 0, tick << 5 | warp)[:, None]  # 0: every warp wrote it
 
     def dram(self, n_instructions):
         """(sectors read, sectors written) by instruction."""

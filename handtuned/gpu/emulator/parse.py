@@ -24,6 +24,8 @@ _PARAM = re.compile(
     r"\.param\s+(?:\.align\s+\d+\s+)?\.(\w+)\s+(?:\.ptr\s+\.\w+\s+\.align\s+\d+\s+)?(\w+)(?:\[(\d+)\])?"
 )
 _SHARED = re.compile(r"\.shared\s+\.align\s+\d+\s+\.b8\s+(\w+)\[(\d*)\]")
+_LOCAL = re.compile(r"\.local\s+\.align\s+\d+\s+\.b8\s+\w+\[(\d+)\]")
+_TEXT = re.compile(r"\.global\s+\.align\s+1\s+\.b8\s+(\w+)\[\d+\]\s*=\s*\{([\d,\s]*)\}")
 _FILE = re.compile(r'\.file\s+(\d+)\s+"([^"]*)"(?:\s+"([^"]*)")?')
 _LOC = re.compile(r"\s*\.loc\s+(\d+)\s+(\d+)\s+\d+[^/]*(?://.*?(@.*))?")
 _CALLER = re.compile(r"([^\s\[\]@:]+):(\d+):\d+")
@@ -81,6 +83,8 @@ class Kernel:
         labels: name → index into `code`.
         widths: register name, or its prefix before the number → bytes (a predicate counts 1).
         shared: (name, bytes) of shared arrays; 0 bytes is the one whose size the launch gives.
+        local_bytes: of a thread's own memory.
+        texts: of the messages that it prints, in the order of `text_names`.
     """
 
     name: str
@@ -90,6 +94,9 @@ class Kernel:
     labels: dict
     widths: dict
     shared: list
+    local_bytes: int
+    text_names: list
+    texts: list
 
     def width(self, name) -> int | None:
         """Bytes of a register; None if `name` is none."""
@@ -230,4 +237,7 @@ def parse(ptx: str) -> Kernel:
     threads = int(re.search(r"\.(?:req|max)ntid\s+(\d+)", directives)[1])
     code, labels, widths = _body(body, files)
     params = [(kind, param, int(size or 0)) for kind, param, size in _PARAM.findall(params)]
-    return Kernel(name, params, threads, code, labels, widths, [(n, int(s or 0)) for n, s in _SHARED.findall(text)])
+    shared = [(array, int(size or 0)) for array, size in _SHARED.findall(text)]
+    texts = {n: bytes(map(int, codes.split(","))).rstrip(b"\0").decode() for n, codes in _TEXT.findall(text)}
+    local_bytes = sum(map(int, _LOCAL.findall(text)))
+    return Kernel(name, params, threads, code, labels, widths, shared, local_bytes, list(texts), list(texts.values()))

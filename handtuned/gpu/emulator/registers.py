@@ -19,6 +19,7 @@ from .parse import FloatBits, Kernel
 from .types import F32, F64, PRED, U32, U64, UNSIGNED
 
 SHARED_BASE = 1024  # shared memory begins here, not at 0, so that a forgotten base address shows
+TEXT_BASE = 1 << 56  # the addresses of the messages that a kernel prints, one number each
 POISON = 0xFFC5FFD3  # what unwritten memory and registers hold: NaN as f32, as two f16 and as two bf16
 
 
@@ -55,7 +56,12 @@ class Registers:
             return np.array([[bool(operand)]])
         return np.array([[operand & (1 << 8 * dtype.itemsize) - 1]], UNSIGNED[dtype.itemsize]).view(dtype)
 
-    def _shared_address(self, name):
+    def _symbol(self, name):
+        """The address of an array that the kernel declares; None if `name` is none."""
+        if name in self.kernel.text_names:
+            return TEXT_BASE + self.kernel.text_names.index(name)
+        if name.startswith("__local_depot"):
+            return 0
         at = SHARED_BASE
         for other, size in sorted(self.kernel.shared, key=lambda array: array[1] == 0):  # the dynamic one comes last
             if other == name:
@@ -71,7 +77,7 @@ class Registers:
         width = self.kernel.width(operand) if isinstance(operand, str) else None
         if width is None:
             if isinstance(operand, str):
-                operand = self._shared_address(operand)
+                operand = self._symbol(operand)
             if operand is None or not isinstance(operand, int | FloatBits):
                 raise Unsupported(i, "operand")
             constant = self._constant(operand, dtype)

@@ -8,6 +8,7 @@ Nobody can run and somebody waits: that is a deadlock.
 
 import numpy as np
 
+from .calls import stop
 from .fault import KernelFault, Unsupported
 from .types import U32
 
@@ -90,9 +91,7 @@ def _trap(m, pc, i):
     def run(b):
         hit = b.here() if guard(b.values) is None else b.here() & guard(b.values)
         if hit.any():
-            program, thread = np.argwhere(hit)[0]
-            raise AssertionError(f"{b.kernel.name}: device assertion failed, {i.file}:{i.line}, program "
-                                 f"{b.ids[program]}, thread {thread}")  # fmt: skip
+            stop(b, i, hit, "device assertion failed")
         return b.go(pc + 1)
 
     return run
@@ -111,8 +110,7 @@ def _barrier(m, pc, i):
         expected = b.threads if count is None else count(b.values).max()
         if b.mask is None and mask is None and expected == b.threads and name(b.values).size == 1 and not b.arrived:
             b.launch.tally.barriers[pc] += b.programs
-            if b.shared:
-                b.shared.order.meet_all()
+            b.order.meet_all()
             b.pc = pc + 1
             return True
         here = b.here()
@@ -137,12 +135,10 @@ def _come(b, pc, name, here, expected, wait):
     full = arrived.sum(1) >= expected
     for program in np.flatnonzero(full):
         warps = np.unique(np.flatnonzero(arrived[program]) >> 5)
-        if b.shared:
-            order = b.shared.order
-            if len(warps) == b.threads // 32:
-                order.meet_all([program])
-            else:
-                order.meet(program, warps)
+        if len(warps) == b.threads // 32:
+            b.order.meet_all([program])
+        else:
+            b.order.meet(program, warps)
         b.launch.tally.barriers[pc] += 1
     b.arrived[name] = arrived & ~full[:, None]
     if not b.arrived[name].any():

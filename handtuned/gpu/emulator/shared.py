@@ -14,7 +14,6 @@ at most.
 
 import numpy as np
 
-from .order import Order
 from .registers import POISON, SHARED_BASE
 from .types import UNSIGNED
 
@@ -31,22 +30,23 @@ class Shared:
         writer: (P, pieces) int64: tick · 32 + warp of the last write; 0: never written.
         readers: (P, pieces) int64: tick << 32 | one bit for each warp that read since then.
         unfenced: (P, pieces): written by threads, not yet visible to the async proxy.
+        order: what the warps know of each other.
     """
 
-    def __init__(self, programs: int, size: int, piece: int, warps: int):
+    def __init__(self, programs: int, size: int, piece: int, order):
         self.size, self.limit, self.piece = -(-size // 128) * 128, size, piece
         self.data = np.full((programs, self.size // 4), POISON, np.uint32).view(np.uint8)
         self.writer = np.zeros((programs, self.size // piece), np.int64)
         self.readers = np.zeros((programs, self.size // piece), np.int64)
         self.unfenced = np.zeros((programs, self.size // piece), bool)
-        self.order = Order(programs, warps)
+        self.order = order
 
-    def select(self, keep):
+    def select(self, keep, order):
         other = object.__new__(Shared)
         other.__dict__ = dict(self.__dict__)
         for name in ("data", "writer", "readers", "unfenced"):
             setattr(other, name, getattr(self, name)[keep])
-        other.order = self.order.select(keep)
+        other.order = order
         return other
 
     def place(self, access):

@@ -78,17 +78,6 @@ class TensorMap:
         return address, np.arange(index.shape[1]) * unit, inside
 
 
-def encode(address, shape, strides, box, elemtype, swizzle_mode):
-    """The 128 bytes of a map; strides of all but the innermost dimension, in bytes."""
-    raw = np.zeros(MAP_BYTES, U8)
-    values = {"global_address": [address], "global_stride": strides, "global_dim": shape, "box_dim": box,
-              "rank": [len(shape) - 1], "elemtype": [elemtype], "swizzle_mode": [swizzle_mode]}  # fmt: skip
-    for name, entries in values.items():
-        at, size = _FIELDS[name]
-        raw[at : at + size * len(entries)].view(f"u{size}")[:] = entries
-    return raw
-
-
 def tensormap(m, pc, i):
     """tensormap.replace writes one field, cp_fenceproxy copies a map from shared to global memory."""
     guard = m.guard(i)

@@ -7,6 +7,7 @@ touches all banks.
 
 It runs asynchronously. `commit_group` closes what was issued; `wait_group n` waits until n groups are left. Until then
 neither may D be read nor the shared memory be overwritten: D is kept aside as `InFlight` here, and its reader told.
+`wgmma.fence` stands between other instructions that touch registers of D, or of A, and the wgmma that uses them.
 """
 
 import re
@@ -135,9 +136,58 @@ def _wait(most):
     return run
 
 
+def registers_of(code):
+    """Names of the registers that wgmma works on asynchronously: D, and A where it is in registers."""
+    multiplies = [i for i in code if i.op.startswith("wgmma.mma_async")]
+    return {name for i in multiplies for group in i.args[:2] if isinstance(group, list) for name in group}
+
+
+def _names(operand):
+    if isinstance(operand, list | tuple):
+        return {name for part in operand for name in _names(part)}
+    return {operand} if isinstance(operand, str) else set()
+
+
+def touching(m, i, step):
+    """A step that notes, beside what `step` does, which registers of wgmma an ordinary instruction touches.
+
+    A `mov` does not count: LLVM writes copies after the fence too, which ptxas leaves away.
+    """
+    slots = [m.slot(name) for name in _names(i.args) & m.wgmma_registers]
+    if not slots or i.parts[0] in ("wgmma", "mov"):
+        return step
+
+    def run(b):
+        step(b)
+        for slot in slots:
+            before = b.unfenced.get(slot, b.mask)
+            b.unfenced[slot] = None if before is None or b.mask is None else before | b.mask
+
+    return run
+
+
+def _fence(b):
+    if b.mask is None:
+        b.unfenced = {}
+        return
+    here = b.here()
+    rest = {slot: ~here if mask is None else mask & ~here for slot, mask in b.unfenced.items()}
+    b.unfenced = {slot: mask for slot, mask in rest.items() if mask.any()}
+
+
+def _check_fenced(b, i, slots):
+    for slot in slots:
+        if slot in b.unfenced:
+            bad = b.here() if b.unfenced[slot] is None else b.here() & b.unfenced[slot]
+            if bad.any():
+                program, thread = np.argwhere(bad)[0]
+                raise KernelFault("not arrived", "wgmma uses a register that was touched with no wgmma.fence since", i,
+                                  b.kernel.name, int(b.ids[program]), int(thread))  # fmt: skip
+
+
 def wgmma(m, pc, i):
     if "fence" in i.parts:
-        return lambda b: None
+        return _fence
     if "commit_group" in i.parts:
         return lambda b: b.multiplying.commit(b.mask)
     if "wait_group" in i.parts:
@@ -161,6 +211,7 @@ def _multiply(m, pc, i):
     transposed_a = bool(flags[0]) if flags and not from_registers else False
     slots, use_old = [m.slot(name) for name in d], m.source(scale_d, PRED, i)
     right = _Operand(i, m.source(b_, U64, i), columns, depth, kind, transposed_b)
+    own = slots + [m.slot(x) for x in a] if from_registers else slots
     if from_registers:
         read_a = [m.source(x, U32, i) for x in a]
     else:
@@ -172,6 +223,8 @@ def _multiply(m, pc, i):
         groups = here.all(-1)
         if (groups != here.any(-1)).any():
             raise Unsupported(i, "threads of a warpgroup are elsewhere")
+        if b.unfenced:
+            _check_fenced(b, i, own)
         B = right.values(b, groups)
         if from_registers:
             A = matrix_a([per_warp(b, read(b.values)) for read in read_a], kind).reshape(b.programs, -1, 64, depth)
