@@ -6,59 +6,99 @@ from dataclasses import dataclass, replace
 from unittest import mock
 
 import numpy as np
+import torch
 
 from handtuned.gpu import driver, emulate
 from handtuned.gpu.emulator.machine import Launch, Machine
-from handtuned.gpu.emulator.memory import Global, spans_of, tensors_in_tables
+from handtuned.gpu.emulator.memory import Global, Unwritten, spans_of, tensors_in_tables
 from handtuned.gpu.emulator.parse import Instruction, Kernel
 
 
-def _bytes(span):
-    start, end, _ = span
+def _bytes(start, end):
     return np.ctypeslib.as_array((ctypes.c_uint8 * (end - start)).from_address(start))
+
+
+_GAP = 1 << 20  # bytes around a tensor, so that an access outside it never meets another one by chance
 
 
 @dataclass
 class Recorded:
-    """A launch, the memory before it, and the memory after it."""
+    """A launch, the memory before it (islands in an arena of our own), and the memory after it."""
 
     launch: Launch
-    tensors: list
-    spans: list
+    parameters: dict
+    islands: list
     before: list
-    after: list
+    after: list = None
 
     @property
     def kernel(self) -> Kernel:
         return self.launch.machine.kernel
 
     def run(self, kernel: Kernel) -> bool:
-        """Run it again with another kernel on the memory of then: whether the memory after it is the same.
+        """Run it again with another kernel on the memory of then: whether the memory after it is as the first time.
 
         Raises:
             KernelFault: as the launch does.
         """
-        for span, old in zip(self.spans, self.before, strict=True):
-            _bytes(span)[:] = old
+        for island, old in zip(self.islands, self.before, strict=True):
+            island.copy_(old)
         machine, launch = Machine(kernel), self.launch
-        memory = Global(self.tensors, launch.memory.unwritten, machine.global_piece)
-        Launch(machine, launch.parameters, launch.grid, memory, launch.shared_bytes).run()
-        return all(np.array_equal(_bytes(span), new) for span, new in zip(self.spans, self.after, strict=True))
+        unwritten = _Always(launch.memory.unwritten is not None)
+        memory = Global(self.islands, unwritten, machine.global_piece)
+        Launch(machine, self.parameters, launch.grid, memory, launch.shared_bytes).run()
+        if self.after is None:
+            self.after = [island.clone() for island in self.islands]
+        return all(torch.equal(island, new) for island, new in zip(self.islands, self.after, strict=True))
+
+
+class _Always(Unwritten):
+    """The arena comes from no torch.empty that was watched, but holds what came from some."""
+
+    def __init__(self, holds):
+        self._holds = holds
+
+    def holds(self, start):
+        return self._holds
+
+
+def _moved(launch: Launch) -> Recorded:
+    """The launch on copies of its tensors. Addresses that stand in tables of addresses move as well."""
+    memory = launch.memory
+    spans = spans_of([*memory.tensors, *tensors_in_tables(memory.tensors)], None)
+    arena = torch.zeros(sum(end - start + 2 * _GAP for start, end, _ in spans) + 128, dtype=torch.uint8)
+    at, places, islands = arena.data_ptr() + -arena.data_ptr() % 128 + _GAP, {}, []
+    for start, end, _ in spans:
+        at += (start - at) % 128  # aligned as the original is
+        places[start], offset = at, at - arena.data_ptr()
+        islands.append(arena[offset : offset + end - start])
+        islands[-1].numpy()[:] = _bytes(start, end)
+        at += end - start + _GAP
+
+    def move(address):
+        return next((at + address - start for start, at in places.items() for s, end, _ in spans
+                     if s == start <= address < end), address)  # fmt: skip
+
+    parameters = {name: bits if bits.dtype != np.uint64 else np.vectorize(move, otypes=[np.uint64])(bits.astype(object))
+                  for name, bits in launch.parameters.items()}  # fmt: skip
+    for table in memory.tensors:
+        if table.dtype == torch.int64 and table.data_ptr() in places and table.is_contiguous():
+            copy = islands[[start for start, _, _ in spans].index(table.data_ptr())]
+            copy.view(torch.int64)[: table.numel()] = torch.tensor([move(a) for a in table.flatten().tolist()])
+    return Recorded(launch, parameters, islands, [island.clone() for island in islands])
 
 
 @contextlib.contextmanager
 def recorded(arch: str):
-    """`emulate(arch)`; gives a list that gets a Recorded for each launch."""
+    """`emulate(arch)`; gives a list that gets a Recorded for each launch, which has run once more by then."""
     launches = []
 
     class Recorder(Launch):
         def run(self):
-            tensors = [*self.memory.tensors, *tensors_in_tables(self.memory.tensors)]
-            spans = spans_of(tensors, None)
-            before = [_bytes(span).copy() for span in spans]
+            again = _moved(self)
             counters = super().run()
-            after = [_bytes(span).copy() for span in spans]
-            launches.append(Recorded(self, tensors, spans, before, after))
+            again.run(again.kernel)
+            launches.append(again)
             return counters
 
     with mock.patch.object(driver, "Launch", Recorder), emulate(arch):
@@ -86,8 +126,8 @@ def _changes(i: Instruction):
     elif i.op.startswith(_WAITS):
         yield "wait removed", nothing(i)
         yield "wait weakened by one group", replace(i, args=[i.args[0] + 1])
-    elif i.op.startswith("mbarrier.try_wait"):
-        yield "wait removed", nothing(i)
+    elif i.op.startswith("mbarrier.try_wait"):  # the answer is yes
+        yield "wait removed", replace(i, op="setp.eq.s32", args=[i.args[0], 0, 0], text=f"(removed: {i.text})")
     elif i.op.startswith("mbarrier.arrive"):
         yield "arrival removed", nothing(i)
     if i.op.startswith(_MEMORY) and i.guard:

@@ -108,9 +108,9 @@ def unscale():
 CASES = {
     "nf4_dequantize": dequantize, "nf4_quantize": quantize, "nf4_stream, one row": lambda: nf4_rows(1),
     "nf4_stream, few rows": lambda: nf4_rows(5), "nf4_merge": merge, "lora_down": down, "lora_up_grads": up_grads,
-    "lora_down_grad": down_grad, "lora_product": lambda: product(70, 130, 200),
+    "lora_down_grad": down_grad, "lora_product": lambda: product(40, 130, 100),
     "lora_product, whole tiles": lambda: product(64, 256, 256),
-    "lora_product, dropout": lambda: product(40, 130, 130, True), "scaled_matmul": scaled, "adamw": adamw,
+    "lora_product, dropout": lambda: product(40, 130, 100, True), "scaled_matmul": scaled, "adamw": adamw,
     "unscale": unscale,
 }  # fmt: skip
 
