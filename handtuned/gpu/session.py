@@ -26,7 +26,7 @@ class LaunchRecord:
         grid: programs in x, y, z.
         warps: of a program.
         shared_bytes: of a program.
-        counters: what it did.
+        counters: what it did; where tcgen05 is used, every instruction counted once (see `executed`).
         function: the Python function that was compiled.
         ptx: its machine code.
     """
@@ -40,6 +40,11 @@ class LaunchRecord:
     function: object = field(repr=False)
     ptx: str = field(repr=False)
     metadata: object = field(repr=False)
+
+    @property
+    def executed(self) -> bool:
+        """False for a kernel with Blackwell's tensor cores: compiled and counted statically only."""
+        return "tcgen05." not in self.ptx
 
     @property
     def programs(self) -> int:
@@ -82,7 +87,7 @@ class Emulator:
         self.launches.append(
             LaunchRecord(
                 metadata.name, self.arch, launch.grid, metadata.num_warps, metadata.shared,
-                counters if counters is not None else Counters(), src.fn.fn, launch.machine.ptx, metadata,
+                counters, src.fn.fn, launch.machine.ptx, metadata,
             )
         )  # fmt: skip
 
