@@ -116,7 +116,8 @@ def test_matmul_by_descriptors(arch):
         assert_computes(c, lambda a, b: a @ b.t(), (a, b), K)
         counters = only(gpu)
         assert counters.tensor_flops == 2 * 128 * 128 * 128
-        assert (counters.instructions["copy"] > 0) == (arch != "sm_80")  # which has no TMA: plain loads
+        tma = "cp.async.bulk.tensor" in gpu.launches[0].ptx
+        assert tma == (arch != "sm_80")  # which has none: the same kernel becomes ordinary copies
         assert counters.dram_written_bytes >= c.nbytes
 
 
@@ -158,5 +159,6 @@ def test_layer_norm_and_its_gradients(arch):
 
     forward, backward = gpu.launches[0].counters, gpu.launches[1].counters
     assert forward.dram_read_bytes == x.nbytes + w.nbytes + b.nbytes  # three times over x: from DRAM only once
-    assert forward.global_loads.sectors == forward.global_loads.least == (3 * x.nbytes + M * (w.nbytes + b.nbytes)) // 32
+    loaded = 3 * x.nbytes + M * (w.nbytes + b.nbytes)
+    assert forward.global_loads.sectors == forward.global_loads.least == loaded // 32
     assert backward.instructions["atomic"] >= 2 * M  # a lock taken and given back for each row

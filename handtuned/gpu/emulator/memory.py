@@ -248,10 +248,13 @@ class Global:
             index = offset // (width * count)
             self._own(region, access, pick, offset, (view[index] != v).any(1))
             view[index] = v
-            if (view[index] != v).any():
+            lost = (view[index] != v).any(1)
+            if lost.any():
                 bad = np.zeros(access.address.size, bool)
-                bad[pick] = (view[index] != v).any(1)
-                access.fail("conflicting writes", "threads write different values to one address", bad)
+                bad[pick] = lost
+                writers = access.ids[pick][index == index[lost.argmax()]]
+                who = "threads" if (writers == writers[0]).all() else "programs"
+                access.fail("conflicting writes", f"{who} write different values to one address", bad)
             self.touch_written(region, offset, access.nbytes, pc)
 
     def _own(self, region, access, pick, offset, changes):
