@@ -103,6 +103,14 @@ def read_a_neighbour(x_ptr, WRONG: tl.constexpr):
 
 
 @triton.jit
+def push_along(x_ptr, WRONG: tl.constexpr):
+    """Each program reads its value and writes one more over it, or over the next one's, which may be read later."""
+    i = tl.program_id(0)
+    value = tl.load(x_ptr + i)
+    tl.store(x_ptr + (i + 1 if WRONG else i), value + 1)  # planted
+
+
+@triton.jit
 def count_behind_a_lock(lock_ptr, count_ptr, WRONG: tl.constexpr):
     """count += 1 by every program; one that takes the lock and keeps it leaves the others waiting."""
     while tl.atomic_cas(lock_ptr, 0, 1) == 1:  # planted

@@ -93,22 +93,23 @@ def test_a_promise_of_alignment(arch):
 @compiled
 @each_arch
 @pytest.mark.parametrize(
-    ("kernel", "kind", "says"),
+    ("kernel", "kind", "says", "place", "written"),
     [
-        (planted.everyone_to_one, "conflicting writes", "programs write different values to one address"),
-        (planted.read_a_neighbour, "race", "another program wrote in the same launch"),
+        (planted.everyone_to_one, "conflicting writes", "programs write different values", lambda i: 0, [0, 1, 2]),
+        (planted.read_a_neighbour, "race", "another program wrote in", lambda i: (i + 1) % 3, [0, 1, 2]),
+        (planted.push_along, "race", "another program reads in", lambda i: i + 1, [8, 8, 8]),
     ],
-    ids=["writes", "reads"],
+    ids=["write-write", "write-read", "read-write"],
 )
-def test_programs_in_each_others_way(arch, kernel, kind, says):
-    x = torch.full((128,), -1, dtype=torch.int32)
+def test_programs_in_each_others_way(arch, kernel, kind, says, place, written):
+    x = torch.full((128,), 7, dtype=torch.int32)
     fault = fault_of(arch, lambda: kernel[(3,)](x, True))
-    reads = kernel is planted.read_a_neighbour
     check(fault, kind, kernel, range(3), range(128), None, says)
-    assert (fault.address - x.data_ptr()) // 4 in ([(fault.program + 1) % 3] if reads else [0])
+    assert fault.address == x.data_ptr() + 4 * place(fault.program)
+    x.fill_(7)
     with emulate(arch):
         kernel[(3,)](x, False)
-    assert x[:3].tolist() == [0, 1, 2]
+    assert x[:3].tolist() == written
 
 
 @compiled

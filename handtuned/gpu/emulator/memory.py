@@ -7,9 +7,9 @@ of bounds": the rest of a storage, of which an argument is a view, as well.
 DRAM is moved in sectors of 32 bytes. From a cold cache every sector that a launch reads before writing it comes from
 DRAM once, and every sector it writes goes back once: those two sums are what any launch must pay at least.
 
-Programs run in no order and nothing orders them but atomics. So a program must not read what another one wrote in the
-same launch ("race"), unless it has acquired, by an atomic, what the other released; and where two write the same
-address they must write the same value ("conflicting writes").
+Programs run in no order and nothing orders them but atomics. So a program must not read what another one writes in the
+same launch, before or after ("race"), unless it has acquired, by an atomic, what the other released; and where two
+write the same address they must write the same value ("conflicting writes").
 """
 
 import ctypes
@@ -23,6 +23,7 @@ from .types import U32, UNSIGNED
 
 _BLOCK = 128  # the largest access: views of that width need an aligned start
 EVERYONE = -2  # stands for the programs of a batch that all make the same access
+_SEVERAL = EVERYONE + 1  # in place of 1 + a program
 
 
 class Unwritten:
@@ -55,6 +56,7 @@ class Region:
         bytes: the memory itself.
         read_by, written_by: for each sector 1 + the instruction that touched it first; 0: none did.
         owner: for each piece 1 + the program that wrote it last; 0: none did.
+        reader: for each piece 1 + the program that read it, or _SEVERAL; 0: none did.
         poisoned: it came from torch.empty, so POISON in it was never written.
     """
 
@@ -66,7 +68,7 @@ class Region:
         self.views = {width: self.bytes.view(t) for width, t in UNSIGNED.items()}
         self.read_by = np.zeros(self.size // 32, np.int32)
         self.written_by = np.zeros(self.size // 32, np.int32)
-        self.owner, self.poisoned = None, poisoned
+        self.owner, self.reader, self.poisoned = None, None, poisoned
 
 
 def spans_of(tensors, unwritten):
@@ -195,6 +197,8 @@ class Global:
                 self._check_written(region, access, pick, offset)
             if region.owner is not None and not atomic:
                 self._check_owner(region, access, pick, offset)
+            if not atomic:
+                self._note_reader(region, access, pick, offset)
         return out
 
     @staticmethod
@@ -237,6 +241,16 @@ class Global:
             bad[pick] = foreign.any(1)
             access.fail("race", "memory is read that another program wrote in the same launch", bad)
 
+    def _note_reader(self, region, access, pick, offset):
+        if region.reader is None:
+            region.reader = np.zeros(region.size // self.piece, np.int32)
+        pieces, mine = self._pieces(offset, access.nbytes), access.ids[pick][:, None] + 1
+        before = region.reader[pieces]
+        region.reader[pieces] = mine
+        others = ((before != 0) & (before != mine)) | (region.reader[pieces] != mine)
+        if others.any():
+            region.reader[pieces[others]] = _SEVERAL
+
     def store(self, access, values, pc):
         """Write (n, count)."""
         width, count = values.dtype.itemsize, values.shape[1]
@@ -268,6 +282,13 @@ class Global:
                 bad = np.zeros(access.address.size, bool)
                 bad[pick] = bad_here
                 access.fail("conflicting writes", "programs write different values to one address", bad)
+        if region.reader is not None and changes.any() and not self.released:
+            reader = region.reader[self._pieces(offset, access.nbytes)]
+            bad_here = ((reader != 0) & (reader != access.ids[pick][:, None] + 1)).any(1) & changes
+            if bad_here.any():
+                bad = np.zeros(access.address.size, bool)
+                bad[pick] = bad_here
+                access.fail("race", "memory is overwritten that another program reads in the same launch", bad)
         region.owner[self._pieces(offset, access.nbytes)] = access.ids[pick][:, None] + 1
 
     def dram(self, n_instructions):
