@@ -1,5 +1,6 @@
 """Mistakes planted in Triton kernels, on sm_80 and sm_90: each is found and named; mended, the kernel passes."""
 
+import importlib.util
 import inspect
 
 import emulator_kernels as planted
@@ -46,6 +47,19 @@ def test_outside_of_a_tensor(arch, kernel):
     with emulate(arch):
         kernel[(8,)](x, y, 1000, False, 128)
     assert (y == 2).all()
+
+
+@compiled
+def test_a_kernel_that_was_compiled_in_another_folder(tmp_path):
+    """Triton's cache gives the same machine code to a copy of a file; a fault names the copy."""
+    test_outside_of_a_tensor("sm_90", planted.load_outside)
+    file = tmp_path / "emulator_kernels.py"
+    file.write_text(inspect.getsource(planted), encoding="utf-8")
+    spec = importlib.util.spec_from_file_location("a_copy", file)
+    copy = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(copy)
+    fault = fault_of("sm_90", lambda: copy.load_outside[(8,)](ones(1000), torch.zeros(1000), 1000, True, 128))
+    assert fault.file == str(file)
 
 
 @compiled
