@@ -1,8 +1,10 @@
 """Our own kernels with one barrier, fence, commit, wait or guard taken away: never a wrong result without a fault.
 
-`pytest --slow` takes away each, on sm_80 and sm_90; otherwise a fixed sample. The table of docs/emulator.md is written by
+`pytest --slow` takes away each, on sm_80 and sm_90; otherwise a fixed sample. docs/emulator.md has the table that
 
     TRITON_INTERPRET=0 pytest --slow tests/test_emulator_mutants.py -k every_mutant -rP | grep "^|"
+
+prints.
 """
 
 from collections import Counter
@@ -125,7 +127,7 @@ CASES = {
 
 
 def _decides(i):
-    """Not a guard of memory, but the overflow that it asks for: without, the flag is always set, which is no mistake."""
+    """Not a guard of memory but the kernel's own question for an overflow: without, it would set the flag always."""
     return i.op.startswith("st.global") and "tl.store(found_inf_ptr, 1.0, mask=bad != 0)" in getline(i.file, i.line)
 
 
