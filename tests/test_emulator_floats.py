@@ -296,3 +296,10 @@ def test_between_integers(to, of):
     assert apply(f"cvt.{to}.{of} d, a;", [a], want.dtype).tolist() == want.tolist()
     clipped = apply("cvt.sat.s8.s32 d, a;", [narrow.astype(np.int32)], np.int16)
     assert clipped.tolist() == np.clip(narrow.astype(np.int64).astype(np.int32), -128, 127).tolist()
+
+
+def test_the_largest_of_three():
+    """Blackwell's max.f32 and min.f32 of three operands: a NaN loses, and with .NaN it wins."""
+    values = [numbers("f32", seed).view(np.float32) for seed in range(3)]
+    for op, fn in (("max", np.fmax), ("min", np.fmin), ("max.NaN", np.maximum), ("min.NaN", np.minimum)):
+        assert same(apply(f"{op}.f32 d, a, b, c;", values, np.float32), fn(fn(values[0], values[1]), values[2]))

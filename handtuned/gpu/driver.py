@@ -13,7 +13,9 @@ launcher are called with, `knobs.runtime.add_stages_inspection_hook`, `CompiledK
 import contextlib
 import gc
 import hashlib
+import inspect
 import json
+import os
 import re
 import subprocess
 import tempfile
@@ -72,6 +74,23 @@ def _bits(kind, value):
     return value.view(f"u{value.dtype.itemsize}")
 
 
+def _name_sources(kernel, file):
+    """Triton's cache knows a kernel by its text, so its code may come from another folder: name files as they are here.
+
+    Args:
+        file: that the kernel stands in.
+    """
+    there = next((i.file for i in kernel.code if os.path.basename(i.file) == os.path.basename(file)), file)
+    if there == file:
+        return
+    old, new = there, file
+    while old and os.path.basename(old) == os.path.basename(new):
+        old, new = os.path.dirname(old), os.path.dirname(new)
+    for i in kernel.code:
+        if i.file.startswith(old):
+            i.file = new + i.file[len(old) :]
+
+
 class _Launcher:
     """Runs one compiled kernel; `src` and `metadata` are what Triton's compiler left."""
 
@@ -94,6 +113,7 @@ class _Launcher:
 
     def _run(self, machine, grid, arguments):
         meta = self.metadata
+        _name_sources(machine.kernel, inspect.getsourcefile(self.src.fn.fn))
         values, tensors = [], []
         for kind, value in arguments:
             values.append(_bits(kind, value))

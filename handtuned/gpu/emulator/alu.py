@@ -129,8 +129,8 @@ def _mixed(base, parts, kind):
     return fn and Operation(lambda *args: fn(*map(widen, args[:-1]), args[-1]), [U16] * (n - 1) + [F32], F32)
 
 
-def find(op: str) -> Operation | None:
-    """The operation of an opcode; None if it is none of this kind."""
+def find(op: str, operands: int = 0) -> Operation | None:
+    """The operation of an opcode with so many operands, where that decides; None if it is none of this kind."""
     parts = op.split(".")
     base, kind = parts[0], parts[-1]
     if base == "cvt":
@@ -160,6 +160,8 @@ def find(op: str) -> Operation | None:
         fn, t = floats.operation16(base, parts, kind), U32 if kind.endswith("x2") else U16
     elif t in (F32, F64):
         fn = floats.operation(base, parts, t)
+        if operands == 3 and base in ("min", "max"):  # Blackwell has them for three
+            return Operation(lambda a, b, c: fn(fn(a, b), c), [t] * 3, t)
     else:
         return _integer(base, parts, kind)
     return fn and Operation(fn, [t] * _arity(base), t)

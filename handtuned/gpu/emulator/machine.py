@@ -42,7 +42,7 @@ HANDLERS = {
 
 
 def _arithmetic(m, pc, i):
-    operation = alu.find(i.op)
+    operation = alu.find(i.op, len(i.args) - 1)
     if operation is None or isinstance(i.args[0], list):
         raise Unsupported(i)
     target, *operands = i.args
