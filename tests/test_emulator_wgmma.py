@@ -61,8 +61,11 @@ def multiply(kind="f16", n=16, span=128, transposed=(False, False), registers=Fa
     fragments = torch.zeros(128, 4, dtype=torch.int32)
     if registers:
         flags = flags[3:] and f", {int(transposed[1])}"
-        lanes = A.contiguous().view(torch.int32).reshape(4, 2, 8, 2, 4) if size == 2 else (
-            A.view(torch.int32).reshape(4, 2, 8, 2, 4))
+        lanes = (
+            A.contiguous().view(torch.int32).reshape(4, 2, 8, 2, 4)
+            if size == 2
+            else (A.view(torch.int32).reshape(4, 2, 8, 2, 4))
+        )
         fragments = lanes.permute(0, 2, 4, 3, 1).reshape(128, 4).contiguous()  # warp, g, t, half of K, half of rows
     a = "{%r90, %r91, %r92, %r93}" if registers else "%d40"
     loop = "\n".join(f"ld.global.b32 %r10, [%d5+{16 * 128 * j // 1}];\nst.shared.b32 [%r11+{512 * j}], %r10;"

@@ -75,7 +75,11 @@ class _Launcher:
 
     def __init__(self, src, metadata):
         self.src, self.metadata = src, metadata
-        self.driver = triton.runtime.driver.active
+
+    @property
+    def driver(self):
+        """Triton keeps a launcher longer than one emulator lives."""
+        return triton.runtime.driver.active
 
     def __call__(self, x, y, z, stream, machine, packed, launch_metadata, enter, leave, *args):
         if self.driver.only_compile:

@@ -200,6 +200,7 @@ def store(m, pc, i):
             b.shared.check_write(access, offset)
             differ = b.shared.store(access.program, offset, stacked)
             if differ.any():
+                access.address = offset
                 _check_same(access, stacked, b.shared.load(access.program, offset, width, len(registers)), differ)
         else:
             b.launch.memory.store(access, stacked, pc)

@@ -13,6 +13,7 @@ from .types import U32
 
 ENDS_BLOCK = ("bra", "ret", "exit", "bar", "barrier", "trap")
 _SLICE = 512  # blocks that a batch runs before others get their turn: one may wait for what another writes
+_QUESTIONS = 8  # and fewer, if it asks memory again and again for a value that is not there
 _PATIENCE = 20  # turns of each batch in which it asked memory for a value that nobody wrote
 
 
@@ -51,14 +52,14 @@ def _branch(m, pc, i):
                 return b.go(target)
             if not taken.any():
                 return b.go(after)
-            full = np.broadcast_to(taken, (b.programs, b.threads))
-            whole = full.all(1)
-            if (whole == full.any(1)).all():
-                there, here = b.select(np.flatnonzero(whole)), b.select(np.flatnonzero(~whole))
-                there.pc, here.pc = target, after
-                return [there, here]
         here = b.here()
         there, stay = here & taken, here & ~taken
+        leave, remain = there.any(1), stay.any(1)
+        if leave.any() and remain.any() and not (leave & remain).any():
+            first, second = b.select(np.flatnonzero(~leave)), b.select(np.flatnonzero(leave))
+            first.go(after)
+            second.go(target)
+            return [first, second]  # straight on comes first: who goes back may be waiting for it
         torn = there.reshape(-1, 32).any(-1) & stay.reshape(-1, 32).any(-1)
         b.launch.tally.divergent[pc] += int(torn.sum())
         b.send(target, there)
@@ -181,9 +182,12 @@ def _advance(b, machine):
     return block.end(b) if block.end else b.go(block.after)
 
 
-def run_batch(b, machine, limit=_SLICE):
+def run_batch(b, machine, memory):
     """Run until the batch ends (gives []), splits (its parts) or has had its turn ([itself])."""
-    for _ in range(limit):
+    asked = memory.polls
+    for _ in range(_SLICE):
+        if memory.polls > asked + _QUESTIONS:
+            break
         went = _advance(b, machine)
         if isinstance(went, list):
             return went
@@ -210,7 +214,7 @@ def run_all(batches, machine, memory):
         b = waiting.pop(0) if waiting else next(source, None)
         if b is None:
             return
-        parts = run_batch(b, machine)
+        parts = run_batch(b, machine, memory)
         if parts == [b]:  # its turn is over: start another program before it goes on, it may be waited for
             fresh = next(source, None)
             waiting += [*([fresh] if fresh else []), b]
