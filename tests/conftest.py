@@ -2,6 +2,7 @@
 
 Without a GPU the real kernels run under Triton's interpreter, which must be chosen
 before `handtuned` is imported. On a GPU, plain `pytest` runs the compiled kernels.
+`HANDTUNED_BACKEND=sm_90 pytest` runs the tests that launch kernels on compiled code, in the emulator.
 """
 
 import os
@@ -9,7 +10,10 @@ import sys
 
 import torch
 
-if not torch.cuda.is_available():
+EMULATED = os.environ.get("HANDTUNED_BACKEND", "torch").removeprefix("torch")  # an architecture, or nothing
+if EMULATED:
+    os.environ.pop("TRITON_INTERPRET", None)
+elif not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
 # Tests run the torch references unless they ask for `kernel_backend` or `each_backend`.
 os.environ["HANDTUNED_BACKEND"] = "torch"
@@ -18,6 +22,11 @@ if os.environ.get("WITHOUT_C"):
 
 import pytest
 from handtuned.kernels import runtime
+
+if EMULATED:
+    from handtuned.gpu import emulate_process
+
+    emulate_process(EMULATED)
 
 # Files whose outcome depends on the CPU: on its vector library, on the order of a sum, or on what a rival computes in.
 # `pytest -m numerical` runs them.
@@ -45,11 +54,23 @@ def pytest_collection_modifyitems(config, items):
     for item in items:
         if item.path.stem.removeprefix("test_") in NUMERICAL and not any(part in item.name for part in NOT_NUMERICAL):
             item.add_marker("numerical")
+    if EMULATED:
+        _keep_kernel_tests(config, items)
     if not config.getoption("--slow"):
         skip = pytest.mark.skip(reason="takes minutes; run with --slow")
         for item in items:
             if "slow" in item.keywords:
                 item.add_marker(skip)
+
+
+def _keep_kernel_tests(config, items):
+    """In the emulator only what launches kernels is new."""
+    launch = [
+        item for item in items
+        if "kernel_backend" in item.fixturenames or ("each_backend" in item.fixturenames and item.callspec.params["each_backend"] == "kernel")
+    ]
+    config.hook.pytest_deselected(items=[item for item in items if item not in launch])
+    items[:] = launch
 
 
 @pytest.fixture(params=["torch", "kernel"])
