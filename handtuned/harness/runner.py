@@ -21,9 +21,9 @@ from pathlib import Path
 
 import torch
 
-from ..gpu.roofline import Ceilings
 from ..kernels import backend
 from ..models import choose_device
+from .ceilings import Ceilings
 from .report import describe, nvidia_smi, versions
 from .timing import OURS, TIME_UP, Case, run_case
 
