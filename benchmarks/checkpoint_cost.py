@@ -13,9 +13,8 @@ import argparse
 import contextlib
 
 import torch
-from handtuned.nn.checkpoint_plan import plan_checkpoints
+from handtuned.nn.checkpoint_plan import checkpoint_sequential, plan_checkpoints
 from handtuned.nn.live_memory import LiveMemory
-from handtuned.nn.sequential import checkpoint_sequential
 from handtuned.nn.transformer import TransformerBlock
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode

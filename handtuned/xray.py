@@ -16,7 +16,7 @@ from html import escape
 from pathlib import Path
 
 from .gpu.cards import ARCHS, GPUS
-from .gpu.examine import NOT_EXECUTED, WHOLE, Launched, Xray, examine
+from .gpu.examine import WHOLE, Launched, Xray, examine
 from .gpu.operations import OPERATIONS, Size
 from .gpu.roofline import ASSUMES, KINDS, Prediction, measurements, predictions
 from .nn.files import whole_file
@@ -67,13 +67,12 @@ def run(args: argparse.Namespace) -> int:
     found = []
     for operation in chosen:
         for arch in archs:
-            if arch not in NOT_EXECUTED:
-                for ray in examine(operation, arch, WHOLE, every_tile=args.every_tile):
-                    _show(found, ray, [], args.sass)
+            for ray in examine(operation, arch, WHOLE, every_tile=args.every_tile):
+                _show(found, ray, [], False)
             measured = [size.but(m.size) for m in known if any(m.fits(operation.name, gpu) for gpu in cards_of(arch))]
             for each in dict.fromkeys([size, *measured]):
                 for ray in examine(operation, arch, each, SAMPLE, args.every_tile):
-                    _show(found, ray, list(predictions(ray, known)), args.sass and arch in NOT_EXECUTED)
+                    _show(found, ray, list(predictions(ray, known)), args.sass)
     print(f"\n{ASSUMES}")
     for arch in archs:
         print(*cards_of(arch), sep="\n")
@@ -114,7 +113,7 @@ def describe(ray: Xray, expected: Sequence[Prediction] = ()) -> str:
     lines = [f"{ray.name}  {ray.arch}  at {ray.size}"]
     for launch in ray.launches:
         lines += _launch_lines(ray, launch)
-    if all(launch.executed == launch.programs for launch in ray.launches):
+    if ray.whole:
         moved = sum(launch.counters.dram_read_bytes + launch.counters.dram_written_bytes for launch in ray.launches)
         floor = ray.operation.bytes(ray.size)
         lines.append(f"    DRAM {moved:,} B from a cold L2, floor {floor:,} B: {moved / floor:.2f} ×")
@@ -135,7 +134,9 @@ def _launch_lines(ray: Xray, launch: Launched):
     if not launch.executed:
         loops = ", ".join(f"{loop.instructions} ({loop.tensor_core} tensor-core)" for loop in launch.code.loops)
         yield f"        not executed; {launch.code.instructions} instructions, loops of {loops or 'none'}"
-        yield "        " + ", ".join(f"{n} × {kind} {bits} bit" for (kind, bits), n in sorted(launch.code.memory.items()))
+        yield "        " + ", ".join(
+            f"{n} × {kind} {bits} bit" for (kind, bits), n in sorted(launch.code.memory.items())
+        )
         return
     units = ray.operation.units(ray.size)
     each = 32 * launch.scale / units
@@ -146,7 +147,9 @@ def _launch_lines(ray: Xray, launch: Launched):
     )
     traffic = (("load", counted.global_loads), ("store", counted.global_stores), ("shared access", counted.shared))
     parts = [
-        f"{t.per_request:.1f} {t.unit} a {name} ({t.least / t.requests:.1f} at least)" for name, t in traffic if t.requests
+        f"{t.per_request:.1f} {t.unit} a {name} ({t.least / t.requests:.1f} at least)"
+        for name, t in traffic
+        if t.requests
     ]
     if counted.tensor_flops:
         parts.append(f"{counted.tensor_flops * launch.scale / 1e9:.4g} GFLOP on tensor cores")
@@ -160,7 +163,9 @@ def _microseconds(times) -> str:
 
 def _prediction_line(p: Prediction) -> str:
     parts = ", ".join(f"{kind} {_microseconds(getattr(p, kind))}" for kind in KINDS if max(getattr(p, kind)))
-    line = f"{p.gpu.name}: predicted {_microseconds(p.seconds)} µs, {p.bound} bound ({parts}; floor {p.floor * 1e6:.1f})"
+    line = (
+        f"{p.gpu.name}: predicted {_microseconds(p.seconds)} µs, {p.bound} bound ({parts}; floor {p.floor * 1e6:.1f})"
+    )
     if p.measured is not None:
         low, high = p.seconds
         line += f"; measured {p.measured * 1e6:.1f} µs, {p.measured / ((low + high) / 2):.2f} × the middle"

@@ -58,10 +58,9 @@ MERGE = {"BLOCK_N": 64, "BLOCK_K": 128}
 
 
 def nf4_matmul_reference(x, weight, bias=None, transposed=True):
-    """x Wᵀ + bias, or x W + bias where not `transposed`, with a weight (N, K) that is made dense first."""
+    """x Wᵀ + bias, or x W where not `transposed`, with a weight (N, K) that is made dense first."""
     W = nf4_dequantize_reference(weight, x.dtype)
-    y = x @ (W.t() if transposed else W)
-    return y if bias is None else y + bias
+    return F.linear(x, W, bias) if transposed else x @ W
 
 
 @triton.jit
@@ -288,7 +287,7 @@ def nf4_matmul(x: torch.Tensor, weight: NF4Weight, bias: torch.Tensor | None = N
     Args:
         x: (M, K), or (M, N) where not `transposed`; floating point.
         weight: NF4, (N, K).
-        bias: one value a column of y, in x's dtype, or None.
+        bias: (N,) in x's dtype or None; only where `transposed`.
         transposed: whether x meets Wᵀ.
 
     Returns:

@@ -1,18 +1,13 @@
 """LoRA and its variants, adapters on disk, gradient checkpointing, transformer blocks."""
 
-from .adapters import load_adapter, save_adapter, set_adapter
+from .adapters import load_adapter, save_adapter
 from .checkpoint import checkpoint, manual_checkpoint_forward
-from .inject import (
-    apply_lora_to_model,
-    disable_lora,
-    lora_parameters,
-    mark_only_lora_as_trainable,
-    merge_lora,
-    unmerge_lora,
-)
+from .checkpoint_plan import checkpoint_sequential
+from .inject import apply_lora_to_model, disable_lora, mark_only_lora_as_trainable
 from .lora import LoRALayer, LoRALinear
 from .loss import linear_cross_entropy
-from .sequential import checkpoint_sequential
+from .merge import merge_lora, unmerge_lora
+from .multi import lora_parameters, set_adapter
 from .transformer import CheckpointedTransformerLayer, TransformerBlock
 
 __all__ = [

@@ -7,15 +7,14 @@ we do not do would otherwise load "fine" and answer wrongly.
 
 import json
 import math
-import re
-import subprocess
-import sys
+import time
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 CONFIG_NAME = "adapter_config.json"
 MAX_CONFIG_BYTES = 16 * 2**20
+REGEX_SECONDS = 10
 
 # These describe how the adapter was made or is stored; none changes what the finished adapter computes.
 # (`megatron_core` and `qalora_group_size` act only together with fields that are refused.)
@@ -36,36 +35,72 @@ HARMLESS_IN_REFUSED = {"eva_config"}  # it chose the initial A, which training h
 INITS_THAT_KEEP_THE_BASE = (True, False, "gaussian", "eva", "orthogonal")
 
 
+def _is(*kinds):
+    return lambda value: isinstance(value, kinds) and (bool in kinds or not isinstance(value, bool))
+
+
+def _is_count(value):
+    return _is(int)(value) and value >= 1
+
+
+def _is_number(value):
+    return _is(int, float)(value) and -1e30 < value < 1e30  # neither NaN nor infinity nor 10**400
+
+
+def _is_strings(value):
+    return isinstance(value, list) and all(isinstance(item, str) and item for item in value)
+
+
+def _is_targets(value):
+    return isinstance(value, str) or _is_strings(value)
+
+
+def _is_dict_of(check):
+    return lambda value: isinstance(value, dict) and all(map(check, value.values()))
+
+
+def _is_layers(value):
+    return all(_is(int)(index) and index >= 0 for index in (value if isinstance(value, list) else [value]))
+
+
+# ruff: noqa: RUF009 - each of these calls makes one dataclass field
+def _field(default, check, expected: str, optional: bool = False):
+    """A field with what its value must be; an optional one may be null, which stands for the default."""
+    metadata = {"check": check, "expected": expected, "optional": optional}
+    if isinstance(default, dict):
+        return field(default_factory=dict, metadata=metadata)
+    return field(default=default, metadata=metadata)
+
+
 @dataclass(frozen=True)
 class AdapterConfig:
     """A checked `adapter_config.json`, under PEFT's own field names and with PEFT's defaults."""
 
-    r: int = 8
-    lora_alpha: float = 8
-    lora_dropout: float = 0.0
-    target_modules: list[str] | str | None = None
-    exclude_modules: list[str] | str | None = None
-    rank_pattern: dict[str, int] = field(default_factory=dict)
-    alpha_pattern: dict[str, float] = field(default_factory=dict)
-    layers_to_transform: list[int] | int | None = None
-    layers_pattern: list[str] | str | None = None
-    modules_to_save: list[str] | None = None
-    use_rslora: bool = False
-    use_dora: bool = False
-    fan_in_fan_out: bool = False
-    init_lora_weights: bool | str = True
-    bias: str = "none"
-    base_model_name_or_path: str | None = None
-    task_type: str | None = None
+    r: int = _field(8, _is_count, "an integer of at least 1")
+    lora_alpha: float = _field(8, _is_number, "a finite number")
+    lora_dropout: float = _field(0.0, lambda v: _is_number(v) and 0 <= v < 1, "a number in [0, 1)")
+    target_modules: list[str] | str | None = _field(None, _is_targets, "strings or a regular expression", True)
+    exclude_modules: list[str] | str | None = _field(None, _is_targets, "strings or a regular expression", True)
+    rank_pattern: dict[str, int] = _field({}, _is_dict_of(_is_count), "an object of integers of at least 1", True)
+    alpha_pattern: dict[str, float] = _field({}, _is_dict_of(_is_number), "an object of finite numbers", True)
+    layers_to_transform: list[int] | int | None = _field(None, _is_layers, "a layer number or a list of them", True)
+    layers_pattern: list[str] | str | None = _field(None, _is_targets, "a string or a list of strings", True)
+    modules_to_save: list[str] | None = _field(None, _is_strings, "a list of strings", True)
+    use_rslora: bool = _field(False, _is(bool), "true or false")
+    use_dora: bool = _field(False, _is(bool), "true or false")
+    fan_in_fan_out: bool = _field(False, _is(bool), "true or false")
+    init_lora_weights: bool | str = _field(True, _is(bool, str), "true, false or a string")
+    bias: str = _field("none", _is(str), "a string")
+    base_model_name_or_path: str | None = _field(None, _is(str), "a string", True)
+    task_type: str | None = _field(None, _is(str), "a string", True)
 
     def settings(self, paths: Iterable[str]) -> dict[str, tuple[int, float, float]]:
         """Path → (rank, alpha, scaling) of the layers at `paths`; the first pattern that matches wins, as in PEFT."""
         paths = list(paths)
         rank, alpha = dict.fromkeys(paths, self.r), dict.fromkeys(paths, self.lora_alpha)
-        for chosen, pattern in ((rank, self.rank_pattern), (alpha, self.alpha_pattern)):
-            wholes = [rf"(?:.*\.)?(?:{key})" for key in pattern]
-            found = full_matches(wholes, paths, plain=not any(re.search(BRANCHES, key) for key in pattern))
-            for matched, value in reversed(list(zip(found, pattern.values(), strict=True))):
+        for chosen, patterns in ((rank, self.rank_pattern), (alpha, self.alpha_pattern)):
+            matches = full_matches([rf"(?:.*\.)?(?:{key})" for key in patterns], paths)
+            for matched, value in reversed(list(zip(matches, patterns.values(), strict=True))):
                 chosen.update(dict.fromkeys(matched, value))
         divisor = math.sqrt if self.use_rslora else int
         return {path: (rank[path], alpha[path], alpha[path] / divisor(rank[path])) for path in paths}
@@ -80,19 +115,13 @@ class AdapterConfig:
         paths = list(paths)
         if self.target_modules is None:
             return None
-        if isinstance(self.target_modules, str):
-            if self.target_modules.lower() == "all-linear":
-                found = set(paths) - set(output_heads)
-            else:
-                found = full_matches([self.target_modules], paths)[0]
+        if isinstance(self.target_modules, str) and self.target_modules.lower() == "all-linear":
+            found = set(paths) - set(output_heads)
         else:
-            found = {path for path in paths if _ends_in(path, self.target_modules)}
-            if self.layers_to_transform not in (None, []):
-                found = {path for path in found if path in self.target_modules or self._layer_index_fits(path)}
-        if isinstance(self.exclude_modules, str):
-            found -= full_matches([self.exclude_modules], paths)[0]
-        elif self.exclude_modules:
-            found -= {path for path in paths if _ends_in(path, self.exclude_modules)}
+            found = _matching(self.target_modules, paths)
+        if isinstance(self.target_modules, list) and self.layers_to_transform not in (None, []):
+            found = {path for path in found if path in self.target_modules or self._layer_index_fits(path)}
+        found -= _matching(self.exclude_modules or [], paths)
         saved = {f".{name}." for name in self.modules_to_save or ()}
         return {path for path in found if not any(name in f".{path}." for name in saved)}
 
@@ -106,6 +135,38 @@ class AdapterConfig:
                 if parts[place].isdigit() and (not pattern or _ends_in(".".join(parts[:place]), [pattern])):
                     return int(parts[place]) in wanted
         return False
+
+
+def _matching(targets: list[str] | str, paths: list[str]) -> set[str]:
+    if isinstance(targets, str):
+        return full_matches([targets], paths)[0]
+    return {path for path in paths if _ends_in(path, targets)}
+
+
+def _ends_in(path: str, names: Iterable[str]) -> bool:
+    return any(f".{path}".endswith(f".{name}") for name in names)
+
+
+def full_matches(patterns: list[str], names: list[str]) -> list[set[str]]:
+    """For every regular expression the names that it matches in full.
+
+    A stranger's expression can be built to run for years, and `re` cannot be interrupted; `regex` can.
+
+    Raises:
+        ValueError: not a regular expression, or not done within REGEX_SECONDS.
+    """
+    if not patterns:
+        return []
+    import regex
+
+    end = time.monotonic() + REGEX_SECONDS
+    try:
+        compiled = [regex.compile(pattern) for pattern in patterns]
+        return [{n for n in names if p.fullmatch(n, timeout=max(0.0, end - time.monotonic()))} for p in compiled]
+    except TimeoutError:
+        raise ValueError(f"a regular expression takes more than {REGEX_SECONDS} seconds: {short(patterns)}") from None
+    except (regex.error, OverflowError, RecursionError) as error:
+        raise ValueError(f"not a regular expression: {short(patterns)}: {error}") from None
 
 
 def read_adapter_config(directory: str | Path) -> dict:
@@ -139,10 +200,11 @@ def load_config(directory: str | Path) -> AdapterConfig:
     known = {}
     for name, value in fields.items():
         if name in AdapterConfig.__dataclass_fields__:
-            if value is None and name in OPTIONAL:
+            rule = AdapterConfig.__dataclass_fields__[name].metadata
+            if value is None and rule["optional"]:
                 continue
-            if not CHECKS[name](value):
-                refuse(name, f"expected {EXPECTED[name]}")
+            if not rule["check"](value):
+                refuse(name, f"expected {rule['expected']}")
             known[name] = value
         elif name in REFUSED and value and name not in HARMLESS_IN_REFUSED:
             refuse(name, "this is not supported, and ignoring it would change what the adapter computes")
@@ -159,57 +221,12 @@ def load_config(directory: str | Path) -> AdapterConfig:
             "this method replaces the base weights, so the adapter does not fit the base model as it is on disk; "
             "save it again with PEFT's path_initial_model_for_weight_conversion, which makes a plain LoRA of it",
         )
-    if isinstance(config.target_modules, str):
-        for name in ("layers_to_transform", "layers_pattern"):
-            if known.get(name) is not None:
-                refuse(name, "this cannot be combined with target_modules given as one string")
+    for name in ("layers_to_transform", "layers_pattern"):
+        if isinstance(config.target_modules, str) and name in known:
+            refuse(name, "this cannot be combined with target_modules given as one string")
     if config.layers_pattern and config.layers_to_transform is None:
         refuse("layers_pattern", "this needs layers_to_transform")
     return config
-
-
-BRANCHES = r"[*+?{|]"
-REGEX_SECONDS = 10
-
-
-def full_matches(patterns: list[str], names: list[str], plain: bool | None = None) -> list[set[str]]:
-    """For every regular expression the names that it matches in full.
-
-    A stranger's expression can be built to run for years, and Python cannot interrupt one, so
-    expressions with choices or repeats are matched in a process of their own, which can be stopped.
-
-    Args:
-        plain: the expressions are known to be quick (default: if none has a choice or a repeat).
-
-    Raises:
-        ValueError: not a regular expression, or not done within REGEX_SECONDS.
-    """
-    if plain is None:
-        plain = not any(re.search(BRANCHES, pattern) for pattern in patterns)
-    if plain:
-        try:
-            return [{name for name in names if re.fullmatch(pattern, name)} for pattern in patterns]
-        except (re.error, OverflowError, RecursionError) as error:
-            raise ValueError(f"no regular expression: {short(patterns)}: {error}") from None
-    code = (
-        "import json, re, sys; patterns, names = json.load(sys.stdin);"
-        "json.dump([[name for name in names if re.fullmatch(pattern, name)] for pattern in patterns], sys.stdout)"
-    )
-    try:
-        done = subprocess.run(
-            [sys.executable, "-I", "-S", "-W", "ignore", "-c", code],
-            input=json.dumps([patterns, names]), capture_output=True, text=True, timeout=REGEX_SECONDS,
-        )  # fmt: skip
-    except subprocess.TimeoutExpired:
-        raise ValueError(f"a regular expression takes more than {REGEX_SECONDS} seconds: {short(patterns)}") from None
-    if done.returncode != 0:
-        reason = (done.stderr.strip().splitlines() or ["no reason given"])[-1]
-        raise ValueError(f"no regular expression: {short(patterns)}: {reason}")
-    return [set(found) for found in json.loads(done.stdout)]
-
-
-def _ends_in(path: str, names: Iterable[str]) -> bool:
-    return any(f".{path}".endswith(f".{name}") for name in names)
 
 
 def _read_json(path: Path) -> dict:
@@ -218,7 +235,7 @@ def _read_json(path: Path) -> dict:
     if path.stat().st_size > MAX_CONFIG_BYTES:
         raise ValueError(f"{path}: {path.stat().st_size} bytes are too many for a config (at most {MAX_CONFIG_BYTES})")
     try:
-        fields = json.loads(path.read_bytes().decode(), object_pairs_hook=unique, parse_constant=_no_constant)
+        fields = json.loads(path.read_bytes().decode(), object_pairs_hook=_unique)
     except (ValueError, RecursionError) as error:
         raise ValueError(f"{path} is not valid JSON: {str(error) or type(error).__name__}") from None
     if not isinstance(fields, dict):
@@ -226,7 +243,7 @@ def _read_json(path: Path) -> dict:
     return fields
 
 
-def unique(pairs) -> dict:
+def _unique(pairs) -> dict:
     """For json: an object whose keys are all different. Readers disagree about which of two equal keys counts."""
     result = dict(pairs)
     if len(result) != len(pairs):
@@ -234,68 +251,6 @@ def unique(pairs) -> dict:
     return result
 
 
-def _no_constant(name):
-    raise ValueError(f"{name} is not a JSON number")
-
-
 def short(value) -> str:
     text = repr(value)
     return text if len(text) <= 80 else text[:77] + "..."
-
-
-def _is_int(value, least=None):
-    return isinstance(value, int) and not isinstance(value, bool) and (least is None or value >= least)
-
-
-def _is_number(value):
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
-        return False
-    return -1e30 < value < 1e30  # also false for NaN; json has turned 1e999 into inf
-
-
-def _is_strings(value):
-    return isinstance(value, list) and all(isinstance(item, str) and item for item in value)
-
-
-def _is_targets(value):
-    return isinstance(value, str) or _is_strings(value)
-
-
-def _is_bool(value):
-    return isinstance(value, bool)
-
-
-OPTIONAL = {
-    "target_modules", "exclude_modules", "rank_pattern", "alpha_pattern", "layers_to_transform", "layers_pattern",
-    "modules_to_save", "base_model_name_or_path", "task_type",
-}  # fmt: skip
-_RULES = {
-    "r": (lambda v: _is_int(v, 1), "an integer of at least 1"),
-    "lora_alpha": (_is_number, "a finite number"),
-    "lora_dropout": (lambda v: _is_number(v) and 0 <= v < 1, "a number in [0, 1)"),
-    "target_modules": (_is_targets, "a list of strings, a regular expression or 'all-linear'"),
-    "exclude_modules": (_is_targets, "a list of strings or a regular expression"),
-    "rank_pattern": (
-        lambda v: isinstance(v, dict) and all(_is_int(rank, 1) for rank in v.values()),
-        "an object of integers of at least 1",
-    ),
-    "alpha_pattern": (
-        lambda v: isinstance(v, dict) and all(_is_number(alpha) for alpha in v.values()),
-        "an object of finite numbers",
-    ),
-    "layers_to_transform": (
-        lambda v: _is_int(v, 0) or (isinstance(v, list) and all(_is_int(index, 0) for index in v)),
-        "a layer number or a list of them",
-    ),
-    "layers_pattern": (_is_targets, "a string or a list of strings"),
-    "modules_to_save": (_is_strings, "a list of strings"),
-    "use_rslora": (_is_bool, "true or false"),
-    "use_dora": (_is_bool, "true or false"),
-    "fan_in_fan_out": (_is_bool, "true or false"),
-    "init_lora_weights": (lambda v: isinstance(v, (bool, str)), "true, false or a string"),
-    "bias": (lambda v: isinstance(v, str), "a string"),
-    "base_model_name_or_path": (lambda v: isinstance(v, str), "a string"),
-    "task_type": (lambda v: isinstance(v, str), "a string"),
-}
-CHECKS = {name: check for name, (check, _) in _RULES.items()}
-EXPECTED = {name: expected for name, (_, expected) in _RULES.items()}

@@ -1,25 +1,26 @@
-"""`adapter_model.safetensors`: read as a stranger's file, and its keys taken apart.
+"""`adapter_model.safetensors`: its tensors by their layers, and whether they fit a model.
 
-A safetensors file is eight bytes that give the length of a JSON header, the header (name → dtype,
-shape, byte range), and the data. It cannot carry code. What it can carry is lies: lengths beyond
-the file, shapes without data, names built like paths. All of it is checked before a tensor exists.
+A safetensors file cannot carry code, but its names and shapes may be anything. Everything is compared with the
+config and the model before the model is changed.
 """
 
-import json
-import math
-import re
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
+from torch import nn
 
-from .adapter_config import short, unique
+from .adapter_config import AdapterConfig, short
+from .base_layer import features
+from .inject import output_heads
+from .lora import LoRALinear
+from .multi import adapter_of, linear_layers, original, outer_modules
 
 WEIGHTS_NAME = "adapter_model.safetensors"
 PREFIX = "base_model.model."
-MAX_HEADER_BYTES = 25 * 2**20
-DTYPES = {"F64": (torch.float64, 8), "F32": (torch.float32, 4), "F16": (torch.float16, 2), "BF16": (torch.bfloat16, 2)}
-NAME = re.compile(r"[A-Za-z0-9_\-]+(\.[A-Za-z0-9_\-]+)*")
+DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
+PARTS = {"lora_A.weight": "lora_A", "lora_B.weight": "lora_B",
+         "lora_magnitude_vector": "lora_magnitude", "lora_magnitude_vector.weight": "lora_magnitude"}  # fmt: skip
 
 
 @dataclass
@@ -27,15 +28,13 @@ class AdapterTensors:
     """The tensors of one adapter file.
 
     Attributes:
-        lora_A, lora_B, magnitude: by the path of their layer; magnitude is DoRA's.
+        layers: path of a layer → name of the part → tensor; `lora_magnitude` is DoRA's.
         base: by parameter name, weights of adapted layers themselves. PEFT adds these copies when the
             output head is adapted; they must equal the model's.
         whole: by parameter name, the weights of modules that are replaced whole.
     """
 
-    lora_A: dict[str, torch.Tensor] = field(default_factory=dict)
-    lora_B: dict[str, torch.Tensor] = field(default_factory=dict)
-    magnitude: dict[str, torch.Tensor] = field(default_factory=dict)
+    layers: dict[str, dict[str, torch.Tensor]] = field(default_factory=dict)
     base: dict[str, torch.Tensor] = field(default_factory=dict)
     whole: dict[str, torch.Tensor] = field(default_factory=dict)
 
@@ -44,142 +43,164 @@ def read_adapter_tensors(directory: str | Path) -> AdapterTensors:
     """Read and check `directory/adapter_model.safetensors`.
 
     Raises:
-        ValueError: missing, a pickle, truncated, with a damaged header, tensors that are not finite
-            floating point numbers, names that PEFT does not write, half a pair, or ranks that differ
-            within a pair; also tensors of methods that are not supported, by name.
+        ValueError: missing, a pickle, damaged, tensors that are not finite floating-point numbers, or names that
+            PEFT does not write.
     """
     path = Path(directory) / WEIGHTS_NAME
-    tensors = read_safetensors(path)
-    result = AdapterTensors()
-    for key, tensor in tensors.items():
-        _sort_in(result, path, key, tensor)
-    halves = result.lora_A.keys() ^ result.lora_B.keys()
-    if halves:
-        raise ValueError(f"{path}: {listed(halves)} has only one of lora_A and lora_B")
-    lost = result.magnitude.keys() - result.lora_A.keys()
-    if lost:
-        raise ValueError(f"{path}: {listed(lost)} has a lora_magnitude_vector but no lora_A")
+    result, tensors = AdapterTensors(), read_safetensors(path)
     if not tensors:
         raise ValueError(f"{path} holds no tensors")
-    for layer, A in result.lora_A.items():
-        B = result.lora_B[layer]
-        if A.dim() != 2 or B.dim() != 2 or A.shape[0] != B.shape[1] or 0 in (*A.shape, *B.shape):
-            raise ValueError(
-                f"{path}: {layer}: lora_A must be (rank, in) and lora_B (out, rank), "
-                f"got {tuple(A.shape)} and {tuple(B.shape)}"
-            )
+    for key, tensor in tensors.items():
+        if not key.startswith(PREFIX):
+            raise ValueError(f"{path}: {short(key)} does not begin with {PREFIX!r}, as all keys of a PEFT adapter do")
+        name = key[len(PREFIX) :]
+        ending = next((ending for ending in PARTS if name.endswith(f".{ending}")), None)
+        if ending:
+            place, name = result.layers.setdefault(name[: -len(ending) - 1], {}), PARTS[ending]
+        else:
+            place = result.base if ".base_layer." in name else result.whole
+            name = name.replace(".base_layer.", ".")
+        if name in place:
+            raise ValueError(f"{path}: {short(key)} says again what another tensor says")
+        place[name] = tensor
     return result
 
 
-KINDS = {"lora_A.weight": "lora_A", "lora_B.weight": "lora_B",
-         "lora_magnitude_vector": "magnitude", "lora_magnitude_vector.weight": "magnitude"}  # fmt: skip
-UNSUPPORTED = re.compile(r"(?:^|\.)(lora_embedding_[AB]|lora_[AB]\.bias|lora_\w+)(?:\.|$)")
-
-
-def _sort_in(result: AdapterTensors, path: Path, key: str, tensor: torch.Tensor) -> None:
-    if not NAME.fullmatch(key):
-        raise ValueError(f"{path}: {short(key)} is no tensor name")
-    if not key.startswith(PREFIX):
-        raise ValueError(f"{path}: {short(key)} does not begin with {PREFIX!r}, as every key of a PEFT adapter does")
-    name = key[len(PREFIX) :]
-    for ending, kind in KINDS.items():
-        if name.endswith(f".{ending}"):
-            layer = name[: -len(ending) - 1]
-            if layer in getattr(result, kind):
-                raise ValueError(f"{path}: {layer} has two tensors for {kind}")
-            getattr(result, kind)[layer] = tensor
-            return
-    unsupported = UNSUPPORTED.search(name)
-    if unsupported:
-        raise ValueError(f"{path}: {short(key)}: {unsupported[1]} in this place is not supported")
-    kind, name = (result.base, name.replace(".base_layer.", ".")) if ".base_layer." in name else (result.whole, name)
-    if name in kind:
-        raise ValueError(f"{path}: {name} occurs twice")
-    kind[name] = tensor
-
-
 def read_safetensors(path: Path) -> dict[str, torch.Tensor]:
-    """Name → tensor (on the CPU, in memory of its own), everything checked first.
+    """Name → tensor, on the CPU, in memory of its own.
 
     Raises:
         ValueError: see `read_adapter_tensors`.
     """
+    from safetensors import SafetensorError, safe_open
+
     if not path.is_file():
-        bin_file = path.with_suffix(".bin")
-        if bin_file.exists():
-            raise ValueError(f"{bin_file} is a pickle and can run any code when it is read; only {path.name} is")
+        if path.with_suffix(".bin").exists():
+            name = path.with_suffix(".bin")
+            raise ValueError(f"{name} is a pickle and can run any code when it is read; only {path.name} is")
         raise ValueError(f"{path}: no such file")
-    with open(path, "rb") as file:
-        size = file.seek(0, 2)
-        file.seek(0)
-        start = file.read(8)
-        length = int.from_bytes(start, "little")
-        if len(start) < 8 or length > size - 8:
-            if start.startswith((b"PK\x03\x04", b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05")):
-                raise ValueError(f"{path} is a pickle under a false name; refused, for reading one can run any code")
-            raise ValueError(f"{path} is truncated or no safetensors file ({size} bytes, header of {length})")
-        if length > MAX_HEADER_BYTES:
-            raise ValueError(f"{path}: a header of {length} bytes is too large (at most {MAX_HEADER_BYTES})")
-        entries = _check_header(path, file.read(length), size - 8 - length)
-        tensors = {}
-        for name, (dtype, shape, begin, end) in entries.items():
-            file.seek(8 + length + begin)
-            data = bytearray(file.read(end - begin))
-            tensor = torch.frombuffer(data, dtype=dtype).view(shape) if data else torch.empty(shape, dtype=dtype)
-            if not torch.isfinite(tensor).all():
-                raise ValueError(f"{path}: {short(name)} holds NaN or infinite values")
-            tensors[name] = tensor
+    try:
+        with safe_open(path, framework="pt") as file:
+            tensors = {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118, it is no dict
+    except SafetensorError as error:
+        with open(path, "rb") as file:
+            start = file.read(4)
+        if start.startswith((b"PK\x03\x04", b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05")):
+            raise ValueError(
+                f"{path} is a pickle under a false name; refused, for reading one can run any code"
+            ) from None
+        raise ValueError(f"{path} is damaged or not a safetensors file: {str(error)[:300]}") from None
+    for name, tensor in tensors.items():
+        if tensor.dtype not in DTYPES:
+            expected = ", ".join(map(str, DTYPES))
+            raise ValueError(f"{path}: {short(name)} is of dtype {tensor.dtype}, expected one of {expected}")
+        if not torch.isfinite(tensor).all():
+            raise ValueError(f"{path}: {short(name)} holds NaN or infinite values")
     return tensors
 
 
-def _check_header(path: Path, raw: bytes, data_bytes: int) -> dict[str, tuple]:
-    """Name → (dtype, shape, begin, end), with the byte ranges covering the data once and without a gap."""
+def check_fit(model: nn.Module, config: AdapterConfig, tensors: AdapterTensors, name: str, where: str):
+    """Compare an adapter with a model, as the adapter `name` of which it is to be loaded.
 
-    def damaged(why):
-        return ValueError(f"{path}: damaged header: {why}")
+    Returns:
+        Path → layer to adapt (adapted already or not), path → module to replace whole (likewise), path of each
+        layer → (rank, alpha, scaling).
 
-    try:
-        header = json.loads(raw.decode(), object_pairs_hook=unique)
-    except (ValueError, RecursionError) as error:
-        raise damaged(str(error) or type(error).__name__) from None
-    if not isinstance(header, dict):
-        raise damaged(f"it must be a JSON object, got {type(header).__name__}")
-    metadata = header.pop("__metadata__", {})
-    if not isinstance(metadata, dict) or not all(isinstance(text, str) for text in metadata.values()):
-        raise damaged("__metadata__ must hold strings")
-    entries = {}
-    for name, info in header.items():
-        if not isinstance(info, dict) or info.keys() != {"dtype", "shape", "data_offsets"}:
-            raise damaged(f"{short(name)} must have dtype, shape and data_offsets")
-        dtype, shape, offsets = info["dtype"], info["shape"], info["data_offsets"]
-        if not isinstance(dtype, str) or dtype not in DTYPES:
-            raise ValueError(f"{path}: {short(name)} is of dtype {short(dtype)}, expected one of {', '.join(DTYPES)}")
-        if not _is_sizes(shape) or len(shape) > 8 or not _is_sizes(offsets) or len(offsets) != 2:
-            raise damaged(f"{short(name)} has shape {short(shape)} and data_offsets {short(offsets)}")
-        torch_dtype, width = DTYPES[dtype]
-        if offsets[1] - offsets[0] != math.prod(shape) * width or offsets[1] > data_bytes:
-            raise damaged(
-                f"{short(name)}: {dtype} of shape {short(shape)} does not fill the bytes {offsets} of {data_bytes} "
-                "(truncated file?)"
-            )
-        entries[name] = (torch_dtype, shape, *offsets)
-    position = 0
-    for begin, end in sorted(entry[2:] for entry in entries.values()):
-        if begin != position:
-            raise damaged(f"tensors overlap or leave a gap at byte {min(begin, position)}")
-        position = end
-    if position != data_bytes:
-        raise damaged(f"{data_bytes - position} bytes after the last tensor")
-    return entries
+    Raises:
+        ValueError: the message begins with `where` and names the layers that matched, are missing in
+            the file and are unexpected there, or the layer whose parts or shapes are wrong.
+    """
+    linear = linear_layers(model)
+    modules = _modules_to_save(model, config, where)
+    _compare_names(linear, modules, config, tensors, name, where, output_heads(model, linear))
+    settings = config.settings(tensors.layers)
+    for path, (rank, _, _) in settings.items():
+        _check_layer(path, linear[path], rank, config, tensors.layers[path], name, where)
+    own = {f"{p}.{key}": tensor for p in settings for key, tensor in original(linear[p]).state_dict().items()}
+    for key, tensor in tensors.base.items():
+        _check_base(key, tensor, own.get(key), where)
+    for path, module in modules.items():
+        for key, tensor in original(module).state_dict().items():
+            given = tensors.whole[f"{path}.{key}"]
+            if given.shape != tensor.shape or not tensor.is_floating_point():
+                raise ValueError(
+                    f"{where}: {path}.{key} is {tuple(given.shape)} in the file and {tuple(tensor.shape)} "
+                    f"of {tensor.dtype} in the model"
+                )
+    return {path: linear[path] for path in settings}, modules, settings
 
 
-def _is_sizes(value) -> bool:
-    return isinstance(value, list) and all(
-        isinstance(item, int) and not isinstance(item, bool) and 0 <= item < 2**63 for item in value
-    )
+def _modules_to_save(model, config, where) -> dict[str, nn.Module]:
+    """Path → module of what the config replaces whole.
+
+    One name that is there is enough: PEFT writes both "classifier" and "score" for every classification
+    model. Tensors in the file for a module that is not there are found to be unexpected.
+    """
+    endings = tuple(config.modules_to_save or ())
+    modules = {path: module for path, module in outer_modules(model).items() if path.endswith(endings)}
+    if endings and not modules:
+        raise ValueError(f"{where}: modules_to_save names {_listed(set(endings))}, which the model does not have")
+    for path, module in modules.items():
+        inner = [inside for inside in modules if inside.startswith(f"{path}.")]
+        inner += [f"{path}.{at}" for at, child in module.named_modules() if isinstance(child, LoRALinear)]
+        if inner:
+            raise ValueError(f"{where}: modules_to_save would replace {path!r}, which holds the adapted {inner[0]!r}")
+    return modules
 
 
-def listed(names) -> str:
+def _compare_names(linear, modules, config, tensors, name, where, heads) -> None:
+    given = set(tensors.layers)
+    selected = config.selects(linear, heads)
+    held = {path for path, layer in linear.items() if isinstance(layer, LoRALinear) and adapter_of(layer, name)}
+    matched = {id(linear[path]) for path in given & linear.keys()}
+    missing = {path for path in ((selected or set()) | held) - given if id(linear[path]) not in matched}
+    unexpected = given - linear.keys()
+    for allowed in (selected, held or None):
+        unexpected |= set() if allowed is None else given - allowed
+    keys = {f"{path}.{key}" for path, module in modules.items() for key in original(module).state_dict()}
+    missing |= keys - tensors.whole.keys()
+    unexpected |= tensors.whole.keys() - keys
+    if missing or unexpected:
+        raise ValueError(
+            f"{where}: the adapter does not fit the model: matched: {len(given - unexpected)} layers; "
+            f"missing in the file: {_listed(missing)}; unexpected in the file: {_listed(unexpected)}"
+        )
+
+
+def _check_base(key, tensor, own, where) -> None:
+    if own is None:
+        raise ValueError(f"{where}: unexpected in the file: {key} of the base model")
+    coarse = own.dtype if own.dtype.itemsize < tensor.dtype.itemsize else tensor.dtype
+    if own.shape != tensor.shape or not torch.equal(own.to(coarse).cpu(), tensor.to(coarse)):
+        raise ValueError(
+            f"{where}: the file brings its own {key} of shape {tuple(tensor.shape)}, which is not the model's of shape "
+            f"{tuple(own.shape)}: another base model, or a resized vocabulary"
+        )
+
+
+def _check_layer(path, layer, rank, config, parts, name, where) -> None:
+    if original(layer).weight.is_meta:
+        raise ValueError(f"{path} is on the meta device, where an adapter would lose its values")
+    outputs, inputs = features(layer)
+    wanted = {"lora_A": (rank, inputs), "lora_B": (outputs, rank)}
+    if config.use_dora:
+        wanted["lora_magnitude"] = (outputs,)
+    found = {part: tuple(tensor.shape) for part, tensor in parts.items()}
+    if found != wanted:
+        raise ValueError(f"{where}: {path} is {found} in the file, but the model and the config want {wanted}")
+    held = adapter_of(layer, name) if isinstance(layer, LoRALinear) else None
+    if held is None:
+        return
+    if hasattr(held, "start_A"):
+        raise ValueError(f"the model's adapter {name!r} is in PiSSA training; load under another name")
+    if held.rank != rank or hasattr(held, "lora_magnitude") != config.use_dora:
+        raise ValueError(
+            f"{where}: {path} has rank {rank}{', DoRA' * config.use_dora}; the model's adapter {name!r} has rank "
+            f"{held.rank}{', DoRA' * hasattr(held, 'lora_magnitude')}; load under another name"
+        )
+
+
+def _listed(names) -> str:
     """The first few of some names, for a message."""
     shown = ", ".join(short(name) for name in sorted(names)[:5])
     return (shown or "none") + (f" and {len(names) - 5} more" if len(names) > 5 else "")

@@ -59,7 +59,7 @@ def manual_checkpoint_forward(func: Callable, *args: torch.Tensor):
     - every result must be one too, with a gradient;
     - if no argument requires a gradient, parameters inside `func` get none;
     - parameters get theirs through `.grad` only: `torch.autograd.grad` does not see them;
-    - no double backward: second derivatives lack the function's share, without a word.
+    - no double backward: second derivatives lack what the function adds to them, without a word.
 
     Args:
         func: takes and returns tensors (one, or a tuple of them).
@@ -95,7 +95,8 @@ def checkpoint(func: Callable, *args, preserve_rng_state: bool = True, **kwargs)
         What `func` returns.
 
     Raises:
-        CheckpointError: in backward, naming the tensor: the number, shape, dtype or device of the saved tensors differs from the forward pass, or a parameter was modified in place in between.
+        CheckpointError: in backward, naming the tensor: the number, shape, dtype or device of the saved tensors
+            differs from the forward pass, or a parameter was modified in place in between.
     """
     if not callable(func):
         raise TypeError(f"func must be callable, got {type(func).__name__}")

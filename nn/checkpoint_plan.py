@@ -1,4 +1,4 @@
-"""Where to put the checkpoints in a stack of layers.
+"""A stack of layers with checkpoints between them, and where to put those.
 
 Cut n layers into segments; a checkpointed segment keeps its input (the boundary) and
 recomputes its inside when backward comes to it. With equal layers and k segments
@@ -6,7 +6,7 @@ recomputes its inside when backward comes to it. With equal layers and k segment
     peak = k·boundary + (n/k)·inside        FLOPs: forward once more
 
 The famous √n is the best k only where inside = boundary. In a transformer the inside
-of a layer is tens of times its boundary, and one segment a layer wins: with 32 layers
+of a layer is tens of times its boundary, and one segment per layer wins: with 32 layers
 and inside/boundary = 57, no checkpoint costs 3648, six segments 696, a checkpoint in
 every layer 178 (in bytes per token and hidden unit at 16 bits).
 
@@ -20,48 +20,20 @@ one that recomputes least is taken.
 Source: Chen et al. (2016), section 4.1, for the segments; the search is ours.
 """
 
-import contextlib
+import weakref
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from itertools import pairwise
 
 import torch
 from torch import nn
-from torch.autograd.graph import saved_tensors_hooks
-from torch.utils._pytree import tree_leaves, tree_map
-from torch.utils.flop_counter import FlopCounterMode
+from torch.utils._pytree import tree_leaves
 
-from .live_memory import LiveMemory
+from .checkpoint import checkpoint
+from .live_memory import LayerCost, measure_layers
 
 STATES_KEPT = 64  # bounds the search under a budget; the least-memory plan is always among them
-
-
-@dataclass(frozen=True)
-class LayerCost:
-    """What one layer costs, measured.
-
-    Attributes:
-        kept: bytes alive after its forward pass: saved tensors and output.
-        forward_peak: most bytes alive during its forward pass, saved tensors included.
-        backward_peak: most bytes that its backward pass adds to `kept` and the gradient of the output.
-        recomputed_backward_peak: the same where a checkpoint hands out the saved tensors: it lets go of
-            each while the operation that asked for it still runs, autograd only afterwards.
-        output: bytes of its output.
-        new_gradients: bytes of parameter gradients that its backward pass leaves behind.
-        work: FLOPs of its forward pass, plus one for each number that an operation writes.
-        stopped_work: the same up to the last tensor that it saves: a recomputation that ends with it stops there.
-        in_place: it overwrites its input, so no recomputation can start with it.
-    """
-
-    kept: int
-    forward_peak: int
-    backward_peak: int
-    recomputed_backward_peak: int
-    output: int
-    new_gradients: int
-    work: int
-    stopped_work: int
-    in_place: bool = False
 
 
 @dataclass(frozen=True)
@@ -75,7 +47,7 @@ class Segment:
 
 @dataclass(frozen=True)
 class Plan:
-    """Segments in order, the predicted peak in bytes above what was there before, and the share of forward repeated."""
+    """Segments in order, the predicted peak in bytes above what was there before, the fraction of forward repeated."""
 
     segments: tuple[Segment, ...]
     peak: int
@@ -92,119 +64,66 @@ def split_evenly(layers: int, segments: int) -> tuple[Segment, ...]:
     return tuple(Segment(a, b, recompute=b < layers) for a, b in pairwise(edges))
 
 
-def measure_layers(functions: Sequence[Callable], x) -> list[LayerCost]:
-    """Run every layer once, forward and backward, alone, and count its bytes and FLOPs.
+def checkpoint_sequential(functions, x, segments: str | int | Plan = "sqrt", budget: int | None = None):
+    """Run layers one after the other, with checkpoints between them.
 
-    Leaves no trace: gradients, buffers and random generators are as before.
+    Args:
+        functions: an `nn.Sequential` or a sequence of callables of one argument.
+        x: the first one's argument.
+        segments: "sqrt" (about √n equal segments), a number of equal segments, "auto" (boundaries
+            from measured bytes, so that the peak is least), or a `Plan` from `plan_checkpoints`. With
+            equal segments the last one is kept, not recomputed, as backward starts there. "auto"
+            measures when it first meets these layers with inputs of this shape, and remembers.
+        budget: with "auto": recompute as little as possible within this many bytes, counted above
+            what is there before the layers run.
+
+    Returns:
+        What the last function returns. Gradients are bit-equal to those of a plain run.
+
+    Raises:
+        ValueError: no functions, more segments than functions, a budget below the least possible.
+        TypeError: `segments` is of another type.
     """
-    device = next((t.device for t in tree_leaves(x) if isinstance(t, torch.Tensor)), torch.device("cpu"))
-    costs = []
-    with (
-        LiveMemory(device.type, scan=False) as memory,
-        torch.random.fork_rng(devices=[device] if device.type == "cuda" else []),
-        torch.enable_grad(),
-    ):
-        for function in functions:
-            with _buffers_restored(function):
-                cost, x = _measure_layer(function, x, memory)
-            costs.append(cost)
-    return costs
+    functions = list(functions)
+    if not functions:
+        raise ValueError("functions must hold at least one function, got none")
+    if budget is not None and segments != "auto":
+        raise ValueError(f'budget needs segments="auto", got segments={segments!r}')
+    if not torch.is_grad_enabled():
+        parts = (Segment(0, len(functions), recompute=False),)
+    elif isinstance(segments, Plan):
+        parts = segments.segments
+        if parts[-1].stop != len(functions):
+            raise ValueError(f"segments is a plan for {parts[-1].stop} functions, got {len(functions)} functions")
+    elif segments == "auto":
+        parts = _remembered_plan(functions, x, budget).segments
+    elif segments == "sqrt":
+        parts = split_evenly(len(functions), round(len(functions) ** 0.5))
+    elif isinstance(segments, str):
+        raise ValueError(f'segments must be "sqrt", "auto", a number or a Plan, got {segments!r}')
+    elif not isinstance(segments, int) or isinstance(segments, bool):
+        raise TypeError(f'segments must be "sqrt", "auto", a number or a Plan, got {type(segments).__name__}')
+    elif not 1 <= segments <= len(functions):
+        raise ValueError(f"segments must be from 1 to {len(functions)}, the number of functions, got {segments}")
+    else:
+        parts = split_evenly(len(functions), segments)
+    for part in parts:
+        run = partial(_chain, functions[part.start : part.stop])
+        x = checkpoint(run, x) if part.recompute else run(x)
+    return x
 
 
-def _measure_layer(function: Callable, x, memory: LiveMemory):
-    handed_out: dict[int, torch.Tensor] = {}
-
-    def hand_in(tensor):
-        handed_out[len(handed_out)] = tensor.detach()
-        return len(handed_out) - 1
-
-    with saved_tensors_hooks(hand_in, handed_out.pop):
-        recomputed = _measure_pass(function, x, memory)[1]  # and its output is let go
-    # FlopCounterMode holds on to tensors that have a gradient, so work is counted in a pass of its own.
-    stopped_work = 0
-
-    def note_work(tensor):
-        nonlocal stopped_work
-        stopped_work = flops.get_total_flops() + memory.elements - elements
-        return tensor.detach()
-
-    argument = tree_map(_cut_loose_copy if recomputed["in_place"] else _cut_loose, x)
-    elements = memory.elements
-    with saved_tensors_hooks(note_work, lambda tensor: tensor), FlopCounterMode(display=False) as flops:
-        function(argument)
-    work = flops.get_total_flops() + memory.elements - elements
-    del argument
-    y, kept = _measure_pass(function, x, memory)
-    peak = recomputed["backward_peak"]
-    return LayerCost(recomputed_backward_peak=peak, work=work, stopped_work=stopped_work, **kept), y
-
-
-def _measure_pass(function: Callable, x, memory: LiveMemory):
-    parameters = [p for p in function.parameters() if p.requires_grad] if isinstance(function, nn.Module) else []
-    try:
-        x = tree_map(_cut_loose, x)
-        versions = _versions(x)
-        start = memory.added
-        memory.reset_peak()
-        y = function(x)
-        in_place = _versions(x) != versions
-    except RuntimeError:  # a layer may not work in place on a leaf
-        in_place = True
-        x = tree_map(_cut_loose_copy, x)
-        start = memory.added
-        memory.reset_peak()
-        y = function(x)
-    kept, forward_peak = memory.added - start, memory.peak_added - start
-    outputs = [t for t in tree_leaves(y) if isinstance(t, torch.Tensor) and t.requires_grad]
-    gradients = [torch.ones_like(t) for t in outputs]
-    begin = memory.added
-    memory.reset_peak()
-    wanted = [t for t in (*tree_leaves(x), *parameters) if isinstance(t, torch.Tensor) and t.requires_grad]
-    if outputs and wanted:
-        torch.autograd.grad(outputs, wanted, gradients, allow_unused=True)
-    backward_peak = memory.peak_added - begin
-    output = sum(t.nbytes for t in tree_leaves(y) if isinstance(t, torch.Tensor))
-    new_gradients = sum(p.nbytes for p in parameters if p.grad is None)
-    return y, {
-        "kept": kept,
-        "forward_peak": forward_peak,
-        "backward_peak": backward_peak,
-        "output": output,
-        "new_gradients": new_gradients,
-        "in_place": in_place,
-    }
-
-
-def _cut_loose(value):
-    """Cut from the layers before, so that they can be freed. Where no gradient forbids changes in place, a copy."""
-    if not isinstance(value, torch.Tensor):
-        return value
-    return value.detach().requires_grad_() if value.requires_grad else value.clone()
-
-
-def _versions(value) -> list[int]:
-    return [leaf._version for leaf in tree_leaves(value) if isinstance(leaf, torch.Tensor)]
-
-
-def _cut_loose_copy(value):
-    return value.clone() if isinstance(value, torch.Tensor) else value
-
-
-@contextlib.contextmanager
-def _buffers_restored(function: Callable):
-    buffers = list(function.buffers()) if isinstance(function, nn.Module) else []
-    before = [b.clone() for b in buffers]
-    yield
-    with torch.no_grad():
-        for buffer, value in zip(buffers, before, strict=True):
-            buffer.copy_(value)
+def _chain(functions: Sequence[Callable], x):
+    for function in functions:
+        x = function(x)
+    return x
 
 
 def choose_segments(costs: Sequence[LayerCost], budget: int | None = None) -> Plan:
     """The plan with the least peak or, given a budget in bytes, the one within it that recomputes least.
 
     Args:
-        costs: one entry a layer, from `measure_layers`.
+        costs: one entry per layer, from `measure_layers`.
         budget: bytes that the stack may add to what is there before it runs, in forward and backward.
 
     Raises:
@@ -240,7 +159,7 @@ def _worst_moments(costs: Sequence[LayerCost]) -> dict[Segment, int]:
 
 
 def _steps(costs: Sequence[LayerCost], stop: int):
-    """Ways to end a segment before layer `stop`: (segment, bytes it leaves, work it repeats)."""
+    """The segments that can end before layer `stop`: (segment, bytes it leaves, work it repeats)."""
     last = costs[stop - 1]
     yield Segment(stop - 1, stop, recompute=False), last.kept, 0
     work = last.stopped_work - last.work
@@ -255,8 +174,8 @@ def _least_limit(costs: Sequence[LayerCost], worst: dict) -> int:
     def fits(limit):
         fewest = [0]  # bytes kept on arrival at each layer
         for stop in range(1, len(costs) + 1):
-            ways = (fewest[s.start] + left for s, left, _ in _steps(costs, stop) if fewest[s.start] + worst[s] <= limit)
-            fewest.append(min(ways, default=float("inf")))
+            kept = (fewest[s.start] + left for s, left, _ in _steps(costs, stop) if fewest[s.start] + worst[s] <= limit)
+            fewest.append(min(kept, default=float("inf")))
         return fewest[-1] < float("inf")
 
     low, high = 0, sum(c.kept for c in costs) + max(worst.values())
@@ -304,3 +223,24 @@ def plan_checkpoints(functions: Sequence[Callable], x, budget: int | None = None
     Costs about one forward and backward pass, one layer at a time, and the memory of the largest layer.
     """
     return choose_segments(measure_layers(functions, x), budget)
+
+
+_plans: weakref.WeakKeyDictionary = weakref.WeakKeyDictionary()  # first layer → circumstances → Plan
+
+
+def _remembered_plan(functions: Sequence[Callable], x, budget: int | None) -> Plan:
+    """The plan for these layers in these circumstances, measured once."""
+    described = [
+        (tuple(t.shape), t.dtype, t.device, t.requires_grad) if isinstance(t, torch.Tensor) else t
+        for t in tree_leaves(x)
+    ]
+    modules = [f for f in functions if isinstance(f, nn.Module)]
+    learning = [(p.requires_grad, p.grad is None) for m in modules for p in m.parameters()]
+    circumstances = repr((list(map(id, functions)), described, learning, [m.training for m in modules], budget))
+    try:
+        plans = _plans.setdefault(getattr(functions[0], "__self__", functions[0]), {})
+    except TypeError:  # a callable that cannot be referred to weakly
+        plans = {}
+    if circumstances not in plans:
+        plans[circumstances] = plan_checkpoints(functions, x, budget)
+    return plans[circumstances]

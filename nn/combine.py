@@ -6,10 +6,8 @@ from collections.abc import Sequence
 import torch
 from torch import nn
 
-from .adapter_math import factors
-from .multi import ModuleToSave, RestingAdapter, adapter_names, carriers, check_name, share_of
-
-Pairs = list[tuple[torch.Tensor, torch.Tensor]]
+from .lora import LoRALinear
+from .multi import ModuleToSave, RestingAdapter, adapter_names, adapter_of, check_name, modules_with_adapters
 
 
 def add_weighted_adapter(
@@ -36,60 +34,56 @@ def add_weighted_adapter(
         svd_rank: default the largest rank among the adapters.
 
     Raises:
-        ValueError: an unknown name, a new name that is in use, a weight that is missing or no finite number, different
+        ValueError: an unknown name, a new name that is in use, a weight that is missing or not finite, different
             ranks with "linear", or adapters that are more than A and B (DoRA, `modules_to_save`).
     """
     check_name(adapter_name)
     known = adapter_names(model)
     if adapter_name in known:
         raise ValueError(f"the model has an adapter {adapter_name!r} already")
-    unknown = [name for name in adapters if name not in known]
-    if unknown or not adapters:
+    if not adapters or set(adapters) - set(known):
         raise ValueError(f"adapters must name some of {', '.join(known) or 'none'}, got {list(adapters)}")
     numbers = all(isinstance(weight, (int, float)) and math.isfinite(weight) for weight in weights)
     if len(weights) != len(adapters) or not numbers:
         raise ValueError(f"weights must be {len(adapters)} finite numbers, got {list(weights)}")
-    if combination_type not in RECIPES:
-        raise ValueError(f"combination_type must be one of {', '.join(RECIPES)}, got {combination_type!r}")
+    if combination_type not in ("svd", "cat", "linear"):
+        raise ValueError(f"combination_type must be one of svd, cat, linear, got {combination_type!r}")
     if svd_rank is not None and (not isinstance(svd_rank, int) or svd_rank < 1):
         raise ValueError(f"svd_rank must be an integer of at least 1, got {svd_rank!r}")
 
-    pairs: dict[str, tuple[nn.Module, Pairs]] = {}
-    for path, carrier in carriers(model).items():
-        held = [(share_of(carrier, name), weight) for name, weight in zip(adapters, weights, strict=True)]
-        held = [(share, weight) for share, weight in held if share is not None]
+    pairs: dict[str, list[tuple[torch.Tensor, torch.Tensor]]] = {}
+    for path, module in modules_with_adapters(model).items():
+        held = [(adapter_of(module, name), weight) for name, weight in zip(adapters, weights, strict=True)]
+        held = [(adapter, weight) for adapter, weight in held if adapter is not None]
         if not held:
             continue
-        if isinstance(carrier, ModuleToSave) or any(share.lora_magnitude is not None for share, _ in held):
+        if isinstance(module, ModuleToSave) or any(hasattr(adapter, "lora_magnitude") for adapter, _ in held):
             raise ValueError(f"{path!r}: only adapters of A and B can be combined, not DoRA or modules_to_save")
-        pairs[path] = carrier, [_weighted(share, weight) for share, weight in held]
-    rank = svd_rank or max(A.shape[0] for _, held in pairs.values() for A, _ in held)
-    recipe = RECIPES["linear" if len(adapters) == 1 else combination_type]
-    made = {path: (carrier, *recipe(path, held, rank)) for path, (carrier, held) in pairs.items()}
-    for carrier, A, B in made.values():
-        A, B = (nn.Parameter(factor.contiguous(), requires_grad=False) for factor in (A, B))
-        carrier.resting[adapter_name] = RestingAdapter(A, B, rank=len(A), lora_alpha=len(A), scaling=1.0)
+        pairs[path] = [_weighted(adapter, weight) for adapter, weight in held]
+        ranks = [A.shape[0] for A, _ in pairs[path]]
+        if combination_type == "linear" and len(set(ranks)) > 1:
+            raise ValueError(f"combination_type 'linear' needs equal ranks, but {path!r} has {ranks}")
+    rank = svd_rank or max(A.shape[0] for held in pairs.values() for A, _ in held)
+    made = {}
+    for path, held in pairs.items():
+        if combination_type == "linear" or len(adapters) == 1:
+            A, B = sum(A for A, _ in held), sum(B for _, B in held)
+        else:
+            A, B = torch.cat([A for A, _ in held]), torch.cat([B for _, B in held], dim=1)
+            if combination_type == "svd":
+                A, B = best_of_rank(A, B, rank)
+        parts = {name: nn.Parameter(f.contiguous(), requires_grad=False) for name, f in (("lora_A", A), ("lora_B", B))}
+        settings = {"rank": len(A), "lora_alpha": len(A), "scaling": 1.0, "lora_dropout": 0.0}
+        made[path] = RestingAdapter(LoRALinear, parts, settings)
+    for path, adapter in made.items():
+        model.get_submodule(path).resting[adapter_name] = adapter
 
 
-def _weighted(share, weight: float) -> tuple[torch.Tensor, torch.Tensor]:
+def _weighted(adapter, weight: float) -> tuple[torch.Tensor, torch.Tensor]:
     """A and B whose product is weight · s · BA, the factor and its sign shared out as PEFT does."""
-    A, B = (factor.detach() for factor in factors(share))
-    root = math.sqrt(abs(weight * share.scaling))
-    return A * math.copysign(root, weight * share.scaling), B * root
-
-
-def _linear(path: str, pairs: Pairs, rank: int):
-    if len({A.shape[0] for A, _ in pairs}) > 1:
-        raise ValueError(f"combination_type 'linear' needs equal ranks, but {path!r} has {[len(A) for A, _ in pairs]}")
-    return sum(A for A, _ in pairs), sum(B for _, B in pairs)
-
-
-def _cat(path: str, pairs: Pairs, rank: int):
-    return torch.cat([A for A, _ in pairs]), torch.cat([B for _, B in pairs], dim=1)
-
-
-def _svd(path: str, pairs: Pairs, rank: int):
-    return best_of_rank(*_cat(path, pairs, rank), rank)
+    A, B = (factor.detach() for factor in adapter.factors())
+    root = math.sqrt(abs(weight * adapter.scaling))
+    return A * math.copysign(root, weight * adapter.scaling), B * root
 
 
 def best_of_rank(A: torch.Tensor, B: torch.Tensor, rank: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -103,6 +97,3 @@ def best_of_rank(A: torch.Tensor, B: torch.Tensor, rank: int) -> tuple[torch.Ten
     Q2, R2 = torch.linalg.qr(A.to(dtype).t())
     U, S, Vh = torch.linalg.svd(R1 @ R2.t(), full_matrices=False)
     return (Vh[:rank] @ Q2.t()).to(A.dtype), (Q1 @ U[:, :rank] * S[:rank]).to(B.dtype)
-
-
-RECIPES = {"svd": _svd, "cat": _cat, "linear": _linear}

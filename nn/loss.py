@@ -2,7 +2,7 @@
 
 The lesson: a vocabulary of V words turns N hidden vectors into N × V logits; for
 SmolLM2 (V = 49,152) at 4 × 128 tokens that is 100 MB in fp32, and the softmax and its
-gradient want as much again. But the loss needs one number a token. So
+gradient want as much again. But the loss needs one number per token. So
 
     forward:   z = h Wᵀ + b            (one chunk of tokens at a time)
                loss = Σ logsumexp(z) − z[target]

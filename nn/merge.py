@@ -1,9 +1,9 @@
-"""Merging for good: into dense weights, or into NF4, and what each way costs.
+"""Merging over a whole model: for a while, for good, into dense weights or into NF4, and what each method costs.
 
 An NF4 weight stands on one of 16 levels, 0.08 to 0.3 of the block's largest value apart. A trained ΔW
 is far smaller than that, so that rounding W + ΔW back to 4 bits leaves most codes as they were and
 loses most of ΔW, while adding an error of its own. That is why `merge_lora` refuses an
-NF4 base unless it may become dense. `merge_errors` measures all ways on the model at hand.
+NF4 base unless it may become dense. `merge_errors` measures all methods on the model at hand.
 """
 
 from dataclasses import dataclass
@@ -12,13 +12,75 @@ import torch
 from torch import nn
 
 from ..quant import NF4Linear, quantize_nf4
-from .adapter_math import leading_factors
-from .inject import lora_layers, merge_lora, shared_weights
-from .lora import LoRALinear, dense_weight
-from .multi import ModuleToSave, carriers
+from .base_layer import dense_weight
+from .inject import required_lora_layers
+from .lora import LoRALayer, LoRALinear, active_layers
+from .multi import ModuleToSave, modules_with_adapters
+from .variants import leading_factors
 
 REFIT_ROUNDS = 5
 REFIT_ITERATIONS = 8  # of the randomized decomposition; the exact one takes minutes for a model
+
+
+def merge_lora(model: nn.Module, dequantize: bool = False, untie: bool = False) -> nn.Module:
+    """Fold every adapter into its base weight, in place. Layers already merged are left as they are.
+
+    Args:
+        dequantize: let NF4 layers become dense ones; a merge into 4 bits would erase the adapter.
+        untie: give a base weight that is shared (an output head tied to the embedding) a copy of its
+            own first, for good, and set `model.config.tie_word_embeddings` to False. Without it, saving
+            and loading such a model would tie the two again and lose one of them.
+
+    Raises:
+        ValueError: no LoRA layers; NF4 layers without `dequantize`; a shared weight without `untie`; a layer that
+            cannot be merged (see `LoRALinear.merge_weights`). Nothing is changed then.
+    """
+    layers = [(name, layer) for name, layer in required_lora_layers(model) if not layer.merged and layer.adapter]
+    shared = _shared_weights(model)
+    tied = {name: shared[layer.weight] for name, layer in layers if layer.weight in shared}
+    if tied and not untie:
+        name, names = next(iter(tied.items()))
+        raise ValueError(
+            f"the weight of {name!r} is shared ({', '.join(names)}), and merging the adapter would untie it; "
+            "pass untie=True to give the layer a weight of its own"
+        )
+    for name, layer in layers:
+        try:
+            layer.merge_weights(dequantize)
+        except ValueError as error:
+            for _, done in layers:
+                done.unmerge_weights()
+            raise ValueError(f"{name!r}: {error}") from None
+    for name in tied:
+        base = model.get_submodule(name).unmerged
+        base.weight = nn.Parameter(base.weight.detach().clone(), base.weight.requires_grad)
+        _untie_config(model)
+    return model
+
+
+def _shared_weights(model) -> dict[torch.Tensor, list[str]]:
+    """Parameter → its names, for the parameters that several modules hold."""
+    names: dict[torch.Tensor, list[str]] = {}
+    for path, module in model.named_modules():
+        for name, parameter in module.named_parameters(recurse=False):
+            names.setdefault(parameter, []).append(f"{path}.{name}")
+    return {parameter: found for parameter, found in names.items() if len(found) > 1}
+
+
+def _untie_config(model) -> None:
+    if hasattr(model, "config"):
+        model.config.tie_word_embeddings = False
+
+
+def unmerge_lora(model: nn.Module) -> nn.Module:
+    """Put every original base layer back, bit for bit.
+
+    Raises:
+        ValueError: the model has no LoRA layers.
+    """
+    for _, layer in required_lora_layers(model):
+        layer.unmerge_weights()
+    return model
 
 
 def merge_and_unload(model: nn.Module, dequantize: bool = False, untie: bool = False) -> nn.Module:
@@ -36,10 +98,10 @@ def merge_and_unload(model: nn.Module, dequantize: bool = False, untie: bool = F
     Raises:
         ValueError: as `merge_lora`; nothing is changed then.
     """
-    shared, torn = shared_weights(model), False
-    for path, carrier in carriers(model).items():
-        if isinstance(carrier, ModuleToSave) and carrier.adapter is not None:
-            tied = [names for p in carrier.base_layer.parameters() for names in [shared.get(p)] if names]
+    shared, torn = _shared_weights(model), False
+    for path, module in modules_with_adapters(model).items():
+        if isinstance(module, ModuleToSave) and module.adapter is not None:
+            tied = [shared[p] for p in module.base_layer.parameters() if p in shared]
             if tied and not untie:
                 raise ValueError(
                     f"the adapter has replaced {path!r}, whose weight is shared ({', '.join(tied[0])}); "
@@ -47,27 +109,60 @@ def merge_and_unload(model: nn.Module, dequantize: bool = False, untie: bool = F
                 )
             torn = torn or bool(tied)
     merge_lora(model, dequantize, untie)
-    if torn and hasattr(model, "config"):
-        model.config.tie_word_embeddings = False
+    if torn:
+        _untie_config(model)
     return unload(model)
 
 
-def merge_errors(model: nn.Module, four_bits: bool = True) -> "MergeErrors":
-    """Measure, layer by layer and without changing anything, what every way of merging would lose.
+def unload(model: nn.Module) -> nn.Module:
+    """Take everything of LoRA out of the model, in place: base layers stand where they stood, merged ones as merged."""
+    for path, module in list(model.named_modules(remove_duplicate=False)):
+        if isinstance(module, LoRALinear):
+            model.set_submodule(path, module.base_layer)
+        elif isinstance(module, ModuleToSave):
+            model.set_submodule(path, module.current)
+    return model
 
-    The error of a way is ‖result − (W + ΔW)‖ / ‖ΔW‖ (Frobenius), W being the weight that the adapter was
+
+@dataclass(frozen=True)
+class MergeErrors:
+    """Relative errors of merging: path of the layer → method → ‖result − (W + ΔW)‖ / ‖ΔW‖. `print` it."""
+
+    layers: dict[str, dict[str, float]]
+
+    def _of(self, method: str) -> torch.Tensor:
+        return torch.tensor([errors[method] for errors in self.layers.values() if method in errors])
+
+    def median(self, method: str) -> float:
+        """The median over the layers that can be merged by this method."""
+        return self._of(method).median().item()
+
+    def worst(self, method: str) -> float:
+        return self._of(method).max().item()
+
+    def __str__(self):
+        methods = dict.fromkeys(method for errors in self.layers.values() for method in errors)
+        lines = [f"merged into      error, median    worst   (of ‖ΔW‖, over {len(self.layers)} layers)"]
+        lines += [f"{method:16} {self.median(method):13.2%} {self.worst(method):8.2%}" for method in methods]
+        return "\n".join(lines)
+
+
+def merge_errors(model: nn.Module, four_bits: bool = True) -> MergeErrors:
+    """Measure, layer by layer and without changing anything, what every method of merging would lose.
+
+    The error of a method is ‖result − (W + ΔW)‖ / ‖ΔW‖ (Frobenius), W being the weight that the adapter was
     trained on (the dequantized one for NF4). 0 is exact; 1 is as wrong as leaving the adapter out.
 
     Args:
-        four_bits: also the ways that stay NF4, which take a second a large layer.
+        four_bits: also the methods that stay NF4, which take a second for a large layer.
 
     Raises:
         ValueError: the model has no active adapter.
     """
-    return MergeErrors({path: _errors(layer, four_bits) for path, layer in _trained_layers(model)})
+    return MergeErrors({path: _errors(layer, four_bits) for path, layer in active_layers(model)})
 
 
-def merge_into_nf4(model: nn.Module, method: str) -> "MergeErrors":
+def merge_into_nf4(model: nn.Module, method: str) -> MergeErrors:
     """Merge the active adapter into NF4 layers that stay NF4, in place, and measure what is lost.
 
     Args:
@@ -85,61 +180,33 @@ def merge_into_nf4(model: nn.Module, method: str) -> "MergeErrors":
     """
     if method not in ("requantize", "refit"):
         raise ValueError(f"method must be 'requantize' or 'refit', got {method!r}")
-    layers = [(path, layer) for path, layer in _trained_layers(model) if isinstance(layer.base_layer, NF4Linear)]
+    layers = {path: layer for path, layer in active_layers(model) if isinstance(layer.base_layer, NF4Linear)}
     if not layers:
         raise ValueError("the model has no NF4 layer with an active adapter")
-    special = [path for path, layer in layers if layer.start_A is not None or layer.lora_magnitude is not None]
-    if method == "refit" and special:
-        raise ValueError(f"{special[0]!r}: only plain LoRA can be refitted")
-    errors = MergeErrors({path: _errors(layer) for path, layer in layers})
-    for path, layer in layers:
+    variants = [path for path, layer in layers.items() if not _is_plain(layer)]
+    if method == "refit" and variants:
+        raise ValueError(f"{variants[0]!r}: only plain LoRA can be refitted")
+    errors = MergeErrors({path: _errors(layer) for path, layer in layers.items()})
+    for path, layer in layers.items():
         target = _target(layer)
         if method == "requantize":
             layer.base_layer.quantized = _quantized_like(layer.base_layer, target)
             model.set_submodule(path, layer.base_layer)
         else:
-            quantized, A, B = _refit(layer, target)
-            layer.base_layer.quantized = quantized
+            layer.base_layer.quantized, A, B = _refit(layer, target)
             with torch.no_grad():
                 layer.lora_A.copy_(A)
                 layer.lora_B.copy_(B)
     return errors
 
 
-@dataclass(frozen=True)
-class MergeErrors:
-    """Relative errors of merging: path of the layer → way → ‖result − (W + ΔW)‖ / ‖ΔW‖. `print` it."""
-
-    layers: dict[str, dict[str, float]]
-
-    def median(self, way: str) -> float:
-        """The median over the layers that can be merged this way."""
-        return torch.tensor([errors[way] for errors in self.layers.values() if way in errors]).median().item()
-
-    def worst(self, way: str) -> float:
-        return max(errors[way] for errors in self.layers.values() if way in errors)
-
-    def __str__(self):
-        ways = list(dict.fromkeys(way for errors in self.layers.values() for way in errors))
-        lines = [f"merged into      error, median    worst   (of ‖ΔW‖, over {len(self.layers)} layers)"]
-        lines += [f"{way:16} {self.median(way):13.2%} {self.worst(way):8.2%}" for way in ways]
-        return "\n".join(lines)
-
-
-def _trained_layers(model) -> list[tuple[str, LoRALinear]]:
-    layers = [(path, layer) for path, layer in lora_layers(model) if layer.lora_A is not None]
-    if not layers:
-        raise ValueError("the model has no active adapter")
-    merged = [path for path, layer in layers if layer.merged]
-    if merged:
-        raise ValueError(f"the adapter is merged into {merged[0]!r}; call unmerge_lora first")
-    return layers
+def _is_plain(layer: LoRALinear) -> bool:
+    return type(layer) in (LoRALinear, LoRALayer)
 
 
 @torch.no_grad()
 def _target(layer: LoRALinear) -> torch.Tensor:
-    delta = layer.delta_weight()
-    return delta.add_(dense_weight(layer.base_layer))
+    return layer.delta_weight().add_(dense_weight(layer.base_layer))
 
 
 @torch.no_grad()
@@ -149,11 +216,11 @@ def _errors(layer: LoRALinear, four_bits: bool = True) -> dict[str, float]:
     results = {str(dtype).removeprefix("torch."): target.to(dtype) for dtype in dtypes}
     if four_bits and isinstance(layer.base_layer, NF4Linear):
         results["nf4, requantize"] = _quantized_like(layer.base_layer, target).dequantize(torch.float32)
-        if layer.start_A is None and layer.lora_magnitude is None and layer.scaling:
+        if _is_plain(layer) and layer.scaling:
             quantized, A, B = _refit(layer, target)
             results["nf4, refit"] = quantized.dequantize(torch.float32) + layer.scaling * (B @ A)
-    lost = {way: (result - target).norm() for way, result in results.items()}
-    return {way: (norm / length).item() if norm else 0.0 for way, norm in lost.items()}
+    lost = {method: (result - target).norm() for method, result in results.items()}
+    return {method: (norm / length).item() if norm else 0.0 for method, norm in lost.items()}
 
 
 def _quantized_like(base: NF4Linear, weight: torch.Tensor):
@@ -177,13 +244,3 @@ def _refit(layer: LoRALinear, target: torch.Tensor):
             if best is None or error < best[0]:
                 best = error, quantized, A, B
     return best[1:]
-
-
-def unload(model: nn.Module) -> nn.Module:
-    """Take everything of LoRA out of the model, in place: base layers stand where they stood, merged ones as merged."""
-    for path, module in list(model.named_modules(remove_duplicate=False)):
-        if isinstance(module, LoRALinear):
-            model.set_submodule(path, module.base_layer)
-        elif isinstance(module, ModuleToSave):
-            model.set_submodule(path, module.current)
-    return model

@@ -1,40 +1,60 @@
 """Several adapters in one model, of which one is active.
 
-Every LoRALinear carries the active adapter in `lora_A`, `lora_B` and its settings, and the others in
+Every LoRALinear holds the active adapter in `lora_A`, `lora_B` and its settings, and the others in
 `layer.resting`, by name. Switching exchanges the Parameter objects themselves: no value is copied, so
 every bit stays, `requires_grad` and optimizer state stay with their parameter, and `.to()` and
 `state_dict()` reach all adapters because all are registered in the module. What is active and what
 is trained are two things.
 
-An adapter need not touch every layer: where the active one is absent, `lora_A` is None and the layer
-computes as its base.
+An adapter need not touch every layer: where the active one is absent, the layer computes as its base.
 """
 
 import contextlib
 import copy
+import functools
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 
 import torch
 from torch import nn
 
-from .lora import LoRALinear, is_adaptable
+from .base_layer import autocast_input, base_forward, is_adaptable
+from .lora import LoRALinear
 
-PARTS = ("lora_A", "lora_B", "lora_magnitude", "start_A", "start_B")
 SETTINGS = ("rank", "lora_alpha", "scaling", "lora_dropout")
 
 
 class RestingAdapter(nn.Module):
-    """One layer's share of an adapter that is not active, under the same attribute names as in LoRALinear."""
+    """What one layer has of an adapter that is not active.
 
-    def __init__(self, lora_A, lora_B, rank, lora_alpha, scaling, lora_dropout=0.0, lora_magnitude=None,
-                 start_A=None, start_B=None):  # fmt: skip
+    Args:
+        kind: the class of the layer when this adapter is active, LoRALinear or one of `variants`.
+        parts: the parameters and buffers that `kind.PARTS` names.
+        settings: the values of SETTINGS.
+    """
+
+    def __init__(self, kind: type[LoRALinear], parts: dict[str, torch.Tensor], settings: dict[str, float]):
         super().__init__()
-        self.lora_A, self.lora_B = lora_A, lora_B
-        self.rank, self.lora_alpha, self.scaling, self.lora_dropout = rank, lora_alpha, scaling, lora_dropout
-        self.register_parameter("lora_magnitude", lora_magnitude)
-        self.register_buffer("start_A", start_A)
-        self.register_buffer("start_B", start_B)
+        self.kind = kind
+        _hold(self, parts)
+        for name in SETTINGS:
+            setattr(self, name, settings[name])
+
+    def factors(self):
+        """As a layer of this kind computes them."""
+        return self.kind.factors(self)
+
+    def added_term(self, x, y, base, training):
+        """As a layer of this kind computes it."""
+        return self.kind.added_term(self, x, y, base, training)
+
+
+def _hold(module: nn.Module, parts: dict[str, torch.Tensor]) -> None:
+    for name, tensor in parts.items():
+        if isinstance(tensor, nn.Parameter):
+            setattr(module, name, tensor)
+        else:
+            module.register_buffer(name, tensor)
 
 
 class ModuleToSave(nn.Module):
@@ -51,8 +71,7 @@ class ModuleToSave(nn.Module):
         super().__init__()
         self.base_layer = module.requires_grad_(False)
         self.copies = nn.ModuleDict()
-        self.adapter = None
-        self.enabled = True
+        self.adapter, self.enabled = None, True
         self.train(module.training)
 
     @property
@@ -67,18 +86,20 @@ class ModuleToSave(nn.Module):
         return self.current(*args, **kwargs)
 
 
-def carriers(model: nn.Module) -> dict[str, LoRALinear | ModuleToSave]:
+def modules_with_adapters(model: nn.Module) -> dict[str, LoRALinear | ModuleToSave]:
     """Path → module of everything in the model that adapters live in."""
     return {path: module for path, module in model.named_modules() if isinstance(module, (LoRALinear, ModuleToSave))}
 
 
-def linear_layers(model: nn.Module) -> dict[str, nn.Module]:
-    """Path → module of the layers that LoRA can adapt or has adapted.
+def linear_layers(model: nn.Module, in_attention: bool = False) -> dict[str, nn.Module]:
+    """Path → module of the layers that LoRA can adapt or has adapted; not those inside adapters.
 
-    Left out are those inside adapters, and those inside nn.MultiheadAttention, which reads their weights itself.
+    Args:
+        in_attention: also those inside nn.MultiheadAttention, which reads their weights itself.
     """
-    closed = [path for path, module in model.named_modules() if isinstance(module, nn.MultiheadAttention)]
-    inside = tuple(f"{path}." for path in [*carriers(model), *closed])
+    closed = () if in_attention else nn.MultiheadAttention
+    closed = [path for path, module in model.named_modules() if isinstance(module, closed)]
+    inside = tuple(f"{path}." for path in [*modules_with_adapters(model), *closed])
     return {
         path: module
         for path, module in model.named_modules(remove_duplicate=False)
@@ -88,43 +109,45 @@ def linear_layers(model: nn.Module) -> dict[str, nn.Module]:
 
 def outer_modules(model: nn.Module) -> dict[str, nn.Module]:
     """Path → module of everything but the insides of adapted layers and modules."""
-    inside = tuple(f"{path}." for path in carriers(model))
+    inside = tuple(f"{path}." for path in modules_with_adapters(model))
     return {path: module for path, module in model.named_modules() if path and not path.startswith(inside)}
 
 
-def without_adapter(layer: nn.Module) -> LoRALinear:
-    """A LoRALinear around `layer` in which no adapter is active yet. Torch's random state is left as it was."""
-    devices = [layer.weight.device] if layer.weight.is_cuda else []
-    with torch.random.fork_rng(devices):
-        wrapped = LoRALinear(layer, rank=1)
-    for part in PARTS + SETTINGS:
-        setattr(wrapped, part, None)
-    wrapped.adapter = None
-    return wrapped
+def original(module: nn.Module) -> nn.Module:
+    """The model's own module, without the adapters around it."""
+    return module.base_layer if isinstance(module, (LoRALinear, ModuleToSave)) else module
 
 
-def names_of(carrier: LoRALinear | ModuleToSave) -> list[str]:
-    """The adapters that live in one layer, the active one first."""
-    if isinstance(carrier, ModuleToSave):
-        return list(carrier.copies)
-    return ([] if carrier.adapter is None else [carrier.adapter]) + list(carrier.resting)
+def lora_parameters(model: nn.Module) -> Iterator[nn.Parameter]:
+    """Every parameter of the active adapter, lora_A and lora_B of each layer: what the optimizer gets.
+
+    With `save_modules` also those of the modules that it replaces whole.
+    """
+    for module in modules_with_adapters(model).values():
+        if isinstance(module, LoRALinear):
+            yield from module.parameters(recurse=False)
+        elif module.adapter is not None:
+            yield from module.copies[module.adapter].parameters()
 
 
-def share_of(carrier: LoRALinear | ModuleToSave, name: str):
-    """One layer's share of the adapter `name`: what has lora_A, lora_B and the settings; None where it is absent."""
-    if isinstance(carrier, ModuleToSave):
-        return dict(carrier.copies).get(name)
-    return carrier if carrier.adapter == name else dict(carrier.resting).get(name)
+def adapter_of(module: LoRALinear | ModuleToSave, name: str) -> nn.Module | None:
+    """What one module has of the adapter `name`: the layer itself, a RestingAdapter, or the copy; None without it."""
+    if isinstance(module, ModuleToSave):
+        return dict(module.copies).get(name)
+    return module if module.adapter == name else dict(module.resting).get(name)
 
 
 def adapter_names(model: nn.Module) -> list[str]:
     """The names of all adapters in the model, sorted."""
-    return sorted({name for carrier in carriers(model).values() for name in names_of(carrier)})
+    names = set()
+    for module in modules_with_adapters(model).values():
+        names |= {module.adapter, *(module.copies if isinstance(module, ModuleToSave) else module.resting)}
+    return sorted(names - {None})
 
 
 def active_adapter(model: nn.Module) -> str | None:
     """The name of the active adapter; None if the model has none."""
-    return next((c.adapter for c in carriers(model).values() if c.adapter is not None), None)
+    return next((m.adapter for m in modules_with_adapters(model).values() if m.adapter is not None), None)
 
 
 def set_adapter(model: nn.Module, name: str) -> None:
@@ -135,24 +158,39 @@ def set_adapter(model: nn.Module, name: str) -> None:
     """
     _check_present(model, name)
     check_unmerged(model)
-    for carrier in carriers(model).values():
-        activate(carrier, name)
+    for module in modules_with_adapters(model).values():
+        if isinstance(module, ModuleToSave):
+            module.adapter = name if name in module.copies else None
+        elif module.adapter != name:
+            set_aside(module)
+            if name in module.resting:
+                coming = module.resting.pop(name)
+                module.__class__, module.adapter = coming.kind, name
+                _hold(module, {part: getattr(coming, part) for part in coming.kind.PARTS})
+                for setting in SETTINGS:
+                    setattr(module, setting, getattr(coming, setting))
 
 
-def activate(carrier: LoRALinear | ModuleToSave, name: str) -> None:
-    """Put the adapter `name` to work in one layer; where it is absent the layer computes as its base."""
-    if isinstance(carrier, ModuleToSave):
-        carrier.adapter = name if name in carrier.copies else None
-        return
-    if carrier.adapter == name:
-        return
-    if carrier.adapter is not None:
-        parts = {part: getattr(carrier, part) for part in PARTS + SETTINGS}
-        carrier.resting[carrier.adapter] = RestingAdapter(**parts)
-    coming = carrier.resting.pop(name) if name in carrier.resting else None
-    carrier.adapter = None if coming is None else name
-    for part in PARTS + SETTINGS:
-        setattr(carrier, part, None if coming is None else getattr(coming, part))
+def set_aside(layer: LoRALinear) -> None:
+    """Leave one layer without an active adapter; the one that was is kept in `resting`."""
+    if layer.adapter is not None:
+        parts = {part: getattr(layer, part) for part in layer.PARTS}
+        settings = {setting: getattr(layer, setting) for setting in SETTINGS}
+        layer.resting[layer.adapter] = RestingAdapter(type(layer), parts, settings)
+    for part in layer.PARTS:
+        delattr(layer, part)
+    layer.__class__, layer.adapter = LoRALinear, None
+    for name in LoRALinear.PARTS + SETTINGS:
+        setattr(layer, name, None)
+
+
+def without_adapter(linear: nn.Module) -> LoRALinear:
+    """A LoRALinear around `linear` in which no adapter is active yet. Torch's random state is left as it was."""
+    with torch.random.fork_rng([linear.weight.device] if linear.weight.is_cuda else []):
+        layer = LoRALinear(linear, rank=1)
+    set_aside(layer)
+    layer.resting.clear()
+    return layer
 
 
 def delete_adapter(model: nn.Module, name: str) -> None:
@@ -164,9 +202,9 @@ def delete_adapter(model: nn.Module, name: str) -> None:
     _check_present(model, name)
     if name == active_adapter(model):
         raise ValueError(f"adapter {name!r} is active; activate another with set_adapter before deleting it")
-    for carrier in carriers(model).values():
-        if share_of(carrier, name) is not None:
-            del (carrier.copies if isinstance(carrier, ModuleToSave) else carrier.resting)[name]
+    for module in modules_with_adapters(model).values():
+        if adapter_of(module, name) is not None:
+            del (module.copies if isinstance(module, ModuleToSave) else module.resting)[name]
 
 
 @contextlib.contextmanager
@@ -186,20 +224,42 @@ def adapters_by_row(model: nn.Module, names: Sequence[str | None]):
     for name in set(names) - {None}:
         _check_present(model, name)
     check_unmerged(model)
-    layers = carriers(model)
-    whole = [path for path, c in layers.items() if isinstance(c, ModuleToSave) and set(names) & set(c.copies)]
-    if whole:
-        raise ValueError(f"{whole[0]!r} is replaced whole by one of the adapters, which cannot be done row by row")
-    rows = [(name, torch.tensor([i for i, n in enumerate(names) if n == name])) for name in dict.fromkeys(names)]
-    layers = [layer for layer in layers.values() if isinstance(layer, LoRALinear)]
-    before = [layer.rows for layer in layers]
+    layers = []
+    for path, module in modules_with_adapters(model).items():
+        if isinstance(module, LoRALinear):
+            layers.append(module)
+        elif set(names) & set(module.copies):
+            raise ValueError(f"{path!r} is replaced whole by one of the adapters, which cannot be done row by row")
+    rows = {name: torch.tensor([i for i, n in enumerate(names) if n == name]) for name in dict.fromkeys(names)}
+    before = [vars(layer).get("forward") for layer in layers]
     for layer in layers:
-        layer.rows = rows
+        layer.forward = functools.partial(_forward_by_row, layer, rows)
     try:
         yield model
     finally:
         for layer, outer in zip(layers, before, strict=True):
-            layer.rows = outer
+            del layer.forward
+            if outer is not None:
+                layer.forward = outer
+
+
+def _forward_by_row(layer: LoRALinear, rows: dict[str | None, torch.Tensor], x: torch.Tensor) -> torch.Tensor:
+    """x: (batch, ..., in) → (batch, ..., out), the rows with these indices through the adapter of that name."""
+    if not layer.enabled:
+        return base_forward(layer.unmerged, x)
+    x = autocast_input(x)
+    expected = sum(map(len, rows.values()))
+    if x.shape[0] != expected:
+        raise ValueError(f"adapters are given for {expected} rows, but the batch has shape {tuple(x.shape)}")
+    y = base_forward(layer.unmerged, x)
+    for name, places in rows.items():
+        adapter = None if name is None else adapter_of(layer, name)
+        if adapter is not None:
+            places = places.to(x.device)
+            part = y.index_select(0, places)
+            term = adapter.added_term(x.index_select(0, places), part, layer.unmerged, layer.training)
+            y = y.index_add(0, places, term)
+    return y
 
 
 def save_modules(model: nn.Module, names: Iterable[str]) -> None:
@@ -248,6 +308,6 @@ def _check_present(model, name) -> None:
 
 
 def check_unmerged(model) -> None:
-    merged = [path for path, carrier in carriers(model).items() if getattr(carrier, "merged", False)]
+    merged = [path for path, module in modules_with_adapters(model).items() if getattr(module, "merged", False)]
     if merged:
         raise ValueError(f"the active adapter is merged into {merged[0]!r}; call unmerge_lora first")

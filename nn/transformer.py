@@ -20,8 +20,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from .checkpoint import checkpoint
-from .checkpoint_plan import Plan
-from .sequential import checkpoint_sequential
+from .checkpoint_plan import Plan, checkpoint_sequential
 
 
 class RMSNorm(nn.Module):
@@ -175,45 +174,6 @@ class Transformer(nn.Module):
         self.lm_head = nn.Linear(d_model, vocab_size, bias=False)
         if tie_embeddings:
             self.lm_head.weight = self.model.embed_tokens.weight
-
-    @classmethod
-    def from_config(cls, config) -> "Transformer":
-        """A model of the sizes in a transformers `LlamaConfig` (or anything with its attributes), newly initialized.
-
-        `load_state_dict` of the transformers model then gives the same logits.
-
-        Raises:
-            ValueError: the config asks for what these blocks do not have: biases, another activation,
-                scaled rotary positions.
-        """
-        rope = getattr(config, "rope_parameters", None) or {}
-        scaling = rope.get("rope_type", "default")
-        if getattr(config, "rope_scaling", None) and not rope:
-            scaling = "scaled"
-        missing = [
-            f"{name} = {value!r}"
-            for name, value, ours in (
-                ("attention_bias", getattr(config, "attention_bias", False), False),
-                ("mlp_bias", getattr(config, "mlp_bias", False), False),
-                ("hidden_act", getattr(config, "hidden_act", "silu"), "silu"),
-                ("rope_type", scaling, "default"),
-            )
-            if value != ours
-        ]
-        if missing:
-            raise ValueError(f"config asks for {', '.join(missing)}, which Transformer does not have")
-        return cls(
-            config.vocab_size,
-            config.num_hidden_layers,
-            config.hidden_size,
-            config.num_attention_heads,
-            config.intermediate_size,
-            tie_embeddings=config.tie_word_embeddings,
-            num_kv_heads=config.num_key_value_heads,
-            head_dim=getattr(config, "head_dim", None),
-            rope_theta=rope.get("rope_theta") or getattr(config, "rope_theta", 10_000.0),
-            norm_eps=config.rms_norm_eps,
-        )
 
     def forward(self, tokens: torch.Tensor, segments: str | int | Plan | None = None) -> torch.Tensor:
         """tokens: (B, T) int64 → logits (B, T, vocab_size).

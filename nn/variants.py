@@ -9,7 +9,9 @@
 | `loftq_init(model, original)` | starts at what NF4 rounding took from W | plain LoRA |
 | `dora_init(model)` | direction and length of each row of W + ΔW learn separately | `use_dora` |
 
-Call them after `apply_lora_to_model` and before making the optimizer.
+Call them after `apply_lora_to_model` and before making the optimizer. DoRA and PiSSA hold more than A and B
+and compute with it: their layers are classes of their own, which a LoRALinear becomes and stops being with
+the adapter that is active.
 """
 
 import math
@@ -17,12 +19,14 @@ from collections.abc import Mapping
 from pathlib import Path
 
 import torch
+import torch.nn.functional as F
 from torch import nn
 
+from ..kernels.lora import lora_linear
 from ..quant import NF4Linear
-from .adapter_math import delta_weight, leading_factors
-from .inject import lora_layers, lora_parameters
-from .lora import LoRALinear, dense_weight
+from .base_layer import cast, dense_weight, operand
+from .lora import LoRALinear, active_layers
+from .multi import lora_parameters
 
 
 def use_rslora(model: nn.Module) -> None:
@@ -32,7 +36,7 @@ def use_rslora(model: nn.Module) -> None:
 
     Source: Kalajdzievski 2023, "A Rank Stabilization Scaling Factor for Fine-Tuning with LoRA".
     """
-    for _, layer in _active_layers(model):
+    for _, layer in active_layers(model):
         layer.scaling = layer.lora_alpha / math.sqrt(layer.rank)
 
 
@@ -49,16 +53,15 @@ def lora_plus_groups(model: nn.Module, lr: float, ratio: float = 16.0, weight_de
 
     Source: Hayou et al. 2024, "LoRA+: Efficient Low Rank Adaptation of Large Models", section 4.
     """
-    trained = [parameter for parameter in lora_parameters(model) if parameter.requires_grad]
-    Bs = {id(layer.lora_B) for _, layer in _active_layers(model)}
-    fast = [parameter for parameter in trained if id(parameter) in Bs]
-    vectors = [parameter for parameter in trained if parameter.dim() == 1]
-    slow = [parameter for parameter in trained if id(parameter) not in Bs and parameter.dim() != 1]
+    Bs = {id(layer.lora_B) for _, layer in active_layers(model)}
     groups = [
-        {"params": slow, "lr": lr, "weight_decay": weight_decay},
-        {"params": fast, "lr": lr * ratio, "weight_decay": weight_decay},
-        {"params": vectors, "lr": lr * ratio, "weight_decay": 0.0},
+        {"params": [], "lr": lr, "weight_decay": weight_decay},
+        {"params": [], "lr": lr * ratio, "weight_decay": weight_decay},
+        {"params": [], "lr": lr * ratio, "weight_decay": 0.0},
     ]
+    for parameter in lora_parameters(model):
+        if parameter.requires_grad:
+            groups[1 if id(parameter) in Bs else 2 if parameter.dim() == 1 else 0]["params"].append(parameter)
     return [group for group in groups if group["params"]]
 
 
@@ -70,17 +73,26 @@ def freeze_A(model: nn.Module) -> None:
 
     Source: Zhang et al. 2023, "LoRA-FA: Memory-efficient Low-rank Adaptation".
     """
-    for _, layer in _active_layers(model):
+    for _, layer in active_layers(model):
         layer.lora_A.requires_grad_(False)
+
+
+class PiSSALinear(LoRALinear):
+    """A LoRALinear that computes with W + s·(BA − B₀A₀), B₀A₀ being what the adapter started as."""
+
+    PARTS = (*LoRALinear.PARTS, "start_A", "start_B")
+
+    def factors(self):
+        """A (2r, in) and B (out, 2r): what the adapter has become, less what it started as."""
+        return torch.cat([self.lora_A, self.start_A]), torch.cat([self.lora_B, -self.start_B], dim=1)
 
 
 @torch.no_grad()
 def pissa_init(model: nn.Module, iterations: int | None = None) -> None:
     """Start at the principal singular directions: s·B₀A₀ is W cut to rank r, and the rest of W stays frozen.
 
-    PiSSA usually writes the rest, W − s·B₀A₀, over the base weight. Here W is left alone and the layer
-    computes W + s·(BA − B₀A₀), the same function, with B₀A₀ kept beside the adapter (`start_A`,
-    `start_B`). So the base can still be shared with other adapters, `disable_lora` shows the true
+    PiSSA usually writes the rest, W − s·B₀A₀, over the base weight. Here W is left alone and B₀A₀ is kept
+    beside the adapter. So the base can still be shared with other adapters, `disable_lora` shows the true
     base, and what `save_adapter` writes, [A; A₀] and [B, −B₀], is a plain LoRA of rank 2r on the
     untouched base.
 
@@ -93,14 +105,16 @@ def pissa_init(model: nn.Module, iterations: int | None = None) -> None:
 
     Source: Meng et al. 2024, "PiSSA", section 3.
     """
-    for path, layer in _active_layers(model):
+    for path, layer in active_layers(model):
         if isinstance(layer.base_layer, NF4Linear):
             raise ValueError(f"{path!r} is quantized; pissa_init needs dense weights (for NF4 there is loftq_init)")
-    for _, layer in _active_layers(model):
+    for _, layer in active_layers(model):
         A, B = leading_factors(dense_weight(layer.base_layer), layer.rank, layer.scaling, iterations)
         layer.lora_A.copy_(A)
         layer.lora_B.copy_(B)
-        layer.start_A, layer.start_B = layer.lora_A.detach().clone(), layer.lora_B.detach().clone()
+        _become(layer, PiSSALinear)
+        layer.register_buffer("start_A", layer.lora_A.detach().clone())
+        layer.register_buffer("start_B", layer.lora_B.detach().clone())
 
 
 @torch.no_grad()
@@ -126,74 +140,138 @@ def loftq_init(
 
     Source: Li et al. 2023, "LoftQ", section 3.2.
     """
-    layers = {path: layer for path, layer in _active_layers(model) if isinstance(layer.base_layer, NF4Linear)}
+    layers = {f"{p}.weight": layer for p, layer in active_layers(model) if isinstance(layer.base_layer, NF4Linear)}
     if not layers:
         raise ValueError("the model has no NF4 layer with an adapter; quantize_model comes first")
+    weights = original if isinstance(original, Mapping) else _InFiles(original)
+    for name, layer in layers.items():
+        if name not in weights:
+            raise ValueError(f"original has no {name!r}")
+        shape, found = (layer.out_features, layer.in_features), tuple(weights[name].shape)
+        if found != shape:
+            raise ValueError(f"original: {name!r} must be {shape}, got {found}")
     errors = {}
-    with _Weights(original) as weights:
-        for path, layer in layers.items():
-            weights.check(f"{path}.weight", (layer.out_features, layer.in_features))
-        for path, layer in layers.items():
-            quantized = dense_weight(layer.base_layer).float()
-            W = weights[f"{path}.weight"].to(quantized)
-            lost = W - quantized
-            A, B = leading_factors(lost, layer.rank, layer.scaling, iterations)
-            layer.lora_A.copy_(A)
-            layer.lora_B.copy_(B)
-            left = lost - delta_weight(layer)
-            errors[path] = tuple((part.norm() / W.norm()).item() for part in (lost, left))
+    for name, layer in layers.items():
+        quantized = dense_weight(layer.base_layer).float()
+        W = weights[name].to(quantized)
+        lost = W - quantized
+        A, B = leading_factors(lost, layer.rank, layer.scaling, iterations)
+        layer.lora_A.copy_(A)
+        layer.lora_B.copy_(B)
+        left = lost - layer.delta_weight()
+        errors[name.removesuffix(".weight")] = tuple((part.norm() / W.norm()).item() for part in (lost, left))
     return errors
+
+
+class _InFiles(dict):
+    """The tensors of a directory of safetensors files by name, each read when it is asked for."""
+
+    def __init__(self, directory):
+        from safetensors import safe_open
+
+        for path in sorted(Path(directory).glob("*.safetensors")):
+            file = safe_open(path, framework="pt")
+            self.update(dict.fromkeys(file.keys(), file))
+
+    def __getitem__(self, name):
+        return super().__getitem__(name).get_tensor(name)
+
+
+class DoRALinear(LoRALinear):
+    """A LoRALinear with a trainable magnitude m, (out,): it computes with m · (W + s·BA) / ‖W + s·BA‖, row by row.
+
+    So the update turns each row of the weight, and m alone sets its length. Dropout acts on the input of BA alone.
+
+    Source: Liu et al. 2024, "DoRA: Weight-Decomposed Low-Rank Adaptation", section 4.
+    """
+
+    PARTS = (*LoRALinear.PARTS, "lora_magnitude")
+
+    def gain(self, weight: torch.Tensor) -> torch.Tensor:
+        """g = m / ‖W + s·BA‖, one number for each output row, (out,); the gradient goes to m alone.
+
+        The norm of row i is taken without forming the sum, from
+        ‖wᵢ + s·bᵢA‖² = ‖wᵢ‖² + 2s·bᵢ(A wᵢ) + s²·bᵢ(AAᵀ)bᵢ, which costs two skinny products.
+
+        Args:
+            weight: W, (out, in), dense.
+
+        Source: section 4.3 for the norm held constant in backward.
+        """
+        with torch.no_grad():
+            A, B = (factor.to(torch.promote_types(factor.dtype, torch.float32)) for factor in self.factors())
+            W = weight.to(A.dtype)
+            square = torch.linalg.vector_norm(W, dim=1).square()
+            square += 2 * self.scaling * ((W @ A.t()) * B).sum(1)
+            square += self.scaling**2 * ((B @ (A @ A.t())) * B).sum(1)
+            norm = square.clamp_min_(0).sqrt_()
+        return self.lora_magnitude / norm
+
+    def added_term(self, x, y, base, training):
+        """g · (y + s·dropout(x) Aᵀ Bᵀ) − y, without the bias in y."""
+        product = y if base.bias is None else y - base.bias.to(x.dtype)
+        term = LoRALinear.added_term(self, x, y, base, training)
+        return DoRALinear.gain(self, dense_weight(base)).to(x.dtype) * (product + term) - product
+
+    def fused(self, x):
+        """Base and adapter in one operation, then the gain, then the bias."""
+        weight, dtype = operand(self.base_layer, x)
+        A, B = self.factors()
+        dropout = self.lora_dropout if self.training else 0.0
+        y = lora_linear(cast(x, dtype), weight, None, A, B, self.scaling, dropout)
+        y = y * self.gain(dense_weight(self.base_layer)).to(dtype)
+        return (y if self.bias is None else y + self.bias.to(dtype)).to(x.dtype)
+
+    @torch.no_grad()
+    def delta_weight(self):
+        """What merging adds to W: g · (W + s·BA) − W, (out, in), in at least fp32."""
+        weight, delta = dense_weight(self.unmerged), super().delta_weight()
+        return (delta + weight).mul_(self.gain(weight).to(delta.dtype)[:, None]).sub_(weight)
+
+
+class DoRAPiSSALinear(DoRALinear, PiSSALinear):
+    """Both: a magnitude, and factors that start at W's singular directions."""
+
+    PARTS = (*PiSSALinear.PARTS, "lora_magnitude")
 
 
 @torch.no_grad()
 def dora_init(model: nn.Module) -> None:
     """DoRA: give every adapter a trainable magnitude m, (out,), starting at the row lengths of W + s·BA.
 
-    The layer then computes with m · (W + s·BA) / ‖W + s·BA‖, row by row; at the start this is W + s·BA.
-    Dropout acts on the input of BA alone.
-
-    Source: Liu et al. 2024, "DoRA: Weight-Decomposed Low-Rank Adaptation", section 4.
+    At the start the model computes what it did before. Source: see `DoRALinear`.
     """
-    for _, layer in _active_layers(model):
-        layer.lora_magnitude = None
-        moved = delta_weight(layer).add_(dense_weight(layer.base_layer))
+    for _, layer in active_layers(model):
+        moved = LoRALinear.delta_weight(layer).add_(dense_weight(layer.base_layer))
+        _become(layer, DoRALinear)
         layer.lora_magnitude = nn.Parameter(moved.norm(dim=1).to(layer.lora_A.dtype))
 
 
-def _active_layers(model) -> list[tuple[str, LoRALinear]]:
-    layers = [(path, layer) for path, layer in lora_layers(model) if layer.lora_A is not None]
-    if not layers:
-        raise ValueError("the model has no active adapter; call apply_lora_to_model first")
-    merged = [path for path, layer in layers if layer.merged]
-    if merged:
-        raise ValueError(f"the adapter is merged into {merged[0]!r}; call unmerge_lora first")
-    return layers
+def _become(layer: LoRALinear, kind: type) -> None:
+    other = PiSSALinear if kind is DoRALinear else DoRALinear
+    layer.__class__ = DoRAPiSSALinear if isinstance(layer, other) else kind
 
 
-class _Weights:
-    """Weights by name, out of a mapping or, one at a time, out of a directory of safetensors files."""
+def leading_factors(target: torch.Tensor, rank: int, scaling: float, iterations: int | None = None):
+    """A (rank, in) and B (out, rank) such that scaling · BA is `target` cut to its largest singular values.
 
-    def __init__(self, source):
-        self.source, self.files = source, {}
+    The values are shared out evenly between A and B, as PiSSA and LoftQ do.
 
-    def __enter__(self):
-        if not isinstance(self.source, Mapping):
-            from safetensors import safe_open
+    Args:
+        iterations: None for the exact decomposition, else for torch's randomized one.
 
-            for path in sorted(Path(self.source).glob("*.safetensors")):
-                file = safe_open(path, framework="pt").__enter__()
-                self.files |= dict.fromkeys(file.keys(), file)
-        return self
-
-    def __exit__(self, *error):
-        for file in set(self.files.values()):
-            file.__exit__(*error)
-
-    def __getitem__(self, name):
-        return self.source[name] if isinstance(self.source, Mapping) else self.files[name].get_tensor(name)
-
-    def check(self, name, shape):
-        if name not in (self.source if isinstance(self.source, Mapping) else self.files):
-            raise ValueError(f"original has no {name!r}")
-        if tuple(self[name].shape) != shape:
-            raise ValueError(f"original: {name!r} must be {shape}, got {tuple(self[name].shape)}")
+    Raises:
+        ValueError: scaling is 0.
+    """
+    if scaling == 0:
+        raise ValueError("lora_alpha is 0, so that the adapter adds nothing, whatever A and B are")
+    target = target.to(torch.promote_types(target.dtype, torch.float32))
+    if iterations is None:
+        U, S, Vh = torch.linalg.svd(target, full_matrices=False)
+    else:
+        U, S, V = torch.svd_lowrank(target, min(rank, *target.shape), niter=iterations)
+        Vh = V.t()
+    root = (S[:rank] / abs(scaling)).sqrt()
+    A, B = root[:, None] * Vh[:rank], U[:, :rank] * math.copysign(1, scaling) * root
+    missing = rank - len(root)  # a rank above both sides of the matrix
+    return F.pad(A, (0, 0, 0, missing)), F.pad(B, (0, missing))

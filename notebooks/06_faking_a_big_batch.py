@@ -30,7 +30,7 @@ from handtuned import lessons, memory
 from handtuned.data import shipped_dataset
 from handtuned.nn.transformer import Transformer
 from handtuned.optim import AdamW, GradientAccumulationTrainer, cosine_with_warmup, optimizer_steps
-from handtuned.optim.accumulate import cross_entropy_sum
+from handtuned.optim.accumulate import TokenMean, cross_entropy_sum
 from handtuned.optim.schedule import warmup_cosine
 from torch import nn
 
@@ -248,10 +248,11 @@ lessons.claim(
 #
 # ## How the library divides
 #
-# Each micro-batch contributes its *sum* of losses. The count of all answer tokens is known only after the last one, so the sum is first divided by a guess (this keeps FP16 gradients in range, see [lesson 03](03_fp16_training.ipynb)), and the finished gradient is multiplied by guess / count.
+# Each micro-batch contributes its *sum* of losses. The count of all answer tokens is known only after the last one, so the sum is first divided by an estimate (this keeps FP16 gradients in range, see [lesson 03](03_fp16_training.ipynb)), and the finished gradient is multiplied by estimate / count.
 
 # %%
-lessons.source(GradientAccumulationTrainer._accumulate)
+lessons.source(TokenMean.part)
+lessons.source(TokenMean.correct)
 
 # %%
 lessons.source(GradientAccumulationTrainer._update)

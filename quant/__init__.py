@@ -4,8 +4,7 @@ from ..kernels.nf4 import NF4_CODE
 from .affine import AffineTensor, dequantize_affine, quantize_affine
 from .codebooks import dynamic_map, normal_quantile_levels
 from .linear import NF4Linear
-from .load import load_quantized
-from .model import QuantizationSummary, quantization_summary, quantize_model
+from .model import QuantizationSummary, load_quantized, quantization_summary, quantize_model
 from .nf4 import NF4Tensor, dequantize_nf4, quantize_nf4
 
 __all__ = [

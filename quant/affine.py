@@ -22,64 +22,7 @@ import torch
 from ..kernels.nf4 import DTYPES, check_float
 
 
-@dataclass(eq=False)
-class AffineTensor:
-    """A tensor as evenly spaced codes.
-
-    Attributes:
-        packed: uint8, 8 // bits codes a byte, the first in the highest bits.
-        scale: (groups,) fp32.
-        zero_point: (groups,) fp32, the value of code 0: the group's smallest.
-        shape: of the tensor that was quantized.
-        dtype: of the tensor that was quantized.
-        bits: of a code.
-        group_size: values that share scale and zero point, running over the flattened tensor.
-    """
-
-    packed: torch.Tensor
-    scale: torch.Tensor
-    zero_point: torch.Tensor
-    shape: torch.Size
-    dtype: torch.dtype
-    bits: int
-    group_size: int
-
-    @property
-    def codes(self) -> torch.Tensor:
-        """The codes, unpacked to one uint8 each, in the tensor's shape."""
-        codes = (self.packed[:, None] >> _shifts(self.bits, self.packed.device)) & (2**self.bits - 1)
-        return codes.view(-1)[: self.shape.numel()].view(self.shape)
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes of codes, scales and zero points."""
-        return sum(t.numel() * t.element_size() for t in (self.packed, self.scale, self.zero_point))
-
-    def dequantize(self, dtype: torch.dtype | None = None) -> torch.Tensor:
-        """The values, formed in fp32 and rounded to `dtype` (None: the original one).
-
-        Raises:
-            TypeError: `dtype` is no floating-point dtype.
-        """
-        dtype = self.dtype if dtype is None else dtype
-        check_float(dtype)
-        groups = _in_groups(self.codes.float(), self.group_size, 0.0)
-        values = groups * self.scale[:, None] + self.zero_point[:, None]
-        values = values.view(-1)[: self.shape.numel()].view(self.shape)
-        return values.to(dtype)
-
-
-def _shifts(bits: int, device: torch.device) -> torch.Tensor:
-    return torch.arange((8 // bits - 1) * bits, -1, -bits, dtype=torch.uint8, device=device)
-
-
-def _in_groups(x: torch.Tensor, group_size: int, padding: float) -> torch.Tensor:
-    """(groups, group_size), the last group filled up with `padding`."""
-    flat = x.reshape(-1)
-    return torch.nn.functional.pad(flat, (0, -flat.numel() % group_size), value=padding).view(-1, group_size)
-
-
-def quantize_affine(x: torch.Tensor, bits: int = 4, group_size: int = 64) -> AffineTensor:
+def quantize_affine(x: torch.Tensor, bits: int = 4, group_size: int = 64) -> "AffineTensor":
     """Round every value to the nearest of 2^bits evenly spaced levels of its group.
 
     Args:
@@ -88,7 +31,7 @@ def quantize_affine(x: torch.Tensor, bits: int = 4, group_size: int = 64) -> Aff
         group_size: values that share scale and zero point; at least 1.
 
     Raises:
-        TypeError: x is no tensor of one of these dtypes.
+        TypeError: x is not a tensor of one of these dtypes.
         ValueError: `bits` or `group_size` is out of range, or x holds NaN or infinity, or spans
             more than fp32's range within a group.
     """
@@ -120,6 +63,52 @@ def quantize_affine(x: torch.Tensor, bits: int = 4, group_size: int = 64) -> Aff
     return AffineTensor(packed, scale, low, x.shape, x.dtype, bits, group_size)
 
 
-def dequantize_affine(q: AffineTensor, dtype: torch.dtype | None = None) -> torch.Tensor:
+def dequantize_affine(q: "AffineTensor", dtype: torch.dtype | None = None) -> torch.Tensor:
     """The values of an affine tensor: `q.dequantize(dtype)`."""
     return q.dequantize(dtype)
+
+
+@dataclass(eq=False)
+class AffineTensor:
+    """A tensor as evenly spaced codes. Groups run over the flattened tensor; the last may be short."""
+
+    packed: torch.Tensor  # uint8, 8 // bits codes a byte, the first in the highest bits
+    scale: torch.Tensor  # (groups,) fp32
+    zero_point: torch.Tensor  # (groups,) fp32, the value of code 0: the group's smallest
+    shape: torch.Size  # of the tensor that was quantized, like the next
+    dtype: torch.dtype
+    bits: int  # of a code
+    group_size: int  # values that share scale and zero point
+
+    @property
+    def codes(self) -> torch.Tensor:
+        """The codes, unpacked to one uint8 each, in the tensor's shape."""
+        codes = (self.packed[:, None] >> _shifts(self.bits, self.packed.device)) & (2**self.bits - 1)
+        return codes.view(-1)[: self.shape.numel()].view(self.shape)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of codes, scales and zero points."""
+        return sum(t.numel() * t.element_size() for t in (self.packed, self.scale, self.zero_point))
+
+    def dequantize(self, dtype: torch.dtype | None = None) -> torch.Tensor:
+        """The values, formed in fp32 and rounded to `dtype` (None: the original one).
+
+        Raises:
+            TypeError: `dtype` is not a floating-point dtype.
+        """
+        dtype = self.dtype if dtype is None else dtype
+        check_float(dtype)
+        groups = _in_groups(self.codes.float(), self.group_size, 0.0)
+        values = groups * self.scale[:, None] + self.zero_point[:, None]
+        return values.view(-1)[: self.shape.numel()].view(self.shape).to(dtype)
+
+
+def _shifts(bits: int, device: torch.device) -> torch.Tensor:
+    return torch.arange((8 // bits - 1) * bits, -1, -bits, dtype=torch.uint8, device=device)
+
+
+def _in_groups(x: torch.Tensor, group_size: int, padding: float) -> torch.Tensor:
+    """(groups, group_size), the last group filled up with `padding`."""
+    flat = x.reshape(-1)
+    return torch.nn.functional.pad(flat, (0, -flat.numel() % group_size), value=padding).view(-1, group_size)

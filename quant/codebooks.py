@@ -46,7 +46,7 @@ def dynamic_map(signed: bool = True) -> torch.Tensor:
     sign, at the middles of 2^i equal cells of [0.1, 1]. Those are 254; 0 and 1 complete the map.
 
     Returns:
-        Sorted: 127 negative values, 0, 128 positive ones. Unsigned, 2^(i+1) values in each decade: 0, 255 positive ones.
+        Sorted: 127 negative values, 0, 128 positive ones; without a sign 2^(i+1) in each decade, 0 and 255 positive.
     """
     values = [0.0, 1.0]
     for i in range(7):

@@ -140,14 +140,9 @@ class NF4Linear(nn.Module):
         *,
         name: str = "linear",
     ) -> "NF4Linear":
-        """Quantize a linear layer. The bias is shared with it; a layer on the meta device gives one on meta.
+        """Quantize an nn.Linear, which is not changed. A layer on the meta device gives one on meta.
 
-        Args:
-            linear: nn.Linear; it is not changed.
-            block_size: as for `quantize_nf4`, like the next.
-            double_quant: scales in 8 bits.
-            compute_dtype: as for the class.
-            name: what error messages call it.
+        The bias is shared. Options are those of the class; error messages call the layer `name`.
 
         Raises:
             TypeError: not an nn.Linear, or not of a float dtype that NF4 knows.
@@ -166,11 +161,7 @@ class NF4Linear(nn.Module):
         return layer.train(linear.training)
 
     def dequantize(self, dtype: torch.dtype | None = None) -> nn.Linear:
-        """A dense nn.Linear of the same values, its weight frozen, with a bias of its own.
-
-        Args:
-            dtype: of the weight; None: the one that was quantized.
-        """
+        """A dense nn.Linear of the same values in `dtype` (None: the original one), frozen, with a bias of its own."""
         linear = nn.Linear(self.in_features, self.out_features, bias=False, device="meta")
         linear.weight = nn.Parameter(self.quantized.dequantize(dtype), requires_grad=False)
         if self.bias is not None:
@@ -224,8 +215,6 @@ class NF4Linear(nn.Module):
 
     def extra_repr(self) -> str:
         """What `print(model)` shows."""
-        return (
-            f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}, "
-            f"block_size={self.block_size}, double_quant={self.nested_absmax is not None}, "
-            f"compute_dtype={self.compute_dtype}"
-        )
+        sizes = f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}"
+        scales = f"block_size={self.block_size}, double_quant={self.nested_absmax is not None}"
+        return f"{sizes}, {scales}, compute_dtype={self.compute_dtype}"

@@ -1,13 +1,25 @@
-"""Quantize the linear layers of a model, and say what became of it."""
+"""Quantize the linear layers of a model, or load a checkpoint with them quantized, and say what became of it.
 
-from collections.abc import Iterable, Iterator, Sequence
+A model of 7 billion parameters is 14 GB in bf16 and 4 GB in NF4. Loading first and quantizing then needs
+both at once. `load_quantized` starts with the model on the meta device, where tensors have shapes and no memory,
+and every tensor of a shard goes straight to its place: a linear layer's weight as NF4, anything else as it is.
+The most that is held is what is done so far, plus one shard (mapped from the file, so the system can
+drop its pages), plus one weight.
+
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(directory))
+    load_quantized(model, directory)
+"""
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 from torch import nn
 
 from .linear import NF4Linear
-from .nf4 import check_block_size
+from .nf4 import FACTS, NF4Tensor, check_block_size, quantize_nf4
 
 BAR_FROM = 250_000_000  # parameters from which a progress bar is shown
 
@@ -39,7 +51,7 @@ def quantize_model(
         `model`.
 
     Raises:
-        TypeError: `skip` is no sequence, or a single string.
+        TypeError: `skip` is not a sequence, or a single string.
         ValueError: nothing to quantize; an entry of `skip` that names no module; a weight that is not finite
             (the layer is named, and those before it are quantized already).
     """
@@ -105,13 +117,163 @@ def as_linear(module: nn.Module) -> nn.Linear:
 
 
 def _progress(targets: list, parameters: int) -> Iterator:
-    if parameters >= BAR_FROM:
-        try:
-            from tqdm.auto import tqdm
-        except ImportError:
-            return iter(targets)
-        return iter(tqdm(targets, desc="quantizing", unit="layer"))
-    return iter(targets)
+    if parameters < BAR_FROM:
+        return iter(targets)
+    try:
+        from tqdm.auto import tqdm
+    except ImportError:
+        return iter(targets)
+    return iter(tqdm(targets, desc="quantizing", unit="layer"))
+
+
+def load_quantized(
+    model: nn.Module,
+    files: str | Path | Sequence[str | Path],
+    skip: Sequence[str] = ("lm_head",),
+    block_size: int = 64,
+    double_quant: bool = True,
+    compute_dtype: torch.dtype | None = None,
+    dtype: torch.dtype | None = None,
+    device: torch.device | str = "cpu",
+    rename: Callable[[str], str] | None = None,
+) -> nn.Module:
+    """Fill a model on the meta device from safetensors files, its linear layers in NF4.
+
+    Layers are chosen as `quantize_model` chooses them. A weight that the files hold in NF4 already (ours or
+    bitsandbytes') is taken as it is. Tied weights stay tied. Buffers that no file holds and the model
+    computes itself (rotary frequencies) are computed again by the model's own `_init_weights`.
+
+    Args:
+        model: built under `torch.device("meta")`; filled in place.
+        files: safetensors files, or a directory of them, sharded or not.
+        skip, block_size, double_quant, compute_dtype: as for `quantize_model`.
+        dtype: what the other floating-point tensors are cast to; None: as in the files.
+        device: where to put everything.
+        rename: gives the model's name for a name in the files, where they differ.
+
+    Returns:
+        `model`.
+
+    Raises:
+        FileNotFoundError: no safetensors file.
+        ValueError: a tensor that the model needs and no file holds, one that the files hold and the model
+            does not know, a wrong shape, or a weight that is not finite; all of a kind are named together.
+    """
+    from safetensors import safe_open
+
+    if not all(parameter.is_meta for parameter in model.parameters()):
+        raise ValueError('model must have its parameters on the meta device: build it under torch.device("meta")')
+    paths = _shards(files)
+    transposed = {path for path, layer in linear_layers(model, skip) if is_conv1d(layer)}
+    quantize_model(model, skip, block_size, double_quant, compute_dtype)
+    target = _Target(model, torch.device(device), dtype)
+    in_nf4: dict[str, dict[str, torch.Tensor]] = {}  # layer → what the files hold of it in NF4
+    shards = [safe_open(str(path), framework="pt") for path in paths]
+    renamed = rename or (lambda key: key)
+    everything = {renamed(key) for shard in shards for key in shard.keys()}  # noqa: SIM118  (no mapping)
+    while shards:
+        shard = shards.pop(0)  # and drop it when it is done: what it maps counts as memory held
+        for key in shard.keys():  # noqa: SIM118
+            name, tensor = renamed(key), shard.get_tensor(key)
+            layer, found, part = name.partition(".weight")
+            if not found or layer not in target.layers:
+                target.put(name, tensor)
+            elif part or f"{name}.{FACTS}" in everything:
+                in_nf4.setdefault(layer, {})[name] = tensor.clone()
+            else:
+                target.quantize(layer, tensor.t() if layer in transposed else tensor, double_quant)
+    for layer, state in in_nf4.items():
+        target.layers[layer].quantized = NF4Tensor.from_state_dict(state, layer + ".").to(target.device)
+    target.finish()
+    return model
+
+
+def _shards(files) -> list[Path]:
+    if isinstance(files, (str, Path)):
+        files = sorted(Path(files).glob("*.safetensors")) if Path(files).is_dir() else [files]
+    paths = [Path(path) for path in files]
+    missing = [str(path) for path in paths if not path.is_file()]
+    if missing or not paths:
+        raise FileNotFoundError(f"files must name safetensors files, got {', '.join(missing) or 'none'}")
+    return paths
+
+
+class _Target:
+    """The places of a meta model, by the names that its state dict would have."""
+
+    def __init__(self, model: nn.Module, device: torch.device, dtype: torch.dtype | None):
+        self.model, self.device, self.dtype = model, device, dtype
+        self.layers: dict[str, NF4Linear] = {}
+        self.places: dict[str, list[tuple[nn.Module, str]]] = {}  # every place of a tied parameter
+        self.unknown: list[str] = []
+        by_identity: dict[int, list[tuple[nn.Module, str]]] = {}
+        for path, module in model.named_modules(remove_duplicate=False):
+            if isinstance(module, NF4Linear):
+                self.layers[path] = module
+            temporary = module._non_persistent_buffers_set
+            own = module._parameters | {k: v for k, v in module._buffers.items() if k not in temporary}
+            for name, tensor in own.items():
+                if tensor is not None:
+                    places = by_identity.setdefault(id(tensor), [])
+                    places.append((module, name))
+                    self.places[f"{path}.{name}" if path else name] = places
+
+    def quantize(self, path: str, weight: torch.Tensor, double_quant: bool) -> None:
+        layer, name = self.layers[path], f"{path}.weight"
+        if weight.shape != (layer.out_features, layer.in_features):
+            raise ValueError(f"{name} must be {layer.out_features} × {layer.in_features}, got {tuple(weight.shape)}")
+        layer.quantized = quantize_nf4(weight.to(self.device), layer.block_size, double_quant, name=name)
+
+    def put(self, name: str, tensor: torch.Tensor) -> None:
+        if name not in self.places:
+            self.unknown.append(name)
+            return
+        for module, attribute in self.places[name]:
+            old = getattr(module, attribute)
+            if old.shape != tensor.shape:
+                raise ValueError(f"{name} must be {tuple(old.shape)}, got {tuple(tensor.shape)}")
+        is_parameter = isinstance(old, nn.Parameter)
+        dtype = self.dtype if self.dtype and is_parameter and tensor.is_floating_point() else tensor.dtype
+        tensor = tensor.to(self.device, dtype, copy=True)  # not a view that would keep the whole shard
+        if is_parameter:
+            tensor = nn.Parameter(tensor, requires_grad=old.requires_grad)
+        for module, attribute in self.places[name]:
+            setattr(module, attribute, tensor)
+
+    def finish(self) -> None:
+        """Compute the buffers that are in no file, and raise if anything is left over or missing."""
+        missing = [n for n, places in self.places.items() if getattr(*places[0]).is_meta]
+        if missing or self.unknown:
+            raise ValueError(
+                f"files must hold the model's tensors, and no others: {len(missing)} missing {missing[:5]}, "
+                f"{len(self.unknown)} unknown {self.unknown[:5]}"
+            )
+        for path, module in self.model.named_modules():
+            buffers = {name: b for name, b in module._buffers.items() if b is not None and b.is_meta}
+            if not buffers:
+                continue
+            for name, buffer in buffers.items():
+                module._buffers[name] = torch.full_like(buffer, _unset(buffer.dtype), device=self.device)
+            for parameter in module.parameters(recurse=False):
+                parameter._is_hf_initialized = True  # transformers' own mark: do not initialize again
+            if hasattr(self.model, "_init_weights"):
+                self.model._init_weights(module)
+            unset = [f"{path}.{name}" for name in buffers if _is_unset(module._buffers[name])]
+            if unset:
+                raise ValueError(
+                    f"the model does not recompute its buffers {unset}, which no file holds; build it with its buffers "
+                    "off the meta device"
+                )
+
+
+def _unset(dtype: torch.dtype) -> float | int:
+    """What marks a buffer that nothing has computed yet."""
+    return float("nan") if dtype.is_floating_point or dtype.is_complex else torch.iinfo(dtype).min
+
+
+def _is_unset(buffer: torch.Tensor) -> bool:
+    mark = buffer == _unset(buffer.dtype)
+    return buffer.numel() > 0 and bool((mark | (buffer != buffer)).all())
 
 
 @dataclass(frozen=True)
@@ -127,13 +289,9 @@ class SummaryRow:
 
 @dataclass(frozen=True)
 class QuantizationSummary:
-    """What `quantize_model` made of a model; `print` shows a table.
+    """What `quantize_model` made of a model; `print` shows a table."""
 
-    Attributes:
-        rows: by kind of module, those of NF4 first.
-    """
-
-    rows: tuple[SummaryRow, ...]
+    rows: tuple[SummaryRow, ...]  # by kind of module, those of NF4 first
 
     @property
     def total(self) -> SummaryRow:

@@ -60,22 +60,12 @@ class NF4Tensor(NF4Weight):
     def dequantize(self, dtype: torch.dtype | None = None, out: torch.Tensor | None = None) -> torch.Tensor:
         """The values, formed in fp32 and rounded once to `dtype` (None: the original one).
 
-        Args:
-            dtype: of the result.
-            out: contiguous tensor of `shape` and that dtype to write into; a fresh one if None.
-
-        Raises:
-            TypeError: `dtype` is not a floating-point dtype.
-            ValueError: `out` does not fit.
+        `out` and the errors are those of `kernels.nf4.nf4_dequantize`.
         """
         return nf4_dequantize(self, self.dtype if dtype is None else dtype, out)
 
     def to(self, device: torch.device | str | int) -> "NF4Tensor":
-        """The same on another device.
-
-        Raises:
-            TypeError: `device` is a dtype or a tensor: codes and scales keep theirs.
-        """
+        """The same on another device; TypeError for a dtype or a tensor: codes and scales keep theirs."""
         if isinstance(device, (torch.dtype, torch.Tensor)):
             raise TypeError(f"device must be a device, got {device!r}; dequantize(dtype) gives the values as a dtype")
         nested = self.nested
@@ -98,12 +88,8 @@ class NF4Tensor(NF4Weight):
     def scale_state(self) -> dict[str, torch.Tensor]:
         """The entries of `state_dict` besides the codes, without prefix."""
         state = {"absmax": self.absmax, "quant_map": NF4_CODE.to(self.device, copy=True)}
-        facts = {
-            "quant_type": "nf4",
-            "blocksize": self.block_size,
-            "dtype": str(self.dtype).removeprefix("torch."),
-            "shape": list(self.shape),
-        }
+        dtype, shape = str(self.dtype).removeprefix("torch."), list(self.shape)
+        facts = {"quant_type": "nf4", "blocksize": self.block_size, "dtype": dtype, "shape": shape}
         if self.nested is not None:
             state["nested_absmax"] = self.nested.absmax
             state["nested_quant_map"] = self.nested.code.clone()  # safetensors refuses memory shared between entries

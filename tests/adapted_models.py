@@ -99,5 +99,5 @@ def copy_values(source, target):
         for a, b in zip(peft_layers(source).values(), our_layers(target).values(), strict=True):
             b.lora_A.copy_(a.lora_A["default"].weight)
             b.lora_B.copy_(a.lora_B["default"].weight)
-            if b.lora_magnitude is not None:
+            if hasattr(b, "lora_magnitude"):
                 b.lora_magnitude.copy_(a.lora_magnitude_vector["default"].weight)

@@ -101,33 +101,34 @@ def test_pain_04_an_adapter_is_never_silently_not_loaded(files):
 # The weights
 
 
+WANTS = r"in the file, but the model and the config want .'lora_A': \(2, 6\)"
 TENSOR_FAULTS = {
-    "missing key": (lambda t: t.pop(B), "block.q_proj.* has only one of lora_A and lora_B"),
+    "missing key": (lambda t: t.pop(B), r"block.q_proj is .'lora_A': \(2, 6\). in the file, but"),
     "missing layer": (lambda t: [t.pop(A), t.pop(B)], "missing in the file: 'block.q_proj'"),
     "extra layer": (lambda t: t.update(pair("block.k_proj")), "unexpected in the file: 'block.k_proj'"),
     "extra tensor": (lambda t: t.update({"base_model.model.x": t[A].clone()}), "unexpected in the file: 'x'"),
     "module that is not linear": (lambda t: t.update(pair("embed")), "unexpected in the file: 'embed'"),
-    "wrong rank": (lambda t: t.update({A: torch.ones(3, 6), B: torch.ones(5, 3)}), "rank 3, but the config .* rank 2"),
-    "rank differs within the pair": (lambda t: t.update({A: torch.ones(3, 6)}), r"\(3, 6\) and \(5, 2\)"),
-    "wrong inputs": (lambda t: t.update({A: torch.ones(2, 8)}), "maps 8 to 5 features, the model's layer 6 to 5"),
-    "wrong outputs": (lambda t: t.update({B: torch.ones(9, 2)}), "maps 6 to 9 features, the model's layer 6 to 5"),
-    "rank zero": (lambda t: t.update({A: torch.ones(0, 6), B: torch.ones(5, 0)}), r"\(rank, in\)"),
-    "one dimension": (lambda t: t.update({A: torch.ones(12)}), r"\(rank, in\)"),
-    "three dimensions": (lambda t: t.update({A: torch.ones(2, 6, 1)}), r"\(rank, in\)"),
+    "wrong rank": (lambda t: t.update({A: torch.ones(3, 6), B: torch.ones(5, 3)}), r"\(3, 6\).*" + WANTS),
+    "rank differs within the pair": (lambda t: t.update({A: torch.ones(3, 6)}), r"\(3, 6\).*" + WANTS),
+    "wrong inputs": (lambda t: t.update({A: torch.ones(2, 8)}), r"\(2, 8\).*" + WANTS),
+    "wrong outputs": (lambda t: t.update({B: torch.ones(9, 2)}), r"\(9, 2\).*" + WANTS),
+    "rank zero": (lambda t: t.update({A: torch.ones(0, 6), B: torch.ones(5, 0)}), WANTS),
+    "one dimension": (lambda t: t.update({A: torch.ones(12)}), WANTS),
+    "three dimensions": (lambda t: t.update({A: torch.ones(2, 6, 1)}), WANTS),
     "NaN": (lambda t: t[A].fill_(float("nan")), "NaN or infinite"),
     "infinite": (lambda t: t[B].view(-1)[3:4].fill_(float("inf")), "NaN or infinite"),
-    "integers": (lambda t: t.update({A: torch.ones(2, 6, dtype=torch.int32)}), "dtype 'I32', expected one of F64, F32"),
+    "integers": (lambda t: t.update({A: torch.ones(2, 6, dtype=torch.int32)}), "torch.int32, expected one of torch"),
     "embedding adapter": (
         lambda t: t.update({"base_model.model.embed.lora_embedding_A": torch.ones(2, 7)}),
-        "lora_embedding_A in this place is not supported",
+        "unexpected in the file: 'embed.lora_embedding_A'",
     ),
-    "adapter bias": (lambda t: t.update({A.replace("weight", "bias"): torch.ones(2)}), "lora_A.bias in this place"),
+    "adapter bias": (lambda t: t.update({A.replace("weight", "bias"): torch.ones(2)}), "unexpected .*lora_A.bias'"),
     "DoRA that the config denies": (
         lambda t: t.update({A.replace("lora_A.weight", "lora_magnitude_vector"): torch.ones(5)}),
-        "use_dora is False",
+        r"'lora_magnitude': \(5,\). in the file",
     ),
-    "path upwards": (lambda t: t.update({"base_model.model.../../x.lora_A.weight": torch.ones(2)}), "no tensor name"),
-    "absolute path": (lambda t: t.update({"/etc/passwd": torch.ones(2, 6)}), "no tensor name"),
+    "path upwards": (lambda t: t.update({"base_model.model.../../x.lora_A.weight": torch.ones(2)}), r"unexpected .*/x"),
+    "absolute path": (lambda t: t.update({"/etc/passwd": torch.ones(2, 6)}), "does not begin with"),
     "attribute of every object": (lambda t: t.update(pair("block.__class__")), "unexpected .*'block.__class__'"),
     "nothing inside": (lambda t: t.clear(), "no tensors"),
 }  # fmt: skip
@@ -141,38 +142,40 @@ def test_wrong_tensors(files, change, message):
 
 ONE = {"dtype": "F32", "shape": [1], "data_offsets": [0, 4]}
 BYTES = {
-    "empty": (b"", "truncated or no safetensors"),
-    "seven bytes": (b"\x01" * 7, "truncated or no safetensors"),
-    "header longer than the file": (b"\xff" * 8 + b"{}", "truncated or no safetensors"),
-    "huge header": ((2**25).to_bytes(8, "little") + b" " * 2**25, "too large"),
-    "no JSON": (with_header(b"\x00\x01\x02"), "damaged header"),
-    "deep JSON": (with_header(b"[" * 100_000), "damaged header"),
-    "a list": (with_header([1]), "JSON object, got list"),
-    "not UTF-8": (with_header(b'{"\xff": 1}'), "damaged header"),
-    "key twice": (with_header(b'{"a": {}, "a": {}}'), "same key twice"),
-    "entry of another type": (with_header({"a": 3}), "must have dtype, shape and data_offsets"),
-    "field missing": (with_header({"a": {"dtype": "F32", "shape": [1]}}), "must have dtype, shape"),
-    "dtype unknown": (with_header({"a": {**ONE, "dtype": "F33"}}, b"\0" * 4), "dtype 'F33'"),
-    "dtype a list": (with_header({"a": {**ONE, "dtype": ["F32"]}}, b"\0" * 4), "of dtype"),
-    "negative size": (with_header({"a": {**ONE, "shape": [-1]}}, b"\0" * 4), "has shape"),
-    "size a float": (with_header({"a": {**ONE, "shape": [1.0]}}, b"\0" * 4), "has shape"),
-    "size true": (with_header({"a": {**ONE, "shape": [True]}}, b"\0" * 4), "has shape"),
-    "size beyond 64 bits": (with_header({"a": {**ONE, "shape": [2**64]}}, b"\0" * 4), "has shape"),
-    "sizes that overflow": (with_header({"a": {**ONE, "shape": [2**62, 4]}}, b"\0" * 4), "does not fill the bytes"),
-    "offsets backwards": (with_header({"a": {**ONE, "data_offsets": [4, 0]}}, b"\0" * 4), "does not fill"),
-    "offsets beyond the end": (with_header({"a": {**ONE, "data_offsets": [4, 8]}}, b"\0" * 4), "truncated file"),
-    "overlap": (with_header({"a": ONE, "b": ONE}, b"\0" * 4), "overlap or leave a gap"),
-    "gap": (with_header({"a": {**ONE, "data_offsets": [4, 8]}}, b"\0" * 8), "overlap or leave a gap"),
-    "bytes left over": (with_header({"a": ONE}, b"\0" * 8), "4 bytes after the last tensor"),
-    "metadata of another type": (with_header({"__metadata__": [1]}), "__metadata__ must hold strings"),
-    "metadata not strings": (with_header({"__metadata__": {"format": 1}}), "__metadata__ must hold strings"),
+    "empty": (b"", "header too small"),
+    "seven bytes": (b"\x01" * 7, "header too small"),
+    "header longer than the file": (b"\xff" * 8 + b"{}", "header too large"),
+    "huge header": ((2**25).to_bytes(8, "little") + b" " * 2**25, "EOF while parsing"),
+    "no JSON": (with_header(b"\x00\x01\x02"), "invalid JSON"),
+    "deep JSON": (with_header(b"[" * 100_000), "invalid JSON"),
+    "a list": (with_header([1]), "invalid type: sequence"),
+    "not UTF-8": (with_header(b'{"\xff": 1}'), "invalid UTF-8"),
+    "key twice": (with_header(b'{"a": {}, "a": {}}'), "missing field"),
+    "entry of another type": (with_header({"a": 3}), "invalid type: integer"),
+    "field missing": (with_header({"a": {"dtype": "F32", "shape": [1]}}), "missing field `data_offsets`"),
+    "dtype unknown": (with_header({"a": {**ONE, "dtype": "F33"}}, b"\0" * 4), "unknown variant `F33`"),
+    "dtype a list": (with_header({"a": {**ONE, "dtype": ["F32"]}}, b"\0" * 4), "invalid type: sequence"),
+    "negative size": (with_header({"a": {**ONE, "shape": [-1]}}, b"\0" * 4), "invalid value: integer `-1`"),
+    "size a float": (with_header({"a": {**ONE, "shape": [1.0]}}, b"\0" * 4), "invalid type: floating point"),
+    "size true": (with_header({"a": {**ONE, "shape": [True]}}, b"\0" * 4), "invalid type: boolean"),
+    "size beyond 64 bits": (with_header({"a": {**ONE, "shape": [2**64]}}, b"\0" * 4), "invalid type: floating point"),
+    "sizes that overflow": (with_header({"a": {**ONE, "shape": [2**62, 4]}}, b"\0" * 4), "overflow"),
+    "offsets backwards": (with_header({"a": {**ONE, "data_offsets": [4, 0]}}, b"\0" * 4), "invalid offset"),
+    "offsets beyond the end": (with_header({"a": {**ONE, "data_offsets": [4, 8]}}, b"\0" * 4), "invalid offset"),
+    "overlap": (with_header({"a": ONE, "b": ONE}, b"\0" * 4), "invalid offset"),
+    "gap": (with_header({"a": {**ONE, "data_offsets": [4, 8]}}, b"\0" * 8), "invalid offset"),
+    "bytes left over": (with_header({"a": ONE}, b"\0" * 8), "not fully covered"),
+    "metadata of another type": (with_header({"__metadata__": [1]}), "expected a map"),
+    "metadata not strings": (with_header({"__metadata__": {"format": 1}}), "expected a string"),
 }
+
+
 
 
 @pytest.mark.parametrize(("content", "message"), BYTES.values(), ids=BYTES)
 def test_damaged_safetensors(files, content, message):
     (files / "adapter_model.safetensors").write_bytes(content)
-    refused(files, message)
+    refused(files, f"is damaged or not a safetensors file: .*{message}")
 
 
 def test_truncated_anywhere(files):
@@ -182,7 +185,7 @@ def test_truncated_anywhere(files):
     before = snapshot(model)
     for length in range(0, len(whole), 3):
         path.write_bytes(whole[:length])
-        with pytest.raises(ValueError, match=r"truncated|damaged header"):
+        with pytest.raises(ValueError, match="is damaged or not a safetensors file"):
             load_adapter(model, files)
     assert_unchanged(model, before)
 
@@ -229,11 +232,11 @@ CONFIG_FAULTS = {
     "targets an object": ({"target_modules": {"q_proj": 1}}, "'target_modules'"),
     "target that has no tensors": ({"target_modules": ["q_proj", "v_proj", "head"]}, "missing in the file: 'head'"),
     "tensors that are no target": ({"target_modules": ["q_proj"]}, "unexpected in the file: 'block.v_proj'"),
-    "bad regex": ({"target_modules": "(q_proj"}, "no regular expression"),
-    "bad regex that repeats": ({"target_modules": "*q_proj"}, "no regular expression"),
+    "bad regex": ({"target_modules": "(q_proj"}, "not a regular expression"),
+    "bad regex that repeats": ({"target_modules": "*q_proj"}, "not a regular expression"),
     "patterns a list": ({"rank_pattern": [2]}, "'rank_pattern'"),
     "pattern value a string": ({"rank_pattern": {"q_proj": "2"}}, "'rank_pattern'"),
-    "pattern with another rank": ({"rank_pattern": {"q_proj": 3}}, "rank 2, but the config gives it rank 3"),
+    "pattern with another rank": ({"rank_pattern": {"q_proj": 3}}, r"in the file, but .* want .'lora_A': \(3, 6\)"),
     "alpha pattern a string": ({"alpha_pattern": {"q_proj": "x"}}, "'alpha_pattern'"),
     "layers a string": ({"layers_to_transform": "0"}, "'layers_to_transform'"),
     "modules_to_save that are not there": ({"modules_to_save": ["lm_head"]}, "'lm_head', which the model does not"),
@@ -242,7 +245,7 @@ CONFIG_FAULTS = {
     "bias trained": ({"bias": "all"}, "'bias' is 'all'"),
     "another method": ({"peft_type": "IA3"}, "peft_type must be 'LORA'"),
     "no method": ({"peft_type": None}, "peft_type must be 'LORA'"),
-    "DoRA without magnitudes": ({"use_dora": True}, "no lora_magnitude_vector"),
+    "DoRA without magnitudes": ({"use_dora": True}, "want .*'lora_magnitude'"),
     "PiSSA on a changed base": ({"init_lora_weights": "pissa"}, "'init_lora_weights'.*replaces the base weights"),
     "LoftQ on a changed base": ({"init_lora_weights": "loftq"}, "'init_lora_weights'.*replaces the base weights"),
     "layer_replication": ({"layer_replication": [[0, 1]]}, "'layer_replication'.*not supported"),
@@ -299,7 +302,7 @@ def test_a_regex_that_never_ends_is_stopped(files, monkeypatch):
     import handtuned.nn.adapter_config as module
 
     monkeypatch.setattr(module, "REGEX_SECONDS", 1)
-    change_config(files, target_modules="((((([a-z_.]+)+)+)+)+)+!")
+    change_config(files, target_modules=r"(([a-z]|_|\.|\w|.|[^!])+)+(?<=\d)")
     start = time.monotonic()
     with pytest.raises(ValueError, match="takes more than 1 seconds"):
         load_adapter(Tiny(), files)

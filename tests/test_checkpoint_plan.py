@@ -8,17 +8,17 @@ from pathlib import Path
 
 import pytest
 import torch
-from handtuned.nn import sequential
+from handtuned.nn import checkpoint_plan
 from handtuned.nn.checkpoint_plan import (
     LayerCost,
     Plan,
     Segment,
+    checkpoint_sequential,
     choose_segments,
     plan_checkpoints,
     split_evenly,
 )
 from handtuned.nn.live_memory import LiveMemory
-from handtuned.nn.sequential import checkpoint_sequential
 from torch import nn
 
 
@@ -221,7 +221,7 @@ def test_measuring_leaves_no_trace_and_happens_once(monkeypatch):
     assert all(p.grad is None for p in net.parameters())
 
     measured = []
-    monkeypatch.setattr(sequential, "plan_checkpoints", lambda *a: measured.append(a) or plan_checkpoints(*a))
+    monkeypatch.setattr(checkpoint_plan, "plan_checkpoints", lambda *a: measured.append(a) or plan_checkpoints(*a))
     for rows in (16, 16, 32, 16):
         checkpoint_sequential(net, torch.randn(rows, 8), "auto")
     assert len(measured) == 2, "once for each shape"

@@ -4,7 +4,6 @@ import pytest
 import torch
 from adapted_models import adapted, close, copy_values, gpt2, llama, logits, peft_layers
 from handtuned.nn import LoRALinear, lora_parameters, merge_lora, unmerge_lora
-from handtuned.nn.adapter_math import dora_gain
 from handtuned.nn.adapters import load_adapter, save_adapter, set_adapter
 from handtuned.nn.multi import adapters_by_row
 from handtuned.nn.variants import dora_init
@@ -76,8 +75,9 @@ def test_dora_on_nf4_merges_switches_and_mixes(tmp_path):
 def test_dora_gain_without_forming_the_sum():
     layer = LoRALinear(nn.Linear(40, 30), rank=7, lora_alpha=7)
     nn.init.normal_(layer.lora_B)
-    layer.lora_magnitude = nn.Parameter(torch.rand(30))
+    dora_init(layer)
+    layer.lora_magnitude.data = torch.rand(30)
     layer.double()
     W = layer.base_layer.weight
     expected = layer.lora_magnitude / (W + layer.lora_B @ layer.lora_A).norm(dim=1)
-    assert_same_function(dora_gain(W, layer), expected)
+    assert_same_function(layer.gain(W), expected)

@@ -1,4 +1,4 @@
-"""Each kind of fault, planted in machine code: it is found, with line, program, thread and address; mended, it passes."""
+"""Each kind of fault, planted in machine code, is found, with line, program, thread and address; mended, it passes."""
 
 import pytest
 import torch

@@ -63,7 +63,8 @@ def test_sectors(stride, sectors, least):
 
 
 @pytest.mark.parametrize("stride,width,waves,least", [
-    (4, 1, 1, 1), (8, 1, 2, 1), (128, 1, 32, 1), (0, 1, 1, 1), (132, 1, 1, 1), (16, 4, 4, 4), (32, 4, 8, 4), (8, 2, 2, 2),
+    (4, 1, 1, 1), (8, 1, 2, 1), (128, 1, 32, 1), (0, 1, 1, 1), (132, 1, 1, 1), (16, 4, 4, 4), (32, 4, 8, 4),
+    (8, 2, 2, 2),
 ])  # fmt: skip
 def test_wavefronts(stride, width, waves, least):
     """32 banks of 4 bytes; 8 bytes a thread go in two halves of the warp, 16 in four quarters."""

@@ -10,14 +10,12 @@ import sys
 
 import pytest
 import torch
-
-triton = pytest.importorskip("triton")
+import triton
 import triton.language as tl
 from handtuned.kernels import runtime
 from helpers import assert_within_budget
 
-import handtuned.gpu
-from handtuned.gpu import KernelFault, emulate
+from handtuned.gpu import Emulator, KernelFault, emulate
 
 INTERPRETED = bool(triton.knobs.runtime.interpret)
 compiled = pytest.mark.skipif(INTERPRETED, reason="kernels are interpreted here")
@@ -183,6 +181,17 @@ def test_faults_name_the_line(arch):
 
 
 @compiled
+def test_blackwell_is_compiled_and_counted():
+    a = torch.randn(256, 256).half()
+    with emulate("sm_100") as gpu, pytest.warns(UserWarning, match="tcgen05"):
+        matmul[(2, 2)](a, a, torch.zeros_like(a), 256, 256, 256, 128, 128, 64)
+    (launch,) = gpu.launches
+    assert not launch.executed and launch.counters.instructions["tensor"] > 0
+    gpu, x, y, out = run_add(1000, "sm_100")  # without tensor cores it runs
+    assert gpu.launches[0].executed and torch.equal(out, x + y)
+
+
+@compiled
 def test_what_does_not_fit_is_refused():
     a = torch.zeros(256, 256, dtype=torch.float16)
     big = (a, a, a.clone(), 256, 256, 256, 128, 256, 64)
@@ -224,7 +233,7 @@ def test_reports():
     (launch,) = gpu.launches
     assert 8 <= launch.registers <= 64 and launch.spill_bytes == 0
     assert launch.occupancy.blocks * launch.warps == launch.occupancy.warps <= 64
-    assert "no kernel" in str(handtuned.gpu.Emulator("sm_90"))
+    assert "no kernel" in str(Emulator("sm_90"))
     total_of_lines = sum(line.warp_instructions for line in launch.counters.lines.values())
     assert total_of_lines == launch.counters.warp_instructions > 0
 

@@ -47,7 +47,8 @@ def test_shuffle_within_segments_and_range():
 
 
 REDUCTIONS = {
-    "add.s32": lambda x: np.add.reduce(x.numpy(), dtype=np.int32), "max.s32": lambda x: x.max(), "min.s32": lambda x: x.min(),
+    "add.s32": lambda x: np.add.reduce(x.numpy(), dtype=np.int32),
+    "max.s32": lambda x: x.max(), "min.s32": lambda x: x.min(),
     "max.u32": lambda x: x.numpy().view("u4").max().view("i4"), "and.b32": lambda x: np.bitwise_and.reduce(x.numpy()),
     "or.b32": lambda x: np.bitwise_or.reduce(x.numpy()), "xor.b32": lambda x: np.bitwise_xor.reduce(x.numpy()),
 }  # fmt: skip
@@ -86,7 +87,11 @@ def test_elect_activemask_match():
 
 
 def test_a_missing_lane_is_waited_for_in_vain():
-    body = "mov.u32 %r1, %tid.x;\nsetp.lt.u32 %p1, %r1, 7;\n@%p1 bra $OUT;\nshfl.sync.bfly.b32 %r2, %r1, 1, 31, -1;\n$OUT: bar.warp.sync -1;"
+    body = """mov.u32 %r1, %tid.x;
+    setp.lt.u32 %p1, %r1, 7;
+    @%p1 bra $OUT;
+    shfl.sync.bfly.b32 %r2, %r1, 1, 31, -1;
+    $OUT: bar.warp.sync -1;"""
     with pytest.raises(KernelFault) as caught:
         run(body, [])
     assert caught.value.kind == "deadlock" and caught.value.line == 4

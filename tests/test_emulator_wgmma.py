@@ -68,8 +68,8 @@ def multiply(kind="f16", n=16, span=128, transposed=(False, False), registers=Fa
         )
         fragments = lanes.permute(0, 2, 4, 3, 1).reshape(128, 4).contiguous()  # warp, g, t, half of K, half of rows
     a = "{%r90, %r91, %r92, %r93}" if registers else "%d40"
-    loop = "\n".join(f"ld.global.b32 %r10, [%d5+{16 * 128 * j // 1}];\nst.shared.b32 [%r11+{512 * j}], %r10;"
-                     .replace(f"[%d5+{16 * 128 * j}]", f"[%d5+{512 * j}]") for j in range(len(image) // 512))  # fmt: skip
+    steps = range(0, len(image), 512)
+    loop = "\n".join(f"ld.global.b32 %r10, [%d5+{at}];\nst.shared.b32 [%r11+{at}], %r10;" for at in steps)
     stores = "\n".join(f"st.global.b32 [%d7+{4 * j}], %r{100 + j};" for j in range(n // 2))
     body = f"""mov.u32 %r1, %tid.x;
     ld.param.b64 %d1, [kernel_param_0];

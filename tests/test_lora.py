@@ -1,5 +1,6 @@
 """One LoRA layer: what it starts as, what it computes, settings, dtypes, autocast, dropout."""
 
+import copy
 import itertools
 import math
 
@@ -8,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from handtuned.kernels.lora import lora_linear_reference
 from handtuned.nn import LoRALayer, LoRALinear
+from handtuned.nn.lora import LoRALinearReference
 from handtuned.quant import NF4Linear
 from helpers import assert_computes, assert_same_function, order_cost
 from lora_layers import FLOATS, adapted, run, short
@@ -45,6 +47,25 @@ def test_the_formula():
     x = torch.randn(5, 64).double()
     want = F.linear(x, layer.weight, layer.bias) + 2.0 * (x @ layer.lora_A.T) @ layer.lora_B.T
     assert_same_function(layer(x), want)
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.3])
+def test_the_reference_is_the_same_layer(dropout):
+    """From the same seed both start alike; without dropout (each draws a mask of its own) they compute alike."""
+    base, layers = nn.Linear(64, 48), []
+    for kind in (LoRALinearReference, LoRALinear):
+        torch.manual_seed(1)
+        layers.append(kind(copy.deepcopy(base), rank=4, lora_alpha=8.0, lora_dropout=dropout))
+    reference, layer = layers
+    assert torch.equal(reference.lora_A, layer.lora_A) and torch.equal(reference.lora_B, layer.lora_B)
+    layer.lora_B.data.normal_()
+    reference.lora_B.data.copy_(layer.lora_B)
+    x, dy = torch.randn(5, 64), torch.randn(5, 48)
+    if dropout:
+        reference.eval(), layer.eval()
+    want, got = (run(one, one.lora_A, one.lora_B, x, dy) for one in layers)
+    for name in want:
+        torch.testing.assert_close(got[name], want[name])
 
 
 def test_lora_layer_has_a_frozen_weight_of_its_own():

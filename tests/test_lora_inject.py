@@ -107,7 +107,7 @@ def test_targets_are_whole_components_or_a_regex_of_the_whole_path(targets, want
         (r".*\.w_proj", "matches the whole path of no"),
         ([], "at least one"),
         ([3], "strings"),
-        ("(q_proj", "target_modules is no regular expression"),
+        ("(q_proj", "target_modules is not a regular expression"),
     ],
     ids=["near-miss", "substring", "not-linear", "name-as-regex", "regex", "empty", "not-a-string", "broken-regex"],
 )

@@ -69,6 +69,18 @@ def test_the_plan_by_shape(kernel_backend, device):
     assert plan(rows(1).double(), q, False) == "exact"
 
 
+@each_dtype
+@pytest.mark.parametrize("transposed", [True, False], ids=["x Wᵀ", "x W"])
+@pytest.mark.parametrize("M", [1, 16, 33])
+def test_the_product_without_an_adapter(each_backend, device, M, transposed, dtype):
+    q = quantized(600, 128, device=device)
+    x, b = (torch.randn(size, device=device).to(dtype) for size in ((M, 128 if transposed else 600), 600))
+    W = q.dequantize(torch.float32).double()
+    exact = x.double() @ W.t() + b.double() if transposed else x.double() @ W
+    b = b if transposed else None
+    assert_within_budget(nf4_matmul(x, q, b, transposed), exact, nf4_matmul_reference(x, q, b, transposed), "y")
+
+
 def test_the_plan_in_torch():
     assert [plan(torch.empty(M, 128), quantized(8, 128), False) for M in (1, 2048)] == ["exact", "exact"]
 

@@ -17,6 +17,7 @@ import json
 import re
 import subprocess
 import tempfile
+import warnings
 from pathlib import Path
 
 import numpy as np
@@ -30,6 +31,7 @@ from triton.runtime.cache import get_cache_manager
 from triton.runtime.interpreter import InterpretedFunction
 
 from . import cards
+from .emulator.counters import Counters
 from .emulator.machine import Launch, Machine
 from .emulator.memory import Global
 from .emulator.parse import parse
@@ -106,8 +108,17 @@ class _Launcher:
         names = [name for _, name, _ in machine.kernel.params]
         memory = Global(tensors, self.driver.unwritten, machine.global_piece)
         launch = Launch(machine, dict(zip(names, values, strict=True)), grid, memory, meta.shared)
-        ids = self.driver.chosen(programs)
-        self.driver.ran(launch, self.src, meta, len(ids), launch.run(ids) if len(ids) else None)
+        ids = self.driver.chosen(programs if machine.executes else 0)
+        if not machine.executes:
+            warnings.warn(
+                f"{meta.name} uses tcgen05, the tensor cores of {self.driver.arch}, which are not emulated: it was "
+                "compiled and counted, each instruction once, but not run, and its outputs were not written",
+                stacklevel=2,
+            )
+            counters = launch.count_statically()
+        else:
+            counters = launch.run(ids) if len(ids) else Counters()
+        self.driver.ran(launch, self.src, meta, len(ids), counters)
 
 
 class _Utils:
@@ -119,7 +130,9 @@ class _Utils:
     def load_binary(self, name, code, shared, device):
         machine = self.machines.get(code)
         if machine is None:
-            machine = self.machines[code] = Machine(parse(code.decode()))
+            # Triton 3.6 leaves the fence between cp.async and wgmma away, on every kernel; 3.7 writes it
+            strict = not triton.__version__.startswith("3.6")
+            machine = self.machines[code] = Machine(parse(code.decode()), copies_need_fence=strict)
             machine.ptx = code.decode()
         registers, spills, most_threads = 0, 0, 1024
         return machine, machine, registers, spills, most_threads
@@ -153,7 +166,7 @@ class EmulatedDriver(DriverBase):
     def chosen(self, programs):
         """Numbers of the programs to execute, spread over the grid."""
         some = programs if self.programs is None else min(self.programs, programs)
-        return np.linspace(0, programs - 1, some).astype(np.int64)
+        return np.linspace(0, programs - 1, some).astype(np.int64) if some else np.empty(0, np.int64)
 
     @classmethod
     def is_active(cls):

@@ -1,5 +1,6 @@
 """The X-ray: an operation is called in the emulator, and what it launched is described."""
 
+import warnings
 from dataclasses import dataclass, field
 
 from ..kernels.runtime import HAS_TRITON, INTERPRETED
@@ -10,7 +11,6 @@ from .machine_code import MachineCode, read_machine_code
 from .operations import Operation, Size
 from .session import LaunchRecord, emulate
 
-NOT_EXECUTED = ("sm_100",)  # its tensor cores are not emulated: compiled, and counted from the code
 WHOLE = Size(128, 512, 512, 16, 2**17)  # at which every program is executed in a second or two
 
 
@@ -22,7 +22,8 @@ class Launched:
         tile: of a tuned kernel, "128 x 256, 8 warps, 3 stages"; else "".
         registers, spill_bytes: of a thread.
         shared_bytes, threads: of a program.
-        counters: of the programs executed; `scale` times that is the launch. Empty if none was.
+        executed: how many programs were; none of a kernel with the tensor cores of sm_100.
+        counters: of the programs executed; `scale` times that is the launch.
         ptx_instructions: static count, as `code.instructions` is that of the machine code.
     """
 
@@ -46,7 +47,7 @@ class Launched:
 
     @property
     def warp_instructions(self) -> float:
-        """Machine instructions of all warps: those of PTX that were executed, in the proportion of the static counts."""
+        """Machine instructions of all warps: PTX instructions executed, in the proportion of the static counts."""
         return self.counters.warp_instructions * self.scale * self.code.instructions / self.ptx_instructions
 
 
@@ -76,6 +77,11 @@ class Xray:
     def executed(self) -> bool:
         return all(launch.executed for launch in self.launches)
 
+    @property
+    def whole(self) -> bool:
+        """Whether every program was."""
+        return all(launch.executed == launch.programs for launch in self.launches)
+
 
 def _described(launch: LaunchRecord, tuned: bool) -> Launched:
     launch.counters.lines.clear()
@@ -83,8 +89,8 @@ def _described(launch: LaunchRecord, tuned: bool) -> Launched:
     if tuned:
         tile = f"{blocks['BLOCK_M']} x {blocks['BLOCK_N']}, {launch.warps} warps, {launch.metadata.num_stages} stages"
     return Launched(
-        launch.name, tile, launch.registers, launch.spill_bytes, launch.shared_bytes, 32 * launch.warps, launch.programs,
-        launch.executed, launch.occupancy, launch.counters, read_machine_code(launch.sass),
+        launch.name, tile, launch.registers, launch.spill_bytes, launch.shared_bytes, 32 * launch.warps,
+        launch.programs, launch.sampled, launch.occupancy, launch.counters, read_machine_code(launch.sass),
         len(parse(launch.ptx).code), launch.sass,
     )  # fmt: skip
 
@@ -116,7 +122,8 @@ def examine(
     number(arch)
     call = operation.prepare(size)
     try:
-        with emulate(arch, 0 if arch in NOT_EXECUTED else programs, every_tile and operation.tuned) as gpu:
+        with warnings.catch_warnings(), emulate(arch, programs, every_tile and operation.tuned) as gpu:
+            warnings.simplefilter("ignore")  # that sm_100's tensor cores are not emulated stands in the report
             call()
         launches = [_described(launch, operation.tuned) for launch in gpu.launches]
     except Exception as error:

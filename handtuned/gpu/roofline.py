@@ -33,7 +33,8 @@ instructions become machine instructions in the proportion of their static numbe
 each array once. The model lets memory, tensor cores, shared memory and instruction issue overlap perfectly and gives
 the busiest multiprocessor its whole number of programs. It leaves out cache misses beyond the least bytes, the traffic
 between L2 and the multiprocessors, latency at the beginning and end of programs, instructions of less than full rate,
-the power limit, and what torch and the host do around the kernels."""
+the power limit, and what torch and the host do around the kernels. Kernels with the tensor cores of sm_100 are not
+executed: of these it knows the least bytes and the useful FLOPs alone."""
 KINDS = ("memory", "tensor", "shared", "issue")
 Range = tuple[float, float]
 
@@ -69,29 +70,31 @@ def tensor_kind(launch: Launched) -> str:
     return f"{kind}, TMA" if with_tma else kind
 
 
-def _launch_times(launch: Launched, gpu: Gpu, good: int) -> dict[str, float]:
-    """Seconds of one kernel; good 0: pessimistic, 1: optimistic."""
+def _launch_times(launch: Launched, gpu: Gpu, good: int, flops: int) -> dict[str, float]:
+    """Seconds of one kernel; good 0: pessimistic, 1: optimistic; flops: of one that was not executed."""
     uneven = math.ceil(launch.programs / gpu.multiprocessors) * gpu.multiprocessors / launch.programs
-    kind, counted = tensor_kind(launch), launch.counters
+    kind = tensor_kind(launch)
     rate = gpu.tensor * (share(gpu.arch, kind)[good] if kind else 1.0)
+    if not launch.executed:
+        return {"tensor": flops / rate * uneven, "shared": 0.0, "issue": 0.0}
     waiting = -(-launch.programs // gpu.multiprocessors) * launch.threads // 32  # warps that a multiprocessor is given
     resident = min(launch.occupancy.warps, waiting)
     per_clock = min(4.0, resident / CLOCKS_BETWEEN[good])
     return {
-        "tensor": counted.tensor_flops * launch.scale / rate * uneven,
-        "shared": counted.shared.cost * launch.scale / (gpu.multiprocessors * gpu.clock) * uneven,
+        "tensor": launch.counters.tensor_flops * launch.scale / rate * uneven,
+        "shared": launch.counters.shared.cost * launch.scale / (gpu.multiprocessors * gpu.clock) * uneven,
         "issue": launch.warp_instructions / (per_clock * gpu.multiprocessors * gpu.clock) * uneven,
     }
 
 
 def predict(ray: Xray, gpu: Gpu, measured: float | None = None) -> Prediction | None:
-    """The model's times for one X-ray on one card; None where it did not compile, or nothing was executed."""
-    if ray.error or not ray.executed:
+    """The model's times for one X-ray on one card; None where it did not compile."""
+    if ray.error:
         return None
     operation, size = ray.operation, ray.size
     moved, ranges = operation.bytes(size) / gpu.bandwidth, {kind: [] for kind in (*KINDS, "seconds")}
     for good in (1, 0):
-        times = [_launch_times(launch, gpu, good) for launch in ray.launches]
+        times = [_launch_times(launch, gpu, good, operation.flops(size)) for launch in ray.launches]
         total = {"memory": moved / share(gpu.arch, "memory")[good]}
         total |= {kind: sum(each[kind] for each in times) for kind in KINDS[1:]}
         for kind, seconds in total.items():
@@ -111,7 +114,7 @@ class Measured:
     seconds: float
 
     def fits(self, operation: str, gpu: Gpu) -> bool:
-        """Whether it is of this operation on this card: an H100 PCIe or a slice of an H200 has fewer multiprocessors."""
+        """Whether it is of this operation and card: an H100 PCIe or a slice of an H200 has fewer multiprocessors."""
         same = self.device.get("multiprocessors") in (None, gpu.multiprocessors)
         named = re.search(rf"\b{gpu.name}\b", self.device["name"]) is not None
         return same and named and operation == self.operation

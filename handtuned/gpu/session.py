@@ -24,10 +24,10 @@ class LaunchRecord:
         name: of the kernel.
         arch: "sm_90".
         grid: programs in x, y, z.
-        executed: how many of them ran; the counters are theirs.
+        sampled: how many of them ran; the counters are theirs.
         warps: of a program.
         shared_bytes: of a program.
-        counters: what it did.
+        counters: what it did; where tcgen05 is used, every instruction counted once (see `executed`).
         function: the Python function that was compiled.
         ptx: its machine code.
         constants: values of its constexpr arguments.
@@ -36,7 +36,7 @@ class LaunchRecord:
     name: str
     arch: str
     grid: tuple
-    executed: int
+    sampled: int
     warps: int
     shared_bytes: int
     counters: Counters
@@ -44,6 +44,11 @@ class LaunchRecord:
     ptx: str = field(repr=False)
     constants: dict = field(repr=False)
     metadata: object = field(repr=False)
+
+    @property
+    def executed(self) -> bool:
+        """False for a kernel with Blackwell's tensor cores: compiled and counted statically only."""
+        return "tcgen05." not in self.ptx
 
     @property
     def programs(self) -> int:
@@ -87,12 +92,12 @@ class Emulator:
     def __init__(self, arch: str):
         self.arch, self.launches = arch, []
 
-    def _ran(self, launch, src, metadata, executed, counters):
+    def _ran(self, launch, src, metadata, sampled, counters):
         constants = {src.fn.arg_names[at[0]]: value for at, value in src.constants.items() if len(at) == 1}
         self.launches.append(
             LaunchRecord(
-                metadata.name, self.arch, launch.grid, executed, metadata.num_warps, metadata.shared,
-                counters or Counters(), src.fn.fn, launch.machine.ptx, constants, metadata,
+                metadata.name, self.arch, launch.grid, sampled, metadata.num_warps, metadata.shared,
+                counters, src.fn.fn, launch.machine.ptx, constants, metadata,
             )
         )  # fmt: skip
 

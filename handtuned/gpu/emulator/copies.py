@@ -104,7 +104,8 @@ def copy(m, pc, i):
 def _arrive(b, transfers):
     for t in transfers:
         b.shared.store(t.program, t.offset, t.data)
-        b.shared.arrive(t.program, t.offset, t.data.shape[1] * 4, t.thread >> 5)
+        fenced = not b.launch.machine.copies_need_fence
+        b.shared.arrive(t.program, t.offset, t.data.shape[1] * 4, t.thread >> 5, fenced)
 
 
 def _issue(m, pc, i):

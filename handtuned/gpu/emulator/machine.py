@@ -97,19 +97,25 @@ def _access_bytes(i, spaces):
 class Machine(Registers):
     """One compiled kernel.
 
+    Args:
+        copies_need_fence: what cp.async brought is seen by wgmma and TMA only after a fence, as PTX has it.
+
     Attributes:
         blocks: by the index of their first instruction.
         registers: how many there are.
         shared_piece, global_piece: bytes of memory that are watched as one.
+        executes: False if it uses Blackwell's tensor cores (tcgen05), which are not emulated.
     """
 
-    def __init__(self, kernel: Kernel):
+    def __init__(self, kernel: Kernel, copies_need_fence: bool = True):
         super().__init__(kernel)
+        self.copies_need_fence = copies_need_fence
         self.shared_piece = min([16, *filter(None, (_access_bytes(i, ("shared",)) for i in kernel.code))])
         writes = [i for i in kernel.code if i.parts[0] != "ld"]
         self.global_piece = min([16, *filter(None, (_access_bytes(i, ("global",)) for i in writes))])
         if any(i.parts[0] == "mbarrier" for i in kernel.code):
             self.shared_piece = min(8, self.shared_piece)
+        self.executes = not any(i.parts[0] == "tcgen05" for i in kernel.code)
         self.blocks = self._blocks()
         self.registers = len(self.slots)
 
@@ -165,6 +171,11 @@ class Launch:
         if key not in self._costs:
             self._costs[key] = cost(table, mask, nbytes)
         return self._costs[key]
+
+    def count_statically(self):
+        """Counters of every instruction once, for each warp of each program, without running any."""
+        self.tally.issued[:] = int(np.prod(self.grid)) * self.kernel.threads // 32
+        return self.tally.counters(self.memory.dram(len(self.kernel.code)))
 
     def run(self, ids):
         """Execute the programs `ids`; gives the Counters."""

@@ -1,0 +1,179 @@
+"""The linear layer under an adapter: which layers can be one, how it is called, and merging ΔW into it."""
+
+import torch
+from torch import nn
+from torch.func import functional_call
+
+from ..quant import NF4Linear
+from ..quant.model import is_conv1d, is_linear
+
+HOOKS = (
+    "_forward_pre_hooks", "_forward_pre_hooks_with_kwargs", "_forward_hooks", "_forward_hooks_with_kwargs",
+    "_forward_hooks_always_called", "_backward_pre_hooks", "_backward_hooks",
+)  # fmt: skip
+
+
+def is_adaptable(module: nn.Module) -> bool:
+    """Whether LoRALinear can wrap `module`: an NF4Linear, a Conv1D, or what computes as nn.Linear does."""
+    return (
+        isinstance(module, NF4Linear)
+        or is_linear(module)
+        or (isinstance(module, nn.Linear) and type(module).forward is nn.Linear.forward)
+    )
+
+
+def features(linear) -> tuple[int, int]:
+    """(out_features, in_features) of anything adaptable."""
+    return (linear.nf, linear.nx) if is_conv1d(linear) else (linear.out_features, linear.in_features)
+
+
+def adapter_like(base) -> dict:
+    """Device of the base's weight, and fp32, or fp64 on an fp64 base."""
+    weight = base.weight
+    return {"device": weight.device, "dtype": torch.float64 if weight.dtype == torch.float64 else torch.float32}
+
+
+def dense_weight(base) -> torch.Tensor:
+    """The weight of any base layer as a dense (out, in) tensor; that of an NF4Linear is made for the call."""
+    if isinstance(base, NF4Linear):
+        return base.quantized.dequantize()
+    return base.weight.t() if is_conv1d(base) else base.weight
+
+
+def operand(base, x):
+    """The weight as `lora_linear` takes it, and the dtype to compute in."""
+    if isinstance(base, NF4Linear):
+        return base.quantized, base.compute_dtype or x.dtype
+    return dense_weight(base), x.dtype
+
+
+def has_hooks(base) -> bool:
+    """Whether calling `base` does more than its class's forward, which a fused operation would leave out."""
+    own = vars(base)
+    return "forward" in own or any(own[hooks] for hooks in HOOKS)
+
+
+def autocast_input(x: torch.Tensor) -> torch.Tensor:
+    """x in the dtype that a linear layer would see: under autocast, autocast's (which leaves fp64 alone)."""
+    device = x.device.type
+    if torch.is_autocast_enabled(device) and x.dtype != torch.float64:
+        return x.to(torch.get_autocast_dtype(device))
+    return x
+
+
+def cast(x: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    return x if x.dtype == dtype else x.to(dtype)  # asked first: `.to` takes time even where it changes nothing
+
+
+def base_forward(base, x):
+    """base(x), its parameters cast to x's dtype for the call where they differ."""
+    if isinstance(base, NF4Linear) or base.weight.dtype == x.dtype or torch.is_autocast_enabled(x.device.type):
+        return base(x)
+    return functional_call(base, {name: p.to(x.dtype) for name, p in base.named_parameters()}, (x,))
+
+
+class Mergeable(nn.Module):
+    """A module around a `base_layer` that its adapter can be merged into, and taken out of again to the bit.
+
+    Merging puts a copy with W + ΔW in the place of the base layer and keeps the original, which costs a second
+    copy of W while merged. The state dict is that of the unmerged layer, merged or not: with W + ΔW beside A and
+    B, whoever loads it would have ΔW twice.
+    """
+
+    def __init__(self, base_layer: nn.Module):
+        super().__init__()
+        self.base_layer = base_layer
+        self._kept = []  # the original while merged; in a list, so that it is no submodule
+
+    @property
+    def weight(self):
+        """The base layer's weight (with ΔW while merged)."""
+        return self.base_layer.weight
+
+    @property
+    def bias(self):
+        """The base layer's bias, or None."""
+        return self.base_layer.bias
+
+    @property
+    def merged(self) -> bool:
+        """Whether `base_layer` now holds W + ΔW."""
+        return bool(self._kept)
+
+    @property
+    def unmerged(self) -> nn.Module:
+        """The original base layer, merged or not."""
+        return self._kept[0] if self._kept else self.base_layer
+
+    def base_in_force(self) -> nn.Module:
+        """The layer to call where the adapter adds nothing: the original, or the merged one if enabled."""
+        if not self.enabled:
+            return self.unmerged
+        if self.merged and self.training and self.lora_dropout > 0:
+            raise RuntimeError("the adapter is merged, so its dropout cannot act: call unmerge_weights() or eval()")
+        return self.base_layer
+
+    @torch.no_grad()
+    def merge_weights(self, dequantize=False):
+        """Fold the adapter into the base weight: one product at inference. Does nothing when merged already.
+
+        Args:
+            dequantize: allow an NF4 base, which becomes a dense `nn.Linear` until unmerged.
+
+        Raises:
+            ValueError: an NF4 base without `dequantize`; a base whose `forward` has been replaced; an adapter that
+                is not finite, or that leaves the range of the weight's dtype. Nothing is changed then.
+        """
+        if self.merged or self.adapter is None:
+            return
+        base = self.base_layer
+        if isinstance(base, NF4Linear) and not dequantize:
+            raise ValueError(
+                "merging into a 4-bit weight rounds most of the adapter away (the steps between NF4 levels are "
+                "larger than ΔW); pass dequantize=True to merge into a dense layer"
+            )
+        if "forward" in vars(base):
+            raise ValueError("the base layer's forward has been replaced, which the merged layer could not follow")
+        delta = self.delta_weight()
+        if not torch.isfinite(delta).all():
+            raise ValueError("the adapter holds values that are not finite; it was not merged")
+        dense = base.dequantize() if isinstance(base, NF4Linear) else base
+        weight = delta.add_(dense_weight(dense)).to(dense.weight.dtype)
+        if not torch.isfinite(weight).all():
+            raise ValueError(f"W + ΔW leaves the range of {weight.dtype}; the adapter was not merged")
+        with torch.device("meta"):
+            if is_conv1d(dense):
+                merged, weight = type(dense)(dense.nf, dense.nx), weight.t().contiguous()
+            else:
+                merged = nn.Linear(self.in_features, self.out_features, bias=False)
+        merged.weight = nn.Parameter(weight, requires_grad=False)
+        merged.bias = dense.bias
+        merged.train(self.training)
+        if isinstance(dense.weight, nn.Parameter):  # else a hook may make the weight (pruning), and would undo ΔW
+            for hooks in HOOKS:
+                setattr(merged, hooks, getattr(base, hooks))
+        self._kept.append(base)
+        self.base_layer = merged
+
+    def unmerge_weights(self):
+        """Put the original base layer back, bit for bit. Does nothing when it is there already."""
+        if self.merged:
+            self.base_layer = self._kept.pop()
+
+    def state_dict(self, *args, **kwargs):
+        """As always in torch; that of the unmerged layer while merged."""
+        merged, self.base_layer = self.base_layer, self.unmerged
+        try:
+            return super().state_dict(*args, **kwargs)
+        finally:
+            self.base_layer = merged
+
+    def _load_from_state_dict(self, state_dict, prefix, metadata, strict, missing, unexpected, errors):
+        if self.merged:
+            errors.append(f"{prefix.rstrip('.') or 'the layer'} is merged; call unmerge_weights() before loading")
+        super()._load_from_state_dict(state_dict, prefix, metadata, strict, missing, unexpected, errors)
+
+    def _apply(self, fn, recurse=True):
+        for base in self._kept:  # .to(device) and the like must reach the original too
+            base._apply(fn, recurse)
+        return super()._apply(fn, recurse)
