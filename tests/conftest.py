@@ -10,23 +10,19 @@ import sys
 
 import torch
 
-EMULATED = os.environ.get("HANDTUNED_BACKEND", "torch").removeprefix("torch")  # an architecture, or nothing
-if EMULATED:
+if os.environ.get("HANDTUNED_BACKEND", "").startswith("sm_"):
     os.environ.pop("TRITON_INTERPRET", None)
 elif not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
-# Tests run the torch references unless they ask for `kernel_backend` or `each_backend`.
-os.environ["HANDTUNED_BACKEND"] = "torch"
 if os.environ.get("WITHOUT_C"):
     sys.modules["handtuned.kernels._nf4_cpu"] = None  # cannot be imported, as after an installation without a compiler
 
 import pytest
 from handtuned.kernels import runtime
 
-if EMULATED:
-    from handtuned.gpu import emulate_process
-
-    emulate_process(EMULATED)
+EMULATED = runtime.emulated_arch  # importing handtuned began it
+# Tests run the torch references unless they ask for `kernel_backend` or `each_backend`.
+os.environ["HANDTUNED_BACKEND"] = "torch"
 
 # Files whose outcome depends on the CPU: on its vector library, on the order of a sum, or on what a rival computes in.
 # `pytest -m numerical` runs them.
@@ -65,12 +61,14 @@ def pytest_collection_modifyitems(config, items):
 
 def _keep_kernel_tests(config, items):
     """In the emulator only what launches kernels is new."""
-    launch = [
-        item for item in items
-        if "kernel_backend" in item.fixturenames or ("each_backend" in item.fixturenames and item.callspec.params["each_backend"] == "kernel")
-    ]
-    config.hook.pytest_deselected(items=[item for item in items if item not in launch])
-    items[:] = launch
+
+    def launches(item):
+        kernel = "each_backend" in item.fixturenames and item.callspec.params["each_backend"] == "kernel"
+        return kernel or "kernel_backend" in item.fixturenames
+
+    kept = [item for item in items if launches(item)]
+    config.hook.pytest_deselected(items=[item for item in items if not launches(item)])
+    items[:] = kept
 
 
 @pytest.fixture(params=["torch", "kernel"])

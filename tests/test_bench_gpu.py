@@ -13,9 +13,8 @@ import torch
 from torch.overrides import TorchFunctionMode
 
 from handtuned import bench
-from handtuned.gpu import roofline
+from handtuned.harness import ceilings, runner, timing
 from handtuned.harness import report as reporting
-from handtuned.harness import runner, timing
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 BENCHMARKS = Path(__file__).resolve().parents[1] / "benchmarks"
@@ -132,8 +131,8 @@ def command(gpu, tmp_path, monkeypatch):
     """Run `bench --device cuda` over scripts; gives its exit code and report."""
     monkeypatch.setattr(runner, "in_a_process", lambda settings, stop: runner.run_benchmarks(settings))
     monkeypatch.setattr(runner, "choose_device", lambda device: CUDA)
-    rate = roofline.Ceilings.rate
-    monkeypatch.setattr(roofline.Ceilings, "rate", lambda self, dtype: rate(roofline.Ceilings(CPU, True), dtype))
+    rate = ceilings.Ceilings.rate
+    monkeypatch.setattr(ceilings.Ceilings, "rate", lambda self, dtype: rate(ceilings.Ceilings(CPU, True), dtype))
 
     def asked(words, **options):
         assert words[0] == "nvidia-smi" and f"--id=GPU-{UUID}" in words

@@ -225,7 +225,8 @@ def _unscale(*lows):
 
 
 OPERATIONS = (
-    _dequantize("fp16", True), _dequantize("fp16", False), _dequantize("bf16", True), _dequantize("fp32", True),
+    _dequantize("fp16", True), _dequantize("fp16", False), _dequantize("bf16", True), _dequantize("bf16", False),
+    _dequantize("fp32", True), _dequantize("fp32", False),
     _quantize("fp16"), _quantize("bf16"), _quantize("fp32"),
     _stream("nf4_one_row", 1, "fp16"), _stream("nf4_few_rows", 16, "fp16"), _stream("nf4_few_rows", 16, "bf16"),
     _merge("fp16"), _merge("bf16"),
