@@ -1,5 +1,6 @@
 """The X-ray: an operation is called in the emulator, and what it launched is described."""
 
+import os
 import warnings
 from dataclasses import dataclass, field
 
@@ -109,7 +110,7 @@ def examine(
         One, or one for each tile.
 
     Raises:
-        RuntimeError: without Triton, or in a process where kernels are interpreted.
+        RuntimeError: without Triton, or in a process where kernels are interpreted or references are forced.
         ValueError: unknown architecture.
     """
     if not HAS_TRITON:
@@ -119,6 +120,8 @@ def examine(
             "TRITON_INTERPRET is set, so the kernels of this process are interpreted and cannot be compiled; "
             "run xray in a process without it: TRITON_INTERPRET=0 handtuned xray"
         )
+    if os.environ.get("HANDTUNED_BACKEND"):
+        raise RuntimeError("HANDTUNED_BACKEND is set, which decides where kernels run; xray needs it unset")
     number(arch)
     call = operation.prepare(size)
     try:
