@@ -75,7 +75,7 @@ setup(
     packages=[*FOLDERS, *PARTS],
     package_dir=FOLDERS,
     ext_modules=[native],
-    package_data={"handtuned": ["datasets/*.jsonl"]},
+    package_data={"handtuned.datasets": ["*.jsonl"]},
     install_requires=["torch>=2.11", "numpy", 'triton>=3.6; platform_system == "Linux"'],
     extras_require=extras,
     entry_points={"console_scripts": ["handtuned = handtuned.cli:main"]},

@@ -7,7 +7,7 @@ This is the mask of the torch path; the kernels draw theirs in registers, which 
 """
 
 import torch
-from handtuned.kernels.dropout import new_seed, seeded_keep, threshold_of
+from handtuned.kernels.dropout import dropout_mask, new_seed, threshold_of
 
 from handtuned.bench import script
 from handtuned.harness import Case
@@ -16,7 +16,7 @@ P = 0.05
 
 
 def ours(seed, M, K):
-    return lambda: seeded_keep(seed, M, K, threshold_of(P))
+    return lambda: dropout_mask(seed, M, K, threshold_of(P))
 
 
 def bernoulli(seed, M, K):

@@ -31,12 +31,11 @@ from pathlib import Path
 
 import torch
 
-from handtuned.answers import AnswerModel
 from handtuned.bench import script
-from handtuned.data import encode, shipped_dataset
 from handtuned.harness.timing import TIME_UP, libraries, summary
-from handtuned.models import choose_dtype, load_base, smollm2
-from handtuned.rows import load_rows
+from handtuned.training.data import encode, shipped_dataset
+from handtuned.training.formats import load_rows
+from handtuned.training.models import choose_dtype, load_base, smollm2
 
 RANK, ALPHA, RATE, MAX_NORM = 8, 16, 1e-3, 0.3
 PROVIDERS = ("handtuned", "peft", "peft + bitsandbytes")
@@ -89,6 +88,8 @@ def handtuned_model(model, random, dtype, device):
     from handtuned.quant import quantize_model
     from transformers import AutoModelForCausalLM
 
+    from handtuned.training.evaluation import CausalLM
+
     if random:
         base = AutoModelForCausalLM.from_pretrained(model, dtype=dtype).requires_grad_(False)
         base = quantize_model(base).to(device)
@@ -96,7 +97,7 @@ def handtuned_model(model, random, dtype, device):
         base, _ = load_base(model, "qlora", dtype, device)
     apply_lora_to_model(base, RANK, ALPHA, "all-linear")
     parameters = list(lora_parameters(base.train()))
-    answers = AnswerModel(base, torch.arange(1000, 1008, device=device)[None])
+    answers = CausalLM(base, torch.arange(1000, 1008, device=device)[None])
 
     def loss(ids, labels):
         return answers.loss({"input_ids": ids, "labels": labels}) / (labels[:, 1:] != -100).sum()

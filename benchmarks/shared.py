@@ -2,7 +2,7 @@
 
 import torch
 
-from handtuned.models import choose_dtype
+from handtuned.training.models import choose_dtype
 
 
 def low_precision(device):

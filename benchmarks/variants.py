@@ -29,11 +29,11 @@ from handtuned.nn.files import write_json
 from handtuned.nn.variants import dora_init, freeze_A, loftq_init, lora_plus_groups, pissa_init, use_rslora
 from handtuned.optim import AdamW, cosine_with_warmup
 
-from handtuned.answers import AnswerModel
-from handtuned.finetune import encode, load_rows
-from handtuned.models import load_base
-from handtuned.settings import FinetuneSettings
-from handtuned.training import train
+from handtuned.training import data
+from handtuned.training.evaluation import CausalLM
+from handtuned.training.loop import Training, train
+from handtuned.training.models import load_base
+from handtuned.training.settings import FinetuneSettings
 
 RATIO = 16.0
 READING = """\
@@ -73,7 +73,7 @@ def one_run(variant, settings, rows):
     """Train once; a dict of what the table shows."""
     method, prepare, make_groups = VARIANTS[variant]
     model, tokenizer = load_base(settings.model, method)
-    examples, held_out = (encode(part, "", tokenizer, settings) for part in rows)
+    examples, held_out = (data.encode_rows(part, tokenizer, settings.max_seq_length).examples for part in rows)
     original = {}
     if method == "qlora":
         dense, _ = load_base(settings.model, "lora")
@@ -88,22 +88,24 @@ def one_run(variant, settings, rows):
     trained = [p for p in lora_parameters(model) if p.requires_grad]
     optimizer = AdamW(make_groups(model, settings.learning_rate), lr=settings.learning_rate)
     schedule = cosine_with_warmup(optimizer, settings.max_steps, settings.warmup_ratio)
-    answers = AnswerModel(model, torch.from_numpy(examples[0].input_ids[None, :8]).long())
+    lm = CausalLM(model, examples[0].input_ids[None, :8])
+    training = Training(lm, optimizer, schedule, GradScaler(enabled=False))
     losses = []
     started = time.process_time()
-    train(answers, examples, settings, optimizer, schedule, GradScaler(enabled=False), 0, settings.max_steps,
+    train(training, examples, settings.max_steps, settings.per_device_train_batch_size,
+          settings.gradient_accumulation_steps, settings.max_grad_norm, settings.seed,
           lambda row: losses.append(row["loss"]))  # fmt: skip
-    training = time.process_time() - started
+    seconds = time.process_time() - started
     with tempfile.TemporaryDirectory() as directory:
         save_adapter(model, directory)
         size = (Path(directory) / "adapter_model.safetensors").stat().st_size
     return {
-        **answers.score(held_out),
+        **training.lm.score(held_out),
         "train_loss": statistics.mean(losses[-5:]),
         "trained": sum(p.numel() for p in trained),
         "file": size,
         "prepare": preparing,
-        "step": training / settings.max_steps,
+        "step": seconds / settings.max_steps,
     }
 
 
@@ -142,7 +144,9 @@ def main():
                 max_steps=arguments.steps, per_device_train_batch_size=arguments.rows, learning_rate=1e-3, seed=seed,
                 eval_samples=arguments.held_out, device="cpu", dtype="float32",
             ).with_defaults()  # fmt: skip
-            run = one_run(variant, settings, load_rows(settings))
+            rows = data.load_chats(settings.data, settings.eval_data, settings.eval_fraction, settings.eval_samples,
+                                   settings.seed, settings.skip_bad_rows)[:2]  # fmt: skip
+            run = one_run(variant, settings, rows)
             runs.setdefault(variant, {})[str(seed)] = run
             write_json(arguments.record, record)
             print(f"{variant}, seed {seed}: loss {run['loss']:.3f}, exact {run['exact_match']:.1%}, "

@@ -12,12 +12,17 @@ import time
 from dataclasses import replace
 from pathlib import Path
 
+<<<<<<< HEAD
 from . import records
+=======
+from .gpu.roofline import draw
+>>>>>>> main
 from .harness import runner
 from .harness.ceilings import draw
 from .harness.report import text
 from .harness.timing import OURS, RIVALS, TIME_UP, cut_short
 from .nn.files import write_json
+from .training import logging
 
 FOLDER = Path("benchmarks")
 MINUTES = {"full": 8.0, "quick": 2.0}
@@ -66,7 +71,7 @@ def run(args: argparse.Namespace) -> int:
     mode = "quick" if args.quick else "full"
     minutes, begun = args.minutes or MINUTES[mode], time.monotonic()
     report = {
-        "command": records.command_line(),
+        "command": logging.command_line(),
         "date": datetime.datetime.now(datetime.timezone.utc).isoformat("T", "seconds"),
         "seed": args.seed,
         "minutes": minutes if minutes < math.inf else None,

@@ -55,7 +55,7 @@ def hyphenated(words: list[str]) -> list[str]:
 
 
 def main(words: list[str] | None = None) -> int:
-    """Run one subcommand; returns the exit code: 0; 2 for bad input, 1 for too little memory, told in one line."""
+    """Run one subcommand; returns the exit code: 0; 2 for bad input, 1 for too little memory, with one line of why."""
     _make_printing_safe()
     words = hyphenated(sys.argv[1:] if words is None else list(words))
     if not words or words[0] in ("-h", "--help"):

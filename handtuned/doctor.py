@@ -4,10 +4,10 @@ import platform
 
 import torch
 
-from . import records
 from .kernels import backend, runtime
 from .kernels.nf4_cpu import has_native
-from .models import cache_directory, choose_device, choose_dtype
+from .training.logging import versions
+from .training.models import cache_directory, choose_device, choose_dtype
 
 
 def add_arguments(parser) -> None:
@@ -16,7 +16,7 @@ def add_arguments(parser) -> None:
 
 def report() -> str:
     """Versions, backends, GPUs and the choices that follow from them, as text."""
-    lines = [f"{name:13} {version}" for name, version in records.versions().items()]
+    lines = [f"{name:13} {version}" for name, version in versions().items()]
     lines += ["", f"machine       {platform.system()} {platform.machine()}, {torch.get_num_threads()} CPU threads"]
     if torch.cuda.is_available():
         for index in range(torch.cuda.device_count()):

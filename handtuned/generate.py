@@ -4,13 +4,13 @@ import sys
 
 import torch
 
-from .adapted import add_adapter_arguments, load_adapted
-from .answers import write_answers
+from .training import evaluation
+from .training.models import add_adapter_flags, load_with_adapter
 
 
 def add_arguments(parser) -> None:
-    add_adapter_arguments(parser)
-    parser.add_argument("prompt", nargs="*", help="prompts; read from standard input, one a line, when there are none")
+    add_adapter_flags(parser)
+    parser.add_argument("prompt", nargs="*", help="prompts (default: the lines of standard input)")
     parser.add_argument("--system", help="system prompt (default: the one in the training data, if it had just one)")
     parser.add_argument("--max-new-tokens", type=int, default=128, help="longest answer in tokens (default: 128)")
     parser.add_argument("--temperature", type=float, default=0.0, help="0 takes the likeliest token (default: 0)")
@@ -25,12 +25,12 @@ def run(args) -> int:
     prompts = args.prompt or [line.strip() for line in sys.stdin if line.strip()]
     if not prompts:
         raise ValueError("no prompt: give one as an argument or on standard input")
-    model, tokenizer, record = load_adapted(args)
+    model, tokenizer, record = load_with_adapter(args)
     system = args.system if args.system is not None else record.get("system_prompt")
     opening = [{"role": "system", "content": system}] if system else []
     torch.manual_seed(args.seed)
     sampling = {"do_sample": True, "temperature": args.temperature} if args.temperature else {}
     for prompt in prompts:
         chat = [*opening, {"role": "user", "content": prompt}]
-        print(write_answers(model, tokenizer, [chat], args.max_new_tokens, **sampling)[0])
+        print(evaluation.generate(model, tokenizer, [chat], args.max_new_tokens, **sampling)[0])
     return 0

@@ -11,35 +11,34 @@ from pathlib import Path
 
 import torch
 
-from . import data
-from .adapted import add_adapter_arguments, load_adapted
-from .answers import AnswerModel, ends
-from .models import choose_device, load_base
 from .nn.adapters import load_adapter
 from .nn.files import whole_directory
 from .nn.inject import lora_layers
 from .nn.merge import merge_and_unload, merge_errors
 from .quant import NF4Linear
+from .training import data
+from .training.evaluation import CausalLM, end_tokens
+from .training.models import add_adapter_flags, choose_device, load_base, load_with_adapter
 
 PROBE_ROWS = 32
 
 
 def add_arguments(parser) -> None:
-    add_adapter_arguments(parser)
+    add_adapter_flags(parser)
     parser.add_argument("--out", required=True, metavar="DIR", help="where the merged model goes (must not exist)")
     parser.add_argument("--onto", default="quantized", choices=("quantized", "original"),
                         help="weights that receive the update (default: quantized, the ones trained on)")  # fmt: skip
     parser.add_argument("--save-dtype", default="bfloat16", choices=("bfloat16", "float16", "float32"),
                         help="dtype of the merged weights (default: bfloat16)")  # fmt: skip
     parser.add_argument("--errors", action="store_true", help="also measure what merging into 4 bits would lose")
-    parser.add_argument("--data", help="rows on which the loss before and after is told (default: those of training)")
+    parser.add_argument("--data", help="rows whose loss is shown before and after (default: those of training)")
 
 
 def run(args) -> int:
     out = Path(args.out)
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise ValueError(f"--out {out} exists already and is not empty")
-    model, tokenizer, record = load_adapted(args)
+    model, tokenizer, record = load_with_adapter(args)
     probe = _probe(args.data or record.get("eval_data"), tokenizer)
     before = _loss(model, probe)
     if any(layer.lora_A is not None for _, layer in lora_layers(model)):  # not if whole modules were trained alone
@@ -52,7 +51,7 @@ def run(args) -> int:
         load_adapter(model, args.adapter)
     model = to_plain_model(model, getattr(torch, args.save_dtype))
     after = _loss(model, probe)
-    model.generation_config.eos_token_id = ends(model, tokenizer)  # other programs stop there too
+    model.generation_config.eos_token_id = end_tokens(model, tokenizer)  # other programs stop there too
     with whole_directory(out) as temporary:
         model.save_pretrained(temporary)
         tokenizer.save_pretrained(temporary)
@@ -91,8 +90,4 @@ def _probe(path: str | None, tokenizer) -> list:
 
 
 def _loss(model, probe: list) -> float | None:
-    if not probe:
-        return None
-    place = next(model.parameters()).device
-    answers = AnswerModel(model, torch.from_numpy(probe[0].input_ids[None, :8]).long().to(place))
-    return answers.score(probe)["loss"]
+    return CausalLM(model, probe[0].input_ids[None, :8]).score(probe)["loss"] if probe else None

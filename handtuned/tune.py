@@ -5,8 +5,8 @@ Each trial is a short fine-tuning run with settings of its own. The first has th
 Talwalkar 2016; asynchronous: Li et al. 2020) stops a trial after 1/8, 1/4 or 1/2 of its steps
 unless it is among the better half of those that came as far.
 
-Half of the held-out rows choose; the other half are looked at once a finished trial, and decide nothing:
-what they say of the winner is not flattered by the choice.
+Half of the held-out rows choose; the other half are scored once per finished trial and decide nothing, so that
+their score of the winner is not flattered by the choice.
 """
 
 import argparse
@@ -19,23 +19,19 @@ from pathlib import Path
 
 import torch
 
-from . import data, findings, records
-from .adapted import save_with_record
-from .amp import GradScaler
-from .answers import AnswerModel
-from .findings import SEARCHED
-from .finetune import adapter_record, data_mark, encode, load_rows
-from .models import choose_device, choose_dtype, fingerprint, load_base
 from .nn import apply_lora_to_model
 from .nn.files import write_json
 from .nn.merge import unload
 from .nn.multi import linear_layers
-from .optim import AdamW, cosine_with_warmup
-from .settings import FinetuneSettings, add_flags, differences
-from .training import Diverged, train
+from .training import data, logging, loop
+from .training import trials as reports
+from .training.checkpoints import changed_marks
+from .training.models import adapter_record, choose_device, choose_dtype, fingerprint, load_base, save_with_record
+from .training.settings import FinetuneSettings, add_flags, differences
+from .training.trials import SEARCHED
 
 TARGETS = ("q_proj,v_proj", "q_proj,k_proj,v_proj,o_proj", "gate_proj,up_proj,down_proj", "all-linear")
-BYTES_A_PARAMETER = 16  # trained in fp32: itself, its gradient, two moments
+BYTES_PER_PARAMETER = 16  # trained in fp32: itself, its gradient, two moments
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -101,13 +97,13 @@ def tune(settings: FinetuneSettings, trials: int, minutes: float | None = None, 
 
     steps = settings.max_steps or 40
     settings = dataclasses.replace(settings.with_defaults(), max_steps=steps)
-    bench = Bench(settings)
+    runner = TrialRunner(settings)
     directory = Path(settings.output_dir)
     directory.mkdir(parents=True, exist_ok=True)
-    marks = {"base": bench.base, "data": data_mark(bench.examples), "search": list(search)}
-    record = {"settings": settings.to_json(), "search": list(search), "marks": marks, "versions": records.versions()}
+    marks = runner.marks | {"search": list(search)}
+    record = {"settings": settings.to_json(), "search": list(search), "marks": marks, "versions": logging.versions()}
     known = directory / "tune.json"
-    if known.exists() and json.loads(known.read_text(encoding="utf-8"))["marks"] != marks:
+    if known.exists() and changed_marks(json.loads(known.read_text(encoding="utf-8"))["marks"], marks):
         raise ValueError(f"{directory}: base model, data or search are not what they were when this study began")
     write_json(known, record)
 
@@ -117,7 +113,7 @@ def tune(settings: FinetuneSettings, trials: int, minutes: float | None = None, 
         study_name="lora", storage=optuna.storages.JournalStorage(backend), load_if_exists=True,
         pruner=optuna.pruners.SuccessiveHalvingPruner(min_resource=max(1, steps // 8), reduction_factor=2),
     )  # fmt: skip
-    space = Space(settings, search, bench.model)
+    space = Space(settings, search, runner.model)
     if not study.trials:
         study.enqueue_trial(space.first(), user_attrs={"first": True})
     _try_again(study)
@@ -126,16 +122,16 @@ def tune(settings: FinetuneSettings, trials: int, minutes: float | None = None, 
     study.sampler = optuna.samplers.TPESampler(seed=settings.seed + done, n_startup_trials=5)
     rungs = sorted({max(1, steps >> k) for k in range(4)})
     print(f"{trials - done} trials of up to {steps} steps, judged after {', '.join(map(str, rungs))}; "
-          f"{len(bench.choosing)} held-out rows choose, {len(bench.untouched)} are kept for the verdict")  # fmt: skip
+          f"{len(runner.choosing)} held-out rows choose, {len(runner.untouched)} are kept for the verdict")  # fmt: skip
     if trials > done:
         study.optimize(
-            lambda trial: bench.try_out(trial, space, rungs), n_trials=trials - done,
-            timeout=None if minutes is None else 60 * minutes, callbacks=[findings.say],
+            lambda trial: runner.run(trial, space, rungs), n_trials=trials - done,
+            timeout=None if minutes is None else 60 * minutes, callbacks=[reports.print_trial],
         )  # fmt: skip
-    result = findings.summary(study)
+    result = reports.summary(study)
     write_json(directory / "trials.json", result)
-    findings.draw_pareto(result, directory / "pareto.png")
-    print(findings.told(result, settings, directory))
+    reports.draw_pareto(result, directory / "pareto.png")
+    print(reports.table(result, settings, directory))
     return result
 
 
@@ -197,28 +193,32 @@ class Space:
         return dataclasses.replace(settings, **picked | {"target_modules": (picked["target_modules"],)})
 
 
-class Bench:
+class TrialRunner:
     """The base model and the rows, loaded once for all trials."""
 
     def __init__(self, settings: FinetuneSettings):
         self.settings = settings
         self.device = choose_device(settings.device)
         self.dtype = choose_dtype(settings.dtype, self.device)
-        train_rows, eval_rows = load_rows(settings)
+        chats, eval_chats, eval_file = data.load_chats(
+            settings.data, settings.eval_data, settings.eval_fraction, settings.eval_samples, settings.seed,
+            settings.skip_bad_rows)  # fmt: skip
         self.model, tokenizer = load_base(settings.model, settings.method, self.dtype, self.device)
-        data.check_max_seq_length(settings.max_seq_length, getattr(self.model.config, "max_position_embeddings", None))
-        self.examples = encode(train_rows, "training", tokenizer, settings).examples
-        held_out = encode(eval_rows, "held-out", tokenizer, settings).examples if eval_rows else []
-        if len(held_out) < 2:
-            raise ValueError(f"tune needs at least 2 held-out rows to choose by, got {len(held_out)}: --eval-data, "
-                             "or --eval-fraction above 0")  # fmt: skip
-        self.base = fingerprint(self.model)
-        self.record = adapter_record(settings, self.base, train_rows)
-        self.choosing, self.untouched = held_out[0::2], held_out[1::2]
+        data.check_max_seq_length(settings.max_seq_length, data.context_length(self.model))
+        learnt, held_out = data.encode_chats(
+            chats, eval_chats, tokenizer, settings.max_seq_length, settings.skip_bad_rows)  # fmt: skip
+        if len(held_out.examples) < 2:
+            raise ValueError(f"tune needs at least 2 held-out rows to choose by, got {len(held_out.examples)}: "
+                             "--eval-data, or --eval-fraction above 0")  # fmt: skip
+        self.examples = learnt.examples
+        self.marks = {"base": fingerprint(self.model), "codes": fingerprint(self.model, scales=False),
+                      "data": data.digest(self.examples)}  # fmt: skip
+        self.record = adapter_record(settings.model, settings.method, self.marks["base"], chats, eval_file)
+        self.choosing, self.untouched = held_out.examples[0::2], held_out.examples[1::2]
         apply_lora_to_model(self.model, settings.lora_r, settings.lora_alpha, settings.target_modules)  # does it fit?
         unload(self.model)
 
-    def try_out(self, trial, space: Space, rungs: list[int]) -> float:
+    def run(self, trial, space: Space, rungs: list[int]) -> float:
         """One trial: its loss on the choosing rows. Raises optuna.TrialPruned when it is stopped early."""
         import optuna
         from tqdm import tqdm
@@ -229,14 +229,11 @@ class Bench:
             self.model, settings.lora_r, settings.lora_alpha, settings.target_modules, settings.lora_dropout
         )
         try:
-            parameters = [p for p in self.model.parameters() if p.requires_grad]
+            trainable = sum(p.numel() for p in self.model.parameters() if p.requires_grad)
             trial.set_user_attr("settings", {name: getattr(settings, name) for name in SEARCHED})
-            trial.set_user_attr("bytes", BYTES_A_PARAMETER * sum(p.numel() for p in parameters))
-            optimizer = AdamW(parameters, lr=settings.learning_rate, weight_decay=settings.weight_decay)
-            schedule = cosine_with_warmup(optimizer, settings.max_steps, settings.warmup_ratio)
-            scaler = GradScaler(enabled=self.dtype == torch.float16)
-            sample = torch.from_numpy(self.examples[0].input_ids[None, :8]).long().to(self.device)
-            answers = AnswerModel(self.model, sample)
+            trial.set_user_attr("bytes", BYTES_PER_PARAMETER * trainable)
+            training = loop.prepare(self.model, self.examples, settings.max_steps, settings.learning_rate,
+                                    settings.weight_decay, settings.warmup_ratio, self.dtype, self.device)  # fmt: skip
             clock = {"began": time.perf_counter(), "training": 0.0}
 
             with tqdm(total=settings.max_steps, desc=f"trial {trial.number}", unit="step", dynamic_ncols=True,
@@ -248,7 +245,7 @@ class Bench:
                     bar.set_postfix_str(f"loss {row['loss']:.4f}")
                     bar.update(1)
                     if step in rungs:
-                        scores = answers.score(self.choosing)
+                        scores = training.lm.score(self.choosing)
                         clock["loss"] = scores["loss"] if math.isfinite(scores["loss"]) else math.inf
                         trial.report(clock["loss"], step)
                         trial.set_user_attr("exact_match", scores["exact_match"])
@@ -258,13 +255,15 @@ class Bench:
                             raise optuna.TrialPruned
                     clock["began"] = time.perf_counter()
 
-                train(answers, self.examples, settings, optimizer, schedule, scaler, 0, settings.max_steps, on_step)
-            trial.set_user_attr("untouched", answers.score(self.untouched))
+                loop.train(training, self.examples, settings.max_steps, settings.per_device_train_batch_size,
+                           settings.gradient_accumulation_steps, settings.max_grad_norm, settings.seed,
+                           on_step)  # fmt: skip
+            trial.set_user_attr("untouched", training.lm.score(self.untouched))
             finished = trial.study.get_trials(states=[optuna.trial.TrialState.COMPLETE])
             if all(clock["loss"] < other.value for other in finished):
                 save_with_record(self.model, Path(settings.output_dir) / "best", self.record)
             return clock["loss"]
-        except Diverged as error:
+        except loop.Diverged as error:
             raise optuna.TrialPruned from error
         finally:
             unload(self.model)

@@ -63,23 +63,6 @@ class ParamGroup:
         return zip(self.params, self.grads, self.exp_avgs, self.exp_avg_sqs, self.steps, self.copies, strict=True)
 
 
-def gradient_factor(grad_scale, sq_norm, max_norm) -> float:
-    """c: what every gradient is multiplied by to take the loss scale off and clip the norm."""
-    scale = 1.0 if grad_scale is None else grad_scale.item()
-    if sq_norm is None:
-        return 1.0 / scale
-    return min(1.0, max_norm / (math.sqrt(sq_norm.item()) / scale + 1e-6)) / scale
-
-
-def rounded_sqrt(x: torch.Tensor) -> torch.Tensor:
-    """√x to the nearest float, as IEEE 754 has it: torch's on a CPU is MKL's, which on AMD is often one place off."""
-    if x.device.type != "cpu":
-        return x.sqrt()
-    root = torch.empty_like(x)
-    np.sqrt(x.numpy(), out=root.numpy())
-    return root
-
-
 def adamw_step_reference_(groups, grad_scale=None, found_inf=None, sq_norm=None, max_norm=None):
     """Plain torch, one rounding an operation; computes in float32 (float64 for float64 parameters)."""
     if found_inf is not None and found_inf.item() != 0:
@@ -103,6 +86,23 @@ def adamw_step_reference_(groups, grad_scale=None, found_inf=None, sq_norm=None,
             exp_avg_sq.copy_(v)
             if copy is not None:
                 copy.copy_(p)
+
+
+def gradient_factor(grad_scale, sq_norm, max_norm) -> float:
+    """c: what every gradient is multiplied by to take the loss scale off and clip the norm."""
+    scale = 1.0 if grad_scale is None else grad_scale.item()
+    if sq_norm is None:
+        return 1.0 / scale
+    return min(1.0, max_norm / (math.sqrt(sq_norm.item()) / scale + 1e-6)) / scale
+
+
+def rounded_sqrt(x: torch.Tensor) -> torch.Tensor:
+    """√x to the nearest float, as IEEE 754 has it: torch's on a CPU is MKL's, which on AMD is often one place off."""
+    if x.device.type != "cpu":
+        return x.sqrt()
+    root = torch.empty_like(x)
+    np.sqrt(x.numpy(), out=root.numpy())
+    return root
 
 
 @triton.jit

@@ -25,16 +25,6 @@ LANES = 8  # elements from one Philox call
 ROUNDS = 7
 
 
-def philox(c0, c1, c2, c3, k0, k1):
-    """Philox4x32 with ROUNDS rounds: counter and key as int64 tensors of 32-bit words → four tensors of words."""
-    low32 = 0xFFFFFFFF
-    for _ in range(ROUNDS):
-        a, b = 0xD2511F53 * c0, 0xCD9E8D57 * c2  # 64 bits; the sign does not matter under the masks
-        c0, c1, c2, c3 = ((b >> 32) & low32) ^ c1 ^ k0, b & low32, ((a >> 32) & low32) ^ c3 ^ k1, a & low32
-        k0, k1 = (k0 + 0x9E3779B9) & low32, (k1 + 0xBB67AE85) & low32
-    return c0, c1, c2, c3
-
-
 def dropout_mask_reference(seed: torch.Tensor, rows: int, columns: int, threshold: int) -> torch.Tensor:
     """(rows, columns) bool, True to keep: the kernels' mask, written in torch. The specification of `keep_tile`."""
     groups = -(-columns // LANES)
@@ -44,6 +34,16 @@ def dropout_mask_reference(seed: torch.Tensor, rows: int, columns: int, threshol
     words = philox(group, row, zero, zero, seed & 0xFFFFFFFF, seed >> 32)
     lanes = torch.stack([half for word in words for half in (word & 0xFFFF, word >> 16)], dim=-1)
     return (lanes.view(rows, groups * LANES) >= threshold)[:, :columns]
+
+
+def philox(c0, c1, c2, c3, k0, k1):
+    """Philox4x32 with ROUNDS rounds: counter and key as int64 tensors of 32-bit words → four tensors of words."""
+    low32 = 0xFFFFFFFF
+    for _ in range(ROUNDS):
+        a, b = 0xD2511F53 * c0, 0xCD9E8D57 * c2  # 64 bits; the sign does not matter under the masks
+        c0, c1, c2, c3 = ((b >> 32) & low32) ^ c1 ^ k0, b & low32, ((a >> 32) & low32) ^ c3 ^ k1, a & low32
+        k0, k1 = (k0 + 0x9E3779B9) & low32, (k1 + 0xBB67AE85) & low32
+    return c0, c1, c2, c3
 
 
 def dropout_mask(seed: torch.Tensor, rows: int, columns: int, threshold: int) -> torch.Tensor:

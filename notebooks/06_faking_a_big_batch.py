@@ -27,7 +27,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from handtuned import lessons, memory
-from handtuned.data import shipped_dataset
+from handtuned.datasets import shipped_dataset
 from handtuned.nn.transformer import Transformer
 from handtuned.optim import AdamW, GradientAccumulationTrainer, cosine_with_warmup, optimizer_steps
 from handtuned.optim.accumulate import TokenMean, cross_entropy_sum

@@ -31,12 +31,12 @@ from pathlib import Path
 
 import torch
 from handtuned import lessons, memory
-from handtuned.data import batch_indices, shipped_dataset
+from handtuned.training.data import batch_indices, shipped_dataset
 from handtuned.nn import apply_lora_to_model, checkpoint_sequential, linear_cross_entropy, lora_parameters
 from handtuned.nn.transformer import Transformer
 from handtuned.optim import AdamW, cosine_with_warmup
 from handtuned.quant import quantize_model
-from handtuned.settings import FinetuneSettings
+from handtuned.training.settings import FinetuneSettings
 from handtuned.tune import tune
 
 GB = 10**9

@@ -7,8 +7,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tiny import make_model
 
-from handtuned import data
-from handtuned.data import IGNORE_INDEX, DataError
+from handtuned.training import data
+from handtuned.training.data import IGNORE_INDEX, DataError
 
 CHATML = (
     "{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\n' + m['content'] + '<|im_end|>\n' }}{% endfor %}"
@@ -203,15 +203,13 @@ class TestEncoding:
         first_answer = int(np.flatnonzero(full.labels != IGNORE_INDEX)[0])
         rows = [CHAT, AS_CHAT, [CHAT[1], CHAT[2]], [{"role": "user", "content": "a" * 500}, AS_CHAT[1]]]
         encoded = data.encode_rows(rows, tokenizer, first_answer + 1)
-        assert (len(encoded.examples), encoded.truncated, encoded.dropped) == (3, 1, 1)
+        assert len(encoded.examples) == 3
         assert max(len(example.input_ids) for example in encoded.examples) == first_answer + 1
-        assert encoded.notes() == [
+        assert encoded.notes == [
             f"rows truncated to max_seq_length {first_answer + 1} tokens: 1",
             f"rows dropped, too long for max_seq_length {first_answer + 1} tokens: 1",
         ]
-        dropped = data.encode_rows(rows, tokenizer, first_answer + 1, on_long="drop")
-        assert (len(dropped.examples), dropped.truncated, dropped.dropped) == (2, 0, 2)
-        assert data.encode_rows(rows[:3], tokenizer, 1000).notes() == []
+        assert data.encode_rows(rows[:3], tokenizer, 1000).notes == []
 
     def test_pain_19_nothing_left_to_learn_is_an_error(self):
         tokenizer = make_tokenizer(CHATML)
@@ -219,10 +217,6 @@ class TestEncoding:
             data.encode_rows([CHAT, AS_CHAT], tokenizer, 4)
         with pytest.raises(DataError, match="nothing to learn: no rows"):
             data.encode_rows([], tokenizer, 4)
-
-    def test_bad_on_long(self):
-        with pytest.raises(ValueError, match="on_long must be 'truncate' or 'drop', got 'cut'"):
-            data.encode_rows([CHAT], make_tokenizer(CHATML), 4, on_long="cut")
 
     def test_pain_19_a_sample_shows_what_is_learnt(self):
         tokenizer = make_tokenizer(CHATML)

@@ -72,14 +72,14 @@ def test_pain_5_and_8_low_precision_trains_with_fp32_adapters(model_dir, rows, t
 
 
 def test_pain_14_quantizing_does_not_upcast(model_dir):
-    from handtuned.models import load_base
+    from handtuned.training.models import load_base
 
     model, _ = load_base(model_dir, "qlora", torch.bfloat16)
     assert {p.dtype for p in model.parameters()} == {torch.bfloat16, torch.uint8}
 
 
 def test_pain_18_a_gpu_without_bfloat16_gets_float16(monkeypatch):
-    from handtuned.models import choose_dtype
+    from handtuned.training.models import choose_dtype
 
     for capability, expected in (((7, 5), torch.float16), ((8, 0), torch.bfloat16), ((9, 0), torch.bfloat16)):
         monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device, c=capability: c)
@@ -105,7 +105,7 @@ def test_softcapped_model_gets_its_full_logits(tmp_path):
     """A head that does more than one product is noticed, and the loss is still the model's own."""
     from transformers import Gemma2Config, Gemma2ForCausalLM
 
-    from handtuned.answers import AnswerModel
+    from handtuned.training.evaluation import CausalLM
 
     torch.manual_seed(0)
     config = Gemma2Config(vocab_size=50, hidden_size=32, intermediate_size=64, num_hidden_layers=2, head_dim=8,
@@ -116,7 +116,7 @@ def test_softcapped_model_gets_its_full_logits(tmp_path):
     ids = torch.randint(50, (2, 9))
     labels = ids.clone()
     labels[:, :4] = -100
-    answers = AnswerModel(model, ids[:1])
+    answers = CausalLM(model, ids[:1])
     assert answers.head is None
     want = model(input_ids=ids, labels=labels).loss * (labels[:, 1:] != -100).sum()
     torch.testing.assert_close(answers.loss({"input_ids": ids, "labels": labels}), want)
@@ -131,7 +131,7 @@ def test_each_step_is_that_of_peft_and_transformers(model_dir, rows, tmp_path):
     from safetensors.torch import load_file
     from transformers import AutoModelForCausalLM, AutoTokenizer, get_cosine_schedule_with_warmup
 
-    from handtuned import data
+    from handtuned.training import data
 
     steps, out = 12, tmp_path / "out"
     flags = ["--method", "lora", "--max-steps", str(steps), "--eval-fraction", "0", "--weight-decay", "0.1"]
@@ -178,7 +178,7 @@ def first_adapter(model_dir, config):
     """The adapter that `finetune` begins with, by the names of peft's parameters."""
     from handtuned.nn import apply_lora_to_model
 
-    from handtuned.models import load_base
+    from handtuned.training.models import load_base
 
     model, _ = load_base(model_dir)
     torch.manual_seed(42)

@@ -24,12 +24,12 @@ def test_peft_loads_the_adapter_with_equal_logits(model_dir, finished):
     peft = pytest.importorskip("peft")
     from transformers import AutoModelForCausalLM
 
-    from handtuned.adapted import load_adapted
+    from handtuned.training.models import load_with_adapter
 
     class Args:
         adapter, model, method, dtype, device = str(finished), None, "lora", "float32", "cpu"
 
-    ours, _, _ = load_adapted(Args)
+    ours, _, _ = load_with_adapter(Args)
     theirs = peft.PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(model_dir), str(finished)).eval()
     ids = torch.randint(5, 40, (2, 9))
     with torch.no_grad():
@@ -49,7 +49,7 @@ def test_pain_1_merge_keeps_the_adapter(model_dir, rows, finished, tmp_path, cap
     """The merged model is a plain directory whose logits are those of base + adapter, in 16 bits to rounding."""
     from transformers import AutoModelForCausalLM
 
-    from handtuned.adapted import load_adapted
+    from handtuned.training.models import load_with_adapter
 
     out = tmp_path / "merged"
     command = ["merge", "--adapter", str(finished), "--out", str(out), "--device", "cpu", "--data", rows]
@@ -60,7 +60,7 @@ def test_pain_1_merge_keeps_the_adapter(model_dir, rows, finished, tmp_path, cap
     class Args:
         adapter, model, method, dtype, device = str(finished), None, None, "float32", "cpu"
 
-    adapted, _, _ = load_adapted(Args)
+    adapted, _, _ = load_with_adapter(Args)
     merged = AutoModelForCausalLM.from_pretrained(out).eval()
     ids = torch.randint(5, 40, (2, 9))
     with torch.no_grad():
@@ -123,12 +123,12 @@ def test_a_checkpoint_knows_its_base_as_the_whole_run_does(finished, capsys):
     """Taken from a run in 4 bits, it must not be put on the base in 32."""
     from handtuned.quant import NF4Linear
 
-    from handtuned.adapted import load_adapted
+    from handtuned.training.models import load_with_adapter
 
     class Args:
         adapter, model, method, dtype, device = str(finished / "checkpoint-8"), None, None, "float32", "cpu"
 
-    model, _, record = load_adapted(Args)
+    model, _, record = load_with_adapter(Args)
     assert any(isinstance(module, NF4Linear) for module in model.modules()) and record["method"] == "qlora"
     assert "warning" not in capsys.readouterr().err
 
@@ -136,15 +136,15 @@ def test_a_checkpoint_knows_its_base_as_the_whole_run_does(finished, capsys):
 @pytest.mark.parametrize("listed", [False, True], ids=["one-end", "two-ends"])
 def test_pain_19_generation_stops_where_training_taught_it_to(model_dir, listed):
     """The template ends a turn with <|end|>; the base model's own end of text is another token."""
-    from handtuned.answers import write_answers
-    from handtuned.models import load_base
+    from handtuned.training import evaluation
+    from handtuned.training.models import load_base
 
     model, tokenizer = load_base(model_dir)
     model.generation_config.eos_token_id = [9, 10] if listed else 9
     seen = {}
     generate = model.generate
     model.generate = lambda **options: seen.update(options) or generate(**options)
-    write_answers(model, tokenizer, [[{"role": "user", "content": "w1"}]], max_new_tokens=2)
+    evaluation.generate(model, tokenizer, [[{"role": "user", "content": "w1"}]], max_new_tokens=2)
     assert seen["eos_token_id"] == ([0, 9, 10] if listed else [0, 9])
 
 

@@ -8,7 +8,7 @@ import torch
 from finetuned import finetune
 from tiny import make_model
 
-from handtuned.settings import FinetuneSettings
+from handtuned.training.settings import FinetuneSettings
 
 pytest.importorskip("transformers")
 
@@ -91,7 +91,7 @@ def test_a_loss_that_is_no_number_stops_the_run_before_the_weights_are_lost(mode
 
 
 def test_metrics_are_json_when_loss_scaling_skips_a_step(tmp_path):
-    from handtuned.records import Metrics, draw_loss
+    from handtuned.training.logging import Metrics, draw_loss
 
     metrics = Metrics(tmp_path / "metrics.jsonl")
     for loss in (float("nan"), 1.0, 0.5):
@@ -106,24 +106,24 @@ def test_metrics_are_json_when_loss_scaling_skips_a_step(tmp_path):
     RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried to allocate 4503 bytes."),
 ], ids=["gpu", "cpu"])  # fmt: skip
 def test_too_little_memory_is_told_with_what_would_help(model_dir, rows, tmp_path, capsys, monkeypatch, error):
-    from handtuned.answers import AnswerModel
+    from handtuned.training.evaluation import CausalLM
 
     def fail(self, batch):
         raise error
 
-    monkeypatch.setattr(AnswerModel, "loss", fail)
+    monkeypatch.setattr(CausalLM, "loss", fail)
     assert finetune(model_dir, rows, tmp_path / "out") == 1
     (line,) = [line for line in capsys.readouterr().err.splitlines() if "error:" in line]
     assert "out of memory" in line and "--gradient-checkpointing" in line and "handtuned memory" in line
 
 
 def test_other_runtime_errors_keep_their_traceback(model_dir, rows, tmp_path, monkeypatch):
-    from handtuned.answers import AnswerModel
+    from handtuned.training.evaluation import CausalLM
 
     def fail(self, batch):
         raise RuntimeError("a fault of ours")
 
-    monkeypatch.setattr(AnswerModel, "loss", fail)
+    monkeypatch.setattr(CausalLM, "loss", fail)
     with pytest.raises(RuntimeError, match="a fault of ours"):
         finetune(model_dir, rows, tmp_path / "out")
 

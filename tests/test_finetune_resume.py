@@ -42,12 +42,12 @@ def test_pain_20_resumed_run_is_bit_equal(model_dir, rows, finished, tmp_path):
 
 @pytest.mark.parametrize("step", [0, 1, 5, 8], ids=lambda s: f"after-{s}")
 def test_resume_from_any_step_is_bit_equal(model_dir, rows, finished, tmp_path, monkeypatch, step):
-    from handtuned import records
+    from handtuned.training import logging
 
     class Killed(BaseException):
         pass
 
-    append = records.Metrics.append
+    append = logging.Metrics.append
 
     def stop(self, row):
         if row["step"] > step:
@@ -56,7 +56,7 @@ def test_resume_from_any_step_is_bit_equal(model_dir, rows, finished, tmp_path, 
 
     out = tmp_path / "out"
     with monkeypatch.context() as patch, pytest.raises(Killed):
-        patch.setattr(records.Metrics, "append", stop)
+        patch.setattr(logging.Metrics, "append", stop)
         finetune(model_dir, rows, out, "--max-steps", "12", "--save-steps", "4", "--lora-dropout", "0.1")
     with open(out / "metrics.jsonl", "a") as file:
         file.write('{"step": 99, "lo')  # a line cut short by the kill
@@ -65,18 +65,18 @@ def test_resume_from_any_step_is_bit_equal(model_dir, rows, finished, tmp_path, 
 
 
 def test_ctrl_c_saves_and_says_how_to_go_on(model_dir, rows, finished, tmp_path, capsys, monkeypatch):
-    from handtuned import telling
+    from handtuned.training import logging
 
-    show = telling.progress_bar.show
+    log = logging.RunLog.log
 
     def press(self, row):
         if row["step"] == 6:
             os.kill(os.getpid(), signal.SIGINT)
-        show(self, row)
+        log(self, row)
 
     out = tmp_path / "out"
     with monkeypatch.context() as patch:
-        patch.setattr(telling.progress_bar, "show", press)
+        patch.setattr(logging.RunLog, "log", press)
         code = finetune(model_dir, rows, out, "--max-steps", "12", "--save-steps", "100", "--lora-dropout", "0.1")
     assert code == 130
     assert f"handtuned finetune --resume {out}" in capsys.readouterr().out
@@ -98,9 +98,9 @@ def test_resume_refuses_other_settings_and_other_data(model_dir, rows, finished,
 
 
 def test_disk_that_fills_up_later_loses_nothing(model_dir, rows, finished, tmp_path, capsys, monkeypatch):
-    from handtuned import runstate
+    from handtuned.training import checkpoints
 
-    write = runstate.write_safetensors
+    write = checkpoints.write_safetensors
 
     def full(path, tensors):
         if "checkpoint-8" in str(path):
@@ -109,7 +109,7 @@ def test_disk_that_fills_up_later_loses_nothing(model_dir, rows, finished, tmp_p
 
     out = tmp_path / "out"
     with monkeypatch.context() as patch:
-        patch.setattr(runstate, "write_safetensors", full)
+        patch.setattr(checkpoints, "write_safetensors", full)
         code = finetune(model_dir, rows, out, "--max-steps", "12", "--save-steps", "4", "--lora-dropout", "0.1")
     assert code == 2 and "No space left on device" in capsys.readouterr().err
     assert not [path for path in out.rglob("*") if ".tmp" in path.name or "checkpoint-8" in path.name]
@@ -118,18 +118,18 @@ def test_disk_that_fills_up_later_loses_nothing(model_dir, rows, finished, tmp_p
 
 
 def test_sigterm_is_taken_as_ctrl_c(model_dir, rows, tmp_path, capsys, monkeypatch):
-    from handtuned import telling
+    from handtuned.training import logging
 
-    show = telling.progress_bar.show
+    log = logging.RunLog.log
 
     def end(self, row):
         if row["step"] == 2:
             os.kill(os.getpid(), signal.SIGTERM)
-        show(self, row)
+        log(self, row)
 
     out, before = tmp_path / "out", signal.getsignal(signal.SIGTERM)
     with monkeypatch.context() as patch:
-        patch.setattr(telling.progress_bar, "show", end)
+        patch.setattr(logging.RunLog, "log", end)
         assert finetune(model_dir, rows, out, "--max-steps", "4") == 130
     assert f"handtuned finetune --resume {out}" in capsys.readouterr().out
     assert (out / "checkpoint-2").is_dir() and signal.getsignal(signal.SIGTERM) is before
@@ -200,6 +200,23 @@ def test_every_difference_of_the_machine_is_named(finished, tmp_path, capsys):
         lines = [line for line in capsys.readouterr().out.splitlines() if "bit-equal" in line]
         assert len(lines) == bool(told) and all(f"{words}, now" in lines[0] for words in told)
         assert losses(out) == losses(finished)
+
+
+@pytest.mark.parametrize(
+    "before, changed",
+    [
+        ({"base": "b", "codes": "c", "data": "d"}, []),
+        ({"base": "other", "codes": "c", "data": "d"}, []),
+        ({"base": "other", "codes": "other", "data": "d"}, ["base"]),
+        ({"base": "other", "data": "d"}, ["base"]),
+        ({"base": "b", "data": "other"}, ["data"]),
+    ],
+    ids=["same", "scales", "codes", "version-0.1.0", "data"],
+)
+def test_what_marks_a_run_as_another(before, changed):
+    from handtuned.training.checkpoints import changed_marks
+
+    assert changed_marks(before, {"base": "b", "codes": "c", "data": "d"}) == changed
 
 
 def test_another_base_is_refused(rows, tmp_path, capsys):

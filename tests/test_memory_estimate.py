@@ -7,7 +7,7 @@ from handtuned.quant import quantize_model, quantize_nf4
 from handtuned.memory import measure
 from handtuned.memory.estimate import estimate
 from handtuned.memory.tracker import training_step
-from handtuned.models import cache_directory
+from handtuned.training.models import cache_directory
 
 transformers = pytest.importorskip("transformers")
 SIZES = {

@@ -7,7 +7,7 @@ import pytest
 import torch
 from tiny import make_model
 
-from handtuned import models
+from handtuned.training import models
 
 pytest.importorskip("transformers")
 
@@ -123,8 +123,8 @@ def test_loading_in_shards_gives_the_same_bits(tmp_path):
 @pytest.mark.model
 @pytest.mark.skipif(not (models.cache_directory() / "SmolLM2-135M-Instruct").is_dir(), reason="SmolLM2 is not fetched")
 def test_smollm2_knows_the_capital_of_france_in_4_bits():
-    from handtuned.answers import write_answers
+    from handtuned.training.evaluation import generate
 
     model, tokenizer = models.load_base("smollm2", "qlora")
     chat = [{"role": "user", "content": "What is the capital of France?"}]
-    assert "Paris" in write_answers(model, tokenizer, [chat], max_new_tokens=8)[0]
+    assert "Paris" in generate(model, tokenizer, [chat], max_new_tokens=8)[0]

@@ -4,11 +4,11 @@ import json
 
 import pytest
 from test_data import CHATML, learnt_texts, make_tokenizer
-from test_rows import write
+from test_training_formats import write
 
-from handtuned import data
-from handtuned.data import DataError
-from handtuned.rows import Chat, load_rows, said
+from handtuned.training import data
+from handtuned.training.data import DataError
+from handtuned.training.formats import Chat, as_text, load_rows
 
 TOOLS = [{"type": "function", "function": {"name": "dim", "description": "Dim a lamp.", "parameters": {}}}]
 CALL = {"type": "function", "id": "c1", "function": {"name": "dim", "arguments": {"to": 4, "where": "hall é"}}}
@@ -59,15 +59,15 @@ def test_calls_and_answers_are_learnt_results_are_not():
 
 
 def test_rows_keep_tools_and_what_belongs_to_calls(tmp_path):
-    as_text = {**CALL, "function": {"name": "dim", "arguments": json.dumps(CALL["function"]["arguments"])}}
-    raw = [{**m, "tool_calls": [as_text] * len(m["tool_calls"])} if "tool_calls" in m else m for m in MESSAGES]
+    raw_call = {**CALL, "function": {"name": "dim", "arguments": json.dumps(CALL["function"]["arguments"])}}
+    raw = [{**m, "tool_calls": [raw_call] * len(m["tool_calls"])} if "tool_calls" in m else m for m in MESSAGES]
     raw[2] = {**raw[2], "content": None}
     rows = [{"messages": raw, "tools": TOOLS}, {"messages": raw, "tools": json.dumps(TOOLS)}]
     loaded = load_rows(write(tmp_path / "rows.jsonl", *rows))
-    assert loaded.notes() == []
+    assert loaded.notes == []
     for chat in loaded.rows:
         assert chat == MESSAGES and chat.tools == TOOLS and chat[:-1].tools == TOOLS
-    assert said(MESSAGES[-1]) == 'On it.\n{"name": "dim", "arguments": {"to": 4, "where": "hall é"}}'
+    assert as_text(MESSAGES[-1]) == 'On it.\n{"name": "dim", "arguments": {"to": 4, "where": "hall é"}}'
 
 
 def test_the_prompt_of_an_answer_shows_the_tools():

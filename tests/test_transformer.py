@@ -69,7 +69,7 @@ def test_logits_and_gradients_equal_transformers_llama(changes):
 
 @pytest.mark.model
 def test_logits_equal_smollm2():
-    models = pytest.importorskip("handtuned.models")
+    models = pytest.importorskip("handtuned.training.models")
     directory = models.cache_directory() / "SmolLM2-135M-Instruct"
     if not directory.is_dir():
         pytest.skip("SmolLM2 is not in the cache")

@@ -9,10 +9,11 @@ import tiny
 pytest.importorskip("optuna")
 pytest.importorskip("transformers")
 
-from handtuned import findings, training
 from handtuned import tune as tuning
 from handtuned.cli import main
-from handtuned.settings import FinetuneSettings
+from handtuned.training import loop
+from handtuned.training import trials as reports
+from handtuned.training.settings import FinetuneSettings
 
 
 @pytest.fixture(scope="module")
@@ -52,17 +53,17 @@ def test_a_study_ends_no_worse_than_it_began_and_can_be_gone_on_with(base, tmp_p
 
 @pytest.mark.parametrize("fatal", [0, 1], ids=["first", "second"])
 def test_a_stopped_trial_is_tried_again(base, tmp_path, monkeypatch, capsys, fatal):
-    trials = []
+    trials, whole = [], loop.train
 
     def train(*args):
         trials.append(1)
         if len(trials) > fatal:
             raise KeyboardInterrupt
-        return training.train(*args)
+        return whole(*args)
 
     words = ["--output-dir", str(tmp_path / "a"), "--trials", "3"]
     with monkeypatch.context() as patch:
-        patch.setattr(tuning, "train", train)
+        patch.setattr(loop, "train", train)
         assert main(["tune", *base, *words]) == 130
     assert f"go on with: handtuned tune {' '.join(words)} --resume" in capsys.readouterr().out
     result = study(base, tmp_path / "a", "--trials", "3", "--resume")
@@ -71,15 +72,15 @@ def test_a_stopped_trial_is_tried_again(base, tmp_path, monkeypatch, capsys, fat
 
 
 def test_a_trial_that_diverges_is_given_up_and_the_study_goes_on(base, tmp_path, monkeypatch):
-    trials = []
+    trials, whole = [], loop.train
 
     def train(*args):
         trials.append(1)
         if len(trials) == 2:
-            raise training.Diverged("step 1: the loss is nan")
-        return training.train(*args)
+            raise loop.Diverged("step 1: the loss is nan")
+        return whole(*args)
 
-    monkeypatch.setattr(tuning, "train", train)
+    monkeypatch.setattr(loop, "train", train)
     result = study(base, tmp_path / "a", "--trials", "3", "--search", "lora-r")
     assert len(trials) == 3 and result["best"]["state"] == "complete"
     assert json.loads((tmp_path / "a" / "best" / "handtuned.json").read_text())["method"] == "qlora"
@@ -106,7 +107,7 @@ def test_the_front():
     row = lambda number, size, loss, state="complete": {  # noqa: E731
         "number": number, "bytes": size, "loss": loss, "state": state}  # fmt: skip
     rows = [row(0, 4, 1.0), row(1, 1, 3.0), row(2, 1, 2.5), row(3, 5, 1.0), row(4, 6, 0.5), row(5, 1, 0.1, "pruned")]
-    assert [found["number"] for found in findings.pareto_front(rows, "bytes")] == [2, 0, 4]
+    assert [found["number"] for found in reports.pareto_front(rows, "bytes")] == [2, 0, 4]
 
 
 def test_targets_are_those_that_the_model_has():
@@ -117,7 +118,7 @@ def test_targets_are_those_that_the_model_has():
             super().__init__()
             self.q_proj, self.v_proj = torch.nn.Linear(4, 4), torch.nn.Linear(4, 4)
 
-    space = tuning.Space(FinetuneSettings(learning_rate=1e-3), findings.SEARCHED, Block())
+    space = tuning.Space(FinetuneSettings(learning_rate=1e-3), reports.SEARCHED, Block())
     assert space.choices["target_modules"] == ["all-linear", "q_proj,v_proj"]
 
 

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import torch
 
-from .. import records
+from ..training import logging
 from .timing import OURS, cut_short
 
 
@@ -41,7 +41,7 @@ def describe(device: torch.device) -> dict:
 
 def versions() -> dict[str, str]:
     """Versions of everything that a time may depend on, other providers included."""
-    found = records.versions("peft", "bitsandbytes", "liger_kernel", "unsloth")
+    found = logging.versions("peft", "bitsandbytes", "liger_kernel", "unsloth")
     return found | ({"cuda": torch.version.cuda} if torch.version.cuda else {})
 
 

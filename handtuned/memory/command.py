@@ -5,7 +5,7 @@ import re
 
 import torch
 
-from ..models import choose_device, choose_dtype, load_base
+from ..training.models import choose_device, choose_dtype, load_base
 from .activations import korthikanti
 from .breakdown import GB, GIB, both
 from .estimate import DTYPES, METHODS, MOMENTS, estimate

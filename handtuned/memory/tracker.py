@@ -10,10 +10,10 @@ from typing import Any
 
 import torch
 
-from ..answers import AnswerModel
 from ..nn import apply_lora_to_model, lora_parameters
 from ..nn.live_memory import LiveMemory
 from ..optim import AdamW
+from ..training.evaluation import CausalLM
 from .breakdown import both, size
 
 
@@ -103,7 +103,7 @@ def training_step(
     if checkpoint:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     tokens = torch.randint(0, model.config.vocab_size, (batch, seq), device=parameters[0].device)
-    chunked = AnswerModel(model, tokens[:1, :8])
+    chunked = CausalLM(model, tokens[:1, :8])
     optimizer = AdamW(parameters, lr=1e-5)
     model.train()
 

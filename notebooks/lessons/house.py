@@ -13,7 +13,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from ..data import IGNORE_INDEX, shipped_dataset
+from ..datasets import shipped_dataset
+from ..nn.loss import IGNORE_INDEX
 from ..nn.transformer import Transformer
 from ..optim import AdamW
 

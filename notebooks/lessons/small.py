@@ -28,7 +28,7 @@ def small_model(directory, hidden: int = 128, layers: int = 4, vocab: int = 1024
     from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
     from transformers.utils import logging
 
-    from ..data import shipped_dataset
+    from ..datasets import shipped_dataset
 
     rows = Path(shipped_dataset()[0]).read_text(encoding="utf-8").splitlines()
     texts = [message["content"] for row in rows for message in json.loads(row)["messages"]]

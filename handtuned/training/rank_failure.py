@@ -2,8 +2,8 @@
 
 The ranks that are left notice at once: a dead process's sockets close (gloo), or torchrun sends them
 SIGTERM. What they see does not say who died, for a rank that gave up for the same reason closes its
-sockets as well. So each leaves word in the store that torchrun keeps, and reads the others': who says
-nothing and whose process is gone has died.
+sockets as well. So each leaves a word in the store that torchrun keeps, and reads the others': a rank
+without one whose process is gone has died.
 """
 
 import contextlib
@@ -14,15 +14,15 @@ import time
 
 import torch.distributed as dist
 
-PATIENCE = 20.0  # seconds; torchrun kills what is left 30 s after a rank has died
+TIMEOUT = 20.0  # seconds; torchrun kills what is left 30 s after a rank has died
 
 
-class Fault(Exception):
-    """Another rank is gone or has failed. `tell` is set on one of the ranks that are left."""
+class RankFailure(Exception):
+    """Another rank is gone or has failed. `print_it` is set on one of the ranks that are left."""
 
-    def __init__(self, text: str, tell: bool):
+    def __init__(self, text: str, print_it: bool):
         super().__init__(text)
-        self.tell = tell
+        self.print_it = print_it
 
 
 def is_lost_connection(error: Exception) -> bool:
@@ -32,29 +32,29 @@ def is_lost_connection(error: Exception) -> bool:
     return type(error) is RuntimeError and bool(re.search("gloo|nccl|connection|broken pipe", str(error), re.I))
 
 
-class RollCall:
+class FailureDetector:
     """One rank's part in finding out who is lost.
 
     Args:
         store: shared by all ranks; None for a rank alone, which is never called.
         rank: this one.
-        homes: (host name, process id) of every rank.
+        addresses: (host name, process id) of every rank.
     """
 
-    def __init__(self, store: dist.Store | None, rank: int, homes: list[tuple[str, int]]):
-        self.store, self.rank, self.homes = store, rank, homes
+    def __init__(self, store: dist.Store | None, rank: int, addresses: list[tuple[str, int]]):
+        self.store, self.rank, self.addresses = store, rank, addresses
 
-    def answer(self, text: str) -> None:
-        """Leave word that this rank lives, and what went wrong on it if anything did."""
+    def report(self, text: str) -> None:
+        """Let the others know that this rank lives, and what went wrong on it if anything did."""
         with contextlib.suppress(RuntimeError):
             self.store.set(f"word/{self.rank}", text)
 
-    def take(self) -> Fault:
-        """Wait until every other rank has answered or is dead; returns what is to be told."""
-        self.answer("")
-        deadline = time.monotonic() + PATIENCE
+    def diagnose(self) -> RankFailure:
+        """Wait until every other rank has answered or is dead; returns what happened."""
+        self.report("")
+        deadline = time.monotonic() + TIMEOUT
         words: dict[int, str] = {}
-        silent, dead = set(range(len(self.homes))) - {self.rank}, set()
+        silent, dead = set(range(len(self.addresses))) - {self.rank}, set()
         try:
             while silent != dead and time.monotonic() < deadline:
                 dead = {rank for rank in silent if self._is_gone(rank)}
@@ -64,18 +64,18 @@ class RollCall:
                 silent, dead = silent - words.keys(), dead - words.keys()
                 time.sleep(0.1)
         except RuntimeError:
-            return Fault("rank 0, which kept the store, has died", True)
-        guilty = {rank: word for rank, word in words.items() if word}
+            return RankFailure("rank 0, which kept the store, has died", True)
+        failed = {rank: word for rank, word in words.items() if word}
         if silent:
-            text = _has(silent) + (" died" if silent == dead else f" died, or not answered for {PATIENCE:g} s")
-        elif guilty:
-            text = "; ".join(f"{_has({rank})} failed: {word}" for rank, word in guilty.items())
+            text = _has(silent) + (" died" if silent == dead else f" died, or not answered for {TIMEOUT:g} s")
+        elif failed:
+            text = "; ".join(f"{_has({rank})} failed: {word}" for rank, word in failed.items())
         else:
             text = f"rank {self.rank} has lost its connection to the others"
-        return Fault(text, self.rank == min({self.rank, *words} - guilty.keys()))
+        return RankFailure(text, self.rank == min({self.rank, *words} - failed.keys()))
 
     def _is_gone(self, rank: int) -> bool:
-        host, process = self.homes[rank]
+        host, process = self.addresses[rank]
         if host != socket.gethostname():
             return False
         try:

@@ -3,11 +3,14 @@
 import torch
 import torch.nn.functional as F
 
+from ..nn.loss import IGNORE_INDEX, linear_cross_entropy
 from . import data
-from .nn.loss import IGNORE_INDEX, linear_cross_entropy
+from .formats import as_text
+
+SHOWN_PROMPTS = 3
 
 
-class AnswerModel:
+class CausalLM:
     """Runs a transformers causal LM so that only answer tokens meet the vocabulary.
 
     Most models are a body and a plain linear head, logits = head(body(tokens)); then the
@@ -19,12 +22,13 @@ class AnswerModel:
     to the left of a pad token can see it, and pad positions have label −100.
 
     Args:
-        model: the causal LM, already adapted.
+        model: the causal LM, already with its adapters.
         sample: (1, T) token ids for the comparison.
     """
 
-    def __init__(self, model, sample: torch.Tensor):
-        self.model = model
+    def __init__(self, model, sample):
+        self.model, self.device = model, next(model.parameters()).device
+        sample = torch.as_tensor(sample).long().to(self.device)
         head = model.get_output_embeddings()
         self.head = head if isinstance(head, torch.nn.Linear) and self._head_is_all(head, sample) else None
 
@@ -63,30 +67,20 @@ class AnswerModel:
         right[kept] = logits.argmax(dim=1) == target[kept]
         return F.cross_entropy(logits, target[kept], reduction="sum"), right
 
-    def score(self, examples: list, batch_size: int = 8, bar=None) -> dict[str, float]:
-        """Loss, token accuracy and exact match on held-out examples.
-
-        Exact match counts the rows in which every answer token, the end of turn included,
-        is the model's likeliest after the right ones before it: just those rows that greedy
-        decoding answers letter by letter.
+    def sums(self, examples: list[data.Example], bar=None, batch_size: int = 8) -> tuple[float, int, int, int, int]:
+        """(loss, answer tokens, right tokens, right rows, rows), summed over examples; what `rates` divides.
 
         Args:
-            examples: encoded rows (`data.Example`).
-            batch_size: rows in one forward pass; rows of like length go together.
             bar: a progress bar, advanced by rows.
-
-        Returns:
-            {"loss": nats an answer token, "token_accuracy": share, "exact_match": share, "rows": count}
+            batch_size: rows in one forward pass; rows of like length go together.
         """
         training = self.model.training
         self.model.eval()
-        place = next(self.model.parameters()).device
         by_length = sorted(examples, key=lambda example: len(example.input_ids))
         loss = tokens = correct = exact = 0
         for at in range(0, len(by_length), batch_size):
             # any token may fill short rows: nothing looks at it
-            batch = data.collate(by_length[at : at + batch_size], pad_id=0)
-            batch = {name: tensor.to(place) for name, tensor in batch.items()}
+            batch = data.collate(by_length[at : at + batch_size], pad_id=0, device=self.device)
             summed, right = self._right(batch)
             answers = batch["labels"][:, 1:] != IGNORE_INDEX
             loss += summed.item()
@@ -96,11 +90,27 @@ class AnswerModel:
             if bar is not None:
                 bar.update(right.shape[0])
         self.model.train(training)
-        rows = len(examples)
-        return {"loss": loss / tokens, "token_accuracy": correct / tokens, "exact_match": exact / rows, "rows": rows}
+        return loss, tokens, correct, exact, len(examples)
+
+    def score(self, examples: list[data.Example]) -> dict[str, float]:
+        """`rates` of these examples."""
+        return rates(*self.sums(examples))
 
 
-def write_answers(model, tokenizer, chats: list[list[dict]], max_new_tokens: int = 48, **sampling) -> list[str]:
+def rates(loss: float, tokens: int, correct: int, exact: int, rows: int) -> dict[str, float]:
+    """Loss, token accuracy and exact match.
+
+    Exact match counts the rows in which every answer token, the end of turn included,
+    is the model's likeliest after the right ones before it: just those rows that greedy
+    decoding answers letter by letter.
+
+    Returns:
+        {"loss": nats per answer token, "token_accuracy": share, "exact_match": share, "rows": count}
+    """
+    return {"loss": loss / tokens, "token_accuracy": correct / tokens, "exact_match": exact / rows, "rows": int(rows)}
+
+
+def generate(model, tokenizer, chats: list[list[dict]], max_new_tokens: int = 48, **sampling) -> list[str]:
     """Answer chats, greedily unless `sampling` says otherwise; all of them in one left-padded batch.
 
     Args:
@@ -117,7 +127,7 @@ def write_answers(model, tokenizer, chats: list[list[dict]], max_new_tokens: int
     device = next(model.parameters()).device
     prompts = [data.encode_prompt(chat, tokenizer) for chat in chats]
     width = max(map(len, prompts))
-    context = getattr(model.config, "max_position_embeddings", None)
+    context = data.context_length(model)
     if context is not None and width >= context:
         raise ValueError(f"a prompt of {width} tokens leaves no room for an answer in the model's context of {context}")
     max_new_tokens = max_new_tokens if context is None else min(max_new_tokens, context - width)
@@ -126,7 +136,7 @@ def write_answers(model, tokenizer, chats: list[list[dict]], max_new_tokens: int
     mask = torch.tensor([[0] * (width - len(prompt)) + [1] * len(prompt) for prompt in prompts], device=device)
     training = model.training
     model.eval()
-    options = {"do_sample": False, "eos_token_id": ends(model, tokenizer), **sampling}
+    options = {"do_sample": False, "eos_token_id": end_tokens(model, tokenizer), **sampling}
     if not options["do_sample"]:
         options.update(temperature=None, top_p=None, top_k=None)
     with torch.no_grad():
@@ -137,8 +147,59 @@ def write_answers(model, tokenizer, chats: list[list[dict]], max_new_tokens: int
     return [tokenizer.decode(row[width:], skip_special_tokens=True).strip() for row in out]
 
 
-def ends(model, tokenizer) -> list[int] | None:
+def end_tokens(model, tokenizer) -> list[int] | None:
     """All tokens that end an answer: a base model's own, and the one that its chat template ends a turn with."""
     own = model.generation_config.eos_token_id
     found = {*(own if isinstance(own, list) else [own]), data.end_of_turn(tokenizer)} - {None}
     return sorted(found) or None
+
+
+def evaluate(world, lm: CausalLM, tokenizer, held_out: data.EncodedRows, results: dict, when: str) -> None:
+    """Score the held-out rows and answer the first of them; both go into `results`.
+
+    Args:
+        world: the ranks that share the work (`distributed.World`).
+        results: gets `when`: scores or None, and in "answers" one dict per prompt with `when`: the model's answer.
+        when: "before" or "after" training.
+    """
+    results[when] = score(world, lm, held_out.examples, f"held-out, {when:6}")
+    shown = [chat for chat, example in zip(held_out.rows, held_out.examples, strict=True) if not example.cut]
+    shown = shown[:SHOWN_PROMPTS]
+    answers = results.setdefault(
+        "answers", [{"prompt": as_text(chat[-2]), "expected": as_text(chat[-1])} for chat in shown]
+    )
+    if shown:
+        # Ranks that share a model must make the same forward passes, even where one has answered already.
+        in_step = {"synced_gpus": True} if world.mode == "fsdp" else {}
+        prompts = [chat[:-1] for chat in shown]
+        written = world.evaluate(lambda: generate(lm.model, tokenizer, prompts, **in_step))
+        for entry, answer in zip(answers, written, strict=True):
+            entry[when] = answer
+
+
+def score(world, lm: CausalLM, held_out: list[data.Example], what: str) -> dict | None:
+    """`rates` of the held-out rows, each run on one rank, behind a bar; None when there are none."""
+    from tqdm import tqdm
+
+    if not held_out:
+        return None
+    mine, extra, counted = share_out(held_out, world.rank, world.size)
+    totals = [0, 0, 0, 0, 0]
+    for rows, counts in ((mine, True), (extra, counted)):
+        if rows:
+            with tqdm(total=len(rows), desc=what, unit="row", dynamic_ncols=True, leave=False) as bar:
+                sums = world.evaluate(lambda rows=rows, bar=bar: lm.sums(rows, bar))
+            totals = [total + counts * value for total, value in zip(totals, sums, strict=True)]
+    return rates(*map(world.sum, totals))
+
+
+def share_out(rows: list, rank: int, size: int) -> tuple[list, list, bool]:
+    """Share out rows so that all ranks make equally many forward passes, as FSDP needs.
+
+    Returns:
+        this rank's rows, the same number for each rank; one row more, where they do not come out even;
+        and whether that row counts here (else another rank counts it, and this one only runs it in step).
+    """
+    even = len(rows) - len(rows) % size
+    rest = rows[even:]
+    return rows[rank:even:size], rest[rank : rank + 1] or rest[:1], rank < len(rest)

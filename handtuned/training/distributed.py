@@ -1,23 +1,20 @@
-"""Several processes train one adapter: everything of `finetune` that knows there are others.
+"""Several processes train one adapter: all that the training loop knows of the others.
 
     torchrun --nproc-per-node N -m handtuned finetune --parallel ddp|fsdp …
 
 Each process (rank) takes every Nth forward pass of a step, and gradients are summed before the step.
 
-    ddp    every rank holds the whole model; one all-reduce a step, over the adapter's gradients.
-           Bytes a rank sends: about 2 A, A the bytes of the adapter. Memory: as one process.
+    ddp    every rank holds the whole model; one all-reduce per step, over the adapter's gradients.
+           Bytes that a rank sends: about 2 A, A the bytes of the adapter. Memory: as one process.
     fsdp   every rank holds 1/N of each block's weights, 4-bit codes included, and of the adapter, its
            gradients and moments. A block's weights are gathered before it runs, forward and backward, and
-           dropped behind it. Bytes received: 2 W a forward and backward pass, W the bytes of the weights.
+           dropped behind it. Bytes received: 2 W per forward and backward pass, W the bytes of the weights.
 
-The engine is torch's: `DistributedDataParallel`, `fully_shard` (FSDP2), gloo on a CPU and NCCL on GPUs.
-Both average gradients over ranks; the loss of a rank is multiplied by N, so that the average is the sum.
-
-FSDP2 takes integer parameters that need no gradient: the codes of an NF4 weight (uint8) are cut
-into N pieces like any other, and travel packed. Scales (3 % of the bytes) stay whole on every rank.
-
-The optimizer is given the local shards as plain tensors, since AdamW looks at one element at a time.
-What must see whole tensors (clipping, files) says so here.
+The engine is torch's: `DistributedDataParallel`, `fully_shard` (FSDP2), gloo on a CPU and NCCL on GPUs. Both
+average gradients over ranks; the loss of a rank is multiplied by N, so that the average is the sum. FSDP2 makes
+every parameter a `DTensor`, which knows the whole shape and holds one rank's piece, the codes of an NF4 weight
+(uint8) included; its scales (3 % of the bytes) stay whole on every rank. The optimizer is given the shards as plain
+tensors, since AdamW looks at one element at a time; clipping and files see whole ones, by the functions at the end.
 """
 
 import contextlib
@@ -34,17 +31,15 @@ import torch.distributed as dist
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.nn.parallel import DistributedDataParallel
 
-from .faults import RollCall, is_lost_connection
+from ..nn.inject import lora_layers, lora_parameters
 from .models import choose_device
-from .nn import lora_parameters
-from .shards import blocks, local
-
-BAD_INPUT = (ValueError, TypeError, OSError, ModuleNotFoundError)
+from .rank_failure import FailureDetector, is_lost_connection
 
 
-class _Work(nn.Module):
+class _Wrapped(nn.Module):
     """A model whose forward pass is any work on it: DDP and FSDP act around a forward pass."""
 
     def __init__(self, model: nn.Module):
@@ -55,8 +50,8 @@ class _Work(nn.Module):
         return work()
 
 
-class Team:
-    """The ranks that train together, seen from one of them. A team of one (mode "none") exchanges nothing.
+class World:
+    """The ranks that train together, seen from one of them. A process alone (mode "none") exchanges nothing.
 
     Every method but `note_signal` is called by all ranks in the same order.
 
@@ -64,7 +59,7 @@ class Team:
         mode: "none", "ddp" or "fsdp".
         rank, size: this process, and how many there are.
         local_rank: this process on its machine.
-        main: whether this rank talks and writes files.
+        main: whether this rank prints and writes files.
         stopping: this process has been asked to stop (SIGTERM).
     """
 
@@ -73,9 +68,7 @@ class Team:
         self.main = rank == 0
         self.stopping = False
         self.wrapped = None
-        self.roll_call = RollCall(store, rank, self.gather((socket.gethostname(), os.getpid())))
-
-    # What all ranks know
+        self.failures = FailureDetector(store, rank, self.gather((socket.gethostname(), os.getpid())))
 
     def gather(self, value) -> list:
         """`value` of every rank, by rank."""
@@ -85,7 +78,7 @@ class Team:
         dist.all_gather_object(values, value)
         return values
 
-    def from_main(self, value):
+    def broadcast(self, value):
         """The main rank's `value`."""
         if self.mode == "none":
             return value
@@ -102,11 +95,11 @@ class Team:
         return total.item()
 
     @contextlib.contextmanager
-    def together(self) -> Iterator[None]:
-        """Bad input found within, on any rank, ends all ranks, and is told once. No exchange may happen within.
+    def shared_errors(self) -> Iterator[None]:
+        """Bad input found within, on any rank, ends all ranks and is printed once. No exchange may happen within.
 
         Raises:
-            ValueError and the like: on the rank that tells it.
+            ValueError and the like: on one rank.
             SystemExit: with code 2 on the others.
         """
         if self.mode == "none":
@@ -115,33 +108,32 @@ class Team:
         error = None
         try:
             yield
-        except BAD_INPUT as caught:
+        except (ValueError, TypeError, OSError, ModuleNotFoundError) as caught:
             error = caught
-        told = self.gather(None if error is None else str(error))
-        failed = [rank for rank, text in enumerate(told) if text is not None]
+        messages = self.gather(None if error is None else str(error))
+        failed = [rank for rank, text in enumerate(messages) if text is not None]
         if not failed:
             return
         if self.rank != failed[0]:
             raise SystemExit(2)
-        if len(set(told)) == 1:
+        if len(set(messages)) == 1:
             raise error
         raise ValueError(f"rank {self.rank}: {error}") from error
 
-    def agree(self, values: dict[str, object]) -> None:
+    def check_equal(self, values: dict[str, object]) -> None:
         """Refuse to go on unless every rank has the same values.
 
         Raises:
             ValueError: names the first value that differs, and how; SystemExit on ranks other than the main one.
         """
         everyone = self.gather(values)
-        for name, value in everyone[0].items():
-            for rank, theirs in enumerate(everyone):
-                if theirs.get(name) != value:
-                    if not self.main:
-                        raise SystemExit(2)
-                    raise ValueError(
-                        f"ranks must have the same {name}: rank 0 has {value!r}, rank {rank} has {theirs.get(name)!r}"
-                    )
+        different = [(name, rank) for name in values for rank, theirs in enumerate(everyone)
+                     if theirs[name] != everyone[0][name]]  # fmt: skip
+        if different and not self.main:
+            raise SystemExit(2)
+        for name, rank in different:
+            ours, theirs = values[name], everyone[rank][name]
+            raise ValueError(f"ranks must have the same {name}: rank 0 has {ours!r}, rank {rank} has {theirs!r}")
 
     @contextlib.contextmanager
     def quiet(self) -> Iterator[None]:
@@ -179,21 +171,19 @@ class Team:
         torch.cuda.set_device(self.local_rank)
         return torch.device("cuda", self.local_rank)
 
-    # The model
-
     def wrap(self, model: nn.Module, device: torch.device) -> list[torch.Tensor]:
         """Make ready for training on `device`; returns the tensors to optimize: parameters, or this rank's shards."""
         if self.mode == "ddp":
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore", FutureWarning)  # torch 2.13 has another name for this, 2.11 not yet
-                self.wrapped = DistributedDataParallel(_Work(model), broadcast_buffers=False)
+                self.wrapped = DistributedDataParallel(_Wrapped(model), broadcast_buffers=False)
         if self.mode != "fsdp":
             return list(lora_parameters(model))
         mesh = init_device_mesh(device.type, (self.size,))
         try:
             for block in blocks(model):
                 fully_shard(block.to(device), mesh=mesh)
-            self.wrapped = fully_shard(_Work(model), mesh=mesh)
+            self.wrapped = fully_shard(_Wrapped(model), mesh=mesh)
         except RuntimeError as error:
             if "floating point dtype" not in str(error):
                 raise
@@ -217,7 +207,7 @@ class Team:
         self.wrapped.set_requires_gradient_sync(sync)
         result = self.wrapped(work)
         if not torch.is_grad_enabled():
-            self.wrapped.reshard()  # else that is left to the backward pass
+            self.wrapped.reshard()  # else the backward pass does it
         return result
 
     def evaluate(self, work):
@@ -250,19 +240,19 @@ class Team:
         return norm
 
     def seed(self, *numbers: int) -> None:
-        """Make dropout a function of these numbers, whichever rank draws it. A team of one keeps its own stream."""
+        """Make dropout a function of these numbers, whichever rank draws it. A process alone keeps its own stream."""
         if self.mode != "none":
             torch.manual_seed(int(np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0]))
 
     def note_signal(self, number, frame) -> None:
         """torchrun sends SIGTERM to the others when one rank has died; so does a scheduler that wants the machine."""
         self.stopping = True
-        self.roll_call.answer("")
+        self.failures.report("")
 
 
 @contextlib.contextmanager
-def start(mode: str, device: str) -> Iterator[Team]:
-    """Join the team that torchrun has started, for the length of the block.
+def start(mode: str, device: str) -> Iterator[World]:
+    """Join the ranks that torchrun has started, for the length of the block.
 
     Args:
         mode: `--parallel`.
@@ -270,40 +260,91 @@ def start(mode: str, device: str) -> Iterator[Team]:
 
     Raises:
         ValueError: `mode` does not fit the way this process was started.
-        Fault: within the block, the connection to another rank was lost.
+        RankFailure: within the block, the connection to another rank was lost.
     """
     size = int(os.environ.get("WORLD_SIZE", "1"))
     if mode == "none":
-        if size > 1 and os.environ.get("RANK", "0") != "0":
+        if os.environ.get("RANK", "0") != "0" and size > 1:
             raise SystemExit(2)
         if size > 1:
             raise ValueError(f"torchrun has started {size} processes: say --parallel ddp or --parallel fsdp")
-        yield Team()
+        yield World()
         return
     if not {"RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"} <= os.environ.keys():
-        raise ValueError(
-            f"--parallel {mode} needs several processes: torchrun --nproc-per-node 2 -m handtuned finetune "
-            f"--parallel {mode} …"
-        )
+        example = f"torchrun --nproc-per-node 2 -m handtuned finetune --parallel {mode} …"
+        raise ValueError(f"--parallel {mode} needs several processes: {example}")
     store, rank, size = next(dist.rendezvous("env://"))
     # torchrun's store outlives a restart (--max-restarts), and with it the addresses of dead processes.
     store = dist.PrefixStore(f"attempt-{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
     gpus = torch.cuda.is_available() and device != "cpu"
     dist.init_process_group("cpu:gloo,cuda:nccl" if gpus else "gloo", store=store, rank=rank, world_size=size)
-    team = Team(mode, rank, size, int(os.environ["LOCAL_RANK"]), dist.PrefixStore("handtuned", store))
-    before = signal.signal(signal.SIGTERM, team.note_signal)
+    world = World(mode, rank, size, int(os.environ["LOCAL_RANK"]), dist.PrefixStore("handtuned", store))
+    before = signal.signal(signal.SIGTERM, world.note_signal)
     try:
-        yield team
+        yield world
     except Exception as error:
         signal.signal(signal.SIGTERM, signal.SIG_IGN)  # a moment to say what happened
         if not is_lost_connection(error):
-            team.roll_call.answer(f"{type(error).__name__}: {error}")
+            world.failures.report(f"{type(error).__name__}: {error}")
             raise
-        raise team.roll_call.take() from error
+        raise world.failures.diagnose() from error
     finally:
         signal.signal(signal.SIGTERM, before)
         # Were DDP's reducer the last to let go of gloo, it would wait for gloo's threads while it holds Python's
         # lock, and they may wait for that lock to free a tensor: for ever.
-        team.wrapped = None
+        world.wrapped = None
         gc.collect()
         dist.destroy_process_group()
+
+
+def blocks(model: nn.Module) -> list[nn.Module]:
+    """What is gathered at a time: the elements of every list of layers that hold adapters."""
+    with_adapter = {id(layer) for _, layer in lora_layers(model)}
+    found = [block for module in model.modules() if isinstance(module, nn.ModuleList) for block in module]
+    inside = {id(part) for block in found for part in list(block.modules())[1:]}
+    outer = [block for block in found if id(block) not in inside]
+    return [block for block in outer if any(id(part) in with_adapter for part in block.modules())]
+
+
+@torch.no_grad()
+def local(tensor: torch.Tensor) -> torch.Tensor:
+    """This rank's shard, over the same memory; a tensor that is not sharded is its own."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+@torch.no_grad()
+def whole(shard: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
+    """The whole tensor of which every rank gives its shard, cut as `like` is. All ranks call it."""
+    if not isinstance(like, DTensor) or shard.shape != local(like).shape:
+        return shard
+    sizes = {"shape": like.shape, "stride": like.stride()}
+    return DTensor.from_local(shard, like.device_mesh, like.placements, **sizes).full_tensor()
+
+
+@torch.no_grad()
+def part(tensor: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
+    """This rank's shard of a whole tensor, cut as `like` is."""
+    if not isinstance(like, DTensor) or tensor.shape != like.shape:
+        return tensor
+    tensor = tensor.to(local(like).device)
+    return distribute_tensor(tensor, like.device_mesh, like.placements, src_data_rank=None).to_local()
+
+
+@contextlib.contextmanager
+def whole_adapter(model: nn.Module) -> Iterator[None]:
+    """Within, every adapter parameter of the model is whole on every rank. All ranks call it."""
+    kept = [(layer, name, getattr(layer, name)) for _, layer in lora_layers(model) for name in ("lora_A", "lora_B")]
+    kept = [entry for entry in kept if isinstance(entry[2], DTensor)]
+    for layer, name, parameter in kept:
+        setattr(layer, name, nn.Parameter(whole(local(parameter), parameter), requires_grad=False))
+    try:
+        yield
+    finally:
+        for layer, name, parameter in kept:
+            setattr(layer, name, parameter)
+
+
+def weight_bytes(model: nn.Module) -> int:
+    """Bytes of parameters and buffers that this rank holds."""
+    tensors = {id(t): local(t) for t in (*model.parameters(), *model.buffers())}
+    return sum(t.numel() * t.element_size() for t in tensors.values())

@@ -43,7 +43,7 @@ class Chat(list):
         return Chat(part, self.tools) if isinstance(index, slice) else part
 
 
-def said(message: dict) -> str:
+def as_text(message: dict) -> str:
     """What a message says, its tool calls as JSON."""
     calls = [json.dumps(call["function"], ensure_ascii=False) for call in message.get("tool_calls", ())]
     return "\n".join([message["content"], *calls] if message["content"] else calls)
@@ -51,21 +51,10 @@ def said(message: dict) -> str:
 
 @dataclass(frozen=True)
 class LoadedRows:
-    """Chats, one "FILE:LINE: reason" for each skipped row, and the columns that were not read."""
+    """Chats, and what the user must hear of: skipped rows and columns that were not read, a line each."""
 
     rows: list[Chat]
-    skipped: list[str]
-    ignored_columns: list[str]
-
-    def notes(self) -> list[str]:
-        """What the user must be told, a line each; empty when every row and column was used."""
-        notes = []
-        if self.skipped:
-            total = len(self.skipped) + len(self.rows)
-            notes.append(f"bad rows skipped: {len(self.skipped)} of {total}, the first: {'; '.join(self.skipped[:3])}")
-        if self.ignored_columns:
-            notes.append(f"ignored columns: {', '.join(self.ignored_columns)}")
-        return notes
+    notes: list[str]
 
 
 def load_rows(path: str | Path, skip_bad_rows: bool = False) -> LoadedRows:
@@ -96,7 +85,13 @@ def load_rows(path: str | Path, skip_bad_rows: bool = False) -> LoadedRows:
     if not rows:
         reason = f"no usable row among {len(skipped)}; {skipped[0]}" if skipped else "holds no rows"
         raise DataError(f"{path}: {reason}")
-    return LoadedRows(rows, skipped, sorted(ignored))
+    notes = []
+    if skipped:
+        total = len(skipped) + len(rows)
+        notes.append(f"bad rows skipped: {len(skipped)} of {total}, the first: {'; '.join(skipped[:3])}")
+    if ignored:
+        notes.append(f"ignored columns: {', '.join(sorted(ignored))}")
+    return LoadedRows(rows, notes)
 
 
 def _read_text(path: str | Path) -> str:
@@ -136,7 +131,7 @@ def _list_entries(text: str, path: str | Path) -> Iterator[tuple[str, str]]:
         try:
             _, end = decoder.raw_decode(text, position)
         except (ValueError, RecursionError) as error:
-            # Where one row is broken nobody can tell where the next begins, so this is never skipped.
+            # Where one row is broken nobody knows where the next begins, so this is never skipped.
             raise DataError(f"{where}: not valid JSON: {getattr(error, 'msg', error)}") from None
         yield where, text[position:end]
         position = _after_space(text, end)
@@ -242,7 +237,7 @@ def _message(message: object, before: dict | None) -> dict:
     if role not in expected:
         raise DataError(f"role {role!r} out of order, expected {' or '.join(expected)}")
     calls = _tool_calls(message)
-    # Empty, and meant: a system message that switches off a template's own, and a call without a word.
+    # Empty on purpose: a system message that switches off a template's own, and a call without text.
     if (role == "system" and message.get("content") == "") or (calls and not message.get("content")):
         content = ""
     else:

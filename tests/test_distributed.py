@@ -130,17 +130,17 @@ def test_one_process_and_peft_load_what_fsdp_wrote(flags, two, runs, capsys):
     peft = pytest.importorskip("peft")
     from transformers import AutoModelForCausalLM
 
-    from handtuned.adapted import load_adapted
+    from handtuned.training.models import load_with_adapter
 
     class Args:
         adapter, model, method, dtype, device = str(runs / "fsdp"), None, "lora", "float32", "cpu"
 
     if SHARDS_CODES:
         Args.method = "qlora"
-        load_adapted(Args)
+        load_with_adapter(Args)
         assert "not, bit for bit" not in capsys.readouterr().err
         Args.method = "lora"
-    ours, _, _ = load_adapted(Args)
+    ours, _, _ = load_with_adapter(Args)
     base = AutoModelForCausalLM.from_pretrained(flags[1])
     ids = torch.randint(5, 40, (2, 9))
     with torch.no_grad():
@@ -183,12 +183,12 @@ def test_one_process_goes_on_with_what_two_began(killed, alone, runs):
 
 @pytest.mark.slow
 def test_two_processes_go_on_with_what_one_began(flags, alone, runs, monkeypatch):
-    from handtuned import records
+    from handtuned.training import logging
 
     class Killed(BaseException):
         pass
 
-    append = records.Metrics.append
+    append = logging.Metrics.append
 
     def stop(self, row):
         if row["step"] > 6:
@@ -197,7 +197,7 @@ def test_two_processes_go_on_with_what_one_began(flags, alone, runs, monkeypatch
 
     out = runs / "one-then-two"
     with monkeypatch.context() as patch, pytest.raises(Killed):
-        patch.setattr(records.Metrics, "append", stop)
+        patch.setattr(logging.Metrics, "append", stop)
         cli.main(["finetune", *flags, "--output-dir", str(out), "--gradient-accumulation-steps", "2"])
     finetune("--resume", str(out), "--parallel", "fsdp")
     assert_same_run(out, alone)
@@ -300,10 +300,10 @@ def test_ranks_with_other_data_are_refused(flags, runs):
 @pytest.mark.slow
 def test_what_fails_on_one_rank_is_told_by_the_others(flags, runs):
     full_disk = """
-from handtuned import runstate
+from handtuned.training import checkpoints
 def full(path, tensors):
     raise OSError(28, "No space left on device")
-runstate.write_safetensors = full
+checkpoints.write_safetensors = full
 """
     codes, printed = one_after_another(flags, runs, {"full": ["--parallel", "ddp"]}, before=full_disk)
     assert codes == {0: ["2"], 1: ["1"]}

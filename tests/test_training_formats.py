@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from handtuned.rows import DataError, load_rows
+from handtuned.training.formats import DataError, load_rows
 
 CHAT = [
     {"role": "system", "content": "Be brief."},
@@ -71,7 +71,7 @@ class TestLoading:
         rows = [ALPACA, {"messages": AS_CHAT}, {"prompt": "Add.\n\n1 and 2", "completion": "3"}]
         loaded = load_rows(write(tmp_path / "rows.jsonl", *rows))
         assert loaded.rows == [AS_CHAT] * 3
-        assert loaded.notes() == []
+        assert loaded.notes == []
 
     @pytest.mark.parametrize("no_input", [{}, {"input": ""}, {"input": None}], ids=["missing", "empty", "null"])
     def test_alpaca_without_input(self, tmp_path, no_input):
@@ -99,12 +99,11 @@ class TestLoading:
 
     def test_unread_columns_are_announced(self, tmp_path):
         loaded = load_rows(write(tmp_path / "a.jsonl", {**ALPACA, "text": "x"}, {**ALPACA, "id": 7}))
-        assert loaded.ignored_columns == ["id", "text"]
-        assert loaded.notes() == ["ignored columns: id, text"]
+        assert loaded.notes == ["ignored columns: id, text"]
         messages = [{**AS_CHAT[0], "name": "Ann", "weight": None}, {**AS_CHAT[1], "tool_calls": []}]
         loaded = load_rows(write(tmp_path / "m.jsonl", {"messages": messages, "source": "x"}))
         assert loaded.rows == [AS_CHAT]
-        assert loaded.ignored_columns == ["messages.name", "source"]
+        assert loaded.notes == ["ignored columns: messages.name, source"]
 
     @pytest.mark.parametrize("row, reason", BAD_ROWS.values(), ids=BAD_ROWS)
     def test_bad_row_is_named_and_can_be_skipped(self, tmp_path, row, reason):
@@ -115,19 +114,17 @@ class TestLoading:
         assert "\n" not in str(error.value)
         loaded = load_rows(path, skip_bad_rows=True)
         assert loaded.rows == [AS_CHAT] * 2
-        assert loaded.skipped == [str(error.value)]
-        assert loaded.notes()[0].startswith(f"bad rows skipped: 1 of 3, the first: {path}:3: {reason}")
+        assert loaded.notes[0] == f"bad rows skipped: 1 of 3, the first: {error.value}"
 
     def test_bad_row_of_a_list_is_named_by_line_and_number(self, tmp_path):
         path = tmp_path / "rows.json"
         path.write_text('[\n {"prompt": "a", "completion": "b"},\n\n {"prompt": "a"},\n 7]\n')
         with pytest.raises(DataError, match=r"rows\.json:4: row 2: field 'completion' is missing"):
             load_rows(path)
-        skipped = load_rows(path, skip_bad_rows=True).skipped
-        assert [message.removeprefix(f"{path}:") for message in skipped] == [
-            "4: row 2: field 'completion' is missing",
-            "5: row 3: a row must be a JSON object, got int",
-        ]
+        (note,) = load_rows(path, skip_bad_rows=True).notes
+        assert note.removeprefix("bad rows skipped: 2 of 3, the first: ") == (
+            f"{path}:4: row 2: field 'completion' is missing; {path}:5: row 3: a row must be a JSON object, got int"
+        )
 
     @pytest.mark.parametrize(
         "text, reason",

@@ -9,10 +9,12 @@ import sys
 import pytest
 import torch
 
-from handtuned import cli, evaluation, faults
-from handtuned.parallel import Team
-from handtuned.resume import settings_and_checkpoint
-from handtuned.settings import FinetuneSettings
+from handtuned import cli
+from handtuned.training import evaluation, rank_failure
+from handtuned.training.checkpoints import settings_and_checkpoint
+from handtuned.training.data import EncodedRows
+from handtuned.training.distributed import World
+from handtuned.training.settings import FinetuneSettings
 
 
 def test_parallel_and_torchrun_go_together(tmp_path, capsys, monkeypatch):
@@ -26,12 +28,12 @@ def test_parallel_and_torchrun_go_together(tmp_path, capsys, monkeypatch):
     assert not (tmp_path / "out").exists()
 
 
-def test_roll_call_finds_out_who_is_lost(monkeypatch):
+def test_the_failure_detector_finds_out_who_is_lost(monkeypatch):
     """Rank 0 asks; each case has ranks that left word before, and ranks whose process is gone or far away."""
     gone = subprocess.Popen([sys.executable, "-S", "-c", ""])
     gone.wait()
     here, there, dead = (socket.gethostname(), os.getpid()), ("elsewhere", 1), (socket.gethostname(), gone.pid)
-    monkeypatch.setattr(faults, "PATIENCE", 0.3)
+    monkeypatch.setattr(rank_failure, "TIMEOUT", 0.3)
     for homes, words, text, told in (
         ([here, dead], {}, "rank 1 has died", True),
         ([here, here, dead], {1: ""}, "rank 2 has died", True),
@@ -43,21 +45,23 @@ def test_roll_call_finds_out_who_is_lost(monkeypatch):
         store = torch.distributed.HashStore()
         for rank, word in words.items():
             store.set(f"word/{rank}", word)
-        fault = faults.RollCall(store, 0, homes).take()
-        assert (str(fault), fault.tell) == (text, told)
+        failure = rank_failure.FailureDetector(store, 0, homes).diagnose()
+        assert (str(failure), failure.print_it) == (text, told)
     store = torch.distributed.HashStore()
     store.set("word/0", "")
-    assert not faults.RollCall(store, 2, [here, dead, here]).take().tell, "the lowest rank that is left tells"
+    failure = rank_failure.FailureDetector(store, 2, [here, dead, here]).diagnose()
+    assert not failure.print_it, "the lowest rank that is left tells"
 
 
 def test_nothing_held_out():
-    assert evaluation.write_answers(Team(), None, None, []) == []
-    assert evaluation.score(Team(), None, [], "nothing") is None
+    results = {}
+    evaluation.evaluate(World(), None, None, EncodedRows(), results, "before")
+    assert results == {"before": None, "answers": []}
 
 
 @pytest.mark.parametrize("rows", [0, 1, 2, 3, 7, 8], ids=lambda n: f"{n}-rows")
-def test_held_out_rows_are_dealt_once_and_in_step(rows):
-    dealt = [evaluation.deal(list(range(rows)), rank, 3) for rank in range(3)]
+def test_held_out_rows_are_shared_out_once_and_in_step(rows):
+    dealt = [evaluation.share_out(list(range(rows)), rank, 3) for rank in range(3)]
     counted = [row for mine, extra, counts in dealt for row in mine + extra * counts]
     assert sorted(counted) == list(range(rows))
     assert len({(len(mine), len(extra)) for mine, extra, _ in dealt}) == 1

@@ -2,6 +2,7 @@
 
 import argparse
 import dataclasses
+import itertools
 import math
 import os
 import re
@@ -11,6 +12,16 @@ METHODS = ("qlora", "lora")
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 PARALLEL = ("none", "ddp", "fsdp")
 REPORTERS = ("none", "tensorboard", "wandb")
+RANGES = (  # what must hold of a value that is set, in words, and of which settings
+    (lambda x: x >= 1, "at least 1", "lora_r per_device_train_batch_size gradient_accumulation_steps logging_steps "
+     "save_steps save_total_limit eval_samples max_steps"),
+    (lambda x: x >= 2, "at least 2", "max_seq_length"),
+    (lambda x: 0 < x < math.inf, "a finite number above 0", "lora_alpha num_train_epochs learning_rate"),
+    (lambda x: 0 <= x < math.inf, "a finite number, 0 or above", "weight_decay max_grad_norm"),
+    (lambda x: 0 <= x < 1, "in [0, 1)", "lora_dropout warmup_ratio eval_fraction"),
+    (lambda x: 0 <= x < 2**63, "in [0, 2^63)", "seed"),
+    (bool, "at least one name", "target_modules"),
+)  # fmt: skip
 
 
 def _setting(default, text, **argparse_options):
@@ -66,28 +77,15 @@ class FinetuneSettings:
     def __post_init__(self):
         if not isinstance(self.target_modules, str):
             self.target_modules = _target_modules(self.target_modules)
-        for name in ("lora_r", "per_device_train_batch_size", "gradient_accumulation_steps", "logging_steps",
-                     "save_steps", "save_total_limit", "eval_samples"):  # fmt: skip
-            self._need(name, getattr(self, name) >= 1, "at least 1")
-        self._need("max_steps", self.max_steps is None or self.max_steps >= 1, "at least 1")
-        self._need("max_seq_length", self.max_seq_length >= 2, "at least 2")
-        for name in ("lora_alpha", "num_train_epochs"):
-            self._need(name, 0 < getattr(self, name) < math.inf, "a finite number above 0")
-        rate = self.learning_rate
-        self._need("learning_rate", rate is None or 0 < rate < math.inf, "a finite number above 0")
-        for name in ("weight_decay", "max_grad_norm"):
-            self._need(name, 0 <= getattr(self, name) < math.inf, "a finite number, 0 or above")
-        for name in ("lora_dropout", "warmup_ratio", "eval_fraction"):
-            self._need(name, 0 <= getattr(self, name) < 1, "in [0, 1)")
-        for name, allowed in (("method", METHODS), ("dtype", DTYPES), ("parallel", PARALLEL),
-                              ("report_to", REPORTERS)):
-            self._need(name, getattr(self, name) in allowed, f"one of {', '.join(allowed)}")
-        self._need("seed", 0 <= self.seed < 2**63, "in [0, 2^63)")
-        self._need("target_modules", bool(self.target_modules), "at least one name")
-
-    def _need(self, name: str, holds: bool, expected: str) -> None:
-        if not holds:
-            raise ValueError(f"{flag(name)} must be {expected}, got {getattr(self, name)!r}")
+        for holds, expected, names in RANGES:
+            for name in names.split():
+                value = getattr(self, name)
+                if value is not None and not holds(value):
+                    raise ValueError(f"{flag(name)} must be {expected}, got {value!r}")
+        for item in dataclasses.fields(self):
+            value, choices = getattr(self, item.name), item.metadata.get("choices")
+            if choices and value not in choices:
+                raise ValueError(f"{flag(item.name)} must be one of {', '.join(choices)}, got {value!r}")
 
     def with_defaults(self) -> "FinetuneSettings":
         """The same settings with the values that depend on the task filled in."""
@@ -112,7 +110,7 @@ def flag(name: str) -> str:
 
 
 def add_flags(parser: argparse.ArgumentParser) -> None:
-    """Give `parser` one flag a setting; flags that are not typed stay out of the namespace."""
+    """Give `parser` one flag per setting; flags that are not typed stay out of the namespace."""
     for item in dataclasses.fields(FinetuneSettings):
         options = {key: value for key, value in item.metadata.items() if key != "aliases"}
         names = [flag(item.name), *item.metadata.get("aliases", ())]
@@ -130,21 +128,12 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
 
 
 def differences(now: dict, before: dict) -> list[str]:
-    """Which typed settings disagree with those of a run that is to be continued."""
-    return [
-        f"{flag(name)} was {before[name]}, now {value}"
-        for name, value in now.items()
-        if name in before and _plain(value) != _plain(before[name])
-    ]
-
-
-def _plain(value):
-    return list(value) if isinstance(value, tuple) else value
+    """Which typed settings disagree with those, read from JSON, of a run that is to be continued."""
+    plain = {name: list(value) if isinstance(value, tuple) else value for name, value in now.items() if name in before}
+    return [f"{flag(name)} was {before[name]}, now {now[name]}" for name in plain if plain[name] != before[name]]
 
 
 def next_output_dir(root: str = "handtuned-out") -> str:
     """The first free `handtuned-out/run-N`."""
-    number = 1
-    while os.path.exists(os.path.join(root, f"run-{number}")):
-        number += 1
-    return os.path.join(root, f"run-{number}")
+    places = (os.path.join(root, f"run-{number}") for number in itertools.count(1))
+    return next(place for place in places if not os.path.exists(place))

@@ -1,18 +1,18 @@
-"""What a study of `handtuned tune` has found: trials as data, the front, a picture, the verdict."""
+"""The trials of a study of `handtuned tune`: as data, the Pareto front, a picture, a table."""
 
 import dataclasses
 import math
 import shlex
 from pathlib import Path
 
-from .nn.files import whole_file
+from ..nn.files import whole_file
+from .logging import megabytes
 from .settings import FinetuneSettings, flag
-from .telling import megabytes
 
 SEARCHED = ("lora_r", "lora_alpha", "learning_rate", "target_modules", "lora_dropout")
 
 
-def say(study, trial) -> None:
+def print_trial(study, trial) -> None:
     """A line when a trial ends."""
     last = max(trial.intermediate_values, default=0)
     state = "finished" if trial.state.name == "COMPLETE" else f"stopped after {last} steps"
@@ -55,7 +55,7 @@ def draw_pareto(result: dict, path: Path) -> None:
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(9, 4), layout="constrained")
-    costs = (("bytes", 1e6, "adapter, gradients and optimizer state (MB)"), ("seconds_a_step", 1, "time (s a step)"))
+    costs = (("bytes", 1e6, "adapter, gradients and optimizer state (MB)"), ("seconds_a_step", 1, "time (s per step)"))
     for axes, (cost, unit, label) in zip(figure.subplots(1, 2, sharey=True), costs, strict=True):
         groups = {
             "stopped early": ([row for row in result["trials"] if row["state"] == "pruned"], "o", "none"),
@@ -73,14 +73,14 @@ def draw_pareto(result: dict, path: Path) -> None:
             axes.annotate(str(row["number"]), at, xytext=(5, 5), textcoords="offset points")
         axes.set(xlabel=label, yscale="log")
         axes.grid(alpha=0.3)
-    figure.axes[0].set_ylabel("held-out loss (nats a token)")
+    figure.axes[0].set_ylabel("held-out loss (nats per token)")
     figure.axes[1].legend(fontsize=8)
     with whole_file(path) as temporary:
         figure.savefig(temporary, format="png", dpi=120)
 
 
-def told(result: dict, settings: FinetuneSettings, directory: Path) -> str:
-    """The verdict in a few lines: first and best side by side, the front, and the command for a whole run."""
+def table(result: dict, settings: FinetuneSettings, directory: Path) -> str:
+    """First and best trial side by side, the front, and the command for a whole run."""
     first, best = result["first"], result["best"]
     lines = ["", f"{'':8} {'loss':>8} {'exact':>7} {'untouched rows':>17} {'state':>10} {'s/step':>7}  settings"]
     shown = {"first": first, "best": best} | {f"trial {row['number']}": row

@@ -1,7 +1,7 @@
-"""Chats → token ids with labels on the answers alone → batches.
+"""Chats → token ids, with labels on the answers alone.
 
 A chat is written out with the model's own chat template. The loss looks only at what the
-model has to say itself: every assistant turn, up to and with the token that ends it; labels
+model has to write itself: every assistant turn, up to and with the token that ends it; labels
 are -100 everywhere else. The mask follows from positions in the text, never from token ids:
 where padding and end of turn share an id (SmolLM2 has 2 for both), masking "the padding"
 would hide the end of every answer and the model would never learn to stop.
@@ -11,37 +11,14 @@ import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
-from pathlib import Path
 
 import numpy as np
 
-from .batches import IGNORE_INDEX, Example, batch_indices, collate
-from .rows import Chat, DataError, LoadedRows, load_rows, said
-
-__all__ = [
-    "IGNORE_INDEX",
-    "Chat",
-    "DataError",
-    "EncodedRows",
-    "Example",
-    "LoadedRows",
-    "batch_indices",
-    "check_max_seq_length",
-    "collate",
-    "describe_example",
-    "encode",
-    "encode_prompt",
-    "encode_rows",
-    "end_of_turn",
-    "load_rows",
-    "said",
-    "shared_system_prompt",
-    "shipped_dataset",
-    "split",
-]
+from ..nn.loss import IGNORE_INDEX
+from .formats import Chat, DataError
 
 _GENERATION_MARK = re.compile(r"\{%-?\s*generation\s*-?%\}")  # a template that marks the answers itself
-_STAND_IN = "\ufdd0"  # a code point that is no character and never will be one
+_STAND_IN = "\ufdd0"  # a code point that is reserved never to be a character
 
 # For a tokenizer without a chat template. `bos` is empty where the tokenizer itself writes none.
 PLAIN_TEMPLATE = (
@@ -55,68 +32,17 @@ PLAIN_TEMPLATE = (
 
 
 @dataclass(frozen=True)
-class EncodedRows:
-    """Examples that all have something to learn, and how many rows were truncated or dropped on the way.
+class Example:
+    """One chat as two int32 arrays of equal length; the label at position t is predicted from the ids before it."""
 
-    `rows` are the chats that the examples come from; `refused` says of each skipped row where it stood, and why.
-    """
+    input_ids: np.ndarray
+    labels: np.ndarray  # the id itself where it is learnt, else -100
+    cut: int = 0  # tokens beyond max_seq_length that were left off at the end
 
-    examples: list[Example]
-    truncated: int
-    dropped: int
-    max_seq_length: int
-    rows: Sequence[Chat] = ()
-    refused: Sequence[str] = ()
-
-    def notes(self) -> list[str]:
-        """What the user must be told, a line each; empty when every row fits."""
-        notes = []
-        if self.truncated:
-            notes.append(f"rows truncated to max_seq_length {self.max_seq_length} tokens: {self.truncated}")
-        if self.dropped:
-            notes.append(f"rows dropped, too long for max_seq_length {self.max_seq_length} tokens: {self.dropped}")
-        if self.refused:
-            notes.append(f"bad rows skipped: {len(self.refused)}, the first: {'; '.join(self.refused[:3])}")
-        return notes
-
-
-def shipped_dataset() -> tuple[Path, Path]:
-    """Training and held-out file of the data set that comes with the package (see `make_dataset.py`)."""
-    directory = Path(__file__).parent / "datasets"
-    return directory / "home_train.jsonl", directory / "home_eval.jsonl"
-
-
-def shared_system_prompt(rows: Sequence[Chat]) -> str | None:
-    """The system message of every chat, if all have the same: prompts after training need it too."""
-    first = {row[0]["content"] if row[0]["role"] == "system" else None for row in rows}
-    return first.pop() if len(first) == 1 else None
-
-
-def split(rows: Sequence[Chat], eval_fraction: float, seed: int) -> tuple[list[Chat], list[Chat]]:
-    """Training rows and held-out rows, each in the order of the file; the same seed gives the same split.
-
-    A fraction above 0 holds out at least one row and leaves at least one; 0 holds out none.
-    """
-    if not 0 <= eval_fraction < 1:
-        raise ValueError(f"eval_fraction must be at least 0 and below 1, got {eval_fraction}")
-    if eval_fraction == 0:
-        return list(rows), []
-    if len(rows) < 2:
-        raise DataError(f"holding out rows needs at least 2 rows, got {len(rows)}; --eval-fraction 0 holds out none")
-    count = min(max(1, round(len(rows) * eval_fraction)), len(rows) - 1)
-    held_out = set(np.random.default_rng(seed).permutation(len(rows))[:count].tolist())
-    return (
-        [row for index, row in enumerate(rows) if index not in held_out],
-        [row for index, row in enumerate(rows) if index in held_out],
-    )
-
-
-def check_max_seq_length(max_seq_length: int, context_length: int | None) -> None:
-    """Raise ValueError unless rows of this many tokens fit the model's context (None: unlimited)."""
-    if max_seq_length < 2:
-        raise ValueError(f"max_seq_length must be at least 2, got {max_seq_length}")
-    if context_length is not None and max_seq_length > context_length:
-        raise ValueError(f"max_seq_length must be within the model's context of {context_length}, got {max_seq_length}")
+    @property
+    def answer_tokens(self) -> int:
+        """How many tokens are learnt."""
+        return int((self.labels != IGNORE_INDEX).sum())
 
 
 def encode_prompt(chat: Chat, tokenizer) -> list[int]:
@@ -151,47 +77,6 @@ def encode(chat: Chat, tokenizer, max_seq_length: int | None = None) -> Example:
         labels[start:stop] = kept[start:stop]
     labels[:1] = IGNORE_INDEX  # nothing precedes the first token, so nothing can predict it
     return Example(kept, labels, cut=len(ids) - len(kept))
-
-
-def encode_rows(
-    rows: Sequence[Chat], tokenizer, max_seq_length: int, on_long: str = "truncate", skip_bad_rows: bool = False
-) -> EncodedRows:
-    """Encode chats; a row of more than `max_seq_length` tokens is truncated at its end, or dropped.
-
-    Args:
-        on_long: "truncate" or "drop". A row with no answer token left after truncation is dropped too.
-        skip_bad_rows: leave out and list what `encode` refuses, instead of raising at the first.
-
-    Raises:
-        DataError: a row that `encode` refuses, named by its place in the file, or nothing left to learn from.
-    """
-    if on_long not in ("truncate", "drop"):
-        raise ValueError(f"on_long must be 'truncate' or 'drop', got {on_long!r}")
-    examples, kept, refused, truncated, dropped = [], [], [], 0, 0
-    for number, row in enumerate(rows, start=1):
-        try:
-            example = encode(row, tokenizer, max_seq_length)
-        except DataError as error:
-            reason = f"{getattr(row, 'where', None) or f'row {number}'}: {error}"
-            if not skip_bad_rows:
-                raise DataError(reason) from None
-            refused.append(reason)
-            continue
-        if example.answer_tokens == 0 or (example.cut and on_long == "drop"):
-            dropped += 1
-            continue
-        examples.append(example)
-        kept.append(row)
-        truncated += example.cut > 0
-    if not examples and refused:
-        raise DataError(f"nothing to learn: no usable row among {len(rows)}; {refused[0]}")
-    if not examples:
-        raise DataError(
-            f"nothing to learn: each of the {len(rows)} rows is too long for max_seq_length {max_seq_length} tokens"
-            if rows
-            else "nothing to learn: no rows"
-        )
-    return EncodedRows(examples, truncated, dropped, max_seq_length, kept, refused)
 
 
 def describe_example(example: Example, tokenizer) -> str:
@@ -273,7 +158,7 @@ def _answers(chat: Chat, text: str, tokenizer) -> Iterator[tuple[int, int]]:
             if in_place and not all(call["function"]["name"] in upto[len(prompt) :] for call in message["tool_calls"]):
                 raise DataError(f"message {turn + 1}: the chat template does not show its tool calls")
         else:
-            # The template tells where the answer ends: what it writes around a stand-in for it.
+            # The template decides where the answer ends: what it writes around a stand-in for it.
             stand_in = _with(chat, turn, {"role": "assistant", "content": _STAND_IN})
             before, found, after = _render(stand_in, tokenizer).partition(_STAND_IN)
             stop = len(text) - len(after)
@@ -288,7 +173,7 @@ def _with(chat: Chat, turn: int, message: dict) -> Chat:
 
 
 def _check_tools_are_shown(chat: Chat, text: str, tokenizer) -> None:
-    """Many templates leave tools out in silence; then the model would learn to call what it was never told of."""
+    """Many templates leave tools out in silence; then the model would learn to call what it never saw."""
     if _tools_of(chat) and _render(list(chat), tokenizer) == text:
         raise DataError("the chat template does not show the tools")
     for turn, message in enumerate(chat):
@@ -310,7 +195,7 @@ def _end_of_turn(ids: list[int], stop: int, tokenizer) -> int | None:
 
 
 def _is_special(token: int, tokenizer) -> bool:
-    """Whether a token is no text; one for unknown words is, and may well be an answer's last."""
+    """Whether a token stands for no text. One for unknown words does, and may well be an answer's last."""
     if token == tokenizer.unk_token_id != tokenizer.eos_token_id:
         return False
     return not tokenizer.decode([token], skip_special_tokens=True)

@@ -8,8 +8,9 @@ from itertools import chain
 
 import pytest
 
-from handtuned import data, make_dataset
-from handtuned.make_dataset import COMMANDS, SLOTS, SYSTEM, sentences, slot_values
+from handtuned.datasets import make
+from handtuned.datasets.make import COMMANDS, SLOTS, SYSTEM, sentences, slot_values
+from handtuned.training import data
 
 
 @pytest.fixture(scope="module")
@@ -20,7 +21,7 @@ def rows():
 
 
 def test_the_generator_rewrites_the_files_byte_for_byte(tmp_path):
-    make_dataset.write(tmp_path)
+    make.write(tmp_path)
     for path in data.shipped_dataset():
         assert (tmp_path / path.name).read_bytes() == path.read_bytes()
     assert sorted(path.name for path in tmp_path.iterdir()) == ["home_eval.jsonl", "home_train.jsonl"]
@@ -35,7 +36,7 @@ def shape(answer):
 
 
 def test_size_and_balance(rows):
-    for name, count in make_dataset.ROWS.items():
+    for name, count in make.ROWS.items():
         shapes = Counter(shape(json.loads(row[-1]["content"])) for row in rows[name])
         assert shapes == dict.fromkeys(SHAPES, count)
 

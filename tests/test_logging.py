@@ -5,7 +5,7 @@ import types
 
 import pytest
 
-from handtuned.records import Reporter, command_line
+from handtuned.training.logging import Reporter, command_line
 
 ROWS = [{"step": 1, "loss": 2.0, "learning_rate": 1e-3}, {"step": 2, "loss": 1.5, "learning_rate": 5e-4}]
 

@@ -1,6 +1,6 @@
 """Writes the shipped data set: a spoken request at home → one small JSON command.
 
-    python -m handtuned.make_dataset        # rewrites handtuned/datasets/*.jsonl, byte for byte
+    python -m handtuned.datasets.make        # rewrites handtuned/datasets/*.jsonl, byte for byte
 
 Every command has sentence templates of its own for training and others for the held-out
 file, so a good held-out score means that new phrasings are understood; a few slot values
@@ -346,4 +346,4 @@ def write(directory: Path) -> None:
 
 
 if __name__ == "__main__":
-    write(Path(__file__).parent / "datasets")
+    write(Path(__file__).parent)

@@ -1,0 +1,243 @@
+"""What a run prints, and what it leaves behind beside the adapter: run.json, metrics.jsonl, loss.png."""
+
+import importlib.util
+import json
+import math
+import os
+import platform
+import resource
+import shlex
+import sys
+import textwrap
+from importlib import metadata
+from pathlib import Path
+
+import torch
+
+from .. import __version__
+from ..nn import LoRALinear
+from ..nn.files import whole_file, write_json
+from ..quant import quantization_summary
+from .settings import FinetuneSettings
+
+MISSING = "--report-to {kind} needs its library: pip install {kind}"
+PACKAGES = ("torch", "triton", "transformers", "tokenizers", "safetensors", "numpy")
+
+
+def versions(*more: str) -> dict[str, str]:
+    """Versions of everything that a result may depend on, and of `more` packages."""
+    found = {"handtuned": __version__, "python": platform.python_version()}
+    for package in (*PACKAGES, *more):
+        try:
+            found[package] = metadata.version(package)
+        except metadata.PackageNotFoundError:
+            found[package] = "not installed"
+    found["torch"] = torch.__version__  # a wheel's metadata may leave out its tag (+cu130)
+    return found
+
+
+def command_line() -> str:
+    """The command as it was typed, ready to paste."""
+    name = "handtuned" if Path(sys.argv[0]).name in ("handtuned", "__main__.py") else sys.argv[0]
+    words = [name, *sys.argv[1:]]
+    if "TORCHELASTIC_RUN_ID" in os.environ:
+        words = ["torchrun", "--nproc-per-node", os.environ["LOCAL_WORLD_SIZE"], "-m", *words]
+    return shlex.join(words)
+
+
+class Metrics:
+    """`metrics.jsonl`: one JSON object per logged step, appended as it happens."""
+
+    def __init__(self, path: Path):
+        self.path = path
+
+    def rows(self) -> list[dict]:
+        """All whole lines; a last line cut short by a kill is left out."""
+        if not self.path.exists():
+            return []
+        rows = []
+        for line in self.path.read_text(encoding="utf-8").splitlines():
+            try:
+                rows.append(json.loads(line))
+            except json.JSONDecodeError:
+                break
+        return rows
+
+    def keep_until(self, step: int) -> None:
+        """Drop what was logged after `step`: those steps will be run again."""
+        kept = [row for row in self.rows() if row["step"] <= step]
+        with whole_file(self.path) as temporary:
+            temporary.write_text("".join(json.dumps(row) + "\n" for row in kept), encoding="utf-8")
+
+    def append(self, row: dict) -> None:
+        """Under loss scaling a step that is skipped may have infinite numbers, which JSON cannot hold: null."""
+        row = {key: value if math.isfinite(value) else None for key, value in row.items()}
+        with open(self.path, "a", encoding="utf-8") as file:
+            file.write(json.dumps(row) + "\n")
+
+
+def draw_loss(rows: list[dict], path: Path, title: str) -> None:
+    """Draw loss and learning rate over the optimizer steps into a PNG."""
+    from matplotlib.figure import Figure
+
+    steps = [row["step"] for row in rows]
+    figure = Figure(figsize=(7, 4), layout="constrained")
+    left = figure.subplots()
+    left.plot(steps, [math.nan if row["loss"] is None else row["loss"] for row in rows], color="black", label="loss")
+    left.set(xlabel="optimizer step", ylabel="loss per answer token (nats)", yscale="log", title=title)
+    right = left.twinx()
+    right.plot(steps, [row["learning_rate"] for row in rows], color="tab:orange", linestyle="--", label="learning rate")
+    right.set_ylabel("learning rate")
+    left.grid(alpha=0.3)
+    figure.legend(handles=[*left.lines, *right.lines], loc="upper right", bbox_to_anchor=(0.88, 0.9))
+    with whole_file(path) as temporary:
+        figure.savefig(temporary, format="png", dpi=120)
+
+
+def check_reporter(kind: str) -> None:
+    """Raise ValueError if the library of `--report-to` is not there, before the work begins."""
+    if kind != "none" and importlib.util.find_spec(kind) is None:
+        raise ValueError(MISSING.format(kind=kind))
+
+
+class Reporter:
+    """Hands each logged row to TensorBoard or Weights & Biases, through their own libraries."""
+
+    def __init__(self, kind: str, directory: Path, settings: dict):
+        self.kind, self.sink = kind, None
+        try:
+            if kind == "tensorboard":
+                from torch.utils.tensorboard import SummaryWriter
+
+                self.sink = SummaryWriter(str(directory / "tensorboard"))
+            elif kind == "wandb":
+                import wandb
+
+                self.sink = wandb.init(project="handtuned", dir=str(directory), config=settings)
+        except ImportError as error:
+            raise ValueError(MISSING.format(kind=kind)) from error
+
+    def log(self, row: dict) -> None:
+        numbers = {key: value for key, value in row.items() if key != "step"}
+        if self.kind == "tensorboard":
+            for key, value in numbers.items():
+                self.sink.add_scalar(f"train/{key}", value, row["step"])
+        elif self.kind == "wandb":
+            self.sink.log({f"train/{key}": value for key, value in numbers.items()}, step=row["step"])
+
+    def close(self) -> None:
+        if self.kind == "tensorboard":
+            self.sink.close()
+        elif self.kind == "wandb":
+            self.sink.finish()
+
+
+def write_run(directory: Path, settings: dict, marks: dict[str, str]) -> None:
+    """`run.json`: the exact command, all settings, versions, and the marks of base model and data."""
+    record = {
+        "command": command_line(),
+        "settings": settings,
+        "versions": versions(),
+        "machine": f"{platform.system()} {platform.machine()}",
+        "marks": marks,
+    }
+    write_json(directory / "run.json", record)
+
+
+def megabytes(count: float) -> str:
+    return f"{count / 1e6:,.1f} MB"
+
+
+def plan(settings: FinetuneSettings, model, rows: int, held_out: int, total: int, device, dtype) -> str:
+    """The run in a few lines: parameters, bytes before and after quantization, data, steps."""
+    trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    layers = sum(isinstance(module, LoRALinear) for module in model.modules())
+    base = [row for row in quantization_summary(model).rows if row.kind != "LoRALinear"]
+    parameters, before, after = (sum(getattr(row, name) for row in base) for name in
+                                 ("parameters", "bytes_before", "bytes_after"))  # fmt: skip
+    where = f"{device}, {torch.get_num_threads()} threads" if device.type == "cpu" else str(device)
+    lines = [
+        f"model        {settings.model}: {parameters:,} parameters",
+        f"weights      {megabytes(before)} → {megabytes(after)}"
+        if settings.method == "qlora"
+        else f"weights      {megabytes(after)}, not quantized",
+        f"trainable    {trainable:,} parameters ({100 * trainable / parameters:.2f} %): "
+        f"LoRA r {settings.lora_r}, alpha {settings.lora_alpha:g} on {layers} layers",
+        f"data         {rows} rows to learn from, {held_out} held out",
+        f"steps        {total} of {settings.per_device_train_batch_size} rows × "
+        f"{settings.gradient_accumulation_steps}, learning rate {settings.learning_rate:g}",
+        f"on           {where}, computing in {str(dtype).removeprefix('torch.')}",
+        f"into         {settings.output_dir}",
+    ]
+    return "\n".join(lines)
+
+
+class RunLog:
+    """Follows a run step by step: a bar, and on the main rank metrics.jsonl and `--report-to`.
+
+    Args:
+        first, total: optimizer steps done already, and in the whole run.
+        settings: of the run, as JSON.
+        main: whether this rank writes.
+    """
+
+    def __init__(self, directory: Path, first: int, total: int, settings: dict, main: bool):
+        from tqdm import tqdm
+
+        self.main, self.total, self.every = main, total, settings["logging_steps"]
+        self.metrics = Metrics(directory / "metrics.jsonl")
+        if main:
+            self.metrics.keep_until(first)
+        self.reporter = Reporter(settings["report_to"] if main else "none", directory, settings)
+        self.bar = tqdm(total=total, initial=first, desc="training", unit="step", dynamic_ncols=True)
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, error, *more):
+        self.bar.close()
+        if error is None:
+            self.reporter.close()
+
+    def log(self, row: dict) -> None:
+        rates = f"lr {row['learning_rate']:.1e}, {row['tokens_per_second']:.0f} tokens/s"
+        self.bar.set_postfix_str(f"loss {row['loss']:.4f}, {rates}")
+        self.bar.update(1)
+        if self.main and (row["step"] % self.every == 0 or row["step"] == self.total):
+            self.metrics.append(row)
+            self.reporter.log(row)
+
+
+def summary(results: dict, directory: Path) -> str:
+    """Held-out scores and answers before and after, peak memory, and where to go from here."""
+    lines = [""]
+    before, after = results["before"], results["after"]
+    if before and after:
+        lines.append(f"held-out rows ({after['rows']})   before      after")
+        for name, text, form in (("exact_match", "exact match", "{:.1%}"), ("token_accuracy", "right tokens", "{:.1%}"),
+                                 ("loss", "loss", "{:.4f}")):  # fmt: skip
+            lines.append(f"  {text:18} {form.format(before[name]):>9} {form.format(after[name]):>10}")
+    for entry in results["answers"]:
+        lines += ["", f"prompt    {_short(entry['prompt'])}", f"expected  {_short(entry['expected'])}",
+                  f"before    {_short(entry['before'])}", f"after     {_short(entry['after'])}"]  # fmt: skip
+    prompt = _short(results["answers"][0]["prompt"]) if results["answers"] else "…"
+    lines += [
+        "",
+        f"peak memory  {megabytes(results['peak_memory_bytes'])}",
+        f"time         {results['seconds']:.0f} s",
+        f"adapter      {directory}",
+        f'talk to it   handtuned generate --adapter {directory} "{prompt}"',
+    ]
+    return "\n".join(lines)
+
+
+def _short(text: str) -> str:
+    return textwrap.shorten(text, 110, placeholder=" …")
+
+
+def peak_memory(device: torch.device) -> int:
+    """Most bytes used so far: allocated on the GPU, or resident in this process on a CPU."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit

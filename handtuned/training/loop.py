@@ -1,0 +1,213 @@
+"""The training loop, whole: forward, scale, backward, unscale, clip, step, update, schedule.
+
+`train_step` is one optimizer step (`train_step_reference` in plain torch), `train` repeats it over the rows.
+Accumulation, loss scaling and clipping have to be done in one order:
+
+    every micro-batch   loss · scale / tokens of the whole step  → backward: gradients add up, still scaled
+    once per step       unscale → clip → step (skipped after an overflow) → update the scale
+
+The study documents' `loss = mean(batch) / accumulation_steps` weighs a token in a short micro-batch more than one in
+a long micro-batch. Here each micro-batch's *sum* is divided by the answer tokens of the whole step, so that 1 × 8 rows,
+8 × 1 rows and 2 ranks of 4 × 1 rows give the same gradient.
+"""
+
+import math
+import signal
+import sys
+import time
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, field
+
+import torch
+import torch.nn.functional as F
+
+from ..amp import GradScaler
+from ..nn.loss import IGNORE_INDEX
+from ..optim import AdamW, cosine_with_warmup
+from .data import Example, batch_indices, collate
+from .distributed import World
+from .evaluation import CausalLM
+
+
+def train_step_reference(model, batches: list, optimizer, scaler, max_grad_norm: float, dtype: torch.dtype) -> float:
+    """One optimizer step over several micro-batches: the study documents' loop, put right.
+
+    Args:
+        batches: (token ids, labels) pairs, each (rows, length), right-padded; a label of -100 is not learnt.
+        dtype: of the computation, by autocast.
+
+    Returns:
+        the loss per answer token.
+    """
+    tokens = sum((labels[:, 1:] != IGNORE_INDEX).sum() for _, labels in batches)
+    total = 0.0
+    for ids, labels in batches:
+        with torch.autocast(ids.device.type, dtype=dtype, enabled=dtype != torch.float32):
+            logits = model(ids).logits[:, :-1]
+        loss = F.cross_entropy(logits.flatten(0, 1).float(), labels[:, 1:].flatten(), reduction="sum") / tokens
+        scaler.scale(loss).backward()
+        total += loss.item()
+    scaler.unscale_(optimizer)
+    torch.nn.utils.clip_grad_norm_(model.parameters(), max_grad_norm)
+    scaler.step(optimizer)
+    scaler.update()
+    optimizer.zero_grad()
+    return total
+
+
+def train_step(
+    training: "Training", batches: Iterable, answer_tokens: int, max_grad_norm: float
+) -> tuple[float, float]:
+    """The same on several ranks, with a loss that looks at answer tokens alone, a schedule, and a check for NaN.
+
+    Args:
+        batches: (micro-batch on the device, whether it is the last) pairs, those of this rank.
+        answer_tokens: of all micro-batches of all ranks.
+        max_grad_norm: the gradient's L2 norm is clipped to this; 0 leaves it alone.
+
+    Returns:
+        (loss in nats per answer token, gradient norm before clipping), over all ranks.
+
+    Raises:
+        Diverged: before a step that would make every weight NaN. (Loss scaling skips such a step instead.)
+    """
+    lm, optimizer, scaler, world = training.lm, training.optimizer, training.scaler, training.world
+    loss_sum = torch.zeros((), device=lm.device)
+    for batch, last in batches:
+        with torch.autocast(lm.device.type, dtype=training.dtype, enabled=training.dtype != torch.float32):
+            loss = world.run(lambda batch=batch: lm.loss(batch), sync=last)  # summed over answer tokens
+        scaler.scale(loss * world.size / answer_tokens).backward()  # gradients are averaged over ranks
+        loss_sum += loss.detach()
+
+    _check_gradients(lm.model)
+    world.collect_gradients(scaler)
+    scaler.unscale_(optimizer)
+    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    grad_norm = world.clip_gradients(parameters, max_grad_norm or math.inf).item()
+    loss = world.sum(loss_sum.item()) / answer_tokens
+    if not scaler.is_enabled() and not (math.isfinite(loss) and math.isfinite(grad_norm)):
+        raise Diverged(f"the loss is {loss:g} and its gradient's norm {grad_norm:g}")
+    scale = scaler.get_scale()
+    scaler.step(optimizer)
+    scaler.update()
+    if scaler.get_scale() >= scale:  # a step that overflowed was skipped; so is its place in the schedule
+        training.schedule.step()
+    optimizer.zero_grad(set_to_none=True)
+    return loss, grad_norm
+
+
+class Diverged(ValueError):
+    """The loss or its gradient is not finite any more."""
+
+
+@dataclass
+class Training:
+    """A model with adapters, and all that changes while it is trained."""
+
+    lm: CausalLM
+    optimizer: torch.optim.Optimizer
+    schedule: torch.optim.lr_scheduler.LRScheduler
+    scaler: GradScaler
+    dtype: torch.dtype = torch.float32  # of the computation
+    world: World = field(default_factory=World)
+
+
+def prepare(
+    model, examples: list[Example], total: int, learning_rate: float, weight_decay: float, warmup_ratio: float,
+    dtype: torch.dtype, device: torch.device, world: World | None = None,
+) -> Training:  # fmt: skip
+    """Optimizer, schedule over `total` steps and loss scaler for the adapters of a model.
+
+    Under `world` it is wrapped for training among its ranks (default: this process alone).
+    """
+    world = world or World()
+    optimizer = AdamW(world.wrap(model, device), lr=learning_rate, weight_decay=weight_decay)
+    schedule = cosine_with_warmup(optimizer, total, warmup_ratio)
+    lm = world.evaluate(lambda: CausalLM(model, examples[0].input_ids[None, :8]))
+    return Training(lm, optimizer, schedule, GradScaler(enabled=dtype == torch.float16), dtype, world)
+
+
+def train(
+    training: Training, examples: list[Example], total: int, batch_size: int, accumulation_steps: int,
+    max_grad_norm: float, seed: int, on_step: Callable[[dict], None], first: int = 0,
+) -> None:  # fmt: skip
+    """Train until `total` optimizer steps are done.
+
+    Args:
+        examples: encoded rows; step i takes the rows that `batch_indices` names for it.
+        batch_size, accumulation_steps: rows per micro-batch, and micro-batches per step and rank.
+        on_step: called after every step with its measurements; raises to stop.
+        first: optimizer steps done already.
+
+    Raises:
+        Diverged: as `train_step`.
+    """
+    training.lm.model.train()
+    world, rows_per_step = training.world, batch_size * accumulation_steps * training.world.size
+    for step in range(first, total):
+        started = time.perf_counter()
+        rows = [examples[i] for i in batch_indices(step, len(examples), rows_per_step, seed)]
+        answer_tokens = sum(row.answer_tokens for row in rows)  # of all ranks: each knows the whole batch
+        learning_rate = training.schedule.get_last_lr()[0]
+        batches = _micro_batches(rows, batch_size, training.lm.device, world, (seed, step))
+        try:
+            loss, grad_norm = train_step(training, batches, answer_tokens, max_grad_norm)
+        except Diverged as error:
+            with world.shared_errors():
+                raise Diverged(
+                    f"step {step + 1}: {error}: training cannot go on; a lower --learning-rate than "
+                    f"{training.schedule.base_lrs[0]:g} is what most often helps"
+                ) from None
+        seconds = time.perf_counter() - started
+        on_step({
+            "step": step + 1,
+            "epoch": round((step + 1) * rows_per_step / len(examples), 4),
+            "loss": loss,
+            "learning_rate": learning_rate,
+            "grad_norm": grad_norm,
+            "answer_tokens": answer_tokens,
+            "tokens_per_second": round(sum(len(row.input_ids) for row in rows) / seconds, 1),
+        })  # fmt: skip
+
+
+def _micro_batches(rows: list[Example], size: int, device: torch.device, world: World, seed: tuple) -> Iterator:
+    """(micro-batch, whether it is the last) of this rank, every `world.size`th of the step's."""
+    mine = range(0, len(rows), size)[world.rank :: world.size]
+    for at in mine:
+        world.seed(*seed, at)
+        yield collate(rows[at : at + size], 0, device), at == mine[-1]
+
+
+def _check_gradients(model) -> None:
+    """Every trainable parameter must have met the loss; one that has not would silently stay as it is."""
+    idle = [name for name, p in model.named_parameters() if p.requires_grad and p.grad is None]
+    if idle:
+        raise ValueError(f"{len(idle)} trainable parameters got no gradient, the first is {idle[0]}")
+
+
+class StopAfterStep:
+    """The first Ctrl-C or SIGTERM sets `wished`, to stop after this step; the second stops at once.
+
+    Not so under torchrun, which passes on a Ctrl-C that has reached its processes already, and where
+    `World.note_signal` looks after SIGTERM.
+    """
+
+    def __init__(self, world: World):
+        self.patient = world.mode != "none"
+        self.signals = [signal.SIGINT] if self.patient else [signal.SIGINT, signal.SIGTERM]
+
+    def __enter__(self):
+        self.wished = False
+        self.before = [signal.signal(number, self._note) for number in self.signals]
+        return self
+
+    def _note(self, number, frame):
+        if self.wished and not self.patient:
+            raise KeyboardInterrupt
+        if not self.wished:
+            print("\nstopping after this step", file=sys.stderr)
+        self.wished = True
+
+    def __exit__(self, *error):
+        for number, before in zip(self.signals, self.before, strict=True):
+            signal.signal(number, before)
