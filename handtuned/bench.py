@@ -12,11 +12,6 @@ import time
 from dataclasses import replace
 from pathlib import Path
 
-<<<<<<< HEAD
-from . import records
-=======
-from .gpu.roofline import draw
->>>>>>> main
 from .harness import runner
 from .harness.ceilings import draw
 from .harness.report import text

@@ -22,12 +22,8 @@ from pathlib import Path
 import torch
 
 from ..kernels import backend
-<<<<<<< HEAD
-from ..models import choose_device
-from .ceilings import Ceilings
-=======
 from ..training.models import choose_device
->>>>>>> main
+from .ceilings import Ceilings
 from .report import describe, nvidia_smi, versions
 from .timing import OURS, TIME_UP, Case, run_case
 
