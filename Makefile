@@ -4,7 +4,8 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo lessons check-lessons check-kernels test test-portable lint clean
+.PHONY: demo lessons check-lessons check-kernels test test-compiled test-portable \
+	lint clean
 
 demo: $(VENV)/finetune.installed
 	$(BIN)/handtuned finetune
@@ -20,13 +21,23 @@ check-lessons: $(VENV)/notebooks.installed
 test: $(VENV)/test.installed
 	OMP_NUM_THREADS=1 $(BIN)/pytest -n auto --dist worksteal
 
+# The tests that launch kernels, as machine code in the emulator: all on sm_90, a few on the other architectures.
+# COMPILED="--slow" runs all on all.
+test-compiled: $(VENV)/test.installed
+	for arch in sm_90 sm_75 sm_80 sm_89 sm_120; do \
+		HANDTUNED_BACKEND=$$arch OMP_NUM_THREADS=1 $(BIN)/pytest -n auto --dist worksteal $(COMPILED) \
+			$$(grep -lE "kernel_backend|each_backend" tests/test_*.py) || exit 1; \
+	done
+
 # The numerical tests again as other CPUs would compute them: fewer instructions, other threads, no compiled C.
 test-portable: $(VENV)/test.installed
 	$(BIN)/python tests/portable.py
 
-# Compiles every kernel without a GPU; fails if one does not compile, or spills registers.
+# Compiles every kernel without a GPU; fails if one does not compile, spills registers or is too large for its card.
+# Two at a time; every tile of tuned kernels on sm_90.
 check-kernels: $(VENV)/test.installed
-	$(BIN)/handtuned xray --arch sm_80,sm_90,sm_100
+	for arch in "sm_90 --every-tile" sm_80 sm_89 sm_120 sm_100; do echo "$$arch"; done | \
+		xargs -P 2 -I{} sh -c 'OMP_NUM_THREADS=1 $(BIN)/handtuned xray --check --arch {}'
 
 lint: $(VENV)/test.installed
 	$(BIN)/ruff check .

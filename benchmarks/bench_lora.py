@@ -1,18 +1,15 @@
 """One LoRA layer, forward and backward, beside peft's on the same weights, and beside the base layer alone.
 
     python benchmarks/bench_lora.py            the same as `handtuned bench lora`
-    python benchmarks/bench_lora.py --work     counts bytes and FLOPs instead, without running anything
 
 Every result is compared with one computed in fp64.
 """
 
-import sys
 from dataclasses import dataclass
 
 import torch
 from handtuned.nn import LoRALinear
-from lora_work import floors, report
-from shared import close, low_precision
+from shared import close, lora_bytes, low_precision
 from torch import nn
 
 from handtuned.bench import script
@@ -161,7 +158,7 @@ def case(M, N, K, rank, dtype, device, dropout=0.0):
         inputs=lambda: Layer.random(M, N, K, rank, dtype, device),
         providers=providers,
         check=check_dropout(dropout) if dropout else check_step,
-        bytes=sum(floors(M, N, K, rank, low).values()),
+        bytes=sum(lora_bytes(M, N, K, rank, low)),
         flops=4 * M * N * K + 6 * M * rank * (N + K),
         footprint=low * (2 * M * K + 2 * M * N + N * K),
         dtype=dtype,
@@ -184,7 +181,4 @@ def cases(device, quick):
 
 
 if __name__ == "__main__":
-    if "--work" in sys.argv:
-        print(report(4096, 4096, 4096, 16))
-    else:
-        raise SystemExit(script(__file__))
+    raise SystemExit(script(__file__))

@@ -48,7 +48,7 @@ def case(n, device):
         footprint=4 * n * n,
         dtype=torch.float16,
         size={"M": n, "N": n, "K": n},
-        kernel="scaled_matmul[fp16,nn,",
+        kernel="scaled_matmul[fp16, nn]",
     )
 
 

@@ -8,8 +8,7 @@ from bench_lora import NAMES, Layer, exact, step, under_autocast, with_ours, wit
 from bench_nf4_matmul import bitsandbytes_linear
 from handtuned.quant import NF4Linear
 from handtuned.quant.nf4 import nf4_bytes
-from lora_work import floors
-from shared import close, low_precision
+from shared import close, lora_bytes, low_precision
 
 from handtuned.bench import script
 from handtuned.harness import Case
@@ -79,7 +78,7 @@ def case(M, N, K, rank, dtype, device, training):
         inputs=lambda: random_layer(M, N, K, rank, dtype, device),
         providers=providers,
         check=check,
-        bytes=sum(list(floors(M, N, K, rank, low).values())[:passes]) - saved,
+        bytes=sum(lora_bytes(M, N, K, rank, low)[:passes]) - saved,
         flops=2 * passes * M * N * K + (6 if training else 2) * M * rank * (N + K),
         footprint=low * passes * (M * K + M * N) + N * K // 2,
         dtype=dtype,

@@ -15,6 +15,12 @@ def short(dtype):
     return str(dtype).removeprefix("torch.").replace("bfloat", "bf").replace("float", "fp")
 
 
+def lora_bytes(M, N, K, r, low):
+    """Bytes that forward and backward must move at least: every array once, adapters in `low` bytes too."""
+    forward = low * (M * K + N * K + M * N) + low * r * (N + K)
+    return forward, low * (M * N + N * K + 2 * M * K + 2 * r * (N + K) + M * r)
+
+
 def error(result, expected):
     """The largest error relative to the largest expected value; `expected` is in fp64."""
     return ((result.double() - expected).abs().max() / expected.abs().max()).item()

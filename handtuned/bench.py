@@ -1,7 +1,7 @@
 """`handtuned bench`: time the kernels against the other providers that are installed.
 
 The benchmarks are scripts of a folder (`harness/runner.py`); how times are taken says `harness/timing.py`, and the
-ceilings that they are compared with `gpu/roofline.py`. What the time limit cut short or left out says so.
+ceilings that they are compared with `harness/ceilings.py`. What the time limit cut short or left out says so.
 """
 
 import argparse
@@ -12,8 +12,8 @@ import sys
 import time
 from pathlib import Path
 
-from .gpu.roofline import draw
 from .harness import runner
+from .harness.ceilings import draw
 from .harness.timing import OURS, RIVALS, TIME_UP, cut_short
 from .nn.files import write_json
 from .training import logging

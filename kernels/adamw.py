@@ -30,7 +30,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from .runtime import TRITON_DTYPES, KernelSpec, backend, kernel_spec, on_device, tl, triton
+from .runtime import TRITON_DTYPES, backend, on_device, tl, triton
 from .unscale import address_table, chunk_table, find_chunk, load_pointer
 
 BLOCK = 1024
@@ -295,15 +295,3 @@ def adamw_step_(
     rates = rates.to(rows[0][1].device, non_blocking=True)
     for dtypes, same in by_dtypes.items():
         _launch(same, rates, dtypes, grad_scale, found_inf, sq_norm)
-
-
-def xray_specs() -> list[KernelSpec]:
-    types = {"tensors_ptr": "*i64", "chunks_ptr": "*i32"}
-    common = {"P_DTYPE": tl.float32, "ALIGNED": True, "BLOCK": BLOCK}
-    return [
-        kernel_spec(
-            name, _adamw_kernel, types, common | {"G_DTYPE": g, "COPY_DTYPE": copy}, BLOCK, "parameter",
-            num_warps=4, enable_fp_fusion=False,
-        )
-        for name, g, copy in (("adamw[fp32]", tl.float32, None), ("adamw[fp32, fp16 copy]", tl.float16, tl.float16))
-    ]  # fmt: skip

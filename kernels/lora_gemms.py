@@ -25,12 +25,9 @@ import torch
 
 from .dropout import ROUNDS, Dropout, keep_tile
 from .runtime import (
-    LOW,
-    KernelSpec,
     block_of,
     cdiv,
     dot_settings,
-    kernel_spec,
     on_device,
     runs_kernel,
     splits_of,
@@ -271,36 +268,3 @@ def lora_down_grad(
             num_warps=4, num_stages=4,
         )  # fmt: skip
     return _sum(dA, dtype)
-
-
-def xray_specs() -> list[KernelSpec]:
-    """M = N = K = 4096, r = 16, fp32 adapter, with and without dropout."""
-    down, up, grad = down_blocks(4096, 4096, 16), up_grads_blocks(4096, 4096, 16), down_grad_blocks(4096, 4096, 16)
-    for blocks, part in ((down, "k_per_split"), (up, "n_per_split"), (grad, "m_per_split")):
-        del blocks["splits"], blocks[part]
-    dropped, kept = (",dropout", {"ROUNDS": ROUNDS}), ("", {"ROUNDS": ROUNDS, "seed_ptr": None})
-    specs = []
-    for low in LOW:
-        dot = {"DOT": LOW[low], "PRECISION": "ieee"}
-        types = dict.fromkeys(("x_ptr", "dy_ptr", "s_ptr", "ds_ptr"), f"*{low}") | {"seed_ptr": "*i64", "scale": "fp32"}
-        for what, seed in (kept, dropped):
-            specs += [
-                kernel_spec(
-                    f"lora_down[{low}{what}]", _down_kernel, types,
-                    dot | seed | down | {"stride_xk": 1, "stride_ak": 1}, down["BLOCK_M"] * 4096, "x",
-                    ("threshold",), num_warps=4, num_stages=4,
-                ),
-                kernel_spec(
-                    f"lora_down_grad[{low}{what}]", _down_grad_kernel, types,
-                    dot | seed | grad | {"stride_sr": 1, "stride_xk": 1}, grad["BLOCK_K"] * 4096, "x",
-                    ("threshold",), num_warps=4, num_stages=4,
-                ),
-            ]  # fmt: skip
-        strides = dict.fromkeys(("stride_sr", "stride_yn", "stride_br"), 1)
-        specs.append(
-            kernel_spec(
-                f"lora_up_grads[{low}]", _up_grads_kernel, types | {"ds_ptr": "*fp32"}, dot | strides | up,
-                up["BLOCK_M"] * 4096, "dy", num_warps=8, num_stages=3,
-            )
-        )  # fmt: skip
-    return specs

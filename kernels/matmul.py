@@ -28,13 +28,10 @@ from torch.overrides import handle_torch_function, has_torch_function
 from .dropout import ROUNDS, Dropout, keep_tile
 from .runtime import (
     INTERPRETED,
-    LOW,
     TRITON_DTYPES,
-    KernelSpec,
     block_of,
     cdiv,
     dot_settings,
-    kernel_spec,
     on_device,
     runs_kernel,
     stored_dtype,
@@ -309,42 +306,3 @@ def scaled_matmul(
     scale = scale.reshape(()).to(a.device, torch.promote_types(a.dtype, torch.float32))
     c, found_inf = _ScaledMatmul.apply(a.flatten(0, -2), b, scale)
     return c.view(*a.shape[:-1], b.shape[1]), found_inf
-
-
-def xray_specs() -> list[KernelSpec]:
-    """4096³ with r = 16 and an fp32 adapter: both uses in every tile, in the layouts of forward and backward."""
-    strides = {"nn": ("stride_ak", "stride_bn"), "nt": ("stride_ak", "stride_bk"), "tn": ("stride_am", "stride_bn")}
-    no_lora = dict.fromkeys(("bias_ptr", "s_ptr", "up_ptr", "seed_ptr"))
-    no_loss = {"loss_scale_ptr": None, "found_inf_ptr": None, "stride_sr": 1}
-    y, dx = {"seed_ptr": None, "stride_ur": 1}, {"bias_ptr": None, "seed_ptr": None, "stride_un": 1}
-    dropped = {"bias_ptr": None, "stride_un": 1}
-    wide = SCALED_TILES[1]  # LORA_TILES[1] is the same
-    cases = [("scaled_matmul", "", "fp16", "nn", tile, no_lora) for tile in SCALED_TILES] + [
-        ("scaled_matmul", "", "fp16", "nt", wide, no_lora),
-        ("scaled_matmul", "", "fp16", "tn", wide, no_lora),
-        ("scaled_matmul", ",ragged", "fp16", "nn", wide, no_lora),
-        ("scaled_matmul", "", "bf16", "nn", wide, no_lora),
-        ("lora_product", "y", "bf16", "nt", wide, y),
-        ("lora_product", "dx", "fp16", "nn", wide, dx),
-        ("lora_product", "dx,dropout", "fp16", "nn", LORA_TILES[2], dropped),
-    ]
-    cases += [("lora_product", "y", "fp16", "nt", tile, y) for tile in LORA_TILES]
-    specs = []
-    for name, what, low, layout, tile, absent in cases:
-        size = f"{tile.kwargs['BLOCK_M']}x{tile.kwargs['BLOCK_N']}"
-        if name == "lora_product":
-            shape, absent = f"{what},{size},{tile.num_warps} warps", absent | no_loss
-        else:
-            shape = f"{layout}{what},{size}x64,{tile.num_stages} stages"
-        constexprs = {"M_BUCKET": 4096, "EVEN": what != ",ragged", "DOT": LOW[low], "PRECISION": "ieee"}
-        constexprs |= {"ROUNDS": ROUNDS, "BLOCK_R": 16} | tile.kwargs | dict.fromkeys(strides[layout], 1) | absent
-        types = dict.fromkeys(("a_ptr", "b_ptr", "c_ptr", "bias_ptr", "s_ptr"), f"*{low}")
-        specs.append(
-            kernel_spec(
-                f"{name}[{low},{shape}]", _matmul_kernel, types | {"seed_ptr": "*i64", "scale": "fp32"}, constexprs,
-                tile.kwargs["BLOCK_M"] * tile.kwargs["BLOCK_N"], "output",
-                ("threshold", "M") if what == ",ragged" else ("threshold",),
-                num_warps=tile.num_warps, num_stages=tile.num_stages,
-            )
-        )  # fmt: skip
-    return specs

@@ -38,7 +38,7 @@ from typing import NamedTuple
 import torch
 
 from .nf4_cpu import nf4_dequantize_native, runs_native
-from .runtime import TRITON_DTYPES, KernelSpec, backend, kernel_spec, on_device, scratch, tl, triton
+from .runtime import TRITON_DTYPES, backend, on_device, scratch, tl, triton
 
 NF4_CODE = torch.tensor(
     [
@@ -311,19 +311,3 @@ def unflatten(tensors: Sequence[torch.Tensor], sizes: Sequence[int]) -> torch.Te
     (packed, absmax, *decoding), (block_size, N, K, *nested_block) = tensors, sizes
     nested = NestedScales(*decoding, *nested_block) if decoding else None
     return NF4Weight(packed.view(-1), absmax, torch.Size((N, K)), torch.float32, block_size, nested)
-
-
-def xray_specs() -> list[KernelSpec]:
-    """The variants that a real model uses: block 64, each output dtype, scales of 8 bits and of fp32."""
-    integers = dict.fromkeys(("N", "N_BYTES", "N_BLOCKS"), "i64")
-    types = {"packed_ptr": "*u8", "pairs_ptr": "*i64"} | integers
-    return [
-        kernel_spec(
-            f"nf4_dequantize[{out}{', nested' if nested else ''}]", _nf4_dequantize,
-            types | {"absmax_ptr": "*u8" if nested else "*fp32", "out_ptr": f"*{out}"},
-            {"BLOCK_SIZE": 64, "NESTED": nested, "NESTED_BLOCK": 256 if nested else 1, "BLOCK": BLOCK},
-            BLOCK, unaligned=("offset_ptr",), num_warps=NUM_WARPS, enable_fp_fusion=False,
-        )
-        for out in ("fp16", "bf16", "fp32")
-        for nested in (True, False)
-    ]  # fmt: skip

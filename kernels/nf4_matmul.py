@@ -40,12 +40,9 @@ from .matmul import lora_product
 from .nf4 import NF4_CODE, NF4Weight, decode, dense_tile, load_scales, nf4_dequantize, nf4_dequantize_reference
 from .nf4_cpu import nf4_product_native, runs_native_product
 from .runtime import (
-    LOW,
-    KernelSpec,
     block_of,
     cdiv,
     dot_settings,
-    kernel_spec,
     on_device,
     runs_kernel,
     scratch,
@@ -321,26 +318,3 @@ def dense_weight(weight: torch.Tensor | NF4Weight, x: torch.Tensor) -> torch.Ten
     if isinstance(weight, torch.Tensor):
         return weight.to(x.dtype)
     return nf4_dequantize(weight, x.dtype, out=scratch(torch.Size(weight.shape), x.dtype, x.device))
-
-
-def xray_specs() -> list[KernelSpec]:
-    """4096 × 4096, double quantization, r = 16, fp32 adapter."""
-    strides = dict.fromkeys(("stride_xk", "stride_sr", "stride_br", "stride_ak"), 1)
-    specs = []
-    for low in LOW:
-        types = dict.fromkeys(("x_ptr", "bias_ptr", "s_ptr", "y_ptr", "w_ptr"), f"*{low}")
-        types |= {"words_ptr": "*i32", "absmax_ptr": "*u8", "scale": "fp32"}
-        for what, kernel, blocks, elements, precision, num_warps in (
-            ("one_row", _one_row_kernel, ONE_ROW, 4096 * ONE_ROW["BLOCK_N"], "ieee", 4),
-            ("few_rows", _few_rows_kernel, FEW_ROWS, 4096 * FEW_ROWS["BLOCK_N"], "ieee", 4),
-            ("merge", _merge_kernel, MERGE, MERGE["BLOCK_N"] * MERGE["BLOCK_K"], "tf32", 8),
-        ):
-            constexprs = strides | blocks | {"BLOCK_R": 16, "PRECISION": precision, "DOT": LOW[low]}
-            constexprs = {key: value for key, value in constexprs.items() if key in kernel.arg_names}
-            specs.append(
-                kernel_spec(
-                    f"nf4_{what}[{low}]", kernel, types, constexprs, elements, "weight",
-                    num_warps=num_warps, num_stages=3,
-                )
-            )  # fmt: skip
-    return specs

@@ -26,7 +26,7 @@ import torch
 import torch.nn.functional as F
 
 from .nf4 import NF4_CODE
-from .runtime import KernelSpec, backend, kernel_spec, on_device, tl, triton
+from .runtime import backend, on_device, tl, triton
 
 THRESHOLDS = (NF4_CODE[:-1] + NF4_CODE[1:]) / 2
 SMALLEST = 1e-38
@@ -235,16 +235,3 @@ def quantize_scales(
     scaled = centred * (1.0 / peak.clamp(min=SMALLEST))[:, None]
     codes = torch.bucketize(scaled, (code[:-1] + code[1:]) / 2, out_int32=True).to(torch.uint8)
     return codes.view(-1)[: absmax.numel()], peak, offset
-
-
-def xray_specs() -> list[KernelSpec]:
-    """Block 64, from each dtype."""
-    constexprs = {"SLOPE": CELL_SLOPE, "START": CELL_START, "SMALLEST": SMALLEST, "BLOCK_SIZE": 64}
-    types = {"packed_ptr": "*i32", "cells_ptr": "*i64", "N": "i64", "N_BLOCKS": "i64"}
-    return [
-        kernel_spec(
-            f"nf4_quantize[{dtype}]", _nf4_quantize, types | {"x_ptr": f"*{dtype}"},
-            constexprs | {"SHORT": False, "BLOCK": BLOCK}, BLOCK, num_warps=NUM_WARPS,
-        )
-        for dtype in ("fp16", "bf16", "fp32")
-    ]  # fmt: skip

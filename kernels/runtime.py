@@ -21,8 +21,7 @@ set before `handtuned` is imported; setting it later changes nothing.
 import contextlib
 import os
 import threading
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Sequence
 
 import torch
 
@@ -47,7 +46,6 @@ except ImportError:
     HAS_TRITON = INTERPRETED = False
 
 TRITON_DTYPES = {torch.float32: tl.float32, torch.float16: tl.float16, torch.bfloat16: tl.bfloat16}
-LOW = {"fp16": tl.float16, "bf16": tl.bfloat16}
 TARGET_PROGRAMS = 256  # what fills a large GPU; a constant, so that sums are split alike on every machine
 
 
@@ -144,41 +142,3 @@ def scratch(shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> t
         with torch.inference_mode(False):  # made within that mode, it could not be written to outside
             blocks[dtype] = torch.empty(count, dtype=dtype, device="cpu")
     return blocks[dtype][:count].view(shape)
-
-
-@dataclass(frozen=True)
-class KernelSpec:
-    """How to compile one kernel ahead of time, without a GPU (read by `handtuned xray`).
-
-    Each kernel file offers `xray_specs() -> list[KernelSpec]`.
-
-    Attributes:
-        name: what the report calls it, for example "nf4_dequantize[bf16]".
-        kernel: the `@triton.jit` function.
-        signature: argument name → Triton type ("*fp16", "i32", "fp32", "constexpr").
-        constexprs: values of the constexpr arguments.
-        elements: elements that one program produces (the unit of "instructions an element").
-        options: `num_warps`, `num_stages`, ….
-        aligned: pointer and integer arguments divisible by 16, as the launcher guarantees.
-        unit: what an element is, for the report.
-    """
-
-    name: str
-    kernel: Callable
-    signature: Mapping[str, str]
-    constexprs: Mapping[str, object]
-    elements: int
-    options: Mapping[str, int] = field(default_factory=dict)
-    aligned: tuple[str, ...] = ()
-    unit: str = "element"
-
-
-def kernel_spec(name, kernel, types, constexprs, elements, unit="element", unaligned=(), **options) -> KernelSpec:
-    """A spec from `types` (argument → type); other pointers are fp32, other arguments i32, all divisible by 16."""
-    signature = {}
-    for argument in kernel.arg_names:
-        default = "*fp32" if argument.endswith("_ptr") else "i32"
-        signature[argument] = "constexpr" if argument in constexprs else types.get(argument, default)
-    no_integers = ("constexpr", "fp32")
-    aligned = tuple(key for key, kind in signature.items() if kind not in no_integers and key not in unaligned)
-    return KernelSpec(name, kernel, signature, constexprs, elements, options, aligned, unit)

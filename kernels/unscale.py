@@ -22,7 +22,7 @@ from functools import lru_cache
 
 import torch
 
-from .runtime import TRITON_DTYPES, KernelSpec, backend, kernel_spec, on_device, tl, triton
+from .runtime import TRITON_DTYPES, backend, on_device, tl, triton
 
 BLOCK = 4096
 
@@ -217,14 +217,3 @@ def squared_norm(grads: list[torch.Tensor]) -> torch.Tensor:
     if wide:
         total += squared_norm_reference(wide)
     return total.float()
-
-
-def xray_specs() -> list[KernelSpec]:
-    types = {"tensors_ptr": "*i64", "chunks_ptr": "*i32"}
-    return [
-        kernel_spec(
-            f"unscale[{', '.join(map(str, dtypes))}]", _unscale_kernel, types,
-            {"sums_ptr": None, "DTYPES": dtypes, "ALIGNED": True, "BLOCK": BLOCK}, BLOCK, "gradient", num_warps=8,
-        )
-        for dtypes in ((tl.float32,), (tl.float16,), (tl.bfloat16, tl.float32))
-    ]  # fmt: skip

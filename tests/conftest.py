@@ -2,6 +2,7 @@
 
 Without a GPU the real kernels run under Triton's interpreter, which must be chosen
 before `handtuned` is imported. On a GPU, plain `pytest` runs the compiled kernels.
+`HANDTUNED_BACKEND=sm_90 pytest` runs the tests that launch kernels on compiled code, in the emulator.
 """
 
 import os
@@ -9,15 +10,21 @@ import sys
 
 import torch
 
-if not torch.cuda.is_available():
+os.environ.setdefault("TESTED_BACKEND", os.environ.get("HANDTUNED_BACKEND", ""))  # pytest's workers inherit it
+if os.environ["TESTED_BACKEND"].startswith("sm_"):
+    os.environ["HANDTUNED_BACKEND"] = os.environ["TESTED_BACKEND"]
+    os.environ.pop("TRITON_INTERPRET", None)
+elif not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
-# Tests run the torch references unless they ask for `kernel_backend` or `each_backend`.
-os.environ["HANDTUNED_BACKEND"] = "torch"
 if os.environ.get("WITHOUT_C"):
     sys.modules["handtuned.kernels._nf4_cpu"] = None  # cannot be imported, as after an installation without a compiler
 
 import pytest
 from handtuned.kernels import runtime
+
+EMULATED = runtime.emulated_arch  # importing handtuned began it
+# Tests run the torch references unless they ask for `kernel_backend` or `each_backend`.
+os.environ["HANDTUNED_BACKEND"] = "torch"
 
 # Files whose outcome depends on the CPU: on its vector library, on the order of a sum, or on what a rival computes in.
 # `pytest -m numerical` runs them.
@@ -28,6 +35,19 @@ NUMERICAL = {
 }  # fmt: skip
 # What stands in these files, takes long, and is not about numbers.
 NOT_NUMERICAL = ("machine_code", "wgmma", "twelve_layers", "when_it_runs", "smollm2")
+
+
+# In the emulator all tests that launch kernels run on sm_90; on the other architectures, without --slow, these alone.
+STREAMING = (
+    "test_kernel_follows_torch", "test_kernel_equals_reference_bit_by_bit",
+    "test_every_gradient_is_multiplied_and_rounded_once", "test_shapes_layouts_and_originals_are_kept",
+    "test_double_quantized_states_of_bitsandbytes_decode_to_its_bits",
+)  # fmt: skip
+# In fp16. Triton has no tensor cores for sm_75: there a product compiles for minutes.
+PRODUCTS = (
+    "test_forward", "test_each_product_is_within_the_budget", "test_streaming_a_few_rows",
+    "test_merging_while_dequantizing",
+)  # fmt: skip
 
 
 def pytest_addoption(parser):
@@ -45,11 +65,29 @@ def pytest_collection_modifyitems(config, items):
     for item in items:
         if item.path.stem.removeprefix("test_") in NUMERICAL and not any(part in item.name for part in NOT_NUMERICAL):
             item.add_marker("numerical")
+    if EMULATED:
+        _keep_kernel_tests(config, items)
     if not config.getoption("--slow"):
         skip = pytest.mark.skip(reason="takes minutes; run with --slow")
         for item in items:
             if "slow" in item.keywords:
                 item.add_marker(skip)
+
+
+def _keep_kernel_tests(config, items):
+    """In the emulator only what launches kernels is new."""
+
+    def wanted(item):
+        kernel = "each_backend" in item.fixturenames and item.callspec.params["each_backend"] == "kernel"
+        if not kernel and "kernel_backend" not in item.fixturenames:
+            return False
+        if EMULATED == "sm_90" or config.getoption("--slow"):
+            return True
+        product = item.name.startswith(PRODUCTS) and "float16" in item.name and EMULATED != "sm_75"
+        return product or item.name.startswith(STREAMING)
+
+    config.hook.pytest_deselected(items=[item for item in items if not wanted(item)])
+    items[:] = [item for item in items if wanted(item)]
 
 
 @pytest.fixture(params=["torch", "kernel"])

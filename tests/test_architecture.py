@@ -145,8 +145,7 @@ def roots():
         for node in module.top_level_code:
             found |= REFERENCES.of(module, node)
         for name in module.definitions:
-            # References are there to be compared with; `handtuned xray` asks each kernel file for its specs.
-            named = name.startswith("__") or is_reference(name) or name == "xray_specs"
+            named = name.startswith("__") or is_reference(name)  # references are there to be compared with
             if named or (name in promised and floor_of(module.name) == "nn"):
                 found.add((module.name, name))
     for script in [*NOTEBOOKS, *BENCHMARKS]:

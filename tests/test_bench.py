@@ -7,14 +7,14 @@ import torch
 from bench_command import run_bench, stay_in_this_process
 
 from handtuned import bench
-from handtuned.gpu import roofline
+from handtuned.harness import ceilings as measured
 from handtuned.harness import runner, timing
 
 CPU = torch.device("cpu")
 
 
 def ceilings(copy=10e9, rate=1e12):
-    made = roofline.Ceilings(CPU)
+    made = measured.Ceilings(CPU)
     made.found.update({"copy": copy, "float32": rate})
     return made
 
@@ -30,8 +30,8 @@ def test_floor_and_share_of_the_ceiling():
 
 
 def test_ceilings_are_measured_once(monkeypatch):
-    monkeypatch.setattr(roofline, "cache_bytes", lambda device: 2**20)
-    made = roofline.Ceilings(CPU, quick=True)
+    monkeypatch.setattr(measured, "cache_bytes", lambda device: 2**20)
+    made = measured.Ceilings(CPU, quick=True)
     assert made.bandwidth() == made.bandwidth() > 1e8
     assert made.rate(torch.float16) == made.rate(torch.float32) > 1e8, "a CPU has one ceiling, that of float32"
     assert set(made.found) == {"copy", "float32"}
@@ -61,7 +61,7 @@ def small(tmp_path, monkeypatch):
     monkeypatch.setattr(bench, "FOLDER", tmp_path)
     stay_in_this_process(monkeypatch)
     monkeypatch.setattr(timing, "cache_bytes", lambda device: 2**20)
-    monkeypatch.setattr(roofline, "cache_bytes", lambda device: 2**20)
+    monkeypatch.setattr(measured, "cache_bytes", lambda device: 2**20)
     return tmp_path
 
 

@@ -11,8 +11,7 @@ import torch
 from bench_command import BENCHMARKS, run_bench, script, stay_in_this_process
 from torch.overrides import TorchFunctionMode
 
-from handtuned.gpu import roofline
-from handtuned.harness import runner, timing
+from handtuned.harness import ceilings, runner, timing
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 UUID = "12345678-0000-0000-0000-000000000000"
@@ -128,8 +127,8 @@ def command(gpu, tmp_path, monkeypatch):
     """Run `bench --device cuda` over scripts; gives its exit code and report."""
     stay_in_this_process(monkeypatch)
     monkeypatch.setattr(runner, "choose_device", lambda device: CUDA)
-    rate = roofline.Ceilings.rate
-    monkeypatch.setattr(roofline.Ceilings, "rate", lambda self, dtype: rate(roofline.Ceilings(CPU, True), dtype))
+    rate = ceilings.Ceilings.rate
+    monkeypatch.setattr(ceilings.Ceilings, "rate", lambda self, dtype: rate(ceilings.Ceilings(CPU, True), dtype))
 
     def asked(words, **options):
         assert words[0] == "nvidia-smi" and f"--id=GPU-{UUID}" in words

@@ -1,12 +1,10 @@
 """scaled_matmul: FP32 accumulation, one rounding after the scale, and a flag for what overflowed."""
 
-import json
 
 import pytest
 import torch
 from handtuned.amp import autocast, scaled_matmul
-from handtuned.kernels import runtime
-from helpers import assert_computes, run_uninterpreted
+from helpers import assert_computes
 
 DTYPES = pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32], ids=str)
 SHAPES = [(1, 1, 1), (63, 65, 64), (64, 63, 65), (65, 1, 1000), (1, 200, 63), (130, 64, 33), (128, 256, 64)]
@@ -170,28 +168,3 @@ def test_gradients_only_where_wanted(each_backend, device):
 def test_errors_name_the_argument(a, b, scale, error, name):
     with pytest.raises(error, match=name):
         scaled_matmul(a, b, scale)
-
-
-XRAY = """
-import json
-from handtuned.kernels.matmul import xray_specs
-from handtuned.gpu.machine_code import xray
-specs = [spec for spec in xray_specs() if "128x256x64,3" in spec.name]
-rays = [(xray(spec, "sm_90"), "wgmma") for spec in specs] + [(xray(specs[0], "sm_100"), "tcgen05")]
-told = [[ray.name, ray.error, ray.spill_bytes, ray.code and ray.code.tensor_core[kind]] for ray, kind in rays]
-print(json.dumps(told))
-"""
-
-
-@pytest.mark.skipif(not runtime.HAS_TRITON, reason="Triton is not installed")
-def test_largest_tile_uses_wgmma_and_spills_nothing():
-    """Forward and both layouts of backward, full and ragged tiles, compiled for sm_90 without a GPU; one for sm_100."""
-    kernels = json.loads(run_uninterpreted(XRAY))
-    assert len(kernels) == 6
-    for name, error, spilled, tensor_core in kernels:
-        assert not error and spilled == 0 and tensor_core > 0, (name, error, spilled, tensor_core)
-
-
-def test_kernel_really_ran(kernel_backend, device):
-    """The dispatch that the tests above rely on."""
-    assert runtime.backend(torch.empty(0, device=device)) in ("interpreter", "cuda")

@@ -1,7 +1,6 @@
-"""Reading machine code, what the NF4 kernels must be in it, and what it lets one expect of a GPU."""
+"""Reading machine code, what an operation is said to launch, and what that lets one expect of a GPU."""
 
 import json
-import math
 import os
 import subprocess
 import sys
@@ -9,12 +8,15 @@ from collections import Counter
 
 import pytest
 from handtuned.kernels import runtime
-from handtuned.kernels.nf4 import xray_specs
 
 from handtuned import cli
 from handtuned.gpu.cards import ARCHS, GPUS, occupancy
-from handtuned.gpu.machine_code import Loop, MachineCode, Xray, all_specs, read_machine_code, xray
-from handtuned.gpu.roofline import Size, instructions_per_warp, measurements, predict, predictions, work_of
+from handtuned.gpu.emulator.counters import Counters, Traffic
+from handtuned.gpu.examine import Launched, Xray, examine
+from handtuned.gpu.machine_code import MachineCode, read_machine_code
+from handtuned.gpu.operations import OPERATIONS, Size, named
+from handtuned.gpu.published import PUBLISHED, SHARES, share
+from handtuned.gpu.roofline import measurements, predict, predictions, tensor_kind
 from handtuned.xray import describe, write_page
 
 STRAIGHT = """
@@ -78,48 +80,7 @@ def test_loops_and_tensor_cores_are_found_and_subroutines_left_out():
 @pytest.mark.skipif(not runtime.INTERPRETED, reason="kernels are compiled in this process")
 def test_an_interpreted_process_says_what_to_do():
     with pytest.raises(RuntimeError, match=r"TRITON_INTERPRET=0 handtuned xray"):
-        xray(xray_specs()[0])
-
-
-def _compiled(arguments, **options):
-    environment = os.environ | {"TRITON_INTERPRET": "0"}
-    return subprocess.run([sys.executable, *arguments], capture_output=True, text=True, env=environment, **options)
-
-
-FACTS = """
-import json
-from dataclasses import replace
-from handtuned.gpu.machine_code import xray
-from handtuned.kernels import nf4, nf4_quantize
-specs = [s for s in nf4.xray_specs() if "nested" in s.name or "fp16" in s.name]
-first = specs[0]
-specs += [replace(first, constexprs={**first.constexprs, "BLOCK_SIZE": 4096}, name="nf4_dequantize[4096]")]
-specs += nf4_quantize.xray_specs()
-for spec in specs:
-    for arch in ("sm_80", "sm_90", "sm_100"):
-        ray = xray(spec, arch)
-        assert not ray.error, ray.error
-        stores = ray.widths("store global")
-        facts = [spec.name, arch, ray.spill_bytes, ray.instructions_per_element or 0, stores, list(ray.code.opcodes)]
-        print(json.dumps(facts))
-"""
-
-
-@pytest.mark.skipif(not runtime.HAS_TRITON, reason="needs Triton")
-def test_machine_code_of_the_nf4_kernels():
-    """No spills anywhere; dequantize: 16-byte stores, 6 instructions a value, no fused multiply and add."""
-    done = _compiled(["-c", FACTS], check=True)
-    facts = [json.loads(line) for line in done.stdout.splitlines()]
-    assert len(facts) == 8 * 3
-    for name, arch, spilled, instructions, stores, opcodes in facts:
-        assert spilled == 0, (name, arch)
-        if name.startswith("nf4_dequantize"):
-            assert list(stores) == ["128"], (name, arch)
-            assert 0 < instructions <= 6, (name, arch, instructions)
-            assert "FFMA" not in opcodes, (name, arch)
-        else:
-            assert stores == {"128": 1, "32": 1}, (name, arch)  # codes, and one absmax
-            assert instructions <= 22, (name, arch, instructions)
+        examine(OPERATIONS[0], "sm_90", Size())
 
 
 # what fits on a multiprocessor, by hand from the limits
@@ -152,69 +113,89 @@ def test_published_figures_agree_with_one_another(gpu):
     assert gpu.arch in ARCHS and "NVIDIA" in gpu.source
 
 
-# predictions, on made-up machine code
+# predictions, on made-up counts
+
+H100, H200 = (next(gpu for gpu in GPUS if gpu.name == name) for name in ("H100", "H200"))
 
 
-def ray_of(name, arch="sm_90", loops=(), instructions=100, threads=128, tensor_core=None):
-    code = MachineCode(instructions, Counter(), Counter(tensor_core or {}), Counter(), tuple(loops))
-    return Xray(name, arch, registers=32, threads=threads, code=code)
+def launched(programs=2048, executed=4, threads=128, registers=32, instructions=400, flops=0, waves=0, cores=None):
+    """`instructions` of PTX for each warp, half as many of machine code; flops and waves of each program."""
+    code = MachineCode(50, Counter(), Counter(cores or {}), Counter(), ())
+    counters = Counters(tensor_flops=flops * executed, shared=Traffic(1, waves * executed, 1, "wavefronts"))
+    counters.instructions["int"] = instructions * executed * threads // 32
+    held = occupancy("sm_90", threads, registers, 0)
+    return Launched("kernel", "", registers, 0, 0, threads, programs, executed, held, counters, code, 100, "")
 
 
-def spec_of(name, elements=8192, **constexprs):
-    return runtime.KernelSpec(name, None, {}, constexprs, elements)
+def ray_of(name="nf4_dequantize[fp16, nested]", arch="sm_90", size=None, **counted):
+    return Xray(named(name), arch, size or Size(), (launched(**counted),))
 
 
-H100 = next(gpu for gpu in GPUS if gpu.name == "H100")
-H200 = next(gpu for gpu in GPUS if gpu.name == "H200")
+def test_memory_bounds_what_does_little_else():
+    made = predict(ray_of(), H200)
+    moved = 4096 * 4096 * (2.5 + 1 / 64 + 4 / 16384) + 4
+    assert made.floor == pytest.approx(moved / 4.8e12) and made.bound == "memory"
+    assert made.seconds == made.memory == pytest.approx((made.floor / 0.92, made.floor / 0.84))
+    assert made.tensor == (0, 0)
 
 
-def test_a_kernel_without_flops_is_bound_by_memory_or_issue():
-    spec = spec_of("nf4_dequantize[fp16, nested]")
-    made = predict(spec, ray_of(spec.name), H200, Size())
-    n = 4096 * 4096
-    assert made.memory == made.floor == pytest.approx(n * (2.5 + 1 / 64 + 4 / 16384) / 4.8e12)
-    busiest = math.ceil(n / 8192 / 132) * 132
-    assert made.issue == pytest.approx(busiest * 4 * 100 / (132 * 4 * 1.83e9))
-    assert made.bound == "memory" and made.seconds == made.memory and made.tensor == 0
-    slow = predict(spec, ray_of(spec.name, instructions=2000), H200, Size())
-    assert slow.bound == "issue" and slow.seconds > slow.floor
+def test_few_warps_issue_slowly():
+    """128 programs of 4 warps, one on a multiprocessor: a warp issues every 2 to 5 clocks, 200 times here."""
+    made = predict(ray_of(programs=128, instructions=400_000), H200)
+    assert made.bound == "issue"
+    # 4 warps of 200,000 machine instructions; 4 / 2 or 4 / 5 a clock
+    assert made.issue == pytest.approx((400_000 / 1.83e9, 1_000_000 / 1.83e9))
+    full = predict(ray_of(programs=132 * 16, instructions=400_000), H200)
+    assert full.issue[0] == full.issue[1] == pytest.approx(16 * 4 * 200_000 / (4 * 1.83e9)), "64 warps: four a clock"
 
 
-def test_a_product_is_bound_by_its_tensor_cores_and_mma_sync_is_slower_on_hopper():
-    spec = spec_of("scaled_matmul[fp16,nn,128x256x64]", BLOCK_M=128, BLOCK_N=256, BLOCK_K=64)
-    loop = Loop(50, 4)
-    wgmma = predict(spec, ray_of(spec.name, loops=[loop], tensor_core={"wgmma": 4}), H100, Size())
+def test_a_wavefront_is_a_clock_of_shared_memory():
+    made = predict(ray_of(programs=264, waves=1000_000), H200)
+    assert made.bound == "shared" and made.shared == pytest.approx([2_000_000 / 1.83e9] * 2)
+
+
+def test_a_kernel_takes_two_microseconds_at_least():
+    small = predict(ray_of(size=Size(N=64, K=64), programs=1, executed=1, instructions=10), H200)
+    assert small.seconds == (2e-6, 3e-6) and small.bound == "launch"
+
+
+def test_a_product_reaches_the_published_share_of_its_tensor_cores():
+    name, flops = "scaled_matmul[fp16, nn]", 2 * 128 * 256 * 4096
+    wgmma = predict(ray_of(name, programs=512, flops=flops, cores={"wgmma": 4}), H100)
     assert wgmma.bound == "tensor" and wgmma.floor == pytest.approx(2 * 4096**3 / 989.4e12)
-    assert wgmma.tensor == pytest.approx(wgmma.floor * 528 / 512)  # 512 tiles on 132 multiprocessors: 4 rounds of them
-    mma = predict(spec, ray_of(spec.name, loops=[loop], tensor_core={"mma.sync": 4}), H100, Size())
-    assert mma.tensor == pytest.approx(wgmma.tensor / 0.63)
-    ragged = predict(spec, ray_of(spec.name, tensor_core={"wgmma": 4}), H100, Size(M=4225))
-    assert ragged.tensor == pytest.approx(wgmma.tensor * 5 / 4), "34 × 16 tiles: a fifth round for the busiest"
+    low, high = SHARES["sm_90", "wgmma"]
+    busiest = wgmma.floor * 528 / 512  # 512 tiles on 132 multiprocessors: 4 rounds of them
+    assert wgmma.tensor == pytest.approx((busiest / high, busiest / low))
+    mma = predict(ray_of(name, programs=512, flops=flops, cores={"mma.sync": 4}), H100)
+    assert mma.tensor[0] > wgmma.tensor[1]
+    b200 = next(gpu for gpu in GPUS if gpu.name == "B200")
+    blackwell = predict(ray_of(name, "sm_100", programs=512, executed=0, cores={"tcgen05": 4}), b200)
+    assert blackwell.bound == "tensor" and blackwell.tensor[0] >= 2 * 4096**3 / 2250e12 / 0.55
 
 
-def test_the_largest_loop_runs_once_a_step_and_inner_loops_are_part_of_theirs():
-    loops = (Loop(8, 0), Loop(60, 0), Loop(40, 0, depth=1))
-    code = ray_of("x", loops=loops).code
-    assert instructions_per_warp(code, 1) == 100 and instructions_per_warp(code, 64) == 100 + 63 * 60
+def test_shares_lie_around_what_was_published():
+    for key, (low, high) in SHARES.items():
+        assert 0 < low < high < 1
+        figures = [one.share for one in PUBLISHED.get(key, ())]
+        assert not figures or (low <= max(figures) and min(figures) <= high), key
+        assert all(one.source for one in PUBLISHED.get(key, ()))
+    for gpu in GPUS:
+        assert share(gpu.arch, "memory") == SHARES["", "memory"]
+        assert share(gpu.arch, "mma.sync")
+    assert tensor_kind(launched()) == ""
 
 
-def test_every_kernel_has_its_work_counted():
-    size = Size()
-    for spec in all_specs():
-        work = work_of(spec, size)
-        assert work is not None, spec.name
-        assert work.programs > 0 and work.steps > 0 and work.bytes > 0 and work.padded >= work.flops, spec.name
-    assert work_of(spec_of("no_such_kernel[fp16]"), size) is None
-
-
-def test_floors_are_those_of_the_formulas():
-    specs = {spec.name: spec for spec in all_specs()}
+def test_every_operation_has_its_work_counted():
+    assert len({operation.name for operation in OPERATIONS}) == len(OPERATIONS)
+    for operation in OPERATIONS:
+        assert operation.units(Size()) > 0 and operation.bytes(Size()) > 0
     n = 4096 * 4096
-    assert work_of(specs["nf4_quantize[fp32]"], Size()).bytes == n * 4 + n // 2 + n // 64 * 4
-    assert work_of(specs["adamw[fp32]"], Size(parameters=10**6)).bytes == 28 * 10**6
-    product = work_of(specs["lora_product[fp16,y,128x256,8 warps]"], Size())
-    assert product.flops == 2 * 4096**2 * (4096 + 16)
-    assert product.bytes == 2 * (3 * n + 4096 * 16) + 4 * 4096 * 16
+    assert named("nf4_quantize[fp32]").bytes(Size()) == n * 4 + n // 2 + n // 64 * 4
+    assert named("adamw[fp32]").bytes(Size(parameters=10**6)) == 28 * 10**6
+    product = named("lora_product[fp16, y]")
+    assert product.flops(Size()) == 2 * 4096**2 * (4096 + 16)
+    assert product.bytes(Size()) == 2 * (3 * n + 4096 * 16) + 4 * 4096 * 16
+    assert named("no_such_kernel[fp16]") is None
 
 
 def results_file(folder, device="NVIDIA H200", kind="cuda", multiprocessors=132):
@@ -231,40 +212,45 @@ def results_file(folder, device="NVIDIA H200", kind="cuda", multiprocessors=132)
 
 
 def test_measured_times_stand_beside_their_predictions(tmp_path):
-    spec = spec_of("nf4_dequantize[fp16, nested]")
-    ray, known = ray_of(spec.name), results_file(tmp_path)
-    made = {(p.gpu.name, p.size.K): p for p in predictions(spec, ray, Size(), known)}
-    assert set(made) == {("H100", 4096), ("H200", 4096), ("H200", 14336)}
-    there = made["H200", 14336]
-    assert there.measured == 41e-6 and made["H200", 4096].measured is None
-    assert there.memory == pytest.approx(made["H200", 4096].memory * 3.5)
-    said = describe(ray, [there])
-    assert f"measured 41.0 µs, {41e-6 / there.seconds:.2f} × predicted, at M 4096, N 4096, K 14336" in said
-    other = spec_of("nf4_dequantize[bf16, nested]")
-    assert all(p.measured is None for p in predictions(other, ray_of(other.name), Size(), known))
+    known, there = results_file(tmp_path), Size(K=14336)
+    made = {p.gpu.name: p for p in predictions(ray_of(size=there), known)}
+    assert set(made) == {"H100", "H200"}
+    assert made["H200"].measured == 41e-6 and made["H100"].measured is None
+    middle = sum(made["H200"].seconds) / 2
+    said = describe(ray_of(size=there), [made["H200"]])
+    assert f"measured 41.0 µs, {41e-6 / middle:.2f} × the middle" in said and "K 14336" in said
+    for other in (ray_of(), ray_of("nf4_dequantize[bf16, nested]", size=there)):
+        assert all(p.measured is None for p in predictions(other, known))
 
 
 def test_results_of_a_cpu_or_another_card_are_no_measurement(tmp_path):
     assert results_file(tmp_path, kind="cpu") == []
-    spec = spec_of("nf4_dequantize[fp16, nested]", elements=8192)
-    l40 = results_file(tmp_path, device="NVIDIA L40S")
-    ray = ray_of(spec.name, arch="sm_89")
-    assert all(p.measured is None for p in predictions(spec, ray, Size(), l40)), "L4 is not L40S"
-    ray = ray_of(spec.name)
+    l40, ray = results_file(tmp_path, device="NVIDIA L40S"), ray_of(arch="sm_89", size=Size(K=14336))
+    assert all(p.measured is None for p in predictions(ray, l40)), "L4 is not L40S"
+    ray = ray_of(size=Size(K=14336))
     for device, multiprocessors in (("NVIDIA H100 PCIe", 114), ("NVIDIA H200 MIG 1g.18gb", 16), ("NVIDIA GH200", 132)):
         other = results_file(tmp_path, device=device, multiprocessors=multiprocessors)
-        assert all(p.measured is None for p in predictions(spec, ray, Size(), other)), device
+        assert all(p.measured is None for p in predictions(ray, other)), device
 
 
 def test_the_page_shows_every_kernel_and_escapes(tmp_path):
-    spec = spec_of("nf4_dequantize[fp16, nested]")
-    ray = ray_of(spec.name)
-    expected = list(predictions(spec, ray, Size(), results_file(tmp_path)))
-    write_page(tmp_path / "x.html", [(ray, expected), (Xray("b", "sm_75", error="<no bf16>"), [])], Size())
+    ray = ray_of(size=Size(K=14336))
+    failed = Xray(named("unscale[fp16]"), "sm_75", Size(), error="<no bf16>")
+    expected = list(predictions(ray, results_file(tmp_path)))
+    write_page(tmp_path / "x.html", [(ray, expected), (failed, [])], Size())
     text = (tmp_path / "x.html").read_text(encoding="utf-8")
     assert "nf4_dequantize[fp16, nested]" in text and "&lt;no bf16&gt;" in text and "<no bf16>" not in text
-    assert text.count('class="row"') == 3 and text.count("mark measured") == 1
+    assert text.count('class="row"') == 2 and text.count("mark measured") == 1
     assert "not measurements" in text and "<script" not in text
+
+
+def xray_command(*words):
+    return python("-m", "handtuned", "xray", *words)
+
+
+def python(*arguments):
+    environment = os.environ | {"TRITON_INTERPRET": "0", "HANDTUNED_BACKEND": ""}
+    return subprocess.run([sys.executable, *arguments], capture_output=True, text=True, env=environment)
 
 
 @pytest.mark.skipif(not runtime.HAS_TRITON, reason="needs Triton")
@@ -272,24 +258,48 @@ def test_the_command_prints_a_report(tmp_path):
     """End to end, with results of an H200 at hand: its measurement stands beside the prediction, in text and HTML."""
     results_file(tmp_path)
     words = ["nf4_dequantize[fp16, nested]", "--arch", "sm_90", "--html", str(tmp_path / "x.html")]
-    done = _compiled(["-m", "handtuned", "xray", *words, "--results", str(tmp_path)])
+    done = xray_command(*words, "--results", str(tmp_path))
     assert done.returncode == 0, done.stderr
-    size, first, second, third, fourth, h100, h200, measured, *model = done.stdout.splitlines()
-    assert size.startswith("problem: M 4096, N 4096, K 4096, r 16")
-    assert first.startswith("nf4_dequantize[fp16, nested]  sm_90") and ", 0 B spilled" in first
-    assert "warps; no more for" in second
-    assert "for each element" in third and "8 × store global 128 bit" in fourth
-    assert "H100: predicted" in h100 and "H200: predicted 8.8 µs, memory bound" in h200
-    assert "Predictions are a model, not measurements" in " ".join(model) and "datasheet" in model[-1]
-    assert "measured" not in h100 + h200 and "H200: predicted 30." in measured
-    assert measured.endswith("; measured 41.0 µs, 1.33 × predicted, at M 4096, N 4096, K 14336, r 16, 40 M parameters")
+    text = done.stdout
+    assert text.startswith("problem: M 4096, N 4096, K 4096, r 16")
+    assert text.count("nf4_dequantize[fp16, nested]  sm_90  at") == 3, "counted whole, at the size asked for, measured"
+    assert ", 0 B spilled" in text and "warps; no more for" in text and "instructions for each value; of PTX" in text
+    assert "16.0 sectors a store (16.0 at least)" in text and "wavefronts a shared access" in text
+    assert "DRAM 662,624 B from a cold L2, floor 659,524 B: 1.00 ×" in text, "codes, scales, values; and the tables"
+    assert text.count("H100: predicted") == text.count("H200: predicted") == 2
+    assert "Predictions are a model, not measurements" in text and "datasheet" in text.splitlines()[-1]
+    assert text.count("; measured 41.0 µs, ") == 1
     page = (tmp_path / "x.html").read_text(encoding="utf-8")
-    assert page.count("mark measured") == 1 and "measured 41.0 µs at M 4096, N 4096, K 14336" in page
+    assert page.count("mark measured") == 1 and "measured 41.0 µs" in page
+
+
+TOO_MUCH = """
+import sys
+from handtuned.kernels import adamw
+from handtuned import cli
+adamw.BLOCK = 2**14
+sys.exit(cli.main(["xray", "adamw[fp32]", "--check", "--arch", "sm_89"]))
+"""
+
+
+@pytest.mark.skipif(not runtime.HAS_TRITON, reason="needs Triton")
+def test_the_check_fails_where_registers_spill():
+    done = python("-c", TOO_MUCH)
+    assert done.returncode == 1, done.stderr
+    assert " 0 B spilled" not in done.stdout.splitlines()[2] and "1 fail" in done.stdout
+
+
+@pytest.mark.skipif(not runtime.HAS_TRITON, reason="needs Triton")
+def test_the_check_fails_where_a_program_does_not_fit_on_its_card():
+    done = xray_command("lora_down[fp16]", "--check", "--arch", "sm_89", "--rank", "128")
+    assert done.returncode == 1, done.stderr
+    assert "fails: OutOfResources" in done.stdout
 
 
 def test_unknown_names_and_failures(capsys):
     assert cli.main(["xray", "no_such_kernel"]) == 2
-    assert "no kernel's name contains" in capsys.readouterr().err
-    assert describe(Xray("k", "sm_75", error="no bf16")) == "k  sm_75  does not compile: no bf16"
+    assert "no operation's name contains" in capsys.readouterr().err
+    failed = Xray(named("unscale[fp16]"), "sm_75", Size(), error="no bf16")
+    assert describe(failed) == "unscale[fp16]  sm_75  fails: no bf16"
     assert cli.main(["xray", "nf4", "--rank", "0"]) == 2
     assert "--rank must be at least 1" in capsys.readouterr().err

@@ -1,4 +1,4 @@
-"""Cards in numbers: what an architecture allows to be resident at once, and what NVIDIA publishes of seven of them.
+"""Cards in numbers: what an architecture allows to be resident at once, and what NVIDIA publishes of some of them.
 
 Occupancy is how many programs (blocks) and warps a multiprocessor holds at the same time. Each resource allows its
 own number; the smallest counts:
@@ -28,10 +28,24 @@ class Arch:
 ARCHS = {
     "sm_75": Arch(warps=32, blocks=16, shared_bytes=64 * 1024, reserved_shared=0, shared_unit=256),
     "sm_80": Arch(warps=64, blocks=32, shared_bytes=164 * 1024),
+    "sm_86": Arch(warps=48, blocks=16, shared_bytes=100 * 1024),
     "sm_89": Arch(warps=48, blocks=24, shared_bytes=100 * 1024),
     "sm_90": Arch(warps=64, blocks=32, shared_bytes=228 * 1024),
     "sm_100": Arch(warps=64, blocks=32, shared_bytes=228 * 1024),
+    "sm_120": Arch(warps=48, blocks=24, shared_bytes=100 * 1024),
 }
+
+
+def number(arch: str) -> int:
+    """90 of "sm_90"; ValueError for an architecture that is not known."""
+    if arch not in ARCHS:
+        raise ValueError(f"arch must be one of {', '.join(ARCHS)}, got {arch!r}")
+    return int(arch[3:])
+
+
+def shared_per_program(arch: str) -> int:
+    """Bytes of shared memory that a card of this architecture allows one program."""
+    return ARCHS[arch].shared_bytes - ARCHS[arch].reserved_shared
 
 
 @dataclass(frozen=True)

@@ -32,7 +32,7 @@ from triton.runtime.autotuner import Autotuner
 from triton.runtime.cache import get_cache_manager
 from triton.runtime.interpreter import InterpretedFunction
 
-from . import limits
+from . import cards
 from .emulator.counters import Counters
 from .emulator.machine import Launch, Machine
 from .emulator.memory import Global
@@ -128,6 +128,7 @@ class _Launcher:
         names = [name for _, name, _ in machine.kernel.params]
         memory = Global(tensors, self.driver.unwritten, machine.global_piece)
         launch = Launch(machine, dict(zip(names, values, strict=True)), grid, memory, meta.shared)
+        ids = self.driver.chosen(programs if machine.executes else 0)
         if not machine.executes:
             warnings.warn(
                 f"{meta.name} uses tcgen05, the tensor cores of {self.driver.arch}, which are not emulated: it was "
@@ -136,8 +137,8 @@ class _Launcher:
             )
             counters = launch.count_statically()
         else:
-            counters = launch.run() if programs else Counters()
-        self.driver.ran(launch, self.src, meta, counters)
+            counters = launch.run(ids) if len(ids) else Counters()
+        self.driver.ran(launch, self.src, meta, len(ids), counters)
 
 
 class _Utils:
@@ -157,8 +158,8 @@ class _Utils:
         return machine, machine, registers, spills, most_threads
 
     def get_device_properties(self, device):
-        arch = limits.ARCHS[self.arch]
-        shared = limits.shared_per_program(self.arch)
+        arch = cards.ARCHS[self.arch]
+        shared = cards.shared_per_program(self.arch)
         return {"max_shared_mem": shared, "multiprocessor_count": 1, "warpSize": 32, "max_num_regs": arch.registers}
 
 
@@ -168,17 +169,24 @@ class EmulatedDriver(DriverBase):
     Args:
         arch: "sm_90".
         unwritten: who remembers the storages of torch.empty.
-        ran: called with (Launch, source, metadata, Counters) after each launch.
+        ran: called with (Launch, source, metadata, programs executed, Counters) after each launch.
+        programs: execute no more than so many of each launch; None: all.
+        every_tile: launch all configurations of an Autotuner that fit.
     """
 
-    def __init__(self, arch, unwritten, ran):
-        self.arch, self.unwritten = arch, unwritten
+    def __init__(self, arch, unwritten, ran, programs=None, every_tile=False):
+        self.arch, self.unwritten, self.programs, self.every_tile = arch, unwritten, programs, every_tile
         self.launched, self.only_compile, self._ran = 0, False, ran
         self.utils, self.launcher_cls = _Utils(arch), _Launcher
 
     def ran(self, *launch):
         self.launched += 1
         self._ran(*launch)
+
+    def chosen(self, programs):
+        """Numbers of the programs to execute, spread over the grid."""
+        some = programs if self.programs is None else min(self.programs, programs)
+        return np.linspace(0, programs - 1, some).astype(np.int64) if some else np.empty(0, np.int64)
 
     @classmethod
     def is_active(cls):
@@ -188,7 +196,7 @@ class EmulatedDriver(DriverBase):
         return ty
 
     def get_current_target(self):
-        return GPUTarget("cuda", limits.number(self.arch), 32)
+        return GPUTarget("cuda", cards.number(self.arch), 32)
 
     def get_current_device(self):
         return f"emulated {self.arch}"  # Triton keeps compiled kernels, and the limit of shared memory, by device
@@ -216,12 +224,18 @@ class EmulatedDriver(DriverBase):
 
 
 class _Tuning:
-    """Stands in for timing in an Autotuner: the first configuration that compiles and fits wins, none is run."""
+    """Stands in for timing in an Autotuner: the first configuration that compiles and fits wins.
+
+    None is run for that, unless the driver is to launch every one.
+    """
 
     def __init__(self, driver):
         self.driver, self.found_at = driver, None
 
     def __call__(self, kernel_call, quantiles=None, **kwargs):
+        if self.driver.every_tile:
+            kernel_call()
+            return [1.0] * 3
         if self.found_at == self.driver.launched:  # no launch since: still the same list
             return [float("inf")] * 3
         self.driver.only_compile = True
@@ -278,26 +292,30 @@ def installed(driver: EmulatedDriver):
         _fresh_tuners(tuners)
 
 
-def registers_and_spills(ptx: str, metadata) -> tuple[int, int]:
-    """(registers, bytes spilled) of a thread, as ptxas assigns them; kept in Triton's cache."""
+def assembled(ptx: str, metadata) -> tuple[int, int, str]:
+    """(registers and bytes spilled of a thread, disassembly) that ptxas makes of PTX; kept in Triton's cache."""
     tool = knobs.nvidia.ptxas_blackwell if metadata.target.arch >= 100 else knobs.nvidia.ptxas
-    command = [tool.path, "-v", f"--gpu-name={re.search(r'[.]target (sm_[0-9]+[af]?)', _target(ptx, metadata))[1]}"]
-    command += [] if metadata.enable_fp_fusion else ["--fmad=false"]
-    key = hashlib.sha256(json.dumps([ptx, command[1:], tool.version]).encode()).hexdigest()
-    cache = get_cache_manager(key)
-    kept = cache.get_file("registers.json")
+    options = ["-v", f"--gpu-name={re.search(r'[.]target (sm_[0-9]+[af]?)', _target(ptx, metadata))[1]}"]
+    options += [] if metadata.enable_fp_fusion else ["--fmad=false"]
+    cache = get_cache_manager(hashlib.sha256(json.dumps([ptx, options, tool.version]).encode()).hexdigest())
+    kept = cache.get_file("assembled.json")
     if kept is None:
         with tempfile.TemporaryDirectory() as folder:
-            source = Path(folder) / "kernel.ptx"
+            source, cubin = Path(folder) / "kernel.ptx", str(Path(folder) / "kernel.cubin")
             source.write_text(ptx, encoding="utf-8")
-            done = subprocess.run([*command, str(source), "-o", str(Path(folder) / "kernel.cubin")],
-                                  capture_output=True, text=True)  # fmt: skip
-        if done.returncode:
-            raise RuntimeError(f"ptxas failed on {metadata.name}:\n{done.stderr}")
-        registers = int(re.search(r"Used (\d+) registers", done.stderr)[1])
-        spilled = max(map(int, re.findall(r"(\d+) bytes spill", done.stderr)), default=0)
-        kept = cache.put(json.dumps([registers, spilled]), "registers.json", binary=False)
+            said = _tool(tool.path, metadata, *options, str(source), "-o", cubin).stderr
+            sass = _tool(knobs.nvidia.nvdisasm.path, metadata, "-c", cubin).stdout
+        registers = int(re.search(r"Used (\d+) registers", said)[1])
+        spilled = max(map(int, re.findall(r"(\d+) bytes spill", said)), default=0)
+        kept = cache.put(json.dumps([registers, spilled, sass]), "assembled.json", binary=False)
     return tuple(json.loads(Path(kept).read_text(encoding="utf-8")))
+
+
+def _tool(path, metadata, *arguments):
+    done = subprocess.run([path, *arguments], capture_output=True, text=True)
+    if done.returncode:
+        raise RuntimeError(f"{Path(path).name} failed on {metadata.name}:\n{done.stderr}")
+    return done
 
 
 def _target(ptx, metadata):

@@ -10,7 +10,7 @@ import torch
 from torch.overrides import TorchFunctionMode
 
 from ..kernels import runtime
-from . import limits
+from . import cards
 from .emulator.counters import Counters
 from .emulator.memory import Unwritten
 from .report import source_listing, table
@@ -24,21 +24,25 @@ class LaunchRecord:
         name: of the kernel.
         arch: "sm_90".
         grid: programs in x, y, z.
+        sampled: how many of them ran; the counters are theirs.
         warps: of a program.
         shared_bytes: of a program.
         counters: what it did; where tcgen05 is used, every instruction counted once (see `executed`).
         function: the Python function that was compiled.
         ptx: its machine code.
+        constants: values of its constexpr arguments.
     """
 
     name: str
     arch: str
     grid: tuple
+    sampled: int
     warps: int
     shared_bytes: int
     counters: Counters
     function: object = field(repr=False)
     ptx: str = field(repr=False)
+    constants: dict = field(repr=False)
     metadata: object = field(repr=False)
 
     @property
@@ -52,9 +56,9 @@ class LaunchRecord:
 
     @cached_property
     def _assigned(self):
-        from .driver import registers_and_spills
+        from .driver import assembled
 
-        return registers_and_spills(self.ptx, self.metadata)
+        return assembled(self.ptx, self.metadata)
 
     @property
     def registers(self) -> int:
@@ -67,9 +71,14 @@ class LaunchRecord:
         return self._assigned[1]
 
     @property
+    def sass(self) -> str:
+        """The disassembly."""
+        return self._assigned[2]
+
+    @property
     def occupancy(self):
-        """Programs and warps that one multiprocessor holds at once, and what allows no more (`gpus.Occupancy`)."""
-        return limits.occupancy(self.arch, 32 * self.warps, self.registers, self.shared_bytes)
+        """Programs and warps that one multiprocessor holds at once, and what allows no more (`cards.Occupancy`)."""
+        return cards.occupancy(self.arch, 32 * self.warps, self.registers, self.shared_bytes)
 
 
 class Emulator:
@@ -83,11 +92,12 @@ class Emulator:
     def __init__(self, arch: str):
         self.arch, self.launches = arch, []
 
-    def _ran(self, launch, src, metadata, counters):
+    def _ran(self, launch, src, metadata, sampled, counters):
+        constants = {src.fn.arg_names[at[0]]: value for at, value in src.constants.items() if len(at) == 1}
         self.launches.append(
             LaunchRecord(
-                metadata.name, self.arch, launch.grid, metadata.num_warps, metadata.shared,
-                counters, src.fn.fn, launch.machine.ptx, metadata,
+                metadata.name, self.arch, launch.grid, sampled, metadata.num_warps, metadata.shared,
+                counters, src.fn.fn, launch.machine.ptx, constants, metadata,
             )
         )  # fmt: skip
 
@@ -150,13 +160,16 @@ class _WatchEmpty(TorchFunctionMode):
 
 
 @contextlib.contextmanager
-def emulate(arch: str = "sm_90"):
+def emulate(arch: str = "sm_90", programs: int | None = None, every_tile: bool = False):
     """Run Triton kernels on CPU tensors as machine code of `arch`.
 
     Every launch inside is specialized, compiled and checked as on a card, executed, and counted.
 
     Args:
         arch: "sm_75", "sm_80", "sm_86", "sm_89", "sm_90" or "sm_120"; "sm_100" without its tensor cores.
+        programs: execute no more than so many programs of each launch, which is enough to count a large one, but
+            leaves holes in what it writes (they may be read). 0: only compile and check what it needs.
+        every_tile: launch all configurations of a tuned kernel that fit, instead of the first.
 
     Yields:
         Emulator: its `launches`, `print(gpu)`, `gpu.source(kernel)`.
@@ -167,13 +180,14 @@ def emulate(arch: str = "sm_90"):
         KernelFault: at a launch, where the kernel does what a GPU would hide.
         triton.OutOfResources: at a launch that needs more shared memory than the card has.
     """
-    limits.number(arch)
+    cards.number(arch)
     from .driver import EmulatedDriver, installed
 
     unwritten = Unwritten()
     gpu = Emulator(arch)
     before = runtime.emulated_arch
-    with installed(EmulatedDriver(arch, unwritten, gpu._ran)), _WatchEmpty(unwritten):
+    watch = _WatchEmpty(unwritten) if programs is None else contextlib.nullcontext()
+    with installed(EmulatedDriver(arch, unwritten, gpu._ran, programs, every_tile)), watch:
         runtime.emulated_arch = arch
         try:
             yield gpu

@@ -28,10 +28,10 @@ from pathlib import Path
 
 import torch
 
-from ..gpu.roofline import Ceilings
 from ..kernels import backend
 from ..training import logging
 from ..training.models import choose_device
+from .ceilings import Ceilings
 from .timing import OURS, TIME_UP, Case, in_words, run_case
 
 # What a time limit may not cut off.

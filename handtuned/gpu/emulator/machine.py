@@ -185,11 +185,10 @@ class Launch:
         self.tally.issued[:] = int(np.prod(self.grid)) * self.kernel.threads // 32
         return self.tally.counters(self.memory.dram(len(self.kernel.code)))
 
-    def run(self):
-        """Execute all programs; gives the Counters."""
-        total = self.grid[0] * self.grid[1] * self.grid[2]
+    def run(self, ids):
+        """Execute the programs `ids`; gives the Counters."""
         together = max(1, _THREADS // self.kernel.threads)
-        batches = (Batch(self, np.arange(first, min(first + together, total))) for first in range(0, total, together))
+        batches = (Batch(self, ids[first : first + together]) for first in range(0, len(ids), together))
         with np.errstate(all="ignore"):
             schedule.run_all(batches, self.machine, self.memory)
         for start, runs in self.block_runs.items():
