@@ -90,11 +90,8 @@ def one_run(variant, settings, rows):
     schedule = cosine_with_warmup(optimizer, settings.max_steps, settings.warmup_ratio)
     lm = CausalLM(model, examples[0].input_ids[None, :8])
     training = Training(lm, optimizer, schedule, GradScaler(enabled=False))
-    losses = []
     started = time.process_time()
-    train(training, examples, settings.max_steps, settings.per_device_train_batch_size,
-          settings.gradient_accumulation_steps, settings.max_grad_norm, settings.seed,
-          lambda row: losses.append(row["loss"]))  # fmt: skip
+    losses = [row["loss"] for row in train(training, examples, settings.max_steps, settings)]
     seconds = time.process_time() - started
     with tempfile.TemporaryDirectory() as directory:
         save_adapter(model, directory)
@@ -144,9 +141,7 @@ def main():
                 max_steps=arguments.steps, per_device_train_batch_size=arguments.rows, learning_rate=1e-3, seed=seed,
                 eval_samples=arguments.held_out, device="cpu", dtype="float32",
             ).with_defaults()  # fmt: skip
-            rows = data.load_chats(settings.data, settings.eval_data, settings.eval_fraction, settings.eval_samples,
-                                   settings.seed, settings.skip_bad_rows)[:2]  # fmt: skip
-            run = one_run(variant, settings, rows)
+            run = one_run(variant, settings, data.load_chats(settings)[:2])
             runs.setdefault(variant, {})[str(seed)] = run
             write_json(arguments.record, record)
             print(f"{variant}, seed {seed}: loss {run['loss']:.3f}, exact {run['exact_match']:.1%}, "

@@ -5,19 +5,17 @@ evaluate again. Each step is one call into `training/`; the loop itself is `trai
 """
 
 import json
-import math
 import sys
 import time
 from pathlib import Path
 
-import torch
-
-from .nn import apply_lora_to_model
 from .nn.files import write_json
-from .training import checkpoints, data, logging, loop
+from .nn.inject import lora_parameters
+from .training import checkpoints, logging, loop
+from .training.data import describe_example
 from .training.distributed import World, start, weight_bytes, whole_adapter
 from .training.evaluation import evaluate
-from .training.models import adapter_record, choose_dtype, fingerprint, load_base, resolve, save_with_record
+from .training.models import Base, add_adapters, load_base_and_rows, resolve, save_with_record
 from .training.rank_failure import RankFailure
 from .training.settings import FinetuneSettings, add_flags, flag
 
@@ -83,90 +81,91 @@ def finetune(settings: FinetuneSettings, world: World | None = None, checkpoint:
     settings = settings.with_defaults()
     directory = Path(settings.output_dir)
 
+    base, total = _load(settings, world)
+    training = loop.prepare(base, settings, total, world)
+    held = world.gather(weight_bytes(base.model))
+    if world.mode != "none":
+        print(f"ranks        {world.size}, {world.mode}: {logging.megabytes(max(held))} of weights and adapter on each")
+    print(describe_example(base.examples[0], base.tokenizer))
+
+    results = _begin(directory, settings, base, world)
+    if "before" not in results:
+        evaluate(world, training.lm, base.tokenizer, base.held_out, results, "before")
+        _write_results(directory, results, world)
+    first = checkpoints.go_on(directory, checkpoint, training)
+    if first:
+        print(f"going on after step {first} of {total}")
+
+    _train(directory, settings, base, training, first, total)
+
+    evaluate(world, training.lm, base.tokenizer, base.held_out, results, "after")
+    results["weight_bytes_by_rank"] = held
+    results["peak_memory_bytes"] = max(world.gather(logging.peak_memory(base.device)))
+    results["seconds"] = round(time.perf_counter() - started, 1)
+    _write_results(directory, results, world)
+    if world.main:
+        rows = logging.Metrics(directory / "metrics.jsonl").rows()
+        logging.draw_loss(rows, directory / "loss.png", f"{Path(settings.model).name}, {settings.method}")
+    print(logging.summary(results, directory))
+    return results
+
+
+def _load(settings: FinetuneSettings, world: World) -> tuple[Base, int]:
+    """The base with new adapters and its rows, the same on all ranks, and the optimizer steps to do; prints the plan.
+    """
     with world.shared_errors():
         logging.check_reporter(settings.report_to)
         if world.local_rank == 0:
             resolve(settings.model)  # fetched once per machine
     with world.shared_errors():
         device = world.device(settings.device)
-        dtype = choose_dtype(settings.dtype, device)
-        chats, eval_chats, eval_file = data.load_chats(
-            settings.data, settings.eval_data, settings.eval_fraction, settings.eval_samples, settings.seed,
-            settings.skip_bad_rows)  # fmt: skip
         # FSDP moves block after block to its GPU, which need not hold the whole model at any moment.
-        model, tokenizer = load_base(settings.model, settings.method, dtype, "cpu" if world.mode == "fsdp" else device)
-        data.check_max_seq_length(settings.max_seq_length, data.context_length(model))
-        learnt, held_out = data.encode_chats(
-            chats, eval_chats, tokenizer, settings.max_seq_length, settings.skip_bad_rows)  # fmt: skip
-        examples = learnt.examples
-        marks = {"base": fingerprint(model), "codes": fingerprint(model, scales=False), "data": data.digest(examples)}
-        record = adapter_record(settings.model, settings.method, marks["base"], chats, eval_file)
-
-        torch.manual_seed(settings.seed)
-        apply_lora_to_model(model, settings.lora_r, settings.lora_alpha, settings.target_modules, settings.lora_dropout)
+        base = load_base_and_rows(settings, device, "cpu" if world.mode == "fsdp" else device)
+        add_adapters(base.model, settings)
         if settings.gradient_checkpointing:
-            model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-        rows_per_step = settings.per_device_train_batch_size * settings.gradient_accumulation_steps * world.size
-        total = settings.max_steps or max(1, math.ceil(settings.num_train_epochs * len(examples) / rows_per_step))
-        print(logging.plan(settings, model, len(examples), len(held_out.examples), total, device, dtype))
+            base.model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        total = loop.optimizer_steps(settings, len(base.examples), world.size)
+        print(logging.plan(settings, base, total))
+    marks = base.marks
     world.check_equal({"base model (--model)": marks["base"][:12], "training data (--data)": marks["data"][:12]})
+    return base, total
 
-    trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    training = loop.prepare(model, examples, total, settings.learning_rate, settings.weight_decay,
-                            settings.warmup_ratio, dtype, device, world)  # fmt: skip
-    held = world.gather(weight_bytes(model))
-    if world.mode != "none":
-        print(f"ranks        {world.size}, {world.mode}: {logging.megabytes(max(held))} of weights and adapter on each")
-    print(data.describe_example(examples[0], tokenizer))
+
+def _begin(directory: Path, settings: FinetuneSettings, base: Base, world: World) -> dict:
+    """Make the run's directory, or find it as it must be; returns the results that it holds so far."""
     with world.shared_errors():
         if world.main:
+            trainable = sum(p.numel() for p in lora_parameters(base.model))
             needed = trainable * 4 * 3 * (settings.save_total_limit + 2)  # fp32: the adapter and two moments
-            checkpoints.begin(directory, settings.to_json(), marks | {"ranks": world.size}, needed)
+            checkpoints.begin(directory, settings.to_json(), base.marks | {"ranks": world.size}, needed)
+    path = directory / "results.json"
+    return world.broadcast(json.loads(path.read_text(encoding="utf-8")) if world.main and path.exists() else {})
 
-    results = world.broadcast(_read_results(directory) if world.main else None)
-    if "before" not in results:
-        evaluate(world, training.lm, tokenizer, held_out, results, "before")
-        if world.main:
-            write_json(directory / "results.json", results)
 
-    first = checkpoints.go_on(directory, checkpoint, training)
-    if first:
-        print(f"going on after step {first} of {total}")
+def _train(
+    directory: Path, settings: FinetuneSettings, base: Base, training: loop.Training, first: int, total: int
+) -> None:
+    """All steps after `first`, with checkpoints on the way; then the adapter is written."""
+    world = training.world
 
     def save(step: int) -> Path:
-        return checkpoints.save_checkpoint(directory, step, training, settings.save_total_limit, record)
+        return checkpoints.save_checkpoint(directory, step, training, settings.save_total_limit, base.record)
 
     with (logging.RunLog(directory, first, total, settings.to_json(), world.main) as run_log,
           loop.StopAfterStep(world) as stop):  # fmt: skip
-
-        def on_step(row: dict) -> None:
+        for row in loop.train(training, base.examples, total, settings, first):
             step = row["step"]
             run_log.log(row)
             if step % settings.save_steps == 0 and step < total:
                 save(step)
             if world.sum(stop.wished or world.stopping) and step < total:
                 raise Interrupted(f"stopped after step {step} of {total}; saved in {save(step)}")
-
-        loop.train(
-            training, examples, total, settings.per_device_train_batch_size, settings.gradient_accumulation_steps,
-            settings.max_grad_norm, settings.seed, on_step, first)  # fmt: skip
     save(total)
-    with whole_adapter(model):
+    with whole_adapter(base.model):
         if world.main:
-            save_with_record(model, directory, record)
+            save_with_record(base.model, directory, base.record)
 
-    evaluate(world, training.lm, tokenizer, held_out, results, "after")
-    results["weight_bytes_by_rank"] = held
-    results["peak_memory_bytes"] = max(world.gather(logging.peak_memory(device)))
-    results["seconds"] = round(time.perf_counter() - started, 1)
+
+def _write_results(directory: Path, results: dict, world: World) -> None:
     if world.main:
         write_json(directory / "results.json", results)
-        title = f"{Path(settings.model).name}, {settings.method}"
-        logging.draw_loss(run_log.metrics.rows(), directory / "loss.png", title)
-    print(logging.summary(results, directory))
-    return results
-
-
-def _read_results(directory: Path) -> dict:
-    path = directory / "results.json"
-    return json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}

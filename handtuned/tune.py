@@ -17,16 +17,14 @@ import shlex
 import time
 from pathlib import Path
 
-import torch
-
-from .nn import apply_lora_to_model
 from .nn.files import write_json
+from .nn.inject import lora_parameters
 from .nn.merge import unload
 from .nn.multi import linear_layers
-from .training import data, logging, loop
+from .training import logging, loop
 from .training import trials as reports
 from .training.checkpoints import changed_marks
-from .training.models import adapter_record, choose_device, choose_dtype, fingerprint, load_base, save_with_record
+from .training.models import add_adapters, choose_device, load_base_and_rows, save_with_record
 from .training.settings import FinetuneSettings, add_flags, differences
 from .training.trials import SEARCHED
 
@@ -100,7 +98,7 @@ def tune(settings: FinetuneSettings, trials: int, minutes: float | None = None, 
     runner = TrialRunner(settings)
     directory = Path(settings.output_dir)
     directory.mkdir(parents=True, exist_ok=True)
-    marks = runner.marks | {"search": list(search)}
+    marks = runner.base.marks | {"search": list(search)}
     record = {"settings": settings.to_json(), "search": list(search), "marks": marks, "versions": logging.versions()}
     known = directory / "tune.json"
     if known.exists() and changed_marks(json.loads(known.read_text(encoding="utf-8"))["marks"], marks):
@@ -113,7 +111,7 @@ def tune(settings: FinetuneSettings, trials: int, minutes: float | None = None, 
         study_name="lora", storage=optuna.storages.JournalStorage(backend), load_if_exists=True,
         pruner=optuna.pruners.SuccessiveHalvingPruner(min_resource=max(1, steps // 8), reduction_factor=2),
     )  # fmt: skip
-    space = Space(settings, search, runner.model)
+    space = Space(settings, search, runner.base.model)
     if not study.trials:
         study.enqueue_trial(space.first(), user_attrs={"first": True})
     _try_again(study)
@@ -197,73 +195,59 @@ class TrialRunner:
     """The base model and the rows, loaded once for all trials."""
 
     def __init__(self, settings: FinetuneSettings):
+        device = choose_device(settings.device)
         self.settings = settings
-        self.device = choose_device(settings.device)
-        self.dtype = choose_dtype(settings.dtype, self.device)
-        chats, eval_chats, eval_file = data.load_chats(
-            settings.data, settings.eval_data, settings.eval_fraction, settings.eval_samples, settings.seed,
-            settings.skip_bad_rows)  # fmt: skip
-        self.model, tokenizer = load_base(settings.model, settings.method, self.dtype, self.device)
-        data.check_max_seq_length(settings.max_seq_length, data.context_length(self.model))
-        learnt, held_out = data.encode_chats(
-            chats, eval_chats, tokenizer, settings.max_seq_length, settings.skip_bad_rows)  # fmt: skip
-        if len(held_out.examples) < 2:
-            raise ValueError(f"tune needs at least 2 held-out rows to choose by, got {len(held_out.examples)}: "
+        self.base = load_base_and_rows(settings, device, device)
+        rows = self.base.held_out.examples
+        if len(rows) < 2:
+            raise ValueError(f"tune needs at least 2 held-out rows to choose by, got {len(rows)}: "
                              "--eval-data, or --eval-fraction above 0")  # fmt: skip
-        self.examples = learnt.examples
-        self.marks = {"base": fingerprint(self.model), "codes": fingerprint(self.model, scales=False),
-                      "data": data.digest(self.examples)}  # fmt: skip
-        self.record = adapter_record(settings.model, settings.method, self.marks["base"], chats, eval_file)
-        self.choosing, self.untouched = held_out.examples[0::2], held_out.examples[1::2]
-        apply_lora_to_model(self.model, settings.lora_r, settings.lora_alpha, settings.target_modules)  # does it fit?
-        unload(self.model)
+        self.choosing, self.untouched = rows[0::2], rows[1::2]
+        add_adapters(self.base.model, settings)  # does it fit?
+        unload(self.base.model)
 
     def run(self, trial, space: Space, rungs: list[int]) -> float:
         """One trial: its loss on the choosing rows. Raises optuna.TrialPruned when it is stopped early."""
         import optuna
-        from tqdm import tqdm
 
-        settings = space.suggest(trial, self.settings)
-        torch.manual_seed(settings.seed)
-        apply_lora_to_model(
-            self.model, settings.lora_r, settings.lora_alpha, settings.target_modules, settings.lora_dropout
-        )
+        settings, model = space.suggest(trial, self.settings), self.base.model
+        add_adapters(model, settings)
+        trial.set_user_attr("settings", {name: getattr(settings, name) for name in SEARCHED})
+        trial.set_user_attr("bytes", BYTES_PER_PARAMETER * sum(p.numel() for p in lora_parameters(model)))
         try:
-            trainable = sum(p.numel() for p in self.model.parameters() if p.requires_grad)
-            trial.set_user_attr("settings", {name: getattr(settings, name) for name in SEARCHED})
-            trial.set_user_attr("bytes", BYTES_PER_PARAMETER * trainable)
-            training = loop.prepare(self.model, self.examples, settings.max_steps, settings.learning_rate,
-                                    settings.weight_decay, settings.warmup_ratio, self.dtype, self.device)  # fmt: skip
-            clock = {"began": time.perf_counter(), "training": 0.0}
-
-            with tqdm(total=settings.max_steps, desc=f"trial {trial.number}", unit="step", dynamic_ncols=True,
-                      leave=False) as bar:  # fmt: skip
-
-                def on_step(row: dict) -> None:
-                    clock["training"] += time.perf_counter() - clock["began"]
-                    step = row["step"]
-                    bar.set_postfix_str(f"loss {row['loss']:.4f}")
-                    bar.update(1)
-                    if step in rungs:
-                        scores = training.lm.score(self.choosing)
-                        clock["loss"] = scores["loss"] if math.isfinite(scores["loss"]) else math.inf
-                        trial.report(clock["loss"], step)
-                        trial.set_user_attr("exact_match", scores["exact_match"])
-                        trial.set_user_attr("seconds_a_step", clock["training"] / step)
-                        spared = trial.user_attrs.get("first") or step == settings.max_steps
-                        if not spared and trial.should_prune():
-                            raise optuna.TrialPruned
-                    clock["began"] = time.perf_counter()
-
-                loop.train(training, self.examples, settings.max_steps, settings.per_device_train_batch_size,
-                           settings.gradient_accumulation_steps, settings.max_grad_norm, settings.seed,
-                           on_step)  # fmt: skip
+            training = loop.prepare(self.base, settings, settings.max_steps)
+            loss = self._train(trial, settings, training, rungs)
             trial.set_user_attr("untouched", training.lm.score(self.untouched))
             finished = trial.study.get_trials(states=[optuna.trial.TrialState.COMPLETE])
-            if all(clock["loss"] < other.value for other in finished):
-                save_with_record(self.model, Path(settings.output_dir) / "best", self.record)
-            return clock["loss"]
+            if all(loss < other.value for other in finished):
+                save_with_record(model, Path(settings.output_dir) / "best", self.base.record)
+            return loss
         except loop.Diverged as error:
             raise optuna.TrialPruned from error
         finally:
-            unload(self.model)
+            unload(model)
+
+    def _train(self, trial, settings: FinetuneSettings, training: loop.Training, rungs: list[int]) -> float:
+        """All steps, with the choosing rows scored at each rung; returns the last loss on them."""
+        import optuna
+        from tqdm import tqdm
+
+        seconds, began = 0.0, time.perf_counter()
+        steps = loop.train(training, self.base.examples, settings.max_steps, settings)
+        with tqdm(steps, total=settings.max_steps, desc=f"trial {trial.number}", unit="step", dynamic_ncols=True,
+                  leave=False) as bar:  # fmt: skip
+            for row in bar:
+                seconds += time.perf_counter() - began
+                step = row["step"]
+                bar.set_postfix_str(f"loss {row['loss']:.4f}")
+                if step in rungs:
+                    scores = training.lm.score(self.choosing)
+                    loss = scores["loss"] if math.isfinite(scores["loss"]) else math.inf
+                    trial.report(loss, step)
+                    trial.set_user_attr("exact_match", scores["exact_match"])
+                    trial.set_user_attr("seconds_a_step", seconds / step)
+                    spared = trial.user_attrs.get("first") or step == settings.max_steps
+                    if not spared and trial.should_prune():
+                        raise optuna.TrialPruned
+                began = time.perf_counter()
+        return loss

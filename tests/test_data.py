@@ -226,14 +226,6 @@ class TestEncoding:
             ":\n<|im_start|>user\nAdd.\n\n1 and 2<|im_end|>\n<|im_start|>assistant\n>>3<|im_end|><<\n"
         )
 
-    def test_context_length_check(self):
-        data.check_max_seq_length(128, 128)
-        data.check_max_seq_length(1 << 20, None)
-        with pytest.raises(ValueError, match="max_seq_length must be within the model's context of 128, got 129"):
-            data.check_max_seq_length(129, 128)
-        with pytest.raises(ValueError, match="max_seq_length must be at least 2, got 0"):
-            data.check_max_seq_length(0, 128)
-
 
 class TestBatches:
     def test_collate_pads_on_the_right(self):
@@ -244,10 +236,7 @@ class TestBatches:
         batch = data.collate(examples, pad_id=2)
         assert batch["input_ids"].tolist() == [[5, 2, 2, 2], [7, 8, 9, 2]]
         assert batch["labels"].tolist() == [[-100, 2, -100, -100], [-100, -100, 9, 2]]
-        assert batch["attention_mask"].tolist() == [[1, 1, 0, 0], [1, 1, 1, 1]]
         assert all(tensor.dtype == torch.int64 for tensor in batch.values())
-        with pytest.raises(ValueError, match="at least one example"):
-            data.collate([], pad_id=2)
 
     @settings(deadline=None)  # a busy machine is no failure
     @given(n=st.integers(1, 40), batch_size=st.integers(1, 50), seed=st.integers(0, 2**32), epochs=st.integers(1, 4))
@@ -276,11 +265,6 @@ class TestBatches:
         orders = {tuple(data.batch_indices(step, 50, 50, seed)) for step in range(3) for seed in range(3)}
         assert len(orders) == 9
 
-    @pytest.mark.parametrize("arguments", [(-1, 5, 2, 0), (0, 0, 2, 0), (0, 5, 0, 0), (0, 5, 2, -1)])
-    def test_bad_arguments(self, arguments):
-        with pytest.raises(ValueError, match="must be at least"):
-            data.batch_indices(*arguments)
-
 
 NUMBERED = [[{"role": "user", "content": str(i)}, {"role": "assistant", "content": "x"}] for i in range(20)]
 
@@ -300,9 +284,6 @@ class TestSplit:
         assert [len(part) for part in data.split(NUMBERED, fraction, seed=0)] == [20 - held_out, held_out]
 
     def test_errors(self):
-        for fraction in (-0.1, 1, float("nan")):
-            with pytest.raises(ValueError, match="eval_fraction must be at least 0 and below 1"):
-                data.split(NUMBERED, fraction, seed=0)
         with pytest.raises(DataError, match="at least 2 rows, got 1"):
             data.split(NUMBERED[:1], 0.1, seed=0)
 

@@ -33,6 +33,8 @@ def test_pain_11_a_typo_in_targets_adapts_nothing(model_dir, rows, tmp_path, cap
     (["--data", "/nowhere.jsonl"], "/nowhere.jsonl"),
     (["--model", "/nowhere"], "no such model directory"),
     (["--max-seq-length", "4096"], "within the model's context"),
+    (["--max-seq-length", "1"], "--max-seq-length must be at least 2, got 1"),
+    (["--eval-fraction", "1"], "--eval-fraction must be in [0, 1), got 1.0"),
     (["--target-modules", "nothing"], "matches no linear layer"),
     (["--method", "full"], "invalid choice"),
     (["--device", "cuda:77"], "cuda"),

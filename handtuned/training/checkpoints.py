@@ -163,7 +163,7 @@ def save_checkpoint(directory: Path, step: int, training, keep: int, record: dic
 
     Args:
         training: a `loop.Training`.
-        record: what is written beside the adapter (`models.adapter_record`).
+        record: what is written beside the adapter (`models.Base.record`).
     """
     model, world = training.lm.model, training.world
     path = directory / f"checkpoint-{step}"

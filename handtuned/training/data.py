@@ -9,11 +9,13 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
+from torch.nn.utils.rnn import pad_sequence
 
 from ..datasets import shipped_dataset
 from ..nn.loss import IGNORE_INDEX
 from .encoding import Example, describe_example, encode, encode_prompt, end_of_turn
 from .formats import Chat, DataError, load_rows
+from .settings import FinetuneSettings
 
 __all__ = ["IGNORE_INDEX", "Chat", "DataError", "Example", "describe_example", "encode", "encode_prompt",
            "end_of_turn", "load_rows", "shipped_dataset"]  # fmt: skip
@@ -34,25 +36,18 @@ def shared_system_prompt(rows: Sequence[Chat]) -> str | None:
     return first.pop() if len(first) == 1 else None
 
 
-def load_chats(
-    path: str | None, eval_path: str | None, eval_fraction: float, eval_samples: int, seed: int, skip_bad_rows: bool
-) -> tuple[list[Chat], list[Chat], str | None]:
-    """(training chats, held-out chats, file of the latter or None); prints how many bad rows were skipped.
-
-    Args:
-        path, eval_path: files of rows; without a `path` the shipped ones.
-        eval_fraction: part of the rows held out when there is no `eval_path`.
-        eval_samples: at most this many are held out.
-    """
+def load_chats(settings: FinetuneSettings) -> tuple[list[Chat], list[Chat], str | None]:
+    """(training chats, held-out chats, file of the latter or None); prints how many bad rows were skipped."""
+    path, eval_path = settings.data, settings.eval_data
     if path is None:
         path, shipped = map(str, shipped_dataset())
         eval_path = eval_path or shipped
-    train_rows = _read(path, skip_bad_rows)
+    train_rows = _read(path, settings.skip_bad_rows)
     if eval_path:
-        eval_rows = _read(eval_path, skip_bad_rows)
+        eval_rows = _read(eval_path, settings.skip_bad_rows)
     else:
-        train_rows, eval_rows = split(train_rows, eval_fraction, seed)
-    return train_rows, eval_rows[:eval_samples], eval_path
+        train_rows, eval_rows = split(train_rows, settings.eval_fraction, settings.seed)
+    return train_rows, eval_rows[: settings.eval_samples], eval_path
 
 
 def _read(path: str, skip_bad_rows: bool) -> list[Chat]:
@@ -63,13 +58,14 @@ def _read(path: str, skip_bad_rows: bool) -> list[Chat]:
 
 
 def encode_chats(
-    train: Sequence[Chat], held_out: Sequence[Chat], tokenizer, max_seq_length: int, skip_bad_rows: bool
+    train: Sequence[Chat], held_out: Sequence[Chat], tokenizer, settings: FinetuneSettings
 ) -> tuple[EncodedRows, EncodedRows]:
     """Both parts as token ids and labels; prints what was cut or dropped."""
     encoded = []
+    limits = settings.max_seq_length, settings.skip_bad_rows
     for name, rows in (("training", train), ("held-out", held_out)):
         try:
-            part = encode_rows(rows, tokenizer, max_seq_length, skip_bad_rows) if rows else EncodedRows()
+            part = encode_rows(rows, tokenizer, *limits) if rows else EncodedRows()
         except DataError as error:
             raise DataError(f"{name} rows: {error}") from None
         for note in part.notes:
@@ -91,18 +87,16 @@ def split(rows: Sequence[Chat], eval_fraction: float, seed: int) -> tuple[list[C
 
     A fraction above 0 holds out at least one row and leaves at least one; 0 holds out none.
     """
-    if not 0 <= eval_fraction < 1:
-        raise ValueError(f"eval_fraction must be at least 0 and below 1, got {eval_fraction}")
     if eval_fraction == 0:
         return list(rows), []
     if len(rows) < 2:
         raise DataError(f"holding out rows needs at least 2 rows, got {len(rows)}; --eval-fraction 0 holds out none")
     count = min(max(1, round(len(rows) * eval_fraction)), len(rows) - 1)
     held_out = set(np.random.default_rng(seed).permutation(len(rows))[:count].tolist())
-    return (
-        [row for index, row in enumerate(rows) if index not in held_out],
-        [row for index, row in enumerate(rows) if index in held_out],
-    )
+    parts = [], []
+    for index, row in enumerate(rows):
+        parts[index in held_out].append(row)
+    return parts
 
 
 def context_length(model) -> int | None:
@@ -110,17 +104,7 @@ def context_length(model) -> int | None:
     return getattr(model.config, "max_position_embeddings", None)
 
 
-def check_max_seq_length(max_seq_length: int, context: int | None) -> None:
-    """Raise ValueError unless rows of this many tokens fit the model's context (None: unlimited)."""
-    if max_seq_length < 2:
-        raise ValueError(f"max_seq_length must be at least 2, got {max_seq_length}")
-    if context is not None and max_seq_length > context:
-        raise ValueError(f"max_seq_length must be within the model's context of {context}, got {max_seq_length}")
-
-
-def encode_rows(
-    rows: Sequence[Chat], tokenizer, max_seq_length: int, skip_bad_rows: bool = False
-) -> EncodedRows:
+def encode_rows(rows: Sequence[Chat], tokenizer, max_seq_length: int, skip_bad_rows: bool = False) -> EncodedRows:
     """Encode chats; a row of more than `max_seq_length` tokens is cut at its end, or dropped if no answer is left.
 
     Args:
@@ -145,14 +129,11 @@ def encode_rows(
         examples.append(example)
         kept.append(row)
         truncated += example.cut > 0
-    if not examples and refused:
-        raise DataError(f"nothing to learn: no usable row among {len(rows)}; {refused[0]}")
     if not examples:
-        raise DataError(
-            f"nothing to learn: each of the {len(rows)} rows is too long for max_seq_length {max_seq_length} tokens"
-            if rows
-            else "nothing to learn: no rows"
-        )
+        reason = f"each of the {len(rows)} rows is too long for max_seq_length {max_seq_length} tokens"
+        if refused:
+            reason = f"no usable row among {len(rows)}; {refused[0]}"
+        raise DataError(f"nothing to learn: {reason if rows else 'no rows'}")
     notes = []
     if truncated:
         notes.append(f"rows truncated to max_seq_length {max_seq_length} tokens: {truncated}")
@@ -167,21 +148,14 @@ def collate(examples: Sequence[Example], pad_id: int, device: torch.device | str
     """Pad examples on the right to the longest of them.
 
     Returns:
-        input_ids, labels and attention_mask, each int64 of shape (batch, longest); padding has label -100 and mask 0.
+        input_ids and labels, both int64 of shape (batch, longest); padding has label -100.
     """
-    if not examples:
-        raise ValueError("examples must hold at least one example, got none")
-    shape = len(examples), max(len(example.input_ids) for example in examples)
-    input_ids = torch.full(shape, pad_id, dtype=torch.int64)
-    labels = torch.full(shape, IGNORE_INDEX, dtype=torch.int64)
-    attention_mask = torch.zeros(shape, dtype=torch.int64)
-    for row, example in enumerate(examples):
-        length = len(example.input_ids)
-        input_ids[row, :length] = torch.from_numpy(example.input_ids)
-        labels[row, :length] = torch.from_numpy(example.labels)
-        attention_mask[row, :length] = 1
-    batch = {"input_ids": input_ids, "labels": labels, "attention_mask": attention_mask}
-    return {name: tensor.to(device) for name, tensor in batch.items()}
+
+    def padded(name: str, value: int) -> torch.Tensor:
+        rows = [torch.from_numpy(getattr(example, name)).long() for example in examples]
+        return pad_sequence(rows, batch_first=True, padding_value=value).to(device)
+
+    return {"input_ids": padded("input_ids", pad_id), "labels": padded("labels", IGNORE_INDEX)}
 
 
 def batch_indices(step: int, n: int, batch_size: int, seed: int) -> list[int]:
@@ -190,9 +164,6 @@ def batch_indices(step: int, n: int, batch_size: int, seed: int) -> list[int]:
     Every epoch is a shuffle of its own in which each example comes once. The epochs follow one
     another without a gap: a batch at the end of one goes on into the next, so all batches are full.
     """
-    for name, value, least in (("step", step, 0), ("n", n, 1), ("batch_size", batch_size, 1), ("seed", seed, 0)):
-        if value < least:
-            raise ValueError(f"{name} must be at least {least}, got {value}")
     indices = []
     position, stop = step * batch_size, (step + 1) * batch_size
     while position < stop:

@@ -1,5 +1,7 @@
 """A causal language model seen through its answers: their loss, their score, and new ones written."""
 
+import contextlib
+
 import torch
 import torch.nn.functional as F
 
@@ -8,6 +10,16 @@ from . import data
 from .formats import as_text
 
 SHOWN_PROMPTS = 3
+
+
+@contextlib.contextmanager
+def evaluating(model):
+    """Within, the model is in eval mode and records no gradients."""
+    training = model.training
+    model.eval()
+    with torch.no_grad():
+        yield
+    model.train(training)
 
 
 class CausalLM:
@@ -32,13 +44,10 @@ class CausalLM:
         head = model.get_output_embeddings()
         self.head = head if isinstance(head, torch.nn.Linear) and self._head_is_all(head, sample) else None
 
-    @torch.no_grad()
     def _head_is_all(self, head, sample: torch.Tensor) -> bool:
-        training = self.model.training
-        self.model.eval()
-        logits = self.model(input_ids=sample, use_cache=False).logits
-        split = head(self._body(sample))
-        self.model.train(training)
+        with evaluating(self.model):
+            logits = self.model(input_ids=sample, use_cache=False).logits
+            split = head(self._body(sample))
         return logits.shape == split.shape and torch.allclose(logits.float(), split.float(), rtol=1e-3, atol=1e-3)
 
     def _body(self, input_ids: torch.Tensor) -> torch.Tensor:
@@ -48,21 +57,22 @@ class CausalLM:
         """Sum of cross-entropies over the answer tokens of one right-padded batch, a scalar in fp32."""
         target = batch["labels"][:, 1:]
         if self.head is None:
-            logits = self.model(input_ids=batch["input_ids"], use_cache=False).logits[:, :-1]
             kept = target != IGNORE_INDEX
-            return F.cross_entropy(logits[kept].float(), target[kept], reduction="sum")
+            return F.cross_entropy(self._logits(batch["input_ids"], kept), target[kept], reduction="sum")
         hidden = self._body(batch["input_ids"])[:, :-1]
         return linear_cross_entropy(hidden, self.head.weight, target, bias=self.head.bias)
 
-    @torch.no_grad()
+    def _logits(self, input_ids: torch.Tensor, kept: torch.Tensor) -> torch.Tensor:
+        """(kept positions, vocabulary), fp32; `kept` is (B, T−1) bool."""
+        if self.head is None:
+            return self.model(input_ids=input_ids, use_cache=False).logits[:, :-1][kept].float()
+        return self.head(self._body(input_ids)[:, :-1][kept]).float()
+
     def _right(self, batch: dict[str, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
         """(loss summed over answer tokens, (B, T−1) bool: the likeliest token is the right one, or no answer token)."""
         target = batch["labels"][:, 1:]
         kept = target != IGNORE_INDEX
-        if self.head is None:
-            logits = self.model(input_ids=batch["input_ids"], use_cache=False).logits[:, :-1][kept].float()
-        else:
-            logits = self.head(self._body(batch["input_ids"])[:, :-1][kept]).float()
+        logits = self._logits(batch["input_ids"], kept)
         right = torch.ones_like(kept)
         right[kept] = logits.argmax(dim=1) == target[kept]
         return F.cross_entropy(logits, target[kept], reduction="sum"), right
@@ -74,22 +84,20 @@ class CausalLM:
             bar: a progress bar, advanced by rows.
             batch_size: rows in one forward pass; rows of like length go together.
         """
-        training = self.model.training
-        self.model.eval()
         by_length = sorted(examples, key=lambda example: len(example.input_ids))
         loss = tokens = correct = exact = 0
-        for at in range(0, len(by_length), batch_size):
-            # any token may fill short rows: nothing looks at it
-            batch = data.collate(by_length[at : at + batch_size], pad_id=0, device=self.device)
-            summed, right = self._right(batch)
-            answers = batch["labels"][:, 1:] != IGNORE_INDEX
-            loss += summed.item()
-            tokens += int(answers.sum())
-            correct += int((right & answers).sum())
-            exact += int(right.all(dim=1).sum())
-            if bar is not None:
-                bar.update(right.shape[0])
-        self.model.train(training)
+        with evaluating(self.model):
+            for at in range(0, len(by_length), batch_size):
+                # any token may fill short rows: nothing looks at it
+                batch = data.collate(by_length[at : at + batch_size], pad_id=0, device=self.device)
+                summed, right = self._right(batch)
+                answers = batch["labels"][:, 1:] != IGNORE_INDEX
+                loss += summed.item()
+                tokens += int(answers.sum())
+                correct += int((right & answers).sum())
+                exact += int(right.all(dim=1).sum())
+                if bar is not None:
+                    bar.update(right.shape[0])
         return loss, tokens, correct, exact, len(examples)
 
     def score(self, examples: list[data.Example]) -> dict[str, float]:
@@ -134,16 +142,13 @@ def generate(model, tokenizer, chats: list[list[dict]], max_new_tokens: int = 48
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
     ids = torch.tensor([[pad] * (width - len(prompt)) + prompt for prompt in prompts], device=device)
     mask = torch.tensor([[0] * (width - len(prompt)) + [1] * len(prompt) for prompt in prompts], device=device)
-    training = model.training
-    model.eval()
     options = {"do_sample": False, "eos_token_id": end_tokens(model, tokenizer), **sampling}
     if not options["do_sample"]:
         options.update(temperature=None, top_p=None, top_k=None)
-    with torch.no_grad():
+    with evaluating(model):
         out = model.generate(
             input_ids=ids, attention_mask=mask, max_new_tokens=max_new_tokens, pad_token_id=pad, **options
         )
-    model.train(training)
     return [tokenizer.decode(row[width:], skip_special_tokens=True).strip() for row in out]
 
 

@@ -15,12 +15,11 @@ from pathlib import Path
 import torch
 
 from .. import __version__
-from ..nn import LoRALinear
+from ..nn import LoRALinear, lora_parameters
 from ..nn.files import whole_file, write_json
 from ..quant import quantization_summary
 from .settings import FinetuneSettings
 
-MISSING = "--report-to {kind} needs its library: pip install {kind}"
 PACKAGES = ("torch", "triton", "transformers", "tokenizers", "safetensors", "numpy")
 
 
@@ -97,39 +96,34 @@ def draw_loss(rows: list[dict], path: Path, title: str) -> None:
 def check_reporter(kind: str) -> None:
     """Raise ValueError if the library of `--report-to` is not there, before the work begins."""
     if kind != "none" and importlib.util.find_spec(kind) is None:
-        raise ValueError(MISSING.format(kind=kind))
+        raise ValueError(f"--report-to {kind} needs its library: pip install {kind}")
 
 
 class Reporter:
     """Hands each logged row to TensorBoard or Weights & Biases, through their own libraries."""
 
     def __init__(self, kind: str, directory: Path, settings: dict):
-        self.kind, self.sink = kind, None
-        try:
-            if kind == "tensorboard":
-                from torch.utils.tensorboard import SummaryWriter
+        self.kind = kind
+        if kind == "tensorboard":
+            from torch.utils.tensorboard import SummaryWriter
 
-                self.sink = SummaryWriter(str(directory / "tensorboard"))
-            elif kind == "wandb":
-                import wandb
+            self.sink = SummaryWriter(str(directory / "tensorboard"))
+        elif kind == "wandb":
+            import wandb
 
-                self.sink = wandb.init(project="handtuned", dir=str(directory), config=settings)
-        except ImportError as error:
-            raise ValueError(MISSING.format(kind=kind)) from error
+            self.sink = wandb.init(project="handtuned", dir=str(directory), config=settings)
 
     def log(self, row: dict) -> None:
-        numbers = {key: value for key, value in row.items() if key != "step"}
+        numbers = {f"train/{key}": value for key, value in row.items() if key != "step"}
         if self.kind == "tensorboard":
-            for key, value in numbers.items():
-                self.sink.add_scalar(f"train/{key}", value, row["step"])
+            for name, value in numbers.items():
+                self.sink.add_scalar(name, value, row["step"])
         elif self.kind == "wandb":
-            self.sink.log({f"train/{key}": value for key, value in numbers.items()}, step=row["step"])
+            self.sink.log(numbers, step=row["step"])
 
     def close(self) -> None:
-        if self.kind == "tensorboard":
-            self.sink.close()
-        elif self.kind == "wandb":
-            self.sink.finish()
+        if self.kind != "none":
+            self.sink.close() if self.kind == "tensorboard" else self.sink.finish()
 
 
 def write_run(directory: Path, settings: dict, marks: dict[str, str]) -> None:
@@ -148,28 +142,26 @@ def megabytes(count: float) -> str:
     return f"{count / 1e6:,.1f} MB"
 
 
-def plan(settings: FinetuneSettings, model, rows: int, held_out: int, total: int, device, dtype) -> str:
-    """The run in a few lines: parameters, bytes before and after quantization, data, steps."""
-    trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    layers = sum(isinstance(module, LoRALinear) for module in model.modules())
-    base = [row for row in quantization_summary(model).rows if row.kind != "LoRALinear"]
-    parameters, before, after = (sum(getattr(row, name) for row in base) for name in
-                                 ("parameters", "bytes_before", "bytes_after"))  # fmt: skip
-    where = f"{device}, {torch.get_num_threads()} threads" if device.type == "cpu" else str(device)
-    lines = [
+def plan(settings: FinetuneSettings, base, total: int) -> str:
+    """The run in a few lines: parameters, bytes before and after quantization, data, steps (`models.Base`)."""
+    trainable = sum(p.numel() for p in lora_parameters(base.model))
+    layers = sum(isinstance(module, LoRALinear) for module in base.model.modules())
+    kept = [row for row in quantization_summary(base.model).rows if row.kind != "LoRALinear"]
+    parameters = sum(row.parameters for row in kept)
+    before, after = sum(row.bytes_before for row in kept), sum(row.bytes_after for row in kept)
+    quantized = f"{megabytes(before)} → {megabytes(after)}"
+    threads = f", {torch.get_num_threads()} threads" if base.device.type == "cpu" else ""
+    return "\n".join([
         f"model        {settings.model}: {parameters:,} parameters",
-        f"weights      {megabytes(before)} → {megabytes(after)}"
-        if settings.method == "qlora"
-        else f"weights      {megabytes(after)}, not quantized",
+        f"weights      {quantized if settings.method == 'qlora' else f'{megabytes(after)}, not quantized'}",
         f"trainable    {trainable:,} parameters ({100 * trainable / parameters:.2f} %): "
         f"LoRA r {settings.lora_r}, alpha {settings.lora_alpha:g} on {layers} layers",
-        f"data         {rows} rows to learn from, {held_out} held out",
+        f"data         {len(base.examples)} rows to learn from, {len(base.held_out.examples)} held out",
         f"steps        {total} of {settings.per_device_train_batch_size} rows × "
         f"{settings.gradient_accumulation_steps}, learning rate {settings.learning_rate:g}",
-        f"on           {where}, computing in {str(dtype).removeprefix('torch.')}",
+        f"on           {base.device}{threads}, computing in {str(base.dtype).removeprefix('torch.')}",
         f"into         {settings.output_dir}",
-    ]
-    return "\n".join(lines)
+    ])
 
 
 class RunLog:

