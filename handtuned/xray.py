@@ -18,6 +18,7 @@ from pathlib import Path
 from .gpu.cards import ARCHS, GPUS
 from .gpu.examine import WHOLE, Launched, Xray, examine
 from .gpu.operations import OPERATIONS, Size
+from .gpu.published import published
 from .gpu.roofline import ASSUMES, KINDS, Prediction, measurements, predictions
 from .nn.files import whole_file
 
@@ -53,9 +54,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Print the report; 1 if a kernel does not compile, does not fit on its card, or spills, else 0."""
-    chosen = [op for op in OPERATIONS if not args.names or any(name in op.name for name in args.names)]
+    chosen = [op for op in OPERATIONS.values() if not args.names or any(name in op.name for name in args.names)]
     if not chosen:
-        raise ValueError(f"no operation's name contains {args.names}; there are {[op.name for op in OPERATIONS]}")
+        raise ValueError(f"no operation's name contains {args.names}; there are {list(OPERATIONS)}")
     for flag in (*SIZES, "parameters"):
         if (value := getattr(args, flag.replace("-", "_"))) < 1:
             raise ValueError(f"--{flag} must be at least 1, got {value}")
@@ -75,7 +76,7 @@ def run(args: argparse.Namespace) -> int:
                     _show(found, ray, list(predictions(ray, known)), args.sass)
     print(f"\n{ASSUMES}")
     for arch in archs:
-        print(*cards_of(arch), sep="\n")
+        print(*cards_of(arch), *published(arch), sep="\n")
     if args.html:
         write_page(Path(args.html), found, size)
     return int(any(ray.error or ray.spill_bytes for ray, _ in found))

@@ -53,13 +53,13 @@ def test_the_gpu_cases_can_be_run_on_small_sizes(monkeypatch):
 
 
 def test_cases_name_operations_that_xray_knows(monkeypatch):
-    from handtuned.gpu.operations import named
+    from handtuned.gpu.operations import OPERATIONS
 
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *_: (9, 0))
     for name in NAMES:
         for device in (CPU, torch.device("cuda")):
             for case in script(name).cases(device, False):
-                assert not case.kernel or named(case.kernel), case.kernel
+                assert not case.kernel or case.kernel in OPERATIONS, case.kernel
 
 
 def test_finetune_tells_losses_that_part(monkeypatch):

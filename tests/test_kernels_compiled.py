@@ -14,7 +14,7 @@ from handtuned.gpu.examine import examine
 from handtuned.gpu.operations import OPERATIONS, Size
 wanted, archs, every_tile = json.loads(sys.argv[1])
 found = []
-for operation in OPERATIONS:
+for operation in OPERATIONS.values():
     if not wanted or operation.name in wanted:
         for arch in archs:
             for ray in examine(operation, arch, Size(), 0, every_tile):
@@ -92,14 +92,14 @@ def test_every_kernel_on_every_architecture(arch):
 PRICE = """
 import json
 from handtuned.gpu.examine import examine
-from handtuned.gpu.operations import Size, named
+from handtuned.gpu.operations import OPERATIONS, Size
 from handtuned.kernels import matmul
 matmul._lora.configs = matmul._scaled.configs = [t for t in matmul.LORA_TILES if t.kwargs["BLOCK_N"] == 256][:1]
 
 def work(*names):
     flops = requested = 0
     for name in names:
-        [ray] = examine(named(name), "sm_90", Size(), 1)
+        [ray] = examine(OPERATIONS[name], "sm_90", Size(), 1)
         for launch in ray.launches:
             c = launch.counters
             flops += c.tensor_flops * launch.scale

@@ -224,7 +224,7 @@ def _unscale(*lows):
     )  # fmt: skip
 
 
-OPERATIONS = (
+_ALL = (
     _dequantize("fp16", True), _dequantize("fp16", False), _dequantize("bf16", True), _dequantize("bf16", False),
     _dequantize("fp32", True), _dequantize("fp32", False),
     _quantize("fp16"), _quantize("bf16"), _quantize("fp32"),
@@ -235,8 +235,4 @@ OPERATIONS = (
     _scaled("fp16", "nn"), _scaled("fp16", "nt"), _scaled("fp16", "tn"), _scaled("fp16", "nn", True),
     _adamw(False), _adamw(True), _unscale("fp32"), _unscale("fp16"), _unscale("bf16", "fp32"),
 )  # fmt: skip
-
-
-def named(name: str) -> Operation | None:
-    """The operation of a name; None."""
-    return next((operation for operation in OPERATIONS if operation.name == name), None)
+OPERATIONS = {operation.name: operation for operation in _ALL}

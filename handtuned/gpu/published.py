@@ -20,6 +20,9 @@ class Published:
     def share(self) -> float:
         return self.reached / self.peak
 
+    def __str__(self) -> str:
+        return f"{self.share:.0%} of its peak, {self.gpu}: {self.what} ({self.source})"
+
 
 _NOT_LINKED = "figure passed on without a link"
 
@@ -74,3 +77,8 @@ CLOCKS_BETWEEN = (5, 2)
 def share(arch: str, kind: str) -> tuple[float, float]:
     """The (pessimistic, optimistic) share of a peak that `kind` ("wgmma", "memory") reaches on an architecture."""
     return SHARES.get((arch, kind)) or SHARES["", kind]
+
+
+def published(arch: str) -> list[str]:
+    """Lines for a report: what was reached on an architecture, or on any."""
+    return [f"{kind}: {one}" for (where, kind), found in PUBLISHED.items() if where in ("", arch) for one in found]
