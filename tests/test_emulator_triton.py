@@ -25,7 +25,7 @@ ALL = ("sm_75", "sm_80", "sm_86", "sm_89", "sm_90", "sm_120")
 @pytest.mark.skipif(not INTERPRETED, reason="this is the process without the interpreter")
 def test_this_file_without_the_interpreter():
     environment = os.environ | {"TRITON_INTERPRET": "0"}
-    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", __file__]
+    command = [sys.executable, "-m", "pytest", "-x", "-p", "no:cacheprovider", __file__]
     done = subprocess.run(command, capture_output=True, text=True, env=environment)
     assert done.returncode == 0, done.stdout[-4000:]
     assert " passed" in done.stdout
