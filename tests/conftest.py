@@ -43,7 +43,7 @@ STREAMING = (
     "test_every_gradient_is_multiplied_and_rounded_once", "test_shapes_layouts_and_originals_are_kept",
     "test_double_quantized_states_of_bitsandbytes_decode_to_its_bits",
 )  # fmt: skip
-# In fp16. Triton has no tensor cores for sm_75: there a product compiles for minutes.
+# In 16 bits. Triton has no tensor cores for sm_75: there a product compiles for minutes.
 PRODUCTS = (
     "test_forward", "test_each_product_is_within_the_budget", "test_streaming_a_few_rows",
     "test_merging_while_dequantizing",
