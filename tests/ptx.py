@@ -41,7 +41,7 @@ def run(body, tensors, threads=32, programs=1, shared_bytes=0, unwritten=None):
     machine = Machine(parse(_HEAD.format(params=params, threads=threads, body=body)))
     addresses = {f"kernel_param_{n}": np.array([[t.data_ptr()]], np.uint64) for n, t in enumerate(tensors)}
     memory = Global(tensors, unwritten, machine.global_piece)
-    return Launch(machine, addresses, (programs, 1, 1), memory, shared_bytes).run()
+    return Launch(machine, addresses, (programs, 1, 1), memory, shared_bytes).run(np.arange(programs))
 
 
 def element_address(parameter, register, bytes_each):

@@ -86,7 +86,7 @@ def test_two_processes_under_ddp_average_their_gradients(tmp_path):
     for worker in workers:
         worker.start()
     for worker in workers:
-        worker.join(60)
+        worker.join(300)
         assert worker.exitcode == 0
     assert results.get() and results.get()
 
