@@ -28,7 +28,7 @@ def run_again(file: str, config):
     if not INTERPRETED:
         pytest.skip("this is the process without the interpreter")
     slow = ["--slow"] if config.getoption("--slow") else []
-    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "-p", "no:xdist", *slow, file]
+    command = [sys.executable, "-m", "pytest", "-x", "-p", "no:cacheprovider", "-p", "no:xdist", *slow, file]
     environment = os.environ | {"TRITON_INTERPRET": "0"}
     done = subprocess.run(command, capture_output=True, text=True, env=environment)
     assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-2000:]

@@ -98,6 +98,7 @@ def read_a_neighbour(x_ptr, WRONG: tl.constexpr):
     """Each program writes x[i] and reads what the next one may or may not have written by then."""
     i = tl.program_id(0)
     tl.store(x_ptr + i, i)
+    tl.debug_barrier()
     there = i + 1 if WRONG else i
     tl.store(x_ptr + 64 + i, tl.load(x_ptr + there % tl.num_programs(0)))  # planted
 

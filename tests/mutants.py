@@ -2,6 +2,7 @@
 
 import contextlib
 import ctypes
+import math
 from dataclasses import dataclass, replace
 from unittest import mock
 
@@ -46,7 +47,8 @@ class Recorded:
         machine, launch = Machine(kernel), self.launch
         unwritten = _Always(launch.memory.unwritten is not None)
         memory = Global(self.islands, unwritten, machine.global_piece)
-        Launch(machine, self.parameters, launch.grid, memory, launch.shared_bytes).run()
+        programs = np.arange(math.prod(launch.grid))
+        Launch(machine, self.parameters, launch.grid, memory, launch.shared_bytes).run(programs)
         if self.after is None:
             self.after = [island.clone() for island in self.islands]
         return all(torch.equal(island, new) for island, new in zip(self.islands, self.after, strict=True))
@@ -94,9 +96,9 @@ def recorded(arch: str):
     launches = []
 
     class Recorder(Launch):
-        def run(self):
+        def run(self, ids):
             again = _moved(self)
-            counters = super().run()
+            counters = super().run(ids)
             again.run(again.kernel)
             launches.append(again)
             return counters

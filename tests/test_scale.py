@@ -39,7 +39,7 @@ def test_counted_elements(stage, volume, of_eight):
 def test_it_is_counted_and_not_written_down(monkeypatch):
     """A stage 2 that gathered its parameters twice would show."""
     gather = Collectives.gather_whole
-    monkeypatch.setattr(Collectives, "gather_whole", lambda *args: (gather(*args), gather(*args))[1])
+    monkeypatch.setattr(Collectives, "gather_whole", lambda *args: (list(gather(*args)), list(gather(*args)))[1])
     assert sum(counted.__wrapped__(2)[0].values()) == 3
 
 
