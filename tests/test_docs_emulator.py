@@ -10,7 +10,7 @@ import pytest
 import triton
 
 PAGE = (Path(__file__).parents[1] / "docs" / "emulator.md").read_text(encoding="utf-8")
-EXAMPLES = re.findall(r"```python\n(.*?)```\s+```text\n(.*?)```", PAGE, re.S)
+EXAMPLES = re.findall(r"```python\n([^`]*)```\s+```text\n([^`]*)```", PAGE)
 
 
 @pytest.mark.skipif(not triton.__version__.startswith("3.7"), reason="machine code of Triton 3.7 is shown")

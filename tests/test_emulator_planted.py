@@ -50,10 +50,10 @@ def test_outside_of_a_tensor(arch, kernel):
 
 
 @compiled
-def test_a_kernel_that_was_compiled_in_another_folder(tmp_path):
+def test_a_kernel_that_was_compiled_from_another_file(tmp_path):
     """Triton's cache gives the same machine code to a copy of a file; a fault names the copy."""
     test_outside_of_a_tensor("sm_90", planted.load_outside)
-    file = tmp_path / "emulator_kernels.py"
+    file = tmp_path / "a_copy.py"
     file.write_text(inspect.getsource(planted), encoding="utf-8")
     spec = importlib.util.spec_from_file_location("a_copy", file)
     copy = importlib.util.module_from_spec(spec)

@@ -74,19 +74,18 @@ def _bits(kind, value):
     return value.view(f"u{value.dtype.itemsize}")
 
 
-def _name_sources(kernel, file):
-    """Triton's cache knows a kernel by its text, so its code may come from another folder: name files as they are here.
+def _name_sources(machine, file):
+    """Triton's cache knows a kernel by its text, so its code may come from another file: name files as they are here.
 
     Args:
         file: that the kernel stands in.
     """
-    there = next((i.file for i in kernel.code if os.path.basename(i.file) == os.path.basename(file)), file)
-    if there == file:
+    old, new, machine.file = machine.file, file, file
+    if old == new:
         return
-    old, new = there, file
-    while old and os.path.basename(old) == os.path.basename(new):
+    while os.path.basename(old) and os.path.basename(old) == os.path.basename(new):
         old, new = os.path.dirname(old), os.path.dirname(new)
-    for i in kernel.code:
+    for i in machine.kernel.code:
         if i.file.startswith(old):
             i.file = new + i.file[len(old) :]
 
@@ -113,7 +112,7 @@ class _Launcher:
 
     def _run(self, machine, grid, arguments):
         meta = self.metadata
-        _name_sources(machine.kernel, inspect.getsourcefile(self.src.fn.fn))
+        _name_sources(machine, inspect.getsourcefile(self.src.fn.fn))
         values, tensors = [], []
         for kind, value in arguments:
             values.append(_bits(kind, value))
@@ -153,6 +152,8 @@ class _Utils:
             strict = not triton.__version__.startswith("3.6")
             machine = self.machines[code] = Machine(parse(code.decode()), copies_need_fence=strict)
             machine.ptx = code.decode()
+            machine.file = os.path.join(*re.search(r'[.]file\s+1 "([^"]*)"(?: "([^"]*)")?', machine.ptx).groups(""))
+            machine.file = machine.file.removesuffix(os.sep)  # the name may stand in one string or in two
         registers, spills, most_threads = 0, 0, 1024
         return machine, machine, registers, spills, most_threads
 
