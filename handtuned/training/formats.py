@@ -21,8 +21,6 @@ from pathlib import Path
 
 TOOL_FIELDS = {"tool_calls", "tool_call_id", "name"}  # of messages in a chat with tools
 
-_SPACE = re.compile(r"\s*")
-
 
 class DataError(ValueError):
     """Data that cannot be learnt from. The message is one line and names the place."""
@@ -145,7 +143,7 @@ def _list_entries(text: str, path: str | Path) -> Iterator[tuple[str, str]]:
 
 
 def _after_space(text: str, position: int) -> int:
-    return _SPACE.match(text, position).end()
+    return re.compile(r"\s*").match(text, position).end()
 
 
 def _as_chat(row: object) -> tuple[Chat, set[str]]:
@@ -200,11 +198,15 @@ def _tools(tools: object) -> list[dict] | None:
             raise DataError(f"field 'tools' is not valid JSON: {error}") from None
     if not tools:
         return None
-    for tool in tools if isinstance(tools, list) else [None]:
-        function = tool.get("function", tool) if isinstance(tool, dict) else None
-        if not isinstance(function, dict) or not isinstance(function.get("name"), str):
-            raise DataError("field 'tools' must be a list of function schemas, each with a name")
+    if not isinstance(tools, list) or not all(map(_function, tools)):
+        raise DataError("field 'tools' must be a list of function schemas, each with a name")
     return tools
+
+
+def _function(entry: object) -> dict | None:
+    """What a schema or a call says of its function; None without a name."""
+    function = entry.get("function", entry) if isinstance(entry, dict) else None
+    return function if isinstance(function, dict) and isinstance(function.get("name"), str) else None
 
 
 def _has_tools(chat: Chat) -> bool:
@@ -265,8 +267,8 @@ def _tool_calls(message: dict) -> list[dict] | None:
         raise DataError("field 'tool_calls' must be a list, in a message of the assistant")
     read = []
     for call in calls:
-        function = call.get("function", call) if isinstance(call, dict) else None
-        if not isinstance(function, dict) or not isinstance(function.get("name"), str):
+        function = _function(call)
+        if not function:
             raise DataError("field 'tool_calls' must hold calls with a function name")
         arguments = function.get("arguments", {})
         if isinstance(arguments, str):  # as OpenAI writes them; templates want the object
@@ -276,6 +278,6 @@ def _tool_calls(message: dict) -> list[dict] | None:
                 raise DataError(f"the arguments of {function['name']} are not valid JSON: {error}") from None
         if not isinstance(arguments, dict):
             raise DataError(f"the arguments of {function['name']} must be a JSON object")
-        plain = {key: value for key, value in call.items() if key == "id" and value}
+        plain = {"id": call["id"]} if call.get("id") else {}
         read.append({"type": "function", **plain, "function": {"name": function["name"], "arguments": arguments}})
     return read

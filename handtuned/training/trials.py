@@ -15,9 +15,7 @@ SEARCHED = ("lora_r", "lora_alpha", "learning_rate", "target_modules", "lora_dro
 def print_trial(study, trial) -> None:
     """A line when a trial ends."""
     last = max(trial.intermediate_values, default=0)
-    state = "finished" if trial.state.name == "COMPLETE" else f"stopped after {last} steps"
-    if trial.state.name == "FAIL":
-        state = "failed"
+    state = {"COMPLETE": "finished", "FAIL": "failed"}.get(trial.state.name, f"stopped after {last} steps")
     loss = trial.intermediate_values.get(last, math.nan)
     print(f"trial {trial.number:3}  loss {loss:.4f}  {state:22} {_short(trial.user_attrs.get('settings', {}))}")
 
@@ -69,8 +67,7 @@ def draw_pareto(result: dict, path: Path) -> None:
         axes.plot([row[cost] / unit for row in front], [row["loss"] for row in front], color="tab:orange",
                   drawstyle="steps-post", label="front")  # fmt: skip
         for row in front:
-            at = row[cost] / unit, row["loss"]
-            axes.annotate(str(row["number"]), at, xytext=(5, 5), textcoords="offset points")
+            axes.annotate(str(row["number"]), (row[cost] / unit, row["loss"]), (5, 5), textcoords="offset points")
         axes.set(xlabel=label, yscale="log")
         axes.grid(alpha=0.3)
     figure.axes[0].set_ylabel("held-out loss (nats per token)")
@@ -91,12 +88,12 @@ def table(result: dict, settings: FinetuneSettings, directory: Path) -> str:
         cost = f"{megabytes(row['bytes']):>10} {row['seconds_a_step']:7.2f}"
         lines.append(f"{name:8} {loss} {kept:>17} {cost}  {_short(row['settings'])}")
     words = ["handtuned", "finetune"]
-    fixed = {f.name: f.default for f in dataclasses.fields(settings)}
-    for name, default in fixed.items():
+    for item in dataclasses.fields(settings):
+        name = item.name
         value = best["settings"].get(name, getattr(settings, name))
-        if name in SEARCHED or (value != default and name not in ("output_dir", "max_steps")):
+        if name in SEARCHED or (value != item.default and name not in ("output_dir", "max_steps")):
             values = value if isinstance(value, (list, tuple)) else [value]
-            words += [flag(name)] if value is True else [flag(name), *(_number(v) for v in values)]
+            words += [flag(name)] if value is True else [flag(name), *map(_number, values)]
     lines += ["", f"study    {directory} (study.log, trials.json, pareto.png, the best adapter in best/)",
               f"whole run: {shlex.join(words)}"]  # fmt: skip
     return "\n".join(lines)
