@@ -237,7 +237,8 @@ def test_state_dict_is_bitsandbytes_own(bnb, double_quant, storage):
     if double_quant:
         assert_same_map(ours["a.b.weight.nested_quant_map"], theirs["a.b.weight.nested_quant_map"])
     for key, value in ours.items():
-        if key not in ("a.b.weight", "a.b.weight.absmax", "a.b.weight.nested_quant_map"):  # stored otherwise, or coded by its approximate CPU table
+        # The first is stored otherwise, the second coded by its approximate CPU table.
+        if key not in ("a.b.weight", "a.b.weight.absmax", "a.b.weight.nested_quant_map"):
             assert value.dtype == theirs[key].dtype and torch.equal(value, theirs[key]), key
     assert json.loads(bytes(ours["a.b.weight.quant_state.bitsandbytes__nf4"].tolist()))["shape"] == [512, 256]
     back = NF4Tensor.from_state_dict(theirs, "a.b.")
