@@ -1,7 +1,10 @@
 """The error budget lets every order of summation pass, and no planted fault."""
 
+from pathlib import Path
+
 import pytest
 import torch
+from conftest import NUMERICAL
 from helpers import assert_computes, assert_same_function, assert_within_budget, order_cost
 
 LENGTHS = pytest.mark.parametrize("K", [64, 256, 1000, 4096])
@@ -126,3 +129,8 @@ def test_functions_are_compared_in_fp64():
             assert_same_function(fault(a, b), y)
     with pytest.raises(AssertionError, match="float64"):
         assert_same_function(y.float(), y.float())
+
+
+def test_the_numerical_files_are_there():
+    """A renamed file would drop out of `make test-portable` unseen."""
+    assert all((Path(__file__).parent / f"test_{name}.py").exists() for name in NUMERICAL)
