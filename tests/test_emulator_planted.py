@@ -2,6 +2,7 @@
 
 import importlib.util
 import inspect
+from types import SimpleNamespace
 
 import emulator_kernels as planted
 import pytest
@@ -10,6 +11,7 @@ from compiled import compiled, fault_of, run_again
 from mutants import mutants, recorded
 
 from handtuned.gpu import KernelFault, emulate
+from handtuned.gpu.driver import _name_sources
 
 each_arch = pytest.mark.parametrize("arch", ["sm_80", "sm_90"])
 
@@ -60,6 +62,18 @@ def test_a_kernel_that_was_compiled_from_another_file(tmp_path):
     spec.loader.exec_module(copy)
     fault = fault_of("sm_90", lambda: copy.load_outside[(8,)](ones(1000), torch.zeros(1000), 1000, True, 128))
     assert fault.file == str(file)
+
+
+@pytest.mark.parametrize("compiled_in", ["", "/elsewhere", "/elsewhere/tests"])
+def test_a_checkout_that_was_compiled_elsewhere(tmp_path, compiled_in):
+    """Files of the checkout are named as they are here, others as they were, even if all of the old path is common."""
+    file, library = tmp_path / "tests" / "kernels.py", "/usr/lib/triton/language/standard.py"
+    file.parent.mkdir()
+    file.touch()
+    old = f"{compiled_in}/tests/kernels.py"
+    code = [SimpleNamespace(file=old), SimpleNamespace(file=library)]
+    _name_sources(SimpleNamespace(file=old, kernel=SimpleNamespace(code=code)), str(file))
+    assert [i.file for i in code] == [str(file), library]
 
 
 @compiled

@@ -85,9 +85,11 @@ def _name_sources(machine, file):
         return
     while os.path.basename(old) and os.path.basename(old) == os.path.basename(new):
         old, new = os.path.dirname(old), os.path.dirname(new)
+    old, new = old.rstrip("/"), new.rstrip("/")  # the root: one checkout may lie in /a, the other in /b/a
     for i in machine.kernel.code:
-        if i.file.startswith(old):
-            i.file = new + i.file[len(old) :]
+        here = new + i.file[len(old) :]
+        if i.file.startswith(old) and (i.file == old or os.path.exists(here)):
+            i.file = here
 
 
 class _Launcher:
