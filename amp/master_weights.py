@@ -1,8 +1,7 @@
 """FP32 master weights for a model whose parameters are FP16 or BF16.
 
 A step of 1e-3 · lr on a weight near 1 is far below the spacing of FP16 there (1e-3) or BF16 (8e-3): added in 16 bits
-it rounds away, every time. So the optimizer updates an FP32 copy, where small steps add up, and the model computes with
-its rounding (Micikevicius et al. 2018, section 3.1):
+it rounds away. So the optimizer updates an FP32 copy, where small steps add up (Micikevicius et al. 2018, section 3.1):
 
     1. keep an FP32 master of every parameter, in the optimizer
     2. forward and backward in 16 bits, with the loss scaled
@@ -42,14 +41,8 @@ class MasterWeights:
         scaler.update()
         masters.write_back()
 
-    FP32 parameters stay in the optimizer as they are.
-
-    Args:
-        model: whose parameters the optimizer updates.
-        optimizer: any torch optimizer; state that it has already (moments) becomes FP32 too.
-
-    Raises:
-        ValueError: the optimizer holds a 16-bit parameter that is not the model's.
+    FP32 parameters stay in the optimizer as they are; state that it has already (moments) becomes FP32 too.
+    ValueError: the optimizer holds a 16-bit parameter that is not the model's.
     """
 
     def __init__(self, model: torch.nn.Module, optimizer: torch.optim.Optimizer):
@@ -78,14 +71,10 @@ class MasterWeights:
     def collect_gradients(self) -> None:
         """After each backward pass: add the model's gradients to the masters', in FP32, and free the former."""
         for name, param in self.params.items():
-            if param.grad is None:
-                continue
-            master = self.masters[name]
-            if master.grad is None:
-                master.grad = param.grad.float()
-            else:
-                master.grad += param.grad
-            param.grad = None
+            if param.grad is not None:
+                before = self.masters[name].grad
+                self.masters[name].grad = param.grad.float() if before is None else before.add_(param.grad)
+                param.grad = None
 
     def step_arguments(self) -> dict:
         """Keyword arguments with which `optim.AdamW.step` does `write_back`'s work in its own pass; else empty."""

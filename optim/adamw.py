@@ -50,12 +50,8 @@ class AdamW(torch.optim.Optimizer):
 
     Args:
         params: parameters, or dicts with `params` and their own hyperparameters.
-        lr: learning rate, a number or 1-element tensor ≥ 0.
-        betas: decay rates of the two moments, each in 0…1 (1 excluded).
-        eps: added to the root of the second moment.
-        weight_decay: λ; a step first multiplies parameters by 1 − lr·λ.
+        lr, betas, eps, weight_decay, maximize: as in torch; a step first multiplies parameters by 1 − lr·weight_decay.
         fused: None picks the fastest for the device, True also takes over unscaling, False runs the reference.
-        maximize: ascend instead of descend.
         amsgrad: only False; the variant needs a fifth tensor for each parameter.
 
     Raises:
@@ -103,10 +99,9 @@ class AdamW(torch.optim.Optimizer):
                 What `.grad` holds afterwards depends on the device.
             copies: parameter → 16-bit tensor of its shape that receives the rounded new value.
 
-        Raises:
-            RuntimeError: a gradient is sparse.
+        RuntimeError: a gradient is sparse.
         """
-        loss = evaluate(closure)
+        loss = torch.enable_grad()(closure)() if closure else None
         by_device: dict[torch.device, list[ParamGroup]] = {}
         for group in self.param_groups:
             params = [p for p in group["params"] if p.grad is not None]
@@ -146,14 +141,6 @@ class AdamW(torch.optim.Optimizer):
             params, [p.grad for p in params], *moments, [copies.get(p) for p in params], float(group["lr"]),
             tuple(map(float, group["betas"])), group["eps"], group["weight_decay"], group["maximize"],
         )  # fmt: skip
-
-
-def evaluate(closure):
-    """A closure's loss, with gradients; None without one."""
-    if closure is None:
-        return None
-    with torch.enable_grad():
-        return closure()
 
 
 def step_function(param: torch.Tensor, fused: bool | None = None):

@@ -7,10 +7,8 @@ below. Large values get a relative precision of about 1 %, and values a million 
 
 The first moment uses signed levels. Of the second, the root is stored, with unsigned ones: its small values stand in
 the update's denominator, and the root halves the decades that they span. No v > 0 is stored as zero (down to 1e-24 of
-its block's largest), which would turn the division by √v + ε into one by ε alone.
-
-A step decodes one tensor's moments to FP32, updates as `AdamW` does, and encodes them again. Bytes per parameter:
-2 + 2·4/256 = 2.03.
+its block's largest), which would turn the division by √v + ε into one by ε alone. A step decodes one tensor's moments
+to FP32, updates as `AdamW` does, and encodes them again. Bytes per parameter: 2 + 2·4/256 = 2.03.
 """
 
 from functools import lru_cache
@@ -20,7 +18,7 @@ import torch.nn.functional as F
 
 from ..kernels.adamw import ParamGroup, rounded_sqrt
 from ..quant.codebooks import dynamic_map
-from .adamw import check_last_group, evaluate, step_function
+from .adamw import check_last_group, step_function
 
 BLOCK_SIZE = 256
 _levels = lru_cache(dynamic_map)
@@ -69,14 +67,8 @@ def dequantize_blocks(levels: torch.Tensor, scale: torch.Tensor, signed: bool) -
 class AdamW8bit(torch.optim.Optimizer):
     """AdamW whose moments take 2 bytes per parameter.
 
-    Args:
-        params, lr, betas, eps, weight_decay: as for `AdamW`.
-        min_elements: tensors with fewer elements keep FP32 moments; they are few bytes, and often the delicate ones
-            (norms, biases).
-
-    Raises:
-        ValueError: a hyperparameter out of range.
-        RuntimeError: from `step`, a sparse gradient.
+    Arguments and errors as for `AdamW`. Tensors of fewer than `min_elements` keep FP32 moments; they are few bytes, and
+    often the delicate ones (norms, biases).
     """
 
     def __init__(self, params, lr=1e-3, betas=(0.9, 0.999), eps=1e-8, weight_decay=1e-2, min_elements=4096):
@@ -99,7 +91,7 @@ class AdamW8bit(torch.optim.Optimizer):
     @torch.no_grad()
     def step(self, closure=None):
         """One update of every parameter that has a gradient; returns the closure's value."""
-        loss = evaluate(closure)
+        loss = torch.enable_grad()(closure)() if closure else None
         for group in self.param_groups:
             for param in group["params"]:
                 if param.grad is not None:
