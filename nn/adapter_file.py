@@ -35,9 +35,7 @@ class AdapterTensors(NamedTuple):
 def read_adapter_tensors(directory: str | Path) -> AdapterTensors:
     """Read and check `directory/adapter_model.safetensors`.
 
-    Raises:
-        ValueError: missing, a pickle, damaged, tensors that are not finite floating-point numbers, or names that
-            PEFT does not write.
+    ValueError: missing, a pickle, damaged, tensors that are not finite floats, or names that PEFT does not write.
     """
     path = Path(directory) / WEIGHTS_NAME
     result, tensors = AdapterTensors({}, {}, {}), _read_safetensors(path)
@@ -91,9 +89,8 @@ def check_fit(model: nn.Module, config: AdapterConfig, tensors: AdapterTensors, 
         Path → layer to adapt (adapted already or not), path → module to replace whole (likewise), path of each
         layer → (rank, alpha, scaling).
 
-    Raises:
-        ValueError: the message names the layers that matched, are missing in the file and are unexpected there, or
-            the layer whose parts or shapes are wrong.
+    ValueError: the message names the layers that matched, are missing in the file and are unexpected there, or the
+    layer whose parts or shapes are wrong.
     """
     linear, modules = linear_layers(model), _modules_to_save(model, config)
     held = {path: adapter_of(layer, name) for path, layer in linear.items() if isinstance(layer, LoRALinear)}

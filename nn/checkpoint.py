@@ -7,13 +7,10 @@ stack of n layers that is n·inside bytes. A checkpointed function keeps its inp
     memory   n·inside  →  n·boundary + inside        (every layer checkpointed)
     FLOPs    forward 1 + backward 2 = 3  →  at most 4: + 1/3, whatever the number of layers
 
-The recomputation stops as soon as the last tensor that backward needs is there, so the
-price is usually a little below 1/3.
-
 `manual_checkpoint_forward` is the whole idea in one `torch.autograd.Function`, with the limits that its
 docstring lists. `checkpoint` has none of them: it puts no node of its own into the graph. The function runs
 with gradients on, and autograd's saved-tensor hooks swap every tensor that would be saved for an empty slot.
-When backward opens a slot, the function runs again and the slots fill up, in the same order.
+When backward opens a slot, the function runs again, up to the last tensor that is needed, and the slots fill up.
 
 Source: Chen et al., Training Deep Nets with Sublinear Memory Cost (2016), section 4.
 """
@@ -28,6 +25,7 @@ import torch.utils.checkpoint
 from torch.autograd.graph import saved_tensors_hooks
 from torch.overrides import _get_current_function_mode_stack
 from torch.utils._pytree import tree_flatten, tree_unflatten
+from torch.utils.weak import WeakTensorKeyDictionary
 
 
 class _RecomputeFunction(torch.autograd.Function):
@@ -60,13 +58,6 @@ def manual_checkpoint_forward(func: Callable, *args: torch.Tensor):
     - if no argument requires a gradient, parameters inside `func` get none;
     - parameters get theirs through `.grad` only: `torch.autograd.grad` does not see them;
     - no double backward: second derivatives lack what the function adds to them, without a word.
-
-    Args:
-        func: takes and returns tensors (one, or a tuple of them).
-        args: floating-point tensors of any shape.
-
-    Returns:
-        What `func(*args)` returns.
     """
     return _RecomputeFunction.apply(func, *args)
 
@@ -87,16 +78,11 @@ def checkpoint(func: Callable, *args, preserve_rng_state: bool = True, **kwargs)
 
     Args:
         func: any callable; it is called once now and at least once in each backward.
-        args, kwargs: passed on to `func`.
         preserve_rng_state: draw the same random numbers again (CPU, and every CUDA device once
             CUDA is initialized). False saves the time of noting the generators' states.
 
-    Returns:
-        What `func` returns.
-
-    Raises:
-        CheckpointError: in backward, naming the tensor: the number, shape, dtype or device of the saved tensors
-            differs from the forward pass, or a parameter was modified in place in between.
+    CheckpointError: in backward, naming the tensor: the number, shape, dtype or device of the saved tensors differs
+    from the forward pass, or a parameter was modified in place in between.
     """
     if not callable(func):
         raise TypeError(f"func must be callable, got {type(func).__name__}")
@@ -167,20 +153,8 @@ class _Slot:
         self.index = index
 
 
-class _Expected:
-    """What is remembered of one tensor that the forward pass would have saved."""
-
-    def __init__(self, slot: _Slot, tensor: torch.Tensor):
-        self.slot = weakref.ref(slot)
-        self.traits = (tuple(tensor.shape), tensor.dtype, tensor.device)
-        self.origin = tensor.grad_fn.name() if tensor.grad_fn is not None else "an input, parameter or constant"
-
-    def __str__(self):
-        return f"{_described(self.traits)}, from {self.origin}"
-
-
-def _described(traits: tuple) -> str:
-    return "shape {}, {}, on {}".format(*traits)
+def _traits(tensor: torch.Tensor) -> str:
+    return f"shape {tuple(tensor.shape)}, {tensor.dtype}, on {tensor.device}"
 
 
 class _Region:
@@ -196,8 +170,9 @@ class _Region:
         # The result is kept, not its node alone: up to torch 2.11 what a node saved goes with its result.
         self.inputs = _SaveInputs.apply(torch.empty(0, requires_grad=True), *tensors.values())
         self.surroundings = _Surroundings(preserve_rng_state)
-        self.expected: list[_Expected] = []
-        self.parameters: dict[int, tuple[weakref.ref, int]] = {}
+        self.expected: list[tuple[str, str]] = []  # of each tensor that forward would have saved: traits, origin
+        self.slots: weakref.WeakValueDictionary[int, _Slot] = weakref.WeakValueDictionary()  # those that still wait
+        self.parameters = WeakTensorKeyDictionary()  # leaves that need a gradient → version
         self.recomputed: dict[int, dict[int, torch.Tensor]] = {}  # graph task → slot index → tensor
 
     @property
@@ -223,11 +198,12 @@ class _Region:
         return tree_unflatten(leaves, self.structure)
 
     def pack(self, tensor: torch.Tensor) -> _Slot:
-        slot = _Slot(len(self.expected))
-        self.expected.append(_Expected(slot, tensor))
+        self.slots[len(self.expected)] = slot = _Slot(len(self.expected))
+        origin = tensor.grad_fn.name() if tensor.grad_fn is not None else "an input, parameter or constant"
+        self.expected.append((_traits(tensor), origin))
         source = tensor._base if tensor._is_view() else tensor
         if source.is_leaf and source.requires_grad:
-            self.parameters[id(source)] = (weakref.ref(source), source._version)
+            self.parameters[source] = source._version
         return slot
 
     def unpack(self, slot: _Slot) -> torch.Tensor:
@@ -247,7 +223,7 @@ class _Region:
     def recompute(self) -> dict[int, torch.Tensor]:
         """Run the function again, up to the last tensor that a live slot waits for."""
         self.check_versions()
-        last = max(i for i, expected in enumerate(self.expected) if expected.slot() is not None)
+        last = max(self.slots)
         tensors: dict[int, torch.Tensor] = {}
         count = 0
 
@@ -255,13 +231,13 @@ class _Region:
             nonlocal count
             index, count = count, count + 1
             tensor = tensor.detach()  # returned with its grad_fn, an operation's own output would keep itself alive
-            expected, traits = self.expected[index], (tuple(tensor.shape), tensor.dtype, tensor.device)
-            if traits != expected.traits:
+            traits, origin = self.expected[index]
+            if _traits(tensor) != traits:
                 raise CheckpointError(
-                    f"checkpoint: saved tensor #{index} of {self.name} ({expected}) was recomputed with "
-                    f"{_described(traits)}. It must do the same every time."
+                    f"checkpoint: saved tensor #{index} of {self.name} ({traits}, from {origin}) was recomputed with "
+                    f"{_traits(tensor)}. It must do the same every time."
                 )
-            if expected.slot() is not None:
+            if index in self.slots:
                 tensors[index] = tensor
             if index == last:
                 raise _Enough
@@ -276,20 +252,18 @@ class _Region:
             return tensors
         raise CheckpointError(
             f"checkpoint: {self.name} saved {len(self.expected)} tensors in the forward pass, but only {count} when "
-            f"it was recomputed; missing is #{count}: {self.expected[count]}. It must do the same every time."
+            f"it was recomputed; missing is #{count}: {', from '.join(self.expected[count])}. It must do the same "
+            "every time."
         )
 
     def note_versions(self) -> None:
-        for key, (reference, _) in list(self.parameters.items()):
-            source = reference()
-            if source is not None:
-                self.parameters[key] = (reference, source._version)
+        for source in list(self.parameters):
+            self.parameters[source] = source._version
 
     def check_versions(self) -> None:
         """What plain autograd refuses: a parameter that was stepped between forward and backward."""
-        for reference, version in self.parameters.values():
-            source = reference()
-            if source is not None and source._version != version:
+        for source, version in self.parameters.items():
+            if source._version != version:
                 raise CheckpointError(
                     f"checkpoint: a tensor of shape {tuple(source.shape)} that {self.name} needs for its gradient was "
                     f"modified in place after the forward pass (version {source._version}, expected {version}); "

@@ -32,9 +32,8 @@ def apply_lora_to_model(
     Returns:
         The model. Calling again with other targets adds to it; the adapters that exist stay trainable.
 
-    Raises:
-        ValueError: a setting out of range; a name that selects nothing (the message lists near misses);
-            a layer that has an adapter already, or whose parent would bypass one. Nothing is changed then.
+    ValueError: a setting out of range; a name that selects nothing (the message lists near misses); a layer that has an
+    adapter already, or whose parent would bypass one. Nothing is changed then.
     """
     check_settings(rank, lora_alpha, lora_dropout)
     selected = _select(model, target_modules)
@@ -45,10 +44,10 @@ def apply_lora_to_model(
             raise ValueError(f"{name!r}: nn.MultiheadAttention reads this weight itself and would bypass the adapter")
     active = active_adapter(model) or "default"
     made: dict[nn.Module, LoRALinear] = {}  # a layer used under two names gets one adapter
+    for module in dict.fromkeys(selected.values()):
+        made[module] = LoRALinear(module, rank, lora_alpha, lora_dropout)
+        made[module].adapter = active
     for name, module in selected.items():
-        if module not in made:
-            made[module] = LoRALinear(module, rank, lora_alpha, lora_dropout)
-            made[module].adapter = active
         model.set_submodule(name, made[module])
     mark_only_lora_as_trainable(model)
     return model
@@ -117,8 +116,7 @@ def required_lora_layers(model) -> list[tuple[str, LoRALinear]]:
 def mark_only_lora_as_trainable(model: nn.Module) -> None:
     """Let lora_A and lora_B require gradients and nothing else.
 
-    Raises:
-        ValueError: the model has no LoRA layers (everything would be frozen).
+    ValueError: the model has no LoRA layers (everything would be frozen).
     """
     required_lora_layers(model)
     model.requires_grad_(False)
@@ -128,9 +126,8 @@ def mark_only_lora_as_trainable(model: nn.Module) -> None:
 
 @contextlib.contextmanager
 def disable_lora(model: nn.Module):
-    """Within this context the model computes as if it had no adapters, merged or not.
+    """Within this context the model computes as if it had no adapters, merged or not; nothing else changes.
 
-    Nothing about training changes: which parameters require gradients, and what is merged, stay as they were.
     Contexts nest. Raises ValueError for a model without LoRA layers.
     """
     required_lora_layers(model)

@@ -1,10 +1,8 @@
 """Counting the bytes of live tensors, exactly, on a device without an allocator that counts; what a layer costs.
 
-PyTorch's CUDA allocator counts for itself (`torch.cuda.max_memory_allocated`); its CPU
-allocator does not, and the resident size of the process also holds the interpreter and
-whatever malloc has not given back. Here every operation is watched by a
-`TorchDispatchMode`: a storage that appears in a result is added when it is first seen
-and taken off when it dies. Views share a storage and count once.
+PyTorch's CPU allocator does not count, and the resident size of the process also holds the interpreter and whatever
+malloc has not given back. Here every operation is watched by a `TorchDispatchMode`: a storage that appears in a
+result is added when it is first seen and taken off when it dies. Views share a storage and count once.
 
 Not seen: buffers that a kernel allocates inside of itself and frees before it returns.
 """
@@ -28,14 +26,12 @@ class LiveMemory(TorchDispatchMode):
 
     Args:
         device_type: "cpu", "cuda", …: storages elsewhere are not counted.
-        scan: look for the tensors that are there already. Without it `before` holds only those that
-            an operation reads, and the death of the others goes unnoticed; it saves a walk over all
-            Python objects.
+        scan: look among all Python objects for the tensors that are there already. Without it `before` holds only
+            those that an operation reads, and the death of the others goes unnoticed.
         keep_history: note `added` after every change, in `history`.
 
     Attributes:
-        before: bytes that were alive when the context was entered. A storage first met as an operand
-            was there before, though it may have had no Python name (the graph of an earlier forward).
+        before: bytes that were alive when the context was entered; what is first met as an operand was there before.
         added: bytes alive now above `before`; negative if more was freed than made.
         peak_added: the largest `added` so far; `reset_peak()` starts again from now.
         elements: numbers written by all operations so far, a measure of memory traffic.
@@ -171,14 +167,13 @@ def _measure_pass(function: Callable, x, memory: LiveMemory):
         y = function(x)
         return y, memory.added - start, memory.peak_added - start
 
+    x = tree_map(_detached, x)
+    versions = [t._version for t in _tensors(x)]
     try:
-        x = tree_map(_detached, x)
-        versions = [t._version for t in _tensors(x)]
         y, kept, forward_peak = forward(x)
         in_place = [t._version for t in _tensors(x)] != versions
     except RuntimeError:  # a layer may not work in place on a leaf
-        in_place = True
-        x = tree_map(_copied, x)
+        in_place, x = True, tree_map(_copied, x)
         y, kept, forward_peak = forward(x)
     parameters = [p for p in function.parameters() if p.requires_grad] if isinstance(function, nn.Module) else []
     outputs = [t for t in _tensors(y) if t.requires_grad]
