@@ -102,8 +102,7 @@ class autocast(ContextDecorator, TorchFunctionMode):
         return super().__exit__(*error)
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
-        kwargs = kwargs or {}
-        scopes = _scopes()
+        kwargs, scopes = kwargs or {}, _scopes()
         # Outer blocks are asked too, after inner ones; a result dtype or place that was asked for is kept.
         asked = kwargs.get("dtype") is not None or kwargs.get("out") is not None
         if self.enabled and scopes and scopes[-1] is self and not asked:

@@ -81,14 +81,9 @@ class GradScaler(torch.amp.GradScaler):
         scaler.step(optimizer)                          # skipped if a gradient is not finite
         scaler.update()
 
-    Args:
-        init_scale: the scale to begin with.
-        growth_factor: multiplies the scale after `growth_interval` good steps in a row; above 1.
-        backoff_factor: multiplies the scale after a step with an overflow; below 1.
-        growth_interval: length of that run, in optimizer steps.
-        enabled: False makes every method a no-op and `step` a plain `optimizer.step()`.
-
-    AssertionError: `growth_factor` ≤ 1 or `backoff_factor` ≥ 1 (as in torch).
+    `growth_factor` > 1 multiplies the scale after `growth_interval` good steps in a row, `backoff_factor` < 1 after one
+    with an overflow (AssertionError otherwise, as in torch). With `enabled` False every method is a no-op and `step` a
+    plain `optimizer.step()`.
     """
 
     def __init__(

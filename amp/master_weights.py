@@ -50,22 +50,19 @@ class MasterWeights:
         self.masters: dict[str, torch.Tensor] = {}
         self.params: dict[str, torch.nn.Parameter] = {}
         names = {param: name for name, param in model.named_parameters()}
-        for group in optimizer.param_groups:
-            for i, param in enumerate(group["params"]):
-                if param.dtype not in LOW:
-                    continue
-                if param not in names:
-                    raise ValueError(f"optimizer must hold parameters of model, got one of shape {tuple(param.shape)}")
-                name = names[param]
-                master = param.detach().float().requires_grad_(param.requires_grad)
-                group["params"][i] = self.masters[name] = master
-                self.params[name] = param
-                if param in optimizer.state:
-                    state = optimizer.state.pop(param)
-                    optimizer.state[master] = {
-                        key: value.float() if isinstance(value, torch.Tensor) and value.dtype in LOW else value
-                        for key, value in state.items()
-                    }
+        places = [(group["params"], i) for group in optimizer.param_groups for i in range(len(group["params"]))]
+        for params, i in places:
+            param = params[i]
+            if param.dtype not in LOW:
+                continue
+            if param not in names:
+                raise ValueError(f"optimizer must hold parameters of model, got one of shape {tuple(param.shape)}")
+            master = param.detach().float().requires_grad_(param.requires_grad)
+            params[i] = self.masters[names[param]] = master
+            self.params[names[param]] = param
+            for key, value in optimizer.state.pop(param, {}).items():
+                low = isinstance(value, torch.Tensor) and value.dtype in LOW
+                optimizer.state[master][key] = value.float() if low else value
 
     @torch.no_grad()
     def collect_gradients(self) -> None:

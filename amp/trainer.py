@@ -36,9 +36,7 @@ class MixedPrecisionTrainer(GradientAccumulationTrainer):
     parameters' place in the optimizer. FP16 comes with loss scaling; BF16 has the exponent range of FP32 and needs
     none. Loss, accumulation and the other arguments are those of `GradientAccumulationTrainer`.
 
-    Attributes:
-        scaler: the `GradScaler` (disabled for BF16).
-        masters: the `MasterWeights`, or None for an FP32 model.
+    `scaler` is the `GradScaler` (disabled for BF16), `masters` the `MasterWeights`, or None for an FP32 model.
 
     ValueError: another dtype, a 16-bit model under DistributedDataParallel, and as `GradientAccumulationTrainer`.
     """

@@ -85,9 +85,8 @@ def _read_safetensors(path: Path) -> dict[str, torch.Tensor]:
 def check_fit(model: nn.Module, config: AdapterConfig, tensors: AdapterTensors, name: str):
     """Compare an adapter with a model, as the adapter `name` of which it is to be loaded.
 
-    Returns:
-        Path → layer to adapt (adapted already or not), path → module to replace whole (likewise), path of each
-        layer → (rank, alpha, scaling).
+    Returns path → layer to adapt (adapted already or not), path → module to replace whole (likewise), path of each
+    layer → (rank, alpha, scaling).
 
     ValueError: the message names the layers that matched, are missing in the file and are unexpected there, or the
     layer whose parts or shapes are wrong.

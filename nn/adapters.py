@@ -35,7 +35,6 @@ def save_adapter(
     A PiSSA adapter is written as the plain LoRA of twice the rank that it is on the untouched base.
 
     Args:
-        model: holds LoRALinear layers, merged or not.
         directory: gets `adapter_model.safetensors` and `adapter_config.json`, each whole or not at all.
         base_model: the directory or hub name of the base model (`base_model_name_or_path`).
         name: the adapter to write (default: the active one).
@@ -98,13 +97,10 @@ def load_adapter(model: nn.Module, directory: str | Path, name: str = "default",
     Args:
         model: a plain or NF4 model, with or without adapters. If it has an adapter of this name already, that must
             have the same layers and ranks; its parameters take the file's values and keep their `requires_grad`.
-        directory: as written by `save_adapter` or by PEFT.
-        name: what to call it in this model.
         trainable: whether the parameters of a new adapter require gradients. Nothing else in the model changes its
             `requires_grad`, but for the layers that get their first adapter, whose own weights are frozen.
 
-    Returns:
-        A LoadReport; `print` it.
+    Returns a LoadReport; `print` it.
 
     ValueError: a damaged or unsupported file; or one that does not fit the model, naming what matched, what the model
     needs and the file lacks (missing), and what the model has no place for (unexpected). The model is unchanged then.

@@ -50,9 +50,8 @@ def base_forward(base, x):
 class Mergeable(nn.Module):
     """A module around a `base_layer` that its adapter can be merged into, and taken out of again to the bit.
 
-    Merging puts a copy with W + ΔW in the place of the base layer and keeps the original, which costs a second
-    copy of W while merged. The state dict is that of the unmerged layer, merged or not: with W + ΔW beside A and
-    B, whoever loads it would have ΔW twice.
+    Merging puts a copy with W + ΔW in the place of the base layer and keeps the original. The state dict is always
+    that of the unmerged layer: with W + ΔW beside A and B, whoever loads it would have ΔW twice.
     """
 
     def __init__(self, base_layer: nn.Module):
@@ -62,7 +61,7 @@ class Mergeable(nn.Module):
 
     @property
     def weight(self):
-        """The base layer's weight (with ΔW while merged)."""
+        """With ΔW while merged."""
         return self.base_layer.weight
 
     @property

@@ -65,16 +65,13 @@ def manual_checkpoint_forward(func: Callable, *args: torch.Tensor):
 def checkpoint(func: Callable, *args, preserve_rng_state: bool = True, **kwargs):
     """Run `func(*args, **kwargs)`, keep its arguments only, and run it again when backward needs its inside.
 
-    Gradients are bit-equal to those of a plain call, if `func` does the same when it
-    runs again. Anything autograd can do with a plain call works: dropout, autocast,
-    arguments and results of any kind and nesting, arguments without gradient, parameters
-    in closures, checkpoints inside checkpoints, `torch.autograd.grad`, `retain_graph`,
-    double backward, backward inside `func`. What was recomputed is released as backward
-    uses it up, and at the end of each backward.
+    Gradients are bit-equal to those of a plain call, if `func` does the same when it runs again. Anything autograd can
+    do with a plain call works: dropout, autocast, arguments and results of any kind and nesting, arguments without
+    gradient, parameters in closures, checkpoints inside checkpoints, `torch.autograd.grad`, `retain_graph`, double
+    backward, backward inside `func`. What was recomputed is released as backward uses it up, at the latest at its end.
 
-    Not repeated: generators other than torch's global ones, side effects on buffers (a
-    BatchNorm updates its running statistics twice). Not supported: `torch.func`
-    transforms and forward-mode differentiation (torch says so itself).
+    Not repeated: generators other than torch's global ones, side effects on buffers (a BatchNorm updates its running
+    statistics twice). Not supported: `torch.func` transforms and forward-mode differentiation.
 
     Args:
         func: any callable; it is called once now and at least once in each backward.
@@ -100,11 +97,8 @@ class _Enough(BaseException):
 
 
 class _SaveInputs(torch.autograd.Function):
-    """A node that is never run: autograd keeps the arguments in it.
-
-    So they are guarded against in-place changes, and inside another checkpoint they
-    are forgotten and recomputed like everything else.
-    """
+    """A node that is never run: autograd keeps the arguments in it, guarded against in-place changes, and inside
+    another checkpoint they are forgotten and recomputed like everything else."""
 
     @staticmethod
     def forward(ctx, anchor, *tensors):
@@ -113,10 +107,8 @@ class _SaveInputs(torch.autograd.Function):
 
 
 class _Surroundings:
-    """What a function reads beside its arguments: random generators, torch's autocast, torch function modes.
-
-    Of the last kind are `with torch.device(…)` and our own `amp.autocast`; backward runs outside of them.
-    """
+    """What a function reads beside its arguments: random generators, torch's autocast, torch function modes (such as
+    `with torch.device(…)` and our own `amp.autocast`); backward runs outside of them."""
 
     def __init__(self, preserve_rng_state: bool):
         self.preserve_rng_state = preserve_rng_state

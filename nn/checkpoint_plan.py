@@ -73,8 +73,7 @@ def checkpoint_sequential(functions, x, segments: str | int | Plan = "sqrt", bud
             backward starts there. "auto" measures when it first meets these layers and shapes, and remembers.
         budget: with "auto": recompute as little as possible within this many bytes above what is there before.
 
-    Returns:
-        What the last function returns. Gradients are bit-equal to those of a plain run.
+    Returns what the last function returns. Gradients are bit-equal to those of a plain run.
 
     Raises:
         ValueError: no functions, more segments than functions, a budget below the least possible.

@@ -39,8 +39,7 @@ class LiveMemory(TorchDispatchMode):
 
     def __init__(self, device_type: str = "cpu", scan: bool = True, keep_history: bool = False):
         super().__init__()
-        self.device_type = device_type
-        self.scan = scan
+        self.device_type, self.scan = device_type, scan
         self.before = self.added = self.peak_added = self.elements = 0
         self.history: list[int] | None = [] if keep_history else None
         self._storages: dict[int, tuple[int, weakref.ref]] = {}  # id → bytes counted, what notices its death
@@ -111,17 +110,11 @@ class LayerCost:
 
 
 def measure_layers(functions: Sequence[Callable], x) -> list[LayerCost]:
-    """Run every layer once, forward and backward, alone, and count its bytes and FLOPs.
-
-    Leaves no trace: gradients, buffers and random generators are as before.
-    """
+    """Count each layer's bytes and FLOPs, forward and backward, alone; gradients, buffers and generators stay."""
     device = next((t.device for t in _tensors(x)), torch.device("cpu"))
     costs = []
-    with (
-        LiveMemory(device.type, scan=False) as memory,
-        torch.random.fork_rng(devices=[device] if device.type == "cuda" else []),
-        torch.enable_grad(),
-    ):
+    rng = torch.random.fork_rng(devices=[device] if device.type == "cuda" else [])
+    with LiveMemory(device.type, scan=False) as memory, rng, torch.enable_grad():
         for function in functions:
             with _buffers_restored(function):
                 cost, x = _measure_layer(function, x, memory)
@@ -183,14 +176,9 @@ def _measure_pass(function: Callable, x, memory: LiveMemory):
     wanted = [t for t in (*_tensors(x), *parameters) if t.requires_grad]
     if outputs and wanted:
         torch.autograd.grad(outputs, wanted, gradients, allow_unused=True)
-    return y, {
-        "kept": kept,
-        "forward_peak": forward_peak,
-        "backward_peak": memory.peak_added - begin,
-        "output": sum(t.nbytes for t in _tensors(y)),
-        "new_gradients": sum(p.nbytes for p in parameters if p.grad is None),
-        "in_place": in_place,
-    }
+    output, new_gradients = sum(t.nbytes for t in _tensors(y)), sum(p.nbytes for p in parameters if p.grad is None)
+    return y, dict(kept=kept, forward_peak=forward_peak, backward_peak=memory.peak_added - begin, output=output,
+                   new_gradients=new_gradients, in_place=in_place)  # fmt: skip
 
 
 def _detached(value):

@@ -78,8 +78,7 @@ def linear_cross_entropy(
         bias: (V,) or None.
         chunk: tokens at a time; by default as many as make 64 MiB of fp32 logits.
 
-    Returns:
-        A scalar in fp32; 0 with zero gradients when every target is −100.
+    Returns a scalar in fp32; 0 with zero gradients when every target is −100.
 
     ValueError: shapes that do not fit, a target outside [0, V), or chunk below 1.
     """

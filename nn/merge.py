@@ -27,9 +27,8 @@ def merge_lora(model: nn.Module, dequantize: bool = False, untie: bool = False) 
 
     Args:
         dequantize: let NF4 layers become dense ones; a merge into 4 bits would erase the adapter.
-        untie: give a base weight that is shared (an output head tied to the embedding) a copy of its
-            own first, for good, and set `model.config.tie_word_embeddings` to False. Without it, saving
-            and loading such a model would tie the two again and lose one of them.
+        untie: give a base weight that is shared (an output head tied to the embedding) a copy of its own first, for
+            good, and set `model.config.tie_word_embeddings` to False, or loading would tie the two again.
 
     ValueError: no LoRA layers; NF4 layers without `dequantize`; a shared weight without `untie`; a layer that cannot be
     merged (see `LoRALinear.merge_weights`). Nothing is changed then.
@@ -138,15 +137,11 @@ def merge_errors(model: nn.Module, four_bits: bool = True) -> MergeErrors:
 def merge_into_nf4(model: nn.Module, method: str) -> MergeErrors:
     """Merge the active adapter into NF4 layers that stay NF4, in place, and measure what is lost.
 
-    Args:
-        method:
-            - "requantize": dequantize, add ΔW, quantize again; the adapter is gone.
-            - "refit": like LoftQ, quantize and refit A and B (of the same rank) to what quantizing lost, in
-              turns. The layer keeps an adapter: for a large ΔW one that holds mostly corrections, for a
-              small one the ΔW itself again, since rounding W + ΔW gave W back.
+    Returns what `merge_errors` measures for these layers. `method` is
 
-    Returns:
-        What `merge_errors` measures for these layers.
+    - "requantize": dequantize, add ΔW, quantize again; the adapter is gone;
+    - "refit": like LoftQ, quantize and refit A and B (of the same rank) to what quantizing lost, in turns. The layer
+      keeps an adapter: for a large ΔW one of corrections, for a small one ΔW itself, as rounding W + ΔW gave W back.
 
     ValueError: no NF4 layer with an adapter, an unknown method, or a DoRA or PiSSA adapter with "refit".
     """

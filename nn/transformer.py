@@ -87,9 +87,7 @@ class TransformerBlock(nn.Module):
     """One layer of a Llama: attention and SwiGLU, each after an RMSNorm and with a residual around it.
 
     Args:
-        d_model: width of the residual stream.
-        num_heads: query heads.
-        d_ff: width inside the SwiGLU.
+        d_model, num_heads, d_ff: width of the residual stream, query heads, width inside the SwiGLU.
         num_kv_heads: key/value heads, a divisor of num_heads (default: num_heads).
         head_dim: width of a head, even (default: d_model / num_heads).
         rope_theta: base of the rotary angles.

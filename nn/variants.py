@@ -20,9 +20,7 @@ from .multi import active_layers, lora_parameters
 
 
 def use_rslora(model: nn.Module) -> None:
-    """Scale every adapter by lora_alpha / √rank instead of lora_alpha / rank.
-
-    BA grows like √r for random factors, so α/r shrinks the update as the rank grows, α/√r keeps it.
+    """Scale every adapter by lora_alpha / √rank instead of lora_alpha / rank: BA grows like √r for random factors.
 
     Source: Kalajdzievski 2023, "A Rank Stabilization Scaling Factor for Fine-Tuning with LoRA".
     """
@@ -52,9 +50,7 @@ def lora_plus_groups(model: nn.Module, lr: float, ratio: float = 16.0, weight_de
 
 
 def freeze_A(model: nn.Module) -> None:
-    """LoRA-FA: train B alone. ΔW then lives in the r directions that A was born with.
-
-    Without dA the input x of each layer need not be kept for backward, only S = x Aᵀ.
+    """LoRA-FA: train B alone. Without dA the input x of a layer need not be kept for backward, only S = x Aᵀ.
 
     Source: Zhang et al. 2023, "LoRA-FA: Memory-efficient Low-rank Adaptation".
     """
@@ -102,15 +98,10 @@ def loftq_init(
     """Start at the best rank-r correction of the quantization error W − NF4(W), leaving NF4(W) as it is.
 
     This is LoftQ with one iteration; further ones would quantize the base anew, which nobody who loads the adapter has.
+    `original` are the weights before quantization, `<path>.weight` by name: a state dict, or the directory of the
+    model's safetensors files; `iterations` as in `pissa_init`.
 
-    Args:
-        original: the weights before quantization, `<path>.weight` by name: a state dict, or the directory of
-            the model's safetensors files.
-        iterations: as in `pissa_init`.
-
-    Returns:
-        Path → (‖W − NF4(W)‖ / ‖W‖ before, ‖W − NF4(W) − s·BA‖ / ‖W‖ after).
-
+    Returns path → (‖W − NF4(W)‖ / ‖W‖ before, ‖W − NF4(W) − s·BA‖ / ‖W‖ after).
     ValueError: no NF4 layer with an adapter, or a weight that is missing or of another shape.
 
     Source: Li et al. 2023, "LoftQ", section 3.2.

@@ -70,8 +70,6 @@ class GradientAccumulationTrainer:
 
     Args:
         model: called with `inputs` (as keywords if that is a dict); may be wrapped in DistributedDataParallel.
-        optimizer: any torch optimizer.
-        accumulation_steps: micro-batches for each optimizer step.
         max_norm: bound of the gradient's L2 norm; None does not clip.
         scheduler: its `step()` is called once for each optimizer step that was not skipped.
         scaler: an `amp.GradScaler` or torch's, for a model that computes in FP16 (under autocast then).
@@ -113,9 +111,8 @@ class GradientAccumulationTrainer:
         """Update from an incomplete batch, if there is one; returns what `train_step` would."""
         if self._micro_batches == 0:
             return False
-        if self.distributed:  # none of its micro-batches was the one that communicates
-            for param in self._params():
-                self._average(param.grad)
+        for param in self._params() if self.distributed else ():  # none of its micro-batches was one that communicates
+            self._average(param.grad)
         return self._update()
 
     def train_epoch(self, loader: Iterable) -> float:

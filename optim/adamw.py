@@ -54,9 +54,7 @@ class AdamW(torch.optim.Optimizer):
         fused: None picks the fastest for the device, True also takes over unscaling, False runs the reference.
         amsgrad: only False; the variant needs a fifth tensor for each parameter.
 
-    Raises:
-        ValueError: a hyperparameter out of range, or `amsgrad` (from a loaded state dict too).
-        TypeError: a complex parameter.
+    ValueError: a hyperparameter out of range, or `amsgrad` (in a state dict too). TypeError: a complex parameter.
     """
 
     writes_copies = True  # read by amp.MasterWeights: `step` takes `copies`
@@ -91,12 +89,10 @@ class AdamW(torch.optim.Optimizer):
 
     @torch.no_grad()
     def step(self, closure=None, *, max_norm: float | None = None, copies: dict | None = None):
-        """One update of every parameter that has a gradient.
+        """One update of every parameter that has a gradient; returns the closure's value.
 
         Args:
-            closure: recomputes the loss and gradients; its value is returned.
-            max_norm: scale all gradients down so that their joint L2 norm is at most this, within the step.
-                What `.grad` holds afterwards depends on the device.
+            max_norm: scale all gradients down to this joint L2 norm; `.grad` afterwards depends on the device.
             copies: parameter → 16-bit tensor of its shape that receives the rounded new value.
 
         RuntimeError: a gradient is sparse.

@@ -57,7 +57,6 @@ def cosine_with_warmup(
         optimizer: each parameter group's `lr` is taken as its peak.
         total_steps: optimizer updates in the whole run (see `optimizer_steps`).
         warmup_ratio: fraction of them that warms up, 0 to 1.
-        min_lr: the learning rate at the end.
 
     Raises:
         TypeError: `total_steps` is not an integer.

@@ -77,23 +77,19 @@ class ZeroOptimizer(torch.optim.Optimizer):
     It takes the place of DistributedDataParallel and computes the same: parameters begin as rank 0's, gradients are
     averaged, a parameter that no rank used keeps its value. `param_groups` hold this rank's shards as flat tensors
     with their `.grad`, so schedulers and GradScaler (torch's and ours) work as ever, and an overflow on one rank shows
-    on all. Norms and clearing need all ranks and tensors: `clip_grad_norm_` and `zero_grad` of this class.
-
-    Under stage 3 a parameter is empty outside of the forward and backward of the modules that hold it; read or load
-    weights under `with optimizer.gathered():`. All ranks must run the same modules.
+    on all. Norms and clearing need all ranks: `clip_grad_norm_` and `zero_grad` of this class. Under stage 3, where all
+    must run the same modules, a parameter is empty outside of the forward and backward of those that hold it; read or
+    load weights under `with optimizer.gathered():`.
 
     Args:
         params: the model's parameters, or groups of them as for any optimizer, or the model: needed under stage 3 if
             modules read each other's parameters within the layers of a ModuleList (LoRA layers do), which are gathered
             as a whole then. FP16 and BF16 parameters get FP32 masters.
         optimizer_class: called with this rank's shards and `kwargs`.
-        stage: 1, 2 or 3, as above.
         offload: keep gradient shards, masters and optimizer state in the host's memory, and step there.
         **kwargs: for `optimizer_class`: lr, betas, …
 
-    Attributes:
-        inner: the optimizer of the shards.
-        group: its `traffic` and `calls` count what was communicated, by collective.
+    `inner` is the optimizer of the shards; `group.traffic` and `group.calls` count what was communicated.
 
     Raises:
         ValueError: another stage, no parameters or one given twice.
