@@ -17,14 +17,16 @@ Source: Chen et al., Training Deep Nets with Sublinear Memory Cost (2016), secti
 
 import contextlib
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from functools import partial
 
 import torch
 import torch.utils.checkpoint
+from torch import nn
 from torch.autograd.graph import saved_tensors_hooks
 from torch.overrides import _get_current_function_mode_stack
-from torch.utils._pytree import tree_flatten, tree_unflatten
+from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
+from torch.utils.checkpoint import noop_context_fn
 from torch.utils.weak import WeakTensorKeyDictionary
 
 
@@ -62,7 +64,10 @@ def manual_checkpoint_forward(func: Callable, *args: torch.Tensor):
     return _RecomputeFunction.apply(func, *args)
 
 
-def checkpoint(func: Callable, *args, preserve_rng_state: bool = True, **kwargs):
+def checkpoint(
+    func: Callable, *args, preserve_rng_state: bool = True, use_reentrant: bool = False, context_fn=None,
+    determinism_check: str = "default", debug: bool = False, early_stop: bool = True, **kwargs,
+):  # fmt: skip
     """Run `func(*args, **kwargs)`, keep its arguments only, and run it again when backward needs its inside.
 
     Gradients are bit-equal to those of a plain call, if `func` does the same when it runs again. Anything autograd can
@@ -77,15 +82,30 @@ def checkpoint(func: Callable, *args, preserve_rng_state: bool = True, **kwargs)
         func: any callable; it is called once now and at least once in each backward.
         preserve_rng_state: draw the same random numbers again (CPU, and every CUDA device once
             CUDA is initialized). False saves the time of noting the generators' states.
+        determinism_check: "none" takes what was recomputed as it is, whatever its shape.
+        early_stop: False recomputes to the function's end, not only to the last tensor that backward needs.
+        use_reentrant, context_fn, debug: torch's; what is done here are their defaults, anything else is refused.
 
-    CheckpointError: in backward, naming the tensor: the number, shape, dtype or device of the saved tensors differs
-    from the forward pass, or a parameter was modified in place in between.
+    Raises:
+        ValueError: a keyword of torch's with a value that would mean something else.
+        CheckpointError: in backward, naming the tensor: the number, shape, dtype or device of the saved tensors
+            differs from the forward pass, or one was modified in place after it had been saved.
     """
     if not callable(func):
         raise TypeError(f"func must be callable, got {type(func).__name__}")
+    for name, value, only in (
+        ("use_reentrant", use_reentrant, False), ("debug", debug, False), ("context_fn", context_fn, noop_context_fn)
+    ):  # fmt: skip
+        if value is not None and value is not only:
+            raise ValueError(f"{name} must be {getattr(only, '__name__', only)}, got {value!r}")
+    if determinism_check not in ("default", "none"):
+        raise ValueError(f"determinism_check must be 'default' or 'none', got {determinism_check!r}")
+    if torch.compiler.is_compiling():  # the compiler knows torch's own, which computes the same
+        options = {"use_reentrant": False, "preserve_rng_state": preserve_rng_state}
+        return torch.utils.checkpoint.checkpoint(func, *args, **options, **kwargs)
     if not torch.is_grad_enabled():
         return func(*args, **kwargs)
-    return _Region(func, args, kwargs, preserve_rng_state).run(args, kwargs)
+    return _Region(func, preserve_rng_state, determinism_check == "default", early_stop).run(args, kwargs)
 
 
 class CheckpointError(torch.utils.checkpoint.CheckpointError):
@@ -146,26 +166,27 @@ class _Slot:
 
 
 def _traits(tensor: torch.Tensor) -> str:
-    return f"shape {tuple(tensor.shape)}, {tensor.dtype}, on {tensor.device}"
+    shape = "nested" if tensor.is_nested else f"shape {tuple(tensor.shape)}"  # nested sizes need not be numbers
+    layout = "" if tensor.layout is torch.strided else f"{tensor.layout}, "
+    return f"{shape}, {tensor.dtype}, {layout}on {tensor.device}"
+
+
+def _source(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor._base if tensor._is_view() else tensor
 
 
 class _Region:
     """One checkpointed call: how to run it again, and the slots that backward may open."""
 
-    def __init__(self, func: Callable, args: tuple, kwargs: dict, preserve_rng_state: bool):
-        self.func = func
-        self.constants, self.structure = tree_flatten((args, kwargs))
-        tensors = {i: leaf for i, leaf in enumerate(self.constants) if isinstance(leaf, torch.Tensor)}
-        self.tensor_places = list(tensors)
-        for i in tensors:
-            self.constants[i] = None
-        # The result is kept, not its node alone: up to torch 2.11 what a node saved goes with its result.
-        self.inputs = _SaveInputs.apply(torch.empty(0, requires_grad=True), *tensors.values())
+    def __init__(self, func: Callable, preserve_rng_state: bool, checked: bool, early_stop: bool):
+        self.func, self.checked, self.early_stop = func, checked, early_stop
         self.surroundings = _Surroundings(preserve_rng_state)
         self.expected: list[tuple[str, str]] = []  # of each tensor that forward would have saved: traits, origin
         self.slots: weakref.WeakValueDictionary[int, _Slot] = weakref.WeakValueDictionary()  # those that still wait
         self.parameters = WeakTensorKeyDictionary()  # leaves that need a gradient → version
-        self.recomputed: dict[int, dict[int, torch.Tensor]] = {}  # graph task → slot index → tensor
+        self.saved_keywords: list[tuple[torch.Tensor, int]] | None = []  # and their versions
+        # Graph task → slot index → tensor, and its version when the function saved it.
+        self.recomputed: dict[int, dict[int, tuple[torch.Tensor, int]]] = {}
 
     @property
     def name(self) -> str:
@@ -173,8 +194,17 @@ class _Region:
 
     def run(self, args: tuple, kwargs: dict):
         had_cuda = torch.cuda.is_initialized()
+        leaves, self.structure = tree_flatten((args, kwargs))
+        self.keywords = {id(x): x._version for x in tree_leaves(kwargs) if isinstance(x, torch.Tensor)}
+        self.keep(leaves)
         with saved_tensors_hooks(self.pack, self.unpack):
             outputs = self.func(*args, **kwargs)
+        # Keywords that the function itself updates (running statistics), unless autograd had saved them before that.
+        updated = {id(x) for x in leaves if self.keywords.get(id(x)) not in (None, getattr(x, "_version", None))}
+        updated -= {id(x) for x, version in self.saved_keywords if x._version != version}
+        if updated:
+            self.keep(leaves, updated)
+        self.saved_keywords.clear()
         if self.surroundings.preserve_rng_state and torch.cuda.is_initialized() and not had_cuda:
             raise CheckpointError(
                 f"checkpoint: {self.name} used CUDA for the first time in this process, too late to note the state of "
@@ -182,6 +212,14 @@ class _Region:
             )
         self.note_versions()
         return outputs
+
+    def keep(self, leaves: list, unguarded: Collection[int] = ()) -> None:
+        """Hold on to the arguments; tensors are guarded against changes in place, but for those with these ids."""
+        tensors = {i: x for i, x in enumerate(leaves) if isinstance(x, torch.Tensor) and id(x) not in unguarded}
+        self.tensor_places = list(tensors)
+        self.constants = [None if i in tensors else leaf for i, leaf in enumerate(leaves)]
+        # The result is kept, not its node alone: up to torch 2.11 what a node saved goes with its result.
+        self.inputs = _SaveInputs.apply(torch.empty(0, requires_grad=True), *tensors.values())
 
     def arguments(self):
         leaves = list(self.constants)
@@ -193,53 +231,74 @@ class _Region:
         self.slots[len(self.expected)] = slot = _Slot(len(self.expected))
         origin = tensor.grad_fn.name() if tensor.grad_fn is not None else "an input, parameter or constant"
         self.expected.append((_traits(tensor), origin))
-        source = tensor._base if tensor._is_view() else tensor
+        source = _source(tensor)
         if source.is_leaf and source.requires_grad:
             self.parameters[source] = source._version
+        if id(source) in self.keywords:
+            self.saved_keywords.append((source, source._version))
         return slot
 
     def unpack(self, slot: _Slot) -> torch.Tensor:
         task = torch._C._current_graph_task_id()  # -1 outside of backward: someone reads grad_fn's attributes
-        tensor = self.recomputed.get(task, {}).pop(slot.index, None)
+        tensor, version = self.recomputed.get(task, {}).pop(slot.index, (None, None))
         if tensor is None:
             tensors = self.recompute()
-            tensor = tensors.pop(slot.index)
+            tensor, version = tensors.pop(slot.index)
             if task != -1:
                 if task not in self.recomputed:
                     # A backward that needs a part of the graph only would leave the other tensors behind.
                     forget = partial(_forget, weakref.ref(self), task)
                     torch.autograd.Variable._execution_engine.queue_callback(forget)
                 self.recomputed[task] = tensors
+        if tensor._version != version:  # what plain autograd refuses, too
+            what = f"saved tensor #{slot.index} of {self.name} ({', from '.join(self.expected[slot.index])})"
+            raise CheckpointError(
+                f"checkpoint: {what} was modified by an inplace operation after it had been saved "
+                f"(version {tensor._version}, not {version})"
+            )
         return tensor
 
-    def recompute(self) -> dict[int, torch.Tensor]:
+    def recompute(self) -> dict[int, tuple[torch.Tensor, int]]:
         """Run the function again, up to the last tensor that a live slot waits for."""
         self.check_versions()
         last = max(self.slots)
-        tensors: dict[int, torch.Tensor] = {}
-        count = 0
+        tensors: dict[int, tuple[torch.Tensor, int]] = {}
+        count, stopped, unfilled = 0, False, None
+        args, kwargs = self.arguments()
+        known = {id(leaf) for leaf in tree_leaves((args, kwargs))}
+
+        def stop():
+            nonlocal stopped
+            if self.early_stop and not stopped:  # once: the function may have caught _Enough
+                stopped = True
+                raise _Enough
 
         def pack(tensor):
-            nonlocal count
+            nonlocal count, unfilled
             index, count = count, count + 1
+            source, operation = _source(tensor), torch.autograd._get_sequence_nr()
             tensor = tensor.detach()  # returned with its grad_fn, an operation's own output would keep itself alive
+            if index > last:
+                stop()
+                return tensor
+            if source.grad_fn is None and not isinstance(source, nn.Parameter) and id(source) not in known:
+                unfilled = operation  # it may fill the tensor only after saving it, as rrelu does with its noise
             traits, origin = self.expected[index]
-            if _traits(tensor) != traits:
+            if self.checked and _traits(tensor) != traits:
                 raise CheckpointError(
                     f"checkpoint: saved tensor #{index} of {self.name} ({traits}, from {origin}) was recomputed with "
                     f"{_traits(tensor)}. It must do the same every time."
                 )
             if index in self.slots:
-                tensors[index] = tensor
-            if index == last:
-                raise _Enough
+                tensors[index] = tensor, tensor._version
+            if index == last and unfilled != operation:
+                stop()
             return tensor
 
-        args, kwargs = self.arguments()
-        try:
-            with self.surroundings.restored(), torch.enable_grad(), saved_tensors_hooks(pack, lambda tensor: tensor):
-                self.func(*args, **kwargs)
-        except _Enough:
+        with (contextlib.suppress(_Enough), self.surroundings.restored(), torch.enable_grad(),
+              saved_tensors_hooks(pack, lambda tensor: tensor)):  # fmt: skip
+            self.func(*args, **kwargs)
+        if count > last:
             self.note_versions()
             return tensors
         raise CheckpointError(
