@@ -81,17 +81,21 @@ class GradScaler(torch.amp.GradScaler):
         scaler.step(optimizer)                          # skipped if a gradient is not finite
         scaler.update()
 
+    Args:
+        device: a name, as in torch.amp: the scale is where the first loss is. It may be left out, as in torch.cuda.amp.
+        init_scale, growth_factor, backoff_factor, growth_interval, enabled: 65536.0, 2.0, 0.5, 2000, True; in this
+            order, or by name.
+
     `growth_factor` > 1 multiplies the scale after `growth_interval` good steps in a row, `backoff_factor` < 1 after one
     with an overflow (AssertionError otherwise, as in torch). With `enabled` False every method is a no-op and `step` a
     plain `optimizer.step()`.
     """
 
-    def __init__(
-        self, init_scale: float = 65536.0, growth_factor: float = 2.0, backoff_factor: float = 0.5,
-        growth_interval: int = 2000, enabled: bool = True,
-    ):  # fmt: skip
-        # "cpu" is a name only: the first scale() makes its tensors on the loss's device.
-        super().__init__("cpu", init_scale, growth_factor, backoff_factor, growth_interval, enabled)
+    def __init__(self, *args, device: str | torch.device = "cuda", **settings):
+        if args and isinstance(args[0], (str, torch.device)):
+            device, *args = args
+        torch.device(device)
+        super().__init__("cpu", *args, **settings)
         # By the optimizer itself and not its id, which a new one may get when an old one is gone.
         self._per_optimizer_states: dict[torch.optim.Optimizer, _OptimizerState] = defaultdict(_OptimizerState)
 

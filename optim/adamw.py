@@ -4,6 +4,8 @@ On a GPU a step is one launch of `kernels/adamw.py` for all parameters (float64 
 own fused C++ loop, one pass over memory where torch ops take nine.
 """
 
+from copy import deepcopy
+
 import torch
 from torch.optim.adamw import adamw as torch_adamw
 
@@ -16,6 +18,7 @@ FLAGS = {
     "amsgrad": False, "maximize": False, "foreach": None, "capturable": False, "differentiable": False, "fused": None,
     "decoupled_weight_decay": True,
 }  # fmt: skip
+MOMENTS = {"step", "exp_avg", "exp_avg_sq"}
 
 
 def adamw_step_cpu_(groups, grad_scale=None, found_inf=None, sq_norm=None, max_norm=None):
@@ -52,19 +55,24 @@ class AdamW(torch.optim.Optimizer):
         params: parameters, or dicts with `params` and their own hyperparameters.
         lr, betas, eps, weight_decay, maximize: as in torch; a step first multiplies parameters by 1 − lr·weight_decay.
         fused: None picks the fastest for the device, True also takes over unscaling, False runs the reference.
-        amsgrad: only False; the variant needs a fifth tensor for each parameter.
+        foreach: taken for torch's sake; a step is one pass over all parameters anyway.
+        amsgrad, differentiable, capturable: only False.
 
-    ValueError: a hyperparameter out of range, or `amsgrad` (in a state dict too). TypeError: a complex parameter.
+    ValueError: a hyperparameter out of range, or a flag that this class does not have (but a state dict may be
+    `capturable`). TypeError: a complex parameter.
     """
 
     writes_copies = True  # read by amp.MasterWeights: `step` takes `copies`
 
     def __init__(
         self, params, lr: float = 1e-3, betas: tuple[float, float] = (0.9, 0.999), eps: float = 1e-8,
-        weight_decay: float = 1e-2, fused: bool | None = None, *, maximize: bool = False, amsgrad: bool = False,
+        weight_decay: float = 1e-2, amsgrad: bool = False, *, maximize: bool = False, fused: bool | None = None,
+        foreach: bool | None = None, capturable: bool = False, differentiable: bool = False,
     ):  # fmt: skip
         rates = {"lr": lr, "betas": tuple(betas), "eps": eps, "weight_decay": weight_decay}
-        super().__init__(params, rates | FLAGS | {"amsgrad": amsgrad, "maximize": maximize, "fused": fused})
+        flags = {"amsgrad": amsgrad, "maximize": maximize, "fused": fused, "foreach": foreach,
+                 "capturable": capturable, "differentiable": differentiable}  # fmt: skip
+        super().__init__(params, rates | FLAGS | flags)
 
     def __setstate__(self, state: dict) -> None:
         super().__setstate__(state)
@@ -76,16 +84,19 @@ class AdamW(torch.optim.Optimizer):
         check_last_group(self)
 
     def load_state_dict(self, state_dict: dict) -> None:
-        """Load this class's or torch.optim.AdamW's state dict."""
+        """Load a copy of this class's or torch.optim.AdamW's state dict. ValueError: that of another optimizer."""
         for group in state_dict["param_groups"]:
             _check_group(group)
-        super().load_state_dict(state_dict)
+        for state in state_dict["state"].values():
+            if state and not state.keys() >= MOMENTS:
+                raise ValueError(f"state_dict must hold {', '.join(sorted(MOMENTS))}, got {', '.join(map(str, state))}")
+        super().load_state_dict(deepcopy(state_dict))
 
     @property
     def _step_supports_amp_scaling(self) -> bool:
         """Asked by GradScaler (torch's too): do steps unscale and skip by themselves?"""
-        group = self.param_groups[0]
-        return backend(group["params"][0]) != "torch" if group["fused"] is None else group["fused"]
+        fused, param = self.param_groups[0]["fused"], next((p for g in self.param_groups for p in g["params"]), None)
+        return param is not None and backend(param) != "torch" if fused is None else fused
 
     @torch.no_grad()
     def step(self, closure=None, *, max_norm: float | None = None, copies: dict | None = None):
@@ -150,7 +161,7 @@ def check_last_group(optimizer: torch.optim.Optimizer) -> None:
     """Refuse the parameter group that was added last, and then without leaving it behind."""
     group = optimizer.param_groups[-1]
     try:
-        _check_group(group)
+        _check_group(group, "amsgrad", "differentiable", "capturable")
         for param in group["params"]:
             if param.is_complex():
                 raise TypeError(f"params must be real, got {param.dtype}")
@@ -159,8 +170,8 @@ def check_last_group(optimizer: torch.optim.Optimizer) -> None:
         raise
 
 
-def _check_group(group: dict) -> None:
-    for flag in ("amsgrad", "differentiable"):
+def _check_group(group: dict, *flags: str) -> None:
+    for flag in flags or ("amsgrad", "differentiable"):
         if group.get(flag):
             raise ValueError(f"{flag} must be False, got {group[flag]!r}: this AdamW does not have it")
     for name in ("lr", "eps", "weight_decay"):

@@ -9,6 +9,7 @@ very first update (k = 0) a no-op; here it moves the weights by half of what the
 transformers' `get_cosine_schedule_with_warmup`; past T that one would climb again, this one stays.
 """
 
+import copy
 import math
 from dataclasses import dataclass
 
@@ -40,7 +41,7 @@ class _WarmupCosine:
 class _Schedule(LambdaLR):
     def load_state_dict(self, state_dict: dict) -> None:
         """Also hand the rate to the optimizer, which torch leaves to whoever loads the optimizer's state."""
-        super().load_state_dict(state_dict)
+        super().load_state_dict(copy.deepcopy(state_dict))
         for group, lr in zip(self.optimizer.param_groups, self.get_last_lr(), strict=True):
             group["lr"] = lr
 

@@ -188,10 +188,11 @@ class ZeroOptimizer(torch.optim.Optimizer):
         return norm
 
     @torch.no_grad()
-    def step(self, closure=None, *, max_norm: float | None = None):
+    def step(self, closure=None, *, max_norm: float | None = None, **kwargs):
         """Update this rank's shards, and under stages 1 and 2 gather the new parameters; all ranks must call it.
 
         Returns `closure`'s value. The global norm is clipped to `max_norm`, after unscaling if that is left to it.
+        Further keywords are the inner optimizer's.
         """
         loss = torch.enable_grad()(closure)() if closure else None
         if not self.reduction.settled:  # no gradient came on this rank, or all of them under no_sync
@@ -214,7 +215,9 @@ class ZeroOptimizer(torch.optim.Optimizer):
         if max_norm is not None:
             self._clip(grads, max_norm)
         del grads  # FP32 ones are not to outlive the update
-        self.inner.step()
+        self.inner.step(**kwargs)
+        for group, ours in zip(self.param_groups, self.inner.param_groups, strict=True):
+            group.update(hyperparameters(ours))  # an optimizer may count there
         for shard in moved:
             if shard.master is not shard.value:
                 shard.value.copy_(shard.master)
