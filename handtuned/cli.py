@@ -47,11 +47,8 @@ class Parser(argparse.ArgumentParser):
 
 def hyphenated(words: list[str]) -> list[str]:
     """`--learning_rate=1e-3` → `--learning-rate=1e-3`: both spellings are in people's fingers."""
-    out = []
-    for word in words:
-        name, equals, value = word.partition("=")
-        out.append(name.replace("_", "-") + equals + value if name.startswith("--") else word)
-    return out
+    split = (word.partition("=") if word.startswith("--") else ("", "", word) for word in words)
+    return [name.replace("_", "-") + equals + value for name, equals, value in split]
 
 
 def main(words: list[str] | None = None) -> int:
@@ -90,7 +87,8 @@ def main(words: list[str] | None = None) -> int:
     except (RuntimeError, MemoryError) as error:
         if not _is_out_of_memory(error):
             raise
-        _fail(command, f"out of memory: {_first_sentence(error)}{ADVICE.get(command, '')}", error)
+        first_sentence = re.split(r"(?<=[a-zB])\. |\n", str(error))[0]
+        _fail(command, f"out of memory: {first_sentence}{ADVICE.get(command, '')}", error)
         return 1
     except KeyboardInterrupt:
         print("\nstopped", file=sys.stderr)
@@ -110,15 +108,10 @@ def _is_out_of_memory(error: Exception) -> bool:
     return known or "not enough memory" in str(error) or "can't allocate memory" in str(error)
 
 
-def _first_sentence(error: Exception) -> str:
-    return re.split(r"(?<=[a-zB])\. |\n", str(error))[0]
-
-
 def _fail(command: str, message: str, error: Exception) -> int:
     if os.environ.get("HANDTUNED_DEBUG"):
         raise error
-    line = " ".join(message.split())
-    print(f"handtuned {command}: error: {line}", file=sys.stderr)
+    print(f"handtuned {command}: error: {' '.join(message.split())}", file=sys.stderr)
     return 2
 
 

@@ -19,6 +19,7 @@ from .quant import NF4Linear
 from .training import data
 from .training.evaluation import CausalLM, end_tokens
 from .training.models import add_adapter_flags, choose_device, load_base, load_with_adapter
+from .training.settings import in_use
 
 PROBE_ROWS = 32
 
@@ -36,7 +37,7 @@ def add_arguments(parser) -> None:
 
 def run(args) -> int:
     out = Path(args.out)
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+    if in_use(out):
         raise ValueError(f"--out {out} exists already and is not empty")
     model, tokenizer, record = load_with_adapter(args)
     probe = _probe(args.data or record.get("eval_data"), tokenizer)

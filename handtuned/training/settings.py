@@ -7,6 +7,7 @@ import math
 import os
 import re
 from dataclasses import dataclass, field
+from pathlib import Path
 
 METHODS = ("qlora", "lora")
 DTYPES = ("auto", "float32", "bfloat16", "float16")
@@ -127,10 +128,23 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
                             help=text, metavar=metavar, **options)  # fmt: skip
 
 
-def differences(now: dict, before: dict) -> list[str]:
-    """Which typed settings disagree with those, read from JSON, of a run that is to be continued."""
-    plain = {name: list(value) if isinstance(value, tuple) else value for name, value in now.items() if name in before}
-    return [f"{flag(name)} was {before[name]}, now {now[name]}" for name in plain if plain[name] != before[name]]
+def in_use(path: Path) -> bool:
+    """Whether something stands there that must not be written over: a file, or a directory that is not empty."""
+    return path.exists() and (not path.is_dir() or any(path.iterdir()))
+
+
+def resumed(what: str, typed: dict, saved: dict, **free) -> FinetuneSettings:
+    """The saved settings of a run or a study (`what`) that is to be continued, but for those that are `free`.
+
+    Raises:
+        ValueError: a setting was typed again (`typed`) and differs.
+    """
+    now = {name: getattr(FinetuneSettings(**{name: value}), name) for name, value in typed.items() if name not in free}
+    plain = {name: list(value) if isinstance(value, tuple) else value for name, value in now.items() if name in saved}
+    changed = [f"{flag(name)} was {saved[name]}, now {now[name]}" for name in plain if plain[name] != saved[name]]
+    if changed:
+        raise ValueError(f"--resume goes on with the {what}'s own settings: {'; '.join(changed)}")
+    return FinetuneSettings(**saved | free)
 
 
 def next_output_dir(root: str = "handtuned-out") -> str:
