@@ -77,7 +77,7 @@ def main(words: list[str] | None = None) -> int:
     except ModuleNotFoundError as error:
         if error.name is None or error.name.startswith(__package__):
             raise
-        extra = "tune" if error.name == "optuna" else "finetune"
+        extra = {"optuna": "tune", "datasets": "data", "pyarrow": "data"}.get(error.name, "finetune")
         return _fail(command, f'{error.name} is not installed; pip install "handtuned[{extra}]" brings it', error)
     except BrokenPipeError:  # `handtuned … | head`: nobody reads on
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -85,7 +85,7 @@ def main(words: list[str] | None = None) -> int:
     except (ValueError, TypeError, OSError) as error:
         return _fail(command, str(error), error)
     except (RuntimeError, MemoryError) as error:
-        if not _is_out_of_memory(error):
+        if not is_out_of_memory(error):
             raise
         first_sentence = re.split(r"(?<=[a-zB])\. |\n", str(error))[0]
         _fail(command, f"out of memory: {first_sentence}{ADVICE.get(command, '')}", error)
@@ -102,7 +102,7 @@ def _make_printing_safe() -> None:
             stream.reconfigure(line_buffering=True, errors="backslashreplace")
 
 
-def _is_out_of_memory(error: Exception) -> bool:
+def is_out_of_memory(error: Exception) -> bool:
     """On a GPU torch has a class for it; on a CPU there is the text alone."""
     known = type(error).__name__ in ("OutOfMemoryError", "MemoryError")
     return known or "not enough memory" in str(error) or "can't allocate memory" in str(error)

@@ -11,12 +11,16 @@ their score of the winner is not flattered by the choice.
 
 import argparse
 import dataclasses
+import gc
 import json
 import math
 import shlex
 import time
 from pathlib import Path
 
+import torch
+
+from .cli import is_out_of_memory
 from .nn.files import write_json
 from .nn.inject import lora_parameters
 from .nn.merge import unload
@@ -24,6 +28,7 @@ from .nn.multi import linear_layers
 from .training import logging, loop
 from .training import trials as reports
 from .training.checkpoints import changed_marks
+from .training.evaluation import finite
 from .training.models import add_adapters, choose_device, load_base_and_rows, save_with_record
 from .training.settings import FinetuneSettings, add_flags, in_use, resumed
 from .training.trials import SEARCHED
@@ -110,14 +115,14 @@ def tune(settings: FinetuneSettings, trials: int, minutes: float | None = None, 
     if not study.trials:
         study.enqueue_trial({name: runner.space.start[name] for name in search}, user_attrs={"first": True})
     _try_again(study)
-    done = sum(trial.state.is_finished() and trial.state.name != "FAIL" for trial in study.trials)
+    done = sum(t.state.is_finished() and (t.state.name != "FAIL" or "failed" in t.user_attrs) for t in study.trials)
     # The seed depends on how many there are: a resumed study goes its own way, but the same one each time.
     study.sampler = optuna.samplers.TPESampler(seed=settings.seed + done, n_startup_trials=5)
     print(f"{trials - done} trials of up to {steps} steps, judged after {', '.join(map(str, runner.rungs))}; "
           f"{len(runner.choosing)} held-out rows choose, {len(runner.untouched)} are kept for the verdict")  # fmt: skip
     if trials > done:
         study.optimize(runner.run, n_trials=trials - done, timeout=None if minutes is None else 60 * minutes,
-                       callbacks=[reports.print_trial])  # fmt: skip
+                       catch=TrialFailed, callbacks=[reports.print_trial])  # fmt: skip
     result = reports.summary(study)
     write_json(directory / "trials.json", result)
     reports.draw_pareto(result, directory / "pareto.png")
@@ -126,16 +131,23 @@ def tune(settings: FinetuneSettings, trials: int, minutes: float | None = None, 
 
 
 def _try_again(study) -> None:
-    """Put trials that were stopped in the middle, by a kill or Ctrl-C, back in the queue, each once."""
+    """Put trials that were stopped in the middle, by a kill or Ctrl-C, back in the queue, each once.
+
+    Not those that failed for a reason of their own, which is "failed" among their attributes.
+    """
     from optuna.trial import TrialState
 
     for trial in study.get_trials(states=[TrialState.RUNNING]):
         study.tell(trial.number, state=TrialState.FAIL)
     queued = {trial.user_attrs.get("again") for trial in study.trials}
     for trial in study.get_trials(states=[TrialState.FAIL]):
-        if trial.number not in queued:
+        if trial.number not in queued and "failed" not in trial.user_attrs:
             known = {"first": trial.user_attrs.get("first", False), "again": trial.number}
             study.enqueue_trial(trial.params, user_attrs=known)
+
+
+class TrialFailed(Exception):
+    """A trial cannot be finished with its settings, today or another day."""
 
 
 class Space:
@@ -188,7 +200,12 @@ class TrialRunner:
         self.space = Space(settings, search, self.base.model)
 
     def run(self, trial) -> float:
-        """One trial: its loss on the choosing rows. Raises optuna.TrialPruned when it is stopped early."""
+        """One trial: its loss on the choosing rows.
+
+        Raises:
+            optuna.TrialPruned: it is stopped early.
+            TrialFailed: it ran out of memory, or its loss is not finite.
+        """
         import optuna
 
         settings, model = self.space.suggest(trial, self.settings), self.base.model
@@ -198,15 +215,22 @@ class TrialRunner:
         try:
             training = loop.prepare(self.base, settings, settings.max_steps)
             loss = self._train(trial, settings, training)
-            trial.set_user_attr("untouched", training.lm.score(self.untouched))
+            trial.set_user_attr("untouched", finite(training.lm.score(self.untouched)))
             finished = trial.study.get_trials(states=[optuna.trial.TrialState.COMPLETE])
             if all(loss < other.value for other in finished):
                 save_with_record(model, Path(settings.output_dir) / "best", self.base.record)
             return loss
-        except loop.Diverged as error:
-            raise optuna.TrialPruned from error
+        except (loop.Diverged, RuntimeError, MemoryError) as error:
+            if not (isinstance(error, loop.Diverged) or is_out_of_memory(error)):
+                raise
+            why = str(error) if isinstance(error, loop.Diverged) else "out of memory"
+            trial.set_user_attr("failed", why)
+            raise TrialFailed(why) from None
         finally:
             unload(model)
+            gc.collect()  # what an error still held
+            if torch.cuda.is_available():
+                torch.cuda.empty_cache()
 
     def _train(self, trial, settings: FinetuneSettings, training: loop.Training) -> float:
         """All steps, with the choosing rows scored at each rung; returns the last loss on them."""
@@ -222,7 +246,9 @@ class TrialRunner:
                 bar.set_postfix_str(f"loss {row['loss']:.4f}")
                 if step in self.rungs:
                     scores = training.lm.score(self.choosing)
-                    loss = scores["loss"] if math.isfinite(scores["loss"]) else math.inf
+                    loss = scores["loss"]
+                    if not math.isfinite(loss):
+                        raise loop.Diverged(f"step {step}: the loss on held-out rows is {loss:g}")
                     trial.report(loss, step)
                     trial.set_user_attr("exact_match", scores["exact_match"])
                     trial.set_user_attr("seconds_a_step", seconds / step)

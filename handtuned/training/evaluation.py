@@ -102,6 +102,11 @@ def rates(loss: float, tokens: float, correct: float, exact: float, rows: float)
     return {"loss": loss / tokens, "token_accuracy": correct / tokens, "exact_match": exact / rows, "rows": int(rows)}
 
 
+def finite(scores: dict) -> dict:
+    """The same for JSON, which holds no NaN: None for what is not finite."""
+    return {name: value if math.isfinite(value) else None for name, value in scores.items()}
+
+
 def generate(model, tokenizer, chats: list[list[dict]], max_new_tokens: int = 48, **sampling) -> list[str]:
     """Answer chats, greedily unless `sampling` says otherwise; all of them in one left-padded batch.
 
@@ -130,7 +135,13 @@ def generate(model, tokenizer, chats: list[list[dict]], max_new_tokens: int = 48
     with evaluating(model):
         out = model.generate(input_ids=ids, attention_mask=mask, pad_token_id=pad,
                              max_new_tokens=min(max_new_tokens, context - width), **options)  # fmt: skip
-    return [tokenizer.decode(row[width:], skip_special_tokens=True).strip() for row in out]
+    return [_written(prompt, row[width:].tolist(), tokenizer) for prompt, row in zip(prompts, out, strict=True)]
+
+
+def _written(prompt: list[int], ids: list[int], tokenizer) -> str:
+    """New text without special tokens, its first white space kept, which some tokenizers show within a text alone."""
+    known, text = (tokenizer.decode(part, skip_special_tokens=True) for part in (prompt, prompt + ids))
+    return text[len(known) :] if text.startswith(known) else tokenizer.decode(ids, skip_special_tokens=True)
 
 
 def end_tokens(model, tokenizer) -> list[int] | None:
@@ -148,8 +159,10 @@ def evaluate(world, lm: CausalLM, tokenizer, held_out: data.EncodedRows, results
         results: gets `when`: scores or None, and in "answers" one dict per prompt with `when`: the model's answer.
         when: "before" or "after" training.
     """
-    results[when] = score(world, lm, held_out.examples, f"held-out, {when:6}")
-    whole = (chat for chat, example in zip(held_out.rows, held_out.examples, strict=True) if not example.cut)
+    scores = score(world, lm, held_out.examples, f"held-out, {when:6}")
+    results[when] = scores and finite(scores)
+    whole = (chat for chat, example in zip(held_out.rows, held_out.examples, strict=True)
+             if not example.cut and len(chat) > 1)  # fmt: skip
     shown = list(itertools.islice(whole, SHOWN_PROMPTS))
     answers = results.setdefault(
         "answers", [{"prompt": as_text(chat[-2]), "expected": as_text(chat[-1])} for chat in shown]

@@ -207,7 +207,8 @@ def summary(results: dict, directory: Path) -> str:
         lines.append(f"held-out rows ({after['rows']})   before      after")
         for name, text, form in (("exact_match", "exact match", ".1%"), ("token_accuracy", "right tokens", ".1%"),
                                  ("loss", "loss", ".4f")):  # fmt: skip
-            lines.append(f"  {text:18} {before[name]:>9{form}} {after[name]:>10{form}}")
+            was, now = ("not finite" if side[name] is None else f"{side[name]:{form}}" for side in (before, after))
+            lines.append(f"  {text:18} {was:>9} {now:>10}")
     for entry in results["answers"]:
         lines += ["", *(f"{part:9} {_short(entry[part])}" for part in ("prompt", "expected", "before", "after"))]
     prompt = _short(results["answers"][0]["prompt"]) if results["answers"] else "…"

@@ -94,14 +94,23 @@ def train_step(
     scale = scaler.get_scale()
     scaler.step(optimizer)
     scaler.update()
-    if scaler.get_scale() >= scale:  # a step that overflowed was skipped; so is its place in the schedule
+    skipped = scaler.get_scale() < scale  # after an overflow; so is its place in the schedule
+    training.skipped = training.skipped + 1 if skipped else 0
+    if not skipped:
         training.schedule.step()
+        training.moved = training.moved or grad_norm > 0
     optimizer.zero_grad(set_to_none=True)
+    if training.skipped == SKIPPED:
+        raise Diverged(f"the last {SKIPPED} steps overflowed, down to a loss scale of {scaler.get_scale():g}, and were "
+                       f"skipped (loss {loss:g})")  # fmt: skip
     return loss, grad_norm
 
 
+SKIPPED = 20  # overflows in a row that end a run; the first loss scale, 2^16, is below 1 after 17
+
+
 class Diverged(ValueError):
-    """The loss or its gradient is not finite any more."""
+    """The loss or its gradient is not finite any more, or no step has changed anything."""
 
 
 @dataclass
@@ -114,6 +123,8 @@ class Training:
     scaler: GradScaler
     dtype: torch.dtype = torch.float32  # of the computation
     world: World = field(default_factory=World)
+    skipped: int = 0  # the latest steps in a row that overflowed
+    moved: bool = False  # a step has changed the adapters
 
 
 def optimizer_steps(settings: FinetuneSettings, rows: int, ranks: int) -> int:
@@ -151,6 +162,7 @@ def train(
     training.lm.model.train()
     world, size, seed = training.world, settings.per_device_train_batch_size, settings.seed
     rows_per_step = size * settings.gradient_accumulation_steps * world.size
+    training.moved = training.schedule.last_epoch > 0
     for step in range(first, total):
         started = time.perf_counter()
         rows = [examples[i] for i in batch_indices(step, len(examples), rows_per_step, seed)]
@@ -161,16 +173,26 @@ def train(
             loss, grad_norm = train_step(training, batches, answer_tokens, settings.max_grad_norm)
         except Diverged as error:
             with world.shared_errors():
-                raise Diverged(
-                    f"step {step + 1}: {error}: training cannot go on; a lower --learning-rate than "
-                    f"{training.schedule.base_lrs[0]:g} is what most often helps"
-                ) from None
+                raise Diverged(f"step {step + 1}: {error}: training cannot go on; {_advice(training)}") from None
         tokens = sum(len(row.input_ids) for row in rows)
+        if step + 1 == total and not training.moved:
+            with world.shared_errors():
+                raise Diverged(
+                    f"step {total}: no step has changed the adapters (loss {loss:g}, gradient {grad_norm:g}, loss "
+                    f"scale {training.scaler.get_scale():g}); {_advice(training)}"
+                )
         yield {
             "step": step + 1, "epoch": round((step + 1) * rows_per_step / len(examples), 4), "loss": loss,
             "learning_rate": learning_rate, "grad_norm": grad_norm, "answer_tokens": answer_tokens,
             "tokens_per_second": round(tokens / (time.perf_counter() - started), 1),
         }  # fmt: skip
+
+
+def _advice(training: Training) -> str:
+    lower = f"a lower --learning-rate than {training.schedule.base_lrs[0]:g}"
+    if training.scaler.is_enabled():
+        return f"what helps is a --dtype of wider range (bfloat16, float32) or {lower}"
+    return f"{lower} is what most often helps"
 
 
 def _micro_batches(rows: list[Example], size: int, device: torch.device, world: World, seed: tuple) -> Iterator:

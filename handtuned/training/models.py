@@ -248,8 +248,12 @@ def load_base_and_rows(settings: FinetuneSettings, device: torch.device, place: 
     learnt, held_out = encode_chats(chats, eval_chats, tokenizer, settings)
     examples = learnt.examples
     marks = {"base": fingerprint(model), "codes": fingerprint(model, scales=False), "data": digest(examples)}
-    record = {"model": settings.model, "method": settings.method, "fingerprint": marks["base"],
-              "system_prompt": shared_system_prompt(chats), "eval_data": eval_file, "versions": versions()}  # fmt: skip
+    record = {
+        "model": settings.model, "method": settings.method, "dtype": str(dtype).removeprefix("torch."),
+        "fingerprint": marks["base"], "system_prompt": shared_system_prompt(chats), "eval_data": eval_file,
+        "max_seq_length": longest, "columns": settings.columns, "train_on": settings.train_on,
+        "skip_bad_rows": settings.skip_bad_rows, "versions": versions(),
+    }  # fmt: skip
     return Base(model, tokenizer, device, dtype, examples, held_out, marks, record)
 
 
@@ -265,7 +269,7 @@ def add_adapter_flags(parser) -> None:
     parser.add_argument("--adapter", required=True, metavar="DIR", help="directory that finetune (or peft) wrote")
     parser.add_argument("--model", help="base model (default: the one the adapter was trained on)")
     parser.add_argument("--method", choices=METHODS, help="base in NF4 (qlora) or as it is (default: as in training)")
-    parser.add_argument("--dtype", default="auto", choices=DTYPES, help="compute dtype (default: auto)")
+    parser.add_argument("--dtype", default="auto", choices=DTYPES, help="compute dtype (default: as in training)")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N (default: auto)")
 
 
@@ -301,7 +305,8 @@ def load_with_adapter(args) -> tuple[torch.nn.Module, object, dict]:
         raise ValueError(f"{args.adapter} does not name its base model; give it with --model")
     device = choose_device(args.device)
     method = args.method or record.get("method", "lora")
-    model, tokenizer = load_base(base, method, choose_dtype(args.dtype, device), device)
+    dtype = record.get("dtype", "auto") if args.dtype == "auto" else args.dtype
+    model, tokenizer = load_base(base, method, choose_dtype(dtype, device), device)
     trained_on = record.get("fingerprint")
     if trained_on and trained_on != fingerprint(model):
         print("warning: this base model is not, bit for bit, the one that the adapter was trained on", file=sys.stderr)

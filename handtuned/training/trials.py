@@ -15,7 +15,8 @@ SEARCHED = ("lora_r", "lora_alpha", "learning_rate", "target_modules", "lora_dro
 def print_trial(study, trial) -> None:
     """A line when a trial ends."""
     last = max(trial.intermediate_values, default=0)
-    state = {"COMPLETE": "finished", "FAIL": "failed"}.get(trial.state.name, f"stopped after {last} steps")
+    why = f"failed: {trial.user_attrs.get('failed', '')}"
+    state = {"COMPLETE": "finished", "FAIL": why}.get(trial.state.name, f"stopped after {last} steps")
     loss = trial.intermediate_values.get(last, math.nan)
     print(f"trial {trial.number:3}  loss {loss:.4f}  {state:22} {_short(trial.user_attrs.get('settings', {}))}")
 
@@ -24,16 +25,19 @@ def summary(study) -> dict:
     """A study of Optuna's as plain data: see `tune.tune`."""
     rows = []
     for trial in study.trials:
-        if not trial.intermediate_values:
+        failed = trial.user_attrs.get("failed")
+        if not (trial.intermediate_values or failed):
             continue
-        last = max(trial.intermediate_values)
+        last = max(trial.intermediate_values, default=0)
         known = {name: trial.user_attrs.get(name) for name in
                  ("first", "settings", "exact_match", "untouched", "bytes", "seconds_a_step")}  # fmt: skip
         rows.append({"number": trial.number, "state": trial.state.name.lower(), "steps": last,
-                     "loss": trial.intermediate_values[last], **known})  # fmt: skip
+                     "loss": trial.intermediate_values.get(last), **known,
+                     **({"failed": failed} if failed else {})})  # fmt: skip
     finished = [row for row in rows if row["state"] == "complete"]
     if not finished:
-        raise ValueError("no trial was finished; give the search more --minutes")
+        failed = [f"trial {row['number']} failed: {row['failed']}" for row in rows if "failed" in row]
+        raise ValueError(f"no trial was finished; {failed[0] if failed else 'give the search more --minutes'}")
     best = min(finished, key=lambda row: row["loss"])
     first = next((row for row in finished if row["first"]), best)
     return {"best": best, "first": first, "trials": rows}
