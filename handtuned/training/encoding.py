@@ -17,6 +17,7 @@ The answer begins where the marked chat and the marked prompt part, and ends wit
 the whole chat and in the chat up to this turn alike.
 """
 
+import contextlib
 import datetime
 import json
 import re
@@ -32,6 +33,7 @@ from .formats import Chat
 
 SHOWN, ANSWER, CALL = "\ufdd0", "\ufdd1", "\ufdd2"  # ▸, ▪, and a call's name: reserved never to be characters
 TODAY = datetime.date(2024, 7, 26)  # for templates that write the date: runs must not depend on the clock
+NOW = re.compile(r"strftime_now\(\s*([\"'])(.*?)\1\s*\)")
 
 # For a tokenizer without a chat template. `bos` is empty where the tokenizer itself writes none.
 PLAIN_TEMPLATE = (
@@ -65,7 +67,12 @@ def encode_prompt(chat: Chat, tokenizer) -> list[int]:
 
     The template's own generation prompt, but for what it opens and no answer shows: thinking that was not learnt.
     """
-    return _ids(_prompt(chat, tokenizer), tokenizer)
+    text, starts = _prompt(chat, tokenizer), []
+    with contextlib.suppress(DataError):
+        answered = _render(chat, tokenizer)
+        turns = [turn for turn, message in enumerate(chat) if message["role"] == "assistant"]
+        starts = [_answer(chat, turn, answered, tokenizer)[0] for turn in turns]
+    return _tokenize(text, starts, tokenizer)[0]
 
 
 def end_of_turn(tokenizer) -> int | None:
@@ -112,7 +119,8 @@ def encode(chat: Chat, tokenizer, max_seq_length: int | None = None, train_on: s
                 last = len(ids) + 1  # with an end of sequence
             if chat[turn].get("weight") != 0:
                 learnt[first : ends[-1] if ends else last] = True
-        follows = ids[:first] == _ids(answers[turns[-1]][3], tokenizer)  # `first` is the last turn's
+        *before, (*_, prompt) = answers.values()
+        follows = ids[:first] == _tokenize(prompt, [start for start, *_ in before], tokenizer)[0]
         if train_on == "all":
             learnt[:-1] = True
     if learnt[-1] and tokenizer.eos_token_id is not None and not (ids and _is_special(ids[-1], tokenizer)):
@@ -154,7 +162,9 @@ def _render(chat: Chat, tokenizer, **options) -> str:
             raise DataError("the tokenizer has neither a chat template nor an end-of-sequence token")
         writes_bos = tokenizer("a")["input_ids"][:1] == [tokenizer.bos_token_id]
         options |= {"chat_template": PLAIN_TEMPLATE, "bos": tokenizer.bos_token if writes_bos else ""}
-    options["strftime_now"] = TODAY.strftime
+    else:
+        template = tokenizer.get_chat_template(tools=options.get("tools"))
+        options["chat_template"] = NOW.sub(lambda call: repr(TODAY.strftime(call[2])), template)
 
     def write(messages: list[dict]) -> str:
         try:
