@@ -22,7 +22,7 @@ from pathlib import Path
 
 MOST_ROW = 2**24  # characters
 MOST_DOCUMENT = 2**28
-BOMB = 2**26, 100  # unpacked bytes from which on the ratio of unpacked to packed ones is looked at, and its limit
+BOMB = 2**22, 100  # unpacked bytes from which on the ratio of unpacked to packed ones is looked at, and its limit
 TABLES = {".csv": ",", ".tsv": "\t"}
 SUFFIXES = {".json", ".jsonl", ".ndjson", ".txt", ".parquet", ".arrow", *TABLES}
 # An object that is no row itself but holds a list of rows, behind numbers and texts at most.
@@ -35,6 +35,9 @@ Place = tuple[str, object]  # "FILE:LINE" or the like, and a row, or the DataErr
 
 class DataError(ValueError):
     """Data that cannot be learnt from. The message is one line and names the place."""
+
+    def __init__(self, text: str):
+        super().__init__(" ".join(text.splitlines()))
 
 
 def read_places(source: str | Path) -> Iterator[Place]:
@@ -131,17 +134,20 @@ def _columns(file: io.BufferedReader, name: str, parquet: bool) -> Iterator[Plac
     import pyarrow.parquet
 
     file = file if file.seekable() else io.BytesIO(file.read())
+    # One thread: on a damaged file others may still be at work when the process ends.
     if parquet:
-        batches = pyarrow.parquet.ParquetFile(file).iter_batches(batch_size=256)
+        batches = pyarrow.parquet.ParquetFile(file, pre_buffer=False).iter_batches(batch_size=256, use_threads=False)
     else:
+        options = pyarrow.ipc.IpcReadOptions(use_threads=False)
         try:
-            reader = pyarrow.ipc.open_file(file)
+            reader = pyarrow.ipc.open_file(file, options=options)
             batches = map(reader.get_batch, range(reader.num_record_batches))
         except pyarrow.ArrowInvalid:  # as `datasets` writes them
             file.seek(0)
-            batches = pyarrow.ipc.open_stream(file)
+            batches = pyarrow.ipc.open_stream(file, options=options)
     number = 0
     for batch in batches:
+        batch.validate(full=True)  # else a damaged file may be read beyond its end
         for row in batch.to_pylist():
             number += 1
             yield f"{name}: row {number}", row
