@@ -11,7 +11,6 @@ import numpy as np
 from .copies import Groups
 from .memory import EVERYONE
 from .order import Order
-from .registers import UNWRITTEN
 from .shared import Shared
 from .types import U32
 
@@ -39,7 +38,7 @@ class Batch:
         self.programs, self.threads = len(ids), launch.kernel.threads
         x, y, _ = launch.grid
         self.coordinates = [c[:, None].astype(U32) for c in (ids % x, ids // x % y, ids // (x * y))]
-        self.values = [UNWRITTEN] * launch.machine.registers
+        self.values = list(launch.machine.unwritten)
         self.pc, self.mask, self.elsewhere, self.polling = 0, None, {}, {}
         self.at_barrier, self.arrived = {}, {}
         self.ended = False  # whether some threads have returned
@@ -64,7 +63,7 @@ class Batch:
         def part(a):
             if isinstance(a, np.ndarray):
                 return a[keep] if a.shape[0] == n and n > 1 else a
-            return a if a is None or a is UNWRITTEN else a.select(keep, new)
+            return a if a is None else a.select(keep, new)
 
         other.programs, other.ids, other._lanes = len(keep), self.ids[keep], {}
         other.coordinates = [c[keep] for c in self.coordinates]

@@ -57,6 +57,14 @@ def _arithmetic(m, pc, i):
         inner = function
         function = lambda *args: inner(*args).astype(f"{t.kind}{width}")  # noqa: E731
     always = i.guard is None
+
+    def spread(undefined):
+        """Any undefined bit of a number makes all of the result undefined, in f16x2 and f32x2 all of its half."""
+        bits = 8 * (width or t.itemsize)
+        halves = (0, bits // 2) if i.op.endswith("x2") and i.parts[0] != "cvt" else (0,)
+        ones = (1 << bits // len(halves)) - 1
+        return sum(ones << at for at in halves if any(u & ones << at for u in undefined))
+
     if len(reads) == 1:
         (first,) = reads
         compute = lambda values: function(first(values))  # noqa: E731
@@ -65,6 +73,8 @@ def _arithmetic(m, pc, i):
         compute = lambda values: function(first(values), second(values))  # noqa: E731
     else:
         compute = lambda values: function(*[read(values) for read in reads])  # noqa: E731
+
+    compute = m.tolerant(compute, operands, spread)
 
     def run(b):
         values = b.values
@@ -108,7 +118,7 @@ class Machine(Registers):
 
     Attributes:
         blocks: by the index of their first instruction.
-        registers: how many there are; `wgmma_registers`, `wgmma_slots`: those that wgmma works on.
+        unwritten: what registers hold at first; `wgmma_registers`, `wgmma_slots`: those that wgmma works on.
         shared_piece, global_piece: bytes of memory that are watched as one.
         executes: False if it uses Blackwell's tensor cores (tcgen05), which are not emulated.
     """
@@ -125,7 +135,7 @@ class Machine(Registers):
         self.executes = not any(i.parts[0] == "tcgen05" for i in kernel.code)
         self.wgmma_slots = [self.slot(name) for name in self.wgmma_registers]
         self.blocks = self._blocks()
-        self.registers = len(self.slots)
+        self.unwritten = self.fresh()
 
     def _translate(self, pc, i):
         """An unknown instruction stops the launch only where it is reached."""

@@ -35,6 +35,37 @@ def both(a, b):
     return b if a is None else a if b is None else a & b
 
 
+class UndefinedRead(RuntimeError):
+    """A value is needed that no instruction wrote."""
+
+
+class Undefined:
+    """What a register holds of which some bits were never written.
+
+    LLVM leaves a register undefined where its value cannot matter: for Blackwell it joins two of 32 bits into one of
+    64, and later takes a half out again. So such a register may be moved, split and computed with, which spreads what
+    is undefined. Whoever needs its value (memory, a branch, a tensor core) asks for its dtype, and is stopped. Where
+    threads have parted, POISON stands for the undefined bits, and they are not followed further.
+
+    Attributes:
+        value: an array, POISON where it is undefined.
+        bits: those that are undefined, as a mask.
+    """
+
+    def __init__(self, value, bits):
+        self.value, self.bits = value, bits
+
+    @property
+    def dtype(self):
+        raise UndefinedRead
+
+    view = shape = dtype
+
+    def select(self, keep, new):
+        alike = self.value.shape[0] == 1  # for all programs
+        return self if alike else Undefined(self.value[keep], self.bits)
+
+
 class Registers:
     """Gives each register of a kernel a slot, and makes the functions that read and write it.
 
@@ -46,6 +77,33 @@ class Registers:
 
     def slot(self, name: str) -> int:
         return self.slots.setdefault(name, len(self.slots))
+
+    def fresh(self):
+        """What the registers hold at first."""
+        widths = [self.kernel.width(name) or 8 for name in self.slots]
+        kinds = {width: PRED if width == 1 else UNSIGNED[width] for width in set(widths)}
+        unwritten = {width: Undefined(poison_as(kind), (1 << 8 * width) - 1) for width, kind in kinds.items()}
+        return [unwritten[width] for width in widths]
+
+    def tolerant(self, compute, operands, spread):
+        """compute, a function of the values, made to go on where bits of the operands (registers) are undefined.
+
+        Args:
+            spread: turns the undefined bits of each operand into those of the result.
+        """
+        names = [o.lstrip("!") if isinstance(o, str) else "" for o in operands]
+        slots = [self.slot(name) if self.kernel.width(name) else None for name in names]
+
+        def run(values):
+            try:
+                return compute(values)
+            except UndefinedRead:
+                met = [None if s is None else values[s] for s in slots]
+                bits = spread([v.bits if isinstance(v, Undefined) else 0 for v in met])
+                result = compute([v.value if isinstance(v, Undefined) else v for v in values])
+                return Undefined(result, bits) if bits else result
+
+        return run
 
     def _constant(self, operand, dtype):
         if isinstance(operand, FloatBits):
@@ -115,25 +173,8 @@ class Registers:
 
         def write(batch, value, mask):
             if mask is not None:
-                old = batch.values[slot]
-                if old is UNWRITTEN:
-                    old = poison_as(value.dtype)
-                elif old.dtype is not value.dtype:
-                    old = old.view(value.dtype)
-                value = np.where(mask, value, old)
+                old, value = (v.value if isinstance(v, Undefined) else v for v in (batch.values[slot], value))
+                value = np.where(mask, value, old if old.dtype is value.dtype else old.view(value.dtype))
             batch.values[slot] = value
 
         return write
-
-
-class _Unwritten:
-    """What a register holds before it is written."""
-
-    @property
-    def dtype(self):
-        raise RuntimeError("the machine code reads a register before it writes it")
-
-    view = dtype
-
-
-UNWRITTEN = _Unwritten()
