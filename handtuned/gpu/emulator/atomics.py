@@ -100,6 +100,7 @@ def atomic(m, pc, i):
         access = Access(b, i, at, mask, word.itemsize * count, whole_programs=True)
         if access.address.size == 0:
             return
+        b.acted[pc] = access
         values = [np.stack([access.gather(read(b.values)) for read in group], axis=1).view(t) for group in reads]
         if shared:
             old = _shared(b, access, operation, values, t)

@@ -9,8 +9,7 @@ others in `elsewhere` until the paths meet again: a real warp does just that, an
 import numpy as np
 
 from .copies import Groups
-from .memory import EVERYONE
-from .order import Order
+from .order import EVERYONE, Order
 from .shared import Shared
 from .types import U32
 
@@ -31,6 +30,7 @@ class Batch:
         local: (P, T, bytes) memory of each thread; arguments: of the call that comes next (see calls.py).
         unfenced: slot → mask of threads that touched this register of wgmma since their last wgmma.fence.
         steps: blocks of instructions run so far.
+        acted: index of a store or atomic → its last Access; suspects: for readers.py.
     """
 
     def __init__(self, launch, ids):
@@ -50,6 +50,7 @@ class Batch:
         self.local, self.arguments = None, {}
         self.unfenced = dict.fromkeys(launch.machine.wgmma_slots)
         self.steps, self.moved = 0, True
+        self.acted, self.suspects = {}, {}
         self._lanes = {}
 
     def select(self, keep):
@@ -79,6 +80,7 @@ class Batch:
         other.order = self.order.select(keep)
         if self.shared:
             other.shared = self.shared.select(keep, other.order)
+        other.acted, other.suspects = dict(self.acted), {k: list(v) for k, v in self.suspects.items()}
         other.unfenced = {slot: part(m) for slot, m in self.unfenced.items()}
         return other
 

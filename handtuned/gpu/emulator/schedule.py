@@ -10,6 +10,7 @@ import numpy as np
 
 from .calls import stop
 from .fault import KernelFault, Unsupported
+from .readers import settle
 from .registers import UndefinedRead
 from .types import U32
 
@@ -205,6 +206,7 @@ def run_batch(b, machine, memory):
             continue
         if b.polling or b.at_barrier:
             _deadlock(b, machine.kernel.code)
+        settle(b)
         return []
     return [b]
 
