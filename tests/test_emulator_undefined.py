@@ -29,8 +29,12 @@ def result(body):
         "mov.b64 {%r2, _}, %d23;",
         "mov.b32 {%h1, %h2}, %r1;\nmov.b32 %r3, {%h9, %h2};\nmov.b32 {_, %h4}, %r3;\nmov.b32 %r2, {%h1, %h4};",
         "add.s32 %r3, %r99, 1;\nsetp.ne.s32 %p1, %r3, 0;\nmov.b32 %r2, %r1;",  # computed, not used
+        "and.b32 %r3, %r99, 0;\nor.b32 %r2, %r3, %r1;",
+        "shl.b32 %r3, %r1, 16;\nprmt.b32 %r4, %r3, %r99, 0x7632;\nmov.b32 {%h1, _}, %r4;\n"
+        "shr.u32 %r5, %r1, 16;\ncvt.u16.u32 %h2, %r5;\nmov.b32 %r2, {%h1, %h2};",
+        "setp.eq.s32 %p1, %r1, %r1;\nselp.b32 %r2, %r1, %r99, %p1;",  # chosen by no thread
     ],
-    ids=["low", "both", "high", "moved", "pairs", "of 16 bits", "not used"],
+    ids=["low", "both", "high", "moved", "pairs", "of 16 bits", "not used", "masked", "bytes", "not chosen"],
 )
 def test_undefined_halves_that_do_not_matter(body):
     x, y = result(body)
@@ -43,13 +47,14 @@ def test_undefined_halves_that_do_not_matter(body):
         "mov.b32 %r2, %r99;",
         JOIN + "mov.b64 {_, %r2}, %d20;",
         JOIN + "add.rn.f32x2 %d21, %d20, %d20;\nmov.b64 {_, %r2}, %d21;",
-        "mov.b64 %d21, {%r1, 0};\n" + JOIN + "add.s64 %d22, %d20, %d21;\nmov.b64 {%r2, _}, %d22;",  # a carry
+        "mov.b64 %d20, {%r99, %r1};\nadd.s64 %d22, %d20, 0xF0000000;\nmov.b64 {_, %r2}, %d22;",
         "add.s32 %r2, %r99, 1;",
         "add.s32 %r3, %r1, %r99;\nxor.b32 %r2, %r3, 5;",
         "mov.b32 {%h1, %h2}, %r1;\nmov.b32 %r2, {%h1, %h9};",
-        "setp.eq.s32 %p1, %r99, 0;\nselp.b32 %r2, %r1, 7, %p1;",
+        "setp.eq.s32 %p1, %r99, 7;\nselp.b32 %r2, %r1, 7, %p1;",
+        "prmt.b32 %r2, %r1, %r99, 0x7210;",
     ],
-    ids=["moved", "high", "pairs", "carry", "sum", "sum of a sum", "of 16 bits", "predicate"],
+    ids=["moved", "high", "pairs", "carry", "sum", "sum of a sum", "of 16 bits", "predicate", "one byte"],
 )
 def test_undefined_bits_that_reach_memory(body):
     with pytest.raises(KernelFault, match="a register is used that no instruction wrote") as caught:

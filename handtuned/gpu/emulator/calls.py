@@ -27,6 +27,12 @@ def set_parameter(m, i):
     return run
 
 
+def _local(b, m):
+    if b.local is None:
+        b.local = np.zeros((b.programs, b.threads, -(-m.kernel.local_bytes // 8) * 8), U8)
+    return b.local
+
+
 def store_local(m, i):
     registers = i.args[1] if isinstance(i.args[1], list) else [i.args[1]]
     width = type_of(i.op).itemsize
@@ -36,11 +42,28 @@ def store_local(m, i):
     def run(b):
         where = np.broadcast_to(address(b.values), (b.programs, b.threads))
         access = Access(b, i, where, both(b.mask, guard(b.values)), width * len(registers), whole_programs=True)
-        if b.local is None:
-            b.local = np.zeros((b.programs, b.threads, m.kernel.local_bytes), U8)
-        words = b.local.view(UNSIGNED[width])
+        words = _local(b, m).view(UNSIGNED[width])
         for j, read in enumerate(reads):
             words[access.program, access.thread, access.address // width + j] = access.gather(read(b.values))
+
+    return run
+
+
+def load_local(m, i):
+    registers = i.args[0] if isinstance(i.args[0], list) else [i.args[0]]
+    width = type_of(i.op).itemsize
+    address, guard = address_of(m, i.args[1], U32, i), m.guard(i)
+    writes = [m.destination(r) for r in registers]
+    wide = [UNSIGNED[max(width, m.kernel.width(r) or 0)] for r in registers]
+
+    def run(b):
+        mask = both(b.mask, guard(b.values))
+        where = np.broadcast_to(address(b.values), (b.programs, b.threads))
+        access = Access(b, i, where, mask, width * len(registers), whole_programs=True)
+        words = _local(b, m).view(UNSIGNED[width])
+        for j, write in enumerate(writes):
+            got = words[access.program, access.thread, access.address // width + j]
+            write(b, access.scatter(got.astype(wide[j])), mask)
 
     return run
 

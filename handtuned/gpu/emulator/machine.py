@@ -30,8 +30,12 @@ def _store(m, pc, i):
     return access.store(m, pc, i)
 
 
+def _load(m, pc, i):
+    return calls.load_local(m, i) if i.parts[1] == "local" else access.load(m, pc, i)
+
+
 HANDLERS = {
-    "ld": access.load, "st": _store, "atom": atomics.atomic, "red": atomics.atomic, "cp": copies.copy,
+    "ld": _load, "st": _store, "atom": atomics.atomic, "red": atomics.atomic, "cp": copies.copy,
     "mov": move.move, "cvta": move.convert_address, "call": calls.call,
     "shfl": warp.shuffle, "redux": warp.reduce, "vote": warp.vote, "elect": warp.elect, "activemask": warp.active,
     "match": warp.match, "mma": tensor.multiply, "ldmatrix": tensor.load_matrix, "stmatrix": tensor.store_matrix,
@@ -41,13 +45,28 @@ HANDLERS = {
 }  # fmt: skip
 
 
+def _compare_halves(m, i, operation, targets, operands):
+    """setp.lt.f16x2 p|q: a predicate of each half."""
+    if i.parts[0] != "setp" or not i.op.endswith("x2"):
+        raise Unsupported(i, "two results")
+    reads = [m.source(operand, t, i) for operand, t in zip(operands, operation.sources, strict=True)]
+    writes, guard = [m.destination(target) for target in targets], m.guard(i)
+
+    def run(b):
+        mask, halves = both(b.mask, guard(b.values)), operation.function(*[read(b.values) for read in reads])
+        for half, write in enumerate(writes):
+            write(b, halves[:, half::2], mask)
+
+    return run
+
+
 def _arithmetic(m, pc, i):
     operation = alu.find(i.op, len(i.args) - 1)
     if operation is None or isinstance(i.args[0], list):
         raise Unsupported(i)
     target, *operands = i.args
     if isinstance(target, tuple):
-        raise Unsupported(i, "two results")
+        return _compare_halves(m, i, operation, target, operands)
     if len(operands) != len(operation.sources):
         raise Unsupported(i, "number of operands")
     reads = [m.source(operand, t, i) for operand, t in zip(operands, operation.sources, strict=True)]
@@ -57,14 +76,6 @@ def _arithmetic(m, pc, i):
         inner = function
         function = lambda *args: inner(*args).astype(f"{t.kind}{width}")  # noqa: E731
     always = i.guard is None
-
-    def spread(undefined):
-        """Any undefined bit of a number makes all of the result undefined, in f16x2 and f32x2 all of its half."""
-        bits = 8 * (width or t.itemsize)
-        halves = (0, bits // 2) if i.op.endswith("x2") and i.parts[0] != "cvt" else (0,)
-        ones = (1 << bits // len(halves)) - 1
-        return sum(ones << at for at in halves if any(u & ones << at for u in undefined))
-
     if len(reads) == 1:
         (first,) = reads
         compute = lambda values: function(first(values))  # noqa: E731
@@ -74,7 +85,7 @@ def _arithmetic(m, pc, i):
     else:
         compute = lambda values: function(*[read(values) for read in reads])  # noqa: E731
 
-    compute = m.tolerant(compute, operands, spread)
+    compute = m.tolerant(compute)
 
     def run(b):
         values = b.values
@@ -179,6 +190,7 @@ class Launch:
     def __init__(self, machine: Machine, parameters: dict, grid, memory: Global, shared_bytes: int):
         self.machine, self.kernel, self.parameters, self.grid = machine, machine.kernel, parameters, grid
         self.memory, self.shared_bytes = memory, shared_bytes
+        memory.include([*machine.tables.values()])
         self.tally, self.block_runs, self._costs = Tally(machine.kernel), {}, {}
 
     def remembered(self, cost, table, mask, nbytes):

@@ -130,6 +130,12 @@ class Global:
         self.handovers = Handovers()
         self._add(tensors)
 
+    def include(self, tensors):
+        """More tensors that may be touched."""
+        if tensors:
+            self.tensors = [*self.tensors, *tensors]
+            self._add(self.tensors)
+
     def _add(self, tensors):
         """Regions for these tensors; what earlier regions recorded is kept where they did not grow."""
         known = {(region.start, region.end): region for region in self.regions}

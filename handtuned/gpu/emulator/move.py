@@ -19,7 +19,7 @@ def _pack(m, i, parts, write, guard):
             value = value | (read(values).astype(whole) << whole.type(bits * j))
         return value
 
-    joined = m.tolerant(join, parts, lambda undefined: sum(u << bits * j for j, u in enumerate(undefined)))
+    joined = m.tolerant(join)
     return lambda b: write(b, joined(b.values), both(b.mask, guard(b.values)))
 
 
@@ -29,8 +29,7 @@ def _unpack(m, i, parts, guard):
     read, bits = m.source(i.args[1], whole, i), 8 * part.itemsize
 
     def piece(at):
-        return m.tolerant(lambda values: (read(values) >> whole.type(at)).astype(part), i.args[1:],
-                          lambda undefined: undefined[0] >> at & (1 << bits) - 1)  # fmt: skip
+        return m.tolerant(lambda values: (read(values) >> whole.type(at)).astype(part))
 
     pieces = [(m.destination(name), piece(bits * j)) for j, name in enumerate(parts)]
 

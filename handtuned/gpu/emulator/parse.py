@@ -25,7 +25,7 @@ _PARAM = re.compile(
 )
 _SHARED = re.compile(r"\.shared\s+\.align\s+\d+\s+\.b8\s+(\w+)\[(\d*)\]")
 _LOCAL = re.compile(r"\.local\s+\.align\s+\d+\s+\.b8\s+\w+\[(\d+)\]")
-_TEXT = re.compile(r"\.global\s+\.align\s+1\s+\.b8\s+(\w+)\[\d+\]\s*=\s*\{([\d,\s]*)\}")
+_DATA = re.compile(r"\.(?:global|const)\s+\.align\s+(\d+)\s+\.b8\s+([\w$]+)\[\d+\]\s*=\s*\{([\d,\s]*)\}")
 _FILE = re.compile(r'\.file\s+(\d+)\s+"([^"]*)"(?:\s+"([^"]*)")?')
 _LOC = re.compile(r"\s*\.loc\s+(\d+)\s+(\d+)\s+\d+[^/]*(?://.*?(@.*))?")
 _CALLER = re.compile(r"([^\s\[\]@:]+):(\d+):\d+")
@@ -85,6 +85,7 @@ class Kernel:
         shared: (name, bytes) of shared arrays; 0 bytes is the one whose size the launch gives.
         local_bytes: of a thread's own memory.
         texts: of the messages that it prints, in the order of `text_names`.
+        tables: name → bytes of the constants that it reads from memory.
     """
 
     name: str
@@ -97,6 +98,7 @@ class Kernel:
     local_bytes: int
     text_names: list
     texts: list
+    tables: dict
 
     def width(self, name) -> int | None:
         """Bytes of a register; None if `name` is none."""
@@ -238,6 +240,9 @@ def parse(ptx: str) -> Kernel:
     code, labels, widths = _body(body, files)
     params = [(kind, param, int(size or 0)) for kind, param, size in _PARAM.findall(params)]
     shared = [(array, int(size or 0)) for array, size in _SHARED.findall(text)]
-    texts = {n: bytes(map(int, codes.split(","))).rstrip(b"\0").decode() for n, codes in _TEXT.findall(text)}
+    data = {name: (align, bytes(map(int, codes.split(",")))) for align, name, codes in _DATA.findall(text)}
+    texts = {name: codes.rstrip(b"\0").decode() for name, (align, codes) in data.items() if align == "1"}
+    tables = {name: codes for name, (align, codes) in data.items() if align != "1"}
     local_bytes = sum(map(int, _LOCAL.findall(text)))
-    return Kernel(name, params, threads, code, labels, widths, shared, local_bytes, list(texts), list(texts.values()))
+    return Kernel(name, params, threads, code, labels, widths, shared, local_bytes, list(texts), list(texts.values()),
+                  tables)  # fmt: skip

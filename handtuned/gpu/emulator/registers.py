@@ -13,6 +13,7 @@ numpy broadcasts them against each other, so an address computation that no prog
 """
 
 import numpy as np
+import torch
 
 from .fault import Unsupported
 from .parse import FloatBits, Kernel
@@ -43,17 +44,14 @@ class Undefined:
     """What a register holds of which some bits were never written.
 
     LLVM leaves a register undefined where its value cannot matter: for Blackwell it joins two of 32 bits into one of
-    64, and later takes a half out again. So such a register may be moved, split and computed with, which spreads what
-    is undefined. Whoever needs its value (memory, a branch, a tensor core) asks for its dtype, and is stopped. Where
-    threads have parted, POISON stands for the undefined bits, and they are not followed further.
-
-    Attributes:
-        value: an array, POISON where it is undefined.
-        bits: those that are undefined, as a mask.
+    64, and later takes a half out again; Triton fills up what inline assembly works on together. So such a register
+    may be moved, split and computed with. It has two values, which differ in the undefined bits; what comes out the
+    same for both is defined (but no comparison is). Whoever needs its value (memory, a branch, a tensor core) asks for
+    its dtype, and is stopped. Where threads have parted, the first value stands for both.
     """
 
-    def __init__(self, value, bits):
-        self.value, self.bits = value, bits
+    def __init__(self, one, other):
+        self.one, self.other = one, other
 
     @property
     def dtype(self):
@@ -62,8 +60,8 @@ class Undefined:
     view = shape = dtype
 
     def select(self, keep, new):
-        alike = self.value.shape[0] == 1  # for all programs
-        return self if alike else Undefined(self.value[keep], self.bits)
+        alike = self.one.shape[0] == 1  # for all programs
+        return self if alike else Undefined(self.one[keep], self.other[keep])
 
 
 class Registers:
@@ -74,6 +72,8 @@ class Registers:
 
     def __init__(self, kernel: Kernel):
         self.kernel, self.slots = kernel, {}
+        self.tables = {name: torch.frombuffer(bytearray(codes), dtype=torch.uint8).clone()
+                       for name, codes in kernel.tables.items()}  # fmt: skip
 
     def slot(self, name: str) -> int:
         return self.slots.setdefault(name, len(self.slots))
@@ -81,27 +81,23 @@ class Registers:
     def fresh(self):
         """What the registers hold at first."""
         widths = [self.kernel.width(name) or 8 for name in self.slots]
-        kinds = {width: PRED if width == 1 else UNSIGNED[width] for width in set(widths)}
-        unwritten = {width: Undefined(poison_as(kind), (1 << 8 * width) - 1) for width, kind in kinds.items()}
-        return [unwritten[width] for width in widths]
+        poison = {width: poison_as(PRED if width == 1 else UNSIGNED[width]) for width in set(widths)}
+        return [Undefined(poison[width], ~poison[width]) for width in widths]
 
-    def tolerant(self, compute, operands, spread):
-        """compute, a function of the values, made to go on where bits of the operands (registers) are undefined.
-
-        Args:
-            spread: turns the undefined bits of each operand into those of the result.
-        """
-        names = [o.lstrip("!") if isinstance(o, str) else "" for o in operands]
-        slots = [self.slot(name) if self.kernel.width(name) else None for name in names]
+    @staticmethod
+    def tolerant(compute):
+        """`compute`, a function of the values, made to go on where they are undefined."""
 
         def run(values):
             try:
                 return compute(values)
             except UndefinedRead:
-                met = [None if s is None else values[s] for s in slots]
-                bits = spread([v.bits if isinstance(v, Undefined) else 0 for v in met])
-                result = compute([v.value if isinstance(v, Undefined) else v for v in values])
-                return Undefined(result, bits) if bits else result
+                one = compute([v.one if isinstance(v, Undefined) else v for v in values])
+                if one.dtype == PRED:
+                    return Undefined(one, ~one)
+                other = compute([v.other if isinstance(v, Undefined) else v for v in values])
+                bits = UNSIGNED[one.itemsize]
+                return one if (one.view(bits) == other.view(bits)).all() else Undefined(one, other)
 
         return run
 
@@ -118,6 +114,8 @@ class Registers:
         """The address of an array that the kernel declares; None if `name` is none."""
         if name in self.kernel.text_names:
             return TEXT_BASE + self.kernel.text_names.index(name)
+        if name in self.tables:
+            return self.tables[name].data_ptr()
         if name.startswith("__local_depot"):
             return 0
         at = SHARED_BASE
@@ -173,7 +171,7 @@ class Registers:
 
         def write(batch, value, mask):
             if mask is not None:
-                old, value = (v.value if isinstance(v, Undefined) else v for v in (batch.values[slot], value))
+                old, value = (v.one if isinstance(v, Undefined) else v for v in (batch.values[slot], value))
                 value = np.where(mask, value, old if old.dtype is value.dtype else old.view(value.dtype))
             batch.values[slot] = value
 
