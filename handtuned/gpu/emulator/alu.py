@@ -98,8 +98,8 @@ def _integer(base, parts, kind):
         return Operation(_SIGNED_TOO[base], [t, t], t)
     if base in _UNARY:
         return Operation(_UNARY[base], [t], t)
-    if base in _TO_U32 and "shiftamt" not in parts:
-        return Operation(_TO_U32[base], [t], U32)
+    if base in _TO_U32:
+        return Operation(integers.shift_amount if "shiftamt" in parts else _TO_U32[base], [t], U32)
     return {
         "bfe": Operation(integers.bit_field, [t, U32, U32], t),
         "bfi": Operation(integers.insert_field, [unsigned, unsigned, U32, U32], unsigned),

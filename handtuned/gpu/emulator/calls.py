@@ -1,8 +1,8 @@
-"""The two functions that Triton's kernels call: `tl.device_print` calls vprintf, `tl.device_assert` __assertfail.
+"""The two functions that a GPU brings along: `tl.device_print` calls vprintf, `tl.device_assert` __assertfail.
 
-All else is inlined. A call takes its arguments from parameters that `st.param` wrote just before. vprintf wants the
-address of a format and that of a block of values, each aligned to its size, which the thread has put into its local
-memory: memory that only this thread sees, and the only use that Triton makes of it.
+All else is inlined (see inline.py). A call takes its arguments from parameters that `st.param` wrote just before.
+vprintf wants the address of a format and that of a block of values, each aligned to its size, which the thread has put
+into its local memory: memory that only this thread sees.
 """
 
 import re
@@ -29,7 +29,8 @@ def set_parameter(m, i):
 
 def _local(b, m):
     if b.local is None:
-        b.local = np.zeros((b.programs, b.threads, -(-m.kernel.local_bytes // 8) * 8), U8)
+        size = sum(-(-size // 16) * 16 for _, size in m.kernel.local)
+        b.local = np.zeros((b.programs, b.threads, size), U8)
     return b.local
 
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from . import access, alu, atomics, calls, copies, mbarrier, move, schedule, tensor, tma, warp, wgmma
+from . import access, alu, atomics, calls, carry, copies, mbarrier, move, schedule, tensor, tma, warp, wgmma
 from .batch import Batch
 from .counters import Tally
 from .fault import Unsupported
@@ -37,6 +37,7 @@ def _load(m, pc, i):
 HANDLERS = {
     "ld": _load, "st": _store, "atom": atomics.atomic, "red": atomics.atomic, "cp": copies.copy,
     "mov": move.move, "cvta": move.convert_address, "call": calls.call,
+    "addc": carry.carry, "subc": carry.carry, "madc": carry.carry,
     "shfl": warp.shuffle, "redux": warp.reduce, "vote": warp.vote, "elect": warp.elect, "activemask": warp.active,
     "match": warp.match, "mma": tensor.multiply, "ldmatrix": tensor.load_matrix, "stmatrix": tensor.store_matrix,
     "wgmma": wgmma.wgmma, "mbarrier": mbarrier.mbarrier, "tensormap": tma.tensormap, "fence": tma.fence,
@@ -61,6 +62,8 @@ def _compare_halves(m, i, operation, targets, operands):
 
 
 def _arithmetic(m, pc, i):
+    if "cc" in i.parts:
+        return carry.carry(m, pc, i)
     operation = alu.find(i.op, len(i.args) - 1)
     if operation is None or isinstance(i.args[0], list):
         raise Unsupported(i)

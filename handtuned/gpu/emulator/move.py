@@ -86,6 +86,8 @@ def move(m, pc, i):
             write(b, b.values[slot], both(b.mask, guard(b.values)))
 
         return copy
+    if of in [name for _, name, _ in m.kernel.params]:  # the address of a parameter: a tensor map
+        return lambda b: write(b, b.launch.parameters[of], both(b.mask, guard(b.values)))
     value = m.source(of, type_of(i.op), i)
     return lambda b: write(b, value(b.values), both(b.mask, guard(b.values)))
 

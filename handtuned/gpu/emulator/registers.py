@@ -116,13 +116,12 @@ class Registers:
             return TEXT_BASE + self.kernel.text_names.index(name)
         if name in self.tables:
             return self.tables[name].data_ptr()
-        if name.startswith("__local_depot"):
-            return 0
-        at = SHARED_BASE
-        for other, size in sorted(self.kernel.shared, key=lambda array: array[1] == 0):  # the dynamic one comes last
-            if other == name:
-                return at
-            at += size
+        shared = sorted(self.kernel.shared, key=lambda array: array[1] == 0)  # the dynamic one comes last
+        for arrays, at in ((self.kernel.local, 0), (shared, SHARED_BASE)):
+            for other, size in arrays:
+                if other == name:
+                    return at
+                at += -(-size // 16) * 16
         return None
 
     def source(self, operand, dtype, i):
@@ -149,7 +148,15 @@ class Registers:
         if width < dtype.itemsize:
             raise Unsupported(i, f"a {8 * width}-bit register read as {8 * dtype.itemsize} bits")
         unsigned = UNSIGNED[width]  # st and cvt take the low bits of a wider register
-        return lambda values: values[slot].view(unsigned).astype(UNSIGNED[dtype.itemsize]).view(dtype)
+        low = self.tolerant(lambda values: values[slot].view(unsigned).astype(UNSIGNED[dtype.itemsize]).view(dtype))
+
+        def read_low(values):
+            value = low(values)
+            if isinstance(value, Undefined):
+                raise UndefinedRead
+            return value
+
+        return read_low
 
     def guard(self, i):
         """A function of the values that gives the mask of an instruction's guard; None: everyone."""
