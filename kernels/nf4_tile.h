@@ -1,0 +1,165 @@
+/* The decode and the tile loop of nf4_cpu.c, written once and read for each kind of operand. Before each reading
+ * nf4_cpu.c says what the kind is:
+ *
+ *   OF(f), TARGET     the name of f for this kind; the instructions that its functions may use
+ *   number, vector    an operand, and a register of TERMS of them
+ *   sums              a register of LANES fp32 sums
+ *   table_type        the 16 levels times a scale, ready for looking codes up
+ *
+ * and how to scale levels, look codes up, load fewer operands than TERMS, multiply and add, and how to zip: of two
+ * registers a and b to make the first or the second half of a₀ b₀ a₁ b₁ …
+ */
+
+#define FUNCTION static inline __attribute__((always_inline, target(TARGET)))
+#define KERNEL static __attribute__((target(TARGET)))
+
+FUNCTION vector OF(load)(const number *from)
+{
+    vector v;
+    memcpy(&v, from, sizeof v);
+    return v;
+}
+
+/* Values i … i + n - 1 of W, of which each `run` has one scale. It is the levels that are scaled and rounded, once a
+ * run; then one permutation is a register of values. */
+FUNCTION void OF(decode)(const weight *w, int64_t i, int64_t n, const int run, int rounding, number *to)
+{
+    float scales[RUNS];
+    const uint8_t *codes = w->packed + i / 2;
+    load_scales(w, i, n, run, scales);
+    for (int64_t part = 0; part < n / run; part++) {
+        const table_type table = OF(scaled)(w->levels, scales[part], rounding);
+#pragma GCC unroll 8
+        for (int done = 0; done < run; done += TERMS, codes += TERMS / 2, to += TERMS) {
+            const vector values = OF(lookup)(table, codes);
+            memcpy(to, &values, sizeof values);
+        }
+    }
+}
+
+KERNEL void OF(row)(const weight *w, int64_t i, int64_t n, int run, int rounding, void *to)
+{
+    const weight of = *w; /* a copy: nothing that is stored can change it */
+    if (run == 64)
+        OF(decode)(&of, i, n, 64, rounding, to);
+    else
+        OF(decode)(&of, i, n, 32, rounding, to);
+}
+
+/* 32 columns of W, which begin at value i, in n of its rows; each becomes a row of the panel. Squares of TERMS by TERMS
+ * values are transposed in registers: zipping register j with j + TERMS / 2, log₂ TERMS times, rotates the bits of
+ * (row, column) until the two have changed places. */
+KERNEL void OF(columns)(const weight *w, int64_t i, int64_t K, int64_t n, int rounding, void *panel)
+{
+    for (int64_t term = 0; term < n; term += TERMS) {
+        vector square[32 / TERMS][TERMS], zipped[TERMS];
+        memset(square, 0, sizeof square);
+        for (int64_t j = 0; j < at_most(n - term, TERMS); j++) {
+            const int64_t first = i + (term + j) * K;
+            const table_type table = OF(scaled)(w->levels, scale_of(w, block_of(first, w->block)), rounding);
+            for (int part = 0; part < 32 / TERMS; part++)
+                square[part][j] = OF(lookup)(table, w->packed + (first + part * TERMS) / 2);
+        }
+        for (int part = 0; part < 32 / TERMS; part++) {
+            vector *v = square[part];
+            for (int step = 1; step < TERMS; step *= 2) {
+#pragma GCC unroll 16
+                for (int j = 0; j < TERMS / 2; j++) {
+                    zipped[2 * j] = OF(zip)(v[j], v[j + TERMS / 2], 0);
+                    zipped[2 * j + 1] = OF(zip)(v[j], v[j + TERMS / 2], 1);
+                }
+                memcpy(v, zipped, sizeof zipped);
+            }
+            for (int j = 0; j < TERMS; j++)
+                memcpy((number *)panel + (part * TERMS + j) * STRIDE(number) + term, &v[j], sizeof v[j]);
+        }
+    }
+}
+
+/* totals (R, 4) += x (R, terms) · columns (4, terms)ᵀ. The columns lie in a panel, or, where there is none, as codes in
+ * W. Terms lie side by side in all registers, so a sum has LANES parts, which are added up at the end: those of all sums
+ * at once, by zipping two registers and adding the halves. */
+FUNCTION void OF(multiply)(
+    const int R, const number *x, int64_t x_stride, const number *panel, const coded *w, int64_t terms, float *totals)
+{
+    const int run = panel ? TERMS : 64;
+    sums sum[LANES];
+    float scales[4][RUNS], parts[LANES];
+    const uint8_t *codes[4];
+    int64_t term = 0;
+#pragma GCC unroll 16
+    for (int j = 0; j < LANES; j++)
+        sum[j] = (sums){0};
+    for (int c = 0; c < 4 && !panel; c++) {
+        const weight of = w->of; /* a copy: nothing that is stored can change it */
+        const int64_t first = w->first + at_most(c, w->columns - 1) * w->K; /* no column past the last is read */
+        codes[c] = of.packed + first / 2;
+        load_scales(&of, first, terms, run, scales[c]);
+    }
+    for (int64_t part = 0; term + run <= terms; part++) {
+        table_type table[4];
+#pragma GCC unroll 4
+        for (int c = 0; c < 4 && !panel; c++)
+            table[c] = OF(scaled)(w->of.levels, scales[c][part], w->rounding);
+#pragma GCC unroll 8
+        for (int done = 0; done < run; done += TERMS, term += TERMS) {
+            vector column[4];
+#pragma GCC unroll 4
+            for (int c = 0; c < 4; c++)
+                column[c] = panel ? OF(load)(panel + c * STRIDE(number) + term)
+                                  : OF(lookup)(table[c], codes[c] + (uint64_t)term / 2);
+#pragma GCC unroll 4
+            for (int r = 0; r < R; r++) {
+                const vector row = OF(load)(x + r * x_stride + term);
+#pragma GCC unroll 4
+                for (int c = 0; c < 4; c++)
+                    sum[4 * r + c] = OF(multiply_add)(row, column[c], sum[4 * r + c]);
+            }
+        }
+    }
+#pragma GCC unroll 4
+    for (int r = 0; r < R && term < terms; r++) { /* only from a panel */
+        const vector row = OF(load_some)(x + r * x_stride + term, terms - term);
+#pragma GCC unroll 4
+        for (int c = 0; c < 4; c++)
+            sum[4 * r + c] = OF(multiply_add)(row, OF(load)(panel + c * STRIDE(number) + term), sum[4 * r + c]);
+    }
+#pragma GCC unroll 4
+    for (int half = LANES / 2; half > 0; half /= 2)
+#pragma GCC unroll 8
+        for (int j = 0; j < half; j++)
+            sum[j] = OF(zip_sums)(sum[j], sum[j + half], 0) + OF(zip_sums)(sum[j], sum[j + half], 1);
+    const sums all = sum[0];
+    memcpy(parts, &all, sizeof all);
+    for (int r = 0; r < R; r++)
+        for (int c = 0; c < 4; c++)
+            totals[r * COLUMNS + c] += parts[4 * r + c];
+}
+
+KERNEL void OF(tile)(
+    int64_t R, const void *x, int64_t x_stride, const void *panel, const coded *w, int64_t terms, float *totals)
+{
+#define WITH_ROWS(R) \
+    (panel ? OF(multiply)(R, x, x_stride, panel, NULL, terms, totals) \
+           : OF(multiply)(R, x, x_stride, NULL, w, terms, totals))
+    if (R == 1)
+        WITH_ROWS(1);
+    else if (R == 2)
+        WITH_ROWS(2);
+    else
+        WITH_ROWS(LANES / 4);
+#undef WITH_ROWS
+}
+
+static const kind OF(kind) = {sizeof(number), LANES / 4, OF(row), OF(columns), OF(tile)};
+
+#undef FUNCTION
+#undef KERNEL
+#undef OF
+#undef TARGET
+#undef number
+#undef vector
+#undef sums
+#undef table_type
+#undef TERMS
+#undef LANES
