@@ -45,13 +45,13 @@ static inline float scale_of(const weight *w, int64_t j)
 }
 
 /* The product. y (M, columns) is made in tiles of 4 columns by 1, 2 or 4 rows, all of whose sums stay in registers.
- * A panel of W, up to 32 columns of y by 4 KiB of terms each, is decoded once into a buffer that a cache holds, and
+ * A panel of W, up to 64 columns of y by 4 KiB of terms each, is decoded once into a buffer that a cache holds, and
  * meets up to 512 rows of x. Every thread has columns of y to itself and decodes the part of W that belongs to them, so
  * W is never dense. A sum is taken in the same order whatever the threads, and whatever other rows x has.
  *
  * An adapter's low-rank term is the same product with S for x and B (or A) for W: further terms of the same sums.
  */
-#define COLUMNS 32
+#define COLUMNS 64
 #define BATCH 512
 #define BYTES 4096 /* of terms in a row of a panel; between rows 64 more, or all would share the same sets of a cache */
 #define STRIDE(number) ((BYTES + 64) / (int64_t)sizeof(number))
@@ -74,9 +74,10 @@ typedef struct {
 } coded;
 
 typedef struct {
-    int size, rows; /* bytes of an operand; most rows of a tile */
-    void (*row)(const weight *, int64_t i, int64_t n, int run, int rounding, void *to);
-    void (*columns)(const weight *, int64_t i, int64_t K, int64_t n, int rounding, void *panel);
+    int size, terms, rows; /* bytes of an operand; operands in a register; most rows of a tile */
+    void (*row)(const weight *, int64_t i, int64_t n, int run, int rounding, int zipped, void *to);
+    void (*unzip)(const void *from, int64_t n, void *to);
+    void (*columns)(const weight *, int64_t i, int64_t K, int64_t n, int64_t columns, int rounding, void *panel);
     void (*tile)(
         int64_t R, const void *x, int64_t x_stride, const void *panel, const coded *, int64_t terms, float *totals);
 } kind;
@@ -87,11 +88,6 @@ typedef struct {
 #define AVX2 "avx2,fma,f16c"
 #define AVX512 "avx512f,avx512bw,avx512vl"
 #define AVX512_BF16 AVX512 ",avx512bf16"
-
-/* 0 0 1 1 … 15 15: the bytes that codes stand in, the first of a pair in the upper four bits. A permutation reads as
- * many bits of an index as it needs and ignores the others. */
-static const uint8_t PAIRS[32] = {0, 0, 1, 1, 2,  2,  3,  3,  4,  4,  5,  5,  6,  6,  7,  7,
-                                  8, 8, 9, 9, 10, 10, 11, 11, 12, 12, 13, 13, 14, 14, 15, 15};
 
 /* fp32 operands, 8 at a time. A permutation has 8 entries: there are two, and the fourth bit of a code chooses. */
 typedef struct {
@@ -114,11 +110,10 @@ INLINE(AVX2) two_tables scaled_avx2(const float *levels, float scale, int roundi
     return (two_tables){rounded_avx2(low * s, rounding), rounded_avx2(high * s, rounding)};
 }
 
-INLINE(AVX2) __m256 lookup_avx2(two_tables table, const uint8_t *codes)
+INLINE(AVX2) __m256 lookup_avx2(two_tables table, const uint8_t *codes, const int even)
 {
-    int32_t word;
-    memcpy(&word, codes, 4);
-    const __m256i code = _mm256_srlv_epi32(_mm256_set1_epi32(word), _mm256_setr_epi32(4, 0, 12, 8, 20, 16, 28, 24));
+    const __m256i bytes = _mm256_cvtepu8_epi32(_mm_loadl_epi64((const __m128i *)codes));
+    const __m256i code = even ? _mm256_srli_epi32(bytes, 4) : bytes;
     const __m256 low = _mm256_permutevar8x32_ps(table.low, code), high = _mm256_permutevar8x32_ps(table.high, code);
     return _mm256_blendv_ps(low, high, (__m256)_mm256_slli_epi32(code, 28));
 }
@@ -146,6 +141,9 @@ INLINE(AVX2) __m256 zip_avx2(__m256 a, __m256 b, const int second)
 #define LANES 8
 #include "nf4_tile.h"
 
+static const uint8_t ZIP[32] = {0, 16, 1, 17, 2,  18, 3,  19, 4,  20, 5,  21, 6,  22, 7,  23,
+                                8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31};
+
 /* fp32 operands, 16 at a time. */
 INLINE(AVX512) __m512 scaled_avx512(const float *levels, float scale, int rounding)
 {
@@ -158,21 +156,18 @@ INLINE(AVX512) __m512 scaled_avx512(const float *levels, float scale, int roundi
     return rounding == FP32 ? v : _mm512_mask_mov_ps(cut, _mm512_cmp_ps_mask(v, v, _CMP_UNORD_Q), v);
 }
 
-INLINE(AVX512) __m512 lookup_avx512(__m512 table, const uint8_t *codes)
+INLINE(AVX512) __m512 lookup_avx512(__m512 table, const uint8_t *codes, const int even)
 {
-    int64_t word;
-    memcpy(&word, codes, 8);
-    const __m512i byte = _mm512_cvtepu8_epi32(_mm_loadu_si128((const __m128i *)PAIRS));
-    const __m512i bytes = _mm512_shuffle_epi8(_mm512_set1_epi64(word), byte);
-    return _mm512_permutexvar_ps(_mm512_srlv_epi32(bytes, _mm512_set1_epi64(4)), table);
+    const __m512i bytes = _mm512_cvtepu8_epi32(_mm_loadu_si128((const __m128i *)codes));
+    return _mm512_permutexvar_ps(even ? _mm512_srli_epi32(bytes, 4) : bytes, table);
 }
 
 INLINE(AVX512) __m512 load_some_avx512(const float *from, int n) { return _mm512_maskz_loadu_ps((1u << n) - 1, from); }
 
 INLINE(AVX512) __m512 zip_avx512(__m512 a, __m512 b, const int second)
 {
-    const __m512i lane = _mm512_cvtepu8_epi32(_mm_loadu_si128((const __m128i *)(PAIRS + 16 * second)));
-    return _mm512_permutex2var_ps(a, _mm512_add_epi32(lane, _mm512_set1_epi64(16ll << 32)), b);
+    const __m128i lanes = _mm_loadu_si128((const __m128i *)(ZIP + 16 * second));
+    return _mm512_permutex2var_ps(a, _mm512_cvtepu8_epi32(lanes), b);
 }
 #define zip_sums_avx512 zip_avx512
 #define multiply_add_avx512 _mm512_fmadd_ps
@@ -195,12 +190,10 @@ INLINE(AVX512_BF16) __m512i scaled_bf16(const float *levels, float scale, int ro
     return (__m512i)_mm512_cvtne2ps_pbh(v, v); /* twice: a look-up of 32 reads five bits */
 }
 
-INLINE(AVX512_BF16) __m512i lookup_bf16(__m512i table, const uint8_t *codes)
+INLINE(AVX512_BF16) __m512i lookup_bf16(__m512i table, const uint8_t *codes, const int even)
 {
-    const __m512i byte = _mm512_cvtepu8_epi16(_mm256_loadu_si256((const __m256i *)PAIRS));
-    const __m512i bytes = _mm512_shuffle_epi8(
-        _mm512_broadcast_i32x4(_mm_loadu_si128((const __m128i *)codes)), byte);
-    return _mm512_permutexvar_epi16(_mm512_srlv_epi16(bytes, _mm512_set1_epi32(4)), table);
+    const __m512i bytes = _mm512_cvtepu8_epi16(_mm256_loadu_si256((const __m256i *)codes));
+    return _mm512_permutexvar_epi16(even ? _mm512_srli_epi16(bytes, 4) : bytes, table);
 }
 
 INLINE(AVX512_BF16) __m512i load_some_bf16(const uint16_t *from, int n)
@@ -210,8 +203,10 @@ INLINE(AVX512_BF16) __m512i load_some_bf16(const uint16_t *from, int n)
 
 INLINE(AVX512_BF16) __m512i zip_bf16(__m512i a, __m512i b, const int second)
 {
-    const __m512i lane = _mm512_cvtepu8_epi16(_mm256_loadu_si256((const __m256i *)PAIRS));
-    return _mm512_permutex2var_epi16(a, _mm512_add_epi16(lane, _mm512_set1_epi32((32 << 16) + second * 0x100010)), b);
+    const __m512i lanes = _mm512_cvtepu8_epi16(_mm256_loadu_si256((const __m256i *)ZIP)); /* one bit of ZIP too few: */
+    const __m512i b_lanes = _mm512_and_si512(lanes, _mm512_set1_epi16(16));
+    return _mm512_permutex2var_epi16(
+        a, _mm512_add_epi16(_mm512_sub_epi16(lanes, b_lanes), _mm512_set1_epi32((32 << 16) + second * 0x100010)), b);
 }
 
 INLINE(AVX512_BF16) __m512 multiply_add_bf16(__m512i a, __m512i b, __m512 sum)
@@ -261,7 +256,7 @@ void handtuned_nf4_dequantize(const weight *w, float *out, int64_t n, int level,
     for (int64_t start = 0; start < n; start += piece) {
         const int64_t end = at_most(start + piece, n), whole = fast ? end / 32 * 32 : start;
         if (fast)
-            fast->row(w, start, whole - start, 32, FP32, out + start);
+            fast->row(w, start, whole - start, 32, FP32, 1, out + start);
         for (int64_t i = whole; i < end; i++)
             out[i] = w->levels[i % 2 ? w->packed[i / 2] & 15 : w->packed[i / 2] >> 4] * scale_of(w, block_of(i, w->block));
     }
@@ -302,14 +297,20 @@ static void add_products(
 /* See nf4_product_native in nf4_cpu.py. b[o * b_column + j * b_rank] belongs to column o of y. */
 void handtuned_nf4_product(
     const weight *w, int64_t N, int64_t K, int transposed, int level, int rounding, const void *x, int64_t x_stride,
-    int64_t M, const void *bias, const float *s, const float *b, int64_t rank, int64_t b_column, int64_t b_rank,
-    float scale, void *y, int threads)
+    int64_t M, void *unzipped, const void *bias, const float *s, const float *b, int64_t rank, int64_t b_column,
+    int64_t b_rank, float scale, void *y, int threads)
 {
     const kind *k = KINDS[level], *low = KINDS[at_most(level, 2)];
-    const int64_t width = transposed ? N : K, terms = transposed ? K : N;
-    const int run = run_of(w, K);
-    const int64_t units = (width + COLUMNS - 1) / COLUMNS;
-    const int few = transposed && M <= k->rows && run == 64; /* then decoding goes straight into the sums */
+    const int64_t width = transposed ? N : K, terms = transposed ? K : N, share = (width + threads - 1) / threads;
+    const int run = run_of(w, K), few = transposed && M <= k->rows && run == 64; /* then there is no panel */
+    const int64_t most = few ? 4 : transposed ? at_most(COLUMNS, (share + 3) / 4 * 4) : COLUMNS;
+    const int64_t units = (width + most - 1) / most;
+    if (transposed) {
+#pragma omp parallel for num_threads(threads) if (M * K > 32768)
+        for (int64_t m = 0; m < M; m++)
+            k->unzip((const char *)x + m * x_stride * k->size, K, (char *)unzipped + m * K * k->size);
+        x = unzipped, x_stride = K;
+    }
 #pragma omp parallel num_threads(threads)
     {
         char panel[COLUMNS * STRIDE(char)] __attribute__((aligned(64)));
@@ -317,12 +318,12 @@ void handtuned_nf4_product(
         const int64_t thread = omp_get_thread_num(), count = omp_get_num_threads();
         for (int64_t top = 0; top < M; top += BATCH)
             for (int64_t unit = units * thread / count; unit < units * (thread + 1) / count; unit++) {
-                const int64_t rows = at_most(M - top, BATCH), column = unit * COLUMNS;
-                const int64_t there = at_most(width - column, COLUMNS); /* the others are computed and not stored */
+                const int64_t rows = at_most(M - top, BATCH), column = unit * most;
+                const int64_t there = at_most(width - column, most); /* what a tile has beside them is not stored */
                 memset(totals, 0, rows * COLUMNS * sizeof(float));
                 for (int64_t j = 0, part = BYTES / 4; j < rank; j += part) {
                     const int64_t some = at_most(rank - j, part), padded = (some + 31) / 32 * 32;
-                    for (int64_t c = 0; c < COLUMNS; c++)
+                    for (int64_t c = 0; c < (there + 3) / 4 * 4; c++)
                         for (int64_t i = 0; i < padded; i++)
                             ((float *)panel)[c * STRIDE(float) + i] =
                                 i < some && c < there ? scale * b[(column + c) * b_column + (j + i) * b_rank] : 0;
@@ -334,9 +335,9 @@ void handtuned_nf4_product(
                     const char *from = (const char *)x + (top * x_stride + term) * k->size;
                     const coded codes = {*w, column * K + term, K, there, rounding};
                     for (int64_t c = 0; c < there && transposed && !few; c++)
-                        k->row(w, (column + c) * K + term, some, run, rounding, panel + c * STRIDE(char));
+                        k->row(w, (column + c) * K + term, some, run, rounding, 0, panel + c * STRIDE(char));
                     if (!transposed)
-                        k->columns(w, term * K + column, K, some, rounding, panel);
+                        k->columns(w, term * K + column, K, some, there, rounding, panel);
                     add_products(k, rows, from, x_stride, few ? NULL : panel, codes, some, there, totals);
                 }
                 for (int64_t m = 0; m < rows; m++)

@@ -17,7 +17,7 @@ import ctypes
 
 import torch
 
-from .runtime import reference_is_forced
+from .runtime import reference_is_forced, scratch
 
 try:
     from . import _nf4_cpu
@@ -31,7 +31,7 @@ if _library is not None:
     _P, _I, _INT = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int
     _library.handtuned_nf4_dequantize.argtypes = [_P, _P, _I, _INT, _INT, _INT]
     _library.handtuned_nf4_product.argtypes = [
-        _P, _I, _I, _INT, _INT, _INT, _P, _I, _I, _P, _P, _P, _I, _I, _I, ctypes.c_float, _P, _INT,
+        _P, _I, _I, _INT, _INT, _INT, _P, _I, _I, _P, _P, _P, _P, _I, _I, _I, ctypes.c_float, _P, _INT,
     ]  # fmt: skip
 
 # Which instructions the C may use. It obeys ATEN_CPU_CAPABILITY, as torch does.
@@ -140,8 +140,9 @@ def nf4_product_native(
         every bit, is the same for any number of threads and for a row whatever other rows x has.
     """
     (N, K), M, dtype = weight.shape, x.shape[0], x.dtype
-    native = torch.bfloat16 if dtype == torch.bfloat16 and LEVEL == AVX512_BF16 else torch.float32
-    level = LEVEL if native == torch.bfloat16 else min(LEVEL, AVX512)
+    pairs = LEVEL == AVX512_BF16 and dtype == torch.bfloat16 and K % 64 == 0 and weight.block_size >= 64
+    native = torch.bfloat16 if pairs else torch.float32
+    level = LEVEL if pairs else min(LEVEL, AVX512)
     y = torch.empty((M, N if transposed else K), dtype=native)
     x = x.to(native) if x.stride(1) == 1 else x.to(native).contiguous()
     adapter = None, None, 0, 0, 0
@@ -153,6 +154,6 @@ def nf4_product_native(
     w = _weight(weight, levels)
     _library.handtuned_nf4_product(
         ctypes.byref(w), N, K, transposed, level, _ROUNDED[dtype], x.data_ptr(), x.stride(0), M,
-        None if bias is None else bias.data_ptr(), *adapter, scale, y.data_ptr(), torch.get_num_threads(),
+        scratch((M, K), native, x.device).data_ptr() if transposed else None, None if bias is None else bias.data_ptr(), *adapter, scale, y.data_ptr(), torch.get_num_threads(),
     )  # fmt: skip
     return y.to(dtype)

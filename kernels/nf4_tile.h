@@ -10,6 +10,7 @@
  * registers a and b to make the first or the second half of a₀ b₀ a₁ b₁ …
  */
 
+#define SHORT_RUN (TERMS < 32 ? 32 : 64) /* bf16 operands come by the 64 */
 #define FUNCTION static inline __attribute__((always_inline, target(TARGET)))
 #define KERNEL static __attribute__((target(TARGET)))
 
@@ -20,60 +21,80 @@ FUNCTION vector OF(load)(const number *from)
     return v;
 }
 
+FUNCTION void OF(store)(number *to, vector v) { memcpy(to, &v, sizeof v); }
+
 /* Values i … i + n - 1 of W, of which each `run` has one scale. It is the levels that are scaled and rounded, once a
- * run; then one permutation is a register of values. */
-FUNCTION void OF(decode)(const weight *w, int64_t i, int64_t n, const int run, int rounding, number *to)
+ * run; then one permutation is a register of values. A byte holds a value and the next: of TERMS bytes come first the
+ * values in even places, then those in odd ones, or, if `zipped`, all in their order. */
+FUNCTION void OF(decode)(
+    const weight *w, int64_t i, int64_t n, const int run, int rounding, const int zipped, number *to)
 {
     float scales[RUNS];
     const uint8_t *codes = w->packed + i / 2;
     load_scales(w, i, n, run, scales);
     for (int64_t part = 0; part < n / run; part++) {
         const table_type table = OF(scaled)(w->levels, scales[part], rounding);
-#pragma GCC unroll 8
-        for (int done = 0; done < run; done += TERMS, codes += TERMS / 2, to += TERMS) {
-            const vector values = OF(lookup)(table, codes);
-            memcpy(to, &values, sizeof values);
+#pragma GCC unroll 4
+        for (int done = 0; done < run; done += 2 * TERMS, codes += TERMS, to += 2 * TERMS) {
+            const vector even = OF(lookup)(table, codes, 1), odd = OF(lookup)(table, codes, 0);
+            OF(store)(to, zipped ? OF(zip)(even, odd, 0) : even);
+            OF(store)(to + TERMS, zipped ? OF(zip)(even, odd, 1) : odd);
         }
     }
 }
 
-KERNEL void OF(row)(const weight *w, int64_t i, int64_t n, int run, int rounding, void *to)
+KERNEL void OF(row)(const weight *w, int64_t i, int64_t n, int run, int rounding, int zipped, void *to)
 {
     const weight of = *w; /* a copy: nothing that is stored can change it */
-    if (run == 64)
-        OF(decode)(&of, i, n, 64, rounding, to);
+    if (zipped)
+        OF(decode)(&of, i, n, SHORT_RUN, rounding, 1, to);
+    else if (run == 64)
+        OF(decode)(&of, i, n, 64, rounding, 0, to);
     else
-        OF(decode)(&of, i, n, 32, rounding, to);
+        OF(decode)(&of, i, n, SHORT_RUN, rounding, 0, to);
 }
 
-/* 32 columns of W, which begin at value i, in n of its rows; each becomes a row of the panel. Squares of TERMS by TERMS
- * values are transposed in registers: zipping register j with j + TERMS / 2, log₂ TERMS times, rotates the bits of
- * (row, column) until the two have changed places. */
-KERNEL void OF(columns)(const weight *w, int64_t i, int64_t K, int64_t n, int rounding, void *panel)
+/* Operands in the order in which codes are decoded: of 2 TERMS first those in even places, then those in odd ones. */
+KERNEL void OF(unzip)(const void *from, int64_t n, void *to)
 {
-    for (int64_t term = 0; term < n; term += TERMS) {
-        vector square[32 / TERMS][TERMS], zipped[TERMS];
-        memset(square, 0, sizeof square);
-        for (int64_t j = 0; j < at_most(n - term, TERMS); j++) {
-            const int64_t first = i + (term + j) * K;
-            const table_type table = OF(scaled)(w->levels, scale_of(w, block_of(first, w->block)), rounding);
-            for (int part = 0; part < 32 / TERMS; part++)
-                square[part][j] = OF(lookup)(table, w->packed + (first + part * TERMS) / 2);
+    for (int64_t i = 0; i < n; i += 2 * TERMS)
+        for (int j = 0; j < TERMS; j++) {
+            ((number *)to)[i + j] = ((const number *)from)[i + 2 * j];
+            ((number *)to)[i + TERMS + j] = ((const number *)from)[i + 2 * j + 1];
         }
-        for (int part = 0; part < 32 / TERMS; part++) {
-            vector *v = square[part];
-            for (int step = 1; step < TERMS; step *= 2) {
-#pragma GCC unroll 16
-                for (int j = 0; j < TERMS / 2; j++) {
-                    zipped[2 * j] = OF(zip)(v[j], v[j + TERMS / 2], 0);
-                    zipped[2 * j + 1] = OF(zip)(v[j], v[j + TERMS / 2], 1);
-                }
-                memcpy(v, zipped, sizeof zipped);
+}
+
+/* COLUMNS columns of W, which begin at value i, in n of its rows; each becomes a row of the panel. Squares of TERMS by
+ * TERMS values are transposed in registers: zipping register j with j + TERMS / 2, log₂ TERMS times, rotates the bits of
+ * (row, column) until the two have changed places. */
+KERNEL void OF(columns)(
+    const weight *w, int64_t i, int64_t K, int64_t n, int64_t columns, int rounding, void *panel)
+{
+    const weight of = *w;
+    for (int64_t column = 0; column < columns; column += 2 * TERMS)
+        for (int64_t term = 0; term < n; term += TERMS) {
+            vector square[2][TERMS], zipped[TERMS];
+            memset(square, 0, sizeof square);
+            for (int64_t j = 0; j < at_most(n - term, TERMS); j++) {
+                const int64_t first = i + (term + j) * K + column;
+                const table_type table = OF(scaled)(of.levels, scale_of(&of, block_of(first, of.block)), rounding);
+                for (int odd = 0; odd < 2; odd++)
+                    square[odd][j] = OF(lookup)(table, of.packed + first / 2, !odd);
             }
-            for (int j = 0; j < TERMS; j++)
-                memcpy((number *)panel + (part * TERMS + j) * STRIDE(number) + term, &v[j], sizeof v[j]);
+            for (int odd = 0; odd < 2; odd++) {
+                vector *v = square[odd];
+                for (int step = 1; step < TERMS; step *= 2) {
+#pragma GCC unroll 16
+                    for (int j = 0; j < TERMS / 2; j++) {
+                        zipped[2 * j] = OF(zip)(v[j], v[j + TERMS / 2], 0);
+                        zipped[2 * j + 1] = OF(zip)(v[j], v[j + TERMS / 2], 1);
+                    }
+                    memcpy(v, zipped, sizeof zipped);
+                }
+                for (int j = 0; j < TERMS; j++)
+                    OF(store)((number *)panel + (column + 2 * j + odd) * STRIDE(number) + term, v[j]);
+            }
         }
-    }
 }
 
 /* totals (R, 4) += x (R, terms) · columns (4, terms)ᵀ. The columns lie in a panel, or, where there is none, as codes in
@@ -86,7 +107,7 @@ FUNCTION void OF(multiply)(
     sums sum[LANES];
     float scales[4][RUNS], parts[LANES];
     const uint8_t *codes[4];
-    int64_t term = 0;
+    uint64_t term = 0;
 #pragma GCC unroll 16
     for (int j = 0; j < LANES; j++)
         sum[j] = (sums){0};
@@ -96,18 +117,22 @@ FUNCTION void OF(multiply)(
         codes[c] = of.packed + first / 2;
         load_scales(&of, first, terms, run, scales[c]);
     }
-    for (int64_t part = 0; term + run <= terms; part++) {
+    for (int64_t part = 0; term + run <= (uint64_t)terms; part++) {
         table_type table[4];
 #pragma GCC unroll 4
         for (int c = 0; c < 4 && !panel; c++)
             table[c] = OF(scaled)(w->of.levels, scales[c][part], w->rounding);
+#pragma GCC unroll 4
+        for (int c = 0; c < 4 && !panel; c++)
+            __builtin_prefetch(codes[c] + term / 2 + 16 * w->K);
 #pragma GCC unroll 8
         for (int done = 0; done < run; done += TERMS, term += TERMS) {
             vector column[4];
 #pragma GCC unroll 4
             for (int c = 0; c < 4; c++)
                 column[c] = panel ? OF(load)(panel + c * STRIDE(number) + term)
-                                  : OF(lookup)(table[c], codes[c] + (uint64_t)term / 2);
+                                  : OF(lookup)(table[c], codes[c] + (term - done) / 2 + done / (2 * TERMS) * TERMS,
+                                               done % (2 * TERMS) == 0);
 #pragma GCC unroll 4
             for (int r = 0; r < R; r++) {
                 const vector row = OF(load)(x + r * x_stride + term);
@@ -118,7 +143,7 @@ FUNCTION void OF(multiply)(
         }
     }
 #pragma GCC unroll 4
-    for (int r = 0; r < R && term < terms; r++) { /* only from a panel */
+    for (int r = 0; r < R && term < (uint64_t)terms; r++) { /* only from a panel */
         const vector row = OF(load_some)(x + r * x_stride + term, terms - term);
 #pragma GCC unroll 4
         for (int c = 0; c < 4; c++)
@@ -151,8 +176,9 @@ KERNEL void OF(tile)(
 #undef WITH_ROWS
 }
 
-static const kind OF(kind) = {sizeof(number), LANES / 4, OF(row), OF(columns), OF(tile)};
+static const kind OF(kind) = {sizeof(number), TERMS, LANES / 4, OF(row), OF(unzip), OF(columns), OF(tile)};
 
+#undef SHORT_RUN
 #undef FUNCTION
 #undef KERNEL
 #undef OF
