@@ -55,16 +55,11 @@ static inline float scale_of(const weight *w, int64_t j)
 #define BATCH 512
 #define BYTES 4096 /* of terms in a row of a panel; between rows 64 more, or all would share the same sets of a cache */
 #define STRIDE(number) ((BYTES + 64) / (int64_t)sizeof(number))
+#define AHEAD 16 /* half rows of W; codes are asked for that early */
 #define RUNS (BYTES / 32) /* most runs of values with one scale that are decoded at once */
 
 /* How many values, from any multiple of it on, have one scale in rows of K: a divisor of K and of all blocks. */
 static inline int run_of(const weight *w, int64_t K) { return (K | w->block) % 64 ? 32 : 64; }
-
-static inline void load_scales(const weight *w, int64_t i, int64_t n, int run, float *scales)
-{
-    for (const int64_t end = i + n; i < end; i += run)
-        *scales++ = scale_of(w, block_of(i, w->block));
-}
 
 /* Codes from value `first` on, in up to 4 rows of W. */
 typedef struct {
@@ -75,7 +70,7 @@ typedef struct {
 
 typedef struct {
     int size, terms, rows; /* bytes of an operand; operands in a register; most rows of a tile */
-    void (*row)(const weight *, int64_t i, int64_t n, int run, int rounding, int zipped, void *to);
+    void (*row)(const weight *, int64_t i, int64_t n, int run, int64_t ahead, int rounding, int zipped, void *to);
     void (*unzip)(const void *from, int64_t n, void *to);
     void (*columns)(const weight *, int64_t i, int64_t K, int64_t n, int64_t columns, int rounding, void *panel);
     void (*tile)(
@@ -88,6 +83,15 @@ typedef struct {
 #define AVX2 "avx2,fma,f16c"
 #define AVX512 "avx512f,avx512bw,avx512vl"
 #define AVX512_BF16 AVX512 ",avx512bf16"
+
+static inline void load_scales(const weight *w, int64_t i, int64_t n, int run, float *scales)
+{
+    for (const int64_t end = i + n; i < end; i += run) {
+        float scale = scale_of(w, block_of(i, w->block));
+        __asm__("" : "+x"(scale)); /* one by one: gathered into registers, as compilers would, they take longer */
+        *scales++ = scale;
+    }
+}
 
 /* fp32 operands, 8 at a time. A permutation has 8 entries: there are two, and the fourth bit of a code chooses. */
 typedef struct {
@@ -256,7 +260,7 @@ void handtuned_nf4_dequantize(const weight *w, float *out, int64_t n, int level,
     for (int64_t start = 0; start < n; start += piece) {
         const int64_t end = at_most(start + piece, n), whole = fast ? end / 32 * 32 : start;
         if (fast)
-            fast->row(w, start, whole - start, 32, FP32, 1, out + start);
+            fast->row(w, start, whole - start, 32, 1024, FP32, 1, out + start);
         for (int64_t i = whole; i < end; i++)
             out[i] = w->levels[i % 2 ? w->packed[i / 2] & 15 : w->packed[i / 2] >> 4] * scale_of(w, block_of(i, w->block));
     }
@@ -335,7 +339,7 @@ void handtuned_nf4_product(
                     const char *from = (const char *)x + (top * x_stride + term) * k->size;
                     const coded codes = {*w, column * K + term, K, there, rounding};
                     for (int64_t c = 0; c < there && transposed && !few; c++)
-                        k->row(w, (column + c) * K + term, some, run, rounding, 0, panel + c * STRIDE(char));
+                        k->row(w, (column + c) * K + term, some, run, AHEAD * K, rounding, 0, panel + c * STRIDE(char));
                     if (!transposed)
                         k->columns(w, term * K + column, K, some, there, rounding, panel);
                     add_products(k, rows, from, x_stride, few ? NULL : panel, codes, some, there, totals);

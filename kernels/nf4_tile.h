@@ -25,15 +25,17 @@ FUNCTION void OF(store)(number *to, vector v) { memcpy(to, &v, sizeof v); }
 
 /* Values i … i + n - 1 of W, of which each `run` has one scale. It is the levels that are scaled and rounded, once a
  * run; then one permutation is a register of values. A byte holds a value and the next: of TERMS bytes come first the
- * values in even places, then those in odd ones, or, if `zipped`, all in their order. */
+ * values in even places, then those in odd ones, or, if `zipped`, all in their order. Memory is slow to answer, so it is
+ * asked for the codes that lie `ahead` bytes further on. */
 FUNCTION void OF(decode)(
-    const weight *w, int64_t i, int64_t n, const int run, int rounding, const int zipped, number *to)
+    const weight *w, int64_t i, int64_t n, const int run, int64_t ahead, int rounding, const int zipped, number *to)
 {
     float scales[RUNS];
     const uint8_t *codes = w->packed + i / 2;
     load_scales(w, i, n, run, scales);
     for (int64_t part = 0; part < n / run; part++) {
         const table_type table = OF(scaled)(w->levels, scales[part], rounding);
+        __builtin_prefetch(codes + ahead);
 #pragma GCC unroll 4
         for (int done = 0; done < run; done += 2 * TERMS, codes += TERMS, to += 2 * TERMS) {
             const vector even = OF(lookup)(table, codes, 1), odd = OF(lookup)(table, codes, 0);
@@ -43,15 +45,15 @@ FUNCTION void OF(decode)(
     }
 }
 
-KERNEL void OF(row)(const weight *w, int64_t i, int64_t n, int run, int rounding, int zipped, void *to)
+KERNEL void OF(row)(const weight *w, int64_t i, int64_t n, int run, int64_t ahead, int rounding, int zipped, void *to)
 {
     const weight of = *w; /* a copy: nothing that is stored can change it */
     if (zipped)
-        OF(decode)(&of, i, n, SHORT_RUN, rounding, 1, to);
+        OF(decode)(&of, i, n, SHORT_RUN, ahead, rounding, 1, to);
     else if (run == 64)
-        OF(decode)(&of, i, n, 64, rounding, 0, to);
+        OF(decode)(&of, i, n, 64, ahead, rounding, 0, to);
     else
-        OF(decode)(&of, i, n, SHORT_RUN, rounding, 0, to);
+        OF(decode)(&of, i, n, SHORT_RUN, ahead, rounding, 0, to);
 }
 
 /* Operands in the order in which codes are decoded: of 2 TERMS first those in even places, then those in odd ones. */
@@ -124,7 +126,7 @@ FUNCTION void OF(multiply)(
             table[c] = OF(scaled)(w->of.levels, scales[c][part], w->rounding);
 #pragma GCC unroll 4
         for (int c = 0; c < 4 && !panel; c++)
-            __builtin_prefetch(codes[c] + term / 2 + 16 * w->K);
+            __builtin_prefetch(codes[c] + term / 2 + AHEAD * w->K);
 #pragma GCC unroll 8
         for (int done = 0; done < run; done += TERMS, term += TERMS) {
             vector column[4];
