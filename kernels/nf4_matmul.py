@@ -45,6 +45,7 @@ from .runtime import (
     dot_settings,
     on_device,
     runs_kernel,
+    runs_product,
     scratch,
     stored_dtype,
     tl,
@@ -248,9 +249,9 @@ def plan(x: torch.Tensor, weight: torch.Tensor | NF4Weight, dropout: bool = Fals
         return "native" if runs_native_product(x, weight) else "exact"
     if K % 64 or weight.block_size % 64:
         return "exact"
-    if M <= 16:
+    if M == 1 or (M <= 16 and runs_product(x)):
         return "stream"
-    return "merged" if M >= 1024 and not dropout else "exact"
+    return "merged" if M >= 1024 and not dropout and runs_product(x) else "exact"
 
 
 def quantized_product(way, x, weight, bias, S, lora_A, lora_B, scale):
