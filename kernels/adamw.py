@@ -237,7 +237,12 @@ def same_layout(tensors, write_back):
 
 
 def _tables(groups, write_back, stand_ins):
-    """(table, chunks, number of tensors, aligned, dtypes) for one launch each; `write_back` as in `same_layout`."""
+    """[(table, chunks, number of tensors, aligned, dtypes)] for one launch each, None if a parameter is float64.
+
+    `write_back` as in `same_layout`; its tensors and other stand-ins are noted in `stand_ins`.
+    """
+    if any(param.dtype == torch.float64 for group in groups for param in group.params):
+        return None
     kinds: dict[tuple, list] = {}
     for i, group in enumerate(groups):
         for p, g, m, v, step, copy in group.rows():
@@ -273,13 +278,13 @@ def _tables_as_before(groups, write_back, stand_ins):
         for tensors in (group.params, group.grads, group.exp_avgs, group.exp_avg_sqs, group.steps):
             seen += map(torch.Tensor.data_ptr, tensors)
         seen += [None if copy is None else (copy.data_ptr(), copy.dtype) for copy in group.copies]
-        seen += map(torch.Tensor.stride, group.grads)
-        seen += map(torch.Tensor.numel, group.grads)
-        seen += [grad.dtype for grad in group.grads]
+        for kind in (torch.Tensor.numel, torch.Tensor.is_contiguous, torch.Tensor.dtype.__get__):
+            seen += map(kind, group.grads)
     before, tables = _last.get(device, (None, None))
     if before != seen or (device.type == "cuda" and torch.cuda.is_current_stream_capturing()):
         tables = _tables(groups, write_back, stand_ins)
-        _last[device] = (None if stand_ins else seen), tables
+        kept = not stand_ins and False not in seen  # contiguous gradients: of others the strides may change
+        _last[device] = (seen if kept else None), tables
     return tables
 
 
@@ -310,12 +315,11 @@ def adamw_step_(
     groups = [group for group in groups if group.params]
     if not groups:
         return
-    dtypes = {param.dtype for group in groups for param in group.params}
-    if backend(groups[0].params[0]) == "torch" or torch.float64 in dtypes:
+    write_back, stand_ins = [], []  # the latter live until the launch: the table holds addresses only
+    tables = None if backend(groups[0].params[0]) == "torch" else _tables_as_before(groups, write_back, stand_ins)
+    if tables is None:
         adamw_step_reference_(groups, grad_scale, found_inf, sq_norm, max_norm)
         return
-    write_back, stand_ins = [], []  # the latter live until the launch: the table holds addresses only
-    tables = _tables_as_before(groups, write_back, stand_ins)
     rates = upload([rate for group in groups for rate in _rates(group, max_norm)], groups[0].params[0].device)
     for table, chunks, T, aligned, (p_dtype, g_dtype, copy_dtype) in tables:
         scalars = torch.empty(T, 8, dtype=torch.float32, device=table.device)
