@@ -27,6 +27,8 @@ that the smallest of those cards allows. The vendor's library is the other way o
 (`runtime.run_fastest`) takes whichever is faster.
 """
 
+from functools import lru_cache
+
 import torch
 
 from .dropout import ROUNDS, Dropout, keep_tile
@@ -108,21 +110,21 @@ def _down_kernel(
     tl.store(s_ptrs, acc * scale, mask=(offs_m[:, None] < M) & (offs_r[None, :] < r))
 
 
-def down_blocks(M: int, K: int, r: int) -> dict:
-    """Tile sizes of `lora_down`, and into how many parts K is split (few rows leave a GPU idle otherwise)."""
+@lru_cache(4096)
+def down_blocks(M: int, K: int, r: int) -> tuple[dict, int, int]:
+    """Tile sizes of `lora_down`; in how many parts K is summed (few rows leave a GPU idle otherwise), their size."""
     blocks = {"BLOCK_M": block_of(M, 16, 128), "BLOCK_K": 64, "BLOCK_R": block_of(r, 16, 128)}
     if blocks["BLOCK_R"] == 128:
         blocks["BLOCK_M"] = min(blocks["BLOCK_M"], 64)
     programs = cdiv(M, blocks["BLOCK_M"]) * cdiv(r, blocks["BLOCK_R"])
     steps = max(1, cdiv(K, blocks["BLOCK_K"]))
     per_split = cdiv(steps, splits_of(programs, steps // max(4, cdiv(r, 16))))
-    return blocks | {"k_per_split": per_split * blocks["BLOCK_K"], "splits": cdiv(steps, per_split)}
+    return blocks, cdiv(steps, per_split), per_split * blocks["BLOCK_K"]
 
 
 def _down(x, lora_A, dropout=None, scale=1.0):
     (M, K), r = x.shape, lora_A.shape[0]
-    blocks = down_blocks(M, K, r)
-    splits, k_per_split = blocks.pop("splits"), blocks.pop("k_per_split")
+    blocks, splits, k_per_split = down_blocks(M, K, r)
     S = _parts(splits, (M, r), x.dtype, x.device)
     launch(
         _down_kernel, (cdiv(M, blocks["BLOCK_M"]), splits, cdiv(r, blocks["BLOCK_R"])),
@@ -193,23 +195,23 @@ def _up_grads_kernel(
     tl.store(ds_ptrs, ds * scale, mask=in_m[:, None] & in_r[None, :])
 
 
-def up_grads_blocks(M: int, N: int) -> dict:
-    """Tile sizes of `lora_up_grads`, and into how many parts N is split.
+@lru_cache(4096)
+def up_grads_blocks(M: int, N: int) -> tuple[dict, int, int]:
+    """Tile sizes of `lora_up_grads`; into how many parts N is split, and their size.
 
     Both sums of a tile have 128 rows, 16 for each warp: of fewer some would be computed twice.
     """
     blocks = {"BLOCK_M": block_of(M, 16, 128), "BLOCK_N": 128, "BLOCK_R": 16}
     steps = cdiv(N, blocks["BLOCK_N"])
     per_split = cdiv(steps, splits_of(cdiv(M, blocks["BLOCK_M"]), steps))
-    return blocks | {"n_per_split": per_split * blocks["BLOCK_N"], "splits": cdiv(steps, per_split)}
+    return blocks, cdiv(steps, per_split), per_split * blocks["BLOCK_N"]
 
 
 def _up_grads(dy, S, lora_B, scale):
     (M, N), r = dy.shape, S.shape[1]
     if r > 16:
         return _down(dy, lora_B.t(), None, scale), _down_grad(S, dy, lora_B.dtype, None, scale).t()
-    blocks = up_grads_blocks(M, N)
-    splits, n_per_split, slabs = blocks.pop("splits"), blocks.pop("n_per_split"), cdiv(M, blocks["BLOCK_M"])
+    (blocks, splits, n_per_split), slabs = up_grads_blocks(M, N), cdiv(M, 128)
     dS = _parts(splits, (M, r), dy.dtype, dy.device)
     dB = _parts(slabs, (N, r), lora_B.dtype, dy.device)
     launch(
@@ -268,19 +270,19 @@ def _down_grad_kernel(
     tl.store(da_ptrs, acc * scale, mask=in_k[:, None] & in_r[None, :])
 
 
-def down_grad_blocks(M: int, K: int, r: int) -> dict:
-    """Tile sizes of `lora_down_grad`, and into how many parts M is split."""
+@lru_cache(4096)
+def down_grad_blocks(M: int, K: int, r: int) -> tuple[dict, int, int]:
+    """Tile sizes of `lora_down_grad`; into how many parts M is split, and their size."""
     blocks = {"BLOCK_M": block_of(M, 16, 64), "BLOCK_K": 64, "BLOCK_R": block_of(r, 16, 128)}
     programs = cdiv(K, blocks["BLOCK_K"]) * cdiv(r, blocks["BLOCK_R"])
     steps = cdiv(M, blocks["BLOCK_M"])
     per_split = cdiv(steps, splits_of(programs, steps // max(4, cdiv(r, 16))))
-    return blocks | {"m_per_split": per_split * blocks["BLOCK_M"], "splits": cdiv(steps, per_split)}
+    return blocks, cdiv(steps, per_split), per_split * blocks["BLOCK_M"]
 
 
 def _down_grad(dS, x, dtype, dropout=None, scale=1.0):
     (M, K), r = x.shape, dS.shape[1]
-    blocks = down_grad_blocks(M, K, r)
-    splits, m_per_split = blocks.pop("splits"), blocks.pop("m_per_split")
+    blocks, splits, m_per_split = down_grad_blocks(M, K, r)
     dA = _parts(splits, (r, K), dtype, x.device)
     launch(
         _down_grad_kernel, (cdiv(K, blocks["BLOCK_K"]), splits, cdiv(r, blocks["BLOCK_R"])),

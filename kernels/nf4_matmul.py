@@ -30,7 +30,7 @@ A CPU with AVX-512 has one way for fp32 and any M, "native": a product in C that
 `quant/linear.py` call the product with W for dx.
 """
 
-from functools import lru_cache
+from functools import lru_cache, partial
 
 import torch
 import torch.nn.functional as F
@@ -43,6 +43,7 @@ from .runtime import (
     block_of,
     cdiv,
     dot_settings,
+    fastest,
     on_device,
     runs_kernel,
     runs_product,
@@ -236,22 +237,33 @@ def nf4_merge(weight, lora_A, lora_B, scale, dtype) -> torch.Tensor:
     return merged.to(dtype)
 
 
-def plan(x: torch.Tensor, weight: torch.Tensor | NF4Weight, dropout: bool = False) -> str:
+def plan(x: torch.Tensor, weight: torch.Tensor | NF4Weight, dropout: bool = False, rank: int = 1) -> str:
     """How a product of x (M, ·) with a weight goes: "native", "stream", "merged" or (a dense weight always) "exact".
+
+    On a GPU what is possible is measured (`runtime.fastest`), elsewhere `runtime.FIXED` says it.
 
     In torch there is no merge: the adapter's part costs one in-place product on y, and a merge would
     cost one on W, which is the larger array for all but very long batches.
     """
     if isinstance(weight, torch.Tensor):
         return "exact"
-    M, K = x.shape[0], weight.shape[1]
+    M, (N, K) = x.shape[0], weight.shape
     if not runs_kernel(x):
         return "native" if runs_native_product(x, weight) else "exact"
     if K % 64 or weight.block_size % 64:
         return "exact"
+    operation, ways = "nf4 product", ["exact"]
     if M == 1 or (M <= 16 and runs_product(x)):
-        return "stream"
-    return "merged" if M >= 1024 and not dropout and runs_product(x) else "exact"
+        operation, ways = "nf4 product, up to 16 rows", ["exact", "stream"]
+    elif rank and not dropout and runs_product(x):
+        operation = "nf4 product, from 1024 rows, no dropout" if M >= 1024 else operation
+        ways = ["exact", "merged"]
+
+    def product(way, x):
+        S, A, B = x.new_ones(M, rank), x.new_ones(rank, K), x.new_ones(N, rank)
+        return quantized_product(way, x, weight, None, S, A, B, 1.0)
+
+    return fastest(operation, (block_of(M, 16, 8192), N, K, rank), {way: partial(product, way) for way in ways}, x)
 
 
 def quantized_product(way, x, weight, bias, S, lora_A, lora_B, scale):
@@ -295,7 +307,7 @@ def nf4_matmul(x: torch.Tensor, weight: NF4Weight, bias: torch.Tensor | None = N
         (M, N), or (M, K), in x's dtype. 16-bit products on a CPU are done in fp32 arithmetic on operands rounded to
         16 bits: what a GPU does with its fp32 accumulators, and several times as fast as a CPU's own.
     """
-    way = plan(x, weight)
+    way = plan(x, weight, rank=0)
     if way == "native":
         return nf4_product_native(x, weight, NF4_CODE, transposed, bias)
     if transposed and way == "stream":  # with an adapter of rank 0

@@ -65,6 +65,9 @@ FIXED = {
     "lora_down_grad": "kernel",
     "lora_product": "64 x 128, 4 warps, 4 stages",
     "scaled_matmul": "64 x 64, 4 warps, 4 stages",
+    "nf4 product, up to 16 rows": "stream",
+    "nf4 product": "exact",
+    "nf4 product, from 1024 rows, no dropout": "merged",
 }
 
 # The architecture that `handtuned.gpu` emulates at the moment ("sm_90"), which sets it; None: none.
@@ -207,7 +210,7 @@ def launch(kernel, grid: tuple, *args, **constants) -> None:
             kernel[grid](*args, **constants)
             return
         kinds = [(a.dtype, a.data_ptr() % 16 == 0) if isinstance(a, torch.Tensor) else a for a in args]
-        key = (kernel, emulated_arch, args[0].device, *kinds, *constants.values())
+        key = (id(kernel), emulated_arch, args[0].device, *kinds, *constants.values())
         known = _compiled.get(key)
         if known is None:
             if len(_compiled) >= 4096:  # lengths of batches, mostly
@@ -223,13 +226,20 @@ every_way = False  # set by `handtuned.gpu`: run all that fit, so that each can 
 
 
 def run_fastest(operation: str, sizes: tuple, ways: dict[str, Callable], *args):
-    """`ways[name](*args)` by the fastest way on this card for an operation on sizes like these.
+    """`ways[name](*args)` by the `fastest` way."""
+    return ways[fastest(operation, sizes, ways, *args)](*args)
+
+
+def fastest(operation: str, sizes: tuple, ways: dict[str, Callable], *args) -> str:
+    """Name of the fastest way on this card for an operation on sizes like these.
 
     Args:
         operation: key of FIXED.
         sizes: what the choice may depend on besides dtype and card: numbers, rounded so that few kinds are measured.
         ways: each gives the same result on `args`, the first of which is a tensor, without other effects.
     """
+    if len(ways) == 1:
+        return next(iter(ways))
     x = args[0]
     key = (operation, x.device, x.dtype, sizes)
     name = _chosen.get(key)
@@ -240,7 +250,7 @@ def run_fastest(operation: str, sizes: tuple, ways: dict[str, Callable], *args):
             for other in ways.keys() - {"torch"}:
                 with contextlib.suppress(triton.OutOfResources):
                     ways[other](*args)
-    return ways[name](*args)
+    return name
 
 
 def _card(x: torch.Tensor) -> str | None:

@@ -61,7 +61,7 @@ def test_the_plan_by_shape(kernel_backend, device):
     small_blocks = quantized(8, 128, block_size=32)
 
     def rows(M, K=128):
-        return torch.empty(M, K, device=device)
+        return torch.empty(M, K, device=device, dtype=torch.float16)
 
     ways = [plan(rows(M), q, dropout=False) for M in (1, 16, 17, 1023, 1024)]
     assert ways == ["stream", "stream", "exact", "exact", "merged"]
