@@ -22,6 +22,7 @@ import contextlib
 import os
 import threading
 from collections.abc import Sequence
+from functools import lru_cache
 
 import torch
 
@@ -97,6 +98,27 @@ def runs_kernel(x: torch.Tensor) -> bool:
     if x.is_cpu and not INTERPRETED and emulated_arch is None:
         return False  # at once: a layer asks this four times
     return backend(x) != "torch" and x.dtype in TRITON_DTYPES
+
+
+def runs_product(x: torch.Tensor) -> bool:
+    """Whether a product with x meets our kernel: in 16 bits, from sm_80 on.
+
+    FP32 products on a GPU and all before sm_80, whose tensor cores Triton does not reach, are the vendor's
+    library's. The interpreter multiplies in any dtype.
+    """
+    if not runs_kernel(x):
+        return False
+    if INTERPRETED and not x.is_cuda:
+        return True
+    return x.dtype != torch.float32 and _capability(x.device, emulated_arch) >= 80
+
+
+@lru_cache
+def _capability(device: torch.device, arch: str | None) -> int:
+    if device.type != "cuda":
+        return int(arch.removeprefix("sm_"))
+    major, minor = torch.cuda.get_device_capability(device)
+    return 10 * major + minor
 
 
 def dot_settings(dtype: torch.dtype) -> dict:
