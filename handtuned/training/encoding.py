@@ -67,12 +67,22 @@ def encode_prompt(chat: Chat, tokenizer) -> list[int]:
 
     The template's own generation prompt, but for what it opens and no answer shows: thinking that was not learnt.
     """
-    text, answers = _prompt(chat, tokenizer), []
+    text, answers = _prompt(chat, tokenizer)[0], []
     with contextlib.suppress(DataError):
         answered = _render(chat, tokenizer)
         turns = [turn for turn, message in enumerate(chat) if message["role"] == "assistant"]
         answers = [_answer(chat, turn, answered, tokenizer)[:2] for turn in turns]
     return _tokenize(text, answers, tokenizer)[0]
+
+
+def decode_answer(ids: list[int], chat: Chat, tokenizer) -> str:
+    """What a model has answered to a chat, without special tokens and the white space that the template adds."""
+    text = tokenizer.decode(ids, skip_special_tokens=True)
+    first = next((t for t in tokenizer.convert_ids_to_tokens(ids) if t not in tokenizer.all_special_tokens), "")
+    if first.startswith("▁") and not text.startswith(" "):  # sentencepiece shows no space before a whole text
+        text = f" {text}"
+    _, before, behind = _prompt(chat, tokenizer)
+    return text.removeprefix(before).removesuffix(behind)
 
 
 def end_of_turn(tokenizer) -> int | None:
@@ -220,16 +230,20 @@ def _shared(marked: Chat, prompt_end: str, tokenizer) -> tuple[int, int]:
     return _common(between, prompt_end), first.start() if first else len(between)
 
 
-def _prompt(chat: Chat, tokenizer) -> str:
-    """The text of the prompt that is to be answered, as far as an answer without thinking shares it."""
+def _prompt(chat: Chat, tokenizer) -> tuple[str, str, str]:
+    """The text of the prompt that is to be answered, as far as an answer without thinking shares it, and the white
+    space that the template itself writes before and behind an answer."""
     text = _render(chat, tokenizer, add_generation_prompt=True)
     try:
         end = _prompt_end(chat, tokenizer)
         answered = Chat([*chat, {"role": "assistant", "content": ANSWER}], getattr(chat, "tools", None))
-        shared, _ = _shared(_marked(answered, len(chat) - 1, SHOWN), end, tokenizer)
+        marked = _render(_marked(answered, len(chat) - 1, SHOWN), tokenizer)
     except DataError:
-        return text
-    return text[: len(text) - len(end) + shared]
+        return text, "", ""
+    before, _, behind = marked.rpartition(SHOWN)[2].partition(ANSWER)
+    shared = _common(before, end)
+    before = before[shared:] if before[shared:].isspace() else ""
+    return text[: len(text) - len(end) + shared], before, behind[: len(behind) - len(behind.lstrip())]
 
 
 def _answer(chat: Chat, turn: int, text: str, tokenizer) -> tuple[int, int, int, str]:
