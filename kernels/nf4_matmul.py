@@ -30,6 +30,8 @@ A CPU with AVX-512 has one way for fp32 and any M, "native": a product in C that
 `quant/linear.py` call the product with W for dx.
 """
 
+from functools import partial
+
 import torch
 import torch.nn.functional as F
 
@@ -48,8 +50,10 @@ from .nf4 import (
 from .nf4_cpu import nf4_product_native, runs_native_product
 from .nf4_stream import nf4_stream
 from .runtime import (
+    block_of,
     cdiv,
     dot_settings,
+    fastest,
     on_device,
     runs_kernel,
     runs_product,
@@ -60,8 +64,6 @@ from .runtime import (
 )  # fmt: skip
 
 TILE_ROWS = 512  # of W, upcast at a time on a CPU
-# Rows of x up to which a way is taken where nothing was measured on the card; then "merged", but not with dropout.
-MOST_ROWS = {"stream": 16, "stream, no tensor cores": 4, "fused": 256, "exact": 1023}
 MERGE = {"BLOCK_N": 32, "WARPS": 4}  # rows of a warp
 
 
@@ -237,24 +239,38 @@ def nf4_merge(weight, lora_A, lora_B, scale, dtype) -> torch.Tensor:
     return merged.to(dtype)
 
 
-def plan(x: torch.Tensor, weight: torch.Tensor | NF4Weight, dropout: bool = False) -> str:
+def plan(x: torch.Tensor, weight: torch.Tensor | NF4Weight, dropout: bool = False, rank: int = 1) -> str:
     """How a product of x (M, ·) with a weight goes: "native", "stream", "fused", "merged" or (dense: always) "exact".
+
+    On a GPU what is possible is measured (`runtime.fastest`), elsewhere `runtime.FIXED` says it.
 
     In torch there is no merge: the adapter's part costs one in-place product on y, and a merge would
     cost one on W, which is the larger array for all but very long batches.
     """
     if isinstance(weight, torch.Tensor):
         return "exact"
-    M, K = x.shape[0], weight.shape[1]
+    M, (N, K) = x.shape[0], weight.shape
     if not runs_kernel(x):
         return "native" if runs_native_product(x, weight) else "exact"
     if K % 64 or weight.block_size % 64:
         return "exact"
-    if not runs_product(x):
-        return "stream" if M <= MOST_ROWS["stream, no tensor cores"] else "exact"
-    if M <= MOST_ROWS["fused"]:
-        return "stream" if M <= MOST_ROWS["stream"] else "fused"
-    return "exact" if M <= MOST_ROWS["exact"] or dropout else "merged"
+    tensor_cores, rows, ways = runs_product(x), "", ["exact"]
+    if (tensor_cores and M <= 16) or M <= 4:
+        rows, ways = ", up to 16 rows", ["exact", "stream"]
+    elif tensor_cores and M <= 256:
+        rows = ", up to 256 rows"
+    if tensor_cores:
+        ways.append("fused")
+    if tensor_cores and rank and not dropout:
+        ways.append("merged")
+        rows = ", from 1024 rows, without dropout" if M >= 1024 else rows
+
+    def product(way, x):
+        S, A, B = x.new_ones(M, rank), x.new_ones(rank, K), x.new_ones(N, rank)
+        return quantized_product(way, x, weight, None, S, A, B, 1.0)
+
+    sizes = (block_of(M, 16, 8192), N, K, rank, dropout)
+    return fastest("nf4 product" + rows, sizes, {way: partial(product, way) for way in ways}, x)
 
 
 def quantized_product(way, x, weight, bias, S, lora_A, lora_B, scale):
@@ -302,7 +318,7 @@ def nf4_matmul(x: torch.Tensor, weight: NF4Weight, bias: torch.Tensor | None = N
         (M, N), or (M, K), in x's dtype. 16-bit products on a CPU are done in fp32 arithmetic on operands rounded to
         16 bits: what a GPU does with its fp32 accumulators, and several times as fast as a CPU's own.
     """
-    way = plan(x, weight)
+    way = plan(x, weight, rank=0)
     if way == "native":
         return nf4_product_native(x, weight, NF4_CODE, transposed, bias)
     if way in ("stream", "fused"):  # with an adapter of rank 0
