@@ -34,25 +34,26 @@ test-portable: $(VENV)/test.installed
 	$(BIN)/python tests/portable.py
 
 # Compiles every kernel without a GPU; fails if one does not compile, spills registers or is too large for its card.
-# Two at a time; every tile of tuned kernels on sm_90.
+# Two at a time; every tile of tuned kernels on sm_90. Products on sm_75 are the vendor's library's.
 check-kernels: $(VENV)/test.installed
-	for arch in "sm_90 --every-tile" sm_80 sm_89 sm_120 sm_100; do echo "$$arch"; done | \
+	for arch in "sm_90 --every-tile" sm_80 sm_89 sm_120 sm_100 \
+		"sm_75 nf4_dequantize nf4_quantize nf4_one_row adamw unscale dropout"; do echo "$$arch"; done | \
 		xargs -P 2 -I{} sh -c 'OMP_NUM_THREADS=1 $(BIN)/handtuned xray --check --arch {}'
 
 lint: $(VENV)/test.installed
 	$(BIN)/ruff check .
 
-$(VENV)/finetune.installed: setup.py constraints.txt handtuned/__init__.py kernels/nf4_cpu.c
+$(VENV)/finetune.installed: setup.py constraints.txt handtuned/__init__.py kernels/nf4_cpu.c kernels/nf4_tile.h
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install -c constraints.txt -e ".[finetune]"
 	touch $@
 
-$(VENV)/notebooks.installed: setup.py constraints.txt handtuned/__init__.py kernels/nf4_cpu.c
+$(VENV)/notebooks.installed: setup.py constraints.txt handtuned/__init__.py kernels/nf4_cpu.c kernels/nf4_tile.h
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install -c constraints.txt -e ".[finetune,notebooks,tune]"
 	touch $@
 
-$(VENV)/test.installed: setup.py constraints.txt handtuned/__init__.py kernels/nf4_cpu.c
+$(VENV)/test.installed: setup.py constraints.txt handtuned/__init__.py kernels/nf4_cpu.c kernels/nf4_tile.h
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install -c constraints.txt -e ".[finetune,test,dev]"
 	touch $@
