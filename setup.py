@@ -57,10 +57,11 @@ extras = {
     "dev": ["ruff"],
 }
 
-# A faster dequantize for CPUs, reached through ctypes. Without a C compiler the torch reference runs instead.
+# NF4 on CPUs, reached through ctypes. Without a C compiler the torch reference runs instead.
 native = Extension(
     "handtuned.kernels._nf4_cpu",
     sources=["kernels/nf4_cpu.c"],
+    depends=["kernels/nf4_tile.h"],
     extra_compile_args=["-O3", "-fopenmp", "-ffp-contract=off"],
     extra_link_args=["-fopenmp"],
     optional=True,

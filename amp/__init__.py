@@ -8,11 +8,5 @@ from .master_weights import MasterWeights
 from .trainer import MixedPrecisionTrainer
 
 __all__ = [
-    "FloatFormat",
-    "GradScaler",
-    "MasterWeights",
-    "MixedPrecisionTrainer",
-    "autocast",
-    "describe",
-    "scaled_matmul",
-]
+    "FloatFormat", "GradScaler", "MasterWeights", "MixedPrecisionTrainer", "autocast", "describe", "scaled_matmul",
+]  # fmt: skip

@@ -10,9 +10,8 @@ Three lists, those of torch's autocast on CUDA, are the whole idea:
 Any other operation (add, relu, reshape, …) takes what it gets. The casts are ordinary differentiable ops, so an FP32
 weight gets an FP32 gradient.
 
-A `TorchFunctionMode` is asked before each call of torch's Python interface. What it cannot see is what such a function
-calls inside, in C++ or in Python, nor a forward pass that `torch.utils.checkpoint` repeats during backward.
-`torch.autocast` lives below all that and is the one to use in earnest.
+A `TorchFunctionMode` is asked before each call of torch's Python interface. It does not see what such a function calls
+inside, nor a forward pass that `torch.utils.checkpoint` repeats. `torch.autocast`, below all that, is for real use.
 """
 
 import threading
@@ -82,22 +81,14 @@ class autocast(ContextDecorator, TorchFunctionMode):
         scaler.scale(loss).backward()               # outside of the block
 
     Blocks nest, and the innermost decides: `autocast(enabled=False)` switches casting off within. A weight is cast
-    once for the whole outermost block, not once for every use.
-
-    Args:
-        dtype: torch.float16 or torch.bfloat16.
-        enabled: False makes the block as if there were no autocast.
-
-    Raises:
-        ValueError: another dtype.
+    once for the whole outermost block, not once for every use. ValueError: another dtype than float16 and bfloat16.
     """
 
     def __init__(self, dtype: torch.dtype = torch.float16, enabled: bool = True):
         super().__init__()
         if dtype not in (torch.float16, torch.bfloat16):
             raise ValueError(f"dtype must be torch.float16 or torch.bfloat16, got {dtype}")
-        self.dtype = dtype
-        self.enabled = enabled
+        self.dtype, self.enabled = dtype, enabled
         self.cache: dict[tuple, tuple[torch.Tensor, torch.Tensor]] = {}
 
     def __enter__(self):
@@ -111,8 +102,7 @@ class autocast(ContextDecorator, TorchFunctionMode):
         return super().__exit__(*error)
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
-        kwargs = kwargs or {}
-        scopes = _scopes()
+        kwargs, scopes = kwargs or {}, _scopes()
         # Outer blocks are asked too, after inner ones; a result dtype or place that was asked for is kept.
         asked = kwargs.get("dtype") is not None or kwargs.get("out") is not None
         if self.enabled and scopes and scopes[-1] is self and not asked:

@@ -61,7 +61,7 @@ class FloatFormat:
 
     @property
     def underflow_threshold(self) -> float:
-        """Magnitudes up to this one round to zero: half of the smallest number (a tie goes to the even side, zero)."""
+        """Magnitudes up to this one round to zero (a tie goes to the even side)."""
         return self.smallest_subnormal / 2
 
     @property
@@ -76,11 +76,8 @@ class FloatFormat:
         return _like(x, torch.where(torch.isfinite(x64), step, math.nan))
 
     def round(self, x):
-        """The nearest number of the format, ties to the even mantissa; beyond the largest: infinity (NaN in e4m3).
-
-        A float for a number, a float64 tensor for a tensor of any shape and float dtype. Casts to e4m3 may saturate at
-        448 instead, as those of torch 2.13 do: the OCP FP8 specification has both modes.
-        """
+        """The nearest number of the format, ties to the even mantissa; beyond the largest: infinity (NaN in e4m3, where
+        torch 2.13 saturates instead). A float for a number, a float64 tensor for a tensor."""
         x64 = torch.as_tensor(x, dtype=torch.float64)
         step = self.spacing(x64)
         rounded = torch.where(torch.isfinite(x64), torch.round(x64 / step) * step, x64)
@@ -138,14 +135,10 @@ FP16 = FloatFormat("fp16", 5, 10)
 FP8_E5M2 = FloatFormat("fp8 e5m2", 5, 2)
 FP8_E4M3 = FloatFormat("fp8 e4m3", 4, 3, has_infinity=False)
 
-FORMATS: dict[torch.dtype | str, FloatFormat] = {
-    torch.float32: FP32,
-    torch.bfloat16: BF16,
-    torch.float16: FP16,
-    torch.float8_e5m2: FP8_E5M2,
-    torch.float8_e4m3fn: FP8_E4M3,
-    "tf32": TF32,  # torch has no dtype for it
-}
+FORMATS: dict[torch.dtype | str, FloatFormat] = {  # torch has no dtype for tf32
+    torch.float32: FP32, torch.bfloat16: BF16, torch.float16: FP16, torch.float8_e5m2: FP8_E5M2,
+    torch.float8_e4m3fn: FP8_E4M3, "tf32": TF32,
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -175,12 +168,7 @@ class Description:
 def describe(x: float, dtype: torch.dtype | str | FloatFormat) -> Description:
     """How `dtype` stores the number x: its bits, what became of it, and the spacing there.
 
-    Args:
-        x: a number or 0-dim tensor.
-        dtype: a float dtype of torch up to 32 bits, "tf32", or a `FloatFormat`.
-
-    Raises:
-        ValueError: no such format.
+    `dtype` is a float dtype of torch up to 32 bits, "tf32", or a `FloatFormat`. ValueError: no such format.
     """
     if not isinstance(dtype, FloatFormat) and dtype not in FORMATS:
         raise ValueError(f"dtype must be one of {', '.join(map(str, FORMATS))} or a FloatFormat, got {dtype!r}")
@@ -190,20 +178,9 @@ def describe(x: float, dtype: torch.dtype | str | FloatFormat) -> Description:
     sign, exponent, mantissa = fmt.split(fmt.encode(x))
     if not math.isfinite(value):
         kind = "nan" if math.isnan(value) else "infinity"
-    elif value == 0:
-        kind = "zero"
     else:
-        kind = "normal" if abs(value) >= fmt.smallest_normal else "subnormal"
-    return Description(
-        x=x,
-        format=fmt,
-        value=value,
-        sign=str(sign),
-        exponent=f"{exponent:0{fmt.exponent_bits}b}",
-        mantissa=f"{mantissa:0{fmt.mantissa_bits}b}",
-        kind=kind,
-        error=value - x if math.isfinite(value) else math.nan,
-        spacing=fmt.spacing(value),
-        underflow=value == 0 and x != 0,
-        overflow=math.isfinite(x) and not math.isfinite(value),
-    )
+        kind = "zero" if value == 0 else "normal" if abs(value) >= fmt.smallest_normal else "subnormal"
+    fields = str(sign), f"{exponent:0{fmt.exponent_bits}b}", f"{mantissa:0{fmt.mantissa_bits}b}"
+    error = value - x if math.isfinite(value) else math.nan
+    underflow, overflow = value == 0 and x != 0, math.isfinite(x) and not math.isfinite(value)
+    return Description(x, fmt, value, *fields, kind, error, fmt.spacing(value), underflow, overflow)

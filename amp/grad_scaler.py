@@ -7,9 +7,8 @@ gradient) skips the step and halves S; `growth_interval` steps *in a row* withou
 2018, section 3.2.)
 
 `GradScaler` behaves as `torch.amp.GradScaler`, which keeps its books (`scale`, getters, state dict). Scale, run of good
-steps and overflow flag stay on the gradients' device as 0-dim tensors. With an optimizer that can read the flag there
-(`optim.AdamW` with its kernel, or torch's `fused=True`) a training step never waits for the GPU; any other optimizer
-needs one `.item()` to decide whether to step.
+steps and overflow flag stay on the gradients' device as 0-dim tensors. With an optimizer that reads the flag there
+(`optim.AdamW` with its kernel, or torch's `fused=True`) a step never waits for the GPU; any other needs one `.item()`.
 """
 
 from collections import defaultdict
@@ -83,29 +82,20 @@ class GradScaler(torch.amp.GradScaler):
         scaler.update()
 
     Args:
-        init_scale: the scale to begin with.
-        growth_factor: multiplies the scale after `growth_interval` good steps in a row; above 1.
-        backoff_factor: multiplies the scale after a step with an overflow; below 1.
-        growth_interval: length of that run, in optimizer steps.
-        enabled: False makes every method a no-op and `step` a plain `optimizer.step()`.
+        device: a name, as in torch.amp: the scale is where the first loss is. It may be left out, as in torch.cuda.amp.
+        init_scale, growth_factor, backoff_factor, growth_interval, enabled: 65536.0, 2.0, 0.5, 2000, True; in this
+            order, or by name.
 
-    Raises:
-        AssertionError: `growth_factor` ≤ 1 or `backoff_factor` ≥ 1 (as in torch).
+    `growth_factor` > 1 multiplies the scale after `growth_interval` good steps in a row, `backoff_factor` < 1 after one
+    with an overflow (AssertionError otherwise, as in torch). With `enabled` False every method is a no-op and `step` a
+    plain `optimizer.step()`.
     """
 
-    def __init__(
-        self, init_scale: float = 65536.0, growth_factor: float = 2.0, backoff_factor: float = 0.5,
-        growth_interval: int = 2000, enabled: bool = True,
-    ):  # fmt: skip
-        if enabled and growth_factor <= 1.0:
-            raise AssertionError(f"growth_factor must be > 1.0, got {growth_factor}")
-        if enabled and backoff_factor >= 1.0:
-            raise AssertionError(f"backoff_factor must be < 1.0, got {backoff_factor}")
-        super().__init__("cpu", init_scale)  # a name only: the first scale() makes its tensors on the loss's device
-        self._enabled = enabled
-        self._growth_factor = growth_factor
-        self._backoff_factor = backoff_factor
-        self._growth_interval = growth_interval
+    def __init__(self, *args, device: str | torch.device = "cuda", **settings):
+        if args and isinstance(args[0], (str, torch.device)):
+            device, *args = args
+        torch.device(device)
+        super().__init__("cpu", *args, **settings)
         # By the optimizer itself and not its id, which a new one may get when an old one is gone.
         self._per_optimizer_states: dict[torch.optim.Optimizer, _OptimizerState] = defaultdict(_OptimizerState)
 
@@ -114,8 +104,7 @@ class GradScaler(torch.amp.GradScaler):
 
         Raises:
             RuntimeError: called twice, or after `step`, without an `update` between.
-            ValueError: a gradient is FP16. What underflowed there is gone: keep parameters in FP32 (autocast) or use
-                `MasterWeights`.
+            ValueError: a gradient is FP16, where what underflowed is gone.
         """
         if not self._enabled:
             return
@@ -130,9 +119,8 @@ class GradScaler(torch.amp.GradScaler):
         state.stage = "unscaled"
 
     def step(self, optimizer: torch.optim.Optimizer, *args, **kwargs):
-        """Unscale if `unscale_` was not called, then `optimizer.step(*args, **kwargs)` unless a gradient overflowed.
-
-        Returns what `optimizer.step` returned, None when it was skipped.
+        """Unscale if `unscale_` was not called, then return `optimizer.step(*args, **kwargs)`; None if a gradient
+        overflowed.
 
         Raises:
             RuntimeError: called twice without an `update` between, or with a closure.
@@ -174,9 +162,8 @@ class GradScaler(torch.amp.GradScaler):
     def update(self, new_scale: float | torch.Tensor | None = None) -> None:
         """Adapt the scale to this iteration, or set it to `new_scale`; call once, after every `step`.
 
-        Raises:
-            AssertionError: no gradient was checked since the last `update`, or `new_scale` is a tensor with several
-                elements or one that requires a gradient.
+        AssertionError: no gradient was checked since the last `update`, or `new_scale` is a tensor with several
+        elements or one that requires a gradient.
         """
         if not self._enabled:
             return

@@ -1,8 +1,7 @@
 """FP32 master weights for a model whose parameters are FP16 or BF16.
 
 A step of 1e-3 · lr on a weight near 1 is far below the spacing of FP16 there (1e-3) or BF16 (8e-3): added in 16 bits
-it rounds away, every time. So the optimizer updates an FP32 copy, where small steps add up, and the model computes with
-its rounding (Micikevicius et al. 2018, section 3.1):
+it rounds away. So the optimizer updates an FP32 copy, where small steps add up (Micikevicius et al. 2018, section 3.1):
 
     1. keep an FP32 master of every parameter, in the optimizer
     2. forward and backward in 16 bits, with the loss scaled
@@ -42,14 +41,8 @@ class MasterWeights:
         scaler.update()
         masters.write_back()
 
-    FP32 parameters stay in the optimizer as they are.
-
-    Args:
-        model: whose parameters the optimizer updates.
-        optimizer: any torch optimizer; state that it has already (moments) becomes FP32 too.
-
-    Raises:
-        ValueError: the optimizer holds a 16-bit parameter that is not the model's.
+    FP32 parameters stay in the optimizer as they are; state that it has already (moments) becomes FP32 too.
+    ValueError: the optimizer holds a 16-bit parameter that is not the model's.
     """
 
     def __init__(self, model: torch.nn.Module, optimizer: torch.optim.Optimizer):
@@ -57,35 +50,28 @@ class MasterWeights:
         self.masters: dict[str, torch.Tensor] = {}
         self.params: dict[str, torch.nn.Parameter] = {}
         names = {param: name for name, param in model.named_parameters()}
-        for group in optimizer.param_groups:
-            for i, param in enumerate(group["params"]):
-                if param.dtype not in LOW:
-                    continue
-                if param not in names:
-                    raise ValueError(f"optimizer must hold parameters of model, got one of shape {tuple(param.shape)}")
-                name = names[param]
-                master = param.detach().float().requires_grad_(param.requires_grad)
-                group["params"][i] = self.masters[name] = master
-                self.params[name] = param
-                if param in optimizer.state:
-                    state = optimizer.state.pop(param)
-                    optimizer.state[master] = {
-                        key: value.float() if isinstance(value, torch.Tensor) and value.dtype in LOW else value
-                        for key, value in state.items()
-                    }
+        places = [(group["params"], i) for group in optimizer.param_groups for i in range(len(group["params"]))]
+        for params, i in places:
+            param = params[i]
+            if param.dtype not in LOW:
+                continue
+            if param not in names:
+                raise ValueError(f"optimizer must hold parameters of model, got one of shape {tuple(param.shape)}")
+            master = param.detach().float().requires_grad_(param.requires_grad)
+            params[i] = self.masters[names[param]] = master
+            self.params[names[param]] = param
+            for key, value in optimizer.state.pop(param, {}).items():
+                low = isinstance(value, torch.Tensor) and value.dtype in LOW
+                optimizer.state[master][key] = value.float() if low else value
 
     @torch.no_grad()
     def collect_gradients(self) -> None:
         """After each backward pass: add the model's gradients to the masters', in FP32, and free the former."""
         for name, param in self.params.items():
-            if param.grad is None:
-                continue
-            master = self.masters[name]
-            if master.grad is None:
-                master.grad = param.grad.float()
-            else:
-                master.grad += param.grad
-            param.grad = None
+            if param.grad is not None:
+                before = self.masters[name].grad
+                self.masters[name].grad = param.grad.float() if before is None else before.add_(param.grad)
+                param.grad = None
 
     def step_arguments(self) -> dict:
         """Keyword arguments with which `optim.AdamW.step` does `write_back`'s work in its own pass; else empty."""

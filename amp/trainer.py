@@ -34,21 +34,11 @@ class MixedPrecisionTrainer(GradientAccumulationTrainer):
 
     An FP32 model runs under autocast. A model that is FP16 or BF16 itself gets FP32 master weights, which take its
     parameters' place in the optimizer. FP16 comes with loss scaling; BF16 has the exponent range of FP32 and needs
-    none. Loss and accumulation are those of `GradientAccumulationTrainer`.
+    none. Loss, accumulation and the other arguments are those of `GradientAccumulationTrainer`.
 
-    Args:
-        model: on one device.
-        optimizer: any torch optimizer over its parameters.
-        dtype: torch.float16 or torch.bfloat16.
-        init_scale: the loss scale to begin with, for FP16.
-        max_norm, accumulation_steps, scheduler: as for `GradientAccumulationTrainer`.
+    `scaler` is the `GradScaler` (disabled for BF16), `masters` the `MasterWeights`, or None for an FP32 model.
 
-    Attributes:
-        scaler: the `GradScaler` (disabled for BF16).
-        masters: the `MasterWeights`, or None for an FP32 model.
-
-    Raises:
-        ValueError: another dtype, a 16-bit model under DistributedDataParallel, and as `GradientAccumulationTrainer`.
+    ValueError: another dtype, a 16-bit model under DistributedDataParallel, and as `GradientAccumulationTrainer`.
     """
 
     def __init__(

@@ -49,39 +49,32 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Run benchmarks; 1 if a result of ours was wrong or could not be had, else 0."""
     found = runner.found_benchmarks(args.benchmarks)
+    args.against = [word for word in args.against.split(",") if word]
     for name in args.names:
         if name not in found:
             raise ValueError(f"no benchmark {name!r}; there are: {', '.join(found)}")
-    args.against = [word for word in args.against.split(",") if word]
     for word in args.against:
         if word not in RIVALS:
             raise ValueError(f"--against {word}: not one of {', '.join(RIVALS)}")
     if args.rounds is not None and args.rounds < 1:
         raise ValueError(f"--rounds must be at least 1, got {args.rounds}")
-    names = list(dict.fromkeys(args.names)) or list(found)
-    mode = "quick" if args.quick else "full"
+    names, mode = list(dict.fromkeys(args.names)) or list(found), "quick" if args.quick else "full"
     minutes, begun = args.minutes or MINUTES[mode], time.monotonic()
     args.rounds = args.rounds or ROUNDS[mode]
     args.deadline = begun + 60 * minutes * BEGIN_UNTIL
     report = {
-        "command": logging.command_line(),
+        "command": logging.command_line(), "seed": args.seed,
         "date": datetime.datetime.now(datetime.timezone.utc).isoformat("T", "seconds"),
-        "seed": args.seed,
-        "minutes": minutes if minutes < math.inf else None,
-        "device": {},
-        "versions": {},
-        "ceilings": {},
-        "results": {name: [] for name in names},
-    }
+        "minutes": minutes if minutes < math.inf else None, "device": {}, "versions": {},
+        "ceilings": {}, "results": {name: [] for name in names},
+    }  # fmt: skip
 
     def keep(name: str, made: list[dict]) -> None:
+        """Print the records of a benchmark, and write all that there are."""
         if not report["results"][name]:
             print(f"\n== {name}", flush=True)
         report["results"][name] += made
         print("\n".join(map(text, made)), flush=True)
-        save()
-
-    def save() -> None:
         report["seconds"] = round(time.monotonic() - begun, 1)
         if args.json:
             write_json(Path(args.json), report)
@@ -96,7 +89,9 @@ def run(args: argparse.Namespace) -> int:
     short = sum(bool(cut_short(record)) or TIME_UP in record["skipped"].values() for record in every)
     if short:
         print(f"{short} of {len(every)} cases were cut short or left out, as {TIME_UP}; --minutes none lifts the limit")
-    save()
+    report["seconds"] = round(time.monotonic() - begun, 1)
+    if args.json:
+        write_json(Path(args.json), report)
     if args.plot and report["ceilings"].get("copy"):
         draw(report["ceilings"], every, report["device"]["name"], args.plot)
     return int(any(name.startswith(OURS) for record in every for name in record["failed"]))

@@ -47,11 +47,8 @@ class Parser(argparse.ArgumentParser):
 
 def hyphenated(words: list[str]) -> list[str]:
     """`--learning_rate=1e-3` → `--learning-rate=1e-3`: both spellings are in people's fingers."""
-    out = []
-    for word in words:
-        name, equals, value = word.partition("=")
-        out.append(name.replace("_", "-") + equals + value if name.startswith("--") else word)
-    return out
+    split = (word.partition("=") if word.startswith("--") else ("", "", word) for word in words)
+    return [name.replace("_", "-") + equals + value for name, equals, value in split]
 
 
 def main(words: list[str] | None = None) -> int:
@@ -80,7 +77,7 @@ def main(words: list[str] | None = None) -> int:
     except ModuleNotFoundError as error:
         if error.name is None or error.name.startswith(__package__):
             raise
-        extra = "tune" if error.name == "optuna" else "finetune"
+        extra = {"optuna": "tune", "datasets": "data", "pyarrow": "data"}.get(error.name, "finetune")
         return _fail(command, f'{error.name} is not installed; pip install "handtuned[{extra}]" brings it', error)
     except BrokenPipeError:  # `handtuned … | head`: nobody reads on
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -88,9 +85,10 @@ def main(words: list[str] | None = None) -> int:
     except (ValueError, TypeError, OSError) as error:
         return _fail(command, str(error), error)
     except (RuntimeError, MemoryError) as error:
-        if not _is_out_of_memory(error):
+        if not is_out_of_memory(error):
             raise
-        _fail(command, f"out of memory: {_first_sentence(error)}{ADVICE.get(command, '')}", error)
+        first_sentence = re.split(r"(?<=[a-zB])\. |\n", str(error))[0]
+        _fail(command, f"out of memory: {first_sentence}{ADVICE.get(command, '')}", error)
         return 1
     except KeyboardInterrupt:
         print("\nstopped", file=sys.stderr)
@@ -104,21 +102,16 @@ def _make_printing_safe() -> None:
             stream.reconfigure(line_buffering=True, errors="backslashreplace")
 
 
-def _is_out_of_memory(error: Exception) -> bool:
+def is_out_of_memory(error: Exception) -> bool:
     """On a GPU torch has a class for it; on a CPU there is the text alone."""
     known = type(error).__name__ in ("OutOfMemoryError", "MemoryError")
     return known or "not enough memory" in str(error) or "can't allocate memory" in str(error)
 
 
-def _first_sentence(error: Exception) -> str:
-    return re.split(r"(?<=[a-zB])\. |\n", str(error))[0]
-
-
 def _fail(command: str, message: str, error: Exception) -> int:
     if os.environ.get("HANDTUNED_DEBUG"):
         raise error
-    line = " ".join(message.split())
-    print(f"handtuned {command}: error: {line}", file=sys.stderr)
+    print(f"handtuned {command}: error: {' '.join(message.split())}", file=sys.stderr)
     return 2
 
 

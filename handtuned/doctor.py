@@ -9,6 +9,12 @@ from .kernels.nf4_cpu import has_native
 from .training.logging import versions
 from .training.models import cache_directory, choose_device, choose_dtype
 
+KERNELS = {
+    "cuda": "the compiled Triton kernel",
+    "interpreter": "the Triton kernel under the interpreter (slow: for checking, not for work)",
+    "torch": "the torch reference",
+}
+
 
 def add_arguments(parser) -> None:
     """`doctor` takes no flags."""
@@ -16,42 +22,30 @@ def add_arguments(parser) -> None:
 
 def report() -> str:
     """Versions, backends, GPUs and the choices that follow from them, as text."""
+    gpus = range(torch.cuda.device_count()) if torch.cuda.is_available() else ()
     lines = [f"{name:13} {version}" for name, version in versions().items()]
     lines += ["", f"machine       {platform.system()} {platform.machine()}, {torch.get_num_threads()} CPU threads"]
-    if torch.cuda.is_available():
-        for index in range(torch.cuda.device_count()):
-            gpu = torch.cuda.get_device_properties(index)
-            low = choose_dtype("auto", torch.device("cuda", index))
-            lines.append(
-                f"cuda:{index}        {gpu.name}, sm_{gpu.major}{gpu.minor}, {gpu.total_memory / 2**30:.1f} GiB, "
-                f"computes in {str(low).removeprefix('torch.')}"
-            )
-    else:
-        lines.append("GPU           none that CUDA can use")
+    for index in gpus:
+        gpu, low = torch.cuda.get_device_properties(index), choose_dtype("auto", torch.device("cuda", index))
+        lines.append(f"cuda:{index}        {gpu.name}, sm_{gpu.major}{gpu.minor}, {gpu.total_memory / 2**30:.1f} GiB, "
+                     f"computes in {str(low).removeprefix('torch.')}")  # fmt: skip
+    device = choose_device("auto")
+    dtype = choose_dtype("auto", device)
+    lines += [] if gpus else ["GPU           none that CUDA can use"]
     lines += [
         f"Triton        {'installed' if runtime.HAS_TRITON else 'not installed: GPU kernels cannot run'}"
         + (", interpreting kernels (TRITON_INTERPRET=1)" if runtime.INTERPRETED else ""),
         f"model cache   {cache_directory()}",
         "",
         "what runs where",
-        f"  a CPU tensor   {_explain(backend(torch.empty(0)))}"
+        f"  a CPU tensor   {KERNELS[backend(torch.empty(0))]}"
         + (", with NF4 decoded by compiled C" if has_native() else ""),
     ]
-    if torch.cuda.is_available() and runtime.HAS_TRITON:
-        lines.append(f"  a CUDA tensor  {_explain(backend(torch.empty(0, device='cuda')))}")
-    device = choose_device("auto")
-    dtype = choose_dtype("auto", device)
+    if gpus and runtime.HAS_TRITON:
+        lines.append(f"  a CUDA tensor  {KERNELS[backend(torch.empty(0, device='cuda'))]}")
     scaling = ", with loss scaling" if dtype == torch.float16 else ""
     lines.append(f"  finetune       on {device}, computing in {str(dtype).removeprefix('torch.')}{scaling}")
     return "\n".join(lines)
-
-
-def _explain(name: str) -> str:
-    return {
-        "cuda": "the compiled Triton kernel",
-        "interpreter": "the Triton kernel under the interpreter (slow: for checking, not for work)",
-        "torch": "the torch reference",
-    }[name]
 
 
 def run(args) -> int:

@@ -4,13 +4,11 @@ Read `finetune` downward: load rows, model and adapters, print the plan, evaluat
 evaluate again. Each step is one call into `training/`; the loop itself is `training.loop.train_step`.
 """
 
-import json
 import sys
 import time
 from pathlib import Path
 
 from .nn.files import write_json
-from .nn.inject import lora_parameters
 from .training import checkpoints, logging, loop
 from .training.data import describe_example
 from .training.distributed import World, start, weight_bytes, whole_adapter
@@ -37,11 +35,10 @@ def run(args) -> int:
     try:
         with start(typed.get("parallel", "none"), typed.get("device", "auto")) as world, world.quiet():
             with world.shared_errors():
-                settings = FinetuneSettings(**typed)
+                settings, checkpoint = FinetuneSettings(**typed), None
             world.check_equal({flag(name): value for name, value in settings.to_json().items()}
                               | {"--resume": args.resume})  # fmt: skip
             with world.shared_errors():
-                checkpoint = None
                 if world.main:
                     settings, checkpoint = checkpoints.settings_and_checkpoint(args.resume, typed, settings, world.size)
             settings, checkpoint = world.broadcast((settings, checkpoint))
@@ -87,15 +84,14 @@ def finetune(settings: FinetuneSettings, world: World | None = None, checkpoint:
     if world.mode != "none":
         print(f"ranks        {world.size}, {world.mode}: {logging.megabytes(max(held))} of weights and adapter on each")
     print(describe_example(base.examples[0], base.tokenizer))
-
-    results = _begin(directory, settings, base, world)
+    results = checkpoints.begin(directory, settings.to_json(), base, training)
     if "before" not in results:
         evaluate(world, training.lm, base.tokenizer, base.held_out, results, "before")
         _write_results(directory, results, world)
+
     first = checkpoints.go_on(directory, checkpoint, training)
     if first:
         print(f"going on after step {first} of {total}")
-
     _train(directory, settings, base, training, first, total)
 
     evaluate(world, training.lm, base.tokenizer, base.held_out, results, "after")
@@ -122,24 +118,11 @@ def _load(settings: FinetuneSettings, world: World) -> tuple[Base, int]:
         # FSDP moves block after block to its GPU, which need not hold the whole model at any moment.
         base = load_base_and_rows(settings, device, "cpu" if world.mode == "fsdp" else device)
         add_adapters(base.model, settings)
-        if settings.gradient_checkpointing:
-            base.model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
         total = loop.optimizer_steps(settings, len(base.examples), world.size)
         print(logging.plan(settings, base, total))
     marks = base.marks
     world.check_equal({"base model (--model)": marks["base"][:12], "training data (--data)": marks["data"][:12]})
     return base, total
-
-
-def _begin(directory: Path, settings: FinetuneSettings, base: Base, world: World) -> dict:
-    """Make the run's directory, or find it as it must be; returns the results that it holds so far."""
-    with world.shared_errors():
-        if world.main:
-            trainable = sum(p.numel() for p in lora_parameters(base.model))
-            needed = trainable * 4 * 3 * (settings.save_total_limit + 2)  # fp32: the adapter and two moments
-            checkpoints.begin(directory, settings.to_json(), base.marks | {"ranks": world.size}, needed)
-    path = directory / "results.json"
-    return world.broadcast(json.loads(path.read_text(encoding="utf-8")) if world.main and path.exists() else {})
 
 
 def _train(
@@ -151,7 +134,7 @@ def _train(
     def save(step: int) -> Path:
         return checkpoints.save_checkpoint(directory, step, training, settings.save_total_limit, base.record)
 
-    with (logging.RunLog(directory, first, total, settings.to_json(), world.main) as run_log,
+    with (logging.RunLog(directory, first, total, settings, world.main) as run_log,
           loop.StopAfterStep(world) as stop):  # fmt: skip
         for row in loop.train(training, base.examples, total, settings, first):
             step = row["step"]

@@ -22,7 +22,7 @@ def run(args) -> int:
         raise ValueError(f"--max-new-tokens must be at least 1, got {args.max_new_tokens}")
     if not 0 <= args.temperature < float("inf"):
         raise ValueError(f"--temperature must be 0 or above, got {args.temperature}")
-    prompts = args.prompt or [line.strip() for line in sys.stdin if line.strip()]
+    prompts = args.prompt or [line.rstrip("\r\n") for line in sys.stdin if line.strip()]
     if not prompts:
         raise ValueError("no prompt: give one as an argument or on standard input")
     model, tokenizer, record = load_with_adapter(args)

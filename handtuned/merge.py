@@ -19,6 +19,7 @@ from .quant import NF4Linear
 from .training import data
 from .training.evaluation import CausalLM, end_tokens
 from .training.models import add_adapter_flags, choose_device, load_base, load_with_adapter
+from .training.settings import column_names, in_use
 
 PROBE_ROWS = 32
 
@@ -36,10 +37,10 @@ def add_arguments(parser) -> None:
 
 def run(args) -> int:
     out = Path(args.out)
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+    if in_use(out):
         raise ValueError(f"--out {out} exists already and is not empty")
     model, tokenizer, record = load_with_adapter(args)
-    probe = _probe(args.data or record.get("eval_data"), tokenizer)
+    probe = _probe(args.data or record.get("eval_data"), tokenizer, record)
     before = _loss(model, probe)
     if any(layer.lora_A is not None for _, layer in lora_layers(model)):  # not if whole modules were trained alone
         print(merge_errors(model, four_bits=args.errors))
@@ -81,12 +82,13 @@ def to_plain_model(model: torch.nn.Module, dtype: torch.dtype) -> torch.nn.Modul
     return model
 
 
-def _probe(path: str | None, tokenizer) -> list:
-    """The first encoded rows of `path`; none when it is not known or not there any more."""
-    if path is None or not Path(path).is_file():
+def _probe(path: str | None, tokenizer, record: dict) -> list:
+    """The first encoded rows of `path`, read as those of training; none when it is not known or not there any more."""
+    if path is None or not Path(path).exists():
         return []
-    rows = data.load_rows(path).rows[:PROBE_ROWS]
-    return data.encode_rows(rows, tokenizer, max_seq_length=512).examples
+    skip_bad_rows, train_on = record.get("skip_bad_rows", False), record.get("train_on", "answers")
+    rows = data.load_rows(path, skip_bad_rows, column_names(record.get("columns")), train_on).rows[:PROBE_ROWS]
+    return data.encode_rows(rows, tokenizer, record.get("max_seq_length", 512), skip_bad_rows, train_on).examples
 
 
 def _loss(model, probe: list) -> float | None:

@@ -11,12 +11,16 @@ their score of the winner is not flattered by the choice.
 
 import argparse
 import dataclasses
+import gc
 import json
 import math
 import shlex
 import time
 from pathlib import Path
 
+import torch
+
+from .cli import is_out_of_memory
 from .nn.files import write_json
 from .nn.inject import lora_parameters
 from .nn.merge import unload
@@ -24,8 +28,9 @@ from .nn.multi import linear_layers
 from .training import logging, loop
 from .training import trials as reports
 from .training.checkpoints import changed_marks
+from .training.evaluation import finite
 from .training.models import add_adapters, choose_device, load_base_and_rows, save_with_record
-from .training.settings import FinetuneSettings, add_flags, differences
+from .training.settings import FinetuneSettings, add_flags, in_use, resumed
 from .training.trials import SEARCHED
 
 TARGETS = ("q_proj,v_proj", "q_proj,k_proj,v_proj,o_proj", "gate_proj,up_proj,down_proj", "all-linear")
@@ -52,20 +57,16 @@ def run(args) -> int:
     settings = FinetuneSettings(**typed)
     if settings.parallel != "none":
         raise ValueError("--parallel must be none: trials run in one process")
-    settings.output_dir = settings.output_dir or "handtuned-out/tune"
-    record = Path(settings.output_dir) / "tune.json"
+    directory = Path(settings.output_dir or "handtuned-out/tune")
+    settings.output_dir, record = str(directory), directory / "tune.json"
     if args.resume:
         if not record.exists():
-            raise ValueError(f"--resume: {settings.output_dir} holds no study (no tune.json)")
+            raise ValueError(f"--resume: {directory} holds no study (no tune.json)")
         saved = json.loads(record.read_text(encoding="utf-8"))
-        changed = differences({name: getattr(settings, name) for name in typed if name != "output_dir"},
-                              saved["settings"])  # fmt: skip
-        if changed:
-            raise ValueError("--resume goes on with the study's own settings: " + "; ".join(changed))
-        settings = FinetuneSettings(**saved["settings"] | {"output_dir": settings.output_dir})
+        settings = resumed("study", typed, saved["settings"], output_dir=str(directory))
         args.search = saved["search"]
-    elif record.parent.exists() and (not record.parent.is_dir() or any(record.parent.iterdir())):
-        raise ValueError(f"--output-dir {settings.output_dir} is not empty; name a new one, or go on with --resume")
+    elif in_use(directory):
+        raise ValueError(f"--output-dir {directory} is not empty; name a new one, or go on with --resume")
     try:
         tune(settings, args.trials, args.minutes, tuple(args.search))
     except KeyboardInterrupt:
@@ -95,13 +96,13 @@ def tune(settings: FinetuneSettings, trials: int, minutes: float | None = None, 
 
     steps = settings.max_steps or 40
     settings = dataclasses.replace(settings.with_defaults(), max_steps=steps)
-    runner = TrialRunner(settings)
+    runner = TrialRunner(settings, search)
     directory = Path(settings.output_dir)
     directory.mkdir(parents=True, exist_ok=True)
-    marks = runner.base.marks | {"search": list(search)}
-    record = {"settings": settings.to_json(), "search": list(search), "marks": marks, "versions": logging.versions()}
+    record = {"settings": settings.to_json(), "search": list(search), "versions": logging.versions(),
+              "marks": runner.base.marks | {"search": list(search)}}  # fmt: skip
     known = directory / "tune.json"
-    if known.exists() and changed_marks(json.loads(known.read_text(encoding="utf-8"))["marks"], marks):
+    if known.exists() and changed_marks(json.loads(known.read_text(encoding="utf-8"))["marks"], record["marks"]):
         raise ValueError(f"{directory}: base model, data or search are not what they were when this study began")
     write_json(known, record)
 
@@ -111,21 +112,17 @@ def tune(settings: FinetuneSettings, trials: int, minutes: float | None = None, 
         study_name="lora", storage=optuna.storages.JournalStorage(backend), load_if_exists=True,
         pruner=optuna.pruners.SuccessiveHalvingPruner(min_resource=max(1, steps // 8), reduction_factor=2),
     )  # fmt: skip
-    space = Space(settings, search, runner.base.model)
     if not study.trials:
-        study.enqueue_trial(space.first(), user_attrs={"first": True})
+        study.enqueue_trial({name: runner.space.start[name] for name in search}, user_attrs={"first": True})
     _try_again(study)
-    done = sum(trial.state.is_finished() and trial.state.name != "FAIL" for trial in study.trials)
+    done = sum(t.state.is_finished() and (t.state.name != "FAIL" or "failed" in t.user_attrs) for t in study.trials)
     # The seed depends on how many there are: a resumed study goes its own way, but the same one each time.
     study.sampler = optuna.samplers.TPESampler(seed=settings.seed + done, n_startup_trials=5)
-    rungs = sorted({max(1, steps >> k) for k in range(4)})
-    print(f"{trials - done} trials of up to {steps} steps, judged after {', '.join(map(str, rungs))}; "
+    print(f"{trials - done} trials of up to {steps} steps, judged after {', '.join(map(str, runner.rungs))}; "
           f"{len(runner.choosing)} held-out rows choose, {len(runner.untouched)} are kept for the verdict")  # fmt: skip
     if trials > done:
-        study.optimize(
-            lambda trial: runner.run(trial, space, rungs), n_trials=trials - done,
-            timeout=None if minutes is None else 60 * minutes, callbacks=[reports.print_trial],
-        )  # fmt: skip
+        study.optimize(runner.run, n_trials=trials - done, timeout=None if minutes is None else 60 * minutes,
+                       catch=TrialFailed, callbacks=[reports.print_trial])  # fmt: skip
     result = reports.summary(study)
     write_json(directory / "trials.json", result)
     reports.draw_pareto(result, directory / "pareto.png")
@@ -134,69 +131,64 @@ def tune(settings: FinetuneSettings, trials: int, minutes: float | None = None, 
 
 
 def _try_again(study) -> None:
-    """Put trials that were stopped in the middle, by a kill or Ctrl-C, back in the queue, each once."""
+    """Put trials that were stopped in the middle, by a kill or Ctrl-C, back in the queue, each once.
+
+    Not those that failed for a reason of their own, which is "failed" among their attributes.
+    """
     from optuna.trial import TrialState
 
     for trial in study.get_trials(states=[TrialState.RUNNING]):
         study.tell(trial.number, state=TrialState.FAIL)
     queued = {trial.user_attrs.get("again") for trial in study.trials}
     for trial in study.get_trials(states=[TrialState.FAIL]):
-        if trial.number not in queued:
+        if trial.number not in queued and "failed" not in trial.user_attrs:
             known = {"first": trial.user_attrs.get("first", False), "again": trial.number}
             study.enqueue_trial(trial.params, user_attrs=known)
+
+
+class TrialFailed(Exception):
+    """A trial cannot be finished with its settings, today or another day."""
 
 
 class Space:
     """What may be searched, around the settings that a study starts from."""
 
     def __init__(self, settings: FinetuneSettings, search, model):
-        start = settings.target_modules
-        start = start if isinstance(start, str) else ",".join(start)
         names = {path.rsplit(".", 1)[-1] for path in linear_layers(model)}
-        fitting = {target for target in TARGETS if target == "all-linear" or names.issuperset(target.split(","))}
-        rate = settings.learning_rate
+        target, rate = settings.target_modules, settings.learning_rate
         self.search, self.rates = search, (rate / 10, rate * 10)
         # lora_alpha is searched as a multiple of the rank: the scale of the update.
         self.start = {
-            "lora_r": settings.lora_r,
-            "lora_alpha": settings.lora_alpha / settings.lora_r,
-            "learning_rate": rate,
-            "target_modules": start,
+            "lora_r": settings.lora_r, "lora_alpha": settings.lora_alpha / settings.lora_r, "learning_rate": rate,
+            "target_modules": target if isinstance(target, str) else ",".join(target),
             "lora_dropout": settings.lora_dropout,
-        }
+        }  # fmt: skip
         around = {
             "lora_r": {2, 4, 8, 16, 32},
             "lora_alpha": {0.5, 1.0, 2.0, 4.0},
-            "target_modules": fitting,
+            "target_modules": {t for t in TARGETS if t == "all-linear" or names.issuperset(t.split(","))},
             "lora_dropout": {0.0, 0.05, 0.1},
         }
         self.choices = {name: sorted({self.start[name], *values}) for name, values in around.items()}
 
-    def first(self) -> dict:
-        """What Optuna is to try first."""
-        return {name: self.start[name] for name in self.search}
-
     def suggest(self, trial, settings: FinetuneSettings) -> FinetuneSettings:
         """The settings of a trial."""
-
-        def pick(name: str):
-            if name not in self.search:
-                return self.start[name]
+        picked = dict(self.start)
+        for name in self.search:
             if name == "learning_rate":
-                return trial.suggest_float(name, *self.rates, log=True)
-            return trial.suggest_categorical(name, self.choices[name])
-
-        picked = {name: pick(name) for name in SEARCHED}
+                picked[name] = trial.suggest_float(name, *self.rates, log=True)
+            else:
+                picked[name] = trial.suggest_categorical(name, self.choices[name])
         picked["lora_alpha"] *= picked["lora_r"]
         return dataclasses.replace(settings, **picked | {"target_modules": (picked["target_modules"],)})
 
 
 class TrialRunner:
-    """The base model and the rows, loaded once for all trials."""
+    """The base model and the rows, loaded once for all trials of `settings.max_steps` steps."""
 
-    def __init__(self, settings: FinetuneSettings):
+    def __init__(self, settings: FinetuneSettings, search):
         device = choose_device(settings.device)
-        self.settings = settings
+        self.settings, self.rungs = settings, sorted({max(1, settings.max_steps >> k) for k in range(4)})
         self.base = load_base_and_rows(settings, device, device)
         rows = self.base.held_out.examples
         if len(rows) < 2:
@@ -205,29 +197,42 @@ class TrialRunner:
         self.choosing, self.untouched = rows[0::2], rows[1::2]
         add_adapters(self.base.model, settings)  # does it fit?
         unload(self.base.model)
+        self.space = Space(settings, search, self.base.model)
 
-    def run(self, trial, space: Space, rungs: list[int]) -> float:
-        """One trial: its loss on the choosing rows. Raises optuna.TrialPruned when it is stopped early."""
+    def run(self, trial) -> float:
+        """One trial: its loss on the choosing rows.
+
+        Raises:
+            optuna.TrialPruned: it is stopped early.
+            TrialFailed: it ran out of memory, or its loss is not finite.
+        """
         import optuna
 
-        settings, model = space.suggest(trial, self.settings), self.base.model
+        settings, model = self.space.suggest(trial, self.settings), self.base.model
         add_adapters(model, settings)
         trial.set_user_attr("settings", {name: getattr(settings, name) for name in SEARCHED})
         trial.set_user_attr("bytes", BYTES_PER_PARAMETER * sum(p.numel() for p in lora_parameters(model)))
         try:
             training = loop.prepare(self.base, settings, settings.max_steps)
-            loss = self._train(trial, settings, training, rungs)
-            trial.set_user_attr("untouched", training.lm.score(self.untouched))
+            loss = self._train(trial, settings, training)
+            trial.set_user_attr("untouched", finite(training.lm.score(self.untouched)))
             finished = trial.study.get_trials(states=[optuna.trial.TrialState.COMPLETE])
             if all(loss < other.value for other in finished):
                 save_with_record(model, Path(settings.output_dir) / "best", self.base.record)
             return loss
-        except loop.Diverged as error:
-            raise optuna.TrialPruned from error
+        except (loop.Diverged, RuntimeError, MemoryError) as error:
+            if not (isinstance(error, loop.Diverged) or is_out_of_memory(error)):
+                raise
+            why = str(error) if isinstance(error, loop.Diverged) else "out of memory"
+            trial.set_user_attr("failed", why)
+            raise TrialFailed(why) from None
         finally:
             unload(model)
+            gc.collect()  # what an error still held
+            if torch.cuda.is_available():
+                torch.cuda.empty_cache()
 
-    def _train(self, trial, settings: FinetuneSettings, training: loop.Training, rungs: list[int]) -> float:
+    def _train(self, trial, settings: FinetuneSettings, training: loop.Training) -> float:
         """All steps, with the choosing rows scored at each rung; returns the last loss on them."""
         import optuna
         from tqdm import tqdm
@@ -237,12 +242,13 @@ class TrialRunner:
         with tqdm(steps, total=settings.max_steps, desc=f"trial {trial.number}", unit="step", dynamic_ncols=True,
                   leave=False) as bar:  # fmt: skip
             for row in bar:
-                seconds += time.perf_counter() - began
-                step = row["step"]
+                seconds, step = seconds + time.perf_counter() - began, row["step"]
                 bar.set_postfix_str(f"loss {row['loss']:.4f}")
-                if step in rungs:
+                if step in self.rungs:
                     scores = training.lm.score(self.choosing)
-                    loss = scores["loss"] if math.isfinite(scores["loss"]) else math.inf
+                    loss = scores["loss"]
+                    if not math.isfinite(loss):
+                        raise loop.Diverged(f"step {step}: the loss on held-out rows is {loss:g}")
                     trial.report(loss, step)
                     trial.set_user_attr("exact_match", scores["exact_match"])
                     trial.set_user_attr("seconds_a_step", seconds / step)

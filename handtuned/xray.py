@@ -68,12 +68,14 @@ def run(args: argparse.Namespace) -> int:
     found = []
     for operation in chosen:
         for arch in archs:
-            for ray in examine(operation, arch, WHOLE, every_tile=args.every_tile):
-                _show(found, ray, [], False)
             measured = [size.but(m.size) for m in known if any(m.fits(operation.name, gpu) for gpu in cards_of(arch))]
-            for each in dict.fromkeys([size, *measured]):
-                for ray in examine(operation, arch, each, SAMPLE, args.every_tile):
-                    _show(found, ray, list(predictions(ray, known)), args.sass)
+            for at in [WHOLE, *dict.fromkeys([size, *measured])]:
+                whole = at is WHOLE
+                for ray in examine(operation, arch, at, None if whole else SAMPLE, args.every_tile):
+                    found.append((ray, [] if whole else list(predictions(ray, known))))
+                    print(describe(*found[-1]), flush=True)
+                    if args.sass and not whole:
+                        print(*(launch.sass for launch in ray.launches), sep="\n")
     print(f"\n{ASSUMES}")
     for arch in archs:
         print(*cards_of(arch), *published(arch), sep="\n")
@@ -87,22 +89,14 @@ def cards_of(arch: str) -> list:
     return [gpu for gpu in GPUS if gpu.arch == arch]
 
 
-def _show(found, ray, expected, sass):
-    found.append((ray, expected))
-    print(describe(ray, expected), flush=True)
-    if sass:
-        print(*(launch.sass for launch in ray.launches), sep="\n")
-
-
 def _check(chosen, archs, size, every_tile) -> int:
     failed = kernels = 0
     for operation in chosen:
-        for arch in archs:
-            for ray in examine(operation, arch, size, 0, every_tile):
-                kernels += len(ray.launches)
-                if ray.error or ray.spill_bytes:
-                    failed += 1
-                    print(describe(ray), flush=True)
+        for ray in (ray for arch in archs for ray in examine(operation, arch, size, 0, every_tile)):
+            kernels += len(ray.launches)
+            if ray.error or ray.spill_bytes:
+                failed += 1
+                print(describe(ray), flush=True)
     print(f"{len(chosen)} operations, {kernels} kernels compiled for {', '.join(archs)}: {failed} fail")
     return int(failed > 0)
 
@@ -124,34 +118,24 @@ def describe(ray: Xray, expected: Sequence[Prediction] = ()) -> str:
 
 def _launch_lines(ray: Xray, launch: Launched):
     held, counted = launch.occupancy, launch.counters
-    yield (
-        f"    {launch.kernel}: {launch.programs} programs of {launch.threads} threads, {launch.registers} registers, "
-        f"{launch.spill_bytes} B spilled, {launch.shared_bytes} B shared"
-    )
-    yield (
-        f"        a multiprocessor holds {held.blocks} programs, {held.warps} of {held.of_warps} warps; "
-        f"no more for {held.limit}"
-    )
+    yield (f"    {launch.kernel}: {launch.programs} programs of {launch.threads} threads, {launch.registers} "
+           f"registers, {launch.spill_bytes} B spilled, {launch.shared_bytes} B shared")  # fmt: skip
+    yield (f"        a multiprocessor holds {held.blocks} programs, {held.warps} of {held.of_warps} warps; "
+           f"no more for {held.limit}")  # fmt: skip
     if not launch.executed:
         loops = ", ".join(f"{loop.instructions} ({loop.tensor_core} tensor-core)" for loop in launch.code.loops)
+        memory = sorted(launch.code.memory.items())
         yield f"        not executed; {launch.code.instructions} instructions, loops of {loops or 'none'}"
-        yield "        " + ", ".join(
-            f"{n} × {kind} {bits} bit" for (kind, bits), n in sorted(launch.code.memory.items())
-        )
+        yield "        " + ", ".join(f"{n} × {kind} {bits} bit" for (kind, bits), n in memory)
         return
     units = ray.operation.units(ray.size)
     each = 32 * launch.scale / units
     pipes = sorted(counted.instructions.items(), key=lambda pipe: -pipe[1])
-    yield (
-        f"        {32 * launch.warp_instructions / units:.2f} instructions for each {ray.operation.unit}; of PTX "
-        + ", ".join(f"{pipe} {n * each:.2f}" for pipe, n in pipes if n * each >= 0.005)
-    )
+    yield (f"        {32 * launch.warp_instructions / units:.2f} instructions for each {ray.operation.unit}; of PTX "
+           + ", ".join(f"{pipe} {n * each:.2f}" for pipe, n in pipes if n * each >= 0.005))  # fmt: skip
     traffic = (("load", counted.global_loads), ("store", counted.global_stores), ("shared access", counted.shared))
-    parts = [
-        f"{t.per_request:.1f} {t.unit} a {name} ({t.least / t.requests:.1f} at least)"
-        for name, t in traffic
-        if t.requests
-    ]
+    parts = [f"{t.per_request:.1f} {t.unit} a {name} ({t.least / t.requests:.1f} at least)"
+             for name, t in traffic if t.requests]  # fmt: skip
     if counted.tensor_flops:
         parts.append(f"{counted.tensor_flops * launch.scale / 1e9:.4g} GFLOP on tensor cores")
     yield "        " + ", ".join(parts)

@@ -66,8 +66,9 @@ FIXED = {
     "lora_product": "64 x 128, 4 warps, 4 stages",
     "scaled_matmul": "64 x 64, 4 warps, 4 stages",
     "nf4 product, up to 16 rows": "stream",
+    "nf4 product, up to 256 rows": "fused",
     "nf4 product": "exact",
-    "nf4 product, from 1024 rows, no dropout": "merged",
+    "nf4 product, from 1024 rows, without dropout": "merged",
 }
 
 # The architecture that `handtuned.gpu` emulates at the moment ("sm_90"), which sets it; None: none.

@@ -155,13 +155,11 @@ def full_matches(patterns: list[str], names: Collection[str]) -> list[set[str]]:
 def read_adapter_config(directory: str | Path) -> dict:
     """Read and check `directory/adapter_config.json`; the fields of AdapterConfig as a dict, defaults filled in.
 
-    The file is taken for untrusted: its size, its JSON and every type are checked, and nothing it
-    names is opened. Unknown fields are let pass when empty (null, false, 0, "", [], {}) and refused
-    otherwise, for a newer PEFT may mean by them something that changes the result.
+    The file is taken for untrusted: its size, its JSON and every type are checked, and nothing it names is opened.
+    Unknown fields pass when empty (null, false, 0, "", [], {}): a newer PEFT may mean something by others.
 
-    Raises:
-        ValueError: the file is missing, damaged, not a LoRA config, holds a value of the wrong type,
-            or asks by a field (named in the message) for something that is not supported.
+    ValueError: the file is missing, damaged, not a LoRA config, holds a value of the wrong type, or asks by a field
+    (named in the message) for something that is not supported.
     """
     path = Path(directory) / CONFIG_NAME
     fields = _read_json(path)

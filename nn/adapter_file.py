@@ -35,9 +35,7 @@ class AdapterTensors(NamedTuple):
 def read_adapter_tensors(directory: str | Path) -> AdapterTensors:
     """Read and check `directory/adapter_model.safetensors`.
 
-    Raises:
-        ValueError: missing, a pickle, damaged, tensors that are not finite floating-point numbers, or names that
-            PEFT does not write.
+    ValueError: missing, a pickle, damaged, tensors that are not finite floats, or names that PEFT does not write.
     """
     path = Path(directory) / WEIGHTS_NAME
     result, tensors = AdapterTensors({}, {}, {}), _read_safetensors(path)
@@ -87,13 +85,11 @@ def _read_safetensors(path: Path) -> dict[str, torch.Tensor]:
 def check_fit(model: nn.Module, config: AdapterConfig, tensors: AdapterTensors, name: str):
     """Compare an adapter with a model, as the adapter `name` of which it is to be loaded.
 
-    Returns:
-        Path → layer to adapt (adapted already or not), path → module to replace whole (likewise), path of each
-        layer → (rank, alpha, scaling).
+    Returns path → layer to adapt (adapted already or not), path → module to replace whole (likewise), path of each
+    layer → (rank, alpha, scaling).
 
-    Raises:
-        ValueError: the message names the layers that matched, are missing in the file and are unexpected there, or
-            the layer whose parts or shapes are wrong.
+    ValueError: the message names the layers that matched, are missing in the file and are unexpected there, or the
+    layer whose parts or shapes are wrong.
     """
     linear, modules = linear_layers(model), _modules_to_save(model, config)
     held = {path: adapter_of(layer, name) for path, layer in linear.items() if isinstance(layer, LoRALinear)}

@@ -1,8 +1,7 @@
 """Adapters on disk, in PEFT's format: `adapter_model.safetensors` and `adapter_config.json`.
 
-Loading is strict. Every tensor in the file must find its layer, and every layer that the config
-selects must find its tensors; otherwise nothing is changed and the error names what is missing and
-what is left over. Files are taken for untrusted, see `adapter_file` and `adapter_config`.
+Loading is strict. Every tensor in the file must find its layer, and every layer that the config selects its tensors;
+otherwise nothing is changed. Files are taken for untrusted, see `adapter_file` and `adapter_config`.
 """
 
 import copy
@@ -33,19 +32,15 @@ def save_adapter(
 ) -> None:
     """Write an adapter as PEFT does, so that PEFT, transformers and vLLM load it.
 
-    A PiSSA adapter is written as the plain LoRA of twice the rank that it is relative to the
-    untouched base, so whoever loads it needs no base of its own.
+    A PiSSA adapter is written as the plain LoRA of twice the rank that it is on the untouched base.
 
     Args:
-        model: holds LoRALinear layers, merged or not.
-        directory: gets `adapter_model.safetensors` and `adapter_config.json`; made if it is not there.
-            Files of these names are replaced, each whole or not at all.
+        directory: gets `adapter_model.safetensors` and `adapter_config.json`, each whole or not at all.
         base_model: the directory or hub name of the base model (`base_model_name_or_path`).
         name: the adapter to write (default: the active one).
 
-    Raises:
-        ValueError: no LoRA layers, no such adapter, values that are not finite, or modules trained whole that
-            PEFT could not tell from others. Nothing is written then.
+    ValueError: no LoRA layers, no such adapter, values that are not finite, or modules trained whole that PEFT could
+    not tell from others. Nothing is written then.
     """
     model = _unwrapped(model)
     adapted = multi.modules_with_adapters(model)
@@ -100,23 +95,15 @@ def load_adapter(model: nn.Module, directory: str | Path, name: str = "default",
     """Put the adapter that lies in `directory` into the model, in place, and make it the active one.
 
     Args:
-        model: a plain or NF4 model, with or without adapters. LoRALinear layers appear exactly where
-            the file has tensors. If the model has an adapter of this name already, it must have
-            the same layers and ranks; its parameters then take the file's values and keep
-            their `requires_grad`.
-        directory: as written by `save_adapter` or by PEFT.
-        name: what to call it in this model.
-        trainable: whether the parameters of a new adapter require gradients. Nothing
-            else in the model changes its `requires_grad`, but for the layers that get their first
-            adapter, whose own weights are frozen.
+        model: a plain or NF4 model, with or without adapters. If it has an adapter of this name already, that must
+            have the same layers and ranks; its parameters take the file's values and keep their `requires_grad`.
+        trainable: whether the parameters of a new adapter require gradients. Nothing else in the model changes its
+            `requires_grad`, but for the layers that get their first adapter, whose own weights are frozen.
 
-    Returns:
-        A LoadReport; `print` it.
+    Returns a LoadReport; `print` it.
 
-    Raises:
-        ValueError: a damaged or unsupported file; or one that does not fit the model, naming what matched, what the
-            model needs and the file lacks (missing), and what the model has no place for (unexpected). The model
-            is unchanged then.
+    ValueError: a damaged or unsupported file; or one that does not fit the model, naming what matched, what the model
+    needs and the file lacks (missing), and what the model has no place for (unexpected). The model is unchanged then.
     """
     model = _unwrapped(model)
     multi.check_name(name)

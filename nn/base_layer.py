@@ -1,4 +1,4 @@
-"""The linear layer under an adapter: which layers can be one, how it is called, and merging ΔW into it."""
+"""The linear layer under an adapter: which layers can be one, its weight, and merging ΔW into it."""
 
 import torch
 from torch import nn
@@ -40,28 +40,6 @@ def dense_weight(base) -> torch.Tensor:
     return base.weight.t() if is_conv1d(base) else base.weight
 
 
-def operands(base, x):
-    """x in the dtype to compute in, and the weight as `lora_linear` takes it."""
-    if not isinstance(base, NF4Linear):
-        return x, dense_weight(base)
-    # Asked first: `.to` takes time even where it changes nothing.
-    return x if base.compute_dtype in (None, x.dtype) else x.to(base.compute_dtype), base.quantized
-
-
-def hooked(base) -> bool:
-    """Whether calling `base` does more than its class's forward, which a fused operation would leave out."""
-    own = vars(base)
-    return "forward" in own or any(own[hooks] for hooks in HOOKS)
-
-
-def autocast_input(x: torch.Tensor) -> torch.Tensor:
-    """x in the dtype that a linear layer would see: under autocast, autocast's (which leaves fp64 alone)."""
-    device = x.device.type
-    if torch.is_autocast_enabled(device) and x.dtype != torch.float64:
-        return x.to(torch.get_autocast_dtype(device))
-    return x
-
-
 def base_forward(base, x):
     """base(x), its parameters cast to x's dtype for the call where they differ."""
     if isinstance(base, NF4Linear) or base.weight.dtype == x.dtype or torch.is_autocast_enabled(x.device.type):
@@ -72,9 +50,8 @@ def base_forward(base, x):
 class Mergeable(nn.Module):
     """A module around a `base_layer` that its adapter can be merged into, and taken out of again to the bit.
 
-    Merging puts a copy with W + ΔW in the place of the base layer and keeps the original, which costs a second
-    copy of W while merged. The state dict is that of the unmerged layer, merged or not: with W + ΔW beside A and
-    B, whoever loads it would have ΔW twice.
+    Merging puts a copy with W + ΔW in the place of the base layer and keeps the original. The state dict is always
+    that of the unmerged layer: with W + ΔW beside A and B, whoever loads it would have ΔW twice.
     """
 
     def __init__(self, base_layer: nn.Module):
@@ -84,7 +61,7 @@ class Mergeable(nn.Module):
 
     @property
     def weight(self):
-        """The base layer's weight (with ΔW while merged)."""
+        """With ΔW while merged."""
         return self.base_layer.weight
 
     @property
@@ -102,24 +79,14 @@ class Mergeable(nn.Module):
         """The original base layer, merged or not."""
         return self._kept[0] if self._kept else self.base_layer
 
-    def base_in_force(self) -> nn.Module:
-        """The layer to call where the adapter adds nothing: the original, or the merged one if enabled."""
-        if not self.enabled:
-            return self.unmerged
-        if self.merged and self.training and self.lora_dropout > 0:
-            raise RuntimeError("the adapter is merged, so its dropout cannot act: call unmerge_weights() or eval()")
-        return self.base_layer
-
     @torch.no_grad()
     def merge_weights(self, dequantize=False):
         """Fold the adapter into the base weight: one product at inference. Does nothing when merged already.
 
-        Args:
-            dequantize: allow an NF4 base, which becomes a dense `nn.Linear` until unmerged.
+        `dequantize` allows an NF4 base, which becomes a dense `nn.Linear` until unmerged.
 
-        Raises:
-            ValueError: an NF4 base without `dequantize`; a base whose `forward` has been replaced; an adapter that
-                is not finite, or that leaves the range of the weight's dtype. Nothing is changed then.
+        ValueError: an NF4 base without `dequantize`; a base whose `forward` has been replaced; an adapter that is not
+        finite, or that leaves the range of the weight's dtype. Nothing is changed then.
         """
         if self.merged or self.adapter is None:
             return
@@ -158,7 +125,6 @@ class Mergeable(nn.Module):
             self.base_layer = self._kept.pop()
 
     def state_dict(self, *args, **kwargs):
-        """As always in torch; that of the unmerged layer while merged."""
         merged, self.base_layer = self.base_layer, self.unmerged
         try:
             return super().state_dict(*args, **kwargs)

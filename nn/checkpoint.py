@@ -7,27 +7,27 @@ stack of n layers that is n·inside bytes. A checkpointed function keeps its inp
     memory   n·inside  →  n·boundary + inside        (every layer checkpointed)
     FLOPs    forward 1 + backward 2 = 3  →  at most 4: + 1/3, whatever the number of layers
 
-The recomputation stops as soon as the last tensor that backward needs is there, so the
-price is usually a little below 1/3.
-
 `manual_checkpoint_forward` is the whole idea in one `torch.autograd.Function`, with the limits that its
 docstring lists. `checkpoint` has none of them: it puts no node of its own into the graph. The function runs
 with gradients on, and autograd's saved-tensor hooks swap every tensor that would be saved for an empty slot.
-When backward opens a slot, the function runs again and the slots fill up, in the same order.
+When backward opens a slot, the function runs again, up to the last tensor that is needed, and the slots fill up.
 
 Source: Chen et al., Training Deep Nets with Sublinear Memory Cost (2016), section 4.
 """
 
 import contextlib
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from functools import partial
 
 import torch
 import torch.utils.checkpoint
+from torch import nn
 from torch.autograd.graph import saved_tensors_hooks
 from torch.overrides import _get_current_function_mode_stack
-from torch.utils._pytree import tree_flatten, tree_unflatten
+from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
+from torch.utils.checkpoint import noop_context_fn
+from torch.utils.weak import WeakTensorKeyDictionary
 
 
 class _RecomputeFunction(torch.autograd.Function):
@@ -60,49 +60,52 @@ def manual_checkpoint_forward(func: Callable, *args: torch.Tensor):
     - if no argument requires a gradient, parameters inside `func` get none;
     - parameters get theirs through `.grad` only: `torch.autograd.grad` does not see them;
     - no double backward: second derivatives lack what the function adds to them, without a word.
-
-    Args:
-        func: takes and returns tensors (one, or a tuple of them).
-        args: floating-point tensors of any shape.
-
-    Returns:
-        What `func(*args)` returns.
     """
     return _RecomputeFunction.apply(func, *args)
 
 
-def checkpoint(func: Callable, *args, preserve_rng_state: bool = True, **kwargs):
+def checkpoint(
+    func: Callable, *args, preserve_rng_state: bool = True, use_reentrant: bool = False, context_fn=None,
+    determinism_check: str = "default", debug: bool = False, early_stop: bool = True, **kwargs,
+):  # fmt: skip
     """Run `func(*args, **kwargs)`, keep its arguments only, and run it again when backward needs its inside.
 
-    Gradients are bit-equal to those of a plain call, if `func` does the same when it
-    runs again. Anything autograd can do with a plain call works: dropout, autocast,
-    arguments and results of any kind and nesting, arguments without gradient, parameters
-    in closures, checkpoints inside checkpoints, `torch.autograd.grad`, `retain_graph`,
-    double backward, backward inside `func`. What was recomputed is released as backward
-    uses it up, and at the end of each backward.
+    Gradients are bit-equal to those of a plain call, if `func` does the same when it runs again. Anything autograd can
+    do with a plain call works: dropout, autocast, arguments and results of any kind and nesting, arguments without
+    gradient, parameters in closures, checkpoints inside checkpoints, `torch.autograd.grad`, `retain_graph`, double
+    backward, backward inside `func`. What was recomputed is released as backward uses it up, at the latest at its end.
 
-    Not repeated: generators other than torch's global ones, side effects on buffers (a
-    BatchNorm updates its running statistics twice). Not supported: `torch.func`
-    transforms and forward-mode differentiation (torch says so itself).
+    Not repeated: generators other than torch's global ones, side effects on buffers (a BatchNorm updates its running
+    statistics twice). Not supported: `torch.func` transforms and forward-mode differentiation.
 
     Args:
         func: any callable; it is called once now and at least once in each backward.
-        args, kwargs: passed on to `func`.
         preserve_rng_state: draw the same random numbers again (CPU, and every CUDA device once
             CUDA is initialized). False saves the time of noting the generators' states.
-
-    Returns:
-        What `func` returns.
+        determinism_check: "none" takes what was recomputed as it is, whatever its shape.
+        early_stop: False recomputes to the function's end, not only to the last tensor that backward needs.
+        use_reentrant, context_fn, debug: torch's; what is done here are their defaults, anything else is refused.
 
     Raises:
+        ValueError: a keyword of torch's with a value that would mean something else.
         CheckpointError: in backward, naming the tensor: the number, shape, dtype or device of the saved tensors
-            differs from the forward pass, or a parameter was modified in place in between.
+            differs from the forward pass, or one was modified in place after it had been saved.
     """
     if not callable(func):
         raise TypeError(f"func must be callable, got {type(func).__name__}")
+    for name, value, only in (
+        ("use_reentrant", use_reentrant, False), ("debug", debug, False), ("context_fn", context_fn, noop_context_fn)
+    ):  # fmt: skip
+        if value is not None and value is not only:
+            raise ValueError(f"{name} must be {getattr(only, '__name__', only)}, got {value!r}")
+    if determinism_check not in ("default", "none"):
+        raise ValueError(f"determinism_check must be 'default' or 'none', got {determinism_check!r}")
+    if torch.compiler.is_compiling():  # the compiler knows torch's own, which computes the same
+        options = {"use_reentrant": False, "preserve_rng_state": preserve_rng_state}
+        return torch.utils.checkpoint.checkpoint(func, *args, **options, **kwargs)
     if not torch.is_grad_enabled():
         return func(*args, **kwargs)
-    return _Region(func, args, kwargs, preserve_rng_state).run(args, kwargs)
+    return _Region(func, preserve_rng_state, determinism_check == "default", early_stop).run(args, kwargs)
 
 
 class CheckpointError(torch.utils.checkpoint.CheckpointError):
@@ -114,11 +117,8 @@ class _Enough(BaseException):
 
 
 class _SaveInputs(torch.autograd.Function):
-    """A node that is never run: autograd keeps the arguments in it.
-
-    So they are guarded against in-place changes, and inside another checkpoint they
-    are forgotten and recomputed like everything else.
-    """
+    """A node that is never run: autograd keeps the arguments in it, guarded against in-place changes, and inside
+    another checkpoint they are forgotten and recomputed like everything else."""
 
     @staticmethod
     def forward(ctx, anchor, *tensors):
@@ -127,10 +127,8 @@ class _SaveInputs(torch.autograd.Function):
 
 
 class _Surroundings:
-    """What a function reads beside its arguments: random generators, torch's autocast, torch function modes.
-
-    Of the last kind are `with torch.device(…)` and our own `amp.autocast`; backward runs outside of them.
-    """
+    """What a function reads beside its arguments: random generators, torch's autocast, torch function modes (such as
+    `with torch.device(…)` and our own `amp.autocast`); backward runs outside of them."""
 
     def __init__(self, preserve_rng_state: bool):
         self.preserve_rng_state = preserve_rng_state
@@ -167,38 +165,28 @@ class _Slot:
         self.index = index
 
 
-class _Expected:
-    """What is remembered of one tensor that the forward pass would have saved."""
-
-    def __init__(self, slot: _Slot, tensor: torch.Tensor):
-        self.slot = weakref.ref(slot)
-        self.traits = (tuple(tensor.shape), tensor.dtype, tensor.device)
-        self.origin = tensor.grad_fn.name() if tensor.grad_fn is not None else "an input, parameter or constant"
-
-    def __str__(self):
-        return f"{_described(self.traits)}, from {self.origin}"
+def _traits(tensor: torch.Tensor) -> str:
+    shape = "nested" if tensor.is_nested else f"shape {tuple(tensor.shape)}"  # nested sizes need not be numbers
+    layout = "" if tensor.layout is torch.strided else f"{tensor.layout}, "
+    return f"{shape}, {tensor.dtype}, {layout}on {tensor.device}"
 
 
-def _described(traits: tuple) -> str:
-    return "shape {}, {}, on {}".format(*traits)
+def _source(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor._base if tensor._is_view() else tensor
 
 
 class _Region:
     """One checkpointed call: how to run it again, and the slots that backward may open."""
 
-    def __init__(self, func: Callable, args: tuple, kwargs: dict, preserve_rng_state: bool):
-        self.func = func
-        self.constants, self.structure = tree_flatten((args, kwargs))
-        tensors = {i: leaf for i, leaf in enumerate(self.constants) if isinstance(leaf, torch.Tensor)}
-        self.tensor_places = list(tensors)
-        for i in tensors:
-            self.constants[i] = None
-        # The result is kept, not its node alone: up to torch 2.11 what a node saved goes with its result.
-        self.inputs = _SaveInputs.apply(torch.empty(0, requires_grad=True), *tensors.values())
+    def __init__(self, func: Callable, preserve_rng_state: bool, checked: bool, early_stop: bool):
+        self.func, self.checked, self.early_stop = func, checked, early_stop
         self.surroundings = _Surroundings(preserve_rng_state)
-        self.expected: list[_Expected] = []
-        self.parameters: dict[int, tuple[weakref.ref, int]] = {}
-        self.recomputed: dict[int, dict[int, torch.Tensor]] = {}  # graph task → slot index → tensor
+        self.expected: list[tuple[str, str]] = []  # of each tensor that forward would have saved: traits, origin
+        self.slots: weakref.WeakValueDictionary[int, _Slot] = weakref.WeakValueDictionary()  # those that still wait
+        self.parameters = WeakTensorKeyDictionary()  # leaves that need a gradient → version
+        self.saved_keywords: list[tuple[torch.Tensor, int]] | None = []  # and their versions
+        # Graph task → slot index → tensor, and its version when the function saved it.
+        self.recomputed: dict[int, dict[int, tuple[torch.Tensor, int]]] = {}
 
     @property
     def name(self) -> str:
@@ -206,8 +194,17 @@ class _Region:
 
     def run(self, args: tuple, kwargs: dict):
         had_cuda = torch.cuda.is_initialized()
+        leaves, self.structure = tree_flatten((args, kwargs))
+        self.keywords = {id(x): x._version for x in tree_leaves(kwargs) if isinstance(x, torch.Tensor)}
+        self.keep(leaves)
         with saved_tensors_hooks(self.pack, self.unpack):
             outputs = self.func(*args, **kwargs)
+        # Keywords that the function itself updates (running statistics), unless autograd had saved them before that.
+        updated = {id(x) for x in leaves if self.keywords.get(id(x)) not in (None, getattr(x, "_version", None))}
+        updated -= {id(x) for x, version in self.saved_keywords if x._version != version}
+        if updated:
+            self.keep(leaves, updated)
+        self.saved_keywords.clear()
         if self.surroundings.preserve_rng_state and torch.cuda.is_initialized() and not had_cuda:
             raise CheckpointError(
                 f"checkpoint: {self.name} used CUDA for the first time in this process, too late to note the state of "
@@ -216,6 +213,14 @@ class _Region:
         self.note_versions()
         return outputs
 
+    def keep(self, leaves: list, unguarded: Collection[int] = ()) -> None:
+        """Hold on to the arguments; tensors are guarded against changes in place, but for those with these ids."""
+        tensors = {i: x for i, x in enumerate(leaves) if isinstance(x, torch.Tensor) and id(x) not in unguarded}
+        self.tensor_places = list(tensors)
+        self.constants = [None if i in tensors else leaf for i, leaf in enumerate(leaves)]
+        # The result is kept, not its node alone: up to torch 2.11 what a node saved goes with its result.
+        self.inputs = _SaveInputs.apply(torch.empty(0, requires_grad=True), *tensors.values())
+
     def arguments(self):
         leaves = list(self.constants)
         for place, tensor in zip(self.tensor_places, self.inputs.grad_fn.saved_tensors, strict=True):
@@ -223,73 +228,93 @@ class _Region:
         return tree_unflatten(leaves, self.structure)
 
     def pack(self, tensor: torch.Tensor) -> _Slot:
-        slot = _Slot(len(self.expected))
-        self.expected.append(_Expected(slot, tensor))
-        source = tensor._base if tensor._is_view() else tensor
+        self.slots[len(self.expected)] = slot = _Slot(len(self.expected))
+        origin = tensor.grad_fn.name() if tensor.grad_fn is not None else "an input, parameter or constant"
+        self.expected.append((_traits(tensor), origin))
+        source = _source(tensor)
         if source.is_leaf and source.requires_grad:
-            self.parameters[id(source)] = (weakref.ref(source), source._version)
+            self.parameters[source] = source._version
+        if id(source) in self.keywords:
+            self.saved_keywords.append((source, source._version))
         return slot
 
     def unpack(self, slot: _Slot) -> torch.Tensor:
         task = torch._C._current_graph_task_id()  # -1 outside of backward: someone reads grad_fn's attributes
-        tensor = self.recomputed.get(task, {}).pop(slot.index, None)
+        tensor, version = self.recomputed.get(task, {}).pop(slot.index, (None, None))
         if tensor is None:
             tensors = self.recompute()
-            tensor = tensors.pop(slot.index)
+            tensor, version = tensors.pop(slot.index)
             if task != -1:
                 if task not in self.recomputed:
                     # A backward that needs a part of the graph only would leave the other tensors behind.
                     forget = partial(_forget, weakref.ref(self), task)
                     torch.autograd.Variable._execution_engine.queue_callback(forget)
                 self.recomputed[task] = tensors
+        if tensor._version != version:  # what plain autograd refuses, too
+            what = f"saved tensor #{slot.index} of {self.name} ({', from '.join(self.expected[slot.index])})"
+            raise CheckpointError(
+                f"checkpoint: {what} was modified by an inplace operation after it had been saved "
+                f"(version {tensor._version}, not {version})"
+            )
         return tensor
 
-    def recompute(self) -> dict[int, torch.Tensor]:
+    def recompute(self) -> dict[int, tuple[torch.Tensor, int]]:
         """Run the function again, up to the last tensor that a live slot waits for."""
         self.check_versions()
-        last = max(i for i, expected in enumerate(self.expected) if expected.slot() is not None)
-        tensors: dict[int, torch.Tensor] = {}
-        count = 0
+        last = max(self.slots)
+        tensors: dict[int, tuple[torch.Tensor, int]] = {}
+        count, stopped, unfilled = 0, False, None
+        args, kwargs = self.arguments()
+        known = {id(leaf) for leaf in tree_leaves((args, kwargs))}
+
+        def stop():
+            nonlocal stopped
+            if self.early_stop and not stopped:  # once: the function may have caught _Enough
+                stopped = True
+                raise _Enough
 
         def pack(tensor):
-            nonlocal count
+            nonlocal count, unfilled
             index, count = count, count + 1
+            source, operation = _source(tensor), torch.autograd._get_sequence_nr()
             tensor = tensor.detach()  # returned with its grad_fn, an operation's own output would keep itself alive
-            expected, traits = self.expected[index], (tuple(tensor.shape), tensor.dtype, tensor.device)
-            if traits != expected.traits:
+            if index > last:
+                stop()
+                return tensor
+            if source.grad_fn is None and not isinstance(source, nn.Parameter) and id(source) not in known:
+                unfilled = operation  # it may fill the tensor only after saving it, as rrelu does with its noise
+            traits, origin = self.expected[index]
+            if self.checked and _traits(tensor) != traits:
                 raise CheckpointError(
-                    f"checkpoint: saved tensor #{index} of {self.name} ({expected}) was recomputed with "
-                    f"{_described(traits)}. It must do the same every time."
+                    f"checkpoint: saved tensor #{index} of {self.name} ({traits}, from {origin}) was recomputed with "
+                    f"{_traits(tensor)}. It must do the same every time."
                 )
-            if expected.slot() is not None:
-                tensors[index] = tensor
-            if index == last:
-                raise _Enough
+            if index in self.slots:
+                tensors[index] = tensor, tensor._version
+            if index == last and unfilled != operation:
+                stop()
             return tensor
 
-        args, kwargs = self.arguments()
-        try:
-            with self.surroundings.restored(), torch.enable_grad(), saved_tensors_hooks(pack, lambda tensor: tensor):
-                self.func(*args, **kwargs)
-        except _Enough:
+        with (contextlib.suppress(_Enough), self.surroundings.restored(), torch.enable_grad(),
+              saved_tensors_hooks(pack, lambda tensor: tensor)):  # fmt: skip
+            self.func(*args, **kwargs)
+        if count > last:
             self.note_versions()
             return tensors
         raise CheckpointError(
             f"checkpoint: {self.name} saved {len(self.expected)} tensors in the forward pass, but only {count} when "
-            f"it was recomputed; missing is #{count}: {self.expected[count]}. It must do the same every time."
+            f"it was recomputed; missing is #{count}: {', from '.join(self.expected[count])}. It must do the same "
+            "every time."
         )
 
     def note_versions(self) -> None:
-        for key, (reference, _) in list(self.parameters.items()):
-            source = reference()
-            if source is not None:
-                self.parameters[key] = (reference, source._version)
+        for source in list(self.parameters):
+            self.parameters[source] = source._version
 
     def check_versions(self) -> None:
         """What plain autograd refuses: a parameter that was stepped between forward and backward."""
-        for reference, version in self.parameters.values():
-            source = reference()
-            if source is not None and source._version != version:
+        for source, version in self.parameters.items():
+            if source._version != version:
                 raise CheckpointError(
                     f"checkpoint: a tensor of shape {tuple(source.shape)} that {self.name} needs for its gradient was "
                     f"modified in place after the forward pass (version {source._version}, expected {version}); "

@@ -5,17 +5,14 @@ recomputes its inside when backward comes to it. With equal layers and k segment
 
     peak = k·boundary + (n/k)·inside        FLOPs: forward once more
 
-The famous √n is the best k only where inside = boundary. In a transformer the inside
-of a layer is tens of times its boundary, and one segment per layer wins: with 32 layers
-and inside/boundary = 57, no checkpoint costs 3648, six segments 696, a checkpoint in
-every layer 178 (in bytes per token and hidden unit at 16 bits).
+The famous √n is the best k only where inside = boundary. In a transformer the inside of a layer is tens of times its
+boundary, and one segment per layer wins: with 32 layers and inside/boundary = 57, no checkpoint costs 3648, six
+segments 696, a checkpoint in every layer 178 (in bytes per token and hidden unit at 16 bits).
 
-Real stacks are uneven, so `segments="auto"` measures each layer (bytes kept, bytes at
-the worst moment of forward and of backward, FLOPs) and searches. Bytes kept before a
-segment add to its own worst moment, so for a given limit it is always best to arrive
-at a layer with as few bytes kept as possible; a table over layers finds that in n²
-steps, and bisection finds the least limit. Among the plans that keep the limit, the
-one that recomputes least is taken.
+Real stacks are uneven, so `segments="auto"` measures each layer (bytes kept, bytes at the worst moment of forward and
+of backward, FLOPs) and searches. Bytes kept before a segment add to its own worst moment, so for a given limit it is
+best to arrive at a layer with as few bytes kept as possible; a table over layers finds that in n² steps, and bisection
+finds the least limit. Among the plans that keep it, the one that recomputes least is taken.
 
 Source: Chen et al. (2016), section 4.1, for the segments; the search is ours.
 """
@@ -71,15 +68,12 @@ def checkpoint_sequential(functions, x, segments: str | int | Plan = "sqrt", bud
     Args:
         functions: an `nn.Sequential` or a sequence of callables of one argument.
         x: the first one's argument.
-        segments: "sqrt" (about √n equal segments), a number of equal segments, "auto" (boundaries
-            from measured bytes, so that the peak is least), or a `Plan` from `plan_checkpoints`. With
-            equal segments the last one is kept, not recomputed, as backward starts there. "auto"
-            measures when it first meets these layers with inputs of this shape, and remembers.
-        budget: with "auto": recompute as little as possible within this many bytes, counted above
-            what is there before the layers run.
+        segments: "sqrt" (about √n equal segments), a number of equal segments, "auto" (boundaries from measured bytes,
+            so that the peak is least), or a `Plan` from `plan_checkpoints`. Of equal segments the last is kept, as
+            backward starts there. "auto" measures when it first meets these layers and shapes, and remembers.
+        budget: with "auto": recompute as little as possible within this many bytes above what is there before.
 
-    Returns:
-        What the last function returns. Gradients are bit-equal to those of a plain run.
+    Returns what the last function returns. Gradients are bit-equal to those of a plain run.
 
     Raises:
         ValueError: no functions, more segments than functions, a budget below the least possible.
@@ -100,10 +94,9 @@ def checkpoint_sequential(functions, x, segments: str | int | Plan = "sqrt", bud
         parts = _remembered_plan(functions, x, budget).segments
     elif segments == "sqrt":
         parts = split_evenly(len(functions), round(len(functions) ** 0.5))
-    elif isinstance(segments, str):
-        raise ValueError(f'segments must be "sqrt", "auto", a number or a Plan, got {segments!r}')
-    elif not isinstance(segments, int) or isinstance(segments, bool):
-        raise TypeError(f'segments must be "sqrt", "auto", a number or a Plan, got {type(segments).__name__}')
+    elif type(segments) is not int:
+        kind, got = (ValueError, repr(segments)) if isinstance(segments, str) else (TypeError, type(segments).__name__)
+        raise kind(f'segments must be "sqrt", "auto", a number or a Plan, got {got}')
     elif not 1 <= segments <= len(functions):
         raise ValueError(f"segments must be from 1 to {len(functions)}, the number of functions, got {segments}")
     else:
@@ -123,12 +116,7 @@ def _chain(functions: Sequence[Callable], x):
 def choose_segments(costs: Sequence[LayerCost], budget: int | None = None) -> Plan:
     """The plan with the least peak or, given a budget in bytes, the one within it that recomputes least.
 
-    Args:
-        costs: one entry per layer, from `measure_layers`.
-        budget: bytes that the stack may add to what is there before it runs, in forward and backward.
-
-    Raises:
-        ValueError: no plan stays within the budget; names the least possible.
+    `costs` are those of `measure_layers`. ValueError: no plan stays within the budget; names the least possible.
     """
     worst = _worst_moments(costs)
     everything = sum(c.kept for c in costs) + max(worst.values())
@@ -168,9 +156,8 @@ def _steps(costs: Sequence[LayerCost], stop: int):
     work = last.stopped_work - last.work
     for start in range(stop - 1, -1, -1):
         work += costs[start].work
-        if costs[start].in_place:
-            continue
-        yield Segment(start, stop, recompute=True), last.output, work
+        if not costs[start].in_place:
+            yield Segment(start, stop, recompute=True), last.output, work
 
 
 def _arrivals(costs: Sequence[LayerCost], worst: dict, limit: int, states: int) -> list[tuple]:
@@ -201,9 +188,8 @@ def _joined(segments: Sequence[Segment]) -> tuple[Segment, ...]:
     joined: list[Segment] = []
     for segment in segments:
         if joined and not segment.recompute and not joined[-1].recompute:
-            joined[-1] = Segment(joined[-1].start, segment.stop, recompute=False)
-        else:
-            joined.append(segment)
+            segment = Segment(joined.pop().start, segment.stop, recompute=False)
+        joined.append(segment)
     return tuple(joined)
 
 
@@ -220,10 +206,8 @@ _plans: weakref.WeakKeyDictionary = weakref.WeakKeyDictionary()  # first layer �
 
 def _remembered_plan(functions: Sequence[Callable], x, budget: int | None) -> Plan:
     """The plan for these layers in these circumstances, measured once."""
-    described = [
-        (tuple(t.shape), t.dtype, t.device, t.requires_grad) if isinstance(t, torch.Tensor) else t
-        for t in tree_leaves(x)
-    ]
+    described = [(t.shape, t.dtype, t.device, t.requires_grad) if isinstance(t, torch.Tensor) else t
+                 for t in tree_leaves(x)]  # fmt: skip
     modules = [f for f in functions if isinstance(f, nn.Module)]
     learning = [(p.requires_grad, p.grad is None) for m in modules for p in m.parameters()]
     circumstances = repr((list(map(id, functions)), described, learning, [m.training for m in modules], budget))

@@ -11,31 +11,20 @@ from .multi import ModuleToSave, RestingAdapter, adapter_names, adapter_of, chec
 
 
 def add_weighted_adapter(
-    model: nn.Module,
-    adapters: Sequence[str],
-    weights: Sequence[float],
-    adapter_name: str,
-    combination_type: str = "svd",
-    svd_rank: int | None = None,
-) -> None:
+    model: nn.Module, adapters: Sequence[str], weights: Sequence[float], adapter_name: str,
+    combination_type: str = "svd", svd_rank: int | None = None,
+) -> None:  # fmt: skip
     """Add an adapter that is a weighted sum of others, PEFT's function of this name. It is not activated, and frozen.
 
-    A layer that only some of the adapters touch gets the sum of those.
+    A layer that only some of the adapters touch gets the sum of those; negative weights subtract. `combination_type` is
 
-    Args:
-        adapters: names of adapters in the model.
-        weights: one number each; negative ones subtract.
-        adapter_name: what the new one is called.
-        combination_type:
-            - "svd": Σ wᵢ sᵢ BᵢAᵢ, cut to its `svd_rank` largest singular values: the best of that rank.
-            - "cat": the same sum exactly, of rank Σ rᵢ.
-            - "linear": A = Σ √|wᵢsᵢ| Aᵢ and B = Σ ±√|wᵢsᵢ| Bᵢ. Cheap and of the same rank, but the product
-              also holds every mixed BᵢAⱼ, which nobody trained. The ranks must be equal.
-        svd_rank: default the largest rank among the adapters.
+    - "svd": Σ wᵢ sᵢ BᵢAᵢ, cut to its `svd_rank` (by default the largest rank there is) largest singular values;
+    - "cat": the same sum exactly, of rank Σ rᵢ;
+    - "linear": A = Σ √|wᵢsᵢ| Aᵢ and B = Σ ±√|wᵢsᵢ| Bᵢ. Cheap and of the same rank, which must be equal, but the
+      product also holds every mixed BᵢAⱼ, which nobody trained.
 
-    Raises:
-        ValueError: an unknown name, a new name that is in use, a weight that is missing or not finite, different
-            ranks with "linear", or adapters that are more than A and B (DoRA, `modules_to_save`).
+    ValueError: an unknown name, a new name that is in use, a weight that is missing or not finite, different ranks with
+    "linear", or adapters that are more than A and B (DoRA, `modules_to_save`).
     """
     check_name(adapter_name)
     known = adapter_names(model)

@@ -16,11 +16,7 @@ def _temporary(path: Path) -> Path:
 
 @contextlib.contextmanager
 def whole_file(path: Path) -> Iterator[Path]:
-    """Yield a temporary path beside `path`; rename it over `path` when the block ends without error.
-
-    Whatever happens, `path` holds the old content or the new, never a part, and no
-    temporary file stays behind.
-    """
+    """Yield a temporary path beside `path`; rename it over `path` when the block ends without error."""
     path = Path(path)
     temporary = _temporary(path)
     try:
@@ -36,8 +32,7 @@ def whole_file(path: Path) -> Iterator[Path]:
 def whole_directory(path: Path) -> Iterator[Path]:
     """Yield a temporary directory that becomes `path` when the block ends without error.
 
-    Raises:
-        FileExistsError: `path` exists and is not an empty directory.
+    FileExistsError: `path` exists and is not an empty directory.
     """
     path = Path(path)
     if path.exists() and (not path.is_dir() or any(path.iterdir())):

@@ -20,21 +20,17 @@ def apply_lora_to_model(
 ) -> nn.Module:
     """Replace the linear layers that `target_modules` names by LoRALinear, in place, and freeze everything else.
 
-    Args:
-        model: any module holding nn.Linear or NF4Linear layers below its root.
-        rank, lora_alpha, lora_dropout: see LoRALinear.
-        target_modules: one of
-            - names: each selects the layers whose path ends in it, by whole components ("q_proj" or
-              "self_attn.q_proj"; "proj" does not select "q_proj"). Each must select at least one layer.
-            - a regular expression, matched against the whole path.
-            - "all-linear" (in any case): every linear layer but the output head.
+    `target_modules` is one of
 
-    Returns:
-        The model. Calling again with other targets adds to it; the adapters that exist stay trainable.
+    - names: each selects the layers whose path ends in it, by whole components ("q_proj" or "self_attn.q_proj";
+      "proj" does not select "q_proj"), and must select at least one;
+    - a regular expression, matched against the whole path;
+    - "all-linear" (in any case): every linear layer but the output head.
 
-    Raises:
-        ValueError: a setting out of range; a name that selects nothing (the message lists near misses);
-            a layer that has an adapter already, or whose parent would bypass one. Nothing is changed then.
+    Returns the model. Calling again with other targets adds to it; the adapters that exist stay trainable.
+
+    ValueError: a setting out of range; a name that selects nothing (the message lists near misses); a layer that has an
+    adapter already, or whose parent would bypass one. Nothing is changed then.
     """
     check_settings(rank, lora_alpha, lora_dropout)
     selected = _select(model, target_modules)
@@ -45,10 +41,10 @@ def apply_lora_to_model(
             raise ValueError(f"{name!r}: nn.MultiheadAttention reads this weight itself and would bypass the adapter")
     active = active_adapter(model) or "default"
     made: dict[nn.Module, LoRALinear] = {}  # a layer used under two names gets one adapter
+    for module in dict.fromkeys(selected.values()):
+        made[module] = LoRALinear(module, rank, lora_alpha, lora_dropout)
+        made[module].adapter = active
     for name, module in selected.items():
-        if module not in made:
-            made[module] = LoRALinear(module, rank, lora_alpha, lora_dropout)
-            made[module].adapter = active
         model.set_submodule(name, made[module])
     mark_only_lora_as_trainable(model)
     return model
@@ -115,11 +111,7 @@ def required_lora_layers(model) -> list[tuple[str, LoRALinear]]:
 
 
 def mark_only_lora_as_trainable(model: nn.Module) -> None:
-    """Let lora_A and lora_B require gradients and nothing else.
-
-    Raises:
-        ValueError: the model has no LoRA layers (everything would be frozen).
-    """
+    """Let lora_A and lora_B require gradients and nothing else. ValueError: the model has no LoRA layers."""
     required_lora_layers(model)
     model.requires_grad_(False)
     for parameter in lora_parameters(model):
@@ -128,9 +120,8 @@ def mark_only_lora_as_trainable(model: nn.Module) -> None:
 
 @contextlib.contextmanager
 def disable_lora(model: nn.Module):
-    """Within this context the model computes as if it had no adapters, merged or not.
+    """Within this context the model computes as if it had no adapters, merged or not; nothing else changes.
 
-    Nothing about training changes: which parameters require gradients, and what is merged, stay as they were.
     Contexts nest. Raises ValueError for a model without LoRA layers.
     """
     required_lora_layers(model)

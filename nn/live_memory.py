@@ -1,10 +1,8 @@
 """Counting the bytes of live tensors, exactly, on a device without an allocator that counts; what a layer costs.
 
-PyTorch's CUDA allocator counts for itself (`torch.cuda.max_memory_allocated`); its CPU
-allocator does not, and the resident size of the process also holds the interpreter and
-whatever malloc has not given back. Here every operation is watched by a
-`TorchDispatchMode`: a storage that appears in a result is added when it is first seen
-and taken off when it dies. Views share a storage and count once.
+PyTorch's CPU allocator does not count, and the resident size of the process also holds the interpreter and whatever
+malloc has not given back. Here every operation is watched by a `TorchDispatchMode`: a storage that appears in a
+result is added when it is first seen and taken off when it dies. Views share a storage and count once.
 
 Not seen: buffers that a kernel allocates inside of itself and frees before it returns.
 """
@@ -28,14 +26,12 @@ class LiveMemory(TorchDispatchMode):
 
     Args:
         device_type: "cpu", "cuda", …: storages elsewhere are not counted.
-        scan: look for the tensors that are there already. Without it `before` holds only those that
-            an operation reads, and the death of the others goes unnoticed; it saves a walk over all
-            Python objects.
+        scan: look among all Python objects for the tensors that are there already. Without it `before` holds only
+            those that an operation reads, and the death of the others goes unnoticed.
         keep_history: note `added` after every change, in `history`.
 
     Attributes:
-        before: bytes that were alive when the context was entered. A storage first met as an operand
-            was there before, though it may have had no Python name (the graph of an earlier forward).
+        before: bytes that were alive when the context was entered; what is first met as an operand was there before.
         added: bytes alive now above `before`; negative if more was freed than made.
         peak_added: the largest `added` so far; `reset_peak()` starts again from now.
         elements: numbers written by all operations so far, a measure of memory traffic.
@@ -43,8 +39,7 @@ class LiveMemory(TorchDispatchMode):
 
     def __init__(self, device_type: str = "cpu", scan: bool = True, keep_history: bool = False):
         super().__init__()
-        self.device_type = device_type
-        self.scan = scan
+        self.device_type, self.scan = device_type, scan
         self.before = self.added = self.peak_added = self.elements = 0
         self.history: list[int] | None = [] if keep_history else None
         self._storages: dict[int, tuple[int, weakref.ref]] = {}  # id → bytes counted, what notices its death
@@ -115,17 +110,11 @@ class LayerCost:
 
 
 def measure_layers(functions: Sequence[Callable], x) -> list[LayerCost]:
-    """Run every layer once, forward and backward, alone, and count its bytes and FLOPs.
-
-    Leaves no trace: gradients, buffers and random generators are as before.
-    """
+    """Count each layer's bytes and FLOPs, forward and backward, alone; gradients, buffers and generators stay."""
     device = next((t.device for t in _tensors(x)), torch.device("cpu"))
     costs = []
-    with (
-        LiveMemory(device.type, scan=False) as memory,
-        torch.random.fork_rng(devices=[device] if device.type == "cuda" else []),
-        torch.enable_grad(),
-    ):
+    rng = torch.random.fork_rng(devices=[device] if device.type == "cuda" else [])
+    with LiveMemory(device.type, scan=False) as memory, rng, torch.enable_grad():
         for function in functions:
             with _buffers_restored(function):
                 cost, x = _measure_layer(function, x, memory)
@@ -171,14 +160,13 @@ def _measure_pass(function: Callable, x, memory: LiveMemory):
         y = function(x)
         return y, memory.added - start, memory.peak_added - start
 
+    x = tree_map(_detached, x)
+    versions = [t._version for t in _tensors(x)]
     try:
-        x = tree_map(_detached, x)
-        versions = [t._version for t in _tensors(x)]
         y, kept, forward_peak = forward(x)
         in_place = [t._version for t in _tensors(x)] != versions
     except RuntimeError:  # a layer may not work in place on a leaf
-        in_place = True
-        x = tree_map(_copied, x)
+        in_place, x = True, tree_map(_copied, x)
         y, kept, forward_peak = forward(x)
     parameters = [p for p in function.parameters() if p.requires_grad] if isinstance(function, nn.Module) else []
     outputs = [t for t in _tensors(y) if t.requires_grad]
@@ -188,14 +176,9 @@ def _measure_pass(function: Callable, x, memory: LiveMemory):
     wanted = [t for t in (*_tensors(x), *parameters) if t.requires_grad]
     if outputs and wanted:
         torch.autograd.grad(outputs, wanted, gradients, allow_unused=True)
-    return y, {
-        "kept": kept,
-        "forward_peak": forward_peak,
-        "backward_peak": memory.peak_added - begin,
-        "output": sum(t.nbytes for t in _tensors(y)),
-        "new_gradients": sum(p.nbytes for p in parameters if p.grad is None),
-        "in_place": in_place,
-    }
+    output, new_gradients = sum(t.nbytes for t in _tensors(y)), sum(p.nbytes for p in parameters if p.grad is None)
+    return y, dict(kept=kept, forward_peak=forward_peak, backward_peak=memory.peak_added - begin, output=output,
+                   new_gradients=new_gradients, in_place=in_place)  # fmt: skip
 
 
 def _detached(value):

@@ -4,8 +4,7 @@ W stays frozen (4-bit if you like), A (r, in) starts random and B (out, r) start
 training starts from the base model exactly: ΔW = B A = 0. At that point dA is zero and dB is not,
 which is why one of them must not be zero.
 
-What the layer does not hold: how the base is called and merged (`base_layer`), and the parameters
-that only DoRA and PiSSA have (`variants`).
+Not here: merging (`base_layer`), and the parameters that only DoRA and PiSSA have (`variants`).
 """
 
 import math
@@ -16,7 +15,8 @@ import torch.nn.functional as F
 from torch import nn
 
 from ..kernels.lora import lora_linear
-from .base_layer import Mergeable, adapter_like, autocast_input, base_forward, features, hooked, is_adaptable, operands
+from ..quant import NF4Linear
+from .base_layer import HOOKS, Mergeable, adapter_like, base_forward, dense_weight, features, is_adaptable
 
 
 class LoRALinearReference(nn.Module):
@@ -41,20 +41,17 @@ class LoRALinear(Mergeable):
     The same as above in one fused operation, for every mixture of dtypes, on bases that are not plain too.
 
     Args:
-        original_linear: the layer to adapt. It is kept as `base_layer` and frozen.
+        original_linear: the layer to adapt, kept as `base_layer` and frozen.
         rank: r ≥ 1.
         lora_alpha: the adapter's output is scaled by `scaling = lora_alpha / rank`.
-        lora_dropout: probability in [0, 1) that an element of the *adapter's* input is dropped in
-            training; the base layer always sees all of x.
+        lora_dropout: probability in [0, 1) that an element of the *adapter's* input is dropped in training.
 
     Attributes:
         lora_A: Parameter (rank, in_features), Kaiming-uniform with a = √5 (that is ±1/√in_features).
         lora_B: Parameter (out_features, rank), zeros.
         scaling, rank, lora_dropout: plain numbers; they and the two parameters may be replaced.
-        adapter: the name of the adapter in `lora_A` and `lora_B`; all three are None where the active adapter
-            does not touch this layer, which then computes as its base.
-        resting: further adapters by name (see `set_adapter`).
-        enabled: False leaves the adapter out of the forward pass (see `disable_lora`).
+        adapter: the name of the adapter in `lora_A` and `lora_B`; all three are None where it leaves the layer alone.
+        resting, enabled: see `set_adapter` and `disable_lora`.
 
     Dtypes: the adapter is fp32 (fp64 on an fp64 base), so that small updates are not lost and gradient scaling
     works; `.to(dtype)` changes it as usual. The output has the dtype of the input (under autocast, autocast's),
@@ -95,13 +92,16 @@ class LoRALinear(Mergeable):
     def forward(self, x):
         """x: (..., in_features) → (..., out_features).
 
-        Raises:
-            RuntimeError: merged, in training mode and with dropout: a merged adapter cannot drop its input.
+        RuntimeError: merged, in training mode and with dropout: a merged adapter cannot drop its input.
         """
-        if self.merged or not self.enabled or self.adapter is None:
-            return base_forward(self.base_in_force(), x)
-        x = autocast_input(x)
-        if not hooked(self.base_layer):
+        if not self.enabled:
+            return base_forward(self.unmerged, x)
+        if self._kept or self.adapter is None:
+            if self._kept and self.training and self.lora_dropout > 0:
+                raise RuntimeError("the adapter is merged, so its dropout cannot act: call unmerge_weights() or eval()")
+            return base_forward(self.base_layer, x)
+        x, own = autocast_input(x), vars(self.base_layer)
+        if "forward" not in own and not any(own[hooks] for hooks in HOOKS):
             return self.fused(x)
         y = base_forward(self.base_layer, x)  # what hangs on the base acts as it does without an adapter
         return y + self.added_term(x, y, self.base_layer, self.training)
@@ -115,7 +115,7 @@ class LoRALinear(Mergeable):
         """Base and adapter in one operation (`kernels/lora.py`), which does not call the base."""
         h, weight = operands(self.base_layer, x)
         dropout = self.lora_dropout if self.training else 0.0
-        y = lora_linear(h, weight, self.bias, *self.factors(), self.scaling, dropout)
+        y = lora_linear(h, weight, self.base_layer.bias, *self.factors(), self.scaling, dropout)
         return y if h.dtype == x.dtype else y.to(x.dtype)  # and not by y's dtype, which `amp.autocast` has chosen
 
     def factors(self):
@@ -142,6 +142,22 @@ class LoRALayer(LoRALinear):
 
     def __init__(self, in_features, out_features, rank=8, lora_alpha=16.0, lora_dropout=0.0):
         super().__init__(nn.Linear(in_features, out_features, bias=False), rank, lora_alpha, lora_dropout)
+
+
+def autocast_input(x: torch.Tensor) -> torch.Tensor:
+    """x in the dtype that a linear layer would see: under autocast, autocast's (which leaves fp64 alone)."""
+    device = x.device.type
+    if torch.is_autocast_enabled(device) and x.dtype != torch.float64:
+        return x.to(torch.get_autocast_dtype(device))
+    return x
+
+
+def operands(base, x):
+    """x in the dtype to compute in, and the weight as `lora_linear` takes it."""
+    if not isinstance(base, NF4Linear):
+        return x, base.weight if isinstance(base, nn.Linear) else dense_weight(base)
+    # Asked first: `.to` takes time even where it changes nothing.
+    return x if base.compute_dtype in (None, x.dtype) else x.to(base.compute_dtype), base.quantized
 
 
 def check_settings(rank, lora_alpha, lora_dropout) -> None:

@@ -1,18 +1,16 @@
 """Cross-entropy straight from hidden states, in chunks, on answer tokens only.
 
-The lesson: a vocabulary of V words turns N hidden vectors into N × V logits; for
-SmolLM2 (V = 49,152) at 4 × 128 tokens that is 100 MB in fp32, and the softmax and its
-gradient want as much again. But the loss needs one number per token. So
+A vocabulary of V words turns N hidden vectors into N × V logits; for SmolLM2 (V = 49,152) at 4 × 128 tokens that is
+100 MB in fp32, and the softmax and its gradient want as much again. But the loss needs one number per token. So
 
     forward:   z = h Wᵀ + b            (one chunk of tokens at a time)
                loss = Σ logsumexp(z) − z[target]
     backward:  dz = softmax(z) − onehot(target)
                dh = dz W,   dW = dzᵀ h,   db = Σ dz
 
-and since dz is known as soon as z is, the gradients are computed in the forward pass,
-chunk by chunk, and no logits outlive their chunk. Kept for backward: dh (N × D, fp32),
-and dW, db when the head is trained. Tokens whose label is −100 (prompt, padding) are
-dropped before the product: they cost nothing.
+and since dz is known as soon as z is, the gradients are computed in the forward pass, chunk by chunk, and no logits
+outlive their chunk. Kept for backward: dh (N × D, fp32), and dW, db when the head is trained. Tokens whose label is
+−100 (prompt, padding) are dropped before the product: they cost nothing.
 
 The same idea: Liger-Kernel's FusedLinearCrossEntropy (Hsu et al. 2024, arXiv:2410.10989, § 3.2).
 """
@@ -66,16 +64,12 @@ class _LinearCrossEntropy(torch.autograd.Function):
 
 
 def linear_cross_entropy(
-    hidden: torch.Tensor,
-    weight: torch.Tensor,
-    target: torch.Tensor,
-    bias: torch.Tensor | None = None,
+    hidden: torch.Tensor, weight: torch.Tensor, target: torch.Tensor, bias: torch.Tensor | None = None,
     chunk: int | None = None,
-) -> torch.Tensor:
+) -> torch.Tensor:  # fmt: skip
     """Sum of cross-entropies of `hidden @ weight.T + bias` against `target`, never holding all logits.
 
-    A sum and not a mean: the caller divides by the count of answer tokens over the
-    whole accumulated batch, so that every token weighs the same.
+    The caller divides by the count of answer tokens over the whole accumulated batch: every token weighs the same.
 
     Args:
         hidden: (..., D), fp32/bf16/fp16. The product runs in its dtype, or in autocast's.
@@ -84,11 +78,9 @@ def linear_cross_entropy(
         bias: (V,) or None.
         chunk: tokens at a time; by default as many as make 64 MiB of fp32 logits.
 
-    Returns:
-        A scalar in fp32; 0 with zero gradients when every target is −100.
+    Returns a scalar in fp32; 0 with zero gradients when every target is −100.
 
-    Raises:
-        ValueError: shapes that do not fit, a target outside [0, V), or chunk below 1.
+    ValueError: shapes that do not fit, a target outside [0, V), or chunk below 1.
     """
     if hidden.shape[:-1] != target.shape:
         raise ValueError(f"target must have shape {tuple(hidden.shape[:-1])}, got {tuple(target.shape)}")

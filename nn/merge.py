@@ -1,9 +1,8 @@
 """Merging over a whole model: for a while, for good, into dense weights or into NF4, and what each method costs.
 
-An NF4 weight stands on one of 16 levels, 0.08 to 0.3 of the block's largest value apart. A trained ΔW
-is far smaller than that, so that rounding W + ΔW back to 4 bits leaves most codes as they were and
-loses most of ΔW, while adding an error of its own. That is why `merge_lora` refuses an
-NF4 base unless it may become dense. `merge_errors` measures all methods on the model at hand.
+An NF4 weight stands on one of 16 levels, 0.08 to 0.3 of the block's largest value apart. A trained ΔW is far smaller,
+so that rounding W + ΔW back to 4 bits leaves most codes as they were and loses most of ΔW. That is why `merge_lora`
+refuses an NF4 base unless it may become dense. `merge_errors` measures all methods on the model at hand.
 """
 
 import statistics
@@ -28,13 +27,11 @@ def merge_lora(model: nn.Module, dequantize: bool = False, untie: bool = False) 
 
     Args:
         dequantize: let NF4 layers become dense ones; a merge into 4 bits would erase the adapter.
-        untie: give a base weight that is shared (an output head tied to the embedding) a copy of its
-            own first, for good, and set `model.config.tie_word_embeddings` to False. Without it, saving
-            and loading such a model would tie the two again and lose one of them.
+        untie: give a base weight that is shared (an output head tied to the embedding) a copy of its own first, for
+            good, and set `model.config.tie_word_embeddings` to False, or loading would tie the two again.
 
-    Raises:
-        ValueError: no LoRA layers; NF4 layers without `dequantize`; a shared weight without `untie`; a layer that
-            cannot be merged (see `LoRALinear.merge_weights`). Nothing is changed then.
+    ValueError: no LoRA layers; NF4 layers without `dequantize`; a shared weight without `untie`; a layer that cannot be
+    merged (see `LoRALinear.merge_weights`). Nothing is changed then.
     """
     layers = [(name, layer) for name, layer in required_lora_layers(model) if not layer.merged and layer.adapter]
     shared = _shared_weights(model)
@@ -70,30 +67,17 @@ def _shared_weights(model) -> dict[torch.Tensor, list[str]]:
 
 
 def unmerge_lora(model: nn.Module) -> nn.Module:
-    """Put every original base layer back, bit for bit.
-
-    Raises:
-        ValueError: the model has no LoRA layers.
-    """
+    """Put every original base layer back, bit for bit. ValueError: the model has no LoRA layers."""
     for _, layer in required_lora_layers(model):
         layer.unmerge_weights()
     return model
 
 
 def merge_and_unload(model: nn.Module, dequantize: bool = False, untie: bool = False) -> nn.Module:
-    """Fold the active adapter into the model and take everything of LoRA out of it, in place.
+    """Fold the active adapter into the model and take everything of LoRA out of it, in place, other adapters too.
 
-    Adapters that are not active go too.
-
-    Args:
-        dequantize, untie: see `merge_lora`; `untie` is also needed where an adapter has replaced one of two
-            modules that shared a weight.
-
-    Returns:
-        The model, with plain layers.
-
-    Raises:
-        ValueError: as `merge_lora`; nothing is changed then.
+    Arguments and errors as for `merge_lora`; `untie` is also needed where an adapter has replaced one of two modules
+    that shared a weight. Returns the model, with plain layers.
     """
     shared = _shared_weights(model)
     whole = {path: m for path, m in modules_with_adapters(model).items() if isinstance(m, ModuleToSave) and m.adapter}
@@ -143,14 +127,9 @@ class MergeErrors:
 def merge_errors(model: nn.Module, four_bits: bool = True) -> MergeErrors:
     """Measure, layer by layer and without changing anything, what every method of merging would lose.
 
-    The error of a method is ‖result − (W + ΔW)‖ / ‖ΔW‖ (Frobenius), W being the weight that the adapter was
-    trained on (the dequantized one for NF4). 0 is exact; 1 is as wrong as leaving the adapter out.
-
-    Args:
-        four_bits: also the methods that stay NF4, which take a second for a large layer.
-
-    Raises:
-        ValueError: the model has no active adapter.
+    The error of a method is ‖result − (W + ΔW)‖ / ‖ΔW‖ (Frobenius), W being the weight that the adapter was trained
+    on (the dequantized one for NF4). 0 is exact; 1 is as wrong as leaving the adapter out. `four_bits`: also the
+    methods that stay NF4, which take a second for a large layer. ValueError: the model has no active adapter.
     """
     return MergeErrors({path: _errors(layer, four_bits) for path, layer in active_layers(model)})
 
@@ -158,18 +137,13 @@ def merge_errors(model: nn.Module, four_bits: bool = True) -> MergeErrors:
 def merge_into_nf4(model: nn.Module, method: str) -> MergeErrors:
     """Merge the active adapter into NF4 layers that stay NF4, in place, and measure what is lost.
 
-    Args:
-        method:
-            - "requantize": dequantize, add ΔW, quantize again; the adapter is gone.
-            - "refit": like LoftQ, quantize and refit A and B (of the same rank) to what quantizing lost, in
-              turns. The layer keeps an adapter: for a large ΔW one that holds mostly corrections, for a
-              small one the ΔW itself again, since rounding W + ΔW gave W back.
+    Returns what `merge_errors` measures for these layers. `method` is
 
-    Returns:
-        What `merge_errors` measures for these layers.
+    - "requantize": dequantize, add ΔW, quantize again; the adapter is gone;
+    - "refit": like LoftQ, quantize and refit A and B (of the same rank) to what quantizing lost, in turns. The layer
+      keeps an adapter: for a large ΔW one of corrections, for a small one ΔW itself, as rounding W + ΔW gave W back.
 
-    Raises:
-        ValueError: no NF4 layer with an adapter, an unknown method, or a DoRA or PiSSA adapter with "refit".
+    ValueError: no NF4 layer with an adapter, an unknown method, or a DoRA or PiSSA adapter with "refit".
     """
     if method not in ("requantize", "refit"):
         raise ValueError(f"method must be 'requantize' or 'refit', got {method!r}")
@@ -192,9 +166,8 @@ def merge_into_nf4(model: nn.Module, method: str) -> MergeErrors:
     return errors
 
 
-@torch.no_grad()
 def _target(layer: LoRALinear) -> torch.Tensor:
-    return layer.delta_weight().add_(dense_weight(layer.base_layer))
+    return layer.delta_weight().add_(dense_weight(layer.base_layer).detach())
 
 
 @torch.no_grad()

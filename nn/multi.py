@@ -15,8 +15,8 @@ from collections.abc import Iterable, Iterator, Sequence
 import torch
 from torch import nn
 
-from .base_layer import autocast_input, base_forward, is_adaptable
-from .lora import LoRALinear, lora_layers
+from .base_layer import base_forward, is_adaptable
+from .lora import LoRALinear, autocast_input, lora_layers
 
 SETTINGS = ("rank", "lora_alpha", "scaling", "lora_dropout")
 
@@ -51,11 +51,7 @@ def _hold(module: nn.Module, contents: dict) -> None:
 class ModuleToSave(nn.Module):
     """A module that adapters replace whole (PEFT's `modules_to_save`): the original, and a copy for each adapter.
 
-    Attributes:
-        base_layer: the original module, frozen.
-        copies: the copies by adapter name.
-        adapter: the name of the copy in use; None: the original is.
-        enabled: False puts the original in use (see `disable_lora`).
+    `adapter` is the name of the copy in use (None: the original is); `enabled` False puts the original in use.
     """
 
     def __init__(self, module: nn.Module):
@@ -115,10 +111,7 @@ def original(module: nn.Module) -> nn.Module:
 
 
 def lora_parameters(model: nn.Module) -> Iterator[nn.Parameter]:
-    """Every parameter of the active adapter, lora_A and lora_B of each layer: what the optimizer gets.
-
-    With `save_modules` also those of the modules that it replaces whole.
-    """
+    """Every parameter of the active adapter, also of the modules that it replaces whole: what the optimizer gets."""
     for module in modules_with_adapters(model).values():
         if isinstance(module, LoRALinear):
             yield from module.parameters(recurse=False)
@@ -158,8 +151,7 @@ def active_layers(model: nn.Module) -> list[tuple[str, LoRALinear]]:
 def set_adapter(model: nn.Module, name: str) -> None:
     """Make the adapter `name` the active one, in place. What is trained (`requires_grad`) stays as it is.
 
-    Raises:
-        ValueError: there is no such adapter (the message lists those there are), or it is merged.
+    ValueError: there is no such adapter (the message lists those there are), or it is merged.
     """
     _check_present(model, name)
     check_unmerged(model)
@@ -196,8 +188,7 @@ def without_adapter(linear: nn.Module) -> LoRALinear:
 def delete_adapter(model: nn.Module, name: str) -> None:
     """Remove an adapter that is not active, and give its memory back.
 
-    Raises:
-        ValueError: there is no such adapter, or it is the active one.
+    ValueError: there is no such adapter, or it is the active one.
     """
     _check_present(model, name)
     if name == active_adapter(model):
@@ -209,17 +200,12 @@ def delete_adapter(model: nn.Module, name: str) -> None:
 
 @contextlib.contextmanager
 def adapters_by_row(model: nn.Module, names: Sequence[str | None]):
-    """Within this context each row of the batch goes through an adapter of its own, in one forward pass.
+    """Within this context each row of the batch goes through the adapter of its name (None: the base model alone).
 
-    The base product is computed once for the whole batch; then every adapter adds its term to its rows.
-    Contexts nest; the inner one is in force.
+    The base product is computed once for the whole batch. Contexts nest; the inner one is in force.
 
-    Args:
-        names: for each row of the batch the adapter's name, or None for the base model alone.
-
-    Raises:
-        ValueError: an unknown name, an adapter that is merged, or one that replaces whole modules
-            (`modules_to_save`). In the forward pass: a batch of another size.
+    ValueError: an unknown name, an adapter that is merged, or one that replaces whole modules (`modules_to_save`). In
+    the forward pass: a batch of another size.
     """
     for name in set(names) - {None}:
         _check_present(model, name)
@@ -265,25 +251,20 @@ def _forward_by_row(layer: LoRALinear, rows: dict[str | None, torch.Tensor], x: 
 def save_modules(model: nn.Module, names: Iterable[str]) -> None:
     """Train whole modules beside the active adapter and save them with it (PEFT's `modules_to_save`).
 
-    Each gets a trainable copy that belongs to the adapter; the original stays in the model.
+    Each gets a trainable copy that belongs to the adapter; the original stays in the model. A name selects the
+    modules whose path ends in it, by whole components, such as "lm_head".
 
-    Args:
-        names: each selects the modules whose path ends in it, by whole components, such as "lm_head".
-
-    Raises:
-        ValueError: no active adapter; a name that selects nothing, or something that holds an adapter.
+    ValueError: no active adapter; a name that selects nothing, or something that holds an adapter.
     """
     active = active_adapter(model)
     if active is None:
         raise ValueError("the model has no adapter; call apply_lora_to_model first")
     modules = {path: module for path, module in model.named_modules() if path}
-    chosen = set()
+    names = list(names)
     for name in names:
-        found = ending_in(modules, [name])
-        if not found:
+        if not ending_in(modules, [name]):
             raise ValueError(f"no module's path ends in {name!r}")
-        chosen |= found
-    chosen = [path for path in modules if path in chosen]
+    chosen = sorted(ending_in(modules, names))
     for path in chosen:
         if any(isinstance(child, LoRALinear) for child in modules[path].modules()):
             raise ValueError(f"{path!r} holds a LoRA adapter and cannot be trained whole")

@@ -87,28 +87,19 @@ class TransformerBlock(nn.Module):
     """One layer of a Llama: attention and SwiGLU, each after an RMSNorm and with a residual around it.
 
     Args:
-        d_model: width of the residual stream.
-        num_heads: query heads; head_dim defaults to d_model / num_heads and must be even.
-        d_ff: width inside the SwiGLU.
+        d_model, num_heads, d_ff: width of the residual stream, query heads, width inside the SwiGLU.
         num_kv_heads: key/value heads, a divisor of num_heads (default: num_heads).
-        head_dim: width of a head.
+        head_dim: width of a head, even (default: d_model / num_heads).
         rope_theta: base of the rotary angles.
         norm_eps: ε of the norms.
 
-    Raises:
-        ValueError: sizes that do not divide, or no heads.
+    ValueError: sizes that do not divide, or no heads.
     """
 
     def __init__(
-        self,
-        d_model: int,
-        num_heads: int,
-        d_ff: int,
-        num_kv_heads: int | None = None,
-        head_dim: int | None = None,
-        rope_theta: float = 10_000.0,
-        norm_eps: float = 1e-6,
-    ):
+        self, d_model: int, num_heads: int, d_ff: int, num_kv_heads: int | None = None, head_dim: int | None = None,
+        rope_theta: float = 10_000.0, norm_eps: float = 1e-6,
+    ):  # fmt: skip
         super().__init__()
         num_kv_heads = num_heads if num_kv_heads is None else num_kv_heads
         for name, heads in (("num_heads", num_heads), ("num_kv_heads", num_kv_heads)):
@@ -128,11 +119,7 @@ class TransformerBlock(nn.Module):
         self.mlp = SwiGLU(d_model, d_ff)
 
     def forward(self, x: torch.Tensor, rotary: tuple[torch.Tensor, torch.Tensor] | None = None) -> torch.Tensor:
-        """x: (B, T, d_model) → the same shape.
-
-        Args:
-            rotary: cosines and sines from `rotary_angles`; by default those of positions 0 … T − 1.
-        """
+        """x: (B, T, d_model) → the same shape; `rotary_angles` by default those of positions 0 … T − 1."""
         if rotary is None:
             positions = torch.arange(x.shape[1], device=x.device)
             rotary = rotary_angles(positions, *self.rotary_sizes)
@@ -141,24 +128,13 @@ class TransformerBlock(nn.Module):
 
 
 class Transformer(nn.Module):
-    """A whole causal language model: tokens in, logits out.
-
-    Args:
-        vocab_size, num_layers, d_model, num_heads, d_ff: sizes.
-        tie_embeddings: the output head is the embedding table.
-        options: `num_kv_heads`, `head_dim`, `rope_theta`, `norm_eps` of `TransformerBlock`.
-    """
+    """A whole causal language model: tokens in, logits out. `options` are those of `TransformerBlock`; with
+    `tie_embeddings` the output head is the embedding table."""
 
     def __init__(
-        self,
-        vocab_size: int,
-        num_layers: int,
-        d_model: int,
-        num_heads: int,
-        d_ff: int,
-        tie_embeddings: bool = False,
+        self, vocab_size: int, num_layers: int, d_model: int, num_heads: int, d_ff: int, tie_embeddings: bool = False,
         **options,
-    ):
+    ):  # fmt: skip
         super().__init__()
         blocks = [TransformerBlock(d_model, num_heads, d_ff, **options) for _ in range(num_layers)]
         self.model = nn.ModuleDict({
@@ -171,11 +147,8 @@ class Transformer(nn.Module):
             self.lm_head.weight = self.model.embed_tokens.weight
 
     def forward(self, tokens: torch.Tensor, segments: str | int | Plan | None = None) -> torch.Tensor:
-        """tokens: (B, T) int64 → logits (B, T, vocab_size).
-
-        Args:
-            segments: checkpoint the blocks so, as `checkpoint_sequential` understands it. None keeps everything.
-        """
+        """tokens: (B, T) int64 → logits (B, T, vocab_size); `segments` as for `checkpoint_sequential`, None: no
+        checkpoints."""
         x = self.model.embed_tokens(tokens)
         if segments is None:
             positions = torch.arange(tokens.shape[1], device=tokens.device)
@@ -190,18 +163,11 @@ class Transformer(nn.Module):
 class CheckpointedTransformerLayer(nn.Module):
     """The documents' layer: attention and feed-forward after LayerNorms, each a checkpoint of its own in training.
 
-    With n such layers 2n boundaries stay: memory O(n) with a small factor, not O(√n). Unlike the
-    documents' version it does not have attention return its (B, T, T) weights, which nobody
-    reads and which keep it from the fused kernels. An encoder layer unless `causal`.
+    With n such layers 2n boundaries stay: memory O(n) with a small factor, not O(√n). Unlike the documents' version
+    it does not have attention return its (B, T, T) weights, which nobody reads and which keep it from the fused
+    kernels. `d_ff` is the width of the feed-forward part; with `causal` no position looks at later ones.
 
-    Args:
-        d_model: width; num_heads must divide it.
-        num_heads: attention heads.
-        d_ff: width of the feed-forward part.
-        causal: forbid every position to look at later ones.
-
-    Raises:
-        ValueError: `num_heads` does not divide `d_model`.
+    ValueError: `num_heads` does not divide `d_model`.
     """
 
     def __init__(self, d_model: int, num_heads: int, d_ff: int, causal: bool = False):
@@ -216,11 +182,9 @@ class CheckpointedTransformerLayer(nn.Module):
 
     def forward(self, x: torch.Tensor, use_checkpoint: bool = True) -> torch.Tensor:
         """x: (B, T, d_model) → the same shape. Checkpoints in training only, and only if `use_checkpoint`."""
-        if use_checkpoint and self.training:
-            x = x + checkpoint(self._attn_block, x)
-            return x + checkpoint(self._ffn_block, x)
-        x = x + self._attn_block(x)
-        return x + self._ffn_block(x)
+        for block in (self._attn_block, self._ffn_block):
+            x = x + (checkpoint(block, x) if use_checkpoint and self.training else block(x))
+        return x
 
     def _attn_block(self, x: torch.Tensor) -> torch.Tensor:
         normed = self.norm1(x)

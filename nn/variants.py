@@ -1,7 +1,6 @@
 """Variants of LoRA: rsLoRA, LoRA+, LoRA-FA, PiSSA, LoftQ, DoRA; each a few lines on a model's active adapter.
 
-Call them after `apply_lora_to_model` and before making the optimizer. What is saved says `use_rslora` or `use_dora`
-where that is so, and is plain LoRA otherwise. DoRA and PiSSA hold more than A and B and compute with it: their
+Call them after `apply_lora_to_model` and before making the optimizer. DoRA and PiSSA hold more than A and B: their
 layers are classes of their own, which a LoRALinear becomes and stops being with the adapter that is active.
 """
 
@@ -15,15 +14,13 @@ from torch import nn
 
 from ..kernels.lora import lora_linear
 from ..quant import NF4Linear
-from .base_layer import dense_weight, operands
-from .lora import LoRALinear
+from .base_layer import dense_weight
+from .lora import LoRALinear, operands
 from .multi import active_layers, lora_parameters
 
 
 def use_rslora(model: nn.Module) -> None:
-    """Scale every adapter by lora_alpha / √rank instead of lora_alpha / rank.
-
-    BA grows like √r for random factors, so α/r shrinks the update as the rank grows, α/√r keeps it.
+    """Scale every adapter by lora_alpha / √rank instead of lora_alpha / rank: BA grows like √r for random factors.
 
     Source: Kalajdzievski 2023, "A Rank Stabilization Scaling Factor for Fine-Tuning with LoRA".
     """
@@ -35,12 +32,8 @@ def lora_plus_groups(model: nn.Module, lr: float, ratio: float = 16.0, weight_de
     """Parameter groups for any optimizer, with a learning rate of lr · ratio for B and lr for the rest.
 
     A meets inputs of width `in` and B meets S of width r, so with equal rates A moves the output far
-    less than B could; the paper finds a ratio of about 16.
-
-    Args:
-        lr: of A, and of modules trained whole.
-        ratio: λ, at least 1 in the paper.
-        weight_decay: of the matrices; vectors (DoRA's magnitudes, which learn at B's rate) get none.
+    less than B could; the paper finds a ratio of about 16. Modules trained whole learn at `lr`; DoRA's magnitudes
+    at B's rate and, as vectors, without weight decay.
 
     Source: Hayou et al. 2024, "LoRA+: Efficient Low Rank Adaptation of Large Models", section 4.
     """
@@ -57,9 +50,7 @@ def lora_plus_groups(model: nn.Module, lr: float, ratio: float = 16.0, weight_de
 
 
 def freeze_A(model: nn.Module) -> None:
-    """LoRA-FA: train B alone. ΔW then lives in the r directions that A was born with.
-
-    Without dA the input x of each layer need not be kept for backward, only S = x Aᵀ.
+    """LoRA-FA: train B alone. Without dA the input x of a layer need not be kept for backward, only S = x Aᵀ.
 
     Source: Zhang et al. 2023, "LoRA-FA: Memory-efficient Low-rank Adaptation".
     """
@@ -85,20 +76,15 @@ def pissa_init(model: nn.Module, iterations: int | None = None) -> None:
     for `disable_lora`, and B₀A₀ is kept beside the adapter; `save_adapter` writes [A; A₀] and [B, −B₀], a plain
     LoRA of rank 2r on the untouched base.
 
-    Args:
-        iterations: None for the exact singular value decomposition; a number for torch's randomized one
-            with so many power iterations (much faster on large layers).
-
-    Raises:
-        ValueError: an NF4 base; its rounding error is what `loftq_init` starts from.
+    `iterations` is None for the exact singular value decomposition, a number for torch's randomized one with so many
+    power iterations (much faster on large layers). ValueError: an NF4 base; for that there is `loftq_init`.
 
     Source: Meng et al. 2024, "PiSSA", section 3.
     """
-    layers = active_layers(model)
-    for path, layer in layers:
+    for path, layer in active_layers(model):
         if isinstance(layer.base_layer, NF4Linear):
             raise ValueError(f"{path!r} is quantized; pissa_init needs dense weights (for NF4 there is loftq_init)")
-    for _, layer in layers:
+    for _, layer in active_layers(model):
         _start_at(layer, dense_weight(layer.base_layer), iterations)
         _become(layer, PiSSALinear)
         layer.register_buffer("start_A", layer.lora_A.detach().clone())
@@ -112,18 +98,11 @@ def loftq_init(
     """Start at the best rank-r correction of the quantization error W − NF4(W), leaving NF4(W) as it is.
 
     This is LoftQ with one iteration; further ones would quantize the base anew, which nobody who loads the adapter has.
+    `original` are the weights before quantization, `<path>.weight` by name: a state dict, or the directory of the
+    model's safetensors files; `iterations` as in `pissa_init`.
 
-    Args:
-        model: NF4 layers with adapters.
-        original: the weights before quantization, `<path>.weight` by name: a state dict, or the directory of
-            the model's safetensors files.
-        iterations: as in `pissa_init`.
-
-    Returns:
-        Path → (‖W − NF4(W)‖ / ‖W‖ before, ‖W − NF4(W) − s·BA‖ / ‖W‖ after).
-
-    Raises:
-        ValueError: no NF4 layer with an adapter, or a weight that is missing or of another shape.
+    Returns path → (‖W − NF4(W)‖ / ‖W‖ before, ‖W − NF4(W) − s·BA‖ / ‖W‖ after).
+    ValueError: no NF4 layer with an adapter, or a weight that is missing or of another shape.
 
     Source: Li et al. 2023, "LoftQ", section 3.2.
     """

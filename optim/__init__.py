@@ -7,10 +7,5 @@ from .schedule import cosine_with_warmup, optimizer_steps
 from .zero import ZeroOptimizer
 
 __all__ = [
-    "AdamW",
-    "AdamW8bit",
-    "GradientAccumulationTrainer",
-    "ZeroOptimizer",
-    "cosine_with_warmup",
-    "optimizer_steps",
-]
+    "AdamW", "AdamW8bit", "GradientAccumulationTrainer", "ZeroOptimizer", "cosine_with_warmup", "optimizer_steps",
+]  # fmt: skip

@@ -1,13 +1,12 @@
 """Gradient accumulation: a big batch in small pieces, with exactly the big batch's gradient.
 
-The gradient of a sum is the sum of the gradients, so the losses of k micro-batches may be backpropagated one after
-another into the same `.grad`. What has to be right is the division. The big batch's loss is a mean over its tokens,
+The losses of k micro-batches may be backpropagated one after another into the same `.grad`. What has to be right is
+the division. The big batch's loss is a mean over its tokens,
 
     L = Σ_i ℓ_i / n,        n = n_1 + … + n_k  answer tokens,
 
-and neither "divide each micro-batch's mean by k" (true only if all n_j are equal; a short sequence's tokens weigh too
-much) nor "always divide by k" (a tail of fewer than k is made too small) computes that. So each micro-batch
-contributes its *sum* of losses, divided by n.
+and neither "divide each micro-batch's mean by k" (a short sequence's tokens weigh too much) nor "always divide by k"
+(a tail of fewer than k is made too small) computes that. So each micro-batch contributes its *sum* of losses, over n.
 
 A trainer that sees one micro-batch after the other learns n with the last one. It divides by an estimate (the first
 count times k), which keeps gradients in the range that FP16 needs, and multiplies the finished gradient by
@@ -39,12 +38,7 @@ def accumulated_step_reference(model, optimizer, micro_batches, max_norm=1.0) ->
 
 
 class TokenMean:
-    """The mean loss of all tokens of an optimizer step, over many backward passes.
-
-        mean = TokenMean(expected)
-        for micro_batch in step:
-            mean.part(loss_sum, tokens).backward()
-        mean.correct(gradients)                         # nothing to do if `expected` was right
+    """The mean loss of all tokens of an optimizer step: `part(…).backward()` for each micro-batch, then `correct`.
 
     `expected`, a number or 0-dim tensor, is the count of all tokens of the step, or an estimate of it. Where gradients
     are averaged over ranks, all ranks' tokens divided by their number. `loss_sum` and `tokens` are this process's.
@@ -56,8 +50,7 @@ class TokenMean:
 
     def part(self, loss_sum: torch.Tensor, tokens=0) -> torch.Tensor:
         """What to backpropagate for one micro-batch; `tokens` is needed only if `expected` is an estimate."""
-        self.loss_sum = self.loss_sum + loss_sum.detach()
-        self.tokens = self.tokens + tokens
+        self.loss_sum, self.tokens = self.loss_sum + loss_sum.detach(), self.tokens + tokens
         return loss_sum / self.expected
 
     def correct(self, gradients: list[torch.Tensor], tokens=None) -> None:
@@ -77,15 +70,12 @@ class GradientAccumulationTrainer:
 
     Args:
         model: called with `inputs` (as keywords if that is a dict); may be wrapped in DistributedDataParallel.
-        optimizer: any torch optimizer.
-        accumulation_steps: micro-batches for each optimizer step.
         max_norm: bound of the gradient's L2 norm; None does not clip.
         scheduler: its `step()` is called once for each optimizer step that was not skipped.
         scaler: an `amp.GradScaler` or torch's, for a model that computes in FP16 (under autocast then).
 
-    Raises:
-        ValueError: `accumulation_steps` is not a whole number or < 1, `max_norm` ≤ 0, or the optimizer is a
-            ZeroOptimizer on several ranks.
+    ValueError: `accumulation_steps` is not a whole number or < 1, `max_norm` ≤ 0, or the optimizer is a ZeroOptimizer
+    on several ranks.
     """
 
     def __init__(self, model, optimizer, accumulation_steps=4, max_norm=1.0, scheduler=None, scaler=None):
@@ -95,20 +85,15 @@ class GradientAccumulationTrainer:
             raise ValueError(f"max_norm must be above 0 or None, got {max_norm}")
         if getattr(optimizer, "across_ranks", False):  # a ZeroOptimizer's
             raise ValueError("optimizer must not be cut among ranks: this trainer takes its norm on one rank")
-        self.model = model
-        self.optimizer = optimizer
-        self.accumulation_steps = accumulation_steps
-        self.max_norm = max_norm
-        self.scheduler = scheduler
-        self.scaler = scaler
+        self.model, self.optimizer, self.scheduler, self.scaler = model, optimizer, scheduler, scaler
+        self.accumulation_steps, self.max_norm = accumulation_steps, max_norm
         self.distributed = isinstance(model, DistributedDataParallel)
         self._micro_batches = 0
 
     def train_step(self, inputs, labels) -> bool:
         """Accumulate one micro-batch, and update the parameters if it completes a batch.
 
-        Returns whether the optimizer was asked to step: not before the last micro-batch, nor if all labels were −100.
-        ValueError: logits and labels do not fit.
+        Returns whether the optimizer was asked to step: not if all labels were −100. ValueError: labels do not fit.
         """
         if self._micro_batches == 0:
             self.optimizer.zero_grad()
@@ -126,18 +111,13 @@ class GradientAccumulationTrainer:
         """Update from an incomplete batch, if there is one; returns what `train_step` would."""
         if self._micro_batches == 0:
             return False
-        if self.distributed:  # none of its micro-batches was the one that communicates
-            for param in self._params():
-                dist.all_reduce(param.grad)
-                param.grad /= dist.get_world_size()
+        for param in self._params() if self.distributed else ():  # none of its micro-batches was one that communicates
+            self._average(param.grad)
         return self._update()
 
     def train_epoch(self, loader: Iterable) -> float:
-        """One pass over (inputs, labels) pairs, the tail of any length included.
-
-        Returns the mean loss of all answer tokens, each measured when its micro-batch was seen.
-        ValueError: there was nothing to learn from.
-        """
+        """One pass over (inputs, labels) pairs, the tail included; returns the mean loss of all answer tokens, each
+        measured when its micro-batch was seen. ValueError: there was nothing to learn from."""
         self.model.train()
         loss = tokens = 0
         for inputs, labels in loader:
@@ -158,14 +138,14 @@ class GradientAccumulationTrainer:
         return self.model(**inputs) if isinstance(inputs, Mapping) else self.model(inputs)
 
     def _backward(self, loss: torch.Tensor) -> None:
-        (loss if self.scaler is None else self.scaler.scale(loss)).backward()
+        (self.scaler.scale(loss) if self.scaler else loss).backward()
 
     def _update(self) -> bool:
         tokens = self._over_processes(self._mean.tokens)
         self._micro_batches = 0
         if tokens == 0:
             return False
-        if self.scaler is not None:
+        if self.scaler:
             self.scaler.unscale_(self.optimizer)
         params = self._params()
         self._mean.correct([param.grad for param in params], tokens)
@@ -194,10 +174,12 @@ class GradientAccumulationTrainer:
     def _over_processes(self, tokens: torch.Tensor) -> torch.Tensor:
         """The mean count of all processes: DDP averages gradients, so counts are averaged alike."""
         tokens = tokens.double()
-        if self.distributed:
-            dist.all_reduce(tokens)
-            tokens /= dist.get_world_size()
-        return tokens
+        return self._average(tokens) if self.distributed else tokens
+
+    @staticmethod
+    def _average(tensor: torch.Tensor) -> torch.Tensor:
+        dist.all_reduce(tensor)
+        return tensor.div_(dist.get_world_size())
 
 
 def cross_entropy_sum(outputs, labels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

@@ -4,6 +4,8 @@ On a GPU a step is one launch of `kernels/adamw.py` for all parameters (float64 
 own fused C++ loop, one pass over memory where torch ops take nine.
 """
 
+from copy import deepcopy
+
 import torch
 from torch.optim.adamw import adamw as torch_adamw
 
@@ -19,6 +21,7 @@ FLAGS = {
     "amsgrad": False, "maximize": False, "foreach": None, "capturable": False, "differentiable": False, "fused": None,
     "decoupled_weight_decay": True,
 }  # fmt: skip
+MOMENTS = {"step", "exp_avg", "exp_avg_sq"}
 
 
 def adamw_step_cpu_(groups, grad_scale=None, found_inf=None, sq_norm=None, max_norm=None):
@@ -53,27 +56,26 @@ class AdamW(torch.optim.Optimizer):
 
     Args:
         params: parameters, or dicts with `params` and their own hyperparameters.
-        lr: learning rate, a number or 1-element tensor ≥ 0.
-        betas: decay rates of the two moments, each in 0…1 (1 excluded).
-        eps: added to the root of the second moment.
-        weight_decay: λ; a step first multiplies parameters by 1 − lr·λ.
+        lr, betas, eps, weight_decay, maximize: as in torch; a step first multiplies parameters by 1 − lr·weight_decay.
         fused: None picks the fastest for the device, True also takes over unscaling, False runs the reference.
-        maximize: ascend instead of descend.
-        amsgrad: only False; the variant needs a fifth tensor for each parameter.
+        foreach: taken for torch's sake; a step is one pass over all parameters anyway.
+        amsgrad, differentiable, capturable: only False.
 
-    Raises:
-        ValueError: a hyperparameter out of range, or `amsgrad` (from a loaded state dict too).
-        TypeError: a complex parameter.
+    ValueError: a hyperparameter out of range, or a flag that this class does not have (but a state dict may be
+    `capturable`). TypeError: a complex parameter.
     """
 
     writes_copies = True  # read by amp.MasterWeights: `step` takes `copies`
 
     def __init__(
         self, params, lr: float = 1e-3, betas: tuple[float, float] = (0.9, 0.999), eps: float = 1e-8,
-        weight_decay: float = 1e-2, fused: bool | None = None, *, maximize: bool = False, amsgrad: bool = False,
+        weight_decay: float = 1e-2, amsgrad: bool = False, *, maximize: bool = False, fused: bool | None = None,
+        foreach: bool | None = None, capturable: bool = False, differentiable: bool = False,
     ):  # fmt: skip
         rates = {"lr": lr, "betas": tuple(betas), "eps": eps, "weight_decay": weight_decay}
-        super().__init__(params, rates | FLAGS | {"amsgrad": amsgrad, "maximize": maximize, "fused": fused})
+        flags = {"amsgrad": amsgrad, "maximize": maximize, "fused": fused, "foreach": foreach,
+                 "capturable": capturable, "differentiable": differentiable}  # fmt: skip
+        super().__init__(params, rates | FLAGS | flags)
 
     def __setstate__(self, state: dict) -> None:
         super().__setstate__(state)
@@ -85,31 +87,31 @@ class AdamW(torch.optim.Optimizer):
         check_last_group(self)
 
     def load_state_dict(self, state_dict: dict) -> None:
-        """Load this class's or torch.optim.AdamW's state dict."""
+        """Load a copy of this class's or torch.optim.AdamW's state dict. ValueError: that of another optimizer."""
         for group in state_dict["param_groups"]:
             _check_group(group)
-        super().load_state_dict(state_dict)
+        for state in state_dict["state"].values():
+            if state and not state.keys() >= MOMENTS:
+                raise ValueError(f"state_dict must hold {', '.join(sorted(MOMENTS))}, got {', '.join(map(str, state))}")
+        super().load_state_dict(deepcopy(state_dict))
 
     @property
     def _step_supports_amp_scaling(self) -> bool:
         """Asked by GradScaler (torch's too): do steps unscale and skip by themselves?"""
-        group = self.param_groups[0]
-        return backend(group["params"][0]) != "torch" if group["fused"] is None else group["fused"]
+        fused, param = self.param_groups[0]["fused"], next((p for g in self.param_groups for p in g["params"]), None)
+        return param is not None and backend(param) != "torch" if fused is None else fused
 
     @torch.no_grad()
     def step(self, closure=None, *, max_norm: float | None = None, copies: dict | None = None):
-        """One update of every parameter that has a gradient.
+        """One update of every parameter that has a gradient; returns the closure's value.
 
         Args:
-            closure: recomputes the loss and gradients; its value is returned.
-            max_norm: scale all gradients down so that their joint L2 norm is at most this, within the step.
-                What `.grad` holds afterwards depends on the device.
+            max_norm: scale all gradients down to this joint L2 norm; `.grad` afterwards depends on the device.
             copies: parameter → 16-bit tensor of its shape that receives the rounded new value.
 
-        Raises:
-            RuntimeError: a gradient is sparse.
+        RuntimeError: a gradient is sparse.
         """
-        loss = evaluate(closure)
+        loss = torch.enable_grad()(closure)() if closure else None
         by_device: dict[torch.device, list[ParamGroup]] = {}
         for group in self.param_groups:
             params = [p for p in group["params"] if p.grad is not None]
@@ -154,14 +156,6 @@ class AdamW(torch.optim.Optimizer):
         )  # fmt: skip
 
 
-def evaluate(closure):
-    """A closure's loss, with gradients; None without one."""
-    if closure is None:
-        return None
-    with torch.enable_grad():
-        return closure()
-
-
 def step_function(param: torch.Tensor, fused: bool | None = None):
     """Which of the three step functions serves tensors like `param`."""
     if fused is False:
@@ -173,7 +167,7 @@ def check_last_group(optimizer: torch.optim.Optimizer) -> None:
     """Refuse the parameter group that was added last, and then without leaving it behind."""
     group = optimizer.param_groups[-1]
     try:
-        _check_group(group)
+        _check_group(group, "amsgrad", "differentiable", "capturable")
         for param in group["params"]:
             if param.is_complex():
                 raise TypeError(f"params must be real, got {param.dtype}")
@@ -182,8 +176,8 @@ def check_last_group(optimizer: torch.optim.Optimizer) -> None:
         raise
 
 
-def _check_group(group: dict) -> None:
-    for flag in ("amsgrad", "differentiable"):
+def _check_group(group: dict, *flags: str) -> None:
+    for flag in flags or ("amsgrad", "differentiable"):
         if group.get(flag):
             raise ValueError(f"{flag} must be False, got {group[flag]!r}: this AdamW does not have it")
     for name in ("lr", "eps", "weight_decay"):

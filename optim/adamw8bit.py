@@ -7,10 +7,8 @@ below. Large values get a relative precision of about 1 %, and values a million 
 
 The first moment uses signed levels. Of the second, the root is stored, with unsigned ones: its small values stand in
 the update's denominator, and the root halves the decades that they span. No v > 0 is stored as zero (down to 1e-24 of
-its block's largest), which would turn the division by √v + ε into one by ε alone.
-
-A step decodes one tensor's moments to FP32, updates as `AdamW` does, and encodes them again. Bytes per parameter:
-2 + 2·4/256 = 2.03.
+its block's largest), which would turn the division by √v + ε into one by ε alone. A step decodes one tensor's moments
+to FP32, updates as `AdamW` does, and encodes them again. Bytes per parameter: 2 + 2·4/256 = 2.03.
 """
 
 from functools import lru_cache
@@ -20,9 +18,10 @@ import torch.nn.functional as F
 
 from ..kernels.adamw import ParamGroup, rounded_sqrt
 from ..quant.codebooks import dynamic_map
-from .adamw import check_last_group, evaluate, step_function
+from .adamw import MOMENTS, check_last_group, step_function
 
 BLOCK_SIZE = 256
+ENCODED = {"step", "exp_avg_levels", "exp_avg_scale", "exp_avg_sq_levels", "exp_avg_sq_scale"}
 _levels = lru_cache(dynamic_map)
 HALF_RANGE = 2.0**15  # a block's largest value in FP16: as far from overflow as small ones from underflow
 
@@ -69,37 +68,45 @@ def dequantize_blocks(levels: torch.Tensor, scale: torch.Tensor, signed: bool) -
 class AdamW8bit(torch.optim.Optimizer):
     """AdamW whose moments take 2 bytes per parameter.
 
-    Args:
-        params, lr, betas, eps, weight_decay: as for `AdamW`.
-        min_elements: tensors with fewer elements keep FP32 moments; they are few bytes, and often the delicate ones
-            (norms, biases).
-
-    Raises:
-        ValueError: a hyperparameter out of range.
-        RuntimeError: from `step`, a sparse gradient.
+    Arguments and errors as for `AdamW`. Tensors of fewer than `min_elements` keep FP32 moments; they are few bytes, and
+    often the delicate ones (norms, biases).
     """
 
-    def __init__(self, params, lr=1e-3, betas=(0.9, 0.999), eps=1e-8, weight_decay=1e-2, min_elements=4096):
-        self.min_elements = min_elements
-        super().__init__(params, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay})
+    def __init__(
+        self, params, lr=1e-3, betas=(0.9, 0.999), eps=1e-8, weight_decay=1e-2, amsgrad=False, *, min_elements=4096,
+        maximize=False, foreach=None, capturable=False, differentiable=False,
+    ):  # fmt: skip
+        rates = {"lr": lr, "betas": tuple(betas), "eps": eps, "weight_decay": weight_decay, "maximize": maximize}
+        flags = {"amsgrad": amsgrad, "foreach": foreach, "capturable": capturable, "differentiable": differentiable}
+        super().__init__(params, rates | flags | {"min_elements": min_elements})
+
+    def __setstate__(self, state: dict) -> None:
+        super().__setstate__(state)
+        for group in self.param_groups:  # a state dict of `AdamW`, or of an earlier version
+            group.update({"maximize": False, "min_elements": self.defaults["min_elements"]} | group)
 
     def add_param_group(self, param_group: dict) -> None:
         super().add_param_group(param_group)
         check_last_group(self)
 
     def load_state_dict(self, state_dict: dict) -> None:
-        """Load a state dict; unlike the base class, tensors keep the dtypes in which they were saved."""
+        """Load a copy of this class's state dict, or of AdamW's, whose moments the next step encodes; unlike the base
+        class, tensors keep their dtypes. ValueError: that of another optimizer."""
+        for state in state_dict["state"].values():
+            if state and not state.keys() >= MOMENTS and not state.keys() >= ENCODED:
+                raise ValueError(f"state_dict must be of AdamW8bit or AdamW, got state {', '.join(map(str, state))}")
         super().load_state_dict(state_dict)
         params = [p for group in self.param_groups for p in group["params"]]
         indices = [i for group in state_dict["param_groups"] for i in group["params"]]
         for param, index in zip(params, indices, strict=True):
             for key, value in state_dict["state"].get(index, {}).items():
-                self.state[param][key] = value.to(param.device, copy=True)
+                wide = torch.float32 if key in MOMENTS else None  # AdamW's are of the parameter's dtype
+                self.state[param][key] = torch.as_tensor(value).to(param.device, wide, copy=True)
 
     @torch.no_grad()
     def step(self, closure=None):
         """One update of every parameter that has a gradient; returns the closure's value."""
-        loss = evaluate(closure)
+        loss = torch.enable_grad()(closure)() if closure else None
         for group in self.param_groups:
             for param in group["params"]:
                 if param.grad is not None:
@@ -110,24 +117,22 @@ class AdamW8bit(torch.optim.Optimizer):
         if param.grad.is_sparse:
             raise RuntimeError("AdamW8bit does not support sparse gradients")
         state = self.state[param]
-        small = param.numel() < self.min_elements
         if not state:
             state["step"] = torch.zeros((), dtype=torch.float32, device=param.device)
-            zeros = torch.zeros_like(param, dtype=torch.float32)
-            self._store(state, zeros, zeros.clone(), small)
-        exp_avg, exp_avg_sq = self._load(state, param, small)
+            state["exp_avg"], state["exp_avg_sq"] = (torch.zeros_like(param, dtype=torch.float32) for _ in range(2))
+        exp_avg, exp_avg_sq = self._load(state, param)
         # Moments and arithmetic are FP32; a 16-bit parameter receives the result rounded.
         wide = param if param.dtype == torch.float32 else param.float()
         tensors = [wide], [param.grad.to(wide.dtype)], [exp_avg], [exp_avg_sq], [state["step"]], [None]
-        one = ParamGroup(*tensors, float(group["lr"]), group["betas"], group["eps"], group["weight_decay"])
-        step_function(wide)([one])
+        rates = float(group["lr"]), group["betas"], group["eps"], group["weight_decay"], group["maximize"]
+        step_function(wide)([ParamGroup(*tensors, *rates)])
         if wide is not param:
             param.copy_(wide)
-        self._store(state, exp_avg, exp_avg_sq, small)
+        self._store(state, exp_avg, exp_avg_sq, param.numel() < group["min_elements"])
 
     @staticmethod
-    def _load(state: dict, param: torch.Tensor, small: bool) -> tuple[torch.Tensor, torch.Tensor]:
-        if small:
+    def _load(state: dict, param: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        if "exp_avg" in state:
             return state["exp_avg"], state["exp_avg_sq"]
         exp_avg = dequantize_blocks(state["exp_avg_levels"], state["exp_avg_scale"], signed=True)
         root = dequantize_blocks(state["exp_avg_sq_levels"], state["exp_avg_sq_scale"], signed=False)
@@ -135,6 +140,9 @@ class AdamW8bit(torch.optim.Optimizer):
 
     @staticmethod
     def _store(state: dict, exp_avg: torch.Tensor, exp_avg_sq: torch.Tensor, small: bool) -> None:
+        step = state["step"]
+        state.clear()
+        state["step"] = step
         if small:
             state["exp_avg"], state["exp_avg_sq"] = exp_avg, exp_avg_sq
             return

@@ -5,11 +5,11 @@
     k ≥ T        min_lr
 
 k counts optimizer updates, not micro-batches (`optimizer_steps`). Starting the warmup at k/W, as is common, makes the
-very first update (k = 0) a no-op: a whole batch is computed to move the weights by zero. Here it moves them by half of
-what the second update may. Every other k agrees with transformers' `get_cosine_schedule_with_warmup`; past T that one
-would climb again, this one stays.
+very first update (k = 0) a no-op; here it moves the weights by half of what the second may. Every other k agrees with
+transformers' `get_cosine_schedule_with_warmup`; past T that one would climb again, this one stays.
 """
 
+import copy
 import math
 from dataclasses import dataclass
 
@@ -28,7 +28,7 @@ def warmup_cosine(step: int, warmup_steps: int, total_steps: int, floor: float =
 
 @dataclass
 class _WarmupCosine:
-    """That for one parameter group: an object and not a closure, so that `LambdaLR` saves its numbers."""
+    """That for one parameter group: an object, so that `LambdaLR` saves its numbers."""
 
     warmup_steps: int
     total_steps: int
@@ -41,7 +41,7 @@ class _WarmupCosine:
 class _Schedule(LambdaLR):
     def load_state_dict(self, state_dict: dict) -> None:
         """Also hand the rate to the optimizer, which torch leaves to whoever loads the optimizer's state."""
-        super().load_state_dict(state_dict)
+        super().load_state_dict(copy.deepcopy(state_dict))
         for group, lr in zip(self.optimizer.param_groups, self.get_last_lr(), strict=True):
             group["lr"] = lr
 
@@ -58,13 +58,12 @@ def cosine_with_warmup(
         optimizer: each parameter group's `lr` is taken as its peak.
         total_steps: optimizer updates in the whole run (see `optimizer_steps`).
         warmup_ratio: fraction of them that warms up, 0 to 1.
-        min_lr: the learning rate at the end, in the unit of `lr`.
 
     Raises:
         TypeError: `total_steps` is not an integer.
         ValueError: `total_steps` < 1, `warmup_ratio` outside 0…1, or `min_lr` outside 0…lr.
     """
-    if not isinstance(total_steps, int) or isinstance(total_steps, bool):
+    if type(total_steps) is not int:
         raise TypeError(f"total_steps must be an int, got {total_steps!r}")
     if total_steps < 1:
         raise ValueError(f"total_steps must be at least 1, got {total_steps}")
@@ -82,13 +81,10 @@ def cosine_with_warmup(
 def optimizer_steps(
     examples: int, batch_size: int, accumulation_steps: int = 1, world_size: int = 1, epochs: int = 1
 ) -> int:
-    """Optimizer updates in a run: what `total_steps` must be.
+    """Optimizer updates in a run: what `total_steps` must be. ValueError: an argument is below 1.
 
     Each of `world_size` processes sees ceil(examples / world_size) examples per epoch, in micro-batches of
     `batch_size`; `accumulation_steps` of them make an update, and so does a shorter tail at the end of an epoch.
-
-    Raises:
-        ValueError: an argument is below 1.
     """
     for name, value in list(locals().items()):
         if value < 1:

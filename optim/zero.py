@@ -14,13 +14,12 @@ optimizer is element-wise, so a rank needs optimizer state only for the elements
 (FP32 parameters need no masters: 8A + 8A/N, 4A + 12A/N, 16A/N.)
 
 Communication (section 7): all-reduce is a reduce-scatter, A, and an all-gather, A. Stages 1 and 2 put the optimizer's
-step between the two: still 2A. Stage 3 has nowhere to keep gathered parameters: it all-gathers them for forward, A,
-and again for backward, A, and reduce-scatters gradients, A: 3A.
+step between the two: still 2A. Stage 3 all-gathers parameters for forward, A, and again for backward, A, and
+reduce-scatters gradients, A: 3A.
 
 Offloading (ZeRO-Offload, Ren et al. 2021, section 4) moves what only the optimizer needs to the host. A step of a
-rank that owns M = A / N parameters sends 4M bytes over the bus: each bucket's reduced gradient (2M in all) to the
-host while backward computes the next, the rounded weights (2M) back while the CPU rounds the next ones. The device
-holds 2A instead of 2A + 14M.
+rank that owns M = A / N parameters sends 4M bytes over the bus: reduced gradients (2M) to the host while backward
+goes on, the rounded weights (2M) back while the CPU rounds the next. The device holds 2A instead of 2A + 14M.
 """
 
 import contextlib
@@ -29,7 +28,6 @@ import weakref
 import torch
 import torch.distributed as dist
 
-from .adamw import evaluate
 from .zero_collectives import Collectives, Host, Shard, bounds
 from .zero_gradients import Reduction
 from .zero_parameters import Gathering
@@ -79,23 +77,19 @@ class ZeroOptimizer(torch.optim.Optimizer):
     It takes the place of DistributedDataParallel and computes the same: parameters begin as rank 0's, gradients are
     averaged, a parameter that no rank used keeps its value. `param_groups` hold this rank's shards as flat tensors
     with their `.grad`, so schedulers and GradScaler (torch's and ours) work as ever, and an overflow on one rank shows
-    on all. Norms and clearing need all ranks and tensors: `clip_grad_norm_` and `zero_grad` of this class.
-
-    Under stage 3 a parameter is empty outside of the forward and backward of the modules that hold it; read or load
-    weights under `with optimizer.gathered():`. All ranks must run the same modules.
+    on all. Norms and clearing need all ranks: `clip_grad_norm_` and `zero_grad` of this class. Under stage 3, where all
+    must run the same modules, a parameter is empty outside of the forward and backward of those that hold it; read or
+    load weights under `with optimizer.gathered():`.
 
     Args:
         params: the model's parameters, or groups of them as for any optimizer, or the model: needed under stage 3 if
             modules read each other's parameters within the layers of a ModuleList (LoRA layers do), which are gathered
-            as a whole then. FP16 and BF16 parameters get FP32 masters. Those that are not contiguous are made so.
+            as a whole then. FP16 and BF16 parameters get FP32 masters.
         optimizer_class: called with this rank's shards and `kwargs`.
-        stage: 1, 2 or 3, as above.
         offload: keep gradient shards, masters and optimizer state in the host's memory, and step there.
         **kwargs: for `optimizer_class`: lr, betas, …
 
-    Attributes:
-        inner: the optimizer of the shards.
-        group: its `traffic` and `calls` count what was communicated, by collective.
+    `inner` is the optimizer of the shards; `group.traffic` and `group.calls` count what was communicated.
 
     Raises:
         ValueError: another stage, no parameters or one given twice.
@@ -122,7 +116,6 @@ class ZeroOptimizer(torch.optim.Optimizer):
         self.shards = [self._cut(param, index) for index, param in enumerate(whole)]
         self.reduction = Reduction(self.shards, stage, self.group, self.host, self.bucket_elements)
         self.trained = self.reduction.trained
-
         masters = {shard.param: shard.master for shard in self.shards}
         self.inner = optimizer_class(
             [hyperparameters(g) | {"params": [masters[p] for p in g["params"]]} for g in self.param_groups], **kwargs
@@ -166,8 +159,8 @@ class ZeroOptimizer(torch.optim.Optimizer):
 
     @contextlib.contextmanager
     def no_sync(self):
-        """Within, backward only accumulates, in each rank's own `.grad`, and the next one outside reduces the sum: less
-        traffic, but full gradients are held between the passes, under stages 2 and 3 too."""
+        """Within, backward only accumulates, in each rank's own `.grad`, whatever the stage, and the next one outside
+        reduces the sum."""
         before, self.reduction.syncing = self.reduction.syncing, False
         try:
             yield
@@ -185,7 +178,7 @@ class ZeroOptimizer(torch.optim.Optimizer):
         wide = any(shard.param.dtype == torch.float64 for shard in self.trained)
         dtype = torch.float64 if wide else torch.float32
         norms = [torch.linalg.vector_norm(g, norm_type, dtype=dtype) for g in grads if g.numel()]
-        local = torch.stack(norms).to(device) if norms else torch.zeros(1, dtype=dtype, device=device)
+        local = torch.stack(norms or [torch.zeros((), dtype=dtype)]).to(device)
         if norm_type == torch.inf:
             norm = self.group.all_reduce(local.max(), dist.ReduceOp.MAX)
         else:
@@ -195,13 +188,13 @@ class ZeroOptimizer(torch.optim.Optimizer):
         return norm
 
     @torch.no_grad()
-    def step(self, closure=None, *, max_norm: float | None = None):
+    def step(self, closure=None, *, max_norm: float | None = None, **kwargs):
         """Update this rank's shards, and under stages 1 and 2 gather the new parameters; all ranks must call it.
 
-        Returns `closure`'s value. The global norm is clipped to `max_norm` after unscaling, if a GradScaler left that
-        to this step (it does for FP16 parameters).
+        Returns `closure`'s value. The global norm is clipped to `max_norm`, after unscaling if that is left to it.
+        Further keywords are the inner optimizer's.
         """
-        loss = evaluate(closure)
+        loss = torch.enable_grad()(closure)() if closure else None
         if not self.reduction.settled:  # no gradient came on this rank, or all of them under no_sync
             self.reduction.end_backward()
         self.reduction.settled = False
@@ -222,7 +215,9 @@ class ZeroOptimizer(torch.optim.Optimizer):
         if max_norm is not None:
             self._clip(grads, max_norm)
         del grads  # FP32 ones are not to outlive the update
-        self.inner.step()
+        self.inner.step(**kwargs)
+        for group, ours in zip(self.param_groups, self.inner.param_groups, strict=True):
+            group.update(hyperparameters(ours))  # an optimizer may count there
         for shard in moved:
             if shard.master is not shard.value:
                 shard.value.copy_(shard.master)
@@ -258,10 +253,7 @@ class ZeroOptimizer(torch.optim.Optimizer):
 
     @contextlib.contextmanager
     def gathered(self):
-        """Within, stage 3's parameters are whole on every rank, to be read or written; what was written is kept.
-
-        All ranks must enter it, and write the same.
-        """
+        """Within, stage 3's parameters are whole on all ranks, to be read or written; all must write the same."""
         if not self.reduction.gathering:
             yield
             return
@@ -286,8 +278,8 @@ class ZeroOptimizer(torch.optim.Optimizer):
         gradients, states = ("host", "host") if self.host else ("gradients", "optimizer state")
         for shard in self.shards:
             tensors["parameters"] += shard.param, shard.owned
-            tensors["gradients"] += (shard.param.grad,)
-            tensors[gradients] += (shard.value.grad,)
+            tensors["gradients"].append(shard.param.grad)
+            tensors[gradients].append(shard.value.grad)
             tensors[states] += shard.value, shard.master, *self.inner.state.get(shard.master, {}).values()
         held, seen = {}, set()
         for role, members in tensors.items():
@@ -300,17 +292,15 @@ class ZeroOptimizer(torch.optim.Optimizer):
     def state_dict(self) -> dict:
         """That of the inner optimizer on whole parameters, on the host, the same on every rank; all must call it.
 
-        `optimizer_class` can load it without ZeRO, and a ZeroOptimizer in another world size or stage. The FP32 master
-        of a 16-bit parameter is in its state as "master". A state tensor that is not element-wise: ValueError.
+        `optimizer_class` can load it without ZeRO, and a ZeroOptimizer in another world size or stage. FP32 masters of
+        16-bit parameters are there as "master". ValueError: a state tensor that is not element-wise.
         """
         return whole_state(self)
 
     @torch.no_grad()
     def load_state_dict(self, state_dict: dict) -> None:
-        """Load what `state_dict` or the inner optimizer's own returned; each rank takes its part.
-
-        Masters that it does not have are made from the parameters. ValueError: other groups, or as `state_dict`.
-        """
+        """Load what `state_dict` or the inner optimizer's own returned, which has no masters; each rank takes its part.
+        ValueError: other groups, or as `state_dict`."""
         load_cut_state(self, state_dict)
 
 

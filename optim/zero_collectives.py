@@ -51,19 +51,19 @@ class Collectives:
     def reduce_scatter(self, rows: torch.Tensor) -> torch.Tensor:
         """(N, w) → (w,): this rank's row of the sum over ranks."""
         self._count("reduce-scatter", rows.numel())
-        if self.size == 1:
-            return rows[0]
-        mine = rows.new_empty(rows.shape[1])
-        _reduce_scatter(mine, rows.view(-1))
+        mine = rows[0]
+        if self.size > 1:
+            mine = torch.empty_like(mine)
+            _reduce_scatter(mine, rows.view(-1))
         return mine
 
     def all_gather(self, mine: torch.Tensor) -> torch.Tensor:
         """(w,) → (N, w): every rank's row."""
         self._count("all-gather", self.size * mine.numel())
-        if self.size == 1:
-            return mine[None]
-        rows = mine.new_empty(self.size, mine.numel())
-        _all_gather(rows.view(-1), mine)
+        rows = mine[None]
+        if self.size > 1:
+            rows = mine.new_empty(self.size, mine.numel())
+            _all_gather(rows.view(-1), mine)
         return rows
 
     def gather_whole(self, pieces: list[torch.Tensor], numels: list[int]) -> Iterator[torch.Tensor]:

@@ -8,8 +8,8 @@ Hooks note every gradient as it is accumulated, and reductions are called
 
 All ranks must call them in the same order, though on one of them a parameter may have no gradient at all. So buckets
 go in a fixed order, one that lacks a gradient waits (and all behind it) until backward has ended, and what is missing
-then counts as zero. At last the ranks tell each other which parameters any of them has used (a parameter that nobody
-used has no gradient, and weight decay must not touch it), and whether any gradient overflowed.
+then counts as zero. At last the ranks tell each other which parameters any of them has used (weight decay must not
+touch the others), and whether any gradient overflowed.
 """
 
 import weakref

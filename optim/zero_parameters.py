@@ -10,10 +10,9 @@ Between uses a parameter is an empty tensor; what is left of it is this rank's s
 What autograd has saved of a parameter (often a view, `weight.t()`) points into the parameter's storage, so the
 storage is shrunk to 0 bytes and grown again, never replaced.
 
-Collectives must be called in the same order on all ranks, and the gradients of a rank come in the order of its own
-graph: on one of them an output may not reach the loss at all. So backward marches in lockstep, through the modules in
-the reverse of the order in which they ran forward; a gradient that reaches a module first makes up for those that were
-passed over, gathering and reducing each, with zeros for gradients that have not come.
+Collectives must be called in the same order on all ranks, and on one of them an output may not reach the loss at all.
+So backward marches in lockstep, through the modules in the reverse of the order in which they ran forward; a gradient
+that reaches a module first makes up for those that were passed over, with zeros for gradients that have not come.
 """
 
 import contextlib

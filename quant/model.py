@@ -1,10 +1,9 @@
 """Quantize the linear layers of a model, or load a checkpoint with them quantized, and say what became of it.
 
-A model of 7 billion parameters is 14 GB in bf16 and 4 GB in NF4. Loading first and quantizing then needs
-both at once. `load_quantized` starts with the model on the meta device, where tensors have shapes and no memory,
-and every tensor of a shard goes straight to its place: a linear layer's weight as NF4, anything else as it is.
-The most that is held is what is done so far, plus one shard (mapped from the file, so the system can
-drop its pages), plus one weight.
+A model of 7 billion parameters is 14 GB in bf16 and 4 GB in NF4. Loading first and quantizing then needs both at
+once. `load_quantized` starts with the model on the meta device, and every tensor of a shard goes straight to its place:
+a linear layer's weight as NF4, anything else as it is. The most that is held is what is done so far, plus one shard
+(mapped from the file, so the system can drop its pages), plus one weight.
 
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(directory))
@@ -25,12 +24,9 @@ BAR_FROM = 250_000_000  # parameters from which a progress bar is shown
 
 
 def quantize_model(
-    model: nn.Module,
-    skip: Sequence[str] = ("lm_head",),
-    block_size: int = 64,
-    double_quant: bool = True,
+    model: nn.Module, skip: Sequence[str] = ("lm_head",), block_size: int = 64, double_quant: bool = True,
     compute_dtype: torch.dtype | None = None,
-) -> nn.Module:
+) -> nn.Module:  # fmt: skip
     """Replace every `nn.Linear` that is not skipped by an NF4Linear, in place, one after the other.
 
     Left alone besides `skip`: an output layer (what a Hugging Face model calls its output embeddings, and
@@ -40,15 +36,13 @@ def quantize_model(
     calling again changes nothing. A model on the meta device stays there, ready for `load_quantized`.
 
     Args:
-        model: any module that has linear layers inside it.
         skip: layers to leave, by path or by consecutive parts of one: "lm_head", "mlp.down_proj" (in every
             block), "vision_tower" (everything below). Whole parts only: "proj" does not skip "q_proj".
         block_size: weights that share a scale.
         double_quant: store scales in 8 bits.
         compute_dtype: dtype of the products; None: that of their input.
 
-    Returns:
-        `model`.
+    Returns `model`.
 
     Raises:
         TypeError: `skip` is not a sequence, or a single string.
@@ -127,16 +121,10 @@ def _progress(targets: list, parameters: int) -> Iterator:
 
 
 def load_quantized(
-    model: nn.Module,
-    files: str | Path | Sequence[str | Path],
-    skip: Sequence[str] = ("lm_head",),
-    block_size: int = 64,
-    double_quant: bool = True,
-    compute_dtype: torch.dtype | None = None,
-    dtype: torch.dtype | None = None,
-    device: torch.device | str = "cpu",
-    rename: Callable[[str], str] | None = None,
-) -> nn.Module:
+    model: nn.Module, files: str | Path | Sequence[str | Path], skip: Sequence[str] = ("lm_head",),
+    block_size: int = 64, double_quant: bool = True, compute_dtype: torch.dtype | None = None,
+    dtype: torch.dtype | None = None, device: torch.device | str = "cpu", rename: Callable[[str], str] | None = None,
+) -> nn.Module:  # fmt: skip
     """Fill a model on the meta device from safetensors files, its linear layers in NF4.
 
     Layers are chosen as `quantize_model` chooses them. A weight that the files hold in NF4 already (ours or
@@ -148,11 +136,9 @@ def load_quantized(
         files: safetensors files, or a directory of them, sharded or not.
         skip, block_size, double_quant, compute_dtype: as for `quantize_model`.
         dtype: what the other floating-point tensors are cast to; None: as in the files.
-        device: where to put everything.
         rename: gives the model's name for a name in the files, where they differ.
 
-    Returns:
-        `model`.
+    Returns `model`.
 
     Raises:
         FileNotFoundError: no safetensors file.

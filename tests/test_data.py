@@ -33,8 +33,6 @@ THINKING = (
     "{{ m['content'] + '<|im_end|>\n' }}{% endfor %}"
     "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
 )
-PREFILLED = CHATML.replace("'<|im_start|>assistant\n'", "'<|im_start|>assistant\n<think>\n'")
-MUTE = "{% for m in messages %}{% if m['role'] == 'user' %}{{ m['content'] }}{% endif %}{% endfor %}"
 UNENDED = "{% for m in messages %}{{ m['role'] + ': ' + m['content'] + '\n' }}{% endfor %}" + (
     "{% if add_generation_prompt %}{{ 'assistant: ' }}{% endif %}"
 )
@@ -156,8 +154,9 @@ class TestEncoding:
     def test_template_without_an_end_gets_one(self):
         tokenizer = make_tokenizer(UNENDED)
         example = data.encode(CHAT, tokenizer)
-        assert learnt_texts(example, tokenizer)[-1] == " end 😀\n<|im_end|>"
-        assert example.input_ids.tolist()[:-1] == tokenizer.apply_chat_template(CHAT)["input_ids"]
+        assert learnt_texts(example, tokenizer) == ["Done.", "end 😀\n<|im_end|>"]
+        text = tokenizer.apply_chat_template(CHAT, tokenize=False) + "<|im_end|>"
+        assert tokenizer.decode(example.input_ids.tolist()) == text
 
     def test_pain_19_an_answer_that_ends_with_an_unknown_word_still_learns_to_end(self, tmp_path):
         transformers = pytest.importorskip("transformers")
@@ -171,10 +170,15 @@ class TestEncoding:
         assert data.end_of_turn(tokenizer) == tokenizer.convert_tokens_to_ids("<|im_end|>")
         assert data.end_of_turn(make_tokenizer("{{ raise_exception('no') }}")) is None
 
-    @pytest.mark.parametrize("template", [PREFILLED, MUTE], ids=["prefilled", "mute"])
-    def test_template_that_rewrites_the_chat_is_refused(self, template):
-        with pytest.raises(DataError, match="message 3: the chat template rewrites this chat"):
-            data.encode(CHAT, make_tokenizer(template))
+    @pytest.mark.parametrize("hidden, reason", {
+        "assistant": "message 3: the chat template rewrites this chat, so its answer cannot be found; --train-on last",
+        "user": "message 2: the chat template does not show it",
+        "system": "message 1: the chat template does not show it",
+    }.items())  # fmt: skip
+    def test_template_that_hides_messages_is_refused(self, hidden, reason):
+        template = f"{{% for m in messages %}}{{% if m['role'] != '{hidden}' %}}{{{{ m['content'] }}}}{{% endif %}}"
+        with pytest.raises(DataError, match=reason):
+            data.encode(CHAT, make_tokenizer(template + "{% endfor %}"))
 
     def test_template_that_refuses_a_chat(self):
         template = "{% if messages[0]['role'] == 'system' %}{{ raise_exception('no system role') }}{% endif %}" + CHATML
@@ -185,12 +189,11 @@ class TestEncoding:
             data.encode_rows([AS_CHAT, CHAT], tokenizer, 100)
 
     def test_first_token_is_never_learnt(self):
-        tokenizer = make_tokenizer(
-            "{% for m in messages %}{% if m['role'] != 'user' %}{{ m['content'] }}{% endif %}{% endfor %}"
-        )
-        example = data.encode(AS_CHAT, tokenizer)
-        assert tokenizer.decode(example.input_ids.tolist()) == "3<|im_end|>"
-        assert example.labels.tolist() == [IGNORE_INDEX, tokenizer.eos_token_id]
+        tokenizer = make_tokenizer(CHATML)
+        for chat in (AS_CHAT, [{"role": "text", "content": "Done."}]):
+            example = data.encode(chat, tokenizer, train_on="all")
+            assert example.labels.tolist() == [IGNORE_INDEX, *example.input_ids[1:].tolist()]
+        assert tokenizer.decode(example.input_ids.tolist()) == "Done.<|im_end|>"
 
     def test_truncation_is_counted_and_announced(self):
         tokenizer = make_tokenizer(CHATML)

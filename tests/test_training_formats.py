@@ -60,8 +60,8 @@ BAD_ROWS = {
     ),
     "no content": ({"messages": [{"role": "user"}]}, "message 1: field 'content' is missing"),
     "parts": (
-        {"messages": [{"role": "user", "content": [{"type": "text", "text": "hi"}]}]},
-        "message 1: field 'content' must be text, got list",
+        {"messages": [{"role": "user", "content": [{"type": "text", "text": "hi"}, {"type": "image"}]}]},
+        "message 1: field 'content' holds a part of type 'image'; only text can be learnt",
     ),
 }
 

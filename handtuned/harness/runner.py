@@ -3,10 +3,10 @@
 A script offers `cases(device, quick)`, which yields `Case`s, or, where one process cannot hold all providers,
 `measure(device, quick, rounds, against, share, deadline)`, which returns finished records.
 
-How a time limit is kept: each case has its share of what is left, and what it does not need goes to the others. Within
-its share it may have all its rounds, beyond it the first three, beyond the deadline none. Preparing and compiling count
-like everything else. The benchmarks run in a process of their own (`in_a_process`), which is ended when it is still at
-one of them and the minutes are nearly over, and replaced by another one when an error has lost the GPU or ended it.
+Each case has its share of the time that is left, and what it does not need goes to the others. Within its share it may
+have all its rounds, beyond it the first three, beyond the deadline none; preparing and compiling count. The benchmarks
+run in a process of their own (`in_a_process`), which is ended when the minutes are nearly over, and replaced by another
+one when an error has lost the GPU or ended it.
 
 `args` is what `handtuned bench` was told, and `deadline`, the moment of time.monotonic() (all processes share it) to
 begin nothing after.
@@ -17,8 +17,6 @@ import gc
 import importlib.util
 import math
 import multiprocessing
-import platform
-import re
 import signal
 import subprocess
 import sys
@@ -57,36 +55,32 @@ def load(path: Path):
     if str(path.parent) not in sys.path:
         sys.path.insert(0, str(path.parent))
     spec = importlib.util.spec_from_file_location(path.stem, path)
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[path.stem] = module
+    module = sys.modules[path.stem] = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
 
 
 def nvidia_smi(device: torch.device) -> dict[str, str]:
+    """Driver, clocks, temperature and power of a GPU; {} where nvidia-smi does not answer."""
     uuid = getattr(torch.cuda.get_device_properties(device), "uuid", None)  # CUDA_VISIBLE_DEVICES renumbers GPUs
-    gpu = f"GPU-{uuid}" if uuid else device.index or 0
     fields = ["driver_version", "clocks.sm", "clocks.max.sm", "clocks.mem", "temperature.gpu", "power.draw"]
-    command = ["nvidia-smi", f"--query-gpu={','.join(fields)}", "--format=csv,noheader", f"--id={gpu}"]
+    command = ["nvidia-smi", f"--query-gpu={','.join(fields)}", "--format=csv,noheader",
+               f"--id={f'GPU-{uuid}' if uuid else device.index or 0}"]  # fmt: skip
     try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=20)
+        values = subprocess.run(command, capture_output=True, text=True, timeout=20).stdout.strip().split(", ")
     except (OSError, subprocess.TimeoutExpired):
         return {}
-    values = done.stdout.strip().split(", ")
     return dict(zip(fields, values, strict=True)) if len(values) == len(fields) else {}
 
 
 def describe(device: torch.device) -> dict:
     """The device in words and numbers."""
-    if device.type == "cuda":
-        gpu = torch.cuda.get_device_properties(device)
-        about = {"kind": "cuda", "name": gpu.name, "arch": f"sm_{gpu.major}{gpu.minor}",
-                 "multiprocessors": gpu.multi_processor_count, "memory": gpu.total_memory}  # fmt: skip
-        return about | {"before": nvidia_smi(device), "after": {}}  # after: each benchmark, while clocks are still up
-    info = Path("/proc/cpuinfo")
-    models = re.findall(r"^model name\s*:\s*(.*)", info.read_text(), re.MULTILINE) if info.exists() else []
-    return {"kind": "cpu", "name": (models or [platform.processor() or platform.machine()])[0].strip(),
-            "threads": torch.get_num_threads(), "capability": torch.backends.cpu.get_cpu_capability()}  # fmt: skip
+    if device.type != "cuda":
+        return {"kind": "cpu", "name": logging.processor("model name")[0], "threads": torch.get_num_threads(),
+                "capability": torch.backends.cpu.get_cpu_capability()}  # fmt: skip
+    gpu = torch.cuda.get_device_properties(device)  # below, "after": each benchmark, while clocks are still up
+    return {"kind": "cuda", "name": gpu.name, "arch": f"sm_{gpu.major}{gpu.minor}", "memory": gpu.total_memory,
+            "multiprocessors": gpu.multi_processor_count, "before": nvidia_smi(device), "after": {}}  # fmt: skip
 
 
 def untimed(name: str, skipped: str = "", failed: str = "") -> dict:
@@ -116,7 +110,14 @@ def run_benchmarks(args: argparse.Namespace, names: list[str]) -> Iterator[tuple
     versions = logging.versions("peft", "bitsandbytes", "liger_kernel", "unsloth")
     versions |= {"cuda": torch.version.cuda} if torch.version.cuda else {}
     yield "machine", {"device": describe(device), "versions": versions}
-    jobs = _jobs(args, names, device)
+    jobs = []  # (benchmark, title, what to run): a `Case`, a module with `measure`, or the error of a script
+    for name in names:
+        try:
+            module = load(found_benchmarks(args.benchmarks)[name])
+            whole = hasattr(module, "measure")
+            jobs += [(name, name, module)] if whole else ((name, c.name, c) for c in module.cases(device, args.quick))
+        except Exception as error:
+            jobs.append((name, name, error))
     yield "plan", [(name, title) for name, title, _ in jobs]
     for at, (name, title, job) in enumerate(jobs):
         now = time.monotonic()
@@ -131,21 +132,6 @@ def run_benchmarks(args: argparse.Namespace, names: list[str]) -> Iterator[tuple
             torch.cuda.empty_cache()  # the next may be a process of its own
             if at + 1 == len(jobs) or jobs[at + 1][0] != name:
                 yield "clocks", (name, nvidia_smi(device))
-
-
-def _jobs(args: argparse.Namespace, names: list[str], device: torch.device) -> list[tuple[str, str, object]]:
-    """(benchmark, title, what to run): a `Case`, a module with `measure`, or the error that a script ended in."""
-    jobs = []
-    for name in names:
-        try:
-            module = load(found_benchmarks(args.benchmarks)[name])
-            if hasattr(module, "measure"):
-                jobs.append((name, name, module))
-            else:
-                jobs += ((name, case.name, case) for case in module.cases(device, args.quick))
-        except Exception as error:
-            jobs.append((name, name, error))
-    return jobs
 
 
 def _run_job(title: str, job, device: torch.device, args: argparse.Namespace, ceilings: Ceilings, share: float) -> list:

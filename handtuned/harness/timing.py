@@ -1,14 +1,9 @@
 """Several providers of one computation, each checked first and then timed in turns (A B A B).
 
-What makes a time honest here:
-
-- a provider whose result is wrong is not timed;
-- turns alternate, so a slow spell of the machine falls on all alike;
-- each turn goes on to the next of several input sets, together larger than the last cache, so that
-  operands come from memory, as they do in training;
-- inputs are random: on zeros a GPU is faster than it is on data;
-- on a GPU the time is the device's own (events). The device first sleeps while the host queues the calls of a
-  turn, so gaps between launches do not count; what the host needs for a call is reported beside it.
+A provider whose result is wrong is not timed. A slow spell of the machine falls on all alike. Each turn goes on to the
+next of several random input sets, together larger than the last cache, so that operands come from memory as they do
+in training (on zeros a GPU is faster than on data). A GPU's time is its own (events): it first sleeps while the host
+queues the calls of a turn, so gaps between launches do not count; what the host needs is reported beside it.
 """
 
 import importlib.util
@@ -63,14 +58,13 @@ class Case:
 
 def libraries(name: str) -> set[str]:
     """The libraries that a provider's name mentions: "peft + bitsandbytes" → {"peft", "bitsandbytes"}."""
-    return {word for word in name.replace("+", " ").split() if word in RIVALS}
+    return set(RIVALS).intersection(name.replace("+", " ").split())
 
 
 def not_installed(name: str) -> str:
     """Which library of a provider is missing, in words; nothing if all are there."""
     modules = sorted(MODULES.get(library, library) for library in libraries(name))
-    missing = [module for module in modules if importlib.util.find_spec(module) is None]
-    return f"{missing[0]} is not installed" if missing else ""
+    return next((f"{module} is not installed" for module in modules if importlib.util.find_spec(module) is None), "")
 
 
 def cache_bytes(device: torch.device) -> int:
@@ -116,13 +110,9 @@ def summary(seconds: list[float]) -> dict[str, float]:
 
 
 def take_turns(
-    runs: dict[str, list[Callable]],
-    rounds: int,
-    device: torch.device,
-    share: float = math.inf,
-    deadline: float = math.inf,
-    least: float = 2e-3,
-) -> dict[str, dict[str, float]]:
+    runs: dict[str, list[Callable]], rounds: int, device: torch.device, share: float = math.inf,
+    deadline: float = math.inf, least: float = 2e-3,
+) -> dict[str, dict[str, float]]:  # fmt: skip
     """Time providers in turn, each going round its own list of callables (one for each input set).
 
     Args:
@@ -145,18 +135,18 @@ def take_turns(
         queued[name] = statistics.median(turn(device, [next(calls)])[1] for _ in range(3))
         once, _ = turn(device, [next(calls)], queued[name])
         counts[name] = min(50, max(1, math.ceil(least / max(once, 1e-9))))
-    seconds, host = {name: [] for name in runs}, {name: [] for name in runs}
+    turns = {name: [] for name in runs}
     for done in range(rounds):
         if time.monotonic() >= (deadline if done < FIRST_ROUNDS else min(share, deadline)):
             break
         for name, calls in endless.items():
             several = list(itertools.islice(calls, counts[name]))
-            device_time, host_time = turn(device, several, queued[name] * len(several))
-            seconds[name].append(device_time)
-            host[name].append(queued[name] if host_time is None else host_time)
+            seconds, host = turn(device, several, queued[name] * len(several))
+            turns[name].append((seconds, queued[name] if host is None else host))
     return {
-        name: summary(taken) | {"host": statistics.median(host[name]), "rounds": len(taken), "calls": counts[name]}
-        for name, taken in seconds.items()
+        name: summary([seconds for seconds, _ in taken])
+        | {"host": statistics.median(host for _, host in taken), "rounds": len(taken), "calls": counts[name]}
+        for name, taken in turns.items()
         if taken
     }
 
@@ -173,9 +163,8 @@ def table(times: dict[str, dict[str, float]], ours: str) -> str:
     width = max(map(len, times))
     lines = [f"{'':{width}}  median ms    min ms    max ms  ratio"]
     for name, t in times.items():
-        ratio = t["median"] / times[ours]["median"]
         cells = "".join(f"{t[key] * 1e3:10.2f}" for key in ("median", "min", "max"))
-        lines.append(f"{name:{width}} {cells} {ratio:6.2f}x")
+        lines.append(f"{name:{width}} {cells} {t['median'] / times[ours]['median']:6.2f}x")
     return "\n".join(lines)
 
 
@@ -186,13 +175,9 @@ def cut_short(record: dict) -> list[str]:
 
 
 def run_case(
-    case: Case,
-    device: torch.device,
-    against: Iterable[str] = RIVALS,
-    rounds: int = 15,
-    share: float = math.inf,
+    case: Case, device: torch.device, against: Iterable[str] = RIVALS, rounds: int = 15, share: float = math.inf,
     deadline: float = math.inf,
-) -> dict:
+) -> dict:  # fmt: skip
     """Check and time one case whose inputs lie on `device`, against those of the `RIVALS` that are wanted.
 
     `rounds`, `share`, `deadline`: as for `take_turns`; past the deadline no provider is prepared or checked either.
@@ -203,50 +188,43 @@ def run_case(
         faster); "skipped", name → why (not installed, no time); "failed", name → the error or what was wrong with the
         result; "asked", the rounds asked for: a provider's "rounds" are fewer where the time was up.
     """
-    footprint = case.footprint or case.bytes
-    cache = cache_bytes(device)
+    footprint, cache = case.footprint or case.bytes, cache_bytes(device)
     count = min(MOST_SETS, max(1, math.ceil(2 * cache / max(footprint, 1))))
+    skipped, failed, runs, times = {}, {}, {}, {}
     record = {
         "name": case.name, "size": case.size, "dtype": str(case.dtype).removeprefix("torch."), "kernel": case.kernel,
         "bytes": case.bytes, "flops": case.flops, "sets": count, "cold": count * footprint > cache, "asked": rounds,
-        "contestants": {}, "skipped": {}, "failed": {},
+        "contestants": times, "skipped": skipped, "failed": failed,
     }  # fmt: skip
     try:
         sets = [case.inputs() for _ in range(count)]
         check = case.check(sets[0])
     except Exception as error:  # out of memory, for one; other cases may still run
-        record["failed"][OURS] = f"no inputs: {in_words(error)}"
+        failed[OURS] = f"no inputs: {in_words(error)}"
         return record
-    runs = {}
     for name, make in case.providers.items():
         if not libraries(name) <= set(against):
             continue
         if why := not_installed(name) or (TIME_UP if time.monotonic() >= deadline else ""):
-            record["skipped"][name] = why
+            skipped[name] = why
             continue
-        try:
-            runs[name] = _checked(name, make, sets, check)
+        try:  # all callables run once, and the first result is checked
+            calls = [make(inputs) for inputs in sets]
+            check(name, calls[0]())
+            for call in calls[1:]:
+                call()
+            runs[name] = calls
         except Exception as error:  # whatever a library raises, the others are still timed
-            record["failed"][name] = in_words(error)
+            failed[name] = in_words(error)
     if OURS in runs:
         try:
-            times = take_turns(runs, rounds, device, share, deadline)
-            record["skipped"] |= {name: TIME_UP for name in runs if name not in times}
+            times |= take_turns(runs, rounds, device, share, deadline)
+            skipped |= {name: TIME_UP for name in runs if name not in times}
         except Exception as error:
-            record["failed"][OURS] = f"while timing: {in_words(error)}"
-            times = {}
-        for name, taken in times.items():
-            record["contestants"][name] = taken | {"ratio": taken["median"] / times[OURS]["median"]}
+            failed[OURS] = f"while timing: {in_words(error)}"
+        for taken in times.values():
+            taken["ratio"] = taken["median"] / times[OURS]["median"]
     return record
-
-
-def _checked(name: str, make: Callable, sets: list, check: Callable) -> list[Callable]:
-    """A provider's callables, one for each input set, all of them run once, and the first result checked."""
-    calls = [make(inputs) for inputs in sets]
-    check(name, calls[0]())
-    for call in calls[1:]:
-        call()
-    return calls
 
 
 def in_words(error: Exception) -> str:

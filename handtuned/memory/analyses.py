@@ -28,9 +28,9 @@ def analyze_lora_params(d: int, k: int, rank: int) -> dict[str, float]:
     _at_least_one(d=d, k=k, rank=rank)
     original, lora = d * k, (d + k) * rank
     ratio = 100 * lora / original
-    print(f"original parameters: {d} × {k} = {original:,}")
-    print(f"LoRA parameters (rank {rank}): ({d} + {k}) × {rank} = {lora:,}")
-    print(f"ratio: {ratio:.2f} %, a reduction of {100 - ratio:.2f} %")
+    print(f"original parameters: {d} × {k} = {original:,}\n"
+          f"LoRA parameters (rank {rank}): ({d} + {k}) × {rank} = {lora:,}\n"
+          f"ratio: {ratio:.2f} %, a reduction of {100 - ratio:.2f} %")  # fmt: skip
     return {"original": original, "lora": lora, "ratio": ratio, "reduction": 100 - ratio}
 
 

@@ -33,14 +33,14 @@ class Breakdown:
         return self.lines.get(component, Component(0, 0)).full
 
     @property
-    def peak(self) -> int:
-        """Most bytes alive at any moment."""
-        return max(self.moments.values())
-
-    @property
     def moment(self) -> str:
         """When the peak is reached."""
         return max(self.moments, key=self.moments.get)
+
+    @property
+    def peak(self) -> int:
+        """Most bytes alive at any moment."""
+        return self.moments[self.moment]
 
     @property
     def states(self) -> int:
@@ -59,14 +59,12 @@ class Breakdown:
             bar = "█" * round(BAR * line.at_peak / self.peak) if self.peak else ""
             rows.append(f"{name:{width}}{size(line.full):>12}  {size(line.at_peak):>12}  {bar}")
         rows += [
-            f"{'peak':{width}}{'':>12}  {size(self.peak):>12}  {'▔' * BAR}",
-            "",
+            f"{'peak':{width}}{'':>12}  {size(self.peak):>12}  {'▔' * BAR}\n",
             f"peak of {both(self.peak)}, reached at: {self.moment}",
             f"model states {both(self.states)} ({self.states / self.parameters:.3g} bytes per parameter), "
             f"{self.trainable:,} of {self.parameters:,} parameters are trained",
         ]
-        if self.host:
-            rows.append(f"in the host's memory: {both(self.host)}")
+        rows += [f"in the host's memory: {both(self.host)}"] if self.host else []
         return "\n".join([*rows, *self.notes])
 
 

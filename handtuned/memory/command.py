@@ -57,9 +57,8 @@ def run(args: argparse.Namespace) -> int:
         settings["model"] = float(args.model)
     settings["target_modules"] = "all-linear" if targets == ("all-linear",) else targets
     settings["accumulation_steps"] = settings.pop("gradient_accumulation_steps")
-    breakdown = estimate(**settings)
+    breakdown, shape = estimate(**settings), shape_of(settings["model"])
     print(breakdown)
-    shape = shape_of(settings["model"])
     if shape.layers:
         sizes = (args.batch, args.seq, shape.hidden, shape.heads, shape.layers)
         scores, fused = (both(korthikanti(*sizes, flash=flash)) for flash in (False, True))
@@ -81,8 +80,7 @@ def _measured(settings: dict, model: str) -> Measurement:
     place = choose_device("auto")
     loaded, _ = load_base(model, settings["method"], getattr(torch, settings["dtype"]), place)
     names = ("method", "batch", "seq", "checkpoint", "logits", "lora_r", "target_modules", "accumulation_steps")
-    step = training_step(loaded, **{name: settings[name] for name in names})
-    return measure(step, device=place.type)
+    return measure(training_step(loaded, **{name: settings[name] for name in names}), device=place.type)
 
 
 def parse_size(text: str) -> int:

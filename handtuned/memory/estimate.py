@@ -42,7 +42,6 @@ def state_bytes(shape: Shape, method: str, c: int, optimizer: str, masters: bool
     """Bytes of each state on one device that shares nothing: c bytes per value, `adapters` parameters of LoRA."""
     full = method == "full"
     trained = shape.parameters if full else adapters
-    moment = 4 if masters or not full else c
     packed = [out * into for out, into in shape.linears.values()] if method == "qlora" else []
     codes, scales = (sum(part) for part in zip((0, 0), *map(nf4_bytes, packed), strict=True))
     return {
@@ -50,31 +49,18 @@ def state_bytes(shape: Shape, method: str, c: int, optimizer: str, masters: bool
         "quantization constants": shape.layers * scales,
         "adapters": 4 * adapters,
         "gradients": (c if full else 4) * trained,
-        "optimizer state": MOMENTS[optimizer] * moment * trained,
+        "optimizer state": MOMENTS[optimizer] * (4 if masters or not full else c) * trained,
         "master weights": 4 * trained * masters,
     }
 
 
 def estimate(
-    model,
-    method: str = "full",
-    dtype: torch.dtype | str = torch.float32,
-    optimizer: str = "adamw",
-    batch: int = 1,
-    seq: int = 512,
-    checkpoint: bool | int = False,
-    zero: int = 0,
-    world_size: int = 1,
-    flash: bool = True,
-    *,
-    lora_r: int = 8,
-    target_modules: str | Iterable[str] = "all-linear",
-    logits: str = "chunked",
-    answer_tokens: int | None = None,
-    master_weights: bool | None = None,
-    accumulation_steps: int = 1,
+    model, method: str = "full", dtype: torch.dtype | str = torch.float32, optimizer: str = "adamw", batch: int = 1,
+    seq: int = 512, checkpoint: bool | int = False, zero: int = 0, world_size: int = 1, flash: bool = True, *,
+    lora_r: int = 8, target_modules: str | Iterable[str] = "all-linear", logits: str = "chunked",
+    answer_tokens: int | None = None, master_weights: bool | None = None, accumulation_steps: int = 1,
     offload: bool = False,
-) -> Breakdown:
+) -> Breakdown:  # fmt: skip
     """Estimate the memory of one training step (forward, backward, optimizer) on one device.
 
     Args:
@@ -105,10 +91,10 @@ def estimate(
     """
     shape = shape_of(model)
     name = str(dtype).removeprefix("torch.")
-    _need("method", method, method in METHODS, f"one of {', '.join(METHODS)}")
-    _need("dtype", dtype, name in DTYPES, f"one of {', '.join(DTYPES)}")
-    _need("optimizer", optimizer, optimizer in MOMENTS, f"one of {', '.join(MOMENTS)}")
-    _need("logits", logits, logits in ("chunked", "full"), '"chunked" or "full"')
+    words = {"method": (method, METHODS), "dtype": (name, DTYPES), "optimizer": (optimizer, tuple(MOMENTS)),
+             "logits": (logits, ("chunked", "full"))}  # fmt: skip
+    for argument, (word, known) in words.items():
+        _need(argument, word, word in known, f"one of {', '.join(known)}")
     _need("zero", zero, zero in (0, 1, 2, 3), "0, 1, 2 or 3")
     counts = {"batch": batch, "seq": seq, "world_size": world_size, "lora_r": lora_r,
               "accumulation_steps": accumulation_steps}  # fmt: skip
@@ -172,10 +158,9 @@ def _projections(names: str | Iterable[str]) -> frozenset[str]:
 
 
 def _segments(layers: int, checkpoint: bool | int) -> tuple[Segment, ...]:
-    if checkpoint is False:
-        return (Segment(0, layers, recompute=False),)
-    if checkpoint is True:
-        return tuple(Segment(i, i + 1, recompute=True) for i in range(layers))
+    if isinstance(checkpoint, bool):
+        size = 1 if checkpoint else layers
+        return tuple(Segment(at, at + size, recompute=checkpoint) for at in range(0, layers, size))
     _need("checkpoint", checkpoint, isinstance(checkpoint, int) and 1 <= checkpoint <= layers,
           f"False, True or a number of segments from 1 to {layers}")  # fmt: skip
     return split_evenly(layers, checkpoint)
@@ -206,8 +191,7 @@ def _spread(states: dict[str, int], zero: int, world_size: int, offload: bool) -
 
 
 def _breakdown(title, shape, states, moments, trainable, host) -> Breakdown:
-    steady = Counter(states | {"gradients": 0})
-    whole = {name: steady + alive for name, alive in moments.items()}
+    whole = {name: Counter(states | {"gradients": 0}) + alive for name, alive in moments.items()}
     totals = {name: alive.total() for name, alive in whole.items()}
     peak = max(totals, key=totals.get)
     names = [*states, *(PREFIX + kind for kind in KINDS), "logits", "buffers"]

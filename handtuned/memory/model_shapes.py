@@ -106,29 +106,20 @@ def shape_of(model) -> Shape:
             raise ValueError(f"model as a number of parameters must be positive and finite, got {model}")
         return Shape(f"{model / 1e9:g}B parameters", rounded=int(model))
     if isinstance(model, str):
-        return _named(model)
-    if isinstance(model, Mapping):
-        return _from_config(SimpleNamespace(**model))
-    config = getattr(model, "config", model)
-    if hasattr(config, "num_hidden_layers") or hasattr(config, "model_type"):
-        return _from_config(config)
-    raise TypeError(f"model must be a model, a config, a name or a number of parameters, got {type(model).__name__}")
-
-
-def _named(name: str) -> Shape:
-    if name.lower() in PRESETS:
-        return PRESETS[name.lower()]
-    file = Path(name).expanduser() / "config.json"
-    if file.is_file():
-        shape = _from_config(SimpleNamespace(**json.loads(file.read_text(encoding="utf-8"))))
-        return replace(shape, name=name)
-    if match := re.fullmatch(r"([\d.]+)\s*([mb])", name.lower()):
-        return shape_of(float(match[1]) * {"m": 1e6, "b": 1e9}[match[2]])
-    raise ValueError(f"no model directory and no preset is called {name!r}; presets: {', '.join(PRESETS)}")
-
-
-def _from_config(config) -> Shape:
+        if model.lower() in PRESETS:
+            return PRESETS[model.lower()]
+        file = Path(model).expanduser() / "config.json"
+        if file.is_file():
+            return replace(shape_of(json.loads(file.read_text(encoding="utf-8"))), name=model)
+        if match := re.fullmatch(r"([\d.]+)\s*([mb])", model.lower()):
+            return shape_of(float(match[1]) * {"m": 1e6, "b": 1e9}[match[2]])
+        raise ValueError(f"no model directory and no preset is called {model!r}; presets: {', '.join(PRESETS)}")
+    config = SimpleNamespace(**model) if isinstance(model, Mapping) else getattr(model, "config", model)
     kind = getattr(config, "model_type", None)
+    if kind is None and not hasattr(config, "num_hidden_layers") and not isinstance(model, Mapping):
+        raise TypeError(
+            f"model must be a model, a config, a name or a number of parameters, got {type(model).__name__}"
+        )
     if kind not in LLAMA_FAMILY:
         raise ValueError(f"memory can be estimated for decoders of the Llama family ({', '.join(LLAMA_FAMILY)}), got "
                          f"a config of type {kind!r}; memory.measure works for any model")  # fmt: skip

@@ -62,8 +62,7 @@ def fit(
         return tried, chosen, None
     for name in reversed(chosen[:-1]):  # the dearest first
         rest = [other for other in chosen if other != name]
-        if with_all(rest).peak <= budget:
-            chosen = rest
+        chosen = rest if with_all(rest).peak <= budget else chosen
     return tried, chosen, with_all(chosen)
 
 
@@ -79,14 +78,11 @@ def recommend(settings: dict, budget: int) -> str:
               for name, then in tried]  # fmt: skip
     if found is None:
         return "\n".join([*lines, "nothing of this is enough: a shorter context, a smaller model, or more devices"])
-    lines.append(_in_words("the cheapest set that fits", needed, found))
+    sets = {"the cheapest set that fits": (needed, found)}
     if found.host:
-        _, needed, found = fit(settings, budget, host=False)
-        if found is not None:
-            lines.append(_in_words("without the host's memory", needed, found))
+        sets["without the host's memory"] = fit(settings, budget, host=False)[1:]
+    for what, (names, then) in sets.items():
+        if then is not None:
+            lines.append(f"{what}: {', '.join(names)} (peak {both(then.peak)})"
+                         + (f", with {size(then.host)} on the host" if then.host else ""))  # fmt: skip
     return "\n".join(lines)
-
-
-def _in_words(what: str, names: list[str], found: Breakdown) -> str:
-    text = f"{what}: {', '.join(names)} (peak {both(found.peak)})"
-    return text + (f", with {size(found.host)} on the host" if found.host else "")

@@ -68,16 +68,9 @@ def measure(function: Callable, *args, device: str | None = None, keep_history: 
 
 
 def training_step(
-    model,
-    method: str,
-    batch: int,
-    seq: int,
-    checkpoint: bool = False,
-    logits: str = "chunked",
-    lora_r: int = 8,
-    target_modules="all-linear",
-    accumulation_steps: int = 1,
-) -> Callable[[], None]:
+    model, method: str, batch: int, seq: int, checkpoint: bool = False, logits: str = "chunked", lora_r: int = 8,
+    target_modules="all-linear", accumulation_steps: int = 1,
+) -> Callable[[], None]:  # fmt: skip
     """A function that does one step on random tokens: forward, loss, backward, AdamW.
 
     It has run once when it is returned, so that AdamW's state is there. `model` is a transformers causal LM, its

@@ -13,7 +13,6 @@ All tensors in it are whole too, whatever number of ranks wrote or reads it.
 
 import json
 import os
-import platform
 import re
 import shutil
 from pathlib import Path
@@ -26,8 +25,8 @@ from ..nn.files import whole_directory, write_json, write_safetensors
 from ..nn.inject import lora_layers, lora_parameters
 from . import logging
 from .distributed import World, local, part, whole, whole_adapter
-from .models import save_with_record
-from .settings import FinetuneSettings, differences, next_output_dir
+from .models import Base, save_with_record
+from .settings import FinetuneSettings, in_use, next_output_dir, resumed
 
 # Variables that hold torch's libraries down to fewer instructions or other sums than the processor has.
 INSTRUCTION_LIMITS = ("MKL_CBWR", "MKL_ENABLE_INSTRUCTIONS", "ONEDNN_MAX_CPU_ISA")
@@ -38,78 +37,77 @@ def settings_and_checkpoint(
 ) -> tuple[FinetuneSettings, Path | None]:
     """Settings with a directory that is free, or those of the run to be resumed and the checkpoint that was named.
 
+    With --output-dir DIR --resume, a run that never began starts afresh. Another number of ranks than before shares
+    out the same rows per step.
+
     Args:
         resume: what follows --resume, "" for nothing; None when it was not typed.
-        typed: the settings that were.
-        fresh: settings from these.
+        typed: the settings that were, and `fresh`: settings from these.
         ranks: among which the rows of a step are shared out.
     """
-    if resume is not None:
-        return _to_resume(resume, typed, fresh, ranks)
-    fresh.output_dir = fresh.output_dir or next_output_dir()
-    directory = Path(fresh.output_dir)
-    if directory.exists() and not directory.is_dir():
-        raise ValueError(f"--output-dir {directory} is a file; name a directory")
-    if directory.exists() and any(directory.iterdir()):
-        raise ValueError(f"--output-dir {directory} holds another run; name a new one, or go on with --resume")
-    return fresh, None
-
-
-def _to_resume(resume: str, typed: dict, fresh: FinetuneSettings, ranks: int) -> tuple[FinetuneSettings, Path | None]:
-    """What was typed again must agree with the run. With --output-dir DIR --resume, one that never began starts afresh.
-
-    Another number of ranks than before shares out the same rows per step.
-    """
-    if not (resume or fresh.output_dir):
+    if resume == "" and not fresh.output_dir:
         raise ValueError("--resume needs the run's directory: --resume DIR, or --output-dir DIR")
-    directory, checkpoint = Path(resume or fresh.output_dir), None
-    if directory in checkpoints(directory.parent):
+    directory, checkpoint = Path(resume or fresh.output_dir or next_output_dir()), None
+    if resume is not None and directory in checkpoints(directory.parent):
         directory, checkpoint = directory.parent, directory
-    if not (directory / "run.json").exists():
-        if resume or (directory.exists() and any(directory.iterdir())):
+    if resume is None or not (directory / "run.json").exists():
+        if resume or (resume == "" and in_use(directory)):
             raise ValueError(f"--resume: {directory} holds no run (no run.json)")
-        print(f"nothing to resume in {directory}: starting afresh")
+        if directory.is_file():
+            raise ValueError(f"--output-dir {directory} is a file; name a directory")
+        if in_use(directory):
+            raise ValueError(f"--output-dir {directory} holds another run; name a new one, or go on with --resume")
+        if resume == "":
+            print(f"nothing to resume in {directory}: starting afresh")
         fresh.output_dir = str(directory)
         return fresh, None
     run = _read(directory)
-    saved = run["settings"]
-    free = ("output_dir", "parallel")
-    changed = differences({name: getattr(fresh, name) for name in typed if name not in free}, saved)
-    if changed:
-        raise ValueError("--resume goes on with the run's own settings: " + "; ".join(changed))
-    micro, accumulate = saved["per_device_train_batch_size"], saved["gradient_accumulation_steps"]
-    rows, odd = divmod(micro * accumulate * run["marks"].get("ranks", 1), ranks)
+    settings = resumed("run", typed, run["settings"], output_dir=str(directory), parallel=fresh.parallel)
+    micro = settings.per_device_train_batch_size
+    rows, odd = divmod(micro * settings.gradient_accumulation_steps * run["marks"].get("ranks", 1), ranks)
     if odd:
         raise ValueError(f"--resume: {ranks} ranks cannot evenly share the {rows * ranks + odd} rows of a step")
-    micro = max(size for size in range(1, micro + 1) if rows % size == 0)
-    shares = {"per_device_train_batch_size": micro, "gradient_accumulation_steps": rows // micro}
-    places = {"output_dir": str(directory), "parallel": fresh.parallel}
-    return FinetuneSettings(**saved | shares | places), checkpoint
+    settings.per_device_train_batch_size = max(size for size in range(1, micro + 1) if rows % size == 0)
+    settings.gradient_accumulation_steps = rows // settings.per_device_train_batch_size
+    return settings, checkpoint
 
 
-def begin(directory: Path, settings: dict, marks: dict[str, str | int], needed: int) -> None:
+def begin(directory: Path, settings: dict, base: Base, training) -> dict:
     """Make the directory of a run, with `run.json`; or check that this run began with the same base model and data.
 
-    Args:
-        needed: bytes that must be free on the disk.
+    Returns:
+        the results that it holds so far.
     """
-    place = directory.absolute()
-    while not place.exists():
-        place = place.parent
+    world, path = training.world, directory / "results.json"
+    with world.shared_errors():
+        if world.main:
+            trainable = sum(p.numel() for p in lora_parameters(base.model))
+            # fp32: the adapter and two moments
+            _check_disk(directory, trainable * 4 * 3 * (settings["save_total_limit"] + 2))
+            directory.mkdir(parents=True, exist_ok=True)
+            for left in directory.glob(".*.tmp"):  # by a process that was killed in the middle of writing
+                shutil.rmtree(left) if left.is_dir() else left.unlink()
+            marks = base.marks | {"ranks": world.size}
+            if (directory / "run.json").exists():
+                _check_marks(directory, settings["model"], marks)
+            else:
+                logging.write_run(directory, settings, marks)
+    return world.broadcast(json.loads(path.read_text(encoding="utf-8")) if world.main and path.exists() else {})
+
+
+def _check_disk(directory: Path, needed: int) -> None:
+    place = next(place for place in (directory.absolute(), *directory.absolute().parents) if place.exists())
     free = shutil.disk_usage(place).free
     if free < needed:
         raise ValueError(f"no disk space for {directory}: {free / 1e6:.0f} MB free, {needed / 1e6:.0f} MB needed")
-    directory.mkdir(parents=True, exist_ok=True)
-    for left in directory.glob(".*.tmp"):  # by a process that was killed in the middle of writing
-        shutil.rmtree(left) if left.is_dir() else left.unlink()
-    if not (directory / "run.json").exists():
-        logging.write_run(directory, settings, marks)
-        return
+
+
+def _check_marks(directory: Path, model: str, marks: dict[str, str | int]) -> None:
     known = _read(directory)["marks"]
+    what = {"base": f"base model ({model})", "data": "training data"}
     for name in changed_marks(known, marks):
-        what = {"base": f"base model ({settings['model']})", "data": "training data"}.get(name)
-        if what:
-            raise ValueError(f"{directory}: the {what} is not what it was when this run began")
+        if name in what:
+            raise ValueError(f"{directory}: the {what[name]} is not what it was when this run began")
     if known["base"] != marks["base"]:
         print("the scales of the 4-bit base are rounded differently than when this run began")
 
@@ -126,16 +124,14 @@ def changed_marks(before: dict, now: dict) -> list[str]:
 
 def go_on(directory: Path, checkpoint: Path | None, training) -> int:
     """Load `checkpoint`, or the newest, and delete those of later steps; returns the optimizer steps done."""
-    world = training.world
-    saved = world.broadcast(checkpoints(directory))
-    first = 0
-    if saved:
-        with world.shared_errors():
-            first = load_checkpoint(checkpoint or saved[-1], training)
-    if world.main:
-        for path in checkpoints(directory):
-            if _step(path) > first:
-                shutil.rmtree(path)
+    saved = training.world.broadcast(checkpoints(directory))
+    if not saved:
+        return 0
+    with training.world.shared_errors():
+        first = load_checkpoint(checkpoint or saved[-1], training)
+    for path in saved if training.world.main else ():
+        if _step(path) > first:
+            shutil.rmtree(path)
     return first
 
 
@@ -167,8 +163,7 @@ def save_checkpoint(directory: Path, step: int, training, keep: int, record: dic
     """
     model, world = training.lm.model, training.world
     path = directory / f"checkpoint-{step}"
-    state = training.optimizer.state_dict()
-    parameters = list(lora_parameters(model))
+    state, parameters = training.optimizer.state_dict(), list(lora_parameters(model))
     moments = {
         f"{index}.{key}": whole(torch.as_tensor(value), like=parameters[index])
         for index, entry in state["state"].items()
@@ -176,21 +171,15 @@ def save_checkpoint(directory: Path, step: int, training, keep: int, record: dic
     }
     with whole_adapter(model):
         if world.main and not path.exists():
-            progress = {
-                "step": step,
-                "param_groups": state["param_groups"],
-                "schedule": training.schedule.state_dict(),
-                "scaler": training.scaler.state_dict(),
-                "machine": machine(training.lm.device),
-            }
             with whole_directory(path) as temporary:
                 save_with_record(model, temporary, record)
                 write_safetensors(temporary / "optimizer.safetensors", moments)
                 write_safetensors(temporary / "rng.safetensors", _generators(world))
-                write_json(temporary / "state.json", progress)
-    if world.main:
-        for old in checkpoints(directory)[:-keep]:
-            shutil.rmtree(old)
+                write_json(temporary / "state.json", {
+                    "step": step, "param_groups": state["param_groups"], "schedule": training.schedule.state_dict(),
+                    "scaler": training.scaler.state_dict(), "machine": machine(training.lm.device)})  # fmt: skip
+    for old in checkpoints(directory)[:-keep] if world.main else ():
+        shutil.rmtree(old)
     return path
 
 
@@ -207,9 +196,9 @@ def load_checkpoint(path: Path, training) -> int:
 
     try:
         progress = json.loads((path / "state.json").read_text(encoding="utf-8"))
-        moments = load_file(path / "optimizer.safetensors")
-        generators = load_file(path / "rng.safetensors")
-        adapter = load_file(path / "adapter_model.safetensors")
+        moments, generators, adapter = (
+            load_file(path / f"{name}.safetensors") for name in ("optimizer", "rng", "adapter_model")
+        )
     except (OSError, ValueError, SafetensorError) as error:
         raise ValueError(f"{path} is not a whole checkpoint: {error}") from error
     model = training.lm.model
@@ -227,9 +216,8 @@ def load_checkpoint(path: Path, training) -> int:
     training.schedule.load_state_dict(progress["schedule"])
     training.scaler.load_state_dict(progress["scaler"])
     torch.set_rng_state(generators["cpu"])
-    for index in range(torch.cuda.device_count() if training.world.mode == "none" else 0):
-        if f"cuda{index}" in generators:
-            torch.cuda.set_rng_state(generators[f"cuda{index}"], index)
+    for name in _generators(training.world).keys() & generators.keys() - {"cpu"}:
+        torch.cuda.set_rng_state(generators[name], int(name.removeprefix("cuda")))
     here = machine(training.lm.device)
     before = progress.get("machine", here)  # version 0.1.0 did not record it
     changed = [f"{name} was {before.get(name)}, now {now}" for name, now in here.items() if before.get(name) != now]
@@ -247,7 +235,7 @@ def machine(device: torch.device) -> dict[str, str | int | bool]:
     installed = logging.versions()
     libraries = re.findall(r"Math Kernel Library Version (\S+)|MKL-DNN (v\S+)", torch.__config__.show())
     return {
-        "processor": _processor(),
+        "processor": " ".join(logging.processor("vendor_id", "cpu family", "model", "model name")),
         "vector width": torch.backends.cpu.get_cpu_capability(),
         "instruction limits": ", ".join(f"{k}={os.environ[k]}" for k in INSTRUCTION_LIMITS if k in os.environ),
         "threads": torch.get_num_threads(),
@@ -258,17 +246,6 @@ def machine(device: torch.device) -> dict[str, str | int | bool]:
         "compiled C": has_native(),
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
     }
-
-
-def _processor() -> str:
-    """Vendor, family, model and name on Linux; elsewhere what Python knows."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").split("\n\n")[0].splitlines()
-    except OSError:
-        return platform.processor() or platform.machine()
-    facts = {name.strip(): value.strip() for name, _, value in (line.partition(":") for line in lines)}
-    parts = [facts[name] for name in ("vendor_id", "cpu family", "model", "model name") if name in facts]
-    return " ".join(parts) or platform.machine()
 
 
 def _generators(world: World) -> dict[str, torch.Tensor]:

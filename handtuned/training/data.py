@@ -4,8 +4,10 @@ The order of batches is a pure function of the step: a resumed run has no positi
 """
 
 import hashlib
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -14,8 +16,9 @@ from torch.nn.utils.rnn import pad_sequence
 from ..datasets import shipped_dataset
 from ..nn.loss import IGNORE_INDEX
 from .encoding import Example, describe_example, encode, encode_prompt, end_of_turn
-from .formats import Chat, DataError, load_rows
-from .settings import FinetuneSettings
+from .files import DataError
+from .formats import Chat, load_rows
+from .settings import FinetuneSettings, column_names
 
 __all__ = ["IGNORE_INDEX", "Chat", "DataError", "Example", "describe_example", "encode", "encode_prompt",
            "end_of_turn", "load_rows", "shipped_dataset"]  # fmt: skip
@@ -37,24 +40,47 @@ def shared_system_prompt(rows: Sequence[Chat]) -> str | None:
 
 
 def load_chats(settings: FinetuneSettings) -> tuple[list[Chat], list[Chat], str | None]:
-    """(training chats, held-out chats, file of the latter or None); prints how many bad rows were skipped."""
-    path, eval_path = settings.data, settings.eval_data
-    if path is None:
-        path, shipped = map(str, shipped_dataset())
+    """(training chats, held-out chats, file of the latter or None); prints what the user must hear of the files."""
+    sources, eval_path = settings.data, settings.eval_data
+    if sources is None:
+        sources, shipped = map(str, shipped_dataset())
         eval_path = eval_path or shipped
-    train_rows = _read(path, settings.skip_bad_rows)
+
+    def read(path: str) -> list[Chat]:
+        loaded = load_rows(path, settings.skip_bad_rows, column_names(settings.columns), settings.train_on)
+        for note in loaded.notes:
+            print(f"{path}: {note}")
+        return loaded.rows
+
+    weighted = [weighted_source(source) for source in ([sources] if isinstance(sources, str) else sources)]
+    chats = [(chat, weight) for path, weight in weighted for chat in read(path)]
     if eval_path:
-        eval_rows = _read(eval_path, settings.skip_bad_rows)
+        held_out = read(eval_path)
     else:
-        train_rows, eval_rows = split(train_rows, settings.eval_fraction, settings.seed)
-    return train_rows, eval_rows[: settings.eval_samples], eval_path
+        chats, held_out = split(chats, settings.eval_fraction, settings.seed)
+        held_out = [chat for chat, _ in held_out]
+    train, held_out = repeated(chats, settings.seed), held_out[: settings.eval_samples]
+    texts, others = [repr((chat, chat.tools)) for chat, _ in chats], {repr((chat, chat.tools)) for chat in held_out}
+    for what, count in (("duplicate training rows", len(texts) - len(set(texts))),
+                        ("training rows that are held out, too", sum(text in others for text in texts))):  # fmt: skip
+        if count:
+            print(f"{what}: {count} of {len(texts)}")
+    return train, held_out, eval_path
 
 
-def _read(path: str, skip_bad_rows: bool) -> list[Chat]:
-    loaded = load_rows(path, skip_bad_rows)
-    for note in loaded.notes:
-        print(f"{path}: {note}")
-    return loaded.rows
+def weighted_source(source: str) -> tuple[str, float]:
+    """ "rows.jsonl:2" → its rows twice in each epoch, "rows.jsonl:0.5" → half of them; without a weight, once."""
+    path, _, weight = source.rpartition(":")
+    if Path(source).exists() or not path or not re.fullmatch(r"\d*\.?\d+", weight):
+        return source, 1.0
+    return path, float(weight)
+
+
+def repeated(chats: Sequence[tuple[Chat, float]], seed: int) -> list[Chat]:
+    """Every chat as often as its weight says; of a weight's fraction, a seeded part of the chats."""
+    draws = np.random.default_rng(seed).random(len(chats))
+    return [chat for (chat, weight), draw in zip(chats, draws, strict=True)
+            for _ in range(int(weight) + (draw < weight % 1))]  # fmt: skip
 
 
 def encode_chats(
@@ -62,7 +88,7 @@ def encode_chats(
 ) -> tuple[EncodedRows, EncodedRows]:
     """Both parts as token ids and labels; prints what was cut or dropped."""
     encoded = []
-    limits = settings.max_seq_length, settings.skip_bad_rows
+    limits = settings.max_seq_length, settings.skip_bad_rows, settings.train_on
     for name, rows in (("training", train), ("held-out", held_out)):
         try:
             part = encode_rows(rows, tokenizer, *limits) if rows else EncodedRows()
@@ -82,7 +108,7 @@ def digest(examples: Sequence[Example]) -> str:
     return found.hexdigest()
 
 
-def split(rows: Sequence[Chat], eval_fraction: float, seed: int) -> tuple[list[Chat], list[Chat]]:
+def split(rows: Sequence, eval_fraction: float, seed: int) -> tuple[list, list]:
     """Training rows and held-out rows, each in the order of the file; the same seed gives the same split.
 
     A fraction above 0 holds out at least one row and leaves at least one; 0 holds out none.
@@ -104,19 +130,22 @@ def context_length(model) -> int | None:
     return getattr(model.config, "max_position_embeddings", None)
 
 
-def encode_rows(rows: Sequence[Chat], tokenizer, max_seq_length: int, skip_bad_rows: bool = False) -> EncodedRows:
+def encode_rows(
+    rows: Sequence[Chat], tokenizer, max_seq_length: int, skip_bad_rows: bool = False, train_on: str = "answers"
+) -> EncodedRows:
     """Encode chats; a row of more than `max_seq_length` tokens is cut at its end, or dropped if no answer is left.
 
     Args:
         skip_bad_rows: leave out and list what `encode` refuses, instead of raising at the first.
+        train_on: as for `encode`.
 
     Raises:
         DataError: a row that `encode` refuses, named by its place in the file, or nothing left to learn from.
     """
-    examples, kept, refused, truncated, dropped = [], [], [], 0, 0
+    examples, kept, refused, dropped = [], [], [], 0
     for number, row in enumerate(rows, start=1):
         try:
-            example = encode(row, tokenizer, max_seq_length)
+            example = encode(row, tokenizer, max_seq_length, train_on)
         except DataError as error:
             reason = f"{getattr(row, 'where', None) or f'row {number}'}: {error}"
             if not skip_bad_rows:
@@ -128,17 +157,19 @@ def encode_rows(rows: Sequence[Chat], tokenizer, max_seq_length: int, skip_bad_r
             continue
         examples.append(example)
         kept.append(row)
-        truncated += example.cut > 0
     if not examples:
         reason = f"each of the {len(rows)} rows is too long for max_seq_length {max_seq_length} tokens"
         if refused:
             reason = f"no usable row among {len(rows)}; {refused[0]}"
         raise DataError(f"nothing to learn: {reason if rows else 'no rows'}")
-    notes = []
-    if truncated:
-        notes.append(f"rows truncated to max_seq_length {max_seq_length} tokens: {truncated}")
-    if dropped:
-        notes.append(f"rows dropped, too long for max_seq_length {max_seq_length} tokens: {dropped}")
+    counts = {
+        f"rows truncated to max_seq_length {max_seq_length} tokens": sum(example.cut > 0 for example in examples),
+        f"rows dropped, too long for max_seq_length {max_seq_length} tokens": dropped,
+        "rows with reasoning that the chat template does not show": sum(e.hides_reasoning for e in examples),
+        "rows whose answer does not follow the prompt of `generate` token by token, as tokenizer or chat template "
+        "write it otherwise": sum(not example.follows_prompt for example in examples),
+    }
+    notes = [f"{what}: {count}" for what, count in counts.items() if count]
     if refused:
         notes.append(f"bad rows skipped: {len(refused)}, the first: {'; '.join(refused[:3])}")
     return EncodedRows(examples, kept, notes)

@@ -10,11 +10,11 @@ Each process (rank) takes every Nth forward pass of a step, and gradients are su
            gradients and moments. A block's weights are gathered before it runs, forward and backward, and
            dropped behind it. Bytes received: 2 W per forward and backward pass, W the bytes of the weights.
 
-The engine is torch's: `DistributedDataParallel`, `fully_shard` (FSDP2), gloo on a CPU and NCCL on GPUs. Both
-average gradients over ranks; the loss of a rank is multiplied by N, so that the average is the sum. FSDP2 makes
-every parameter a `DTensor`, which knows the whole shape and holds one rank's piece, the codes of an NF4 weight
-(uint8) included; its scales (3 % of the bytes) stay whole on every rank. The optimizer is given the shards as plain
-tensors, since AdamW looks at one element at a time; clipping and files see whole ones, by the functions at the end.
+The engine is torch's: `DistributedDataParallel`, `fully_shard` (FSDP2), gloo on a CPU and NCCL on GPUs. Both average
+gradients over ranks; a rank's loss is multiplied by N, so that the average is the sum. FSDP2 makes every parameter a
+`DTensor`: the whole shape, one rank's piece, the codes of an NF4 weight (uint8) included; scales (3 % of the bytes)
+stay whole. The optimizer is given the shards as plain tensors, since AdamW looks at one element at a time; clipping
+and files see whole ones, by the functions at the end.
 """
 
 import contextlib
@@ -110,15 +110,12 @@ class World:
             yield
         except (ValueError, TypeError, OSError, ModuleNotFoundError) as caught:
             error = caught
-        messages = self.gather(None if error is None else str(error))
+        messages = self.gather(error and str(error))
         failed = [rank for rank, text in enumerate(messages) if text is not None]
-        if not failed:
-            return
-        if self.rank != failed[0]:
+        if failed and self.rank != failed[0]:
             raise SystemExit(2)
-        if len(set(messages)) == 1:
-            raise error
-        raise ValueError(f"rank {self.rank}: {error}") from error
+        if failed:
+            raise error if len(set(messages)) == 1 else ValueError(f"rank {self.rank}: {error}") from error
 
     def check_equal(self, values: dict[str, object]) -> None:
         """Refuse to go on unless every rank has the same values.
@@ -127,13 +124,15 @@ class World:
             ValueError: names the first value that differs, and how; SystemExit on ranks other than the main one.
         """
         everyone = self.gather(values)
-        different = [(name, rank) for name in values for rank, theirs in enumerate(everyone)
-                     if theirs[name] != everyone[0][name]]  # fmt: skip
-        if different and not self.main:
-            raise SystemExit(2)
-        for name, rank in different:
-            ours, theirs = values[name], everyone[rank][name]
-            raise ValueError(f"ranks must have the same {name}: rank 0 has {ours!r}, rank {rank} has {theirs!r}")
+        for name, ours in everyone[0].items():
+            for rank, theirs in enumerate(everyone):
+                if theirs[name] == ours:
+                    continue
+                if not self.main:
+                    raise SystemExit(2)
+                raise ValueError(
+                    f"ranks must have the same {name}: rank 0 has {ours!r}, rank {rank} has {theirs[name]!r}"
+                )
 
     @contextlib.contextmanager
     def quiet(self) -> Iterator[None]:
@@ -158,16 +157,14 @@ class World:
         Raises:
             ValueError: one GPU named for all ranks, or more ranks than GPUs.
         """
-        chosen = choose_device(device)
+        chosen, gpus = choose_device(device), torch.cuda.device_count()
         if self.mode == "none" or chosen.type != "cuda":
             return chosen
         if chosen.index is not None and self.size > 1:
             raise ValueError(f"--device {device} names one GPU for {self.size} ranks; leave it at auto")
-        if self.local_rank >= torch.cuda.device_count():
-            raise ValueError(
-                f"local rank {self.local_rank} has no GPU, there are {torch.cuda.device_count()}; "
-                "give torchrun a lower --nproc-per-node"
-            )
+        if self.local_rank >= gpus:
+            raise ValueError(f"local rank {self.local_rank} has no GPU, there are {gpus}; give torchrun a lower "
+                             "--nproc-per-node")  # fmt: skip
         torch.cuda.set_device(self.local_rank)
         return torch.device("cuda", self.local_rank)
 
@@ -210,10 +207,10 @@ class World:
             self.wrapped.reshard()  # else the backward pass does it
         return result
 
+    @torch.no_grad()
     def evaluate(self, work):
         """Do `work` without gradients."""
-        with torch.no_grad():
-            return self.run(work)
+        return self.run(work)
 
     def collect_gradients(self, scaler) -> None:
         """After the last backward pass of a step: hand the optimizer's tensors their gradients.
@@ -224,11 +221,9 @@ class World:
             return
         for shard, parameter in zip(self.shards, self.parameters, strict=True):
             shard.grad, parameter.grad = local(parameter.grad), None
-        if scaler.is_enabled():
-            overflow = any(not shard.grad.isfinite().all() for shard in self.shards)
-            if self.sum(overflow):
-                for shard in self.shards:
-                    shard.grad.fill_(torch.inf)
+        if scaler.is_enabled() and self.sum(any(not shard.grad.isfinite().all() for shard in self.shards)):
+            for shard in self.shards:
+                shard.grad.fill_(torch.inf)
 
     def clip_gradients(self, parameters: list[torch.Tensor], max_norm: float) -> torch.Tensor:
         """Scale the gradients so that their joint L2 norm is at most `max_norm`; returns the norm before."""
@@ -262,17 +257,17 @@ def start(mode: str, device: str) -> Iterator[World]:
         ValueError: `mode` does not fit the way this process was started.
         RankFailure: within the block, the connection to another rank was lost.
     """
-    size = int(os.environ.get("WORLD_SIZE", "1"))
     if mode == "none":
-        if os.environ.get("RANK", "0") != "0" and size > 1:
+        size = int(os.environ.get("WORLD_SIZE", "1"))
+        if size > 1 and os.environ.get("RANK", "0") != "0":
             raise SystemExit(2)
         if size > 1:
             raise ValueError(f"torchrun has started {size} processes: say --parallel ddp or --parallel fsdp")
         yield World()
         return
     if not {"RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"} <= os.environ.keys():
-        example = f"torchrun --nproc-per-node 2 -m handtuned finetune --parallel {mode} …"
-        raise ValueError(f"--parallel {mode} needs several processes: {example}")
+        raise ValueError(f"--parallel {mode} needs several processes: torchrun --nproc-per-node 2 -m handtuned "
+                         f"finetune --parallel {mode} …")  # fmt: skip
     store, rank, size = next(dist.rendezvous("env://"))
     # torchrun's store outlives a restart (--max-restarts), and with it the addresses of dead processes.
     store = dist.PrefixStore(f"attempt-{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
@@ -306,7 +301,6 @@ def blocks(model: nn.Module) -> list[nn.Module]:
     return [block for block in outer if any(id(part) in with_adapter for part in block.modules())]
 
 
-@torch.no_grad()
 def local(tensor: torch.Tensor) -> torch.Tensor:
     """This rank's shard, over the same memory; a tensor that is not sharded is its own."""
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
@@ -317,8 +311,8 @@ def whole(shard: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
     """The whole tensor of which every rank gives its shard, cut as `like` is. All ranks call it."""
     if not isinstance(like, DTensor) or shard.shape != local(like).shape:
         return shard
-    sizes = {"shape": like.shape, "stride": like.stride()}
-    return DTensor.from_local(shard, like.device_mesh, like.placements, **sizes).full_tensor()
+    where = like.device_mesh, like.placements
+    return DTensor.from_local(shard, *where, shape=like.shape, stride=like.stride()).full_tensor()
 
 
 @torch.no_grad()
@@ -333,8 +327,8 @@ def part(tensor: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
 @contextlib.contextmanager
 def whole_adapter(model: nn.Module) -> Iterator[None]:
     """Within, every adapter parameter of the model is whole on every rank. All ranks call it."""
-    kept = [(layer, name, getattr(layer, name)) for _, layer in lora_layers(model) for name in ("lora_A", "lora_B")]
-    kept = [entry for entry in kept if isinstance(entry[2], DTensor)]
+    every = ((layer, name, getattr(layer, name)) for _, layer in lora_layers(model) for name in ("lora_A", "lora_B"))
+    kept = [entry for entry in every if isinstance(entry[2], DTensor)]
     for layer, name, parameter in kept:
         setattr(layer, name, nn.Parameter(whole(local(parameter), parameter), requires_grad=False))
     try:

@@ -5,8 +5,21 @@ model has to write itself: every assistant turn, up to and with the token that e
 are -100 everywhere else. The mask follows from positions in the text, never from token ids:
 where padding and end of turn share an id (SmolLM2 has 2 for both), masking "the padding"
 would hide the end of every answer and the model would never learn to stop.
+
+Where an answer stands in the text is found by writing the chat again with marks in place of messages, so that
+templates may trim answers, or show, rewrite and leave out thinking, as they like:
+
+    chat             … <user> hi <end> <assistant> <think></think> hello <end> <user> …
+    marks            … <user> ▸  <end> <assistant> <think></think> ▪     <end> <user> …
+    prompt, marked   … <user> ▸  <end> <assistant>
+
+The answer begins where the marked chat and the marked prompt part, and ends with what the template writes behind ▪ in
+the whole chat and in the chat up to this turn alike.
 """
 
+import contextlib
+import datetime
+import json
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -15,10 +28,12 @@ from itertools import pairwise
 import numpy as np
 
 from ..nn.loss import IGNORE_INDEX
-from .formats import Chat, DataError
+from .files import DataError
+from .formats import Chat
 
-_GENERATION_MARK = re.compile(r"\{%-?\s*generation\s*-?%\}")  # a template that marks the answers itself
-_STAND_IN = "\ufdd0"  # a code point that is reserved never to be a character
+SHOWN, ANSWER, CALL = "\ufdd0", "\ufdd1", "\ufdd2"  # ▸, ▪, and a call's name: reserved never to be characters
+TODAY = datetime.date(2024, 7, 26)  # for templates that write the date: runs must not depend on the clock
+NOW = re.compile(r"strftime_now\(\s*([\"'])(.*?)\1\s*\)")
 
 # For a tokenizer without a chat template. `bos` is empty where the tokenizer itself writes none.
 PLAIN_TEMPLATE = (
@@ -38,6 +53,8 @@ class Example:
     input_ids: np.ndarray
     labels: np.ndarray  # the id itself where it is learnt, else -100
     cut: int = 0  # tokens beyond max_seq_length that were left off at the end
+    follows_prompt: bool = True  # the last answer follows, token by token, the prompt that `encode_prompt` gives
+    hides_reasoning: bool = False  # the template leaves out reasoning_content of a turn
 
     @property
     def answer_tokens(self) -> int:
@@ -46,9 +63,16 @@ class Example:
 
 
 def encode_prompt(chat: Chat, tokenizer) -> list[int]:
-    """Token ids of a chat that ends with the user's turn, ready for the model to answer."""
-    text = _render(chat, tokenizer, add_generation_prompt=True)
-    return tokenizer(text, add_special_tokens=False)["input_ids"]
+    """Token ids of a chat that ends with the user's turn, ready for the model to answer.
+
+    The template's own generation prompt, but for what it opens and no answer shows: thinking that was not learnt.
+    """
+    text, starts = _prompt(chat, tokenizer), []
+    with contextlib.suppress(DataError):
+        answered = _render(chat, tokenizer)
+        turns = [turn for turn, message in enumerate(chat) if message["role"] == "assistant"]
+        starts = [_answer(chat, turn, answered, tokenizer)[0] for turn in turns]
+    return _tokenize(text, starts, tokenizer)[0]
 
 
 def end_of_turn(tokenizer) -> int | None:
@@ -61,22 +85,53 @@ def end_of_turn(tokenizer) -> int | None:
     return last if _is_special(last, tokenizer) else None
 
 
-def encode(chat: Chat, tokenizer, max_seq_length: int | None = None) -> Example:
+def encode(chat: Chat, tokenizer, max_seq_length: int | None = None, train_on: str = "answers") -> Example:
     """A chat as token ids and labels, the rest cut off beyond `max_seq_length` tokens.
 
-    The ids are those of `tokenizer.apply_chat_template(chat)`; where the template ends the last
-    answer with no special token, the end-of-sequence token follows.
+    The ids are those of `tokenizer.apply_chat_template(chat)`, but where that would melt the end of a prompt and the
+    beginning of its answer into one token, which no model could write; where the template ends the last answer with no
+    special token, the end-of-sequence token follows.
+
+    Args:
+        train_on: "answers", all that have no weight 0; "last", the last of them; "all", every token of the chat.
 
     Raises:
-        DataError: the template refuses the chat, or rewrites it so that an answer cannot be found in it.
+        DataError: the template refuses the chat, hides a part of it, or rewrites it so that an answer cannot be found.
     """
-    ids, spans = _tokenize(chat, tokenizer)
+    if not tokenizer.is_fast:
+        raise DataError(f"{type(tokenizer).__name__} gives no character offsets; a fast tokenizer is needed")
+    if chat[0]["role"] == "text":
+        ids = tokenizer(chat[0]["content"])["input_ids"]
+        learnt, follows, text = np.ones(len(ids) + 1, dtype=bool), True, chat[0]["content"]
+    else:
+        text = _render(chat, tokenizer)
+        _check_all_is_shown(chat, text, tokenizer)
+        turns = [turn for turn, message in enumerate(chat) if message["role"] == "assistant"]
+        answers = {turn: _answer(chat, turn, text, tokenizer) for turn in turns[-1 if train_on == "last" else 0 :]}
+        ids, offsets = _tokenize(text, [start for start, *_ in answers.values()], tokenizer)
+        learnt = np.zeros(len(ids) + 1, dtype=bool)
+        for turn, (start, stop, end, _) in answers.items():
+            first, last = np.searchsorted(offsets[:, 0], [start, stop])
+            ends = [at + 1 for at in range(last, len(ids)) if offsets[at, 1] <= end and _is_special(ids[at], tokenizer)]
+            if not ends and "tool_calls" in chat[turn]:  # what the template writes behind a call's name
+                last = np.searchsorted(offsets[:, 0], len(text[:end].rstrip()))
+            if not ends and turn == turns[-1]:
+                last = len(ids) + 1  # with an end of sequence
+            if chat[turn].get("weight") != 0:
+                learnt[first : ends[-1] if ends else last] = True
+        *before, (*_, prompt) = answers.values()
+        follows = ids[:first] == _tokenize(prompt, [start for start, *_ in before], tokenizer)[0]
+        if train_on == "all":
+            learnt[:-1] = True
+    if learnt[-1] and tokenizer.eos_token_id is not None and not (ids and _is_special(ids[-1], tokenizer)):
+        ids = [*ids, tokenizer.eos_token_id]
+    learnt[0] = False  # nothing precedes the first token, so nothing can predict it
+    if not learnt[: len(ids)].any():
+        raise DataError("the chat template leaves no answer to learn")
     kept = np.array(ids[:max_seq_length], dtype=np.int32)
-    labels = np.full_like(kept, IGNORE_INDEX)
-    for start, stop in spans:
-        labels[start:stop] = kept[start:stop]
-    labels[:1] = IGNORE_INDEX  # nothing precedes the first token, so nothing can predict it
-    return Example(kept, labels, cut=len(ids) - len(kept))
+    labels = np.where(learnt[: len(kept)], kept, IGNORE_INDEX).astype(np.int32)
+    hidden = any(message.get("reasoning_content", "").strip() not in text for message in chat)
+    return Example(kept, labels, len(ids) - len(kept), follows, hidden)
 
 
 def describe_example(example: Example, tokenizer) -> str:
@@ -95,103 +150,155 @@ def _runs(flags: Sequence[bool]) -> Iterator[tuple[int, int]]:
     return pairwise(edges)
 
 
-def _tools_of(chat) -> list[dict] | None:
-    return getattr(chat, "tools", None)
-
-
 def _render(chat: Chat, tokenizer, **options) -> str:
-    """The chat as text, by the tokenizer's template or the plain one."""
-    from jinja2 import TemplateError
+    """The chat as text, by the tokenizer's template or the plain one.
 
-    if _tools_of(chat):
+    Arguments of tool calls are given as an object, or as JSON text to a template that joins them to other text.
+    """
+    if getattr(chat, "tools", None):
         options["tools"] = chat.tools
     if not tokenizer.chat_template:
         if not tokenizer.eos_token:
             raise DataError("the tokenizer has neither a chat template nor an end-of-sequence token")
         writes_bos = tokenizer("a")["input_ids"][:1] == [tokenizer.bos_token_id]
         options |= {"chat_template": PLAIN_TEMPLATE, "bos": tokenizer.bos_token if writes_bos else ""}
-    try:
-        return tokenizer.apply_chat_template(chat, tokenize=False, **options)
-    except (TemplateError, ValueError) as error:
-        raise DataError(f"the chat template refuses this chat: {error}") from None
-
-
-def _tokenize(chat: Chat, tokenizer) -> tuple[list[int], list[tuple[int, int]]]:
-    """Token ids of the whole chat and, for each assistant turn, the (start, stop) of the tokens to learn."""
-    if not tokenizer.is_fast:
-        raise DataError(f"{type(tokenizer).__name__} gives no character offsets; a fast tokenizer is needed")
-    if tokenizer.chat_template and _GENERATION_MARK.search(tokenizer.get_chat_template()):
-        marked = tokenizer.apply_chat_template(
-            chat, tools=_tools_of(chat), return_dict=True, return_assistant_tokens_mask=True
-        )
-        ids, inside = marked["input_ids"], marked["assistant_masks"]
-        spans = [(start, stop) for start, stop in _runs(inside) if inside[start]]
     else:
-        text = _render(chat, tokenizer)
-        _check_tools_are_shown(chat, text, tokenizer)
-        encoded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
-        ids, offsets = encoded["input_ids"], np.array(encoded["offset_mapping"])
-        spans = []
-        for start, stop in _answers(chat, text, tokenizer):
-            inside = np.flatnonzero((offsets[:, 1] > start) & (offsets[:, 0] < stop))
-            if inside.size:
-                spans.append((int(inside[0]), int(inside[-1]) + 1))
-    if not spans:
-        raise DataError("the chat template leaves no answer to learn")
-    ends = [_end_of_turn(ids, stop, tokenizer) for _, stop in spans]
-    if ends[-1] is None and tokenizer.eos_token_id is not None:
-        ids = [*ids, tokenizer.eos_token_id]
-        ends[-1] = len(ids)
-    return ids, [(start, end or stop) for (start, stop), end in zip(spans, ends, strict=True)]
+        template = tokenizer.get_chat_template(tools=options.get("tools"))
+        options["chat_template"] = NOW.sub(lambda call: repr(TODAY.strftime(call[2])), template)
+
+    def write(messages: list[dict]) -> str:
+        try:
+            return tokenizer.apply_chat_template(messages, tokenize=False, **options)
+        except Exception as error:  # whatever a template raises, of jinja2's or Python's own
+            raise DataError(f"the chat template refuses this chat: {' '.join(str(error).split())}") from None
+
+    arguments = [call["function"]["arguments"] for message in chat for call in message.get("tool_calls", ())]
+    try:
+        text = write(list(chat))
+    except DataError:
+        if not arguments:
+            raise
+    else:
+        if not any(value and str(value) in text for value in arguments):  # an object as Python writes it
+            return text
+    return write([message | {"tool_calls": [_with_text(call) for call in message["tool_calls"]]}
+                  if "tool_calls" in message else message for message in chat])  # fmt: skip
 
 
-def _answers(chat: Chat, text: str, tokenizer) -> Iterator[tuple[int, int]]:
-    """Where each assistant turn stands in the rendered chat: from the end of its prompt to its own last character."""
-    for turn, message in enumerate(chat):
-        if message["role"] != "assistant":
-            continue
-        prompt = _render(chat[:turn], tokenizer, add_generation_prompt=True)
-        if "tool_calls" in message:
-            # The template writes them as it likes, so the turn ends where the chat up to it does.
-            upto = _render(chat[: turn + 1], tokenizer).rstrip()
-            stop, in_place = len(upto), text.startswith(upto) and upto.startswith(prompt)
-            if in_place and not all(call["function"]["name"] in upto[len(prompt) :] for call in message["tool_calls"]):
-                raise DataError(f"message {turn + 1}: the chat template does not show its tool calls")
-        else:
-            # The template decides where the answer ends: what it writes around a stand-in for it.
-            stand_in = _with(chat, turn, {"role": "assistant", "content": _STAND_IN})
-            before, found, after = _render(stand_in, tokenizer).partition(_STAND_IN)
-            stop = len(text) - len(after)
-            in_place = found and before.startswith(prompt) and text.endswith(after)
-        if not (in_place and text.startswith(prompt) and stop > len(prompt)):
-            raise DataError(f"message {turn + 1}: the chat template rewrites this chat, so its answer cannot be found")
-        yield len(prompt), stop
+def _with_text(call: dict) -> dict:
+    arguments = json.dumps(call["function"]["arguments"], ensure_ascii=False)
+    return call | {"function": call["function"] | {"arguments": arguments}}
 
 
-def _with(chat: Chat, turn: int, message: dict) -> Chat:
-    return Chat([*chat[:turn], message, *chat[turn + 1 :]], _tools_of(chat))
+def _marked(chat: Chat, turn: int, mark: str) -> Chat:
+    """The chat with a mark in place of what a message says, and CALL for the names of its calls."""
+    message = dict(chat[turn])
+    message["content"] = mark if message["content"] or mark == SHOWN else ""
+    if "tool_calls" in message:
+        message["tool_calls"] = [c | {"function": c["function"] | {"name": CALL}} for c in message["tool_calls"]]
+    return Chat([*chat[:turn], message, *chat[turn + 1 :]], getattr(chat, "tools", None))
 
 
-def _check_tools_are_shown(chat: Chat, text: str, tokenizer) -> None:
+def _behind(marks: str, text: str, what: str) -> str:
+    """What follows the last mark in a text."""
+    found = re.split(f"[{marks}]", text)
+    if len(found) == 1:
+        raise DataError(what)
+    return found[-1]
+
+
+def _prompt_end(chat: Chat, tokenizer) -> str:
+    """What the template writes behind the last message when the model is to answer."""
+    text = _render(_marked(chat, len(chat) - 1, SHOWN), tokenizer, add_generation_prompt=True)
+    return _behind(SHOWN, text, _hidden(chat, len(chat) - 1))
+
+
+def _shared(marked: Chat, prompt_end: str, tokenizer) -> tuple[int, int]:
+    """Of `marked`, in which ▸ precedes an answer: (from ▸ to where the answer begins, from ▸ to its first mark)."""
+    between = _render(marked, tokenizer).partition(SHOWN)[2]
+    first = re.search(f"[{ANSWER}{CALL}]", between)
+    return _common(between, prompt_end), first.start() if first else len(between)
+
+
+def _prompt(chat: Chat, tokenizer) -> str:
+    """The text of the prompt that is to be answered, as far as an answer without thinking shares it."""
+    text = _render(chat, tokenizer, add_generation_prompt=True)
+    try:
+        end = _prompt_end(chat, tokenizer)
+        answered = Chat([*chat, {"role": "assistant", "content": ANSWER}], getattr(chat, "tools", None))
+        shared, _ = _shared(_marked(answered, len(chat) - 1, SHOWN), end, tokenizer)
+    except DataError:
+        return text
+    return text[: len(text) - len(end) + shared]
+
+
+def _answer(chat: Chat, turn: int, text: str, tokenizer) -> tuple[int, int, int, str]:
+    """Where an assistant turn stands in the text: its start, its stop, how far its closing reaches; and its prompt, if
+    it is the last."""
+    lost = f"message {turn + 1}: the chat template rewrites this chat, so its answer cannot be found"
+    if turn < len(chat) - 1:
+        lost += "; --train-on last learns the last answer alone"
+    marked = _marked(chat, turn, ANSWER)
+    whole, calls = _render(marked, tokenizer), len(chat[turn].get("tool_calls", ()))
+    if whole.count(CALL) < calls:
+        raise DataError(f"message {turn + 1}: the chat template does not show its tool calls")
+    behind = _behind(ANSWER + CALL, whole, lost)
+    last = turn == len(chat) - 1
+    alone = behind if last else _behind(ANSWER + CALL, _render(marked[: turn + 1], tokenizer), lost)
+    opening = _prompt_end(chat[:turn], tokenizer)
+    shared, first = _shared(_marked(marked, turn - 1, SHOWN), opening, tokenizer)
+    start = re.search(f"[{ANSWER}{CALL}]", whole).start() - first + shared
+    stop = len(text) - len(behind)
+    end = stop + _common(behind, alone)
+    if not (0 < start < max(stop, end) and text.startswith(whole[:start]) and text.endswith(behind)):
+        raise DataError(lost)
+    prompt = _render(chat[:turn], tokenizer, add_generation_prompt=True) if last else ""
+    return start, stop, end, prompt[: len(prompt) - len(opening) + shared]
+
+
+def _common(one: str, other: str) -> int:
+    """How many characters two texts begin with alike."""
+    pairs = enumerate(zip(one, other, strict=False))
+    return next((at for at, (a, b) in pairs if a != b), min(len(one), len(other)))
+
+
+def _check_all_is_shown(chat: Chat, text: str, tokenizer) -> None:
     """Many templates leave tools out in silence; then the model would learn to call what it never saw."""
-    if _tools_of(chat) and _render(list(chat), tokenizer) == text:
+    if getattr(chat, "tools", None) and _render(Chat(chat), tokenizer) == text:
         raise DataError("the chat template does not show the tools")
     for turn, message in enumerate(chat):
-        if message["role"] == "tool":
-            hidden = _with(chat, turn, {**message, "content": _STAND_IN})
-            if _STAND_IN not in _render(hidden, tokenizer):
-                raise DataError(f"message {turn + 1}: the chat template does not show the tool's result")
+        checked = message["role"] == "assistant" or chat[turn + 1]["role"] == "assistant"  # by `_answer`
+        if message["content"] and not checked:
+            _behind(SHOWN, _render(_marked(chat, turn, SHOWN), tokenizer), _hidden(chat, turn))
 
 
-def _end_of_turn(ids: list[int], stop: int, tokenizer) -> int | None:
-    """The position behind the special token that ends the turn: the answer's last, or the next but for white space."""
-    for position in range(stop - 1, len(ids)):
-        text = tokenizer.decode([ids[position]], skip_special_tokens=False)
-        if text.strip() and _is_special(ids[position], tokenizer):
-            return position + 1
-        if position >= stop and text.strip():
-            return None
-    return None
+def _hidden(chat: Chat, turn: int) -> str:
+    what = "the tool's result" if chat[turn]["role"] == "tool" else "it"
+    return f"message {turn + 1}: the chat template does not show {what}"
+
+
+def _ids(text: str, tokenizer) -> list[int]:
+    return tokenizer(text, add_special_tokens=False)["input_ids"]
+
+
+def _tokenize(text: str, starts: list[int], tokenizer) -> tuple[list[int], np.ndarray]:
+    """Token ids and their (tokens, 2) character offsets; a token never holds both sides of a start.
+
+    Where a tokenizer writes a piece of text otherwise than within a text (a space before each), they may; such a
+    token is no part of the answer.
+    """
+    def piece(at: int, to: int):
+        encoded = tokenizer(text[at:to], add_special_tokens=False, return_offsets_mapping=True)
+        return encoded["input_ids"], np.array(encoded["offset_mapping"]).reshape(-1, 2) + at
+
+    ids, offsets = piece(0, len(text))
+    if all(_ids(text[:start], tokenizer) == ids[: np.searchsorted(offsets[:, 0], start)] for start in starts):
+        return ids, offsets
+    pieces = [piece(at, to) for at, to in pairwise([0, *starts, len(text)])]
+    joined = [token for tokens, _ in pieces for token in tokens]
+    if tokenizer.decode(joined, skip_special_tokens=False) != tokenizer.decode(ids, skip_special_tokens=False):
+        return ids, offsets
+    return joined, np.concatenate([offsets for _, offsets in pieces])
 
 
 def _is_special(token: int, tokenizer) -> bool:

@@ -1,6 +1,8 @@
 """A causal language model seen through its answers: their loss, their score, and new ones written."""
 
 import contextlib
+import itertools
+import math
 
 import torch
 import torch.nn.functional as F
@@ -25,33 +27,32 @@ def evaluating(model):
 class CausalLM:
     """Runs a transformers causal LM so that only answer tokens meet the vocabulary.
 
-    Most models are a body and a plain linear head, logits = head(body(tokens)); then the
-    head is applied to the answer positions alone (`nn/loss.py`). A model that does more
-    (soft-capped or scaled logits) is found out by comparing both ways on `sample`, once,
-    and gets its full logits.
+    Most models are a body and a plain linear head, logits = head(body(tokens)); then the head is applied to the answer
+    positions alone (`nn/loss.py`). A model that does more (soft-capped or scaled logits) is found out by comparing both
+    ways on `sample`, (1, T) token ids, once, and gets its full logits.
 
-    Batches are right-padded and carry no attention mask: with causal attention nothing
-    to the left of a pad token can see it, and pad positions have label −100.
-
-    Args:
-        model: the causal LM, already with its adapters.
-        sample: (1, T) token ids for the comparison.
+    Batches are right-padded and carry no attention mask: with causal attention nothing to the left of a pad token can
+    see it, and pad positions have label −100.
     """
 
     def __init__(self, model, sample):
         self.model, self.device = model, next(model.parameters()).device
-        sample = torch.as_tensor(sample).long().to(self.device)
-        head = model.get_output_embeddings()
-        self.head = head if isinstance(head, torch.nn.Linear) and self._head_is_all(head, sample) else None
-
-    def _head_is_all(self, head, sample: torch.Tensor) -> bool:
-        with evaluating(self.model):
-            logits = self.model(input_ids=sample, use_cache=False).logits
-            split = head(self._body(sample))
-        return logits.shape == split.shape and torch.allclose(logits.float(), split.float(), rtol=1e-3, atol=1e-3)
+        self.head, head = None, model.get_output_embeddings()
+        if isinstance(head, torch.nn.Linear):
+            sample = torch.as_tensor(sample).long().to(self.device)
+            with evaluating(model):
+                logits, split = model(input_ids=sample, use_cache=False).logits, head(self._body(sample))
+            if logits.shape == split.shape and torch.allclose(logits.float(), split.float(), rtol=1e-3, atol=1e-3):
+                self.head = head
 
     def _body(self, input_ids: torch.Tensor) -> torch.Tensor:
         return self.model.base_model(input_ids=input_ids, use_cache=False).last_hidden_state
+
+    def _logits(self, input_ids: torch.Tensor, kept: torch.Tensor) -> torch.Tensor:
+        """(kept positions, vocabulary), fp32; `kept` is (B, T−1) bool."""
+        if self.head is None:
+            return self.model(input_ids=input_ids, use_cache=False).logits[:, :-1][kept].float()
+        return self.head(self._body(input_ids)[:, :-1][kept]).float()
 
     def loss(self, batch: dict[str, torch.Tensor]) -> torch.Tensor:
         """Sum of cross-entropies over the answer tokens of one right-padded batch, a scalar in fp32."""
@@ -62,60 +63,48 @@ class CausalLM:
         hidden = self._body(batch["input_ids"])[:, :-1]
         return linear_cross_entropy(hidden, self.head.weight, target, bias=self.head.bias)
 
-    def _logits(self, input_ids: torch.Tensor, kept: torch.Tensor) -> torch.Tensor:
-        """(kept positions, vocabulary), fp32; `kept` is (B, T−1) bool."""
-        if self.head is None:
-            return self.model(input_ids=input_ids, use_cache=False).logits[:, :-1][kept].float()
-        return self.head(self._body(input_ids)[:, :-1][kept]).float()
-
-    def _right(self, batch: dict[str, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
-        """(loss summed over answer tokens, (B, T−1) bool: the likeliest token is the right one, or no answer token)."""
-        target = batch["labels"][:, 1:]
-        kept = target != IGNORE_INDEX
-        logits = self._logits(batch["input_ids"], kept)
-        right = torch.ones_like(kept)
-        right[kept] = logits.argmax(dim=1) == target[kept]
-        return F.cross_entropy(logits, target[kept], reduction="sum"), right
-
-    def sums(self, examples: list[data.Example], bar=None, batch_size: int = 8) -> tuple[float, int, int, int, int]:
-        """(loss, answer tokens, right tokens, right rows, rows), summed over examples; what `rates` divides.
+    def sums(self, examples: list[data.Example], bar=None, batch_size: int = 8) -> list[float]:
+        """[loss, answer tokens, right tokens, right rows, rows], summed over examples; what `rates` divides.
 
         Args:
             bar: a progress bar, advanced by rows.
             batch_size: rows in one forward pass; rows of like length go together.
         """
         by_length = sorted(examples, key=lambda example: len(example.input_ids))
-        loss = tokens = correct = exact = 0
-        with evaluating(self.model):
-            for at in range(0, len(by_length), batch_size):
-                # any token may fill short rows: nothing looks at it
-                batch = data.collate(by_length[at : at + batch_size], pad_id=0, device=self.device)
-                summed, right = self._right(batch)
-                answers = batch["labels"][:, 1:] != IGNORE_INDEX
-                loss += summed.item()
-                tokens += int(answers.sum())
-                correct += int((right & answers).sum())
-                exact += int(right.all(dim=1).sum())
-                if bar is not None:
-                    bar.update(right.shape[0])
-        return loss, tokens, correct, exact, len(examples)
+        totals = [0, 0, 0, 0, len(examples)]
+        for at in range(0, len(by_length), batch_size):
+            # any token may fill short rows: nothing looks at it
+            batch = data.collate(by_length[at : at + batch_size], pad_id=0, device=self.device)
+            target = batch["labels"][:, 1:]
+            kept = target != IGNORE_INDEX
+            with evaluating(self.model):
+                logits = self._logits(batch["input_ids"], kept)
+            right = ~kept
+            right[kept] = logits.argmax(dim=1) == target[kept]
+            loss = F.cross_entropy(logits, target[kept], reduction="sum")
+            counts = loss, kept.sum(), (right & kept).sum(), right.all(dim=1).sum(), 0
+            totals = [total + float(count) for total, count in zip(totals, counts, strict=True)]
+            if bar is not None:
+                bar.update(len(target))
+        return totals
 
     def score(self, examples: list[data.Example]) -> dict[str, float]:
         """`rates` of these examples."""
         return rates(*self.sums(examples))
 
 
-def rates(loss: float, tokens: int, correct: int, exact: int, rows: int) -> dict[str, float]:
-    """Loss, token accuracy and exact match.
+def rates(loss: float, tokens: float, correct: float, exact: float, rows: float) -> dict[str, float]:
+    """Nats per answer token, token accuracy and exact match.
 
-    Exact match counts the rows in which every answer token, the end of turn included,
-    is the model's likeliest after the right ones before it: just those rows that greedy
-    decoding answers letter by letter.
-
-    Returns:
-        {"loss": nats per answer token, "token_accuracy": share, "exact_match": share, "rows": count}
+    Exact match counts the rows in which every answer token, the end of turn included, is the model's likeliest after
+    the right ones before it: just those rows that greedy decoding answers letter by letter.
     """
     return {"loss": loss / tokens, "token_accuracy": correct / tokens, "exact_match": exact / rows, "rows": int(rows)}
+
+
+def finite(scores: dict) -> dict:
+    """The same for JSON, which holds no NaN: None for what is not finite."""
+    return {name: value if math.isfinite(value) else None for name, value in scores.items()}
 
 
 def generate(model, tokenizer, chats: list[list[dict]], max_new_tokens: int = 48, **sampling) -> list[str]:
@@ -134,11 +123,9 @@ def generate(model, tokenizer, chats: list[list[dict]], max_new_tokens: int = 48
     """
     device = next(model.parameters()).device
     prompts = [data.encode_prompt(chat, tokenizer) for chat in chats]
-    width = max(map(len, prompts))
-    context = data.context_length(model)
-    if context is not None and width >= context:
+    width, context = max(map(len, prompts)), data.context_length(model) or math.inf
+    if width >= context:
         raise ValueError(f"a prompt of {width} tokens leaves no room for an answer in the model's context of {context}")
-    max_new_tokens = max_new_tokens if context is None else min(max_new_tokens, context - width)
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
     ids = torch.tensor([[pad] * (width - len(prompt)) + prompt for prompt in prompts], device=device)
     mask = torch.tensor([[0] * (width - len(prompt)) + [1] * len(prompt) for prompt in prompts], device=device)
@@ -146,10 +133,15 @@ def generate(model, tokenizer, chats: list[list[dict]], max_new_tokens: int = 48
     if not options["do_sample"]:
         options.update(temperature=None, top_p=None, top_k=None)
     with evaluating(model):
-        out = model.generate(
-            input_ids=ids, attention_mask=mask, max_new_tokens=max_new_tokens, pad_token_id=pad, **options
-        )
-    return [tokenizer.decode(row[width:], skip_special_tokens=True).strip() for row in out]
+        out = model.generate(input_ids=ids, attention_mask=mask, pad_token_id=pad,
+                             max_new_tokens=min(max_new_tokens, context - width), **options)  # fmt: skip
+    return [_written(prompt, row[width:].tolist(), tokenizer) for prompt, row in zip(prompts, out, strict=True)]
+
+
+def _written(prompt: list[int], ids: list[int], tokenizer) -> str:
+    """New text without special tokens, its first white space kept, which some tokenizers show within a text alone."""
+    known, text = (tokenizer.decode(part, skip_special_tokens=True) for part in (prompt, prompt + ids))
+    return text[len(known) :] if text.startswith(known) else tokenizer.decode(ids, skip_special_tokens=True)
 
 
 def end_tokens(model, tokenizer) -> list[int] | None:
@@ -167,9 +159,11 @@ def evaluate(world, lm: CausalLM, tokenizer, held_out: data.EncodedRows, results
         results: gets `when`: scores or None, and in "answers" one dict per prompt with `when`: the model's answer.
         when: "before" or "after" training.
     """
-    results[when] = score(world, lm, held_out.examples, f"held-out, {when:6}")
-    shown = [chat for chat, example in zip(held_out.rows, held_out.examples, strict=True) if not example.cut]
-    shown = shown[:SHOWN_PROMPTS]
+    scores = score(world, lm, held_out.examples, f"held-out, {when:6}")
+    results[when] = scores and finite(scores)
+    whole = (chat for chat, example in zip(held_out.rows, held_out.examples, strict=True)
+             if not example.cut and len(chat) > 1)  # fmt: skip
+    shown = list(itertools.islice(whole, SHOWN_PROMPTS))
     answers = results.setdefault(
         "answers", [{"prompt": as_text(chat[-2]), "expected": as_text(chat[-1])} for chat in shown]
     )
@@ -189,12 +183,11 @@ def score(world, lm: CausalLM, held_out: list[data.Example], what: str) -> dict 
     if not held_out:
         return None
     mine, extra, counted = share_out(held_out, world.rank, world.size)
-    totals = [0, 0, 0, 0, 0]
-    for rows, counts in ((mine, True), (extra, counted)):
-        if rows:
-            with tqdm(total=len(rows), desc=what, unit="row", dynamic_ncols=True, leave=False) as bar:
-                sums = world.evaluate(lambda rows=rows, bar=bar: lm.sums(rows, bar))
-            totals = [total + counts * value for total, value in zip(totals, sums, strict=True)]
+    with tqdm(total=len(mine), desc=what, unit="row", dynamic_ncols=True, leave=False) as bar:
+        totals = world.evaluate(lambda: lm.sums(mine, bar)) if mine else [0] * 5
+    if extra:
+        more = world.evaluate(lambda: lm.sums(extra))
+        totals = [total + counted * value for total, value in zip(totals, more, strict=True)]
     return rates(*map(world.sum, totals))
 
 

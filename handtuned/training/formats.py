@@ -1,29 +1,42 @@
-"""Files of training rows → chats.
-
-Three forms of row are read, as JSON Lines or as one JSON list:
+"""Rows of training files → chats.
 
     {"messages": [{"role": "system" | "user" | "assistant" | "tool", "content": "…"}, …], "tools": […]}
-    {"instruction": "…", "input": "… or empty", "output": "…"}          Alpaca
-    {"prompt": "…", "completion": "…"}
+    {"conversations": [{"from": "human" | "gpt" | …, "value": "…"}, …]}                     ShareGPT
+    {"instruction": "…", "input": "… or empty", "output": "…", "system": "…", "history": […]}   Alpaca
+    {"prompt": "…" or messages, "completion": "…" or messages}
+    {"text": "…"}                                                               to be learnt whole
 
-All become a chat: an optional system message, then user and assistant in turn, the last
-word the assistant's. `tools` and an assistant's `tool_calls` have the form of OpenAI's and
-transformers' chat templates; results (role "tool") follow the calls. Nothing is dropped in silence:
-a bad row is an error that names file, line and reason, and skipped rows and unread columns are
-listed for the caller to announce.
+All become a chat: an optional system message, then user and assistant in turn, the last word the assistant's.
+`tools` and an assistant's `tool_calls` have the form of OpenAI's and transformers' chat templates; results (role
+"tool") follow the calls. Nothing is dropped in silence: a bad row is an error that names file, line and reason, and
+skipped rows and unread columns are listed for the caller to announce.
 """
 
+import contextlib
 import json
 import re
-from collections.abc import Iterator
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-TOOL_FIELDS = {"tool_calls", "tool_call_id", "name"}  # of messages in a chat with tools
+from .files import DataError, read_places
 
-
-class DataError(ValueError):
-    """Data that cannot be learnt from. The message is one line and names the place."""
+ROLES = {
+    "system": "system developer",
+    "user": "user human",
+    "assistant": "assistant gpt chatgpt bot model bing bard function_call",
+    "tool": "tool function function_response observation ipython",
+}
+ROLE = {name: role for role, names in ROLES.items() for name in names.split()}
+# Of a message; those of a call and its result in a chat with tools.
+FIELDS = {"role", "content", "from", "value", "weight", "reasoning_content"}
+TOOL_FIELDS = {"tool_calls", "tool_call_id", "name"}
+FORMS = ("messages", "conversations", "instruction", "prompt", "text")
+MEDIA = ("image", "images", "video", "videos", "audio", "audios")
+# Half of a pair, NUL, and what Unicode reserves never to be a character (encoding.py marks places with some of them).
+NO_CHARACTER = re.compile("[\ud800-\udfff\0\ufdd0-\ufdef]")
+EXPECTED = ("expected messages, conversations, instruction (input) and output, prompt and completion, or text; "
+            "--columns prompt=NAME,completion=NAME names others")  # fmt: skip
 
 
 class Chat(list):
@@ -55,31 +68,38 @@ class LoadedRows:
     notes: list[str]
 
 
-def load_rows(path: str | Path, skip_bad_rows: bool = False) -> LoadedRows:
-    """Read a file of rows as chats.
+def load_rows(
+    path: str | Path, skip_bad_rows: bool = False, columns: Mapping[str, str] | None = None, train_on: str = "answers"
+) -> LoadedRows:
+    """Read rows as chats.
 
     Args:
-        path: JSON Lines, or one JSON list; UTF-8, with or without a byte order mark. Blank lines are skipped.
+        path: what `files.read_places` reads.
         skip_bad_rows: leave bad rows out and list them, instead of raising at the first.
+        columns: column of a form above → name that it has in the file.
+        train_on: "all" lets `text` be learnt, too.
 
     Raises:
         DataError: "FILE:LINE: reason" for a bad row; a file that cannot be read or holds no usable row.
     """
-    text = _read_text(path)
-    entries = _list_entries if text.lstrip().startswith("[") else _line_entries
-    rows, skipped, ignored = [], [], set()
-    for where, entry in entries(text, path):
+    rows, skipped, ignored, unlearnt = [], [], set(), 0
+    for where, row in read_places(path):
         try:
-            chat, unread = _as_chat(json.loads(entry))
-        except (ValueError, RecursionError) as error:
-            reason = error if isinstance(error, DataError) else f"not valid JSON: {_what_is_wrong(error)}"
+            if isinstance(row, DataError):
+                raise row
+            chat, unread = _as_chat(row, columns or {}, train_on)
+        except (DataError, RecursionError) as error:
+            reason = str(error) if str(error).startswith(where) else f"{where}: {error}"
             if not skip_bad_rows:
-                raise DataError(f"{where}: {reason}") from None
-            skipped.append(f"{where}: {reason}")
-        else:
-            chat.where = where
-            rows.append(chat)
-            ignored |= unread
+                raise DataError(reason) from None
+            skipped.append(reason)
+            continue
+        ignored |= unread
+        if all(message.get("weight") == 0 for message in chat if message["role"] in ("assistant", "text")):
+            unlearnt += 1
+            continue
+        chat.where = where
+        rows.append(chat)
     if not rows:
         reason = f"no usable row among {len(skipped)}; {skipped[0]}" if skipped else "holds no rows"
         raise DataError(f"{path}: {reason}")
@@ -87,90 +107,75 @@ def load_rows(path: str | Path, skip_bad_rows: bool = False) -> LoadedRows:
     if skipped:
         total = len(skipped) + len(rows)
         notes.append(f"bad rows skipped: {len(skipped)} of {total}, the first: {'; '.join(skipped[:3])}")
+    if unlearnt:
+        notes.append(f"rows left out, as their label is false or their answers have weight 0: {unlearnt}")
     if ignored:
         notes.append(f"ignored columns: {', '.join(sorted(ignored))}")
     return LoadedRows(rows, notes)
 
 
-def _read_text(path: str | Path) -> str:
-    try:
-        content = Path(path).read_bytes()
-    except OSError as error:
-        raise DataError(f"{path}: cannot be read: {error.strerror}") from None
-    try:
-        return content.decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        line = content.count(b"\n", 0, error.start) + 1
-        raise DataError(f"{path}:{line}: not UTF-8 text") from None
-
-
-def _what_is_wrong(error: Exception) -> str:
-    """The decoder's words with the column; its line number counts within the row, and would contradict the file's."""
-    return f"{error.msg}, column {error.colno}" if isinstance(error, json.JSONDecodeError) else str(error)
-
-
-def _line_entries(text: str, path: str | Path) -> Iterator[tuple[str, str]]:
-    """("FILE:LINE", JSON text) for each line with something on it."""
-    # Not splitlines(): it also cuts at characters such as U+2028, which JSON allows inside a string.
-    for number, line in enumerate(text.split("\n"), start=1):
-        if line.strip():
-            yield f"{path}:{number}", line
-
-
-def _list_entries(text: str, path: str | Path) -> Iterator[tuple[str, str]]:
-    """("FILE:LINE: row N", JSON text) for each element of one JSON list."""
-    decoder = json.JSONDecoder()
-    position = _after_space(text, text.index("[") + 1)
-    line, counted, number = 1, 0, 0
-    more = text[position : position + 1] != "]"
-    while more:
-        line, counted, number = line + text.count("\n", counted, position), position, number + 1
-        where = f"{path}:{line}: row {number}"
-        try:
-            _, end = decoder.raw_decode(text, position)
-        except (ValueError, RecursionError) as error:
-            # Where one row is broken nobody knows where the next begins, so this is never skipped.
-            raise DataError(f"{where}: not valid JSON: {getattr(error, 'msg', error)}") from None
-        yield where, text[position:end]
-        position = _after_space(text, end)
-        more = text[position : position + 1] == ","
-        if more:
-            position = _after_space(text, position + 1)
-        elif text[position : position + 1] != "]":
-            raise DataError(f"{where}: not valid JSON: expected ',' or ']' after this row")
-    if text[position + 1 :].strip():
-        raise DataError(f"{path}: not valid JSON: text after the end of the list")
-
-
-def _after_space(text: str, position: int) -> int:
-    return re.compile(r"\s*").match(text, position).end()
-
-
-def _as_chat(row: object) -> tuple[Chat, set[str]]:
+def _as_chat(row: object, columns: Mapping[str, str], train_on: str) -> tuple[Chat, set[str]]:
     """A row as a chat, and the columns that were not read."""
     if not isinstance(row, dict):
         raise DataError(f"a row must be a JSON object, got {type(row).__name__}")
-    if "messages" in row:
-        chat = Chat(_messages(row["messages"]), _tools(row.get("tools")))
-        fields = {f"messages.{key}" for message in row["messages"] for key, value in message.items() if value}
-        read = {"messages", "tools", "messages.role", "messages.content"}
-        if _has_tools(chat):
-            read |= {f"messages.{field}" for field in TOOL_FIELDS}
-        return chat, (set(row) | fields) - read
-    if "instruction" in row:
-        request, unread = _text(row, "instruction"), set(row) - {"instruction", "input", "output"}
-        if row.get("input") not in (None, ""):
-            request += "\n\n" + _text(row, "input")
-        answer = _text(row, "output")
-    elif "prompt" in row:
-        request, unread = _text(row, "prompt"), set(row) - {"prompt", "completion"}
-        answer = _text(row, "completion")
+    for column, name in columns.items():
+        if name not in row:
+            raise DataError(f"field {name!r} is missing, which --columns takes for {column}")
+    others = {name: value for name, value in row.items() if name not in {*columns, *columns.values()}}
+    row = others | {column: row[name] for column, name in columns.items()}
+    for name in MEDIA:
+        if row.get(name):
+            raise DataError(f"field {name!r} is not empty; only text can be learnt")
+    if "chosen" in row and "rejected" in row:
+        raise DataError("a preference row (chosen, rejected); what is learnt here are answers, not preferences")
+    form = next((name for name in FORMS if row.get(name) is not None), None)
+    turns, read = [], {form, "system"}
+    if row.get("system") and form in ("conversations", "instruction"):
+        turns.append({"role": "system", "content": _text(row, "system")})
+    if form in ("messages", "conversations"):
+        turns += _turns(row, form)
+        read |= {"tools"}
+    elif form == "instruction":
+        read |= {"input", "output", "history"}
+        for pair in row.get("history") or []:
+            if not isinstance(pair, (list, tuple)) or len(pair) != 2:
+                raise DataError("field 'history' must be a list of [request, answer] pairs")
+            turns += [{"role": role, "content": text} for role, text in zip(("user", "assistant"), pair, strict=True)]
+        asked = [_text(row, name) for name in ("instruction", "input") if row.get(name) not in (None, "")]
+        request = "\n\n".join(asked or [_text(row, "instruction")])
+        turns += [{"role": "user", "content": request}, {"role": "assistant", "content": _text(row, "output")}]
+    elif form == "prompt":
+        read |= {"completion", "label"}
+        for name, role in (("prompt", "user"), ("completion", "assistant")):
+            many = isinstance(row.get(name), list)
+            turns += _turns(row, name) if many else [{"role": role, "content": _text(row, name)}]
+    elif form == "text":
+        if train_on != "all":
+            raise DataError("a text in which no answer is marked can be learnt with --train-on all only")
+        return Chat([{"role": "text", "content": _text(row, "text")}]), set(row) - {"text"}
     else:
-        raise DataError(
-            f"unknown columns: {', '.join(row) or 'none'}; "
-            "expected messages, or instruction (input) and output, or prompt and completion"
-        )
-    return Chat([{"role": "user", "content": request}, {"role": "assistant", "content": answer}]), unread
+        raise DataError(f"unknown columns: {', '.join(map(str, row)) or 'none'}; {EXPECTED}")
+    chat = Chat(_messages(turns), _tools(row.get("tools")) if "tools" in read else None)
+    if form == "prompt" and str(row.get("label")).lower() == "false":
+        chat = Chat([message | {"weight": 0} for message in chat])
+    with_tools = chat.tools or any(message["role"] == "tool" or "tool_calls" in message for message in chat)
+    known = FIELDS | (TOOL_FIELDS if with_tools else set())
+    fields = {f"{form}.{key}" for turn in turns for key, value in turn.items() if value and key not in known}
+    return chat, (set(row) | fields) - read
+
+
+def _turns(row: dict, name: str) -> list[dict]:
+    """A list of messages; some data sets hold it as JSON text."""
+    turns = row[name]
+    if isinstance(turns, str):
+        with contextlib.suppress(ValueError):
+            turns = json.loads(turns)
+    if not isinstance(turns, list) or not turns:
+        raise DataError(f"field {name!r} must be a list with at least one message")
+    for number, turn in enumerate(turns, start=1):
+        if not isinstance(turn, dict):
+            raise DataError(f"message {number}: must be a JSON object, got {type(turn).__name__}")
+    return turns
 
 
 def _text(fields: dict, name: str) -> str:
@@ -178,14 +183,18 @@ def _text(fields: dict, name: str) -> str:
     if name not in fields:
         raise DataError(f"field {name!r} is missing")
     value = fields[name]
+    if isinstance(value, list) and value and all(isinstance(part, dict) for part in value):  # as OpenAI writes it
+        for part in value:
+            if part.get("type") != "text" or not isinstance(part.get("text"), str):
+                raise DataError(f"field {name!r} holds a part of type {part.get('type')!r}; only text can be learnt")
+        value = "".join(part["text"] for part in value)
     if not isinstance(value, str):
         raise DataError(f"field {name!r} must be text, got {type(value).__name__}")
     if not value.strip():
         raise DataError(f"field {name!r} is empty")
-    try:
-        value.encode()
-    except UnicodeEncodeError:
-        raise DataError(f"field {name!r} holds half of a surrogate pair, which is no character") from None
+    if bad := NO_CHARACTER.search(value):
+        what = "half of a surrogate pair" if "\ud800" <= bad[0] <= "\udfff" else f"the code point {ord(bad[0]):#x}"
+        raise DataError(f"field {name!r} holds {what}, which is no character, at {bad.start() + 1}")
     return value
 
 
@@ -209,14 +218,8 @@ def _function(entry: object) -> dict | None:
     return function if isinstance(function, dict) and isinstance(function.get("name"), str) else None
 
 
-def _has_tools(chat: Chat) -> bool:
-    return bool(chat.tools) or any(message["role"] == "tool" or "tool_calls" in message for message in chat)
-
-
-def _messages(messages: object) -> list[dict]:
+def _messages(messages: list[dict]) -> list[dict]:
     """Check that a chat is an optional system message, then user and assistant in turn, tools between them."""
-    if not isinstance(messages, list) or not messages:
-        raise DataError("field 'messages' must be a list with at least one message")
     chat = []
     for number, message in enumerate(messages, start=1):
         try:
@@ -228,24 +231,41 @@ def _messages(messages: object) -> list[dict]:
     return chat
 
 
-def _message(message: object, before: dict | None) -> dict:
+def _message(message: dict, before: dict | None) -> dict:
     """One message of a chat; `before` is the message before it."""
-    if not isinstance(message, dict):
-        raise DataError(f"must be a JSON object, got {type(message).__name__}")
-    role = message.get("role")
-    if role not in ("system", "user", "assistant", "tool"):
-        raise DataError(f"unknown role {role!r}, expected system, user, assistant or tool")
+    name = message.get("role") or message.get("from")
+    role = ROLE.get(name) if isinstance(name, str) else None
+    if role is None:
+        raise DataError(f"unknown role {name!r}, expected system, user, assistant or tool")
     expected = _who_follows(before)
     if role not in expected:
         raise DataError(f"role {role!r} out of order, expected {' or '.join(expected)}")
-    calls = _tool_calls(message)
+    field = "value" if message.get("content") is None and message.get("value") is not None else "content"
+    calls = _tool_calls(message | _call_in_text(message, field) if name == "function_call" else message, role)
     # Empty on purpose: a system message that switches off a template's own, and a call without text.
-    if (role == "system" and message.get("content") == "") or (calls and not message.get("content")):
+    empty = not message.get(field) if calls else role == "system" and message.get(field) == ""
+    if empty or name == "function_call":
         content = ""
     else:
-        content = _text(message, "content")
-    links = {name: message[name] for name in ("tool_call_id", "name") if role == "tool" and message.get(name)}
-    return {"role": role, "content": content} | ({"tool_calls": calls} if calls else {}) | links
+        content = _text(message, field)
+    kept = {"tool_calls": calls} if calls else {}
+    if message.get("reasoning_content") and role == "assistant":
+        kept["reasoning_content"] = _text(message, "reasoning_content")
+    if message.get("weight") is not None:
+        if message["weight"] not in (0, 1):
+            raise DataError(f"field 'weight' must be 0 or 1, got {message['weight']!r}")
+        kept |= {} if message["weight"] else {"weight": 0}
+    kept |= {name: message[name] for name in ("tool_call_id", "name") if role == "tool" and message.get(name)}
+    return {"role": role, "content": content} | kept
+
+
+def _call_in_text(message: dict, field: str) -> dict:
+    """ShareGPT's function_call: the call, or a list of them, as JSON text."""
+    try:
+        calls = json.loads(message[field])
+    except (TypeError, ValueError, KeyError):
+        raise DataError(f"field {field!r} of a function_call must hold the call as JSON") from None
+    return {"tool_calls": calls if isinstance(calls, list) else [calls]}
 
 
 def _who_follows(before: dict | None) -> tuple[str, ...]:
@@ -258,12 +278,12 @@ def _who_follows(before: dict | None) -> tuple[str, ...]:
     return ("tool", "user") if "tool_calls" in before else ("user",)
 
 
-def _tool_calls(message: dict) -> list[dict] | None:
+def _tool_calls(message: dict, role: str) -> list[dict] | None:
     """The calls of an assistant's message, arguments as an object; None for none."""
     calls = message.get("tool_calls")
     if not calls:
         return None
-    if message["role"] != "assistant" or not isinstance(calls, list):
+    if role != "assistant" or not isinstance(calls, list):
         raise DataError("field 'tool_calls' must be a list, in a message of the assistant")
     read = []
     for call in calls:

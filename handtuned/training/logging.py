@@ -1,5 +1,6 @@
 """What a run prints, and what it leaves behind beside the adapter: run.json, metrics.jsonl, loss.png."""
 
+import contextlib
 import importlib.util
 import json
 import math
@@ -35,6 +36,16 @@ def versions(*more: str) -> dict[str, str]:
     return found
 
 
+def processor(*fields: str) -> list[str]:
+    """What the CPU is: these fields of /proc/cpuinfo on Linux, elsewhere what Python knows."""
+    with contextlib.suppress(OSError):
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").split("\n\n")[0].splitlines()
+        facts = {name.strip(): value.strip() for name, _, value in (line.partition(":") for line in lines)}
+        if known := [facts[name] for name in fields if name in facts]:
+            return known
+    return [platform.processor() or platform.machine()]
+
+
 def command_line() -> str:
     """The command as it was typed, ready to paste."""
     name = "handtuned" if Path(sys.argv[0]).name in ("handtuned", "__main__.py") else sys.argv[0]
@@ -52,14 +63,10 @@ class Metrics:
 
     def rows(self) -> list[dict]:
         """All whole lines; a last line cut short by a kill is left out."""
-        if not self.path.exists():
-            return []
         rows = []
-        for line in self.path.read_text(encoding="utf-8").splitlines():
-            try:
+        with contextlib.suppress(FileNotFoundError, json.JSONDecodeError):
+            for line in self.path.read_text(encoding="utf-8").splitlines():
                 rows.append(json.loads(line))
-            except json.JSONDecodeError:
-                break
         return rows
 
     def keep_until(self, step: int) -> None:
@@ -128,14 +135,9 @@ class Reporter:
 
 def write_run(directory: Path, settings: dict, marks: dict[str, str]) -> None:
     """`run.json`: the exact command, all settings, versions, and the marks of base model and data."""
-    record = {
-        "command": command_line(),
-        "settings": settings,
-        "versions": versions(),
-        "machine": f"{platform.system()} {platform.machine()}",
-        "marks": marks,
-    }
-    write_json(directory / "run.json", record)
+    machine = f"{platform.system()} {platform.machine()}"
+    write_json(directory / "run.json", {"command": command_line(), "settings": settings, "versions": versions(),
+                                        "machine": machine, "marks": marks})  # fmt: skip
 
 
 def megabytes(count: float) -> str:
@@ -148,12 +150,11 @@ def plan(settings: FinetuneSettings, base, total: int) -> str:
     layers = sum(isinstance(module, LoRALinear) for module in base.model.modules())
     kept = [row for row in quantization_summary(base.model).rows if row.kind != "LoRALinear"]
     parameters = sum(row.parameters for row in kept)
-    before, after = sum(row.bytes_before for row in kept), sum(row.bytes_after for row in kept)
-    quantized = f"{megabytes(before)} → {megabytes(after)}"
+    before, after = megabytes(sum(row.bytes_before for row in kept)), megabytes(sum(row.bytes_after for row in kept))
     threads = f", {torch.get_num_threads()} threads" if base.device.type == "cpu" else ""
     return "\n".join([
         f"model        {settings.model}: {parameters:,} parameters",
-        f"weights      {quantized if settings.method == 'qlora' else f'{megabytes(after)}, not quantized'}",
+        f"weights      {f'{before} → {after}' if settings.method == 'qlora' else f'{after}, not quantized'}",
         f"trainable    {trainable:,} parameters ({100 * trainable / parameters:.2f} %): "
         f"LoRA r {settings.lora_r}, alpha {settings.lora_alpha:g} on {layers} layers",
         f"data         {len(base.examples)} rows to learn from, {len(base.held_out.examples)} held out",
@@ -169,18 +170,17 @@ class RunLog:
 
     Args:
         first, total: optimizer steps done already, and in the whole run.
-        settings: of the run, as JSON.
         main: whether this rank writes.
     """
 
-    def __init__(self, directory: Path, first: int, total: int, settings: dict, main: bool):
+    def __init__(self, directory: Path, first: int, total: int, settings: FinetuneSettings, main: bool):
         from tqdm import tqdm
 
-        self.main, self.total, self.every = main, total, settings["logging_steps"]
+        self.main, self.total, self.every = main, total, settings.logging_steps
         self.metrics = Metrics(directory / "metrics.jsonl")
         if main:
             self.metrics.keep_until(first)
-        self.reporter = Reporter(settings["report_to"] if main else "none", directory, settings)
+        self.reporter = Reporter(settings.report_to if main else "none", directory, settings.to_json())
         self.bar = tqdm(total=total, initial=first, desc="training", unit="step", dynamic_ncols=True)
 
     def __enter__(self):
@@ -202,25 +202,24 @@ class RunLog:
 
 def summary(results: dict, directory: Path) -> str:
     """Held-out scores and answers before and after, peak memory, and where to go from here."""
-    lines = [""]
-    before, after = results["before"], results["after"]
+    lines, (before, after) = [""], (results["before"], results["after"])
     if before and after:
         lines.append(f"held-out rows ({after['rows']})   before      after")
-        for name, text, form in (("exact_match", "exact match", "{:.1%}"), ("token_accuracy", "right tokens", "{:.1%}"),
-                                 ("loss", "loss", "{:.4f}")):  # fmt: skip
-            lines.append(f"  {text:18} {form.format(before[name]):>9} {form.format(after[name]):>10}")
+        for name, text, form in (("exact_match", "exact match", ".1%"), ("token_accuracy", "right tokens", ".1%"),
+                                 ("loss", "loss", ".4f")):  # fmt: skip
+            was, now = ("not finite" if side[name] is None else f"{side[name]:{form}}" for side in (before, after))
+            lines.append(f"  {text:18} {was:>9} {now:>10}")
     for entry in results["answers"]:
-        lines += ["", f"prompt    {_short(entry['prompt'])}", f"expected  {_short(entry['expected'])}",
-                  f"before    {_short(entry['before'])}", f"after     {_short(entry['after'])}"]  # fmt: skip
+        lines += ["", *(f"{part:9} {_short(entry[part])}" for part in ("prompt", "expected", "before", "after"))]
     prompt = _short(results["answers"][0]["prompt"]) if results["answers"] else "…"
-    lines += [
+    return "\n".join([
+        *lines,
         "",
         f"peak memory  {megabytes(results['peak_memory_bytes'])}",
         f"time         {results['seconds']:.0f} s",
         f"adapter      {directory}",
         f'talk to it   handtuned generate --adapter {directory} "{prompt}"',
-    ]
-    return "\n".join(lines)
+    ])
 
 
 def _short(text: str) -> str:

@@ -6,9 +6,9 @@ Accumulation, loss scaling and clipping have to be done in one order:
     every micro-batch   loss · scale / tokens of the whole step  → backward: gradients add up, still scaled
     once per step       unscale → clip → step (skipped after an overflow) → update the scale
 
-The study documents' `loss = mean(batch) / accumulation_steps` weighs a token in a short micro-batch more than one in
-a long micro-batch. Here each micro-batch's *sum* is divided by the answer tokens of the whole step, so that 1 × 8 rows,
-8 × 1 rows and 2 ranks of 4 × 1 rows give the same gradient.
+The study documents' `loss = mean(batch) / accumulation_steps` weighs a token in a short micro-batch more. Here each
+micro-batch's *sum* is divided by the answer tokens of the whole step, so that 1 × 8 rows, 8 × 1 rows and 2 ranks of
+4 × 1 rows give the same gradient.
 """
 
 import math
@@ -81,7 +81,9 @@ def train_step(
             loss = world.run(lambda batch=batch: lm.loss(batch), sync=last)  # summed over answer tokens
         scaler.scale(mean.part(loss)).backward()
 
-    _check_gradients(lm.model)
+    idle = [name for name, p in lm.model.named_parameters() if p.requires_grad and p.grad is None]
+    if idle:  # what has not met the loss would silently stay as it is
+        raise ValueError(f"{len(idle)} trainable parameters got no gradient, the first is {idle[0]}")
     world.collect_gradients(scaler)
     scaler.unscale_(optimizer)
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
@@ -92,14 +94,23 @@ def train_step(
     scale = scaler.get_scale()
     scaler.step(optimizer)
     scaler.update()
-    if scaler.get_scale() >= scale:  # a step that overflowed was skipped; so is its place in the schedule
+    skipped = scaler.get_scale() < scale  # after an overflow; so is its place in the schedule
+    training.skipped = training.skipped + 1 if skipped else 0
+    if not skipped:
         training.schedule.step()
+        training.moved = training.moved or grad_norm > 0
     optimizer.zero_grad(set_to_none=True)
+    if training.skipped == SKIPPED:
+        raise Diverged(f"the last {SKIPPED} steps overflowed, down to a loss scale of {scaler.get_scale():g}, and were "
+                       f"skipped (loss {loss:g})")  # fmt: skip
     return loss, grad_norm
 
 
+SKIPPED = 20  # overflows in a row that end a run; the first loss scale, 2^16, is below 1 after 17
+
+
 class Diverged(ValueError):
-    """The loss or its gradient is not finite any more."""
+    """The loss or its gradient is not finite any more, or no step has changed anything."""
 
 
 @dataclass
@@ -112,6 +123,8 @@ class Training:
     scaler: GradScaler
     dtype: torch.dtype = torch.float32  # of the computation
     world: World = field(default_factory=World)
+    skipped: int = 0  # the latest steps in a row that overflowed
+    moved: bool = False  # a step has changed the adapters
 
 
 def optimizer_steps(settings: FinetuneSettings, rows: int, ranks: int) -> int:
@@ -147,32 +160,39 @@ def train(
         Diverged: as `train_step`.
     """
     training.lm.model.train()
-    world, batch_size = training.world, settings.per_device_train_batch_size
-    rows_per_step = batch_size * settings.gradient_accumulation_steps * world.size
+    world, size, seed = training.world, settings.per_device_train_batch_size, settings.seed
+    rows_per_step = size * settings.gradient_accumulation_steps * world.size
+    training.moved = training.schedule.last_epoch > 0
     for step in range(first, total):
         started = time.perf_counter()
-        rows = [examples[i] for i in batch_indices(step, len(examples), rows_per_step, settings.seed)]
+        rows = [examples[i] for i in batch_indices(step, len(examples), rows_per_step, seed)]
         answer_tokens = sum(row.answer_tokens for row in rows)  # of all ranks: each knows the whole batch
         learning_rate = training.schedule.get_last_lr()[0]
-        batches = _micro_batches(rows, batch_size, training.lm.device, world, (settings.seed, step))
+        batches = _micro_batches(rows, size, training.lm.device, world, (seed, step))
         try:
             loss, grad_norm = train_step(training, batches, answer_tokens, settings.max_grad_norm)
         except Diverged as error:
             with world.shared_errors():
+                raise Diverged(f"step {step + 1}: {error}: training cannot go on; {_advice(training)}") from None
+        tokens = sum(len(row.input_ids) for row in rows)
+        if step + 1 == total and not training.moved:
+            with world.shared_errors():
                 raise Diverged(
-                    f"step {step + 1}: {error}: training cannot go on; a lower --learning-rate than "
-                    f"{training.schedule.base_lrs[0]:g} is what most often helps"
-                ) from None
-        seconds = time.perf_counter() - started
+                    f"step {total}: no step has changed the adapters (loss {loss:g}, gradient {grad_norm:g}, loss "
+                    f"scale {training.scaler.get_scale():g}); {_advice(training)}"
+                )
         yield {
-            "step": step + 1,
-            "epoch": round((step + 1) * rows_per_step / len(examples), 4),
-            "loss": loss,
-            "learning_rate": learning_rate,
-            "grad_norm": grad_norm,
-            "answer_tokens": answer_tokens,
-            "tokens_per_second": round(sum(len(row.input_ids) for row in rows) / seconds, 1),
-        }
+            "step": step + 1, "epoch": round((step + 1) * rows_per_step / len(examples), 4), "loss": loss,
+            "learning_rate": learning_rate, "grad_norm": grad_norm, "answer_tokens": answer_tokens,
+            "tokens_per_second": round(tokens / (time.perf_counter() - started), 1),
+        }  # fmt: skip
+
+
+def _advice(training: Training) -> str:
+    lower = f"a lower --learning-rate than {training.schedule.base_lrs[0]:g}"
+    if training.scaler.is_enabled():
+        return f"what helps is a --dtype of wider range (bfloat16, float32) or {lower}"
+    return f"{lower} is what most often helps"
 
 
 def _micro_batches(rows: list[Example], size: int, device: torch.device, world: World, seed: tuple) -> Iterator:
@@ -181,13 +201,6 @@ def _micro_batches(rows: list[Example], size: int, device: torch.device, world: 
     for at in mine:
         world.seed(*seed, at)
         yield collate(rows[at : at + size], 0, device), at == mine[-1]
-
-
-def _check_gradients(model) -> None:
-    """Every trainable parameter must have met the loss; one that has not would silently stay as it is."""
-    idle = [name for name, p in model.named_parameters() if p.requires_grad and p.grad is None]
-    if idle:
-        raise ValueError(f"{len(idle)} trainable parameters got no gradient, the first is {idle[0]}")
 
 
 class StopAfterStep:

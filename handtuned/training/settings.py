@@ -7,10 +7,12 @@ import math
 import os
 import re
 from dataclasses import dataclass, field
+from pathlib import Path
 
 METHODS = ("qlora", "lora")
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 PARALLEL = ("none", "ddp", "fsdp")
+TRAIN_ON = ("all", "answers", "last")
 REPORTERS = ("none", "tensorboard", "wandb")
 RANGES = (  # what must hold of a value that is set, in words, and of which settings
     (lambda x: x >= 1, "at least 1", "lora_r per_device_train_batch_size gradient_accumulation_steps logging_steps "
@@ -40,12 +42,15 @@ class FinetuneSettings:
     """
 
     model: str = _setting("smollm2", "smollm2, a model directory, or a hub name", aliases=["--model-name-or-path"])
-    data: str | None = _setting(
-        None, "training rows, JSON or JSONL: Alpaca, chat, prompt/completion (default: the shipped household task)",
-        aliases=["--dataset"])  # fmt: skip
+    data: tuple[str, ...] | str | None = _setting(
+        None, "training rows: files (JSON, JSON Lines, CSV, TSV, Parquet, Arrow, text; in gzip or zstd too), "
+        "directories, hub names, - for standard input; FILE:2 takes rows twice (default: the shipped household task)",
+        aliases=["--dataset"], nargs="+", action="extend")  # fmt: skip
     eval_data: str | None = _setting(None, "held-out rows (default: a part split off --data)")
     eval_fraction: float = _setting(0.05, "part of --data held out when there is no --eval-data; 0 holds nothing out")
     eval_samples: int = _setting(200, "at most this many held-out rows are scored")
+    columns: str | None = _setting(None, "columns of other names, such as prompt=question,completion=answer")
+    train_on: str = _setting("answers", "what is learnt: all tokens, the answers, or the last answer", choices=TRAIN_ON)
     skip_bad_rows: bool = _setting(False, "count and drop bad rows instead of stopping at the first")
     output_dir: str | None = _setting(None, "where the adapter and the record go (default: handtuned-out/run-N)")
     method: str = _setting("qlora", "qlora: base in NF4 with double quantization; lora: base as it is", choices=METHODS)
@@ -77,6 +82,9 @@ class FinetuneSettings:
     def __post_init__(self):
         if not isinstance(self.target_modules, str):
             self.target_modules = _target_modules(self.target_modules)
+        if self.data is not None and not isinstance(self.data, str):
+            self.data = tuple(self.data) if len(self.data) > 1 else self.data[0]
+        column_names(self.columns)
         for holds, expected, names in RANGES:
             for name in names.split():
                 value = getattr(self, name)
@@ -95,6 +103,14 @@ class FinetuneSettings:
 
     def to_json(self) -> dict:
         return dataclasses.asdict(self)
+
+
+def column_names(text: str | None) -> dict[str, str]:
+    """ "prompt=question,completion=answer" → column → name in the file."""
+    pairs = [pair.partition("=") for pair in text.split(",")] if text else []
+    if not all(column and name for column, _, name in pairs):
+        raise ValueError(f"--columns must be of the form prompt=NAME,completion=NAME, got {text!r}")
+    return {column.strip(): name.strip() for column, _, name in pairs}
 
 
 def _target_modules(words) -> tuple[str, ...] | str:
@@ -127,10 +143,23 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
                             help=text, metavar=metavar, **options)  # fmt: skip
 
 
-def differences(now: dict, before: dict) -> list[str]:
-    """Which typed settings disagree with those, read from JSON, of a run that is to be continued."""
-    plain = {name: list(value) if isinstance(value, tuple) else value for name, value in now.items() if name in before}
-    return [f"{flag(name)} was {before[name]}, now {now[name]}" for name in plain if plain[name] != before[name]]
+def in_use(path: Path) -> bool:
+    """Whether something stands there that must not be written over: a file, or a directory that is not empty."""
+    return path.exists() and (not path.is_dir() or any(path.iterdir()))
+
+
+def resumed(what: str, typed: dict, saved: dict, **free) -> FinetuneSettings:
+    """The saved settings of a run or a study (`what`) that is to be continued, but for those that are `free`.
+
+    Raises:
+        ValueError: a setting was typed again (`typed`) and differs.
+    """
+    now = {name: getattr(FinetuneSettings(**{name: value}), name) for name, value in typed.items() if name not in free}
+    plain = {name: list(value) if isinstance(value, tuple) else value for name, value in now.items() if name in saved}
+    changed = [f"{flag(name)} was {saved[name]}, now {now[name]}" for name in plain if plain[name] != saved[name]]
+    if changed:
+        raise ValueError(f"--resume goes on with the {what}'s own settings: {'; '.join(changed)}")
+    return FinetuneSettings(**saved | free)
 
 
 def next_output_dir(root: str = "handtuned-out") -> str:

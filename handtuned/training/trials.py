@@ -15,7 +15,8 @@ SEARCHED = ("lora_r", "lora_alpha", "learning_rate", "target_modules", "lora_dro
 def print_trial(study, trial) -> None:
     """A line when a trial ends."""
     last = max(trial.intermediate_values, default=0)
-    state = {"COMPLETE": "finished", "FAIL": "failed"}.get(trial.state.name, f"stopped after {last} steps")
+    why = f"failed: {trial.user_attrs.get('failed', '')}"
+    state = {"COMPLETE": "finished", "FAIL": why}.get(trial.state.name, f"stopped after {last} steps")
     loss = trial.intermediate_values.get(last, math.nan)
     print(f"trial {trial.number:3}  loss {loss:.4f}  {state:22} {_short(trial.user_attrs.get('settings', {}))}")
 
@@ -24,16 +25,19 @@ def summary(study) -> dict:
     """A study of Optuna's as plain data: see `tune.tune`."""
     rows = []
     for trial in study.trials:
-        if not trial.intermediate_values:
+        failed = trial.user_attrs.get("failed")
+        if not (trial.intermediate_values or failed):
             continue
-        last = max(trial.intermediate_values)
+        last = max(trial.intermediate_values, default=0)
         known = {name: trial.user_attrs.get(name) for name in
                  ("first", "settings", "exact_match", "untouched", "bytes", "seconds_a_step")}  # fmt: skip
         rows.append({"number": trial.number, "state": trial.state.name.lower(), "steps": last,
-                     "loss": trial.intermediate_values[last], **known})  # fmt: skip
+                     "loss": trial.intermediate_values.get(last), **known,
+                     **({"failed": failed} if failed else {})})  # fmt: skip
     finished = [row for row in rows if row["state"] == "complete"]
     if not finished:
-        raise ValueError("no trial was finished; give the search more --minutes")
+        failed = [f"trial {row['number']} failed: {row['failed']}" for row in rows if "failed" in row]
+        raise ValueError(f"no trial was finished; {failed[0] if failed else 'give the search more --minutes'}")
     best = min(finished, key=lambda row: row["loss"])
     first = next((row for row in finished if row["first"]), best)
     return {"best": best, "first": first, "trials": rows}
@@ -54,13 +58,11 @@ def draw_pareto(result: dict, path: Path) -> None:
 
     figure = Figure(figsize=(9, 4), layout="constrained")
     costs = (("bytes", 1e6, "adapter, gradients and optimizer state (MB)"), ("seconds_a_step", 1, "time (s per step)"))
+    of_state = {state: [row for row in result["trials"] if row["state"] == state] for state in ("pruned", "complete")}
+    groups = (("stopped early", of_state["pruned"], "o", "none"), ("finished", of_state["complete"], "o", "0.6"),
+              ("first: finetune's own settings", [result["first"]], "^", "black"))  # fmt: skip
     for axes, (cost, unit, label) in zip(figure.subplots(1, 2, sharey=True), costs, strict=True):
-        groups = {
-            "stopped early": ([row for row in result["trials"] if row["state"] == "pruned"], "o", "none"),
-            "finished": ([row for row in result["trials"] if row["state"] == "complete"], "o", "0.6"),
-            "first: finetune's own settings": ([result["first"]], "^", "black"),
-        }
-        for name, (rows, marker, color) in groups.items():
+        for name, rows, marker, color in groups:
             at = [row[cost] / unit for row in rows], [row["loss"] for row in rows]
             axes.scatter(*at, marker=marker, facecolors=color, edgecolors="black", label=name, zorder=3)
         front = pareto_front(result["trials"], cost)
@@ -78,29 +80,24 @@ def draw_pareto(result: dict, path: Path) -> None:
 
 def table(result: dict, settings: FinetuneSettings, directory: Path) -> str:
     """First and best trial side by side, the front, and the command for a whole run."""
-    first, best = result["first"], result["best"]
     lines = ["", f"{'':8} {'loss':>8} {'exact':>7} {'untouched rows':>17} {'state':>10} {'s/step':>7}  settings"]
-    shown = {"first": first, "best": best} | {f"trial {row['number']}": row
-                                              for row in pareto_front(result["trials"], "bytes")}  # fmt: skip
-    for name, row in shown.items():
-        loss = f"{row['loss']:8.4f} {row['exact_match']:7.1%}"
+    front = {f"trial {row['number']}": row for row in pareto_front(result["trials"], "bytes")}
+    for name, row in ({"first": result["first"], "best": result["best"]} | front).items():
         kept = f"{row['untouched']['loss']:.4f} {row['untouched']['exact_match']:.1%}"
         cost = f"{megabytes(row['bytes']):>10} {row['seconds_a_step']:7.2f}"
-        lines.append(f"{name:8} {loss} {kept:>17} {cost}  {_short(row['settings'])}")
+        lines.append(f"{name:8} {row['loss']:8.4f} {row['exact_match']:7.1%} {kept:>17} {cost}  "
+                     f"{_short(row['settings'])}")  # fmt: skip
     words = ["handtuned", "finetune"]
     for item in dataclasses.fields(settings):
         name = item.name
-        value = best["settings"].get(name, getattr(settings, name))
+        value = result["best"]["settings"].get(name, getattr(settings, name))
         if name in SEARCHED or (value != item.default and name not in ("output_dir", "max_steps")):
             values = value if isinstance(value, (list, tuple)) else [value]
-            words += [flag(name)] if value is True else [flag(name), *map(_number, values)]
+            plain = [f"{value:.4g}" if isinstance(value, float) else str(value) for value in values]
+            words += [flag(name)] if value is True else [flag(name), *plain]
     lines += ["", f"study    {directory} (study.log, trials.json, pareto.png, the best adapter in best/)",
               f"whole run: {shlex.join(words)}"]  # fmt: skip
     return "\n".join(lines)
-
-
-def _number(value) -> str:
-    return f"{value:.4g}" if isinstance(value, float) else str(value)
 
 
 def _short(settings: dict) -> str:

@@ -3,7 +3,8 @@
 A tensor is described once by 128 bytes (a tensor map): where it starts, its sizes and strides, the box to copy, and how
 the box is swizzled in shared memory. Then one thread names a map and coordinates, and the engine works out all
 addresses, fills what lies outside of the tensor with zeros, and arrives at an mbarrier when the bytes have landed.
-Stores go the other way, leave out what lies outside, and are waited for in groups as cp.async is.
+Stores go the other way, leave out what lies outside, and are waited for in groups as cp.async is; `cp.reduce` adds to
+what is there, or takes the larger, as an atomic does.
 
 A map's layout is NVIDIA's secret, and kernels write it field by field (`tensormap.replace`), so here it has a layout
 of its own.
@@ -14,11 +15,12 @@ from dataclasses import dataclass
 import numpy as np
 
 from .access import Access, ListedAccess, address_of
+from .atomics import apply_global, operation
 from .copies import Transfer
 from .fault import Unsupported
 from .mbarrier import barrier_at, check_initialized
 from .registers import SHARED_BASE, both
-from .types import S64, U8, U32, U64
+from .types import S64, TYPES, U8, U32, U64
 from .wgmma import swizzled
 
 MAP_BYTES = 128
@@ -27,7 +29,7 @@ _FIELDS = {  # name → (byte offset, bytes of an entry)
     "element_stride": (80, 4), "rank": (100, 4), "elemtype": (104, 4), "interleave_layout": (108, 4),
     "swizzle_mode": (112, 4), "fill_mode": (116, 4),
 }  # fmt: skip
-_ELEMENT_BYTES = {0: 1, 1: 2, 2: 4, 3: 4, 4: 8, 5: 8, 6: 2, 7: 4, 8: 4, 9: 8, 10: 2, 11: 4, 12: 4}
+_ELEMENTS = ("u8", "u16", "u32", "s32", "u64", "s64", "f16", "f32", "f32", "f64", "bf16")
 _SPAN = {0: 0, 1: 32, 2: 64, 3: 128}
 _CHUNK = 16
 
@@ -40,8 +42,9 @@ class TensorMap:
     shape: list
     strides: list
     box: list
-    itemsize: int
+    kind: str
     span: int
+    nan: bool
 
     @classmethod
     def read(cls, raw):
@@ -52,9 +55,14 @@ class TensorMap:
             return raw[at : at + n * size].view(f"u{size}").tolist()
 
         rank = field("rank")[0] + 1
-        itemsize = _ELEMENT_BYTES[field("elemtype")[0]]
-        return cls(field("global_address")[0], field("global_dim", rank), [itemsize, *field("global_stride", rank - 1)],
-                   field("box_dim", rank), itemsize, _SPAN[field("swizzle_mode")[0]])  # fmt: skip
+        kind = _ELEMENTS[field("elemtype")[0]]
+        strides = [TYPES[kind].itemsize, *field("global_stride", rank - 1)]
+        return cls(field("global_address")[0], field("global_dim", rank), strides, field("box_dim", rank), kind,
+                   _SPAN[field("swizzle_mode")[0]], bool(field("fill_mode")[0]))  # fmt: skip
+
+    @property
+    def itemsize(self) -> int:
+        return TYPES[self.kind].itemsize
 
     @property
     def nbytes(self) -> int:
@@ -76,6 +84,19 @@ class TensorMap:
             inside &= (x >= 0) & (x < size)
             address += x * stride
         return address, np.arange(index.shape[1]) * unit, inside
+
+
+def encoded(address, shape, strides, box, element, swizzle, nan):
+    """The 128 bytes of a map, as the host writes it; the innermost dimension last, strides in elements."""
+    raw = np.zeros(MAP_BYTES, U8)
+    size = TYPES[_ELEMENTS[element]].itemsize
+    fields = {"global_address": [address], "global_stride": [s * size for s in strides[-2::-1]],
+              "global_dim": shape[::-1], "box_dim": box[::-1], "rank": [len(shape) - 1], "elemtype": [element],
+              "swizzle_mode": [swizzle], "fill_mode": [nan]}  # fmt: skip
+    for name, entries in fields.items():
+        at, nbytes = _FIELDS[name]
+        raw[at : at + nbytes * len(entries)].view(f"u{nbytes}")[:] = entries
+    return raw
 
 
 def tensormap(m, pc, i):
@@ -218,7 +239,10 @@ def _load(m, pc, i):
             unit = tensor.unit(coordinates)
             address, _, inside = tensor.places(coordinates, unit)
             width = min(unit, 8)
-            data = np.zeros((address.size, unit // width), f"u{width}")
+            data = np.zeros((address.size, unit), U8)
+            if tensor.nan:
+                data.reshape(-1, tensor.itemsize)[:] = [0xFF] * (tensor.itemsize - 1) + [0x7F]
+            data = data.view(f"u{width}")
             who = np.full(int(inside.sum()), program), np.full(int(inside.sum()), thread)
             origin = ListedAccess(b, i, *who, address[inside], unit)
             data[inside] = b.launch.memory.load(origin, width, unit // width, pc)
@@ -238,6 +262,7 @@ def _load(m, pc, i):
 
 def _store(m, pc, i):
     request, source, guard = _Request(m, i, i.args[0]), address_of(m, i.args[1], U32, i), m.guard(i)
+    reduces = "reduce" in i.parts
 
     def run(b):
         starts = np.broadcast_to(source(b.values), (b.programs, b.threads))
@@ -249,13 +274,17 @@ def _store(m, pc, i):
             b.shared.check_async_read(access, offset, pieces, "TMA")
             local = pieces - program * b.shared.writer.shape[1]
             b.bulk.add(Transfer(access.program, access.thread, offset, pieces=local))
-            unit = tensor.unit(coordinates)
+            unit = tensor.itemsize if reduces else tensor.unit(coordinates)
             width = min(unit, 8)
             values = np.ascontiguousarray(b.shared.load(access.program, offset, 8, 2)).reshape(-1).view(f"u{width}")
             address, _, inside = tensor.places(coordinates, unit)
             who = np.full(int(inside.sum()), program), np.full(int(inside.sum()), thread)
-            b.launch.memory.store(ListedAccess(b, i, *who, address[inside], unit),
-                                  values.reshape(-1, unit // width)[inside], pc)  # fmt: skip
+            target, values = ListedAccess(b, i, *who, address[inside], unit), values.reshape(-1, unit // width)[inside]
+            if reduces:
+                change, t = operation(i.parts, tensor.kind)
+                apply_global(b, target, change, [values.view(t)], t, pc)
+            else:
+                b.launch.memory.store(target, values, pc)
             _count(b, pc, "global_stores", address, inside, unit, tensor.nbytes)
 
     return run

@@ -1,0 +1,323 @@
+"""Files of rows, in the forms that people keep them in → rows, each with the place that it stands at.
+
+JSON Lines; one JSON document (a list of rows, an object that holds such a list, or objects over several lines each);
+CSV and TSV; Parquet and Arrow (by pyarrow); plain text, a row per line. Any of them in gzip or zstd; a directory of
+them; `-`, standard input; the name of a data set on the Hugging Face hub (by `datasets`, its offline cache included).
+Text is UTF-8, UTF-16 or UTF-32, lines end in LF, CR or both.
+
+A file may be hostile: no row is longer than `MOST_ROW` characters, no JSON document than `MOST_DOCUMENT`, and nothing
+unpacks to a hundred times its size, so that reading it stays within 2 GB.
+"""
+
+import csv
+import gzip
+import io
+import itertools
+import json
+import re
+import sys
+import zlib
+from collections.abc import Iterator
+from pathlib import Path
+
+MOST_ROW = 2**24  # characters
+MOST_DOCUMENT = 2**28
+BOMB = 2**22, 100  # unpacked bytes from which on the ratio of unpacked to packed ones is looked at, and its limit
+TABLES = {".csv": ",", ".tsv": "\t"}
+SUFFIXES = {".json", ".jsonl", ".ndjson", ".txt", ".parquet", ".arrow", *TABLES}
+# An object that is no row itself but holds a list of rows, behind numbers and texts at most.
+WRAPPED = re.compile(
+    r'\{(?:\s*"[^"\\]*"\s*:\s*(?:"[^"\\]*"|[\w.+-]+)\s*,)*'
+    r'\s*"(?!(?:messages|conversations|prompt|completion|tools|chosen|rejected)")[^"\\]*"\s*:\s*(?=\[\s*\{)'
+)
+Place = tuple[str, object]  # "FILE:LINE" or the like, and a row, or the DataError that stands for it
+
+
+class DataError(ValueError):
+    """Data that cannot be learnt from. The message is one line and names the place."""
+
+    def __init__(self, text: str):
+        super().__init__(" ".join(text.splitlines()))
+
+
+def read_places(source: str | Path) -> Iterator[Place]:
+    """(place, row) of every row of a file, directory, data set or standard input.
+
+    Raises:
+        DataError: what cannot be read at all, or from here on.
+    """
+    path, name = Path(source), str(source)
+    try:
+        if name == "-":
+            yield from _read(sys.stdin.buffer, "standard input", "")
+        elif path.is_dir():
+            files = [file for file in path.rglob("*") if file.is_file() and _suffix(file) in SUFFIXES]
+            if not files:
+                raise DataError(f"{name}: cannot be read: no file in it ends in {', '.join(sorted(SUFFIXES))}")
+            for file in sorted(files, key=lambda file: file.relative_to(path).as_posix()):
+                yield from read_places(file)
+        elif not path.exists() and re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", name) and _suffix(path) not in SUFFIXES:
+            yield from _hub(name)
+        else:
+            with open(path, "rb") as file:
+                yield from _read(file, name, _suffix(path))
+    except DataError:
+        raise
+    except (OSError, EOFError, ValueError, zlib.error) as error:
+        reason = getattr(error, "strerror", None) or " ".join(str(error).split())[:200]
+        raise DataError(f"{name}: cannot be read: {reason}") from None
+
+
+def _suffix(path: Path) -> str:
+    return Path(re.sub(r"\.(gz|zst|zstd)$", "", path.name.lower())).suffix
+
+
+def _hub(name: str) -> Iterator[Place]:
+    from datasets import load_dataset
+
+    try:
+        rows = load_dataset(name, split="train")
+    except Exception as error:  # whatever it raises without a network or such a data set
+        reason = " ".join(str(error).split())
+        raise DataError(f"{name}: no such file, nor can it be had from the hub: {reason}") from None
+    for number, row in enumerate(rows, start=1):
+        yield f"{name}: row {number}", row
+
+
+class _Unpacked(io.RawIOBase):
+    """What a packed stream unpacks to, if it is no bomb."""
+
+    def __init__(self, packed, unpacked, name: str):
+        self.packed, self.unpacked, self.name, self.count = packed, unpacked, name, 0
+
+    def readable(self):
+        return True
+
+    def readinto(self, buffer) -> int:
+        piece = self.unpacked.read(len(buffer))
+        buffer[: len(piece)] = piece
+        self.count += len(piece)
+        if self.count > BOMB[0] and self.count > BOMB[1] * self.packed.tell():
+            raise DataError(f"{self.name}: unpacks to more than {BOMB[1]} times its size")
+        return len(piece)
+
+
+def _read(file: io.BufferedReader, name: str, suffix: str) -> Iterator[Place]:
+    start = file.peek(8)
+    if start[:2] == b"\x1f\x8b":
+        file = io.BufferedReader(_Unpacked(file, gzip.GzipFile(fileobj=file), name))
+    elif start[:4] == b"\x28\xb5\x2f\xfd":
+        import pyarrow
+
+        file = io.BufferedReader(_Unpacked(file, pyarrow.CompressedInputStream(file, "zstd"), name))
+    start = file.peek(4096)[:4096]
+    if start[:4] == b"PAR1" or start[:6] == b"ARROW1" or suffix in (".parquet", ".arrow"):
+        yield from _columns(file, name, parquet=start[:4] == b"PAR1" or suffix == ".parquet")
+        return
+    encoding = json.detect_encoding(start)
+    text = io.TextIOWrapper(file, encoding, "surrogateescape" if encoding.startswith("utf-8") else "strict")
+    first = start.decode(encoding, "ignore").lstrip("\ufeff \t\r\n")
+    if suffix == ".txt":
+        for number, line in _lines(text, name):
+            if line.strip():
+                yield f"{name}:{number}", {"text": line.rstrip("\n")}
+    elif suffix in TABLES:
+        yield from _table(text, name, TABLES[suffix])
+    elif first[:1] == "[" or WRAPPED.match(first):
+        yield from _document(_rest(text, name), name)
+    else:
+        yield from _json_lines(text, name)
+
+
+def _columns(file: io.BufferedReader, name: str, parquet: bool) -> Iterator[Place]:
+    import pyarrow
+    import pyarrow.parquet
+
+    file = file if file.seekable() else io.BytesIO(file.read())
+    # One thread: on a damaged file others may still be at work when the process ends.
+    if parquet:
+        batches = pyarrow.parquet.ParquetFile(file, pre_buffer=False).iter_batches(batch_size=256, use_threads=False)
+    else:
+        options = pyarrow.ipc.IpcReadOptions(use_threads=False)
+        try:
+            reader = pyarrow.ipc.open_file(file, options=options)
+            batches = map(reader.get_batch, range(reader.num_record_batches))
+        except pyarrow.ArrowInvalid:  # as `datasets` writes them
+            file.seek(0)
+            batches = pyarrow.ipc.open_stream(file, options=options)
+    number = 0
+    for batch in batches:
+        batch.validate(full=True)  # else a damaged file may be read beyond its end
+        for row in batch.to_pylist():
+            number += 1
+            yield f"{name}: row {number}", row
+
+
+def _lines(text: io.TextIOWrapper, name: str) -> Iterator[tuple[int, str]]:
+    """(number, line). A string may hold U+2028 and the like, which `splitlines` would cut at."""
+    number = 1
+    while line := text.readline(MOST_ROW + 1):
+        if len(line) > MOST_ROW:
+            raise DataError(f"{name}:{number}: a line of more than {MOST_ROW:,} characters")
+        yield number, line
+        number += 1
+
+
+def _rest(text: io.TextIOWrapper, name: str, begun: str = "") -> str:
+    content = begun + text.read(MOST_DOCUMENT)
+    if len(content) >= MOST_DOCUMENT:
+        raise DataError(f"{name}: a JSON document of more than {MOST_DOCUMENT:,} characters; JSON Lines may be longer")
+    _check_characters(content, name)
+    return content
+
+
+def _check_characters(text: str, name: str, line: int = 1) -> None:
+    if not text.isascii() and (bad := re.search(r"[\udc80-\udcff]", text)):
+        line += text.count("\n", 0, bad.start())
+        column = bad.start() - text.rfind("\n", 0, bad.start())
+        raise DataError(f"{name}:{line}: not UTF-8 text, column {column}")
+
+
+def _table(text: io.TextIOWrapper, name: str, delimiter: str) -> Iterator[Place]:
+    csv.field_size_limit(MOST_ROW)
+    lines = (line for _, line in _lines(text, name))
+    header_line = next(lines, "")
+    if delimiter == "," and "," not in header_line and ";" in header_line:
+        delimiter = ";"
+    header = next(csv.reader([header_line], delimiter=delimiter), [])
+    if twice := {column for column in header if header.count(column) > 1}:
+        raise DataError(f"{name}:1: the column {min(twice)!r} stands twice in the header")
+    cells = csv.reader(lines, delimiter=delimiter, strict=True)
+    line = 2
+    while True:
+        try:
+            row = next(cells, None)
+        except csv.Error as error:
+            raise DataError(f"{name}:{cells.line_num + 1}: not a valid table: {error}") from None
+        if row is None:
+            return
+        if row:
+            try:
+                _check_characters("\n".join(row), name, line)
+                if len(row) != len(header):
+                    raise DataError(f"{name}:{line}: {len(row)} fields, the header has {len(header)}")
+                yield f"{name}:{line}", dict(zip(header, row, strict=True))
+            except DataError as error:
+                yield f"{name}:{line}", error
+        line = cells.line_num + 2
+
+
+def _once(pairs: list[tuple[str, object]]) -> dict:
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        names = [key for key, _ in pairs]
+        raise DataError(f"the key {next(key for key in names if names.count(key) > 1)!r} stands twice in an object")
+    return found
+
+
+DECODER = json.JSONDecoder(object_pairs_hook=_once)
+
+
+def _json_lines(text: io.TextIOWrapper, name: str) -> Iterator[Place]:
+    """JSON Lines; or, as the first line shows, objects that go over several lines."""
+    lines, blank = _lines(text, name), 0  # how many lines stand before the first row; None behind it
+    while found := next(lines, None):
+        number, line = found
+        place = f"{name}:{number}"
+        if not line.strip():
+            blank = None if blank is None else number
+            continue
+        before, blank = blank, None
+        try:
+            _check_characters(line, name, number)
+            row = DECODER.decode(line)
+        except DataError as error:
+            yield place, error if str(error).startswith(place) else DataError(f"{place}: {error}")
+        except (ValueError, RecursionError) as error:
+            if before is not None and getattr(error, "pos", 0) >= len(line.rstrip()):
+                following = next(lines, None)
+                if following and not following[1].startswith("{"):
+                    yield from _document(_rest(text, name, "\n" * before + line + following[1]), name)
+                    return
+                lines = itertools.chain([following] if following else [], lines)
+            yield place, DataError(f"{place}: not valid JSON: {_what_is_wrong(error)}")
+        else:
+            yield place, row
+
+
+def _document(text: str, name: str) -> Iterator[Place]:
+    """The rows of one JSON document, or of objects one after another."""
+    position = _after_space(text, 0)
+    wrapper = WRAPPED.match(text, position)
+    if wrapper or text[position] == "[":
+        position = yield from _elements(text, wrapper.end() if wrapper else position, name)
+        if wrapper:  # what else the object holds must be valid too
+            rest = "{" + text[position:].lstrip(" \r\n\t,")
+            text, position = rest, _decode(rest, 0, name)[1]
+        if text[position:].strip():
+            raise DataError(f"{name}: not valid JSON: text after the end of the list")
+        return
+    while position < len(text):
+        place = f"{name}:{1 + text.count(chr(10), 0, position)}"
+        row, position = _decode(text, position, place)
+        yield place, row
+        position = _after_space(text, position)
+
+
+def _elements(text: str, position: int, name: str) -> Iterator[Place]:
+    """("FILE:LINE: row N", row) for each element of the JSON list at `position`; returns where it ends."""
+    line, counted, number = 1, 0, 0
+    position = _after_space(text, position + 1)
+    more = text[position : position + 1] != "]"
+    while more:
+        line, counted, number = line + text.count("\n", counted, position), position, number + 1
+        place = f"{name}:{line}: row {number}"
+        row, end = _decode(text, position, place)
+        yield place, row
+        position = _after_space(text, end)
+        more = text[position : position + 1] == ","
+        if more:
+            position = _after_space(text, position + 1)
+        elif text[position : position + 1] != "]":
+            raise DataError(f"{place}: not valid JSON: expected ',' or ']' after this row")
+    return position + 1
+
+
+def _decode(text: str, position: int, place: str) -> tuple[object, int]:
+    """The JSON value at `position` and where it ends; tried on ever longer pieces, as most rows are short."""
+    size = 2**12
+    while True:
+        piece = text[position : position + size]
+        try:
+            row, end = DECODER.raw_decode(piece)
+        except DataError as error:
+            return DataError(f"{place}: {error}"), _end_of(text, position, place)
+        except (ValueError, RecursionError) as error:
+            if len(piece) == size and size < MOST_ROW and not isinstance(error, RecursionError):
+                size *= 2
+                continue
+            if len(piece) == size and not isinstance(error, RecursionError):
+                raise DataError(f"{place}: not valid JSON, or of more than {MOST_ROW:,} characters") from None
+            column = position + getattr(error, "pos", 0) - text.rfind("\n", 0, position + getattr(error, "pos", 0))
+            reason = getattr(error, "msg", "nested too deeply")
+            # Where one row is broken nobody knows where the next begins, so this is never skipped.
+            raise DataError(f"{place}: not valid JSON: {reason}, column {column}") from None
+        if end < len(piece) or len(piece) < size:  # a number may go on behind the piece
+            return row, position + end
+        size *= 2
+
+
+def _end_of(text: str, position: int, place: str) -> int:
+    """Where a value ends that is valid JSON, but for what `_once` refuses."""
+    return position + json.JSONDecoder().raw_decode(text[position : position + MOST_ROW])[1]
+
+
+def _after_space(text: str, position: int) -> int:
+    return re.compile(r"\s*").match(text, position).end()
+
+
+def _what_is_wrong(error: Exception) -> str:
+    """The decoder's words with the column; its line number counts within the row, and would contradict the file's."""
+    if isinstance(error, RecursionError):
+        return "nested too deeply"
+    return f"{error.msg}, column {error.colno}" if isinstance(error, json.JSONDecodeError) else str(error)

@@ -1,0 +1,190 @@
+"""Chat templates as models bring them: thinking shown, opened or stripped, marks, dates, tools. What is learnt?"""
+
+import datetime
+import json
+
+import pytest
+from test_data import CHATML, MARKED, learnt_texts, make_tokenizer
+
+from handtuned.training import data
+from handtuned.training.data import DataError
+from handtuned.training.formats import Chat
+
+TURN = "{{ '<|im_start|>' + m.role + '\n' }}"
+GENERATE = "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+OPENS = GENERATE.replace("assistant\n", "assistant\n<think>\n")
+EMPTY = "{{ '<think>\n\n</think>\n\n' }}"
+BODY = "{{ m.content + '<|im_end|>\n' }}"
+LAST_IS_EMPTY = "{% if loop.last and m.role == 'assistant' %}" + EMPTY + "{% endif %}"
+# Thinking stands in the answer's own text, and only the last turn shows it.
+STRIPS = (
+    "{% set text = m.content.split('</think>')[-1].lstrip('\n') if m.role == 'assistant' and not loop.last "
+    "else m.content %}{{ text + '<|im_end|>\n' }}"
+)
+REASONS = (
+    "{% if m.reasoning_content is defined and loop.last %}{{ '<think>\n' + m.reasoning_content + '\n</think>\n\n' }}"
+    "{% endif %}"
+)
+CALLS = (
+    "{% for c in m.tool_calls or [] %}{{ '<call>' + c.function.name }}{{ c.function.arguments | tojson }}{% endfor %}"
+)
+
+
+def chat_of(*inner, generate=GENERATE, tools=False):
+    shown = "{% for t in tools or [] %}{{ t | tojson }}{% endfor %}" if tools else ""
+    return shown + "{% for m in messages %}" + "".join(inner) + "{% endfor %}" + generate
+
+
+def user(text):
+    return {"role": "user", "content": text}
+
+
+def answer(text, **more):
+    return {"role": "assistant", "content": text, **more}
+
+
+END = "<|im_end|>"
+TWO = [user("q1"), answer("one"), user("q2"), answer("two")]
+THOUGHT = [user("q1"), answer("<think>\nhm\n</think>\n\none"), user("q2"), answer("<think>\nso\n</think>\n\ntwo")]
+KINDS = {
+    "no thinking": (chat_of(TURN, BODY), TWO, ["one" + END, "two" + END]),
+    "the prompt opens it, no turn shows it": (chat_of(TURN, BODY, generate=OPENS), TWO, ["one" + END, "two" + END]),
+    "the prompt opens it, the answer goes on": (
+        chat_of(TURN, BODY, generate=OPENS), THOUGHT, [turn["content"] + END for turn in THOUGHT[1::2]]),
+    "the last turn shows that there is none": (
+        chat_of(TURN, LAST_IS_EMPTY, BODY), TWO, ["one" + END, "<think>\n\n</think>\n\ntwo" + END]),
+    "so it does, and the prompt opens it": (
+        chat_of(TURN, LAST_IS_EMPTY, BODY, generate=OPENS), TWO, ["one" + END, "\n</think>\n\ntwo" + END]),
+    "earlier thinking is stripped": (
+        chat_of(TURN, STRIPS), THOUGHT, ["one" + END, "<think>\nso\n</think>\n\ntwo" + END]),
+    "so it is, and the prompt opens it": (
+        chat_of(TURN, STRIPS, generate=OPENS), THOUGHT, ["one" + END, "<think>\nso\n</think>\n\ntwo" + END]),
+    "reasoning of its own field": (
+        chat_of(TURN, REASONS, BODY), [user("q"), answer("a", reasoning_content="why")],
+        ["<think>\nwhy\n</think>\n\na" + END]),
+    "the answer begins as the prompt's opening does": (
+        chat_of(TURN, BODY, generate=OPENS), [user("q"), answer("<thing>")], ["<thing>" + END]),
+    "marks": (MARKED, TWO, ["one" + END, "two" + END]),
+    "marks around the end of line": (
+        MARKED.replace("'<|im_end|>' }}{% endgeneration %}{{ '\n' }}", "'<|im_end|>\n' }}{% endgeneration %}"), TWO,
+        ["one" + END, "two" + END]),
+    "no end but the next turn's beginning": (
+        "{% for m in messages %}{{ '<|im_start|>' + m.role + '\n' + m.content }}{% endfor %}" + GENERATE, TWO,
+        ["one", "two" + END]),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("template, chat, learnt", KINDS.values(), ids=KINDS)
+def test_what_is_learnt(template, chat, learnt):
+    tokenizer = make_tokenizer(template)
+    example = data.encode(chat, tokenizer)
+    assert learnt_texts(example, tokenizer) == learnt
+    text = tokenizer.decode(example.input_ids.tolist())
+    assert text.removesuffix(END) == tokenizer.apply_chat_template(chat, tokenize=False).removesuffix(END)
+    prompt = data.encode_prompt(chat[:-1], tokenizer)
+    assert example.follows_prompt == (example.input_ids[: len(prompt)].tolist() == prompt)
+    assert learnt_texts(data.encode(chat, tokenizer, train_on="last"), tokenizer) == learnt[-1:]
+
+
+def test_every_answer_follows_the_prompt_that_generation_builds():
+    """Whatever white space is around: a token that held both sides of the border could not be written by the model."""
+    forms = (CHATML, None, chat_of(TURN, LAST_IS_EMPTY, BODY, generate=OPENS),
+             "{% for m in messages %}{{ m.role + ': ' + m.content + '\n' }}{% endfor %}{{ 'assistant: ' if "
+             "add_generation_prompt else '' }}")  # fmt: skip
+    for template in forms:
+        tokenizer = make_tokenizer(template)
+        for text in ("a", " a", "\na", "\n\n a", "  a  ", "a\n", "\n"):
+            for question in ("q", "q ", "q\n"):
+                chat = [user("Done."), answer(text + "."), user(question), answer(text + ".")]
+                example = data.encode(chat, tokenizer)
+                assert example.follows_prompt, (template, text, question)
+                assert learnt_texts(example, tokenizer)[-1].removesuffix(END).rstrip("\n").endswith(text + ".")
+
+
+def test_a_tokenizer_that_cannot_part_prompt_and_answer_is_told():
+    tokenizers, transformers = pytest.importorskip("tokenizers"), pytest.importorskip("transformers")
+    vocabulary = {"<unk>": 0, "▁q": 1, "▁a:b": 2, "▁a:": 3, "▁b": 4, "</s>": 5}
+    words = tokenizers.Tokenizer(tokenizers.models.WordLevel(vocabulary, unk_token="<unk>"))
+    words.pre_tokenizer = tokenizers.pre_tokenizers.Metaspace()
+    words.decoder = tokenizers.decoders.Metaspace()
+    template = "{% for m in messages %}{{ m.content if m.role == 'user' else ' a:' + m.content }}{% endfor %}" + (
+        "{{ ' a:' if add_generation_prompt else '' }}")  # fmt: skip
+    tokenizer = transformers.PreTrainedTokenizerFast(
+        tokenizer_object=words, eos_token="</s>", unk_token="<unk>", chat_template=template)  # fmt: skip
+    encoded = data.encode_rows([[user("q"), answer("b")]], tokenizer, 99)
+    assert [note for note in encoded.notes if "does not follow the prompt" in note and note.endswith(": 1")]
+    assert learnt_texts(encoded.examples[0], tokenizer) == ["</s>"], "a token that holds both sides is not learnt"
+
+
+TOOLS = [{"type": "function", "function": {"name": "dim", "description": "", "parameters": {}}}]
+CALL = {"type": "function", "function": {"name": "dim", "arguments": {"to": 4}}}
+ROUND = [user("dim"), answer("", tool_calls=[CALL]), {"role": "tool", "content": "ok"}, answer("Done.")]
+
+
+def test_a_tool_round_with_thinking_in_the_last_turn_alone():
+    template = chat_of(TURN, LAST_IS_EMPTY, "{{ m.content }}", CALLS, "{{ '<|im_end|>\n' }}", tools=True)
+    tokenizer = make_tokenizer(template)
+    example = data.encode(Chat(ROUND, TOOLS), tokenizer)
+    assert learnt_texts(example, tokenizer) == ['<call>dim{"to": 4}' + END, "<think>\n\n</think>\n\nDone." + END]
+
+
+@pytest.mark.parametrize("write", ["c.function.name + c.function.arguments", "c.function.arguments", "c | tojson"])
+def test_arguments_are_given_as_the_template_wants_them(write):
+    """Joined to text, shown as they are (an object would come out as Python writes it), or made JSON."""
+    calls = "{% for c in m.tool_calls or [] %}{{ c.function.name }}{{ " + write + " }}{% endfor %}"
+    tokenizer = make_tokenizer(chat_of(TURN, "{{ m.content }}", calls, "{{ '<|im_end|>\n' }}", tools=True))
+    example = data.encode(Chat(ROUND[:2], TOOLS), tokenizer)
+    (learnt,) = learnt_texts(example, tokenizer)
+    assert json.dumps(CALL["function"]["arguments"]) in learnt and learnt.endswith(END)
+
+
+@pytest.mark.parametrize("template", [CHATML, MARKED], ids=["plain", "marked"])
+def test_one_set_of_guards(template):
+    """Tools or calls that are not shown, and what a template raises, of whatever class, are errors of the row."""
+    with pytest.raises(DataError, match="does not show"):
+        data.encode(Chat(ROUND[:2], TOOLS), make_tokenizer(template))
+    for raises in ("raise_exception('no')", "messages[0].content + 1", "messages[9].content.x", "1 // 0"):
+        with pytest.raises(DataError, match="the chat template refuses this chat") as error:
+            data.encode(TWO, make_tokenizer("{{ " + raises + " }}" + template))
+        assert "\n" not in str(error.value)
+
+
+def test_the_way_out_is_named_and_works():
+    """A template that rewrites an earlier answer beyond recognition."""
+    shouts = chat_of(TURN, "{{ (m.content | length if not loop.last else m.content) ~ '<|im_end|>\n' }}")
+    tokenizer = make_tokenizer(shouts)
+    with pytest.raises(DataError, match="--train-on last learns the last answer alone"):
+        data.encode(TWO, tokenizer)
+    tokenizer = make_tokenizer(shouts.replace("if not loop.last", "if m.role == 'assistant' and not loop.last"))
+    assert learnt_texts(data.encode(TWO, tokenizer, train_on="last"), tokenizer) == ["two" + END]
+
+
+def test_weights_and_what_is_learnt():
+    tokenizer = make_tokenizer(CHATML)
+    chat = [user("q1"), answer("one", weight=0), user("q2"), answer("two")]
+    assert learnt_texts(data.encode(chat, tokenizer), tokenizer) == ["two" + END]
+    every = data.encode(TWO, tokenizer, train_on="all")
+    assert every.answer_tokens == len(every.input_ids) - 1
+    assert every.input_ids.tolist() == tokenizer.apply_chat_template(TWO)["input_ids"]
+
+
+def test_reasoning_that_is_not_shown_is_told():
+    rows = [[user("q"), answer("a", reasoning_content="why")], TWO]
+    (note,) = data.encode_rows(rows, make_tokenizer(CHATML), 999).notes
+    assert note == "rows with reasoning that the chat template does not show: 1"
+
+
+def test_what_is_learnt_does_not_depend_on_the_clock(monkeypatch):
+    import transformers.utils.chat_template_utils as utils
+
+    tokenizer, found = make_tokenizer("{{ 'Today is ' + strftime_now('%d %b %Y') + '. ' }}" + CHATML), set()
+    for day in (1, 2):
+        class Day(datetime.datetime):
+            @classmethod
+            def now(cls, tz=None, day=day):
+                return datetime.datetime(2031, 1, day, tzinfo=tz)
+
+        monkeypatch.setattr(utils, "datetime", Day)
+        found.add(data.digest([data.encode(TWO, tokenizer)]))
+        assert data.encode(TWO, tokenizer).follows_prompt
+    assert len(found) == 1
