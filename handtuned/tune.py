@@ -28,7 +28,6 @@ from .nn.multi import linear_layers
 from .training import logging, loop
 from .training import trials as reports
 from .training.checkpoints import changed_marks
-from .training.evaluation import finite
 from .training.models import add_adapters, choose_device, load_base_and_rows, save_with_record
 from .training.settings import FinetuneSettings, add_flags, in_use, resumed
 from .training.trials import SEARCHED
@@ -215,7 +214,7 @@ class TrialRunner:
         try:
             training = loop.prepare(self.base, settings, settings.max_steps)
             loss = self._train(trial, settings, training)
-            trial.set_user_attr("untouched", finite(training.lm.score(self.untouched)))
+            trial.set_user_attr("untouched", logging.finite(training.lm.score(self.untouched)))
             finished = trial.study.get_trials(states=[optuna.trial.TrialState.COMPLETE])
             if all(loss < other.value for other in finished):
                 save_with_record(model, Path(settings.output_dir) / "best", self.base.record)
@@ -246,8 +245,7 @@ class TrialRunner:
                 bar.set_postfix_str(f"loss {row['loss']:.4f}")
                 if step in self.rungs:
                     scores = training.lm.score(self.choosing)
-                    loss = scores["loss"]
-                    if not math.isfinite(loss):
+                    if not math.isfinite(loss := scores["loss"]):
                         raise loop.Diverged(f"step {step}: the loss on held-out rows is {loss:g}")
                     trial.report(loss, step)
                     trial.set_user_attr("exact_match", scores["exact_match"])
