@@ -121,7 +121,7 @@ def tune(settings: FinetuneSettings, trials: int, minutes: float | None = None, 
           f"{len(runner.choosing)} held-out rows choose, {len(runner.untouched)} are kept for the verdict")  # fmt: skip
     if trials > done:
         study.optimize(runner.run, n_trials=trials - done, timeout=None if minutes is None else 60 * minutes,
-                       catch=TrialFailed, callbacks=[reports.print_trial])  # fmt: skip
+                       catch=loop.Diverged, callbacks=[reports.print_trial])  # fmt: skip
     result = reports.summary(study)
     write_json(directory / "trials.json", result)
     reports.draw_pareto(result, directory / "pareto.png")
@@ -143,10 +143,6 @@ def _try_again(study) -> None:
         if trial.number not in queued and "failed" not in trial.user_attrs:
             known = {"first": trial.user_attrs.get("first", False), "again": trial.number}
             study.enqueue_trial(trial.params, user_attrs=known)
-
-
-class TrialFailed(Exception):
-    """A trial cannot be finished with its settings, today or another day."""
 
 
 class Space:
@@ -203,7 +199,7 @@ class TrialRunner:
 
         Raises:
             optuna.TrialPruned: it is stopped early.
-            TrialFailed: it ran out of memory, or its loss is not finite.
+            Diverged: it ran out of memory, or its loss is not finite.
         """
         import optuna
 
@@ -220,11 +216,10 @@ class TrialRunner:
                 save_with_record(model, Path(settings.output_dir) / "best", self.base.record)
             return loss
         except (loop.Diverged, RuntimeError, MemoryError) as error:
-            if not (isinstance(error, loop.Diverged) or is_out_of_memory(error)):
-                raise
-            why = str(error) if isinstance(error, loop.Diverged) else "out of memory"
-            trial.set_user_attr("failed", why)
-            raise TrialFailed(why) from None
+            failed = loop.Diverged("out of memory") if is_out_of_memory(error) else error
+            if isinstance(failed, loop.Diverged):
+                trial.set_user_attr("failed", str(failed))
+            raise failed from None
         finally:
             unload(model)
             gc.collect()  # what an error still held

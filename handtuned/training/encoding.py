@@ -21,7 +21,6 @@ import contextlib
 import datetime
 import json
 import re
-from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 
@@ -146,18 +145,12 @@ def encode(chat: Chat, tokenizer, max_seq_length: int | None = None, train_on: s
 
 def describe_example(example: Example, tokenizer) -> str:
     """The text of an example as the model sees it, with what is learnt between >> and <<."""
-    learnt = example.labels != IGNORE_INDEX
-    text = ""
-    for start, stop in _runs(learnt):
+    learnt, text = example.labels != IGNORE_INDEX, ""
+    edges = np.flatnonzero(np.diff(learnt.astype(np.int8))) + 1
+    for start, stop in pairwise([0, *edges.tolist(), len(learnt)]):
         text_of_run = tokenizer.decode(example.input_ids[start:stop].tolist(), skip_special_tokens=False)
         text += f">>{text_of_run}<<" if learnt[start] else text_of_run
     return f"{len(learnt)} tokens, {example.answer_tokens} of them learnt, between >> and <<:\n{text}"
-
-
-def _runs(flags: Sequence[bool]) -> Iterator[tuple[int, int]]:
-    """(start, stop) of each stretch of equal flags."""
-    edges = [0, *(np.flatnonzero(np.diff(np.asarray(flags, dtype=np.int8))) + 1).tolist(), len(flags)]
-    return pairwise(edges)
 
 
 def _render(chat: Chat, tokenizer, **options) -> str:
