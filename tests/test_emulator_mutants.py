@@ -135,8 +135,10 @@ CASES = {
 
 
 def _decides(i):
-    """Not a guard of memory but the kernel's own question for an overflow: without, it would set the flag always."""
-    return i.op.startswith("st.global") and "tl.store(found_inf_ptr, 1.0, mask=bad != 0)" in getline(i.file, i.line)
+    """Not a guard of memory but a question of the kernel's: whether there was an overflow, which thread counts."""
+    line = getline(i.file, i.line)
+    overflow = i.op.startswith("st.global") and "tl.store(found_inf_ptr, 1.0, mask=bad != 0)" in line
+    return overflow or (i.op.startswith("atom") and "tl.atomic_add(turn, 1" in line)
 
 
 def outcomes(case, arch, every=1):
