@@ -24,6 +24,7 @@ dB are 4 r N M / 256 bytes, that is r / 128 of the bytes of an fp16 dy.
 import torch
 
 from .dropout import ROUNDS, Dropout, keep_tile
+from .nf4_cpu import AVX512_BF16, LEVEL
 from .runtime import (
     block_of,
     cdiv,
@@ -52,12 +53,19 @@ def lora_down_grad_reference(dS, x, dtype, mask=None):
     return (dS.t() @ (x if mask is None else x * mask)).to(dtype)
 
 
+def _wide(x):
+    """x, in fp32 where it is 16-bit on a CPU: its own 16-bit products take longer, but for bf16 with AVX512-BF16."""
+    narrow = x.is_cpu and x.dtype.itemsize == 2
+    return x.float() if narrow and (len(x) <= 64 or x.dtype != torch.bfloat16 or LEVEL < AVX512_BF16) else x
+
+
 def lora_up_grads_addmm(dy, S, lora_B, scale):
     """`lora_up_grads_reference` in one call for each, that scales as it goes; Sᵀ dy, as dyᵀ S is slower on a CPU."""
-    B = lora_B.to(dy.dtype)
+    dtype, dy = dy.dtype, _wide(dy)
+    S, B = S.to(dy.dtype), lora_B.to(dy.dtype)
     dS = torch.addmm(S, dy, B, beta=0, alpha=scale)  # with beta=0 the first operand lends its shape alone
     dB = torch.addmm(B.t(), S.t(), dy, beta=0, alpha=scale)
-    return dS, dB.to(lora_B.dtype).t()
+    return dS.to(dtype), dB.to(lora_B.dtype).t()
 
 
 def _parts(count, shape, dtype, device):
@@ -125,7 +133,7 @@ def lora_down(x: torch.Tensor, lora_A: torch.Tensor, dropout: Dropout | None = N
     """
     (M, K), r = x.shape, lora_A.shape[0]
     if not runs_kernel(x):
-        return lora_down_reference(x, lora_A, dropout and dropout.mask(M, K, x.dtype))
+        return lora_down_reference(_wide(x), lora_A, dropout and dropout.mask(M, K, x.dtype)).to(x.dtype)
     if M == 0:
         return x.new_empty(0, r)
     blocks = down_blocks(M, K, r)
@@ -255,7 +263,7 @@ def lora_down_grad(
     """dA = dSᵀ x̂ (r, K) in `dtype`, from dS (M, r) and x (M, K); `dropout` as in `lora_down`."""
     (M, K), r = x.shape, dS.shape[1]
     if not runs_kernel(x):
-        return lora_down_grad_reference(dS, x, dtype, dropout and dropout.mask(M, K, x.dtype))
+        return lora_down_grad_reference(_wide(dS), _wide(x), dtype, dropout and dropout.mask(M, K, x.dtype))
     if M == 0:
         return torch.zeros((r, K), dtype=dtype, device=x.device)
     blocks = down_grad_blocks(M, K, r)

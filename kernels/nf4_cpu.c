@@ -49,7 +49,7 @@ static inline float scale_of(const weight *w, int64_t j)
  * meets up to 512 rows of x. Every thread has columns of y to itself and decodes the part of W that belongs to them, so
  * W is never dense. A sum is taken in the same order whatever the threads, and whatever other rows x has.
  *
- * An adapter's low-rank term is the same product with S for x and B (or A) for W: further terms of the same sums.
+ * A sum begins with an adapter's low-rank term, whose factors are fp32.
  */
 #define COLUMNS 64
 #define BATCH 512
@@ -75,6 +75,8 @@ typedef struct {
     void (*columns)(const weight *, int64_t i, int64_t K, int64_t n, int64_t columns, int rounding, void *panel);
     void (*tile)(
         int64_t R, const void *x, int64_t x_stride, const void *panel, const coded *, int64_t terms, float *totals);
+    void (*add_low_rank)(
+        int64_t rows, const float *s, int64_t rank, const float *factor, int64_t some, float *restrict totals);
 } kind;
 
 #if defined(__x86_64__) && defined(__GNUC__)
@@ -304,10 +306,10 @@ void handtuned_nf4_product(
     int64_t M, void *unzipped, const void *bias, const float *s, const float *b, int64_t rank, int64_t b_column,
     int64_t b_rank, float scale, void *y, int threads)
 {
-    const kind *k = KINDS[level], *low = KINDS[at_most(level, 2)];
+    const kind *k = KINDS[level];
     const int64_t width = transposed ? N : K, terms = transposed ? K : N, share = (width + threads - 1) / threads;
     const int run = run_of(w, K), few = transposed && M <= k->rows && run == 64; /* then there is no panel */
-    const int64_t most = few ? 4 : transposed ? at_most(COLUMNS, (share + 3) / 4 * 4) : COLUMNS;
+    const int64_t most = transposed ? at_most(COLUMNS, (share + 3) / 4 * 4) : COLUMNS;
     const int64_t units = (width + most - 1) / most;
     if (transposed) {
 #pragma omp parallel for num_threads(threads) if (M * K > 32768)
@@ -326,13 +328,13 @@ void handtuned_nf4_product(
                 const int64_t there = at_most(width - column, most); /* what a tile has beside them is not stored */
                 memset(totals, 0, rows * COLUMNS * sizeof(float));
                 for (int64_t j = 0, part = BYTES / 4; j < rank; j += part) {
-                    const int64_t some = at_most(rank - j, part), padded = (some + 31) / 32 * 32;
-                    for (int64_t c = 0; c < (there + 3) / 4 * 4; c++)
-                        for (int64_t i = 0; i < padded; i++)
-                            ((float *)panel)[c * STRIDE(float) + i] =
-                                i < some && c < there ? scale * b[(column + c) * b_column + (j + i) * b_rank] : 0;
-                    add_products(
-                        low, rows, (const char *)(s + top * rank + j), rank, panel, (coded){0}, some, there, totals);
+                    float *factor = (float *)panel;
+                    const int64_t some = at_most(rank - j, part);
+                    for (int64_t i = 0; i < some * COLUMNS; i++) {
+                        const int64_t c = i % COLUMNS, r = j + i / COLUMNS;
+                        factor[i] = c < there ? scale * b[(column + c) * b_column + r * b_rank] : 0;
+                    }
+                    k->add_low_rank(rows, s + top * rank + j, rank, factor, some, totals);
                 }
                 for (int64_t term = 0, part = BYTES / k->size; term < terms; term += part) {
                     const int64_t some = at_most(terms - term, part);

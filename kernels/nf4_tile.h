@@ -178,7 +178,17 @@ KERNEL void OF(tile)(
 #undef WITH_ROWS
 }
 
-static const kind OF(kind) = {sizeof(number), TERMS, LANES / 4, OF(row), OF(unzip), OF(columns), OF(tile)};
+/* totals (rows, COLUMNS) += s (rows, some) · factor (some, COLUMNS). */
+KERNEL void OF(add_low_rank)(
+    int64_t rows, const float *s, int64_t rank, const float *factor, int64_t some, float *restrict totals)
+{
+    for (int64_t m = 0; m < rows; m++)
+        for (int64_t j = 0; j < some; j++)
+            for (int c = 0; c < COLUMNS; c++)
+                totals[m * COLUMNS + c] += s[m * rank + j] * factor[j * COLUMNS + c];
+}
+
+static const kind OF(kind) = {sizeof(number), TERMS, LANES / 4, OF(row), OF(unzip), OF(columns), OF(tile), OF(add_low_rank)};
 
 #undef SHORT_RUN
 #undef FUNCTION
