@@ -36,6 +36,7 @@ from functools import lru_cache
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 
 from .nf4_cpu import nf4_dequantize_native, runs_native
 from .runtime import TRITON_DTYPES, backend, on_device, scratch, tl, triton
@@ -117,7 +118,7 @@ def nf4_dequantize_tiled(weight: NF4Weight, out: torch.Tensor) -> torch.Tensor:
     """
     packed, flat, block_size = weight.packed.view(-1), out.view(-1), weight.block_size
     scales = decode_scales(weight.absmax, weight.nested)
-    table = _pairs(packed.device)
+    table = pair_table(packed.device)
     tile_pairs = min(TILE, flat.numel() + 1) // 2
     index = scratch((tile_pairs,), torch.int64, packed.device)
     in_place = out.dtype == torch.float32 and flat.storage_offset() % 2 == 0
@@ -141,94 +142,90 @@ def nf4_dequantize_tiled(weight: NF4Weight, out: torch.Tensor) -> torch.Tensor:
 
 
 @lru_cache
-def _pairs(device: torch.device) -> torch.Tensor:
-    """(256,) int64: the two fp32 values in a byte, the first in the low half."""
+def code_table(device: torch.device) -> torch.Tensor:
+    return NF4_CODE.to(device)
+
+
+@lru_cache
+def pair_table(device: torch.device, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+    """(256,) of int64, or int32 for 16-bit values: the two values in a byte, the first in the low half."""
     byte = torch.arange(256, device="cpu")
-    return NF4_CODE[torch.stack([byte >> 4, byte & 15], dim=1)].view(torch.int64).view(256).to(device)
+    pairs = NF4_CODE[torch.stack([byte >> 4, byte & 15], dim=1)].to(dtype)
+    return pairs.view(torch.int64 if dtype == torch.float32 else torch.int32).view(256).to(device)
+
+
+@triton.jit
+def levels_of(halves, table):
+    """Sixteen bits [...], four codes each → their values in order, [..., 2, 2] of the table's type."""
+    codes = tl.join(tl.join(halves >> 4, halves >> 12), tl.join(halves, halves >> 8)) & 15
+    return tl.reshape(tl.gather(table, tl.reshape(codes, [codes.numel]), 0), codes.shape)
+
+
+@triton.jit
+def scale_of(code, block, mask, nested_absmax_ptr, nested_code_ptr, offset_ptr, NESTED_BLOCK: tl.constexpr):
+    """fp32 scales of blocks, from what `absmax` holds of them."""
+    if nested_code_ptr is not None:
+        nested = tl.load(nested_absmax_ptr + block // NESTED_BLOCK, mask=mask)
+        code = tl.load(nested_code_ptr + code.to(tl.int32)) * nested + tl.load(offset_ptr)
+    return code
 
 
 @triton.jit
 def _nf4_dequantize(
-    packed_ptr, absmax_ptr, nested_absmax_ptr, nested_code_ptr, offset_ptr, pairs_ptr, out_ptr,
-    N, N_BYTES, N_BLOCKS,
-    BLOCK_SIZE: tl.constexpr, NESTED: tl.constexpr, NESTED_BLOCK: tl.constexpr, BLOCK: tl.constexpr,
+    runs_ptr, absmax_ptr, nested_absmax_ptr, nested_code_ptr, offset_ptr, table_ptr, out_ptr,
+    N, N_RUNS, N_BLOCKS,
+    BLOCK_SIZE: tl.constexpr, NESTED_BLOCK: tl.constexpr, EVEN: tl.constexpr, BLOCK: tl.constexpr, RUN: tl.constexpr,
 ):  # fmt: skip
     pid = tl.program_id(0).to(tl.int64)
-    BYTES: tl.constexpr = BLOCK // 2
+    RUNS: tl.constexpr = BLOCK // RUN
     GROUP: tl.constexpr = 32 if BLOCK_SIZE == 32 else 64  # values that look up their scale together
     GROUPS: tl.constexpr = BLOCK // GROUP
 
-    left = N_BYTES - pid * BYTES
-    left = tl.where(left < BYTES, left, BYTES).to(tl.int32)
-    offs_b = tl.arange(0, BYTES)
-    byte = tl.load(packed_ptr + pid * BYTES + offs_b, mask=offs_b < left, other=0)  # [BYTES]
-    pair = tl.gather(tl.load(pairs_ptr + tl.arange(0, 256)), byte.to(tl.int32), 0)
-    first = pair.to(tl.int32).to(tl.float32, bitcast=True)
-    second = (pair >> 32).to(tl.int32).to(tl.float32, bitcast=True)
-
+    offs_r = tl.max_contiguous(tl.arange(0, RUNS), 1)  # so that neighbours in a warp take neighbouring runs
+    offs = tl.arange(0, RUNS)[:, None] * RUN + tl.arange(0, RUN)[None, :]
     block = (pid * GROUPS + tl.arange(0, GROUPS)) // (BLOCK_SIZE // GROUP)  # [GROUPS]
-    scale = tl.load(absmax_ptr + block, mask=block < N_BLOCKS, other=0)
-    if NESTED:
-        nested_absmax = tl.load(nested_absmax_ptr + block // NESTED_BLOCK, mask=block < N_BLOCKS, other=0)
-        scale = tl.load(nested_code_ptr + scale.to(tl.int32)) * nested_absmax + tl.load(offset_ptr)
-
-    y = tl.reshape(tl.join(first, second), (GROUPS, GROUP)) * scale[:, None]
-    left = N - pid * BLOCK
-    left = tl.where(left < BLOCK, left, BLOCK).to(tl.int32)
-    offs = tl.arange(0, BLOCK)
-    y = tl.reshape(y, (BLOCK,)).to(out_ptr.dtype.element_ty)
-    tl.store(out_ptr + pid * BLOCK + offs, y, mask=offs < left)
-
-
-@triton.jit
-def decode(words, table):
-    """[ROWS, WORDS] int32, eight codes each → their values in order, [ROWS, 8 · WORDS] fp32."""
-    ROWS: tl.constexpr = words.shape[0]
-    WORDS: tl.constexpr = words.shape[1]
-    # The last axis joined is the fastest: joins by bit 2, bit 1 and bit 0 of a code's place in the word.
-    even = tl.join(tl.join(words >> 4, words >> 20), tl.join(words >> 12, words >> 28))
-    odd = tl.join(tl.join(words, words >> 16), tl.join(words >> 8, words >> 24))
-    codes = tl.reshape(tl.join(even, odd) & 15, [ROWS * WORDS * 8])
-    return tl.reshape(tl.gather(table, codes, 0), [ROWS, WORDS * 8])
+    if EVEN:
+        halves = tl.load(runs_ptr + pid * RUNS + offs_r).to(tl.int32)  # [RUNS]
+        code = tl.load(absmax_ptr + block)
+        in_blocks = None
+    else:
+        in_blocks = block < N_BLOCKS
+        halves = tl.load(runs_ptr + pid * RUNS + offs_r, mask=pid * RUNS + offs_r < N_RUNS, other=0).to(tl.int32)
+        code = tl.load(absmax_ptr + block, mask=in_blocks, other=0)
+    scale = scale_of(code, block, in_blocks, nested_absmax_ptr, nested_code_ptr, offset_ptr, NESTED_BLOCK)
+    if RUN == 8:
+        halves = tl.join(halves, halves >> 16)
+    y = tl.reshape(levels_of(halves, tl.load(table_ptr + tl.arange(0, 16))), (GROUPS, GROUP // RUN, RUN))
+    y = tl.reshape(y * scale[:, None, None], (RUNS, RUN)).to(out_ptr.dtype.element_ty)
+    if EVEN:
+        tl.store(out_ptr + pid * BLOCK + offs, y)
+    else:
+        tl.store(out_ptr + pid * BLOCK + offs, y, mask=pid * BLOCK + offs < N)
 
 
-@triton.jit
-def load_scales(absmax_ptr, nested_absmax_ptr, nested_code_ptr, offset_ptr, blocks, mask, nested_block):
-    """fp32 scales of the given blocks."""
-    scales = tl.load(absmax_ptr + blocks, mask=mask, other=0)
-    if nested_code_ptr is not None:
-        nested = tl.load(nested_absmax_ptr + blocks // nested_block, mask=mask, other=0.0)
-        scales = tl.load(nested_code_ptr + scales.to(tl.int32)) * nested + tl.load(offset_ptr)
-    return scales
+def words_of(packed: torch.Tensor) -> torch.Tensor:
+    """The codes as int32, eight each. They are copied if they do not begin or end at a word."""
+    packed = packed.view(-1)
+    if packed.data_ptr() % 4 or packed.numel() % 4:
+        packed = F.pad(packed.clone(), (0, -packed.numel() % 4))
+    return packed.view(torch.int32)
 
 
-@triton.jit
-def dense_tile(
-    words_ptr, table, absmax_ptr, nested_absmax_ptr, nested_code_ptr, offset_ptr,
-    rows, k, K, block_size, nested_block, BLOCK_K: tl.constexpr,
-):  # fmt: skip
-    """W[rows, k : k + BLOCK_K] as fp32."""
-    ROWS: tl.constexpr = rows.shape[0]
-    GROUPS: tl.constexpr = BLOCK_K // 64
-    offs_w = k // 8 + tl.arange(0, BLOCK_K // 8)
-    words = tl.load(words_ptr + rows[:, None] * (K // 8) + offs_w[None, :], mask=offs_w[None, :] < K // 8, other=0)
-    groups = k // 64 + tl.arange(0, GROUPS)
-    blocks = (rows[:, None] * (K // 64) + groups[None, :]) // (block_size // 64)
-    in_row = groups[None, :] < K // 64
-    scales = load_scales(absmax_ptr, nested_absmax_ptr, nested_code_ptr, offset_ptr, blocks, in_row, nested_block)
-    values = tl.reshape(decode(words, table), [ROWS, GROUPS, 64]) * scales[:, :, None]
-    return tl.reshape(values, [ROWS, GROUPS * 64])
+def nf4_pointers(weight: NF4Weight) -> tuple:
+    """The five tensors of a kernel that hold the weight, and its two block sizes."""
+    *nested, nested_block = weight.nested or (None, None, None, 1)
+    blocks = {"BLOCK_SIZE": weight.block_size, "NESTED_BLOCK": nested_block}
+    return (words_of(weight.packed), weight.absmax, *nested), blocks
 
 
 def _launch(weight: NF4Weight, out: torch.Tensor) -> torch.Tensor:
-    packed, absmax, nested = weight.packed, weight.absmax, weight.nested
-    scales = (absmax, absmax, absmax) if nested is None else nested[:3]
-    with on_device(packed):
-        _nf4_dequantize[(triton.cdiv(out.numel(), BLOCK),)](
-            packed, absmax, *scales, _pairs(packed.device), out,
-            out.numel(), packed.numel(), absmax.numel(), BLOCK_SIZE=weight.block_size,
-            NESTED=nested is not None, NESTED_BLOCK=nested.block_size if nested else 1,
-            BLOCK=BLOCK, num_warps=NUM_WARPS, enable_fp_fusion=False,
+    (words, *scales), blocks = nf4_pointers(weight)
+    run, size = 16 // out.element_size(), out.numel()
+    runs = words if run == 8 else words.view(torch.int16)
+    with on_device(out):
+        _nf4_dequantize[(triton.cdiv(size, BLOCK),)](
+            runs, *scales, code_table(out.device), out, size, runs.numel(), weight.absmax.numel(), **blocks,
+            EVEN=size % BLOCK == 0, BLOCK=BLOCK, RUN=run, num_warps=NUM_WARPS, enable_fp_fusion=False,
         )  # fmt: skip
     return out
 

@@ -307,6 +307,7 @@ void handtuned_nf4_product(
     int64_t b_rank, float scale, void *y, int threads)
 {
     const kind *k = KINDS[level];
+    threads = at_most(threads, 1 + N * K * (M + 4) / (1 << 21)); /* to wake one for less takes longer than it saves */
     const int64_t width = transposed ? N : K, terms = transposed ? K : N, share = (width + threads - 1) / threads;
     const int run = run_of(w, K), few = transposed && M <= k->rows && run == 64; /* then there is no panel */
     const int64_t most = transposed ? at_most(COLUMNS, (share + 3) / 4 * 4) : COLUMNS;

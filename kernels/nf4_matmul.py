@@ -31,7 +31,7 @@ compiler torch takes the exact path; 16-bit rows a tile of W at a time, in fp32 
 `quant/linear.py` call the product with W for dx.
 """
 
-from functools import lru_cache
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -41,20 +41,24 @@ from .matmul import lora_product
 from .nf4 import (
     NF4_CODE,
     NF4Weight,
-    decode,
+    code_table,
     decode_scales,
-    dense_tile,
-    load_scales,
+    levels_of,
     nf4_dequantize,
     nf4_dequantize_reference,
+    nf4_pointers,
+    scale_of,
 )  # fmt: skip
 from .nf4_cpu import nf4_product_native, runs_native_product
+from .nf4_stream import nf4_stream
 from .runtime import (
     block_of,
     cdiv,
     dot_settings,
+    fastest,
     on_device,
     runs_kernel,
+    runs_product,
     scratch,
     stored_dtype,
     tl,
@@ -63,9 +67,7 @@ from .runtime import (
 
 TILE_ROWS = 512  # of W, dense at a time where torch multiplies on a CPU
 ON_CPU = ("native", "tiled")
-ONE_ROW = {"BLOCK_N": 8, "BLOCK_K": 1024}
-FEW_ROWS = {"BLOCK_N": 32, "BLOCK_K": 256}
-MERGE = {"BLOCK_N": 64, "BLOCK_K": 128}
+MERGE = {"BLOCK_N": 32, "WARPS": 4}  # rows of a warp
 
 
 def nf4_matmul_reference(x, weight, bias=None, transposed=True):
@@ -75,160 +77,153 @@ def nf4_matmul_reference(x, weight, bias=None, transposed=True):
 
 
 @triton.jit
-def _one_row_kernel(
-    x_ptr,  # (1, K)
+def _merge_kernel(
     words_ptr,  # (N, K / 8) int32
-    absmax_ptr,  # (N K / block_size,)
+    absmax_ptr,  # (N K / BLOCK_SIZE,)
     nested_absmax_ptr, nested_code_ptr, offset_ptr,  # fp32 (·,), (256,), (), or None
     table_ptr,  # (16,)
-    bias_ptr,  # (N,) or None
-    s_ptr,  # (1, r)
-    b_ptr,  # (N, r)
-    y_ptr,  # (1, N)
-    N, K, r, stride_xk, stride_sr, stride_bn, stride_br,
-    scale, block_size, nested_block,
-    BLOCK_R: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
-):  # fmt: skip
-    offs_n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
-    rows = tl.minimum(offs_n, N - 1).to(tl.int64)  # rows past the end read the last one, and are not stored
-    table = tl.load(table_ptr + tl.arange(0, 16))
-    GROUPS: tl.constexpr = BLOCK_K // 64
-    acc = tl.zeros([BLOCK_N, GROUPS], dtype=tl.float32)
-    for k in range(0, K, BLOCK_K):
-        offs_w = k // 8 + tl.arange(0, BLOCK_K // 8)
-        words = tl.load(words_ptr + rows[:, None] * (K // 8) + offs_w[None, :], mask=offs_w[None, :] < K // 8, other=0)
-        offs_k = k + tl.arange(0, BLOCK_K)
-        x = tl.load(x_ptr + offs_k * stride_xk, mask=offs_k < K, other=0.0).to(tl.float32)
-        products = tl.reshape(decode(words, table) * x[None, :], [BLOCK_N, GROUPS, 64])
-        groups = k // 64 + tl.arange(0, GROUPS)
-        blocks = (rows[:, None] * (K // 64) + groups[None, :]) // (block_size // 64)
-        in_row = groups[None, :] < K // 64
-        scales = load_scales(absmax_ptr, nested_absmax_ptr, nested_code_ptr, offset_ptr, blocks, in_row, nested_block)
-        acc += tl.sum(products, axis=2) * scales
-    y = tl.sum(acc, axis=1)  # [BLOCK_N]
-    for j in range(0, r, BLOCK_R):
-        offs_r = j + tl.arange(0, BLOCK_R)
-        s = tl.load(s_ptr + offs_r * stride_sr, mask=offs_r < r, other=0.0).to(tl.float32)
-        b_ptrs = b_ptr + rows[:, None] * stride_bn + offs_r[None, :] * stride_br
-        b = tl.load(b_ptrs, mask=offs_r[None, :] < r, other=0.0).to(tl.float32)  # [BLOCK_N, BLOCK_R]
-        y += scale * tl.sum(b * s[None, :], axis=1)
-    if bias_ptr is not None:
-        y += tl.load(bias_ptr + rows).to(tl.float32)
-    tl.store(y_ptr + offs_n, y, mask=offs_n < N)
-
-
-@triton.jit
-def _few_rows_kernel(
-    x_ptr,  # (M, K), M ≤ 16
-    words_ptr, absmax_ptr, nested_absmax_ptr, nested_code_ptr, offset_ptr, table_ptr,  # as above
-    bias_ptr,
-    s_ptr,  # (M, r)
-    b_ptr,
-    y_ptr,  # (M, N)
-    M, N, K, r, stride_xm, stride_xk, stride_sm, stride_sr, stride_bn, stride_br,
-    scale, block_size, nested_block,
-    DOT: tl.constexpr, PRECISION: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
-):  # fmt: skip
-    offs_m = tl.arange(0, 16)
-    offs_n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
-    rows = tl.minimum(offs_n, N - 1).to(tl.int64)  # rows past the end read the last one, and are not stored
-    table = tl.load(table_ptr + tl.arange(0, 16))
-    acc = tl.zeros([16, BLOCK_N], dtype=tl.float32)
-    for j in range(0, r, BLOCK_R):
-        offs_r = j + tl.arange(0, BLOCK_R)
-        s_ptrs = s_ptr + offs_m[:, None] * stride_sm + offs_r[None, :] * stride_sr
-        s = tl.load(s_ptrs, mask=(offs_m < M)[:, None] & (offs_r < r)[None, :], other=0.0)  # [16, BLOCK_R]
-        b_ptrs = b_ptr + rows[None, :] * stride_bn + offs_r[:, None] * stride_br
-        b = tl.load(b_ptrs, mask=(offs_r < r)[:, None], other=0.0)  # [BLOCK_R, BLOCK_N]
-        acc = tl.dot(s.to(DOT), b.to(DOT), acc, input_precision=PRECISION)
-    acc *= scale
-    for k in range(0, K, BLOCK_K):
-        w = dense_tile(
-            words_ptr, table, absmax_ptr, nested_absmax_ptr, nested_code_ptr, offset_ptr,
-            rows, k, K, block_size, nested_block, BLOCK_K,
-        )  # fmt: skip
-        offs_k = k + tl.arange(0, BLOCK_K)
-        x_ptrs = x_ptr + offs_m[:, None] * stride_xm + offs_k[None, :] * stride_xk
-        x = tl.load(x_ptrs, mask=(offs_m < M)[:, None] & (offs_k < K)[None, :], other=0.0)  # [16, BLOCK_K]
-        acc = tl.dot(x.to(DOT), tl.trans(w.to(DOT)), acc, input_precision=PRECISION)
-    if bias_ptr is not None:
-        acc += tl.load(bias_ptr + rows).to(tl.float32)[None, :]
-    y_ptrs = y_ptr + offs_m[:, None] * N + offs_n[None, :]
-    tl.store(y_ptrs, acc, mask=(offs_m < M)[:, None] & (offs_n < N)[None, :])
-
-
-@triton.jit
-def _merge_kernel(
-    words_ptr, absmax_ptr, nested_absmax_ptr, nested_code_ptr, offset_ptr, table_ptr,  # as above
     a_ptr,  # (r, K)
     b_ptr,  # (N, r)
     w_ptr,  # (N, K)
     N, K, r, stride_ar, stride_ak, stride_bn, stride_br,
-    scale, block_size, nested_block,
-    PRECISION: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+    scale,
+    BLOCK_SIZE: tl.constexpr, NESTED_BLOCK: tl.constexpr, WARPS: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    k = tl.program_id(0) * BLOCK_K
-    offs_n = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
-    offs_k = k + tl.arange(0, BLOCK_K)
-    rows = tl.minimum(offs_n, N - 1).to(tl.int64)
-    acc = tl.zeros([BLOCK_N, BLOCK_K], dtype=tl.float32)
-    for j in range(0, r, BLOCK_R):
-        offs_r = j + tl.arange(0, BLOCK_R)
-        b_ptrs = b_ptr + rows[:, None] * stride_bn + offs_r[None, :] * stride_br
-        b = tl.load(b_ptrs, mask=(offs_r < r)[None, :], other=0.0).to(tl.float32)  # [BLOCK_N, BLOCK_R]
-        a_ptrs = a_ptr + offs_r.to(tl.int64)[:, None] * stride_ar + offs_k[None, :] * stride_ak
-        a = tl.load(a_ptrs, mask=(offs_r < r)[:, None] & (offs_k < K)[None, :], other=0.0).to(tl.float32)
-        acc = tl.dot(b, a, acc, input_precision=PRECISION)
+    G: tl.constexpr = BLOCK_N // 8
+    first_n, first_k = tl.program_id(0) * WARPS * BLOCK_N, tl.program_id(1) * 64
+    warp, two, four, eight = tl.arange(0, WARPS), tl.arange(0, 2), tl.arange(0, 4), tl.arange(0, 8)
+    n = warp[None, :, None] * BLOCK_N + (tl.arange(0, G) * 8)[:, None, None] + eight[None, None, :]  # [G, WARPS, 8]
+    in_n = first_n + n < N
+    rows = tl.minimum(n, N - 1 - first_n).to(tl.int64)
+    acc = tl.zeros([WARPS, BLOCK_N, 64], dtype=tl.float32)
+    for j in range(0, r, 16):
+        at_r = j + four[:, None] * 4 + four[None, :]  # [lane, place]
+        b_ptrs = b_ptr + (first_n + rows)[:, :, :, None, None] * stride_bn + at_r[None, None, None, :, :] * stride_br
+        b = tl.load(b_ptrs, mask=at_r[None, None, None, :, :] < r, other=0.0).to(tl.float32)
+        b = tl.reshape(tl.permute(b, (1, 0, 2, 4, 3)), [WARPS, BLOCK_N, 16])
+        at_k = first_k + (two * 32)[:, None, None] + (eight * 4)[None, :, None] + four[None, None, :]  # [2, 8, 4]
+        at_r = at_r.to(tl.int64)
+        a_ptrs = a_ptr + tl.permute(at_r, (1, 0))[:, None, None, None, :, None] * stride_ar
+        a_ptrs += at_k.to(tl.int64)[None, :, None, :, None, :] * stride_ak
+        a_mask = (tl.permute(at_r, (1, 0)) < r)[:, None, None, None, :, None]
+        a_ptrs = tl.broadcast_to(a_ptrs, [4, 2, WARPS, 8, 4, 4])
+        a = tl.load(a_ptrs, mask=tl.broadcast_to(a_mask, [4, 2, WARPS, 8, 4, 4]), other=0.0).to(tl.float32)
+        a = tl.reshape(tl.permute(a, (2, 0, 4, 1, 5, 3)), [WARPS, 16, 64])
+        acc = tl.dot(b, a, acc, input_precision="tf32")
+    delta = tl.permute(tl.reshape(acc, [WARPS, G, 8, 2, 4, 4, 2]), (1, 3, 0, 2, 5, 6, 4))
+    delta = tl.reshape(delta, [G, 2, WARPS, 8, 4, 8])
+
+    offs_w = rows[:, None, :, :, None] * (K // 8) + (two[:, None] * 4 + four[None, :])[None, :, None, None, :]
+    offs_w = tl.max_contiguous(offs_w, [1, 1, 1, 1, 1])
+    words = tl.load(words_ptr + first_n.to(tl.int64) * (K // 8) + first_k // 8 + offs_w)  # [G, 2, WARPS, 8, 4]
+    w = levels_of(tl.join(words, words >> 16), tl.load(table_ptr + tl.arange(0, 16)))
+    row = tl.minimum(first_n + tl.arange(0, WARPS * BLOCK_N), N - 1)
+    block = (row * (K // 64) + first_k // 64).to(tl.uint32) // (BLOCK_SIZE // 64)
+    code = tl.load(absmax_ptr + block)
+    scales = scale_of(code, block, None, nested_absmax_ptr, nested_code_ptr, offset_ptr, NESTED_BLOCK)
+    scales = tl.permute(tl.reshape(scales, [WARPS, G, 8]), (1, 0, 2))[:, None, :, :, None, None]
+    w = tl.reshape(w, [G, 2, WARPS, 8, 4, 8]) * scales + delta * scale
+    offs_k = (two * 32)[:, None, None] + (four * 8)[None, :, None] + eight[None, None, :]  # [2, 4, 8]
+    w_ptrs = w_ptr + (first_n + n).to(tl.int64)[:, None, :, :, None, None] * K + first_k
+    w_ptrs += offs_k[None, :, None, None, :, :]
+    tl.store(w_ptrs, w, mask=tl.broadcast_to(in_n[:, None, :, :, None, None], [G, 2, WARPS, 8, 4, 8]))
+
+
+@triton.jit
+def _dense_tile(
+    words_ptr, absmax_ptr, nested_absmax_ptr, nested_code_ptr, offset_ptr, table, first_n, k, N, K,
+    BLOCK_SIZE: tl.constexpr, NESTED_BLOCK: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+):  # fmt: skip
+    """W[first_n : first_n + ROWS, k : k + COLUMNS] as fp32; rows past the end repeat the last one."""
+    rows = tl.minimum(tl.arange(0, ROWS), N - 1 - first_n)
+    offs_w, groups = k // 8 + tl.arange(0, COLUMNS // 8), k // 64 + tl.arange(0, COLUMNS // 64)
+    words_ptr += tl.cast(first_n, tl.int64) * (K // 8)
+    words = tl.load(words_ptr + rows[:, None] * (K // 8) + offs_w[None, :], mask=offs_w[None, :] < K // 8, other=0)
+    w = levels_of(tl.join(words, words >> 16), table)
+    block = ((first_n + rows)[:, None] * (K // 64) + groups[None, :]).to(tl.uint32) // (BLOCK_SIZE // 64)
+    in_row = groups[None, :] < K // 64
+    code = tl.load(absmax_ptr + block, mask=in_row, other=0)
+    scales = scale_of(code, block, in_row, nested_absmax_ptr, nested_code_ptr, offset_ptr, NESTED_BLOCK)
+    w = tl.reshape(w, [ROWS, COLUMNS // 64, 64]) * scales[:, :, None]
+    return tl.reshape(w, [ROWS, COLUMNS])
+
+
+@triton.jit
+def _fused_kernel(
+    x_ptr,  # (M, K); for dx dy (M, N)
+    words_ptr, absmax_ptr, nested_absmax_ptr, nested_code_ptr, offset_ptr, table_ptr,  # as above
+    bias_ptr,  # (N,) or None
+    s_ptr,  # (M, r)
+    up_ptr,  # (N, r); for dx (K, r)
+    y_ptr,  # (M, N); for dx (M, K)
+    M, N, K, r, stride_xm, stride_xk, stride_sm, stride_sr, stride_un, stride_ur,
+    scale,
+    BLOCK_SIZE: tl.constexpr, NESTED_BLOCK: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr,
+    DX: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    first_m, first_n = tl.program_id(0) * BLOCK_M, tl.program_id(1) * BLOCK_N
+    offs_m, offs_n = first_m + tl.arange(0, BLOCK_M), first_n + tl.arange(0, BLOCK_N)
+    width, depth = (K, N) if DX else (N, K)
+    in_m, in_n = offs_m < M, offs_n < width
+    rows, columns = offs_m.to(tl.int64), offs_n.to(tl.int64)
     table = tl.load(table_ptr + tl.arange(0, 16))
-    w = dense_tile(
-        words_ptr, table, absmax_ptr, nested_absmax_ptr, nested_code_ptr, offset_ptr,
-        rows, k, K, block_size, nested_block, BLOCK_K,
-    )  # fmt: skip
-    w_ptrs = w_ptr + rows[:, None] * K + offs_k[None, :]
-    tl.store(w_ptrs, w + acc * scale, mask=(offs_n < N)[:, None] & (offs_k < K)[None, :])
+    acc = tl.zeros([BLOCK_M, BLOCK_N], dtype=tl.float32)
+    for j in tl.range(0, r, 16, num_stages=1):
+        offs_r = j + tl.arange(0, 16)
+        s_ptrs = s_ptr + rows[:, None] * stride_sm + offs_r[None, :] * stride_sr
+        s = tl.load(s_ptrs, mask=in_m[:, None] & (offs_r < r)[None, :], other=0.0)  # [BLOCK_M, 16]
+        up_ptrs = up_ptr + columns[None, :] * stride_un + offs_r.to(tl.int64)[:, None] * stride_ur
+        up = tl.load(up_ptrs, mask=in_n[None, :] & (offs_r < r)[:, None], other=0.0)  # [16, BLOCK_N]
+        acc = tl.dot(s.to(DOT), up.to(DOT), acc, input_precision=PRECISION)
+    acc *= scale
+    for k in range(0, depth, 64):
+        offs_k = k + tl.arange(0, 64)
+        x_ptrs = x_ptr + rows[:, None] * stride_xm + offs_k.to(tl.int64)[None, :] * stride_xk
+        x = tl.load(x_ptrs, mask=in_m[:, None] & (offs_k < depth)[None, :], other=0.0)  # [BLOCK_M, 64]
+        if DX:
+            w = _dense_tile(
+                words_ptr, absmax_ptr, nested_absmax_ptr, nested_code_ptr, offset_ptr, table, k, first_n, N, K,
+                BLOCK_SIZE, NESTED_BLOCK, 64, BLOCK_N,
+            ).to(DOT)  # fmt: skip
+        else:
+            w = tl.trans(_dense_tile(
+                words_ptr, absmax_ptr, nested_absmax_ptr, nested_code_ptr, offset_ptr, table, first_n, k, N, K,
+                BLOCK_SIZE, NESTED_BLOCK, BLOCK_N, 64,
+            ).to(DOT))  # fmt: skip
+        acc = tl.dot(x.to(DOT), w, acc, input_precision=PRECISION)
+    if bias_ptr is not None:
+        acc += tl.load(bias_ptr + offs_n, mask=in_n, other=0.0).to(tl.float32)[None, :]
+    y_ptrs = y_ptr + rows[:, None] * width + offs_n[None, :]
+    tl.store(y_ptrs, acc, mask=in_m[:, None] & in_n[None, :])
 
 
-@lru_cache
-def _code_table(device: torch.device) -> torch.Tensor:
-    return NF4_CODE.to(device)
-
-
-def _arguments(weight: NF4Weight) -> tuple:
-    """The six pointers of a kernel, and its two block sizes. Codes that do not start at a word are copied."""
-    packed = weight.packed.clone() if weight.packed.data_ptr() % 4 else weight.packed
-    *decoding, nested_block = weight.nested or (None, None, None, 1)
-    pointers = packed.view(-1).view(torch.int32), weight.absmax, *decoding, _code_table(packed.device)
-    return pointers, {"block_size": weight.block_size, "nested_block": nested_block}
-
-
-def nf4_stream(x, weight, bias, S, lora_B, scale) -> torch.Tensor:
-    """y = x Wᵀ + b + scale · S Bᵀ with W read as codes.
+def nf4_fused(x, weight, bias, S, up, scale, transposed=True) -> torch.Tensor:
+    """x Wᵀ + b + scale · S upᵀ, or x W + scale · S upᵀ where not `transposed`; W is decoded tile by tile.
 
     Args:
-        x: (M, K), M ≤ 16, K a multiple of 64; fp32, fp16 or bf16.
-        weight: NF4, (N, K), with a block size that is a multiple of 64.
-        bias: (N,) or None.
+        x: (M, K), or (M, N) where not `transposed`; fp16 or bf16, on tensor cores (`runs_product`).
+        weight: NF4, (N, K), K and the block size multiples of 64.
+        bias: (N,) or None; only where `transposed`.
         S: (M, r) in x's dtype.
-        lora_B: (N, r).
+        up: (N, r), or (K, r) where not `transposed`.
         scale: a number.
 
     Returns:
-        (M, N) in x's dtype.
+        (M, N), or (M, K), in x's dtype.
     """
-    (M, K), N, r = x.shape, weight.shape[0], S.shape[1]
-    y = torch.empty((M, N), dtype=stored_dtype(x.dtype), device=x.device)
+    M, (N, K) = len(x), weight.shape
+    width = N if transposed else K
+    y = torch.empty((M, width), dtype=stored_dtype(x.dtype), device=x.device)
     if y.numel() == 0:
         return y.to(x.dtype)
-    pointers, blocks = _arguments(weight)
-    blocks |= {"BLOCK_R": block_of(r, 16, 64)} | (ONE_ROW if M == 1 else FEW_ROWS)
-    tensors, grid = (x, *pointers, bias, S, lora_B, y), (cdiv(N, blocks["BLOCK_N"]),)
+    weights, blocks = nf4_pointers(weight)
+    block_m = 64 if M <= 64 else 128
     with on_device(x):
-        if M == 1:
-            strides = (x.stride(1), S.stride(1), *lora_B.stride())
-            _one_row_kernel[grid](*tensors, N, K, r, *strides, scale=scale, **blocks)
-        else:
-            strides = (*x.stride(), *S.stride(), *lora_B.stride())
-            _few_rows_kernel[grid](*tensors, M, N, K, r, *strides, scale=scale, **blocks, **dot_settings(x.dtype))
+        _fused_kernel[(cdiv(M, block_m), cdiv(width, 64))](
+            x, *weights, code_table(x.device), bias, S, up, y, M, N, K, S.shape[1], *x.stride(), *S.stride(),
+            *up.stride(), float(scale), **blocks, **dot_settings(x.dtype), DX=not transposed, BLOCK_M=block_m,
+            BLOCK_N=64, num_warps=4, num_stages=3,
+        )  # fmt: skip
     return y.to(x.dtype)
 
 
@@ -236,33 +231,52 @@ def nf4_merge(weight, lora_A, lora_B, scale, dtype) -> torch.Tensor:
     """dequantized W + scale · B A (N, K) in `dtype`, rounded once. K and the block size are multiples of 64."""
     (r, K), N = lora_A.shape, lora_B.shape[0]
     merged = torch.empty((N, K), dtype=stored_dtype(dtype), device=lora_A.device)
-    precision = dot_settings(dtype)["PRECISION"] if dtype == torch.float32 else "tf32"  # beside a rounding to 16 bits
-    pointers, blocks = _arguments(weight)
+    if dtype == torch.float32 or not runs_product(merged):
+        return nf4_dequantize(weight, torch.float32).addmm_(lora_B.float(), lora_A.float(), alpha=scale).to(dtype)
+    weights, blocks = nf4_pointers(weight)
     with on_device(merged):
-        _merge_kernel[(cdiv(K, MERGE["BLOCK_K"]), cdiv(N, MERGE["BLOCK_N"]))](
-            *pointers, lora_A, lora_B, merged, N, K, r, *lora_A.stride(), *lora_B.stride(), scale=scale,
-            PRECISION=precision, BLOCK_R=block_of(r, 16, 64), **blocks, **MERGE, num_warps=8,
+        _merge_kernel[(cdiv(N, MERGE["WARPS"] * MERGE["BLOCK_N"]), K // 64)](
+            *weights, code_table(merged.device), lora_A, lora_B, merged, N, K, r, *lora_A.stride(), *lora_B.stride(),
+            float(scale), **blocks, **MERGE, num_warps=MERGE["WARPS"], num_stages=1,
         )  # fmt: skip
     return merged.to(dtype)
 
 
-def plan(x: torch.Tensor, weight: torch.Tensor | NF4Weight, dropout: bool = False) -> str:
-    """How a product of x (M, ·) with a weight goes: "native", "tiled", "stream", "merged" or (a dense one) "exact".
+def plan(x: torch.Tensor, weight: torch.Tensor | NF4Weight, dropout: bool = False, rank: int = 1) -> str:
+    """How a product of x (M, ·) with a weight goes: "native", "tiled", "stream", "fused", "merged" or "exact".
+
+    A dense weight always goes "exact".
+
+    On a GPU what is possible is measured (`runtime.fastest`), elsewhere `runtime.FIXED` says it.
 
     In torch there is no merge: the adapter's part costs one in-place product on y, and a merge would
     cost one on W, which is the larger array for all but very long batches.
     """
     if isinstance(weight, torch.Tensor):
         return "exact"
-    M, K = x.shape[0], weight.shape[1]
+    M, (N, K) = x.shape[0], weight.shape
     if not runs_kernel(x):
         exact = "tiled" if x.is_cpu and x.dtype.itemsize == 2 else "exact"
         return "native" if runs_native_product(x, weight) else exact
     if K % 64 or weight.block_size % 64:
         return "exact"
-    if M <= 16:
-        return "stream"
-    return "merged" if M >= 1024 and not dropout else "exact"
+    tensor_cores, rows, ways = runs_product(x), "", ["exact"]
+    if (tensor_cores and M <= 16) or M <= 4:
+        rows, ways = ", up to 16 rows", ["exact", "stream"]
+    elif tensor_cores and M <= 256:
+        rows = ", up to 256 rows"
+    if tensor_cores:
+        ways.append("fused")
+    if tensor_cores and rank and not dropout:
+        ways.append("merged")
+        rows = ", from 1024 rows, without dropout" if M >= 1024 else rows
+
+    def product(way, x):
+        S, A, B = x.new_ones(M, rank), x.new_ones(rank, K), x.new_ones(N, rank)
+        return quantized_product(way, x, weight, None, S, A, B, 1.0)
+
+    sizes = (block_of(M, 16, 8192), N, K, rank, dropout)
+    return fastest("nf4 product" + rows, sizes, {way: partial(product, way) for way in ways}, x)
 
 
 def quantized_product(way, x, weight, bias, S, lora_A, lora_B, scale):
@@ -274,6 +288,8 @@ def quantized_product(way, x, weight, bias, S, lora_A, lora_B, scale):
         return _on_cpu(way, x, weight, True, bias, S, lora_B, scale)
     if way == "stream":
         return nf4_stream(x, weight, bias, S, lora_B, scale)
+    if way == "fused":
+        return nf4_fused(x, weight, bias, S, lora_B, scale)
     if way == "merged":
         merged = nf4_merge(weight, lora_A, lora_B, scale, x.dtype)
         return F.linear(x, merged, None if bias is None else bias.to(x.dtype))
@@ -287,6 +303,8 @@ def quantized_product_dx(way, dy, weight, dS, lora_A, lora_B, scale, dropout: Dr
     if way in ON_CPU:
         mask = dropout.mask(len(dy), lora_A.shape[1], dy.dtype)
         return _on_cpu(way, dy, weight, False).addcmul_(dS @ lora_A.to(dy.dtype), mask)
+    if way in ("stream", "fused") and dropout is None and runs_product(dy):
+        return nf4_fused(dy, weight, None, dS, lora_A.t(), 1.0, transposed=False)
     if way == "merged":
         return dy @ nf4_merge(weight, lora_A, lora_B, scale, dy.dtype)
     return lora_product(dy, dense_weight(weight, dy).t(), None, dS, lora_A.t(), 1.0, dropout)
@@ -304,11 +322,15 @@ def nf4_matmul(x: torch.Tensor, weight: NF4Weight, bias: torch.Tensor | None = N
     Returns:
         (M, N), or (M, K), in x's dtype.
     """
-    way = plan(x, weight)
+    way = plan(x, weight, rank=0)
     if way in ON_CPU:
         return _on_cpu(way, x, weight, transposed, bias)
-    if transposed and way == "stream":  # with an adapter of rank 0
-        return nf4_stream(x, weight, bias, x.new_empty(len(x), 0), x.new_empty(weight.shape[0], 0), 0.0)
+    if way in ("stream", "fused"):  # with an adapter of rank 0
+        nothing = x.new_empty(len(x), 0), x.new_empty(weight.shape[0 if transposed else 1], 0), 0.0
+        if transposed and way == "stream":
+            return nf4_stream(x, weight, bias, *nothing)
+        if runs_product(x):
+            return nf4_fused(x, weight, bias, *nothing, transposed)
     W = dense_weight(weight, x)
     return F.linear(x, W, bias) if transposed else x @ W
 

@@ -162,8 +162,9 @@ def _nf4_quantize(
     place = tl.arange(0, 8)
     shift = ((place // 2) * 8 + 4 - (place % 2) * 4)[None, None, None, :]
     words = tl.sum(tl.reshape(code, (RUNS, SCALES, 4, 8)) << shift, axis=3)  # [RUNS, SCALES, 4]
-    offs_w = start // 8 + tl.arange(0, 4)[None, None, :]
-    tl.store(packed_ptr + pid * (BLOCK // 8) + offs_w, words, mask=tl.broadcast_to(start < left, words.shape))
+    words = tl.reshape(tl.permute(words, (1, 0, 2)), (BLOCK // 8,))  # in the order of memory: whole sectors
+    offs_w = tl.arange(0, BLOCK // 8)
+    tl.store(packed_ptr + pid * (BLOCK // 8) + offs_w, words, mask=offs_w // 4 * 32 < left)
 
 
 def _launch(x, block_size, short):

@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 import torch
 from handtuned.kernels import runtime
-from handtuned.kernels.nf4 import NF4_CODE, _pairs, nf4_dequantize, nf4_dequantize_reference
+from handtuned.kernels.nf4 import NF4_CODE, nf4_dequantize, nf4_dequantize_reference, pair_table
 from handtuned.kernels.nf4_quantize import (
     THRESHOLDS,
     _cell_words,
@@ -178,7 +178,7 @@ def test_torchs_defaults_of_dtype_and_device_change_nothing(default, each_backen
     x = torch.randn(70, 130, device=device)
     expected, plain = quantize_nf4(x), quantize_nf4(x, double_quant=False)
     dense = {dtype: expected.dequantize(dtype) for dtype in DTYPES.values()}
-    for table in (_pairs, _cells, _cell_words):
+    for table in (pair_table, _cells, _cell_words):
         table.cache_clear()
     torch.set_default_dtype(default)
     try:

@@ -7,14 +7,16 @@ from handtuned.kernels import lora
 from handtuned.kernels.lora import lora_linear, lora_linear_reference
 from handtuned.kernels.nf4_matmul import (
     dense_weight,
+    nf4_fused,
     nf4_matmul,
     nf4_matmul_reference,
     nf4_merge,
-    nf4_stream,
     plan,
     quantized_product,
     quantized_product_dx,
 )
+from handtuned.kernels.nf4_stream import nf4_stream
+from handtuned.kernels.runtime import runs_product
 from handtuned.quant import quantize_nf4
 from helpers import assert_computes, assert_same_function, assert_within_budget
 
@@ -46,6 +48,41 @@ def test_streaming_a_few_rows(kernel_backend, device, M, N, K, r, block_size, do
     assert_computes(nf4_stream(x, q, None, S, B, 0.5), layer, inputs, K + r, "y without bias")
 
 
+def test_streaming_gives_the_same_bits_each_time(kernel_backend, device):
+    """Whoever comes last adds the parts in their order, and leaves its counter as it was."""
+    q, x = quantized(70, 1088, device=device), torch.randn(3, 1088, device=device).half()
+    S, B = torch.randn(3, 8, device=device).half(), torch.randn(70, 8, device=device)
+    first, second = (nf4_stream(x, q, None, S, B, 0.5) for _ in range(2))
+    assert torch.equal(first, second)
+
+
+def test_streaming_rows_that_lie_far_apart(kernel_backend, device):
+    """Rows and columns of x, S and B with strides of their own; nothing between them is read."""
+    q = quantized(33, 128, device=device)
+    inputs = [torch.randn(4 * n, 3 * m, device=device).half()[::4, ::3] for n, m in ((2, 128), (2, 5), (33, 5))]
+    x, S, B = inputs
+    W = q.dequantize(torch.float32)
+    assert_computes(nf4_stream(x, q, None, S, B, 0.5), layer, (x, W, S, B), 128 + 5, "y")
+
+
+@each_dtype
+@pytest.mark.parametrize(
+    ("M", "N", "K", "r", "block_size"), [(17, 33, 64, 1, 64), (65, 70, 192, 17, 128), (130, 200, 128, 0, 64)],
+    ids=["M17", "M65", "M130"],
+)  # fmt: skip
+def test_decoding_beside_the_tensor_cores(kernel_backend, device, M, N, K, r, block_size, dtype):
+    """y and dx from tiles of W that are never written to memory."""
+    q = quantized(N, K, block_size, True, device)
+    x, dy, S, dS, b = (torch.randn(size, device=device).to(dtype) for size in ((M, K), (M, N), (M, r), (M, r), (N,)))
+    if not runs_product(x):
+        pytest.skip("no tensor cores for this dtype here: the vendor's library does it")
+    A, B = torch.randn(r, K, device=device), torch.randn(N, r, device=device)
+    W = q.dequantize(torch.float32)
+    assert_computes(nf4_fused(x, q, b, S, B, 0.5), layer, (x, W, S, B, b), K + r + 1, "y")
+    dx = nf4_fused(dy, q, None, dS, A.t(), 1.0, transposed=False)
+    assert_computes(dx, lambda dy, W, dS, A: dy @ W + dS @ A, (dy, W, dS, A), N + r, "dx")
+
+
 @each_dtype
 @pytest.mark.parametrize("double_quant", [True, False], ids=["double", "single"])
 def test_merging_while_dequantizing(kernel_backend, device, dtype, double_quant):
@@ -61,10 +98,12 @@ def test_the_plan_by_shape(kernel_backend, device):
     small_blocks = quantized(8, 128, block_size=32)
 
     def rows(M, K=128):
-        return torch.empty(M, K, device=device)
+        return torch.empty(M, K, device=device, dtype=torch.float16)
 
-    ways = [plan(rows(M), q, dropout=False) for M in (1, 16, 17, 1023, 1024)]
-    assert ways == ["stream", "stream", "exact", "exact", "merged"]
+    ways = [plan(rows(M).half(), q, dropout=False) for M in (1, 16, 17, 256, 257, 1023, 1024)]
+    tensor_cores = runs_product(rows(1).half())
+    wanted = ["stream", "stream", "fused", "fused", "exact", "exact", "merged"]
+    assert ways == (wanted if tensor_cores else ["stream"] + 6 * ["exact"])
     assert plan(rows(2048), q, True) == "exact"  # a merge has no place for a dropout mask
     assert plan(rows(1, 96), ragged, False) == "exact"
     assert plan(rows(1), small_blocks, False) == "exact"
@@ -89,9 +128,11 @@ def test_the_plan_in_torch():
     assert [plan(torch.empty(M, 128), quantized(8, 128), False) for M in (1, 2048)] == ["exact", "exact"]
 
 
-@pytest.mark.parametrize("way", ["stream", "merged", "exact"])
+@pytest.mark.parametrize("way", ["stream", "fused", "merged", "exact"])
 def test_every_way_gives_the_same(kernel_backend, device, way):
     M, N, K, r = 7, 40, 128, 3
+    if way == "fused" and not runs_product(torch.empty(M, K, device=device)):
+        pytest.skip("fp32 products on a GPU are the vendor's library's")
     q = quantized(N, K, device=device)
     x, dy, b = (torch.randn(size, device=device) for size in ((M, K), (M, N), (N,)))
     A, B = torch.randn(r, K, device=device), torch.randn(N, r, device=device)

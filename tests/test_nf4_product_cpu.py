@@ -33,7 +33,7 @@ SHAPES = [  # M, N, K, r, block_size
 @pytest.fixture(params=LEVELS)
 def level(request, monkeypatch):
     """The C is held to these instructions."""
-    if nf4_cpu.LEVEL < LEVELS[request.param]:
+    if LEVELS[request.param] > nf4_cpu.LEVEL:
         pytest.skip(f"this CPU, or ATEN_CPU_CAPABILITY, has no {request.param}")
     monkeypatch.setattr(nf4_cpu, "LEVEL", LEVELS[request.param])
 
