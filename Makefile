@@ -48,17 +48,17 @@ check-rivals: $(VENV)/test.installed
 lint: $(VENV)/test.installed
 	$(BIN)/ruff check .
 
-$(VENV)/finetune.installed: setup.py constraints.txt handtuned/__init__.py kernels/nf4_cpu.c kernels/nf4_tile.h
+$(VENV)/finetune.installed: setup.py constraints.txt handtuned/__init__.py kernels/nf4_cpu.c kernels/nf4_kinds.h kernels/nf4_tile.h
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install -c constraints.txt -e ".[finetune]"
 	touch $@
 
-$(VENV)/notebooks.installed: setup.py constraints.txt handtuned/__init__.py kernels/nf4_cpu.c kernels/nf4_tile.h
+$(VENV)/notebooks.installed: setup.py constraints.txt handtuned/__init__.py kernels/nf4_cpu.c kernels/nf4_kinds.h kernels/nf4_tile.h
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install -c constraints.txt -e ".[finetune,notebooks,tune]"
 	touch $@
 
-$(VENV)/test.installed: setup.py constraints.txt handtuned/__init__.py kernels/nf4_cpu.c kernels/nf4_tile.h
+$(VENV)/test.installed: setup.py constraints.txt handtuned/__init__.py kernels/nf4_cpu.c kernels/nf4_kinds.h kernels/nf4_tile.h
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install -c constraints.txt -e ".[finetune,test,dev]"
 	touch $@

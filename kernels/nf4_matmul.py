@@ -42,7 +42,6 @@ from .nf4 import (
     NF4_CODE,
     NF4Weight,
     code_table,
-    decode_scales,
     levels_of,
     nf4_dequantize,
     nf4_dequantize_reference,
@@ -51,6 +50,7 @@ from .nf4 import (
 )  # fmt: skip
 from .nf4_cpu import nf4_product_native, runs_native_product
 from .nf4_stream import nf4_stream
+from .nf4_tiled import nf4_product_tiled
 from .runtime import (
     block_of,
     cdiv,
@@ -65,7 +65,6 @@ from .runtime import (
     triton,
 )  # fmt: skip
 
-TILE_ROWS = 512  # of W, dense at a time where torch multiplies on a CPU
 ON_CPU = ("native", "tiled")
 MERGE = {"BLOCK_N": 32, "WARPS": 4}  # rows of a warp
 
@@ -340,28 +339,6 @@ def _on_cpu(way, x, weight, transposed, *rest):
     if way == "native":
         return nf4_product_native(x, weight, NF4_CODE, transposed, *rest)
     return nf4_product_tiled(x, weight, transposed, *rest)
-
-
-def nf4_product_tiled(x, weight, transposed, bias=None, S=None, low=None, scale=1.0) -> torch.Tensor:
-    """As `nf4_product_native` in torch: fp32 arithmetic, W rounded to x's dtype, TILE_ROWS of its rows at a time."""
-    (N, K), block_size = weight.shape, weight.block_size
-    rows = TILE_ROWS if TILE_ROWS * K % block_size == 0 else N
-    scales, wide = decode_scales(weight.absmax, weight.nested), x.float()
-    y = wide.new_zeros(len(x), N if transposed else K)
-    for start in range(0, N, rows):
-        stop = min(start + rows, N)
-        packed, absmax = weight.packed[start * K // 2 :], scales[start * K // block_size :]
-        packed, absmax = packed[: cdiv((stop - start) * K, 2)], absmax[: cdiv((stop - start) * K, block_size)]
-        part = NF4Weight(packed, absmax, torch.Size((stop - start, K)), x.dtype, block_size)
-        tile = nf4_dequantize(part, torch.float32, out=scratch(part.shape, torch.float32, x.device))
-        tile.copy_(tile.to(x.dtype))
-        if transposed:
-            torch.mm(wide, tile.t(), out=y[:, start:stop])
-        else:
-            y.addmm_(wide[:, start:stop], tile)
-    if S is not None:
-        y.addmm_(S.float(), low.float().t() if transposed else low.float(), alpha=scale)
-    return (y if bias is None else y.add_(bias)).to(x.dtype)
 
 
 def dense_weight(weight: torch.Tensor | NF4Weight, x: torch.Tensor) -> torch.Tensor:
