@@ -252,7 +252,7 @@ def plan(x: torch.Tensor, weight: torch.Tensor | NF4Weight, dropout: bool = Fals
     M, (N, K) = x.shape[0], weight.shape
     if not runs_kernel(x):
         return "native" if runs_native_product(x, weight) else "exact"
-    if K % 64 or weight.block_size % 64:
+    if K == 0 or K % 64 or weight.block_size % 64:
         return "exact"
     tensor_cores, rows, ways = runs_product(x), "", ["exact"]
     if (tensor_cores and M <= 16) or M <= 4:
