@@ -257,7 +257,7 @@ def plan(x: torch.Tensor, weight: torch.Tensor | NF4Weight, dropout: bool = Fals
     if not runs_kernel(x):
         exact = "tiled" if x.is_cpu and x.dtype.itemsize == 2 else "exact"
         return "native" if runs_native_product(x, weight) else exact
-    if K % 64 or weight.block_size % 64:
+    if K == 0 or K % 64 or weight.block_size % 64:
         return "exact"
     tensor_cores, rows, ways = runs_product(x), "", ["exact"]
     if (tensor_cores and M <= 16) or M <= 4:
