@@ -1,18 +1,17 @@
 """Rows meet an NF4 weight: y = x Wᵀ + b + s S Bᵀ, by the way that suits the number of rows M of x.
 
-    M ≤ 16        stream: the kernel reads packed codes, decodes them in registers and multiplies
-    larger M      a dense W is made for this product alone, and thrown away after it
+    few rows      stream: W is read as codes by a kernel made for it (`nf4_stream.py`)
+    more          fused: tiles of W are decoded beside the tensor cores, and W is never dense
+    many          a dense W is made for this product alone, and thrown away after it
 
-Decoding tokens is limited by reading W: 0.516 bytes a weight against 2 in fp16, so streaming the codes
-may be four times as fast as any dense product. At 4.3 TB/s that is 2.0 µs for 4096 × 4096, which leaves about 4
-instructions a weight before arithmetic is the limit instead. So decoding must be cheap (a shift, a mask and one
-read of a table of 16 fp32 values, which lie in 16 different banks of shared memory), and with one row the
-scale is applied to sums over 64 weights. `handtuned xray nf4_` counts the instructions.
+Reading codes costs 0.516 bytes a weight against 2.5 + 2 for writing a dense W and reading it again. In exchange every
+tile of W is decoded once for each tile of 128 rows, by the warps that should multiply. So with many rows a dense W is
+better: 6 % of a product with 4096 rows, which then runs at full speed. In between, the card decides.
+In backward W is decoded or made a second time, which is cheaper than keeping it: kept dense weights are
+what 4 bits are there to avoid.
 
-With many rows it is the other way round. Every tile of W would be decoded once for each tile of rows,
-by the units that should multiply; making W dense once costs 2.5 bytes a weight (6 % of a product with
-4096 rows) and the product then runs at full speed. In backward W is made a second time, which is
-cheaper than keeping it: kept dense weights are what 4 bits are there to avoid.
+"fused" rounds a decoded tile to 16 bits as dequantizing would, starts its accumulator at s S Bᵀ, and walks
+along K; for dx = dy W + dS A the same kernel walks down W.
 
 A dense W is made anyway, so with many rows the adapter is added to it on the way:
 
@@ -25,10 +24,17 @@ from the tensor cores while the codes of the same tile are decoded: 2NKr FLOPs a
 2.516 NK of dequantizing. With dropout there is no W' (each row of x has its own ΔW), so then, and for middle
 M, W alone is made dense and `lora_product` starts its accumulator at S Bᵀ: the exact path.
 
+The merging kernel meets no shared memory but the table of levels. An mma instruction leaves two columns of every eight
+in a thread (2q and 2q + 1 in lane % 4 = q); a store wants eight in a row, and so does a word of codes. So columns are
+named anew: of 32 columns, 4g + t of memory is column g of the t-th instruction. Then thread q holds 8q … 8q + 7, and
+four neighbours of A are one load.
+
 A CPU with AVX-512 has one way for fp32 and any M, "native": a product in C that decodes W as it goes
 (`nf4_cpu.py`). Elsewhere, and in other dtypes, torch takes the exact path. There is no gradient here; `lora.py` and
 `quant/linear.py` call the product with W for dx.
 """
+
+import math
 
 import torch
 import torch.nn.functional as F
@@ -60,9 +66,11 @@ from .runtime import (
 )  # fmt: skip
 
 TILE_ROWS = 512  # of W, upcast at a time on a CPU
-# Rows of x up to which a way is taken where nothing was measured on the card; then "merged", but not with dropout.
-MOST_ROWS = {"stream": 16, "stream, no tensor cores": 4, "fused": 256, "exact": 1023}
-MERGE = {"BLOCK_N": 32, "WARPS": 4}  # rows of a warp
+# Rows of x up to which a way is taken where nothing was measured on the card; for more of them it is "merged".
+MOST_ROWS = {"stream": 16, "fused": 256, "exact": 1023}
+MOST_ROWS_WITHOUT_TENSOR_CORES = {"stream": 4, "exact": math.inf}
+FUSED = {"BLOCK_M": 128, "BLOCK_N": 64, "num_warps": 8}
+MERGE = {"BLOCK_N": 16, "WARPS": 4}  # rows of a warp
 
 
 def nf4_matmul_reference(x, weight, bias=None, transposed=True):
@@ -130,8 +138,9 @@ def _dense_tile(
     BLOCK_SIZE: tl.constexpr, NESTED_BLOCK: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
     """W[first_n : first_n + ROWS, k : k + COLUMNS] as fp32; rows past the end repeat the last one."""
+    GROUPS: tl.constexpr = (COLUMNS + 63) // 64
     rows = tl.minimum(tl.arange(0, ROWS), N - 1 - first_n)
-    offs_w, groups = k // 8 + tl.arange(0, COLUMNS // 8), k // 64 + tl.arange(0, COLUMNS // 64)
+    offs_w, groups = k // 8 + tl.arange(0, COLUMNS // 8), k // 64 + tl.arange(0, GROUPS)
     words_ptr += tl.cast(first_n, tl.int64) * (K // 8)
     words = tl.load(words_ptr + rows[:, None] * (K // 8) + offs_w[None, :], mask=offs_w[None, :] < K // 8, other=0)
     w = levels_of(tl.join(words, words >> 16), table)
@@ -139,7 +148,7 @@ def _dense_tile(
     in_row = groups[None, :] < K // 64
     code = tl.load(absmax_ptr + block, mask=in_row, other=0)
     scales = scale_of(code, block, in_row, nested_absmax_ptr, nested_code_ptr, offset_ptr, NESTED_BLOCK)
-    w = tl.reshape(w, [ROWS, COLUMNS // 64, 64]) * scales[:, :, None]
+    w = tl.reshape(w, [ROWS, GROUPS, COLUMNS // GROUPS]) * scales[:, :, None]
     return tl.reshape(w, [ROWS, COLUMNS])
 
 
@@ -171,10 +180,11 @@ def _fused_kernel(
         up = tl.load(up_ptrs, mask=in_n[None, :] & (offs_r < r)[:, None], other=0.0)  # [16, BLOCK_N]
         acc = tl.dot(s.to(DOT), up.to(DOT), acc, input_precision=PRECISION)
     acc *= scale
+    offs_k = tl.arange(0, 64)
+    x_ptrs = x_ptr + rows[:, None] * stride_xm + offs_k.to(tl.int64)[None, :] * stride_xk
     for k in range(0, depth, 64):
-        offs_k = k + tl.arange(0, 64)
-        x_ptrs = x_ptr + rows[:, None] * stride_xm + offs_k.to(tl.int64)[None, :] * stride_xk
-        x = tl.load(x_ptrs, mask=in_m[:, None] & (offs_k < depth)[None, :], other=0.0)  # [BLOCK_M, 64]
+        x = tl.load(x_ptrs, mask=in_m[:, None] & (offs_k < depth - k)[None, :], other=0.0)  # [BLOCK_M, 64]
+        x_ptrs += tl.cast(stride_xk, tl.int64) * 64
         if DX:
             w = _dense_tile(
                 words_ptr, absmax_ptr, nested_absmax_ptr, nested_code_ptr, offset_ptr, table, k, first_n, N, K,
@@ -212,12 +222,11 @@ def nf4_fused(x, weight, bias, S, up, scale, transposed=True) -> torch.Tensor:
     if y.numel() == 0:
         return y.to(x.dtype)
     weights, blocks = nf4_pointers(weight)
-    block_m = 64 if M <= 64 else 128
+    tile = {"BLOCK_M": 64, "BLOCK_N": 32, "num_warps": 4} if M <= 64 else FUSED
     with on_device(x):
-        _fused_kernel[(cdiv(M, block_m), cdiv(width, 64))](
+        _fused_kernel[(cdiv(M, tile["BLOCK_M"]), cdiv(width, tile["BLOCK_N"]))](
             x, *weights, code_table(x.device), bias, S, up, y, M, N, K, S.shape[1], *x.stride(), *S.stride(),
-            *up.stride(), float(scale), **blocks, **dot_settings(x.dtype), DX=not transposed, BLOCK_M=block_m,
-            BLOCK_N=64, num_warps=4, num_stages=3,
+            *up.stride(), float(scale), **blocks, **dot_settings(x.dtype), DX=not transposed, **tile, num_stages=3,
         )  # fmt: skip
     return y.to(x.dtype)
 
@@ -250,11 +259,9 @@ def plan(x: torch.Tensor, weight: torch.Tensor | NF4Weight, dropout: bool = Fals
         return "native" if runs_native_product(x, weight) else "exact"
     if K % 64 or weight.block_size % 64:
         return "exact"
-    if not runs_product(x):
-        return "stream" if M <= MOST_ROWS["stream, no tensor cores"] else "exact"
-    if M <= MOST_ROWS["fused"]:
-        return "stream" if M <= MOST_ROWS["stream"] else "fused"
-    return "exact" if M <= MOST_ROWS["exact"] or dropout else "merged"
+    most = MOST_ROWS if runs_product(x) else MOST_ROWS_WITHOUT_TENSOR_CORES
+    way = next((way for way, rows in most.items() if rows >= M), "merged")
+    return "exact" if way == "merged" and dropout else way
 
 
 def quantized_product(way, x, weight, bias, S, lora_A, lora_B, scale):

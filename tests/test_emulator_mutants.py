@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 import torch
 from compiled import compiled, run_again
-from handtuned.kernels import lora_gemms, matmul, nf4_matmul
+from handtuned.kernels import lora_gemms, matmul, nf4_matmul, nf4_stream
 from handtuned.kernels.adamw import ParamGroup, adamw_step_
 from handtuned.kernels.dropout import Dropout
 from handtuned.kernels.nf4 import nf4_dequantize
@@ -50,7 +50,7 @@ def quantized(N, K):
 def nf4_rows(rows):
     q, S = quantized(72, 1088), half(rows, 16)
     x, bias, B = half(rows, 1088), half(72), torch.randn(72, 16)
-    return lambda: nf4_matmul.nf4_stream(x, q, bias, S, B, 0.5)
+    return lambda: nf4_stream.nf4_stream(x, q, bias, S, B, 0.5)
 
 
 def dequantize():
@@ -66,6 +66,12 @@ def quantize():
 def merge():
     q, A, B = quantized(72, 192), torch.randn(16, 192), torch.randn(72, 16)
     return lambda: nf4_matmul.nf4_merge(q, A, B, 0.5, torch.float16)
+
+
+def fused():
+    q, S = quantized(72, 192), half(70, 16)
+    x, bias, B = half(70, 192), half(72), torch.randn(72, 16)
+    return lambda: nf4_matmul.nf4_fused(x, q, bias, S, B, 0.5)
 
 
 def dropout():
@@ -118,8 +124,8 @@ def unscale():
 
 CASES = {
     "nf4_dequantize": dequantize, "nf4_quantize": quantize, "nf4_stream, one row": lambda: nf4_rows(1),
-    "nf4_stream, few rows": lambda: nf4_rows(5), "nf4_merge": merge, "lora_down": down, "lora_up_grads": up_grads,
-    "lora_down_grad": down_grad, "lora_product": lambda: product(40, 130, 100),
+    "nf4_stream, few rows": lambda: nf4_rows(5), "nf4_fused": fused, "nf4_merge": merge, "lora_down": down,
+    "lora_up_grads": up_grads, "lora_down_grad": down_grad, "lora_product": lambda: product(40, 130, 100),
     "lora_product, whole tiles": lambda: product(64, 256, 256),
     "lora_product, dropout": lambda: product(40, 130, 100, True), "scaled_matmul": scaled, "adamw": adamw,
     "unscale": unscale,
