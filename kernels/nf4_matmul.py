@@ -100,17 +100,16 @@ def _merge_kernel(
     rows = tl.minimum(n, N - 1 - first_n).to(tl.int64)
     acc = tl.zeros([WARPS, BLOCK_N, 64], dtype=tl.float32)
     for j in range(0, r, 16):
-        at_r = j + four[:, None] * 4 + four[None, :]  # [lane, place]
-        b_ptrs = b_ptr + (first_n + rows)[:, :, :, None, None] * stride_bn + at_r[None, None, None, :, :] * stride_br
-        b = tl.load(b_ptrs, mask=at_r[None, None, None, :, :] < r, other=0.0).to(tl.float32)
+        place = (j + four[:, None] * 4 + four[None, :]).to(tl.int64)  # [4 threads, 4 of r each]
+        at_r = place[None, None, None, :, :]
+        b_ptrs = b_ptr + (first_n + rows)[:, :, :, None, None] * stride_bn + at_r * stride_br
+        b = tl.load(b_ptrs, mask=at_r < r, other=0.0).to(tl.float32)  # [G, WARPS, 8, 4, 4]
         b = tl.reshape(tl.permute(b, (1, 0, 2, 4, 3)), [WARPS, BLOCK_N, 16])
+        at_r = tl.permute(place, (1, 0))[:, None, None, None, :, None]
         at_k = first_k + (two * 32)[:, None, None] + (eight * 4)[None, :, None] + four[None, None, :]  # [2, 8, 4]
-        at_r = at_r.to(tl.int64)
-        a_ptrs = a_ptr + tl.permute(at_r, (1, 0))[:, None, None, None, :, None] * stride_ar
-        a_ptrs += at_k.to(tl.int64)[None, :, None, :, None, :] * stride_ak
-        a_mask = (tl.permute(at_r, (1, 0)) < r)[:, None, None, None, :, None]
-        a_ptrs = tl.broadcast_to(a_ptrs, [4, 2, WARPS, 8, 4, 4])
-        a = tl.load(a_ptrs, mask=tl.broadcast_to(a_mask, [4, 2, WARPS, 8, 4, 4]), other=0.0).to(tl.float32)
+        a_ptrs = a_ptr + at_r * stride_ar + at_k.to(tl.int64)[None, :, None, :, None, :] * stride_ak
+        a_ptrs = tl.broadcast_to(a_ptrs, [4, 2, WARPS, 8, 4, 4])  # the same for every warp
+        a = tl.load(a_ptrs, mask=tl.broadcast_to(at_r < r, a_ptrs.shape), other=0.0).to(tl.float32)
         a = tl.reshape(tl.permute(a, (2, 0, 4, 1, 5, 3)), [WARPS, 16, 64])
         acc = tl.dot(b, a, acc, input_precision="tf32")
     delta = tl.permute(tl.reshape(acc, [WARPS, G, 8, 2, 4, 4, 2]), (1, 3, 0, 2, 5, 6, 4))
@@ -173,10 +172,10 @@ def _fused_kernel(
     table = tl.load(table_ptr + tl.arange(0, 16))
     acc = tl.zeros([BLOCK_M, BLOCK_N], dtype=tl.float32)
     for j in tl.range(0, r, 16, num_stages=1):
-        offs_r = j + tl.arange(0, 16)
+        offs_r = (j + tl.arange(0, 16)).to(tl.int64)
         s_ptrs = s_ptr + rows[:, None] * stride_sm + offs_r[None, :] * stride_sr
         s = tl.load(s_ptrs, mask=in_m[:, None] & (offs_r < r)[None, :], other=0.0)  # [BLOCK_M, 16]
-        up_ptrs = up_ptr + columns[None, :] * stride_un + offs_r.to(tl.int64)[:, None] * stride_ur
+        up_ptrs = up_ptr + columns[None, :] * stride_un + offs_r[:, None] * stride_ur
         up = tl.load(up_ptrs, mask=in_n[None, :] & (offs_r < r)[:, None], other=0.0)  # [16, BLOCK_N]
         acc = tl.dot(s.to(DOT), up.to(DOT), acc, input_precision=PRECISION)
     acc *= scale

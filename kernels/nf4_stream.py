@@ -118,7 +118,7 @@ def _stream_kernel(
     in_n, in_m = offs_n < N, offs_m < M
     if split == 0:
         for j in range(0, r, 16 * SLICES):
-            offs_r = j + slices[:, None] * 16 + tl.arange(0, 16)[None, :]  # [SLICES, 16]
+            offs_r = (j + slices[:, None] * 16 + tl.arange(0, 16)[None, :]).to(tl.int64)  # [SLICES, 16]
             b_ptrs = b_ptr + offs_n.to(tl.int64)[None, :, None] * stride_bn + offs_r[:, None, :] * stride_br
             b = tl.load(b_ptrs, mask=in_n[None, :, None] & (offs_r < r)[:, None, :], other=0.0).to(DOT)
             s_ptrs = s_ptr + offs_m.to(tl.int64)[None, None, :] * stride_sm + offs_r[:, :, None] * stride_sr
