@@ -281,7 +281,7 @@ def _tables_as_before(groups, write_back, stand_ins):
         for kind in (torch.Tensor.numel, torch.Tensor.is_contiguous, torch.Tensor.dtype.__get__):
             seen += map(kind, group.grads)
     before, tables = _last.get(device, (None, None))
-    if before != seen or (device.type == "cuda" and torch.cuda.is_current_stream_capturing()):
+    if before != seen or (device.type != "cpu" and torch.cuda.is_current_stream_capturing()):
         tables = _tables(groups, write_back, stand_ins)
         kept = not stand_ins and False not in seen  # contiguous gradients: of others the strides may change
         _last[device] = (seen if kept else None), tables

@@ -130,7 +130,9 @@ def chunk_table(elements: tuple[int, ...], block: int, device: torch.device) -> 
     return torch.stack([tensor, chunk], dim=1).to(device, torch.int32)
 
 
-_spare: dict[tuple, torch.Tensor] = {}  # pinned memory that no copy reads: under capture none can be allocated
+# Pinned memory that no copy reads, for as many graphs' copies as a step makes: under capture none can be allocated.
+_spare: dict[tuple, list[torch.Tensor]] = {}
+SPARE = 16
 _captured: list[torch.Tensor] = []  # what graphs read whenever they run
 
 
@@ -140,26 +142,24 @@ def upload(numbers: Sequence[int] | Sequence[float], device: torch.device) -> to
     The same numbers are sent once, except under CUDA-graph capture, where every graph has a copy of its own.
 
     Raises:
-        RuntimeError: under capture, and no call with as many numbers came before since the last capture.
+        RuntimeError: under capture, without as many calls for as many numbers before it.
     """
-    if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
-        values = _values(numbers)
-        pinned = _spare.pop((values.shape, values.dtype), None)
-        if pinned is None:
+    if device.type == "cpu":
+        return _values(numbers)
+    spare = _spare.setdefault((len(numbers), isinstance(numbers[0], float)), [])
+    if torch.cuda.is_current_stream_capturing():
+        if not spare:
             raise RuntimeError("run one step, as a warm-up, before each capture of a CUDA graph")
-        _captured.append(pinned)
-        return pinned.copy_(values).to(device, non_blocking=True)
+        _captured.append(spare.pop())
+        return _captured[-1].copy_(_values(numbers)).to(device, non_blocking=True)
+    if len(spare) < SPARE:
+        spare.append(torch.empty_like(_values(numbers), pin_memory=True))
     return _uploaded(tuple(numbers), device)
 
 
 @lru_cache(maxsize=16)
 def _uploaded(numbers, device):
-    values = _values(numbers)
-    if device.type != "cuda":
-        return values
-    key = values.shape, values.dtype
-    _spare.setdefault(key, torch.empty_like(values, pin_memory=True))
-    return values.pin_memory().to(device, non_blocking=True)
+    return _values(numbers).pin_memory().to(device, non_blocking=True)
 
 
 def _values(numbers):

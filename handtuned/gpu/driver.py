@@ -15,7 +15,6 @@ import gc
 import hashlib
 import inspect
 import json
-import os
 import re
 import subprocess
 import tempfile
@@ -74,12 +73,12 @@ def _flat(signature, values, maps):
 def _descriptor(kind, value, meta):
     """The arguments that a TensorDescriptor of the host becomes; "reached": a tensor that is none, but touched."""
     shape, strides = list(value.shape), list(value.strides)
-    nan = value.padding == "nan"
+    nan, rounds = value.padding == "nan", getattr(value, "round_f32_to_tf32", None)  # None: Triton 3.6
     if meta is None:  # an architecture without TMA
         yield "*" + kind, value.base
         yield from [("i64", n) for n in shape + strides]
-        yield from [("i1", nan), ("i1", value.round_f32_to_tf32)]
-    elif meta["fp4_padded"] or value.round_f32_to_tf32:
+        yield from [("i1", flag) for flag in (nan, rounds) if flag is not None]
+    elif meta["fp4_padded"] or rounds:
         raise NotImplementedError("the emulator knows no TensorDescriptor of 4 bits and none that rounds to TF32")
     else:
         raw = torch.empty(256, dtype=torch.uint8)
@@ -101,24 +100,6 @@ def _bits(kind, value):
         return f32_to_bf16(np.array([[value]], np.float32))
     value = np.array([[value]]).astype(_SCALARS[kind])
     return value.view(f"u{value.dtype.itemsize}")
-
-
-def _name_sources(machine, file):
-    """Triton's cache knows a kernel by its text, so its code may come from another file: name files as they are here.
-
-    Args:
-        file: that the kernel stands in.
-    """
-    old, new, machine.file = machine.file, file, file
-    if not old or old == new:
-        return
-    while os.path.basename(old) and os.path.basename(old) == os.path.basename(new):
-        old, new = os.path.dirname(old), os.path.dirname(new)
-    old, new = old.rstrip("/"), new.rstrip("/")  # the root: one checkout may lie in /a, the other in /b/a
-    for i in machine.kernel.code:
-        here = new + i.file[len(old) :]
-        if i.file.startswith(old) and (i.file == old or os.path.exists(here)):
-            i.file = here
 
 
 class _Launcher:
@@ -144,7 +125,7 @@ class _Launcher:
 
     def _run(self, machine, grid, arguments):
         meta = self.metadata
-        _name_sources(machine, inspect.getsourcefile(self.src.fn.fn))
+        machine.kernel.name_files(inspect.getsourcefile(self.src.fn.fn))
         values, tensors = [], []
         for kind, value in arguments:
             if kind != "reached":
@@ -186,8 +167,6 @@ class _Utils:
             strict = not triton.__version__.startswith("3.6")
             machine = self.machines[code] = Machine(parse(code.decode()), copies_need_fence=strict)
             machine.ptx = code.decode()
-            named = re.search(r'\.file\s+1\s+"([^"]*)"(?:\s+"([^"]*)")?', machine.ptx)  # the kernel's own file
-            machine.file = os.path.join(*filter(None, named.groups())) if named else ""
         registers, spills, most_threads = 0, 0, 1024
         return machine, machine, registers, spills, most_threads
 
