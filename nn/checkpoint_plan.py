@@ -114,10 +114,8 @@ def _chain(functions: Sequence[Callable], x):
 
 
 def choose_segments(costs: Sequence[LayerCost], budget: int | None = None) -> Plan:
-    """The plan with the least peak or, given a budget in bytes, the one within it that recomputes least.
-
-    `costs` are those of `measure_layers`. ValueError: no plan stays within the budget; names the least possible.
-    """
+    """The plan with the least peak or, given a budget in bytes, the one within it that recomputes least. ValueError: no
+    plan stays within the budget; names the least possible."""
     worst = _worst_moments(costs)
     everything = sum(c.kept for c in costs) + max(worst.values())
     limit = bisect_left(range(everything), True, key=lambda limit: bool(_arrivals(costs, worst, limit, states=1)))
@@ -161,11 +159,8 @@ def _steps(costs: Sequence[LayerCost], stop: int):
 
 
 def _arrivals(costs: Sequence[LayerCost], worst: dict, limit: int, states: int) -> list[tuple]:
-    """(bytes kept, work repeated, peak so far, segments) of the ways through all layers that stay within `limit`.
-
-    At each layer those count that no other beats in both bytes and work; of these `states` are followed, the one
-    with the fewest bytes among them.
-    """
+    """(bytes kept, work repeated, peak so far, segments) of the ways through all layers that stay within `limit`. At
+    each layer those that no other beats in both count, of which `states` are followed, that of fewest bytes too."""
     arrivals = [[(0, 0, 0, ())]]
     for stop in range(1, len(costs) + 1):
         found = [
@@ -194,10 +189,7 @@ def _joined(segments: Sequence[Segment]) -> tuple[Segment, ...]:
 
 
 def plan_checkpoints(functions: Sequence[Callable], x, budget: int | None = None) -> Plan:
-    """Measure the layers on `x` and choose: `choose_segments(measure_layers(functions, x), budget)`.
-
-    Costs about one forward and backward pass, one layer at a time, and the memory of the largest layer.
-    """
+    """Measure the layers on `x` and choose; costs about one forward and backward pass, one layer at a time."""
     return choose_segments(measure_layers(functions, x), budget)
 
 
