@@ -88,7 +88,8 @@ class Mergeable(nn.Module):
         if (self.training and self.lora_dropout > 0) or "forward" in vars(self):
             what = "choice of adapters by row" if "forward" in vars(self) else "dropout"
             raise RuntimeError(f"a module reads this layer's weight instead of calling it: the {what} cannot act")
-        weight = (dense_weight(self.base_layer) + self.delta()).to(self.base_layer.weight.dtype)
+        dense = dense_weight(self.base_layer)
+        weight = (dense + self.delta()).to(dense.dtype)
         return weight.t() if is_conv1d(self.base_layer) else weight
 
     @property

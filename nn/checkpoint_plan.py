@@ -62,7 +62,7 @@ def split_evenly(layers: int, segments: int) -> tuple[Segment, ...]:
     return tuple(Segment(a, b, recompute=b < layers) for a, b in pairwise(edges))
 
 
-def checkpoint_sequential(functions, x, segments: str | int | Plan = "sqrt", budget: int | None = None):
+def checkpoint_sequential(functions, x, segments: str | int | Plan = "sqrt", budget: int | None = None, **keywords):
     """Run layers one after the other, with checkpoints between them.
 
     Args:
@@ -72,6 +72,7 @@ def checkpoint_sequential(functions, x, segments: str | int | Plan = "sqrt", bud
             so that the peak is least), or a `Plan` from `plan_checkpoints`. Of equal segments the last is kept, as
             backward starts there. "auto" measures when it first meets these layers and shapes, and remembers.
         budget: with "auto": recompute as little as possible within this many bytes above what is there before.
+        keywords: of `checkpoint`. torch's order of arguments, (functions, 2, x), is understood too.
 
     Returns what the last function returns. Gradients are bit-equal to those of a plain run.
 
@@ -80,6 +81,8 @@ def checkpoint_sequential(functions, x, segments: str | int | Plan = "sqrt", bud
         TypeError: `segments` is of another type.
     """
     functions = list(functions)
+    if type(x) is int and isinstance(segments, torch.Tensor):
+        x, segments = segments, x
     if not functions:
         raise ValueError("functions must hold at least one function, got none")
     if budget is not None and segments != "auto":
@@ -103,7 +106,7 @@ def checkpoint_sequential(functions, x, segments: str | int | Plan = "sqrt", bud
         parts = split_evenly(len(functions), segments)
     for part in parts:
         run = partial(_chain, functions[part.start : part.stop])
-        x = checkpoint(run, x) if part.recompute else run(x)
+        x = checkpoint(run, x, **keywords) if part.recompute else run(x)
     return x
 
 
