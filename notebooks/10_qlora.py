@@ -433,7 +433,7 @@ for M in rows:
 # of rows decodes all of W again, with the units that should keep the tensor cores fed. On a CPU there are no such units to
 # wait for. A core decodes a piece of W into its cache with a few instructions, and every row of x meets it there, so the
 # decoding costs the less the more rows there are; and with few rows, when the time is that of reading W, codes are an
-# eighth of fp32. So for fp32 on a CPU with AVX-512 (whose registers hold the 16 levels, 16 × 32 bits) the product decodes
+# eighth of fp32. So on a CPU with AVX-512 (whose registers hold the 16 levels, 16 × 32 bits) or AVX2 the product decodes
 # as it goes for *every* M, and W is never dense. It is written in C (`kernels/nf4_cpu.c`). Elsewhere W is made dense for one
 # product. This notebook interprets kernels, so we ask a fresh Python which way it goes, and what torch's tensors take
 # beside y (the piece of W in the cache is C's own, and not counted):
