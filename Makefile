@@ -4,7 +4,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo lessons check-lessons check-kernels test test-compiled test-portable \
+.PHONY: demo lessons check-lessons check-kernels check-rivals test test-compiled test-portable \
 	lint clean
 
 demo: $(VENV)/finetune.installed
@@ -39,6 +39,11 @@ check-kernels: $(VENV)/test.installed
 	for arch in "sm_90 --every-tile" sm_80 sm_89 sm_120 sm_100 \
 		"sm_75 nf4_dequantize nf4_quantize nf4_one_row adamw unscale dropout"; do echo "$$arch"; done | \
 		xargs -P 2 -I{} sh -c 'OMP_NUM_THREADS=1 $(BIN)/handtuned xray --check --arch {}'
+
+# The tests behind the tables of docs/from-peft.md and docs/from-torch.md, those that take minutes too.
+check-rivals: $(VENV)/test.installed
+	OMP_NUM_THREADS=1 $(BIN)/pytest --slow -n auto --dist worksteal tests/test_docs_tables.py \
+		$$(grep -ohE "test_\w+\.py::\w+" docs/from-*.md | sort -u | sed "s|^|tests/|")
 
 lint: $(VENV)/test.installed
 	$(BIN)/ruff check .

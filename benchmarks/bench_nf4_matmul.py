@@ -71,7 +71,7 @@ def case(M, N, K, dtype, device):
 
 def cases(device, quick):
     if device.type == "cuda":
-        for M in (1, 4096) if quick else (1, 4, 16, 512, 4096):
+        for M in (4096,) if quick else (64, 256, 512, 4096):
             yield case(M, 4096, 4096, low_precision(device), device)
     else:
         shapes = [(1024, 1024)] if quick else [(4096, 4096), (1536, 576), (11008, 4096)]
