@@ -15,6 +15,7 @@ from pathlib import Path
 
 import torch
 
+from ..kernels.nf4_cpu import AVX512_BF16, LEVEL
 from ..nn import apply_lora_to_model
 from ..nn.adapters import load_adapter, read_adapter_config, save_adapter
 from ..nn.files import whole_directory, write_json
@@ -220,6 +221,9 @@ class Base:
 def load_base_and_rows(settings: FinetuneSettings, device: torch.device, place: torch.device | str) -> Base:
     """Read and check all that a run starts from; `place` is where the model is put at first."""
     dtype = choose_dtype(settings.dtype, device)
+    fast = LEVEL == AVX512_BF16 and dtype == torch.bfloat16
+    if device.type == "cpu" and dtype.itemsize == 2 and not fast:
+        print(f"note: --dtype {settings.dtype} is slower than float32 on this CPU", file=sys.stderr)
     chats, eval_chats, eval_file = load_chats(settings)
     model, tokenizer = load_base(settings.model, settings.method, dtype, place)
     context, longest = context_length(model), settings.max_seq_length
