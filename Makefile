@@ -24,7 +24,7 @@ test: $(VENV)/test.installed
 # The tests that launch kernels, as machine code in the emulator: all on sm_90, a few on the other architectures.
 # COMPILED="--slow" runs all on all.
 test-compiled: $(VENV)/test.installed
-	for arch in sm_90 sm_75 sm_80 sm_89; do \
+	for arch in sm_90 sm_75 sm_80 sm_89 sm_120; do \
 		HANDTUNED_BACKEND=$$arch OMP_NUM_THREADS=1 $(BIN)/pytest -n auto --dist worksteal $(COMPILED) \
 			$$(grep -lE "kernel_backend|each_backend" tests/test_*.py | grep -v test_emulator) || exit 1; \
 	done

@@ -38,6 +38,7 @@ extras = {
         "matplotlib",
         "regex",
     ],
+    "data": ["datasets"],
     "notebooks": ["jupyterlab", "jupytext", "ipykernel", "matplotlib", "nbclient"],
     "test": [
         "pytest",
@@ -46,6 +47,7 @@ extras = {
         "bitsandbytes",
         "peft",
         "psutil",
+        "pyarrow",
         "optuna",
         "tensorboard",
         "ipykernel",

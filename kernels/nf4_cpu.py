@@ -17,7 +17,7 @@ import ctypes
 
 import torch
 
-from .runtime import reference_is_forced, scratch
+from .runtime import reference_is_forced
 
 try:
     from . import _nf4_cpu
@@ -90,7 +90,8 @@ def nf4_dequantize_native(weight, levels: torch.Tensor, out: torch.Tensor, fresh
         `out`.
     """
     w = _weight(weight, levels)
-    _library.handtuned_nf4_dequantize(ctypes.byref(w), out.data_ptr(), out.numel(), LEVEL, fresh, torch.get_num_threads())
+    threads = torch.get_num_threads()
+    _library.handtuned_nf4_dequantize(ctypes.byref(w), out.data_ptr(), out.numel(), LEVEL, fresh, threads)
     return out
 
 
@@ -151,9 +152,11 @@ def nf4_product_native(
         strides = low.stride() if transposed else (low.stride(1), low.stride(0))
         adapter = S.data_ptr(), low.data_ptr(), S.shape[1], *strides
     bias = None if bias is None else bias.to(native).contiguous()
+    unzipped = torch.empty((M, K), dtype=native) if transposed else None
     w = _weight(weight, levels)
     _library.handtuned_nf4_product(
         ctypes.byref(w), N, K, transposed, level, _ROUNDED[dtype], x.data_ptr(), x.stride(0), M,
-        scratch((M, K), native, x.device).data_ptr() if transposed else None, None if bias is None else bias.data_ptr(), *adapter, scale, y.data_ptr(), torch.get_num_threads(),
+        None if unzipped is None else unzipped.data_ptr(), None if bias is None else bias.data_ptr(),
+        *adapter, scale, y.data_ptr(), torch.get_num_threads(),
     )  # fmt: skip
     return y.to(dtype)

@@ -25,8 +25,9 @@ from the tensor cores while the codes of the same tile are decoded: 2NKr FLOPs a
 2.516 NK of dequantizing. With dropout there is no W' (each row of x has its own ΔW), so then, and for middle
 M, W alone is made dense and `lora_product` starts its accumulator at S Bᵀ: the exact path.
 
-A CPU with AVX-512 has one way for fp32 and any M, "native": a product in C that decodes W as it goes
-(`nf4_cpu.py`). Elsewhere, and in other dtypes, torch takes the exact path. There is no gradient here; `lora.py` and
+A CPU has one way for any M, "native": a product in C that decodes W as it goes (`nf4_cpu.py`). Without AVX2 or a
+compiler torch takes the exact path; 16-bit rows a tile of W at a time, in fp32 arithmetic ("tiled"), as torch's own
+16-bit products are several times slower there. There is no gradient here; `lora.py` and
 `quant/linear.py` call the product with W for dx.
 """
 
@@ -41,6 +42,7 @@ from .nf4 import (
     NF4_CODE,
     NF4Weight,
     code_table,
+    decode_scales,
     levels_of,
     nf4_dequantize,
     nf4_dequantize_reference,
@@ -63,7 +65,8 @@ from .runtime import (
     triton,
 )  # fmt: skip
 
-TILE_ROWS = 512  # of W, upcast at a time on a CPU
+TILE_ROWS = 512  # of W, dense at a time where torch multiplies on a CPU
+ON_CPU = ("native", "tiled")
 MERGE = {"BLOCK_N": 32, "WARPS": 4}  # rows of a warp
 
 
@@ -240,7 +243,9 @@ def nf4_merge(weight, lora_A, lora_B, scale, dtype) -> torch.Tensor:
 
 
 def plan(x: torch.Tensor, weight: torch.Tensor | NF4Weight, dropout: bool = False, rank: int = 1) -> str:
-    """How a product of x (M, ·) with a weight goes: "native", "stream", "fused", "merged" or (dense: always) "exact".
+    """How a product of x (M, ·) with a weight goes: "native", "tiled", "stream", "fused", "merged" or "exact".
+
+    A dense weight always goes "exact".
 
     On a GPU what is possible is measured (`runtime.fastest`), elsewhere `runtime.FIXED` says it.
 
@@ -251,7 +256,8 @@ def plan(x: torch.Tensor, weight: torch.Tensor | NF4Weight, dropout: bool = Fals
         return "exact"
     M, (N, K) = x.shape[0], weight.shape
     if not runs_kernel(x):
-        return "native" if runs_native_product(x, weight) else "exact"
+        exact = "tiled" if x.is_cpu and x.dtype.itemsize == 2 else "exact"
+        return "native" if runs_native_product(x, weight) else exact
     if K == 0 or K % 64 or weight.block_size % 64:
         return "exact"
     tensor_cores, rows, ways = runs_product(x), "", ["exact"]
@@ -278,9 +284,8 @@ def quantized_product(way, x, weight, bias, S, lora_A, lora_B, scale):
 
     Otherwise as `lora_product`.
     """
-    if way == "native":
-        bias = None if bias is None else bias.to(x.dtype)
-        return nf4_product_native(x, weight, NF4_CODE, True, bias, S, lora_B.to(x.dtype), scale)
+    if way in ON_CPU:
+        return _on_cpu(way, x, weight, True, bias, S, lora_B, scale)
     if way == "stream":
         return nf4_stream(x, weight, bias, S, lora_B, scale)
     if way == "fused":
@@ -293,11 +298,11 @@ def quantized_product(way, x, weight, bias, S, lora_A, lora_B, scale):
 
 def quantized_product_dx(way, dy, weight, dS, lora_A, lora_B, scale, dropout: Dropout | None = None):
     """dx = dy W + mask ⊙ (dS A) (M, K) with W (N, K) in NF4, by forward's plan; dS = scale · dy B."""
-    if way == "native" and dropout is None:
-        return nf4_product_native(dy, weight, NF4_CODE, False, None, dS, lora_A.to(dy.dtype))
-    if way == "native":
+    if way in ON_CPU and dropout is None:
+        return _on_cpu(way, dy, weight, False, None, dS, lora_A)
+    if way in ON_CPU:
         mask = dropout.mask(len(dy), lora_A.shape[1], dy.dtype)
-        return nf4_product_native(dy, weight, NF4_CODE, False).addcmul_(dS @ lora_A.to(dy.dtype), mask)
+        return _on_cpu(way, dy, weight, False).addcmul_(dS @ lora_A.to(dy.dtype), mask)
     if way in ("stream", "fused") and dropout is None and runs_product(dy):
         return nf4_fused(dy, weight, None, dS, lora_A.t(), 1.0, transposed=False)
     if way == "merged":
@@ -315,12 +320,11 @@ def nf4_matmul(x: torch.Tensor, weight: NF4Weight, bias: torch.Tensor | None = N
         transposed: whether x meets Wᵀ.
 
     Returns:
-        (M, N), or (M, K), in x's dtype. 16-bit products on a CPU are done in fp32 arithmetic on operands rounded to
-        16 bits: what a GPU does with its fp32 accumulators, and several times as fast as a CPU's own.
+        (M, N), or (M, K), in x's dtype.
     """
     way = plan(x, weight, rank=0)
-    if way == "native":
-        return nf4_product_native(x, weight, NF4_CODE, transposed, bias)
+    if way in ON_CPU:
+        return _on_cpu(way, x, weight, transposed, bias)
     if way in ("stream", "fused"):  # with an adapter of rank 0
         nothing = x.new_empty(len(x), 0), x.new_empty(weight.shape[0 if transposed else 1], 0), 0.0
         if transposed and way == "stream":
@@ -328,16 +332,35 @@ def nf4_matmul(x: torch.Tensor, weight: NF4Weight, bias: torch.Tensor | None = N
         if runs_product(x):
             return nf4_fused(x, weight, bias, *nothing, transposed)
     W = dense_weight(weight, x)
-    if x.device.type != "cpu" or x.dtype.itemsize > 2:
-        return F.linear(x, W, bias) if transposed else x @ W
-    y = torch.zeros(len(x), W.shape[0 if transposed else 1], dtype=torch.float32, device=x.device)
-    wide = x.float()
-    for start in range(0, W.shape[0], TILE_ROWS):
-        tile = W[start : start + TILE_ROWS].float()
+    return F.linear(x, W, bias) if transposed else x @ W
+
+
+def _on_cpu(way, x, weight, transposed, *rest):
+    """`nf4_product_native`, or what it computes without it."""
+    if way == "native":
+        return nf4_product_native(x, weight, NF4_CODE, transposed, *rest)
+    return nf4_product_tiled(x, weight, transposed, *rest)
+
+
+def nf4_product_tiled(x, weight, transposed, bias=None, S=None, low=None, scale=1.0) -> torch.Tensor:
+    """As `nf4_product_native` in torch: fp32 arithmetic, W rounded to x's dtype, TILE_ROWS of its rows at a time."""
+    (N, K), block_size = weight.shape, weight.block_size
+    rows = TILE_ROWS if TILE_ROWS * K % block_size == 0 else N
+    scales, wide = decode_scales(weight.absmax, weight.nested), x.float()
+    y = wide.new_zeros(len(x), N if transposed else K)
+    for start in range(0, N, rows):
+        stop = min(start + rows, N)
+        packed, absmax = weight.packed[start * K // 2 :], scales[start * K // block_size :]
+        packed, absmax = packed[: cdiv((stop - start) * K, 2)], absmax[: cdiv((stop - start) * K, block_size)]
+        part = NF4Weight(packed, absmax, torch.Size((stop - start, K)), x.dtype, block_size)
+        tile = nf4_dequantize(part, torch.float32, out=scratch(part.shape, torch.float32, x.device))
+        tile.copy_(tile.to(x.dtype))
         if transposed:
-            torch.mm(wide, tile.t(), out=y[:, start : start + TILE_ROWS])
+            torch.mm(wide, tile.t(), out=y[:, start:stop])
         else:
-            y.addmm_(wide[:, start : start + TILE_ROWS], tile)
+            y.addmm_(wide[:, start:stop], tile)
+    if S is not None:
+        y.addmm_(S.float(), low.float().t() if transposed else low.float(), alpha=scale)
     return (y if bias is None else y.add_(bias)).to(x.dtype)
 
 

@@ -11,7 +11,7 @@ from compiled import compiled, fault_of, run_again
 from mutants import mutants, recorded
 
 from handtuned.gpu import KernelFault, emulate
-from handtuned.gpu.driver import _name_sources
+from handtuned.gpu.emulator.parse import Kernel
 
 each_arch = pytest.mark.parametrize("arch", ["sm_80", "sm_90"])
 
@@ -72,7 +72,7 @@ def test_a_checkout_that_was_compiled_elsewhere(tmp_path, compiled_in):
     file.touch()
     old = f"{compiled_in}/tests/kernels.py"
     code = [SimpleNamespace(file=old), SimpleNamespace(file=library)]
-    _name_sources(SimpleNamespace(file=old, kernel=SimpleNamespace(code=code)), str(file))
+    Kernel.name_files(SimpleNamespace(file=old, code=code), str(file))
     assert [i.file for i in code] == [str(file), library]
 
 

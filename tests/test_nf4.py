@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 import torch
 from handtuned.kernels import runtime
-from handtuned.kernels.nf4 import NF4_CODE, pair_table, nf4_dequantize, nf4_dequantize_reference
+from handtuned.kernels.nf4 import NF4_CODE, nf4_dequantize, nf4_dequantize_reference, pair_table
 from handtuned.kernels.nf4_quantize import (
     THRESHOLDS,
     _cell_words,

@@ -15,7 +15,6 @@ import gc
 import hashlib
 import inspect
 import json
-import os
 import re
 import subprocess
 import tempfile
@@ -103,24 +102,6 @@ def _bits(kind, value):
     return value.view(f"u{value.dtype.itemsize}")
 
 
-def _name_sources(machine, file):
-    """Triton's cache knows a kernel by its text, so its code may come from another file: name files as they are here.
-
-    Args:
-        file: that the kernel stands in.
-    """
-    old, new, machine.file = machine.file, file, file
-    if not old or old == new:
-        return
-    while os.path.basename(old) and os.path.basename(old) == os.path.basename(new):
-        old, new = os.path.dirname(old), os.path.dirname(new)
-    old, new = old.rstrip("/"), new.rstrip("/")  # the root: one checkout may lie in /a, the other in /b/a
-    for i in machine.kernel.code:
-        here = new + i.file[len(old) :]
-        if i.file.startswith(old) and (i.file == old or os.path.exists(here)):
-            i.file = here
-
-
 class _Launcher:
     """Runs one compiled kernel; `src` and `metadata` are what Triton's compiler left."""
 
@@ -144,7 +125,7 @@ class _Launcher:
 
     def _run(self, machine, grid, arguments):
         meta = self.metadata
-        _name_sources(machine, inspect.getsourcefile(self.src.fn.fn))
+        machine.kernel.name_files(inspect.getsourcefile(self.src.fn.fn))
         values, tensors = [], []
         for kind, value in arguments:
             if kind != "reached":
@@ -186,8 +167,6 @@ class _Utils:
             strict = not triton.__version__.startswith("3.6")
             machine = self.machines[code] = Machine(parse(code.decode()), copies_need_fence=strict)
             machine.ptx = code.decode()
-            named = re.search(r'\.file\s+1\s+"([^"]*)"(?:\s+"([^"]*)")?', machine.ptx)  # the kernel's own file
-            machine.file = os.path.join(*filter(None, named.groups())) if named else ""
         registers, spills, most_threads = 0, 0, 1024
         return machine, machine, registers, spills, most_threads
 

@@ -207,12 +207,14 @@ def _table(text: io.TextIOWrapper, name: str, delimiter: str) -> Iterator[Place]
         line = cells.line_num + 2
 
 
-def _once(pairs: list[tuple[str, object]]) -> dict:
+def _once(pairs: list[tuple[str, object]]) -> dict | DataError:
+    """An object; where a key stands twice, in it or further inside, the error instead."""
     found = dict(pairs)
     if len(found) < len(pairs):
         names = [key for key, _ in pairs]
-        raise DataError(f"the key {next(key for key in names if names.count(key) > 1)!r} stands twice in an object")
-    return found
+        return DataError(f"the key {next(key for key in names if names.count(key) > 1)!r} stands twice in an object")
+    inside = (part for value in found.values() for part in (value if isinstance(value, list) else [value]))
+    return next((part for part in inside if isinstance(part, DataError)), found)
 
 
 DECODER = json.JSONDecoder(object_pairs_hook=_once)
@@ -230,9 +232,9 @@ def _json_lines(text: io.TextIOWrapper, name: str) -> Iterator[Place]:
         before, blank = blank, None
         try:
             _check_characters(line, name, number)
-            row = DECODER.decode(line)
+            yield place, DECODER.decode(line)
         except DataError as error:
-            yield place, error if str(error).startswith(place) else DataError(f"{place}: {error}")
+            yield place, error
         except (ValueError, RecursionError) as error:
             if before is not None and getattr(error, "pos", 0) >= len(line.rstrip()):
                 following = next(lines, None)
@@ -240,9 +242,9 @@ def _json_lines(text: io.TextIOWrapper, name: str) -> Iterator[Place]:
                     yield from _document(_rest(text, name, "\n" * before + line + following[1]), name)
                     return
                 lines = itertools.chain([following] if following else [], lines)
-            yield place, DataError(f"{place}: not valid JSON: {_what_is_wrong(error)}")
-        else:
-            yield place, row
+            # The decoder's line counts within the row, and would contradict the file's.
+            reason = f"{error.msg}, column {error.colno}" if hasattr(error, "colno") else "nested too deeply"
+            yield place, DataError(f"not valid JSON: {reason}")
 
 
 def _document(text: str, name: str) -> Iterator[Place]:
@@ -290,34 +292,16 @@ def _decode(text: str, position: int, place: str) -> tuple[object, int]:
         piece = text[position : position + size]
         try:
             row, end = DECODER.raw_decode(piece)
-        except DataError as error:
-            return DataError(f"{place}: {error}"), _end_of(text, position, place)
+            if end < len(piece) or len(piece) < size:  # a number may go on behind the piece
+                return row, position + end
         except (ValueError, RecursionError) as error:
-            if len(piece) == size and size < MOST_ROW and not isinstance(error, RecursionError):
-                size *= 2
-                continue
-            if len(piece) == size and not isinstance(error, RecursionError):
-                raise DataError(f"{place}: not valid JSON, or of more than {MOST_ROW:,} characters") from None
-            column = position + getattr(error, "pos", 0) - text.rfind("\n", 0, position + getattr(error, "pos", 0))
-            reason = getattr(error, "msg", "nested too deeply")
-            # Where one row is broken nobody knows where the next begins, so this is never skipped.
-            raise DataError(f"{place}: not valid JSON: {reason}, column {column}") from None
-        if end < len(piece) or len(piece) < size:  # a number may go on behind the piece
-            return row, position + end
+            if size >= MOST_ROW or len(piece) < size or isinstance(error, RecursionError):
+                at = position + getattr(error, "pos", 0)
+                reason = f"{getattr(error, 'msg', 'nested too deeply')}, column {at - text.rfind(chr(10), 0, at)}"
+                # Where one row is broken nobody knows where the next begins, so this is never skipped.
+                raise DataError(f"{place}: not valid JSON: {reason}") from None
         size *= 2
-
-
-def _end_of(text: str, position: int, place: str) -> int:
-    """Where a value ends that is valid JSON, but for what `_once` refuses."""
-    return position + json.JSONDecoder().raw_decode(text[position : position + MOST_ROW])[1]
 
 
 def _after_space(text: str, position: int) -> int:
     return re.compile(r"\s*").match(text, position).end()
-
-
-def _what_is_wrong(error: Exception) -> str:
-    """The decoder's words with the column; its line number counts within the row, and would contradict the file's."""
-    if isinstance(error, RecursionError):
-        return "nested too deeply"
-    return f"{error.msg}, column {error.colno}" if isinstance(error, json.JSONDecodeError) else str(error)

@@ -15,7 +15,7 @@ from .fault import Unsupported
 from .memory import Global
 from .parse import Kernel
 from .registers import Registers, both
-from .types import type_of
+from .types import U64, type_of
 
 _THREADS = 8192  # that run together: enough for numpy to be worth its calls, few enough to stay in the cache
 
@@ -34,10 +34,16 @@ def _load(m, pc, i):
     return calls.load_local(m, i) if i.parts[1] == "local" else access.load(m, pc, i)
 
 
+def _cache_policy(m, pc, i):
+    """createpolicy: how long the L2 should keep something; there is none here."""
+    write, guard = m.destination(i.args[0]), m.guard(i)
+    return lambda b: write(b, np.zeros((1, 1), U64), both(b.mask, guard(b.values)))
+
+
 HANDLERS = {
     "ld": _load, "st": _store, "atom": atomics.atomic, "red": atomics.atomic, "cp": copies.copy,
     "mov": move.move, "cvta": move.convert_address, "call": calls.call,
-    "addc": carry.carry, "subc": carry.carry, "madc": carry.carry,
+    "createpolicy": _cache_policy, "addc": carry.carry, "subc": carry.carry, "madc": carry.carry,
     "shfl": warp.shuffle, "redux": warp.reduce, "vote": warp.vote, "elect": warp.elect, "activemask": warp.active,
     "match": warp.match, "mma": tensor.multiply, "ldmatrix": tensor.load_matrix, "stmatrix": tensor.store_matrix,
     "wgmma": wgmma.wgmma, "mbarrier": mbarrier.mbarrier, "tensormap": tma.tensormap, "fence": tma.fence,

@@ -88,6 +88,7 @@ class Kernel:
         local: (name, bytes) of the arrays that each thread has for itself.
         texts: of the messages that it prints, in the order of `text_names`.
         tables: name → bytes of the constants that it reads from memory.
+        file: its source.
     """
 
     name: str
@@ -101,6 +102,24 @@ class Kernel:
     text_names: list
     texts: list
     tables: dict
+    file: str
+
+    def name_files(self, file):
+        """Name files as they are here: Triton's cache knows a kernel by its text, so its code may come from another.
+
+        Args:
+            file: that the kernel stands in.
+        """
+        old, new, self.file = self.file, file, file
+        if not old or old == new:
+            return
+        while os.path.basename(old) and os.path.basename(old) == os.path.basename(new):
+            old, new = os.path.dirname(old), os.path.dirname(new)
+        old, new = old.rstrip("/"), new.rstrip("/")  # the root: one checkout may lie in /a, the other in /b/a
+        for i in self.code:
+            here = new + i.file[len(old) :]
+            if i.file.startswith(old) and (i.file == old or os.path.exists(here)):
+                i.file = here
 
     def width(self, name) -> int | None:
         """Bytes of a register; None if `name` is none."""
@@ -159,18 +178,20 @@ class _Scopes:
     """Names declared inside { } are their own: inline assembly uses the same ones again and again."""
 
     def __init__(self):
-        self.stack, self.count = [{}], 0
+        self.stack, self.numbers, self.count = [{}], [0], 0
 
     def open(self):
         self.count += 1
         self.stack.append({})
+        self.numbers.append(self.count)
 
     def close(self):
         if len(self.stack) > 1:
             self.stack.pop()
+            self.numbers.pop()
 
     def declare(self, name):
-        self.stack[-1][name] = name if len(self.stack) == 1 else f"{name}@{self.count}@"
+        self.stack[-1][name] = name if len(self.stack) == 1 else f"{name}@{self.numbers[-1]}@"
         return self.stack[-1][name]
 
     def find(self, name):
@@ -248,4 +269,4 @@ def parse(ptx: str) -> Kernel:
     tables = {name: codes for name, (align, codes) in data.items() if align != "1"}
     local = [(array, int(size)) for array, size in _LOCAL.findall(text)]
     return Kernel(name, params, threads, code, labels, widths, shared, local, list(texts), list(texts.values()),
-                  tables)  # fmt: skip
+                  tables, files.by_index.get("1", ""))  # fmt: skip

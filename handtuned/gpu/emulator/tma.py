@@ -64,9 +64,9 @@ class TensorMap:
     def itemsize(self) -> int:
         return TYPES[self.kind].itemsize
 
-    @property
-    def nbytes(self) -> int:
-        return int(np.prod(self.box)) * self.itemsize
+    def nbytes(self, coordinates) -> int:
+        rows = len(coordinates) - 1 if len(coordinates) > len(self.box) else 1
+        return rows * int(np.prod(self.box)) * self.itemsize
 
     def unit(self, coordinates) -> int:
         """Bytes that may be moved as one: chunks of 16 where none of them crosses the tensor's edge."""
@@ -74,7 +74,10 @@ class TensorMap:
         return _CHUNK if all(edge % _CHUNK == 0 for edge in edges) else self.itemsize
 
     def places(self, coordinates, unit):
-        """(global address, offset in the box, inside the tensor) of each unit of the box, row by row."""
+        """(global address, inside the tensor) of each unit of the box, row by row; of four rows with gather4."""
+        if len(coordinates) > len(self.box):
+            rows = [self.places([coordinates[0], row], unit) for row in coordinates[1:]]
+            return tuple(np.concatenate(column) for column in zip(*rows, strict=True))
         per = unit // self.itemsize
         index = np.indices([self.box[0] // per, *self.box[1:]][::-1]).reshape(len(self.box), -1)[::-1]
         position = [index[0] * per + coordinates[0]] + [i + c for i, c in zip(index[1:], coordinates[1:], strict=True)]
@@ -83,7 +86,7 @@ class TensorMap:
         for x, size, stride in zip(position, self.shape, self.strides, strict=True):
             inside &= (x >= 0) & (x < size)
             address += x * stride
-        return address, np.arange(index.shape[1]) * unit, inside
+        return address, inside
 
 
 def encoded(address, shape, strides, box, element, swizzle, nan):
@@ -166,7 +169,7 @@ def bulk(m, pc, i):
         return lambda b: b.bulk.commit(both(b.mask, guard(b.values)))
     if "wait_group" in parts:
         return _wait(i, guard)
-    if "tensor" not in parts or parts[0] != "cp" or "im2col" in parts or "gather4" in i.op:
+    if "tensor" not in parts or parts[0] != "cp" or "im2col" in parts:
         raise Unsupported(i)
     if "prefetch" in parts:
         return lambda b: None
@@ -202,9 +205,9 @@ class _Request:
                 for p, t, r, c in zip(access.program, access.thread, raw, coordinates, strict=True)]  # fmt: skip
 
 
-def _shared_places(b, i, program, thread, start, tensor):
+def _shared_places(b, i, program, thread, start, nbytes, span):
     """(access, offsets) of the 16-byte chunks of a box in shared memory, in the order of the box."""
-    at = swizzled(start + np.arange(0, tensor.nbytes, _CHUNK), tensor.span)
+    at = swizzled(start + np.arange(0, nbytes, _CHUNK), span)
     access = ListedAccess(b, i, np.full(at.size, program), np.full(at.size, thread), at, _CHUNK)
     return access, b.shared.place(access)
 
@@ -237,7 +240,7 @@ def _load(m, pc, i):
             start, bar = int(starts[program, thread]), int(bars[program, thread])
             _check_alignment(b, i, program, thread, start, tensor)
             unit = tensor.unit(coordinates)
-            address, _, inside = tensor.places(coordinates, unit)
+            address, inside = tensor.places(coordinates, unit)
             width = min(unit, 8)
             data = np.zeros((address.size, unit), U8)
             if tensor.nan:
@@ -246,7 +249,8 @@ def _load(m, pc, i):
             who = np.full(int(inside.sum()), program), np.full(int(inside.sum()), thread)
             origin = ListedAccess(b, i, *who, address[inside], unit)
             data[inside] = b.launch.memory.load(origin, width, unit // width, pc)
-            access, offset = _shared_places(b, i, program, thread, start, tensor)
+            nbytes = tensor.nbytes(coordinates)
+            access, offset = _shared_places(b, i, program, thread, start, nbytes, tensor.span)
             b.shared.check_write(access, offset, asynchronous=True)
             one = ListedAccess(b, i, np.array([program]), np.array([thread]), np.array([bar]), 8)
             at = b.shared.place(one)
@@ -254,8 +258,8 @@ def _load(m, pc, i):
             waited = barrier_at(b, int(at[0]))
             words = np.ascontiguousarray(data).reshape(-1).view(U32).reshape(-1, 4)
             waited.transfers.append(Transfer(access.program, access.thread, offset, words))
-            waited.flying[program] += tensor.nbytes
-            _count(b, pc, "global_loads", address, inside, unit, tensor.nbytes)
+            waited.flying[program] += nbytes
+            _count(b, pc, "global_loads", address, inside, unit, nbytes)
 
     return run
 
@@ -269,7 +273,8 @@ def _store(m, pc, i):
         for program, thread, tensor, coordinates in request.read(b, both(b.mask, guard(b.values)), pc):
             start = int(starts[program, thread])
             _check_alignment(b, i, program, thread, start, tensor)
-            access, offset = _shared_places(b, i, program, thread, start, tensor)
+            nbytes = tensor.nbytes(coordinates)
+            access, offset = _shared_places(b, i, program, thread, start, nbytes, tensor.span)
             pieces = b.shared.pieces(access.program, offset, _CHUNK)
             b.shared.check_async_read(access, offset, pieces, "TMA")
             local = pieces - program * b.shared.writer.shape[1]
@@ -277,7 +282,7 @@ def _store(m, pc, i):
             unit = tensor.itemsize if reduces else tensor.unit(coordinates)
             width = min(unit, 8)
             values = np.ascontiguousarray(b.shared.load(access.program, offset, 8, 2)).reshape(-1).view(f"u{width}")
-            address, _, inside = tensor.places(coordinates, unit)
+            address, inside = tensor.places(coordinates, unit)
             who = np.full(int(inside.sum()), program), np.full(int(inside.sum()), thread)
             target, values = ListedAccess(b, i, *who, address[inside], unit), values.reshape(-1, unit // width)[inside]
             if reduces:
@@ -285,6 +290,6 @@ def _store(m, pc, i):
                 apply_global(b, target, change, [values.view(t)], t, pc)
             else:
                 b.launch.memory.store(target, values, pc)
-            _count(b, pc, "global_stores", address, inside, unit, tensor.nbytes)
+            _count(b, pc, "global_stores", address, inside, unit, nbytes)
 
     return run
