@@ -4,7 +4,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo lessons check-lessons check-kernels test test-compiled test-portable \
+.PHONY: demo lessons check-lessons check-kernels check-rivals test test-compiled test-portable \
 	lint clean
 
 demo: $(VENV)/finetune.installed
@@ -40,20 +40,25 @@ check-kernels: $(VENV)/test.installed
 		"sm_75 nf4_dequantize nf4_quantize nf4_one_row adamw unscale dropout"; do echo "$$arch"; done | \
 		xargs -P 2 -I{} sh -c 'OMP_NUM_THREADS=1 $(BIN)/handtuned xray --check --arch {}'
 
+# The tests behind the tables of docs/from-peft.md and docs/from-torch.md, those that take minutes too.
+check-rivals: $(VENV)/test.installed
+	OMP_NUM_THREADS=1 $(BIN)/pytest --slow -n auto --dist worksteal tests/test_docs_tables.py \
+		$$(grep -ohE "test_\w+\.py::\w+" docs/from-*.md | sort -u | sed "s|^|tests/|")
+
 lint: $(VENV)/test.installed
 	$(BIN)/ruff check .
 
-$(VENV)/finetune.installed: setup.py constraints.txt handtuned/__init__.py kernels/nf4_cpu.c kernels/nf4_tile.h
+$(VENV)/finetune.installed: setup.py constraints.txt handtuned/__init__.py kernels/nf4_cpu.c kernels/nf4_kinds.h kernels/nf4_tile.h
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install -c constraints.txt -e ".[finetune]"
 	touch $@
 
-$(VENV)/notebooks.installed: setup.py constraints.txt handtuned/__init__.py kernels/nf4_cpu.c kernels/nf4_tile.h
+$(VENV)/notebooks.installed: setup.py constraints.txt handtuned/__init__.py kernels/nf4_cpu.c kernels/nf4_kinds.h kernels/nf4_tile.h
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install -c constraints.txt -e ".[finetune,notebooks,tune]"
 	touch $@
 
-$(VENV)/test.installed: setup.py constraints.txt handtuned/__init__.py kernels/nf4_cpu.c kernels/nf4_tile.h
+$(VENV)/test.installed: setup.py constraints.txt handtuned/__init__.py kernels/nf4_cpu.c kernels/nf4_kinds.h kernels/nf4_tile.h
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install -c constraints.txt -e ".[finetune,test,dev]"
 	touch $@

@@ -63,7 +63,7 @@ extras = {
 native = Extension(
     "handtuned.kernels._nf4_cpu",
     sources=["kernels/nf4_cpu.c"],
-    depends=["kernels/nf4_tile.h"],
+    depends=["kernels/nf4_kinds.h", "kernels/nf4_tile.h"],
     extra_compile_args=["-O3", "-fopenmp", "-ffp-contract=off"],
     extra_link_args=["-fopenmp"],
     optional=True,

@@ -32,6 +32,7 @@ from functools import lru_cache
 import torch
 
 from .dropout import ROUNDS, Dropout, keep_tile
+from .nf4_cpu import AVX512_BF16, LEVEL
 from .runtime import (
     block_of,
     cdiv,
@@ -61,12 +62,19 @@ def lora_down_grad_reference(dS, x, dtype, mask=None):
     return (dS.t() @ (x if mask is None else x * mask)).to(dtype)
 
 
+def _wide(x):
+    """x, in fp32 where it is 16-bit on a CPU: its own 16-bit products take longer, but for bf16 with AVX512-BF16."""
+    narrow = x.is_cpu and x.dtype.itemsize == 2
+    return x.float() if narrow and (len(x) <= 64 or x.dtype != torch.bfloat16 or LEVEL < AVX512_BF16) else x
+
+
 def lora_up_grads_addmm(dy, S, lora_B, scale):
     """`lora_up_grads_reference` in one call for each, that scales as it goes; Sᵀ dy, as dyᵀ S is slower on a CPU."""
-    B = lora_B.to(dy.dtype)
+    dtype, dy = dy.dtype, _wide(dy)
+    S, B = S.to(dy.dtype), lora_B.to(dy.dtype)
     dS = torch.addmm(S, dy, B, beta=0, alpha=scale)  # with beta=0 the first operand lends its shape alone
     dB = torch.addmm(B.t(), S.t(), dy, beta=0, alpha=scale)
-    return dS, dB.to(lora_B.dtype).t()
+    return dS.to(dtype), dB.to(lora_B.dtype).t()
 
 
 def _parts(count, shape, dtype, device):
@@ -136,7 +144,7 @@ def _down(x, lora_A, dropout=None, scale=1.0):
 
 
 def _down_by_torch(x, lora_A, dropout=None):
-    return lora_down_reference(x, lora_A, dropout and dropout.mask(*x.shape, x.dtype))
+    return lora_down_reference(_wide(x), lora_A, dropout and dropout.mask(*x.shape, x.dtype)).to(x.dtype)
 
 
 def lora_down(x: torch.Tensor, lora_A: torch.Tensor, dropout: Dropout | None = None) -> torch.Tensor:
@@ -294,7 +302,7 @@ def _down_grad(dS, x, dtype, dropout=None, scale=1.0):
 
 
 def _down_grad_by_torch(dS, x, dtype, dropout=None):
-    return lora_down_grad_reference(dS, x, dtype, dropout and dropout.mask(*x.shape, x.dtype))
+    return lora_down_grad_reference(_wide(dS), _wide(x), dtype, dropout and dropout.mask(*x.shape, x.dtype))
 
 
 def lora_down_grad(

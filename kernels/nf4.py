@@ -12,20 +12,15 @@ The fp32 product makes the result bit-equal with bitsandbytes for every output d
 and an add fused into one rounding would not be, so the kernel is compiled without fusion.
 
 Bytes: 0.5 + 1/64 (+ 4/16384) in, 2 (fp16, bf16) out: 2.516 a value, and no FLOPs worth counting.
-The floor is the memory's speed, so what counts is instructions a value: about 20 would be the limit
-on an H200. In machine code for sm_90 (`python -m handtuned.xray nf4_dequantize --arch sm_90`; nothing
-here was timed on a GPU):
+The floor is the memory's speed, so what counts is instructions a value, and passes over shared memory. For sm_90
+(`handtuned xray nf4_dequantize --arch sm_90`; nothing here was timed on a GPU):
 
-- A byte indexes 256 pairs of fp32 values, held as 64-bit words in shared memory: shift, mask, one
-  64-bit load, and both values stand in registers. 5.05 instructions a value in all, for fp16 with
-  double quantization. Random bytes meet in the same banks, some 6 cycles for a warp's 64 values.
-- A thread loads 16 bytes (32 codes); the bytes, not the values, change threads through shared
-  memory, so that each store of 16 bytes lies beside its neighbours'.
-- Offsets inside a program are 32-bit, only the program's base is 64-bit; with 64-bit offsets throughout
-  it was 6.30. Scales are looked up for each 64 values whatever the block size: for each block, larger
-  blocks would be repeated in every thread (6.2, and 7.5 to fp32).
-- Losers, with 64-bit offsets: the 16 values in shared memory, a load a value (7.83); the 256 pairs
-  in global memory through L1 (8.05). Programs of 4,096 values amortize their addresses worse (7.31).
+- The 16 levels lie in 16 banks of shared memory, so that 32 threads look 32 codes up in one pass: shift, mask,
+  load. 5.8 instructions a value in all, for fp16 with double quantization. A table of 256 pairs takes fewer (5.05),
+  but random bytes meet in the same banks: 5.8 passes a look-up of 64 values, together 2.9 times as many as here.
+- A thread decodes the codes of one 16-byte store (a word for eight 16-bit values) and nothing changes threads.
+- Offsets inside a program are 32-bit, only the program's base is 64-bit. Tensors of whole programs need no masks.
+- Scales are looked up for each 64 values whatever the block size, and handed out through shared memory.
 
 There is no gradient: weights in four bits are frozen.
 """
@@ -165,7 +160,7 @@ def levels_of(halves, table):
 def scale_of(code, block, mask, nested_absmax_ptr, nested_code_ptr, offset_ptr, NESTED_BLOCK: tl.constexpr):
     """fp32 scales of blocks, from what `absmax` holds of them."""
     if nested_code_ptr is not None:
-        nested = tl.load(nested_absmax_ptr + block // NESTED_BLOCK, mask=mask)
+        nested = tl.load(nested_absmax_ptr + block // NESTED_BLOCK, mask=mask, other=None if mask is None else 0.0)
         code = tl.load(nested_code_ptr + code.to(tl.int32)) * nested + tl.load(offset_ptr)
     return code
 

@@ -44,12 +44,13 @@ static inline float scale_of(const weight *w, int64_t j)
     return ((const float *)w->absmax)[j];
 }
 
-/* The product. y (M, columns) is made in tiles of 4 columns by 1, 2 or 4 rows, all of whose sums stay in registers.
+/* The product. y (M, columns) is made in tiles of 4 columns by 1, 2 or 4 rows, whose sums stay in registers.
  * A panel of W, up to 64 columns of y by 4 KiB of terms each, is decoded once into a buffer that a cache holds, and
  * meets up to 512 rows of x. Every thread has columns of y to itself and decodes the part of W that belongs to them, so
- * W is never dense. A sum is taken in the same order whatever the threads, and whatever other rows x has.
+ * W is never dense. 1 to 4 rows need no panel: codes are decoded into the registers that meet x. A sum is taken in the
+ * same order whatever the threads, and whatever other rows x has.
  *
- * An adapter's low-rank term is the same product with S for x and B (or A) for W: further terms of the same sums.
+ * A sum begins with an adapter's low-rank term, whose factors are fp32.
  */
 #define COLUMNS 64
 #define BATCH 512
@@ -69,165 +70,18 @@ typedef struct {
 } coded;
 
 typedef struct {
-    int size, terms, rows; /* bytes of an operand; operands in a register; most rows of a tile */
+    int size, rows; /* bytes of an operand; most rows of a tile */
     void (*row)(const weight *, int64_t i, int64_t n, int run, int64_t ahead, int rounding, int zipped, void *to);
     void (*unzip)(const void *from, int64_t n, void *to);
     void (*columns)(const weight *, int64_t i, int64_t K, int64_t n, int64_t columns, int rounding, void *panel);
     void (*tile)(
         int64_t R, const void *x, int64_t x_stride, const void *panel, const coded *, int64_t terms, float *totals);
+    void (*add_low_rank)(
+        int64_t rows, const float *s, int64_t rank, const float *factor, int64_t some, float *restrict totals);
 } kind;
 
 #if defined(__x86_64__) && defined(__GNUC__)
-#include <immintrin.h>
-#define INLINE(instructions) static inline __attribute__((always_inline, target(instructions)))
-#define AVX2 "avx2,fma,f16c"
-#define AVX512 "avx512f,avx512bw,avx512vl"
-#define AVX512_BF16 AVX512 ",avx512bf16"
-
-static inline void load_scales(const weight *w, int64_t i, int64_t n, int run, float *scales)
-{
-    for (const int64_t end = i + n; i < end; i += run) {
-        float scale = scale_of(w, block_of(i, w->block));
-        __asm__("" : "+x"(scale)); /* one by one: gathered into registers, as compilers would, they take longer */
-        *scales++ = scale;
-    }
-}
-
-/* fp32 operands, 8 at a time. A permutation has 8 entries: there are two, and the fourth bit of a code chooses. */
-typedef struct {
-    __m256 low, high;
-} two_tables;
-
-INLINE(AVX2) __m256 rounded_avx2(__m256 v, int rounding)
-{
-    if (rounding == FP16)
-        return _mm256_cvtph_ps(_mm256_cvtps_ph(v, _MM_FROUND_TO_NEAREST_INT));
-    const __m256i bits = (__m256i)v, odd = _mm256_srli_epi32(bits, 16) & _mm256_set1_epi32(1);
-    const __m256i up = _mm256_add_epi32(bits, _mm256_add_epi32(odd, _mm256_set1_epi32(0x7fff)));
-    const __m256 cut = (__m256)(up & _mm256_set1_epi32(0xffff0000));
-    return rounding == FP32 ? v : _mm256_blendv_ps(cut, v, _mm256_cmp_ps(v, v, _CMP_UNORD_Q));
-}
-
-INLINE(AVX2) two_tables scaled_avx2(const float *levels, float scale, int rounding)
-{
-    const __m256 low = _mm256_loadu_ps(levels), high = _mm256_loadu_ps(levels + 8), s = _mm256_set1_ps(scale);
-    return (two_tables){rounded_avx2(low * s, rounding), rounded_avx2(high * s, rounding)};
-}
-
-INLINE(AVX2) __m256 lookup_avx2(two_tables table, const uint8_t *codes, const int even)
-{
-    const __m256i bytes = _mm256_cvtepu8_epi32(_mm_loadl_epi64((const __m128i *)codes));
-    const __m256i code = even ? _mm256_srli_epi32(bytes, 4) : bytes;
-    const __m256 low = _mm256_permutevar8x32_ps(table.low, code), high = _mm256_permutevar8x32_ps(table.high, code);
-    return _mm256_blendv_ps(low, high, (__m256)_mm256_slli_epi32(code, 28));
-}
-
-INLINE(AVX2) __m256 load_some_avx2(const float *from, int n)
-{
-    return _mm256_maskload_ps(from, _mm256_cmpgt_epi32(_mm256_set1_epi32(n), _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7)));
-}
-
-INLINE(AVX2) __m256 zip_avx2(__m256 a, __m256 b, const int second)
-{
-    const __m256 low = _mm256_unpacklo_ps(a, b), high = _mm256_unpackhi_ps(a, b);
-    return second ? _mm256_permute2f128_ps(low, high, 0x31) : _mm256_permute2f128_ps(low, high, 0x20);
-}
-#define zip_sums_avx2 zip_avx2
-#define multiply_add_avx2 _mm256_fmadd_ps
-
-#define OF(f) f##_avx2
-#define TARGET AVX2
-#define number float
-#define vector __m256
-#define sums __m256
-#define table_type two_tables
-#define TERMS 8
-#define LANES 8
-#include "nf4_tile.h"
-
-static const uint8_t ZIP[32] = {0, 16, 1, 17, 2,  18, 3,  19, 4,  20, 5,  21, 6,  22, 7,  23,
-                                8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31};
-
-/* fp32 operands, 16 at a time. */
-INLINE(AVX512) __m512 scaled_avx512(const float *levels, float scale, int rounding)
-{
-    const __m512 v = _mm512_loadu_ps(levels) * _mm512_set1_ps(scale);
-    if (rounding == FP16)
-        return _mm512_cvtph_ps(_mm512_cvtps_ph(v, _MM_FROUND_TO_NEAREST_INT));
-    const __m512i bits = (__m512i)v, odd = _mm512_srli_epi32(bits, 16) & _mm512_set1_epi32(1);
-    const __m512i up = _mm512_add_epi32(bits, _mm512_add_epi32(odd, _mm512_set1_epi32(0x7fff)));
-    const __m512 cut = (__m512)(up & _mm512_set1_epi32(0xffff0000));
-    return rounding == FP32 ? v : _mm512_mask_mov_ps(cut, _mm512_cmp_ps_mask(v, v, _CMP_UNORD_Q), v);
-}
-
-INLINE(AVX512) __m512 lookup_avx512(__m512 table, const uint8_t *codes, const int even)
-{
-    const __m512i bytes = _mm512_cvtepu8_epi32(_mm_loadu_si128((const __m128i *)codes));
-    return _mm512_permutexvar_ps(even ? _mm512_srli_epi32(bytes, 4) : bytes, table);
-}
-
-INLINE(AVX512) __m512 load_some_avx512(const float *from, int n) { return _mm512_maskz_loadu_ps((1u << n) - 1, from); }
-
-INLINE(AVX512) __m512 zip_avx512(__m512 a, __m512 b, const int second)
-{
-    const __m128i lanes = _mm_loadu_si128((const __m128i *)(ZIP + 16 * second));
-    return _mm512_permutex2var_ps(a, _mm512_cvtepu8_epi32(lanes), b);
-}
-#define zip_sums_avx512 zip_avx512
-#define multiply_add_avx512 _mm512_fmadd_ps
-
-#define OF(f) f##_avx512
-#define TARGET AVX512
-#define number float
-#define vector __m512
-#define sums __m512
-#define table_type __m512
-#define TERMS 16
-#define LANES 16
-#include "nf4_tile.h"
-
-/* bf16 operands, 32 at a time; their products, in pairs, go to 16 fp32 sums. Subnormal numbers count as zero. */
-INLINE(AVX512_BF16) __m512i scaled_bf16(const float *levels, float scale, int rounding)
-{
-    const __m512 v = _mm512_loadu_ps(levels) * _mm512_set1_ps(scale);
-    (void)rounding;
-    return (__m512i)_mm512_cvtne2ps_pbh(v, v); /* twice: a look-up of 32 reads five bits */
-}
-
-INLINE(AVX512_BF16) __m512i lookup_bf16(__m512i table, const uint8_t *codes, const int even)
-{
-    const __m512i bytes = _mm512_cvtepu8_epi16(_mm256_loadu_si256((const __m256i *)codes));
-    return _mm512_permutexvar_epi16(even ? _mm512_srli_epi16(bytes, 4) : bytes, table);
-}
-
-INLINE(AVX512_BF16) __m512i load_some_bf16(const uint16_t *from, int n)
-{
-    return _mm512_maskz_loadu_epi16((1u << n) - 1, from);
-}
-
-INLINE(AVX512_BF16) __m512i zip_bf16(__m512i a, __m512i b, const int second)
-{
-    const __m512i lanes = _mm512_cvtepu8_epi16(_mm256_loadu_si256((const __m256i *)ZIP)); /* one bit of ZIP too few: */
-    const __m512i b_lanes = _mm512_and_si512(lanes, _mm512_set1_epi16(16));
-    return _mm512_permutex2var_epi16(
-        a, _mm512_add_epi16(_mm512_sub_epi16(lanes, b_lanes), _mm512_set1_epi32((32 << 16) + second * 0x100010)), b);
-}
-
-INLINE(AVX512_BF16) __m512 multiply_add_bf16(__m512i a, __m512i b, __m512 sum)
-{
-    return _mm512_dpbf16_ps(sum, (__m512bh)a, (__m512bh)b);
-}
-#define zip_sums_bf16 zip_avx512
-
-#define OF(f) f##_bf16
-#define TARGET AVX512_BF16
-#define number uint16_t
-#define vector __m512i
-#define sums __m512
-#define table_type __m512i
-#define TERMS 32
-#define LANES 16
-#include "nf4_tile.h"
+#include "nf4_kinds.h"
 
 static const kind *const KINDS[] = {NULL, &kind_avx2, &kind_avx512, &kind_bf16};
 
@@ -262,7 +116,8 @@ void handtuned_nf4_dequantize(const weight *w, float *out, int64_t n, int level,
         if (fast)
             fast->row(w, start, whole - start, 32, 1024, FP32, 1, out + start);
         for (int64_t i = whole; i < end; i++)
-            out[i] = w->levels[i % 2 ? w->packed[i / 2] & 15 : w->packed[i / 2] >> 4] * scale_of(w, block_of(i, w->block));
+            out[i] = scale_of(w, block_of(i, w->block)) *
+                     w->levels[i % 2 ? w->packed[i / 2] & 15 : w->packed[i / 2] >> 4];
     }
 }
 
@@ -304,10 +159,11 @@ void handtuned_nf4_product(
     int64_t M, void *unzipped, const void *bias, const float *s, const float *b, int64_t rank, int64_t b_column,
     int64_t b_rank, float scale, void *y, int threads)
 {
-    const kind *k = KINDS[level], *low = KINDS[at_most(level, 2)];
+    const kind *k = KINDS[level];
+    threads = at_most(threads, 1 + N * K * (M + 4) / (1 << 21)); /* to wake one for less takes longer than it saves */
     const int64_t width = transposed ? N : K, terms = transposed ? K : N, share = (width + threads - 1) / threads;
-    const int run = run_of(w, K), few = transposed && M <= k->rows && run == 64; /* then there is no panel */
-    const int64_t most = few ? 4 : transposed ? at_most(COLUMNS, (share + 3) / 4 * 4) : COLUMNS;
+    const int run = run_of(w, K), few = transposed && M <= k->rows && run == 64;
+    const int64_t most = transposed ? at_most(COLUMNS, (share + 3) / 4 * 4) : COLUMNS;
     const int64_t units = (width + most - 1) / most;
     if (transposed) {
 #pragma omp parallel for num_threads(threads) if (M * K > 32768)
@@ -326,13 +182,13 @@ void handtuned_nf4_product(
                 const int64_t there = at_most(width - column, most); /* what a tile has beside them is not stored */
                 memset(totals, 0, rows * COLUMNS * sizeof(float));
                 for (int64_t j = 0, part = BYTES / 4; j < rank; j += part) {
-                    const int64_t some = at_most(rank - j, part), padded = (some + 31) / 32 * 32;
-                    for (int64_t c = 0; c < (there + 3) / 4 * 4; c++)
-                        for (int64_t i = 0; i < padded; i++)
-                            ((float *)panel)[c * STRIDE(float) + i] =
-                                i < some && c < there ? scale * b[(column + c) * b_column + (j + i) * b_rank] : 0;
-                    add_products(
-                        low, rows, (const char *)(s + top * rank + j), rank, panel, (coded){0}, some, there, totals);
+                    float *factor = (float *)panel;
+                    const int64_t some = at_most(rank - j, part);
+                    for (int64_t i = 0; i < some * COLUMNS; i++) {
+                        const int64_t c = i % COLUMNS, r = j + i / COLUMNS;
+                        factor[i] = c < there ? scale * b[(column + c) * b_column + r * b_rank] : 0;
+                    }
+                    k->add_low_rank(rows, s + top * rank + j, rank, factor, some, totals);
                 }
                 for (int64_t term = 0, part = BYTES / k->size; term < terms; term += part) {
                     const int64_t some = at_most(terms - term, part);

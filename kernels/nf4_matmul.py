@@ -1,18 +1,16 @@
 """Rows meet an NF4 weight: y = x Wᵀ + b + s S Bᵀ, by the way that suits the number of rows M of x.
 
-    M ≤ 16        stream: the kernel reads packed codes, decodes them in registers and multiplies
-    larger M      a dense W is made for this product alone, and thrown away after it
+    few rows      stream: W is read as codes by a kernel made for it (`nf4_stream.py`)
+    more          fused: tiles of W are decoded beside the tensor cores, and W is never dense
+    many          a dense W is made for this product alone, and thrown away after it
 
-Decoding tokens is limited by reading W: 0.516 bytes a weight against 2 in fp16, so streaming the codes
-may be four times as fast as any dense product. At 4.3 TB/s that is 2.0 µs for 4096 × 4096, which leaves about 4
-instructions a weight before arithmetic is the limit instead. So decoding must be cheap (a shift, a mask and one
-read of a table of 16 fp32 values, which lie in 16 different banks of shared memory), and with one row the
-scale is applied to sums over 64 weights. `handtuned xray nf4_` counts the instructions.
+Reading codes costs 0.516 bytes a weight against 2.5 + 2 for writing a dense W and reading it again. In exchange every
+tile of W is decoded once for each tile of 128 rows, by the warps that should multiply. So with many rows a dense W is
+better: 6 % of a product with 4096 rows, which then runs at full speed. In between, the card decides. In backward W
+is decoded or made a second time: kept dense weights are what 4 bits are there to avoid.
 
-With many rows it is the other way round. Every tile of W would be decoded once for each tile of rows,
-by the units that should multiply; making W dense once costs 2.5 bytes a weight (6 % of a product with
-4096 rows) and the product then runs at full speed. In backward W is made a second time, which is
-cheaper than keeping it: kept dense weights are what 4 bits are there to avoid.
+"fused" rounds a decoded tile to 16 bits as dequantizing would, starts its accumulator at s S Bᵀ, and walks
+along K; for dx = dy W + dS A the same kernel walks down W.
 
 A dense W is made anyway, so with many rows the adapter is added to it on the way:
 
@@ -25,10 +23,14 @@ from the tensor cores while the codes of the same tile are decoded: 2NKr FLOPs a
 2.516 NK of dequantizing. With dropout there is no W' (each row of x has its own ΔW), so then, and for middle
 M, W alone is made dense and `lora_product` starts its accumulator at S Bᵀ: the exact path.
 
+The merging kernel meets no shared memory but the table of levels. An mma instruction leaves two columns of every eight
+in a thread (2q and 2q + 1 in lane % 4 = q); a store wants eight in a row, and so does a word of codes. So columns are
+named anew: of 32 columns, 4g + t of memory is column g of the t-th instruction. Then thread q holds 8q … 8q + 7, and
+four neighbours of A are one load.
+
 A CPU has one way for any M, "native": a product in C that decodes W as it goes (`nf4_cpu.py`). Without AVX2 or a
 compiler torch takes the exact path; 16-bit rows a tile of W at a time, in fp32 arithmetic ("tiled"), as torch's own
-16-bit products are several times slower there. There is no gradient here; `lora.py` and
-`quant/linear.py` call the product with W for dx.
+16-bit products are several times slower there. There is no gradient here.
 """
 
 from functools import partial
@@ -42,7 +44,6 @@ from .nf4 import (
     NF4_CODE,
     NF4Weight,
     code_table,
-    decode_scales,
     levels_of,
     nf4_dequantize,
     nf4_dequantize_reference,
@@ -51,6 +52,7 @@ from .nf4 import (
 )  # fmt: skip
 from .nf4_cpu import nf4_product_native, runs_native_product
 from .nf4_stream import nf4_stream
+from .nf4_tiled import nf4_product_tiled
 from .runtime import (
     block_of,
     cdiv,
@@ -65,9 +67,9 @@ from .runtime import (
     triton,
 )  # fmt: skip
 
-TILE_ROWS = 512  # of W, dense at a time where torch multiplies on a CPU
 ON_CPU = ("native", "tiled")
-MERGE = {"BLOCK_N": 32, "WARPS": 4}  # rows of a warp
+FUSED = {"BLOCK_M": 128, "BLOCK_N": 64, "num_warps": 8}
+MERGE = {"BLOCK_N": 16, "WARPS": 4}  # rows of a warp
 
 
 def nf4_matmul_reference(x, weight, bias=None, transposed=True):
@@ -97,17 +99,16 @@ def _merge_kernel(
     rows = tl.minimum(n, N - 1 - first_n).to(tl.int64)
     acc = tl.zeros([WARPS, BLOCK_N, 64], dtype=tl.float32)
     for j in range(0, r, 16):
-        at_r = j + four[:, None] * 4 + four[None, :]  # [lane, place]
-        b_ptrs = b_ptr + (first_n + rows)[:, :, :, None, None] * stride_bn + at_r[None, None, None, :, :] * stride_br
-        b = tl.load(b_ptrs, mask=at_r[None, None, None, :, :] < r, other=0.0).to(tl.float32)
+        place = (j + four[:, None] * 4 + four[None, :]).to(tl.int64)  # [4 threads, 4 of r each]
+        at_r = place[None, None, None, :, :]
+        b_ptrs = b_ptr + (first_n + rows)[:, :, :, None, None] * stride_bn + at_r * stride_br
+        b = tl.load(b_ptrs, mask=at_r < r, other=0.0).to(tl.float32)  # [G, WARPS, 8, 4, 4]
         b = tl.reshape(tl.permute(b, (1, 0, 2, 4, 3)), [WARPS, BLOCK_N, 16])
+        at_r = tl.permute(place, (1, 0))[:, None, None, None, :, None]
         at_k = first_k + (two * 32)[:, None, None] + (eight * 4)[None, :, None] + four[None, None, :]  # [2, 8, 4]
-        at_r = at_r.to(tl.int64)
-        a_ptrs = a_ptr + tl.permute(at_r, (1, 0))[:, None, None, None, :, None] * stride_ar
-        a_ptrs += at_k.to(tl.int64)[None, :, None, :, None, :] * stride_ak
-        a_mask = (tl.permute(at_r, (1, 0)) < r)[:, None, None, None, :, None]
-        a_ptrs = tl.broadcast_to(a_ptrs, [4, 2, WARPS, 8, 4, 4])
-        a = tl.load(a_ptrs, mask=tl.broadcast_to(a_mask, [4, 2, WARPS, 8, 4, 4]), other=0.0).to(tl.float32)
+        a_ptrs = a_ptr + at_r * stride_ar + at_k.to(tl.int64)[None, :, None, :, None, :] * stride_ak
+        a_ptrs = tl.broadcast_to(a_ptrs, [4, 2, WARPS, 8, 4, 4])  # the same for every warp
+        a = tl.load(a_ptrs, mask=tl.broadcast_to(at_r < r, a_ptrs.shape), other=0.0).to(tl.float32)
         a = tl.reshape(tl.permute(a, (2, 0, 4, 1, 5, 3)), [WARPS, 16, 64])
         acc = tl.dot(b, a, acc, input_precision="tf32")
     delta = tl.permute(tl.reshape(acc, [WARPS, G, 8, 2, 4, 4, 2]), (1, 3, 0, 2, 5, 6, 4))
@@ -135,8 +136,9 @@ def _dense_tile(
     BLOCK_SIZE: tl.constexpr, NESTED_BLOCK: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
     """W[first_n : first_n + ROWS, k : k + COLUMNS] as fp32; rows past the end repeat the last one."""
+    GROUPS: tl.constexpr = (COLUMNS + 63) // 64
     rows = tl.minimum(tl.arange(0, ROWS), N - 1 - first_n)
-    offs_w, groups = k // 8 + tl.arange(0, COLUMNS // 8), k // 64 + tl.arange(0, COLUMNS // 64)
+    offs_w, groups = k // 8 + tl.arange(0, COLUMNS // 8), k // 64 + tl.arange(0, GROUPS)
     words_ptr += tl.cast(first_n, tl.int64) * (K // 8)
     words = tl.load(words_ptr + rows[:, None] * (K // 8) + offs_w[None, :], mask=offs_w[None, :] < K // 8, other=0)
     w = levels_of(tl.join(words, words >> 16), table)
@@ -144,7 +146,7 @@ def _dense_tile(
     in_row = groups[None, :] < K // 64
     code = tl.load(absmax_ptr + block, mask=in_row, other=0)
     scales = scale_of(code, block, in_row, nested_absmax_ptr, nested_code_ptr, offset_ptr, NESTED_BLOCK)
-    w = tl.reshape(w, [ROWS, COLUMNS // 64, 64]) * scales[:, :, None]
+    w = tl.reshape(w, [ROWS, GROUPS, COLUMNS // GROUPS]) * scales[:, :, None]
     return tl.reshape(w, [ROWS, COLUMNS])
 
 
@@ -169,17 +171,18 @@ def _fused_kernel(
     table = tl.load(table_ptr + tl.arange(0, 16))
     acc = tl.zeros([BLOCK_M, BLOCK_N], dtype=tl.float32)
     for j in tl.range(0, r, 16, num_stages=1):
-        offs_r = j + tl.arange(0, 16)
+        offs_r = (j + tl.arange(0, 16)).to(tl.int64)
         s_ptrs = s_ptr + rows[:, None] * stride_sm + offs_r[None, :] * stride_sr
         s = tl.load(s_ptrs, mask=in_m[:, None] & (offs_r < r)[None, :], other=0.0)  # [BLOCK_M, 16]
-        up_ptrs = up_ptr + columns[None, :] * stride_un + offs_r.to(tl.int64)[:, None] * stride_ur
+        up_ptrs = up_ptr + columns[None, :] * stride_un + offs_r[:, None] * stride_ur
         up = tl.load(up_ptrs, mask=in_n[None, :] & (offs_r < r)[:, None], other=0.0)  # [16, BLOCK_N]
         acc = tl.dot(s.to(DOT), up.to(DOT), acc, input_precision=PRECISION)
     acc *= scale
+    offs_k = tl.arange(0, 64)
+    x_ptrs = x_ptr + rows[:, None] * stride_xm + offs_k.to(tl.int64)[None, :] * stride_xk
     for k in range(0, depth, 64):
-        offs_k = k + tl.arange(0, 64)
-        x_ptrs = x_ptr + rows[:, None] * stride_xm + offs_k.to(tl.int64)[None, :] * stride_xk
-        x = tl.load(x_ptrs, mask=in_m[:, None] & (offs_k < depth)[None, :], other=0.0)  # [BLOCK_M, 64]
+        x = tl.load(x_ptrs, mask=in_m[:, None] & (offs_k < depth - k)[None, :], other=0.0)  # [BLOCK_M, 64]
+        x_ptrs += tl.cast(stride_xk, tl.int64) * 64
         if DX:
             w = _dense_tile(
                 words_ptr, absmax_ptr, nested_absmax_ptr, nested_code_ptr, offset_ptr, table, k, first_n, N, K,
@@ -217,12 +220,11 @@ def nf4_fused(x, weight, bias, S, up, scale, transposed=True) -> torch.Tensor:
     if y.numel() == 0:
         return y.to(x.dtype)
     weights, blocks = nf4_pointers(weight)
-    block_m = 64 if M <= 64 else 128
+    tile = {"BLOCK_M": 64, "BLOCK_N": 32, "num_warps": 4} if M <= 64 else FUSED
     with on_device(x):
-        _fused_kernel[(cdiv(M, block_m), cdiv(width, 64))](
+        _fused_kernel[(cdiv(M, tile["BLOCK_M"]), cdiv(width, tile["BLOCK_N"]))](
             x, *weights, code_table(x.device), bias, S, up, y, M, N, K, S.shape[1], *x.stride(), *S.stride(),
-            *up.stride(), float(scale), **blocks, **dot_settings(x.dtype), DX=not transposed, BLOCK_M=block_m,
-            BLOCK_N=64, num_warps=4, num_stages=3,
+            *up.stride(), float(scale), **blocks, **dot_settings(x.dtype), DX=not transposed, **tile, num_stages=3,
         )  # fmt: skip
     return y.to(x.dtype)
 
@@ -249,8 +251,7 @@ def plan(x: torch.Tensor, weight: torch.Tensor | NF4Weight, dropout: bool = Fals
 
     On a GPU what is possible is measured (`runtime.fastest`), elsewhere `runtime.FIXED` says it.
 
-    In torch there is no merge: the adapter's part costs one in-place product on y, and a merge would
-    cost one on W, which is the larger array for all but very long batches.
+    On a CPU there is no merge: a merge would cost a pass over W, larger than y for all but very long batches.
     """
     if isinstance(weight, torch.Tensor):
         return "exact"
@@ -340,28 +341,6 @@ def _on_cpu(way, x, weight, transposed, *rest):
     if way == "native":
         return nf4_product_native(x, weight, NF4_CODE, transposed, *rest)
     return nf4_product_tiled(x, weight, transposed, *rest)
-
-
-def nf4_product_tiled(x, weight, transposed, bias=None, S=None, low=None, scale=1.0) -> torch.Tensor:
-    """As `nf4_product_native` in torch: fp32 arithmetic, W rounded to x's dtype, TILE_ROWS of its rows at a time."""
-    (N, K), block_size = weight.shape, weight.block_size
-    rows = TILE_ROWS if TILE_ROWS * K % block_size == 0 else N
-    scales, wide = decode_scales(weight.absmax, weight.nested), x.float()
-    y = wide.new_zeros(len(x), N if transposed else K)
-    for start in range(0, N, rows):
-        stop = min(start + rows, N)
-        packed, absmax = weight.packed[start * K // 2 :], scales[start * K // block_size :]
-        packed, absmax = packed[: cdiv((stop - start) * K, 2)], absmax[: cdiv((stop - start) * K, block_size)]
-        part = NF4Weight(packed, absmax, torch.Size((stop - start, K)), x.dtype, block_size)
-        tile = nf4_dequantize(part, torch.float32, out=scratch(part.shape, torch.float32, x.device))
-        tile.copy_(tile.to(x.dtype))
-        if transposed:
-            torch.mm(wide, tile.t(), out=y[:, start:stop])
-        else:
-            y.addmm_(wide[:, start:stop], tile)
-    if S is not None:
-        y.addmm_(S.float(), low.float().t() if transposed else low.float(), alpha=scale)
-    return (y if bias is None else y.add_(bias)).to(x.dtype)
 
 
 def dense_weight(weight: torch.Tensor | NF4Weight, x: torch.Tensor) -> torch.Tensor:

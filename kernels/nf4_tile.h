@@ -25,8 +25,8 @@ FUNCTION void OF(store)(number *to, vector v) { memcpy(to, &v, sizeof v); }
 
 /* Values i … i + n - 1 of W, of which each `run` has one scale. It is the levels that are scaled and rounded, once a
  * run; then one permutation is a register of values. A byte holds a value and the next: of TERMS bytes come first the
- * values in even places, then those in odd ones, or, if `zipped`, all in their order. Memory is slow to answer, so it is
- * asked for the codes that lie `ahead` bytes further on. */
+ * values in even places, then those in odd ones, or, if `zipped`, all in their order. As memory is slow to answer, it is
+ * asked for codes that lie `ahead` bytes further on. */
 FUNCTION void OF(decode)(
     const weight *w, int64_t i, int64_t n, const int run, int64_t ahead, int rounding, const int zipped, number *to)
 {
@@ -66,9 +66,9 @@ KERNEL void OF(unzip)(const void *from, int64_t n, void *to)
         }
 }
 
-/* COLUMNS columns of W, which begin at value i, in n of its rows; each becomes a row of the panel. Squares of TERMS by
- * TERMS values are transposed in registers: zipping register j with j + TERMS / 2, log₂ TERMS times, rotates the bits of
- * (row, column) until the two have changed places. */
+/* Columns of W, which begin at value i, in n of its rows; each becomes a row of the panel. Squares of TERMS by TERMS
+ * values are transposed in registers: zipping register j with j + TERMS / 2, log₂ TERMS times, rotates the bits of (row,
+ * column) until the two have changed places. */
 KERNEL void OF(columns)(
     const weight *w, int64_t i, int64_t K, int64_t n, int64_t columns, int rounding, void *panel)
 {
@@ -99,9 +99,9 @@ KERNEL void OF(columns)(
         }
 }
 
-/* totals (R, 4) += x (R, terms) · columns (4, terms)ᵀ. The columns lie in a panel, or, where there is none, as codes in
- * W. Terms lie side by side in all registers, so a sum has LANES parts, which are added up at the end: those of all sums
- * at once, by zipping two registers and adding the halves. */
+/* totals (R, 4) += x (R, terms) · columns (4, terms)ᵀ. The columns lie in a panel, or, where there is none, as codes
+ * in W. Terms lie side by side in all registers, so a sum has LANES parts, which are added up at the end: those of all
+ * sums at once, by zipping two registers and adding the halves. */
 FUNCTION void OF(multiply)(
     const int R, const number *x, int64_t x_stride, const number *panel, const coded *w, int64_t terms, float *totals)
 {
@@ -178,7 +178,18 @@ KERNEL void OF(tile)(
 #undef WITH_ROWS
 }
 
-static const kind OF(kind) = {sizeof(number), TERMS, LANES / 4, OF(row), OF(unzip), OF(columns), OF(tile)};
+/* totals (rows, COLUMNS) += s (rows, some) · factor (some, COLUMNS). */
+KERNEL void OF(add_low_rank)(
+    int64_t rows, const float *s, int64_t rank, const float *factor, int64_t some, float *restrict totals)
+{
+    for (int64_t m = 0; m < rows; m++)
+        for (int64_t j = 0; j < some; j++)
+            for (int c = 0; c < COLUMNS; c++)
+                totals[m * COLUMNS + c] += s[m * rank + j] * factor[j * COLUMNS + c];
+}
+
+static const kind OF(kind) = {
+    sizeof(number), LANES / 4, OF(row), OF(unzip), OF(columns), OF(tile), OF(add_low_rank)};
 
 #undef SHORT_RUN
 #undef FUNCTION

@@ -111,15 +111,17 @@ class AdapterConfig:
             found = set(paths) - set(output_heads)
         else:
             found = matching(self.target_modules, paths)
-        if not isinstance(self.target_modules, str):
-            found = set(self.target_modules) & found | self.narrowed(found - set(self.target_modules))
+            found = self.narrowed(found, self.target_modules)
         found -= matching(self.exclude_modules or [], paths)
         saved = {f".{name}." for name in self.modules_to_save or ()}
         return {path for path in found if not any(name in f".{path}." for name in saved)}
 
-    def narrowed(self, paths: Collection[str]) -> set[str]:
-        """Those in the layers to transform."""
-        return {path for path in paths if self.layers_to_transform in (None, []) or self._layer_index_fits(path)}
+    def narrowed(self, paths: Collection[str], targets) -> set[str]:
+        """Those in the layers to transform, or whose whole path is named."""
+        if self.layers_to_transform in (None, []):
+            return set(paths)
+        whole = () if targets is None or isinstance(targets, str) else targets
+        return {path for path in paths if path in whole or self._layer_index_fits(path)}
 
     def _layer_index_fits(self, path: str) -> bool:
         """The first number in the path (right after one of `layers_pattern`, if given) is in `layers_to_transform`."""

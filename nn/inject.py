@@ -31,8 +31,7 @@ def apply_lora_to_model(
 
     `choices`: PEFT's `exclude_modules`, `layers_to_transform` with `layers_pattern`, `rank_pattern`, `alpha_pattern`.
 
-    Returns the model. Calling again with other targets adds to the active adapter; what exists keeps its
-    `requires_grad`.
+    Returns the model. Calling again adds to the active adapter; what exists keeps its `requires_grad`.
 
     ValueError: a setting out of range; a name or choice that fits nothing (the message lists near misses); a layer that
     has an adapter already, or whose parent would bypass one. Nothing is changed then.
@@ -70,10 +69,9 @@ def _put_in(model, name: str, settings: tuple, target_modules, choices: dict, tr
     for path, module in selected.items():
         if module in made:  # a layer used under two names gets one adapter
             continue
-        fresh = LoRALinear(multi.original(module), *values[path][:2], lora_dropout)
+        made[module] = fresh = LoRALinear(multi.original(module), *values[path][:2], lora_dropout)
         fresh.adapter = name
         trained = [*trained, fresh.lora_A, fresh.lora_B]
-        made[module] = fresh
         if isinstance(module, LoRALinear):
             module.resting[name] = multi.RestingAdapter.of(fresh)
             made[module] = module

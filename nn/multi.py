@@ -79,12 +79,6 @@ class ModuleToSave(nn.Module):
     def __getitem__(self, index):
         return self.current[index]
 
-    def __iter__(self):
-        return iter(self.current)
-
-    def __contains__(self, item):
-        return item in self.current
-
     def __bool__(self):
         return True
 

@@ -1,5 +1,4 @@
-"""Modules by the paths of the bare model: without what torch.compile, DDP, FSDP and checkpoint_wrapper put around it,
-or around parts of it."""
+"""Modules by the paths of the bare model: without what torch.compile, DDP, FSDP and checkpoint_wrapper put around."""
 
 from collections.abc import Iterator
 

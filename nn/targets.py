@@ -19,15 +19,15 @@ USUAL = (("q_proj", "v_proj"), ("query", "value"), ("q", "v"), ("q_lin", "v_lin"
 
 
 def select(model: nn.Module, target_modules, rank: int, lora_alpha: float, choices: dict):
-    """What the targets and `apply_lora_to_model`'s choices select of the linear (or already adapted) layers.
-
-    Returns path → module, in the model's order, and path → (rank, alpha, scaling).
-    """
+    """What the targets and `apply_lora_to_model`'s choices select: path → module, in the model's order, linear or
+    adapted already, and path → (rank, alpha, scaling)."""
     for choice in choices.keys() - CHOICES:
         raise TypeError(f"{choice!r} is no setting of an adapter; those are {', '.join(sorted(CHOICES))}")
     config = chosen_settings(r=rank, lora_alpha=lora_alpha, **choices)
+    if config.layers_pattern and config.layers_to_transform is None:
+        raise ValueError("layers_pattern needs layers_to_transform")
     found = _select(model, target_modules)
-    kept, excluded = config.narrowed(found), matching(config.exclude_modules or [], found)
+    kept, excluded = config.narrowed(found, target_modules), matching(config.exclude_modules or [], found)
     patterns = {**config.rank_pattern, **config.alpha_pattern}
     matches = full_matches([rf"(?:.*\.)?(?:{pattern})" for pattern in patterns], kept - excluded)
     for name, value, fitting in (
@@ -82,9 +82,8 @@ def _select(model: nn.Module, target_modules) -> dict[str, nn.Module]:
             selected |= found
     else:
         raise TypeError(f"target_modules must be names, a regular expression or 'all-linear', got {target_modules!r}")
-    for name in selected:
-        if isinstance(dict(named_modules(model)).get(name.rpartition(".")[0]), nn.MultiheadAttention):
-            raise ValueError(f"{name!r}: nn.MultiheadAttention reads this weight itself and would bypass the adapter")
+    for name in selected - linear_layers(model).keys():
+        raise ValueError(f"{name!r}: nn.MultiheadAttention reads this weight itself and would bypass the adapter")
     return {name: module for name, module in linear.items() if name in selected}
 
 
@@ -121,10 +120,10 @@ def output_heads(model, linear) -> set[str]:
 
 
 def _no_match(pattern, linear, model) -> str:
-    other = sorted({type(module).__name__ for name, module in named_modules(model) if ending_in([name], [pattern])})
     whole = [module for module in model.modules() if isinstance(module, ModuleToSave)]
     if any(ending_in(dict(module.base_layer.named_modules()), [pattern]) for module in whole):
         return "names layers inside a module that is trained whole"
+    other = sorted({type(module).__name__ for name, module in named_modules(model) if ending_in([name], [pattern])})
     if other:
         return f"names no linear layer but {', '.join(other)}"
     names = {name.rpartition(".")[2] for name in linear} | set(linear)

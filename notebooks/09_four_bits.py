@@ -343,16 +343,18 @@ print("bytes", two_bytes, "→ codes", unpacked, "→", levels[unpacked] * nf4_o
 # same in one pass, and a test holds it to the reference's bits. There the 16 levels lie in *one* 512-bit register.)
 
 # %%
-source(nf4.nf4_dequantize_tiled, first="table = _pairs", last="copy_(tile)")
+source(nf4.nf4_dequantize_tiled, first="table = pair_table", last="copy_(tile)")
 
 # %% [markdown]
-# **In Triton** the same table is gathered from on chip. A program makes 8,192 values. It reads 4,096 bytes of codes, 128
-# scale codes and one constant of double quantization (256 scales share one), and writes 8,192 values, nobody else's. The
-# table of pairs is loaded once per program and then indexed by byte (`tl.gather`). All offsets inside a program are small,
-# so only its start is a 64-bit number. Everything that may lie beyond the end has a mask.
+# **In Triton** the table is gathered from on chip (`tl.gather`), and has only the 16 levels. Shared memory gives each of 32
+# threads a number at once if these lie in different banks, or are one and the same; 16 levels fill 16 banks, so no two ever
+# collide. 256 pairs would: threads wait for one another, though each asks half as often. A program makes 8,192 values. It
+# reads 4,096 bytes of codes, 128 scale codes and one constant of double quantization (256 scales share one), and writes 8,192
+# values, nobody else's. All offsets inside a program are small, so only its start is a 64-bit number. Everything that may lie
+# beyond the end has a mask.
 
 # %%
-source(nf4._nf4_dequantize, first="left = N_BYTES")
+source(nf4._nf4_dequantize, first="offs_r =")
 
 # %%
 fig, axes = figure(7.5, 3.2, rows=4)

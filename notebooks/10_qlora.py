@@ -40,7 +40,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from handtuned import lessons, memory
-from handtuned.kernels import nf4_matmul
+from handtuned.kernels import nf4_matmul, nf4_stream
 from handtuned.lessons import (
     ACCENT,
     GREYS,
@@ -418,11 +418,13 @@ lessons.check("10.3", merge_error);
 # ## 8. One row at a time: the kernel
 #
 # Generating text multiplies one row x by every weight. Then the time is that of reading W, and reading codes is four times
-# cheaper than reading fp16. With many rows, on a GPU, a dense W pays: it is made once and used by all. The library decides
-# by the number of rows M (the first two lines are for CPUs, see below):
+# cheaper than reading fp16. With many rows, on a GPU, a dense W pays: it is made once and used by all. In between, tiles of W
+# are decoded beside the tensor cores ("fused"). The library decides by the number of rows M (the lines with "native" are
+# for CPUs, see below):
 
 # %%
-source(nf4_matmul.plan, first="M, K = x.shape", last='return "merged"')
+source(nf4_matmul.plan, first="M, K = x.shape")
+print("rows up to which a way is taken, with tensor cores:", nf4_matmul.MOST_ROWS, "then merged")
 rows = (1, 16, 64, 1024)
 for M in rows:
     streamed, dense = 0.516, 0.516 + 2 + 2  # bytes per weight: codes read; or codes read, fp16 written, fp16 read
@@ -461,8 +463,8 @@ done = subprocess.run([sys.executable, "-c", QUESTION], capture_output=True, tex
 print(done.stdout or done.stderr)
 
 # %% [markdown]
-# Now the kernel for one row. **Math**: y[n] = Σₖ x[k] · level[code[n, k]] · scale[n, k // 64]. Within a block the scale is constant, so it can wait
-# until 64 products are summed. **On four numbers**, with blocks of two:
+# Now the kernel for a few rows, here one. **Math**: y[n] = Σₖ x[k] · level[code[n, k]] · scale[n, k // 64]. Within a block the
+# scale is constant, so it can wait until 64 products are summed. **On four numbers**, with blocks of two:
 
 # %%
 x4 = np.array([1.0, 2.0, 3.0, 4.0])
@@ -472,17 +474,20 @@ print("decode, then multiply:     ", (level4 * scales4.repeat(2)) @ x4)
 print("multiply, sum, then scale: ", ((level4 * x4).reshape(2, 2).sum(1) * scales4).sum())
 
 # %% [markdown]
-# **In torch**: `x @ q.dequantize().t()`. **In Triton**: a program owns some rows of W. It walks along K, reads 32-bit words
-# of eight codes, multiplies, sums each run of 64, and only then applies the scales.
+# **In torch**: `x @ q.dequantize().t()`. **In Triton**: a program owns 32 rows of W and a part of K, each of its warps a
+# slice of that. It reads 32-bit words of eight codes; a byte picks both of its values from a table of pairs; a block of 64 is
+# multiplied, and only the sum is scaled. The parts of a row go to memory, and the program that comes last adds them in their
+# order. (The shapes say which thread holds what, so that no value has to change threads: the file's first lines explain it.)
 
 # %%
-source(nf4_matmul._one_row_kernel, first="for k in range(0, K, BLOCK_K)", last="in_row =")
+source(nf4_stream._stream_kernel, first="for first in range(start, stop, SLICES)", last="acc += _product")
 fig, (w_axis, x_axis, y_axis) = figure(7.5, 2.2, columns=3, width_ratios=(8, 8, 3))
-who_reads(w_axis, [[n // 2] * 8 for n in range(6)], "codes of W (N, K), 8 per word: read by program")
-who_reads(x_axis, [[-1] * 8], "x (1, K): read by every program")
-who_reads(y_axis, [[n // 2] for n in range(6)], "y: written by")
-show(fig, alt="W as 6 rows of words: each program reads two whole rows of it. x is read by every program. y: each program "
-     "writes the two numbers of its rows.")  # fmt: skip
+who_reads(w_axis, [[2 * (n // 2) + k // 4 for k in range(8)] for n in range(6)], "codes of W (N, K), 8 per word: read by")
+who_reads(x_axis, [[-1] * 8], "x (1, K): read by every second program")
+who_reads(y_axis, [[2 * (n // 2) + 1] for n in range(6)], "y: the last")
+show(fig, alt="W as 6 rows of words: two programs share each pair of rows, the first with the left half, the second with the "
+     "right half. Half of x is read by every second program. y: two numbers are written by whichever of two comes last, here "
+     "the second.")  # fmt: skip
 
 # %%
 forced = os.environ.pop("HANDTUNED_BACKEND", None)  # from here the real kernel runs, interpreted on a CPU
@@ -506,7 +511,7 @@ if gpu():
     q = quantize_nf4(torch.randn(4096, 4096, device="cuda"))
     W, x = q.dequantize(torch.float16), torch.randn(1, 4096, device="cuda", dtype=torch.float16)
     S, B = x.new_zeros(1, 8), x.new_zeros(4096, 8)
-    ways = {"nf4 streamed": lambda: nf4_matmul.nf4_stream(x, q, None, S, B, 1.0), "fp16": lambda: x @ W.t()}
+    ways = {"nf4 streamed": lambda: nf4_stream.nf4_stream(x, q, None, S, B, 1.0), "fp16": lambda: x @ W.t()}
     print(torch.cuda.get_device_name(), torch.__version__)
     print(table(compare(ways, device="cuda"), ours="nf4 streamed"))
 else:

@@ -232,6 +232,12 @@ def test_recurrent_layers(layer, dtype):
     assert all(p.grad.dtype == torch.float32 for p in second.parameters())
 
 
+@pytest.mark.parametrize("layer", [torch.nn.LSTM, torch.nn.GRU, torch.nn.RNN])
+def test_recurrent_layers_with_16_bit_input(layer):
+    with autocast(torch.bfloat16), pytest.raises(ValueError, match="does not match weight dtype"):
+        layer(4, 4)(torch.randn(2, 4, dtype=torch.bfloat16))
+
+
 def test_reflected_product():
     x, y = matrices(torch.float32, torch.float32)
     with autocast():

@@ -242,7 +242,7 @@ def test_every_gpu_case_can_be_made_and_names_its_rivals(gpu):
     for name, rivals in {"lora": {"peft", "peft autocast", "unsloth"}, "loss": {"torch", "liger"},
                          "qlora": {"peft + bitsandbytes", "unsloth + bitsandbytes"}, "nf4": {"bitsandbytes"},
                          "nf4_quantize": {"bitsandbytes"}, "nf4_matmul": {"bitsandbytes"}, "lora_gemms": {"torch"},
-                         "dropout": {"torch"},
+                         "nf4_stream": {"bitsandbytes"}, "dropout": {"torch"},
                          "adamw": {"torch fused", "torch foreach"}, "unscale": {"torch"}}.items():  # fmt: skip
         full, quick = (list(script(name).cases(CUDA, quick)) for quick in (False, True))
         assert len(full) >= len(quick) >= 1 and rivals <= set(full[0].providers)

@@ -50,7 +50,7 @@ def check_nf4(found):
 
 def check_tensor_cores(found):
     for one in found:
-        if one["name"].startswith(("lora", "scaled", "nf4_few_rows", "nf4_merge")):
+        if one["name"].startswith(("lora", "scaled", "nf4_few_rows", "nf4_fused", "nf4_merge")):
             assert sum(one["tensor cores"].values()) > 0, one
         if one["arch"] == "sm_90" and any(tile in one["name"] for tile in ("128 x", "64 x 128")):
             assert one["tensor cores"].get("wgmma"), one
@@ -62,6 +62,38 @@ def test_the_nf4_kernels():
     found = compiled(["nf4_dequantize[fp16, nested]", "nf4_dequantize[fp32]", "nf4_quantize[fp16]"])
     assert len(found) == 3
     check_nf4(found)
+
+
+COUNTS = """
+import json
+from handtuned.gpu.examine import examine
+from handtuned.gpu.operations import OPERATIONS, Size
+found = {}
+for name, operation in OPERATIONS.items():
+    if name.startswith("nf4_"):
+        [ray] = examine(operation, "sm_90", Size(), 2)
+        [launch] = ray.launches
+        c = launch.counters
+        found[name] = {
+            "per unit": 32 * launch.warp_instructions / operation.units(Size()),
+            "warps": launch.programs // 132 * launch.threads // 32, "spilled": ray.spill_bytes,
+            "shared": [c.shared.cost, c.shared.least], "stores": [c.global_stores.cost, c.global_stores.least],
+        }
+print(json.dumps(found))
+"""
+
+
+def test_what_the_nf4_kernels_cost_at_4096():
+    """Counted: few instructions, no bank conflicts where values stream through, whole sectors, warps everywhere."""
+    found = json.loads(run_uninterpreted(COUNTS).splitlines()[-1])
+    for name, one in found.items():
+        assert one["stores"][0] == one["stores"][1] and not one["spilled"], (name, one)
+        if name.startswith(("nf4_dequantize", "nf4_merge", "nf4_fused")):
+            assert one["shared"][0] == one["shared"][1], (name, one)
+        if name.startswith("nf4_dequantize"):
+            assert one["per unit"] <= 6, (name, one)
+        if name.startswith(("nf4_one_row", "nf4_few_rows")):
+            assert one["per unit"] <= 5.5 and one["warps"] >= 12, (name, one)
 
 
 def test_the_optimizers_move_16_bytes_at_a_time():

@@ -14,8 +14,9 @@ from ..kernels.dropout import Dropout, threshold_of
 from ..kernels.lora_gemms import lora_down, lora_down_grad, lora_up_grads
 from ..kernels.matmul import lora_product, scaled_matmul
 from ..kernels.nf4 import NestedScales, NF4Weight, nf4_dequantize
-from ..kernels.nf4_matmul import nf4_merge, nf4_stream
+from ..kernels.nf4_matmul import nf4_fused, nf4_merge
 from ..kernels.nf4_quantize import nf4_quantize
+from ..kernels.nf4_stream import nf4_stream
 from ..kernels.unscale import unscale_
 from ..quant.nf4 import nf4_bytes
 
@@ -116,6 +117,23 @@ def _stream(name, most, low):
 
     return Operation(
         f"{name}[{low}]", prepare, "weight", lambda s: s.N * s.K,
+        lambda s: sum(nf4_bytes(s.N * s.K)) + 2 * rows(s) * (s.N + s.K) + 4 * s.N * s.rank,
+        lambda s: 2 * rows(s) * s.N * (s.K + s.rank),
+    )  # fmt: skip
+
+
+def _fused(low, what):
+    """y = x Wᵀ + s S Bᵀ, or (what: "dx") dx = dy W + dS A, of a few hundred rows."""
+    rows = lambda s: min(s.M, 256)  # noqa: E731
+
+    def prepare(s):
+        weight, dtype, dx = _weight(s, True), DTYPES[low], what == "dx"
+        x, S = _array(rows(s), s.N if dx else s.K, dtype), _array(rows(s), s.rank, dtype)
+        up = _array(s.rank, s.K, torch.float32).t() if dx else _array(s.N, s.rank, torch.float32)
+        return lambda: nf4_fused(x, weight, None, S, up, 2.0, not dx)
+
+    return Operation(
+        f"nf4_fused[{low}, {what}]", prepare, "weight", lambda s: s.N * s.K,
         lambda s: sum(nf4_bytes(s.N * s.K)) + 2 * rows(s) * (s.N + s.K) + 4 * s.N * s.rank,
         lambda s: 2 * rows(s) * s.N * (s.K + s.rank),
     )  # fmt: skip
@@ -238,7 +256,7 @@ _ALL = (
     _dequantize("fp32", True), _dequantize("fp32", False),
     _quantize("fp16"), _quantize("bf16"), _quantize("fp32"),
     _stream("nf4_one_row", 1, "fp16"), _stream("nf4_few_rows", 16, "fp16"), _stream("nf4_few_rows", 16, "bf16"),
-    _merge("fp16"), _merge("bf16"),
+    _fused("fp16", "y"), _fused("fp16", "dx"), _merge("fp16"), _merge("bf16"),
     _down("fp16", False), _down("fp16", True), _up_grads("fp16"), _down_grad("fp16", False), _down_grad("fp16", True),
     _mask("fp16"), _product("fp16", "y"), _product("bf16", "y"), _product("fp16", "dx"), _product("fp16", "dx", True),
     _scaled("fp16", "nn"), _scaled("fp16", "nt"), _scaled("fp16", "tn"), _scaled("fp16", "nn", True),

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from ..nn.loss import IGNORE_INDEX, linear_cross_entropy
 from . import data
 from .formats import as_text
+from .logging import finite
 
 SHOWN_PROMPTS = 3
 
@@ -100,11 +101,6 @@ def rates(loss: float, tokens: float, correct: float, exact: float, rows: float)
     the right ones before it: just those rows that greedy decoding answers letter by letter.
     """
     return {"loss": loss / tokens, "token_accuracy": correct / tokens, "exact_match": exact / rows, "rows": int(rows)}
-
-
-def finite(scores: dict) -> dict:
-    """The same for JSON, which holds no NaN: None for what is not finite."""
-    return {name: value if math.isfinite(value) else None for name, value in scores.items()}
 
 
 def generate(model, tokenizer, chats: list[list[dict]], max_new_tokens: int = 48, **sampling) -> list[str]:

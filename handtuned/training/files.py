@@ -167,44 +167,37 @@ def _rest(text: io.TextIOWrapper, name: str, begun: str = "") -> str:
     content = begun + text.read(MOST_DOCUMENT)
     if len(content) >= MOST_DOCUMENT:
         raise DataError(f"{name}: a JSON document of more than {MOST_DOCUMENT:,} characters; JSON Lines may be longer")
-    _check_characters(content, name)
+    if bad := _bad_character(content, name):
+        raise bad
     return content
 
 
-def _check_characters(text: str, name: str, line: int = 1) -> None:
-    if not text.isascii() and (bad := re.search(r"[\udc80-\udcff]", text)):
-        line += text.count("\n", 0, bad.start())
-        column = bad.start() - text.rfind("\n", 0, bad.start())
-        raise DataError(f"{name}:{line}: not UTF-8 text, column {column}")
+def _bad_character(text: str, name: str, line: int = 1) -> DataError | None:
+    if text.isascii() or not (bad := re.search(r"[\udc80-\udcff]", text)):
+        return None
+    column = bad.start() - text.rfind("\n", 0, bad.start())
+    return DataError(f"{name}:{line + text.count(chr(10), 0, bad.start())}: not UTF-8 text, column {column}")
 
 
 def _table(text: io.TextIOWrapper, name: str, delimiter: str) -> Iterator[Place]:
     csv.field_size_limit(MOST_ROW)
     lines = (line for _, line in _lines(text, name))
-    header_line = next(lines, "")
-    if delimiter == "," and "," not in header_line and ";" in header_line:
+    header = next(lines, "")
+    if delimiter == "," and "," not in header and ";" in header:
         delimiter = ";"
-    header = next(csv.reader([header_line], delimiter=delimiter), [])
-    if twice := {column for column in header if header.count(column) > 1}:
-        raise DataError(f"{name}:1: the column {min(twice)!r} stands twice in the header")
-    cells = csv.reader(lines, delimiter=delimiter, strict=True)
-    line = 2
-    while True:
-        try:
-            row = next(cells, None)
-        except csv.Error as error:
-            raise DataError(f"{name}:{cells.line_num + 1}: not a valid table: {error}") from None
-        if row is None:
-            return
-        if row:
-            try:
-                _check_characters("\n".join(row), name, line)
-                if len(row) != len(header):
-                    raise DataError(f"{name}:{line}: {len(row)} fields, the header has {len(header)}")
-                yield f"{name}:{line}", dict(zip(header, row, strict=True))
-            except DataError as error:
-                yield f"{name}:{line}", error
-        line = cells.line_num + 2
+    table = csv.DictReader(itertools.chain([header], lines), delimiter=delimiter, strict=True)
+    try:
+        columns = table.fieldnames or []
+        if twice := {column for column in columns if columns.count(column) > 1}:
+            raise DataError(f"{name}:1: the column {min(twice)!r} stands twice in the header")
+        for row in table:
+            more, cells = row.pop(None, []), "\n".join(filter(None, row.values()))
+            count = sum(cell is not None for cell in row.values()) + len(more)
+            line = table.line_num - sum(cell.count("\n") for cell in row.values() if cell)
+            wrong = DataError(f"{count} fields, the header has {len(columns)}") if count != len(columns) else None
+            yield f"{name}:{line}", wrong or _bad_character(cells, name, line) or row
+    except csv.Error as error:
+        raise DataError(f"{name}:{table.line_num + 1}: not a valid table: {error}") from None
 
 
 def _once(pairs: list[tuple[str, object]]) -> dict | DataError:
@@ -231,10 +224,7 @@ def _json_lines(text: io.TextIOWrapper, name: str) -> Iterator[Place]:
             continue
         before, blank = blank, None
         try:
-            _check_characters(line, name, number)
-            yield place, DECODER.decode(line)
-        except DataError as error:
-            yield place, error
+            yield place, _bad_character(line, name, number) or DECODER.decode(line)
         except (ValueError, RecursionError) as error:
             if before is not None and getattr(error, "pos", 0) >= len(line.rstrip()):
                 following = next(lines, None)
