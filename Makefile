@@ -4,7 +4,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo lessons check-lessons check-kernels test test-compiled test-portable \
+.PHONY: demo lessons check-lessons check-kernels check-rivals test test-compiled test-portable \
 	lint clean
 
 demo: $(VENV)/finetune.installed
@@ -24,7 +24,7 @@ test: $(VENV)/test.installed
 # The tests that launch kernels, as machine code in the emulator: all on sm_90, a few on the other architectures.
 # COMPILED="--slow" runs all on all.
 test-compiled: $(VENV)/test.installed
-	for arch in sm_90 sm_75 sm_80 sm_89; do \
+	for arch in sm_90 sm_75 sm_80 sm_89 sm_120; do \
 		HANDTUNED_BACKEND=$$arch OMP_NUM_THREADS=1 $(BIN)/pytest -n auto --dist worksteal $(COMPILED) \
 			$$(grep -lE "kernel_backend|each_backend" tests/test_*.py | grep -v test_emulator) || exit 1; \
 	done
@@ -34,25 +34,31 @@ test-portable: $(VENV)/test.installed
 	$(BIN)/python tests/portable.py
 
 # Compiles every kernel without a GPU; fails if one does not compile, spills registers or is too large for its card.
-# Two at a time; every tile of tuned kernels on sm_90.
+# Two at a time; every tile of tuned kernels on sm_90. Products on sm_75 are the vendor's library's.
 check-kernels: $(VENV)/test.installed
-	for arch in "sm_90 --every-tile" sm_80 sm_89 sm_120 sm_100; do echo "$$arch"; done | \
+	for arch in "sm_90 --every-tile" sm_80 sm_89 sm_120 sm_100 \
+		"sm_75 nf4_dequantize nf4_quantize nf4_one_row adamw unscale dropout"; do echo "$$arch"; done | \
 		xargs -P 2 -I{} sh -c 'OMP_NUM_THREADS=1 $(BIN)/handtuned xray --check --arch {}'
+
+# The tests behind the tables of docs/from-peft.md and docs/from-torch.md, those that take minutes too.
+check-rivals: $(VENV)/test.installed
+	OMP_NUM_THREADS=1 $(BIN)/pytest --slow -n auto --dist worksteal tests/test_docs_tables.py \
+		$$(grep -ohE "test_\w+\.py::\w+" docs/from-*.md | sort -u | sed "s|^|tests/|")
 
 lint: $(VENV)/test.installed
 	$(BIN)/ruff check .
 
-$(VENV)/finetune.installed: setup.py constraints.txt handtuned/__init__.py kernels/nf4_cpu.c
+$(VENV)/finetune.installed: setup.py constraints.txt handtuned/__init__.py kernels/nf4_cpu.c kernels/nf4_kinds.h kernels/nf4_tile.h
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install -c constraints.txt -e ".[finetune]"
 	touch $@
 
-$(VENV)/notebooks.installed: setup.py constraints.txt handtuned/__init__.py kernels/nf4_cpu.c
+$(VENV)/notebooks.installed: setup.py constraints.txt handtuned/__init__.py kernels/nf4_cpu.c kernels/nf4_kinds.h kernels/nf4_tile.h
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install -c constraints.txt -e ".[finetune,notebooks,tune]"
 	touch $@
 
-$(VENV)/test.installed: setup.py constraints.txt handtuned/__init__.py kernels/nf4_cpu.c
+$(VENV)/test.installed: setup.py constraints.txt handtuned/__init__.py kernels/nf4_cpu.c kernels/nf4_kinds.h kernels/nf4_tile.h
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install -c constraints.txt -e ".[finetune,test,dev]"
 	touch $@

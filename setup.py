@@ -38,6 +38,7 @@ extras = {
         "matplotlib",
         "regex",
     ],
+    "data": ["datasets"],
     "notebooks": ["jupyterlab", "jupytext", "ipykernel", "matplotlib", "nbclient"],
     "test": [
         "pytest",
@@ -46,6 +47,7 @@ extras = {
         "bitsandbytes",
         "peft",
         "psutil",
+        "pyarrow",
         "optuna",
         "tensorboard",
         "ipykernel",
@@ -57,10 +59,11 @@ extras = {
     "dev": ["ruff"],
 }
 
-# A faster dequantize for CPUs, reached through ctypes. Without a C compiler the torch reference runs instead.
+# NF4 on CPUs, reached through ctypes. Without a C compiler the torch reference runs instead.
 native = Extension(
     "handtuned.kernels._nf4_cpu",
     sources=["kernels/nf4_cpu.c"],
+    depends=["kernels/nf4_kinds.h", "kernels/nf4_tile.h"],
     extra_compile_args=["-O3", "-fopenmp", "-ffp-contract=off"],
     extra_link_args=["-fopenmp"],
     optional=True,

@@ -41,7 +41,8 @@ LOW = {
     "matmul", "__matmul__", "__rmatmul__", "mm", "bmm", "mv", "linear", "addmm", "addmv", "addbmm", "baddbmm", "addr",
     "einsum", "chain_matmul", "linalg_matmul", "linalg_multi_dot", "linalg_vecdot", "matrix_power",
     "linalg_matrix_power", "conv1d", "conv2d", "conv3d", "conv_transpose1d", "conv_transpose2d", "conv_transpose3d",
-    "prelu", "scaled_dot_product_attention", "multi_head_attention_forward", "lora_linear",
+    "prelu", "scaled_dot_product_attention", "multi_head_attention_forward", "lora_linear", "lstm_cell", "gru_cell",
+    "rnn_tanh_cell", "rnn_relu_cell", "lstm", "gru", "rnn_tanh", "rnn_relu",
 }  # fmt: skip
 HIGH = {
     "exp", "expm1", "special_expm1", "log", "log2", "log10", "log1p", "special_log1p", "pow", "square", "__pow__",

@@ -150,7 +150,7 @@ class GradScaler(torch.amp.GradScaler):
         """Hand scale and flag to an optimizer whose kernel unscales and skips by itself (torch's protocol)."""
         grad_scale = getattr(optimizer, "grad_scale", None)
         if state.stage == "ready":
-            self._check_and_multiply(optimizer, torch.ones_like(self._scale), allow_fp16=True)
+            self._check_and_multiply(optimizer, None, allow_fp16=True)
             grad_scale = self._scale if grad_scale is None else self._scale * grad_scale
         optimizer.grad_scale = grad_scale
         optimizer.found_inf = sum(self._flags(state), torch.zeros_like(self._scale))
@@ -185,8 +185,8 @@ class GradScaler(torch.amp.GradScaler):
             self._growth_tracker.copy_(run)
         self._per_optimizer_states.clear()
 
-    def _check_and_multiply(self, optimizer, factor: torch.Tensor, allow_fp16: bool) -> None:
-        """Multiply every gradient by `factor` and record a flag per device; gradients of one dtype go in one launch."""
+    def _check_and_multiply(self, optimizer, factor: torch.Tensor | None, allow_fp16: bool) -> None:
+        """Multiply gradients by `factor` (None: not at all) and record a flag per device; one launch for each dtype."""
         groups: dict[tuple[torch.device, torch.dtype], list[torch.Tensor]] = defaultdict(list)
         params = [p for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
         if not allow_fp16 and any(p.grad.dtype == torch.float16 for p in params):
@@ -204,7 +204,7 @@ class GradScaler(torch.amp.GradScaler):
         flags.clear()
         for (device, _), grads in groups.items():
             flag = flags.setdefault(device, torch.zeros((), dtype=torch.float32, device=device))
-            unscale_(grads, factor.to(device, non_blocking=True), flag)
+            unscale_(grads, None if factor is None else factor.to(device, non_blocking=True), flag)
 
     def _flags(self, *states: _OptimizerState) -> list[torch.Tensor]:
         """The overflow flags of all devices, on that of the scale."""

@@ -56,7 +56,9 @@ def main(words: list[str] | None = None) -> int:
     _make_printing_safe()
     words = hyphenated(sys.argv[1:] if words is None else list(words))
     if not words or words[0] in ("-h", "--help"):
-        print(_overview())
+        print(f"handtuned {__version__}: train big models on small memory\n\nusage: handtuned COMMAND [flags]\n")
+        print("\n".join(f"  {name:9} {text}" for name, (_, text) in COMMANDS.items()))
+        print("\n`handtuned COMMAND --help` lists a command's flags.")
         return 0
     if words[0] == "--version":
         print(f"handtuned {__version__}")
@@ -113,9 +115,3 @@ def _fail(command: str, message: str, error: Exception) -> int:
         raise error
     print(f"handtuned {command}: error: {' '.join(message.split())}", file=sys.stderr)
     return 2
-
-
-def _overview() -> str:
-    lines = [f"handtuned {__version__}: train big models on small memory", "", "usage: handtuned COMMAND [flags]", ""]
-    lines += [f"  {name:9} {text}" for name, (_, text) in COMMANDS.items()]
-    return "\n".join([*lines, "", "`handtuned COMMAND --help` lists a command's flags."])

@@ -135,7 +135,7 @@ def _train(
         return checkpoints.save_checkpoint(directory, step, training, settings.save_total_limit, base.record)
 
     with (logging.RunLog(directory, first, total, settings, world.main) as run_log,
-          loop.StopAfterStep(world) as stop):  # fmt: skip
+          loop.stop_after_step(world) as stop):  # fmt: skip
         for row in loop.train(training, base.examples, total, settings, first):
             step = row["step"]
             run_log.log(row)

@@ -28,7 +28,6 @@ from .nn.multi import linear_layers
 from .training import logging, loop
 from .training import trials as reports
 from .training.checkpoints import changed_marks
-from .training.evaluation import finite
 from .training.models import add_adapters, choose_device, load_base_and_rows, save_with_record
 from .training.settings import FinetuneSettings, add_flags, in_use, resumed
 from .training.trials import SEARCHED
@@ -122,7 +121,7 @@ def tune(settings: FinetuneSettings, trials: int, minutes: float | None = None, 
           f"{len(runner.choosing)} held-out rows choose, {len(runner.untouched)} are kept for the verdict")  # fmt: skip
     if trials > done:
         study.optimize(runner.run, n_trials=trials - done, timeout=None if minutes is None else 60 * minutes,
-                       catch=TrialFailed, callbacks=[reports.print_trial])  # fmt: skip
+                       catch=loop.Diverged, callbacks=[reports.print_trial])  # fmt: skip
     result = reports.summary(study)
     write_json(directory / "trials.json", result)
     reports.draw_pareto(result, directory / "pareto.png")
@@ -144,10 +143,6 @@ def _try_again(study) -> None:
         if trial.number not in queued and "failed" not in trial.user_attrs:
             known = {"first": trial.user_attrs.get("first", False), "again": trial.number}
             study.enqueue_trial(trial.params, user_attrs=known)
-
-
-class TrialFailed(Exception):
-    """A trial cannot be finished with its settings, today or another day."""
 
 
 class Space:
@@ -204,7 +199,7 @@ class TrialRunner:
 
         Raises:
             optuna.TrialPruned: it is stopped early.
-            TrialFailed: it ran out of memory, or its loss is not finite.
+            Diverged: it ran out of memory, or its loss is not finite.
         """
         import optuna
 
@@ -215,17 +210,16 @@ class TrialRunner:
         try:
             training = loop.prepare(self.base, settings, settings.max_steps)
             loss = self._train(trial, settings, training)
-            trial.set_user_attr("untouched", finite(training.lm.score(self.untouched)))
+            trial.set_user_attr("untouched", logging.finite(training.lm.score(self.untouched)))
             finished = trial.study.get_trials(states=[optuna.trial.TrialState.COMPLETE])
             if all(loss < other.value for other in finished):
                 save_with_record(model, Path(settings.output_dir) / "best", self.base.record)
             return loss
         except (loop.Diverged, RuntimeError, MemoryError) as error:
-            if not (isinstance(error, loop.Diverged) or is_out_of_memory(error)):
-                raise
-            why = str(error) if isinstance(error, loop.Diverged) else "out of memory"
-            trial.set_user_attr("failed", why)
-            raise TrialFailed(why) from None
+            failed = loop.Diverged("out of memory") if is_out_of_memory(error) else error
+            if isinstance(failed, loop.Diverged):
+                trial.set_user_attr("failed", str(failed))
+            raise failed from None
         finally:
             unload(model)
             gc.collect()  # what an error still held
@@ -246,8 +240,7 @@ class TrialRunner:
                 bar.set_postfix_str(f"loss {row['loss']:.4f}")
                 if step in self.rungs:
                     scores = training.lm.score(self.choosing)
-                    loss = scores["loss"]
-                    if not math.isfinite(loss):
+                    if not math.isfinite(loss := scores["loss"]):
                         raise loop.Diverged(f"step {step}: the loss on held-out rows is {loss:g}")
                     trial.report(loss, step)
                     trial.set_user_attr("exact_match", scores["exact_match"])

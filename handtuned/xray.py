@@ -68,7 +68,8 @@ def run(args: argparse.Namespace) -> int:
     found = []
     for operation in chosen:
         for arch in archs:
-            measured = [size.but(m.size) for m in known if any(m.fits(operation.name, gpu) for gpu in cards_of(arch))]
+            cards = [gpu for gpu in GPUS if gpu.arch == arch]
+            measured = [size.but(m.size) for m in known if any(m.fits(operation.name, gpu) for gpu in cards)]
             for at in [WHOLE, *dict.fromkeys([size, *measured])]:
                 whole = at is WHOLE
                 for ray in examine(operation, arch, at, None if whole else SAMPLE, args.every_tile):
@@ -78,15 +79,10 @@ def run(args: argparse.Namespace) -> int:
                         print(*(launch.sass for launch in ray.launches), sep="\n")
     print(f"\n{ASSUMES}")
     for arch in archs:
-        print(*cards_of(arch), *published(arch), sep="\n")
+        print(*(gpu for gpu in GPUS if gpu.arch == arch), *published(arch), sep="\n")
     if args.html:
         write_page(Path(args.html), found, size)
     return int(any(ray.error or ray.spill_bytes for ray, _ in found))
-
-
-def cards_of(arch: str) -> list:
-    """The cards of an architecture."""
-    return [gpu for gpu in GPUS if gpu.arch == arch]
 
 
 def _check(chosen, archs, size, every_tile) -> int:

@@ -13,7 +13,8 @@ About 15 FLOPs an element against 28 bytes (read p, g, m, v; write p, m, v), so 
 28 bytes per parameter, 30 with a 16-bit copy of p. Written as separate passes the same
 work moves 48 bytes and more: unscaling reads and writes g, clipping does it again.
 
-One launch covers every tensor by a table of addresses (see `unscale.py`). Whether the step is
+One launch covers every tensor by a table of addresses (see `unscale.py`), which is made again when an address
+has changed. Tensors that are not aligned to 16 bytes have a launch of their own, with narrow loads. Whether the step is
 skipped, and by what gradients are multiplied, is read from the device, so nothing waits for the
 GPU. A small launch before it, one program a tensor, advances the step counters (which the
 many programs of a tensor could not do without racing) and works out the scalars in fp64.
@@ -26,12 +27,13 @@ reference's bit by bit, whose root is for that reason `rounded_sqrt`. There is n
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import chain
 
 import numpy as np
 import torch
 
-from .runtime import TRITON_DTYPES, backend, on_device, tl, triton
-from .unscale import address_table, chunk_table, find_chunk, load_pointer
+from .runtime import TRITON_DTYPES, backend, launch, tl, triton
+from .unscale import chunk_table, find_chunk, load_pointer, upload
 
 BLOCK = 1024
 
@@ -107,18 +109,19 @@ def rounded_sqrt(x: torch.Tensor) -> torch.Tensor:
 
 @triton.jit
 def _prepare_kernel(
-    tensors_ptr,  # (T, 8) int64: addresses of p, g, m, v, step, copy; elements; group
+    tensors_ptr,  # (8, T) int64: addresses of p, g, m, v, step, copy; elements; group
     rates_ptr,  # (groups, 10) fp64, see _rates
     scalars_ptr,  # (T, 8) fp32: what the next kernel needs of each tensor
     grad_scale_ptr,  # () fp32 or None
     found_inf_ptr,  # () fp32 or None
     sq_norm_ptr,  # () fp32 or None
+    T,
 ):
     tensor = tl.program_id(0).to(tl.int64)
-    tensors_ptr += tensor * 8
+    tensors_ptr += tensor
     scalars_ptr += tensor * 8
-    rates_ptr += tl.load(tensors_ptr + 7) * 10
-    step_ptr = tl.load(tensors_ptr + 4).to(tl.pointer_type(tl.float32))
+    rates_ptr += tl.load(tensors_ptr + 7 * T) * 10
+    step_ptr = tl.load(tensors_ptr + 4 * T).to(tl.pointer_type(tl.float32))
     step = tl.load(step_ptr) + 1.0
     if found_inf_ptr is None:
         tl.store(step_ptr, step)
@@ -176,10 +179,11 @@ def _step_chunk(
 
 @triton.jit
 def _adamw_kernel(
-    tensors_ptr,  # (T, 8)
+    tensors_ptr,  # (8, T)
     chunks_ptr,  # (C, 2) int32: tensor, block of it
     scalars_ptr,  # (T, 8)
     found_inf_ptr,  # () or None
+    T,
     P_DTYPE: tl.constexpr,
     G_DTYPE: tl.constexpr,
     COPY_DTYPE: tl.constexpr,
@@ -192,14 +196,14 @@ def _adamw_kernel(
     if skip:
         return
     tensor, chunk = find_chunk(chunks_ptr)
-    tensors_ptr += tensor * 8
+    tensors_ptr += tensor
     scalars_ptr += tensor * 8
-    p_ptr = load_pointer(tensors_ptr + 0, P_DTYPE, ALIGNED)
-    g_ptr = load_pointer(tensors_ptr + 1, G_DTYPE, ALIGNED)
-    m_ptr = load_pointer(tensors_ptr + 2, P_DTYPE, ALIGNED)
-    v_ptr = load_pointer(tensors_ptr + 3, P_DTYPE, ALIGNED)
-    copy_ptr = load_pointer(tensors_ptr + 5, COPY_DTYPE, ALIGNED) if COPY_DTYPE is not None else p_ptr
-    elements = tl.load(tensors_ptr + 6)
+    p_ptr = load_pointer(tensors_ptr, P_DTYPE, ALIGNED)
+    g_ptr = load_pointer(tensors_ptr + T, G_DTYPE, ALIGNED)
+    m_ptr = load_pointer(tensors_ptr + 2 * T, P_DTYPE, ALIGNED)
+    v_ptr = load_pointer(tensors_ptr + 3 * T, P_DTYPE, ALIGNED)
+    copy_ptr = load_pointer(tensors_ptr + 5 * T, COPY_DTYPE, ALIGNED) if COPY_DTYPE is not None else p_ptr
+    elements = tl.load(tensors_ptr + 6 * T)
     offs = chunk * BLOCK + tl.arange(0, BLOCK)
     # A mask with an unknown bound forbids wide loads, so whole blocks go without one.
     if (chunk + 1) * BLOCK <= elements:
@@ -214,7 +218,7 @@ def _rates(group: ParamGroup, max_norm: float | None) -> list[float]:
     logs = [math.log(beta) if beta > 0 else -math.inf for beta in group.betas]
     sign = -1.0 if group.maximize else 1.0
     decay = 1 - group.lr * group.weight_decay
-    return [decay, 1 - beta1, beta2, 1 - beta2, group.lr, group.eps, *logs, sign, max_norm or 0.0]
+    return [*map(float, (decay, 1 - beta1, beta2, 1 - beta2, group.lr, group.eps, *logs, sign, max_norm or 0.0))]
 
 
 def same_layout(tensors, write_back):
@@ -232,27 +236,56 @@ def same_layout(tensors, write_back):
     return dense
 
 
-def _launch(rows, rates, dtypes, grad_scale, found_inf, sq_norm):
-    device = rows[0][1].device
-    write_back, table, alive = [], [], []
-    for group, p, g, m, v, step, copy in rows:
-        dense = same_layout([t for t in (p, g, m, v, copy) if t is not None], write_back)
-        alive.append(dense)  # until the launch: the table holds addresses only
-        addresses = [t.data_ptr() for t in dense]
-        table.append([*addresses[:4], step.data_ptr(), addresses[-1], p.numel(), group])
-    aligned = all(address % 16 == 0 for row in table for address in (*row[:4], row[5]))
-    tensors = address_table(table, device)
-    chunks = chunk_table(tuple(row[6] for row in table), BLOCK, device)
-    scalars = torch.empty(len(rows), 8, dtype=torch.float32, device=device)
-    p_dtype, g_dtype, copy_dtype = (TRITON_DTYPES.get(dtype) for dtype in dtypes)
-    with on_device(scalars):
-        _prepare_kernel[(len(rows),)](tensors, rates, scalars, grad_scale, found_inf, sq_norm, num_warps=1)
-        _adamw_kernel[(len(chunks),)](
-            tensors, chunks, scalars, found_inf, P_DTYPE=p_dtype, G_DTYPE=g_dtype, COPY_DTYPE=copy_dtype,
-            ALIGNED=aligned, BLOCK=BLOCK, num_warps=4, enable_fp_fusion=False,
-        )  # fmt: skip
-    for tensor, dense in write_back:
-        tensor.copy_(dense)
+def _tables(groups, write_back, stand_ins):
+    """[(table, chunks, number of tensors, aligned, dtypes)] for one launch each, None if a parameter is float64.
+
+    `write_back` as in `same_layout`; its tensors and other stand-ins are noted in `stand_ins`.
+    """
+    if any(param.dtype == torch.float64 for group in groups for param in group.params):
+        return None
+    kinds: dict[tuple, list] = {}
+    for i, group in enumerate(groups):
+        for p, g, m, v, step, copy in group.rows():
+            if not p.numel():
+                continue
+            for tensor in (p, g) if copy is None else (p, g, copy):
+                if tensor.dtype not in TRITON_DTYPES:
+                    raise TypeError(f"params, grads, copies must be float32, float16 or bfloat16, got {tensor.dtype}")
+            tensors = [t for t in (p, g, m, v, copy) if t is not None]
+            dense = same_layout(tensors, write_back)
+            if dense is not tensors:
+                stand_ins.append(dense)
+            addresses = [t.data_ptr() for t in dense]
+            aligned = all(address % 16 == 0 for address in addresses)
+            dtypes = tuple(None if t is None else TRITON_DTYPES[t.dtype] for t in (p, g, copy))
+            row = (*addresses[:4], step.data_ptr(), addresses[-1], p.numel(), i)
+            kinds.setdefault((aligned, dtypes), []).append(row)
+    tables = []
+    for kind, rows in kinds.items():
+        columns, device = [*zip(*rows, strict=True)], groups[0].params[0].device
+        table = upload([*chain.from_iterable(columns)], device)
+        tables.append((table, chunk_table(columns[6], BLOCK, device), len(rows), *kind))
+    return tables
+
+
+_last: dict[torch.device, tuple] = {}  # the tables of the step before, and what they were made for
+
+
+def _tables_as_before(groups, write_back, stand_ins):
+    """`_tables`, made again only if an address has changed, or a gradient at the same one."""
+    device, seen = groups[0].params[0].device, []
+    for group in groups:
+        for tensors in (group.params, group.grads, group.exp_avgs, group.exp_avg_sqs, group.steps):
+            seen += map(torch.Tensor.data_ptr, tensors)
+        seen += [None if copy is None else (copy.data_ptr(), copy.dtype) for copy in group.copies]
+        for kind in (torch.Tensor.numel, torch.Tensor.is_contiguous, torch.Tensor.dtype.__get__):
+            seen += map(kind, group.grads)
+    before, tables = _last.get(device, (None, None))
+    if before != seen or (device.type != "cpu" and torch.cuda.is_current_stream_capturing()):
+        tables = _tables(groups, write_back, stand_ins)
+        kept = not stand_ins and False not in seen  # contiguous gradients: of others the strides may change
+        _last[device] = (seen if kept else None), tables
+    return tables
 
 
 @torch.no_grad()
@@ -265,7 +298,8 @@ def adamw_step_(
 ) -> None:
     """One AdamW update of all parameters of all groups, in place.
 
-    One launch for each combination of dtypes (parameter, gradient, copy), so one for an ordinary model.
+    One launch for each combination of dtypes (parameter, gradient, copy), so one for an ordinary model. Once warmed up
+    it can be captured in a CUDA graph, with the rates that it is captured with.
     float64 parameters take the reference, whose arithmetic is float64 then.
 
     Args:
@@ -278,20 +312,21 @@ def adamw_step_(
     Raises:
         TypeError: a parameter or gradient is not float32, float16, bfloat16 or float64.
     """
-    rows = [(i, *row) for i, group in enumerate(groups) for row in group.rows() if row[0].numel()]
-    if not rows:
+    groups = [group for group in groups if group.params]
+    if not groups:
         return
-    if backend(rows[0][1]) == "torch" or any(row[1].dtype == torch.float64 for row in rows):
+    write_back, stand_ins = [], []  # the latter live until the launch: the table holds addresses only
+    tables = None if backend(groups[0].params[0]) == "torch" else _tables_as_before(groups, write_back, stand_ins)
+    if tables is None:
         adamw_step_reference_(groups, grad_scale, found_inf, sq_norm, max_norm)
         return
-    by_dtypes: dict[tuple, list] = {}
-    for row in rows:
-        _, p, g, _, _, _, copy = row
-        for tensor in (p, g) if copy is None else (p, g, copy):
-            if tensor.dtype not in TRITON_DTYPES:
-                raise TypeError(f"params, grads, copies must be float32, float16 or bfloat16, got {tensor.dtype}")
-        by_dtypes.setdefault((p.dtype, g.dtype, copy.dtype if copy is not None else None), []).append(row)
-    rates = torch.tensor([_rates(group, max_norm) for group in groups], dtype=torch.float64, device="cpu")
-    rates = rates.to(rows[0][1].device, non_blocking=True)
-    for dtypes, same in by_dtypes.items():
-        _launch(same, rates, dtypes, grad_scale, found_inf, sq_norm)
+    rates = upload([rate for group in groups for rate in _rates(group, max_norm)], groups[0].params[0].device)
+    for table, chunks, T, aligned, (p_dtype, g_dtype, copy_dtype) in tables:
+        scalars = torch.empty(T, 8, dtype=torch.float32, device=table.device)
+        launch(_prepare_kernel, (T, 1, 1), table, rates, scalars, grad_scale, found_inf, sq_norm, T, num_warps=1)
+        launch(
+            _adamw_kernel, (len(chunks), 1, 1), table, chunks, scalars, found_inf, T, P_DTYPE=p_dtype, G_DTYPE=g_dtype,
+            COPY_DTYPE=copy_dtype, ALIGNED=aligned, BLOCK=BLOCK, num_warps=4, enable_fp_fusion=False,
+        )  # fmt: skip
+    for tensor, dense in write_back:
+        tensor.copy_(dense)

@@ -13,13 +13,13 @@ statistical tests (table 2 of the paper); ten is the cautious default elsewhere.
 
 The expectation is exact, since the caller divides by the probability that is really used,
 `1 - threshold / 65536`. The seed comes from torch's generator, so that `torch.manual_seed`,
-`torch.get_rng_state` and checkpointing govern the mask as they do `F.dropout`. There is no kernel of its own
-here: products draw the mask of the tile that they hold (`lora_gemms.py`, `matmul.py`).
+`torch.get_rng_state` and checkpointing govern the mask as they do `F.dropout`. Products draw the mask of the tile
+that they hold (`lora_gemms.py`, `matmul.py`); where the vendor's library multiplies, a kernel writes the same mask out.
 """
 
 import torch
 
-from .runtime import tl, triton
+from .runtime import backend, cdiv, launch, tl, triton
 
 LANES = 8  # elements from one Philox call
 ROUNDS = 7
@@ -47,7 +47,7 @@ def philox(c0, c1, c2, c3, k0, k1):
 
 
 def dropout_mask(seed: torch.Tensor, rows: int, columns: int, threshold: int) -> torch.Tensor:
-    """(rows, columns) bool, True to keep: the mask of the torch path, the same for the same seed.
+    """(rows, columns) bool, True to keep: the mask of the path without kernels, the same for the same seed.
 
     Made by torch's own generator, 16 bits an element, which on a CPU is ten times as fast as
     `bernoulli_` and faster than Philox written in tensor operations.
@@ -74,6 +74,20 @@ def keep_tile(
     return tl.reshape(halves, [ROWS, COLUMNS]).to(tl.int32) >= threshold
 
 
+@triton.jit
+def _mask_kernel(
+    seed_ptr,
+    mask_ptr,  # (M, N), of any dtype
+    M, N, threshold,
+    ROUNDS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    m, n = tl.program_id(0) * BLOCK_M, tl.program_id(1) * BLOCK_N
+    keep = keep_tile(seed_ptr, threshold, m, n, BLOCK_M, BLOCK_N, ROUNDS)
+    rows, columns = m + tl.arange(0, BLOCK_M), n + tl.arange(0, BLOCK_N)
+    inside = (rows < M)[:, None] & (columns < N)[None, :]
+    tl.store(mask_ptr + rows.to(tl.int64)[:, None] * N + columns[None, :], keep, mask=inside)
+
+
 def threshold_of(p: float) -> int:
     """Of 65536 equally likely values, how many drop an element."""
     return min(round(p * 65536), 65535)
@@ -97,6 +111,11 @@ class Dropout:
 
     def mask(self, rows: int, columns: int, dtype: torch.dtype) -> torch.Tensor:
         """(rows, columns) of zeros and ones in `dtype` (products with bool are slow on a CPU), drawn once."""
-        if self._mask is None:
+        if self._mask is None and backend(self.seed) == "torch":
             self._mask = dropout_mask(self.seed, rows, columns, self.threshold).to(dtype)
+        elif self._mask is None:
+            self._mask = torch.empty((rows, columns), dtype=dtype, device=self.seed.device)
+            grid = (cdiv(rows, 16), cdiv(columns, 256), 1)
+            blocks = {"ROUNDS": ROUNDS, "BLOCK_M": 16, "BLOCK_N": 256}
+            launch(_mask_kernel, grid, self.seed, self._mask, rows, columns, self.threshold, **blocks)
         return self._mask

@@ -103,7 +103,7 @@ class _LoRALinear(torch.autograd.Function):
         threshold = threshold_of(dropout_p)
         seed = new_seed(x.device) if threshold else None
         scale = scaling * 65536 / (65536 - threshold)
-        ctx.way = plan(rows, weight, threshold > 0)
+        ctx.way = plan(rows, weight, threshold > 0, A.shape[0])
         if torch.compiler.is_compiling():
             y, S = _forward_op(rows, *flatten(weight), bias, A, B, scale, seed, threshold, ctx.way)
         else:

@@ -17,19 +17,29 @@ kernel makes both: a program loads a tile of dy once and multiplies it by B on o
 the other. One of the two sums crosses programs whichever way the tiles run; S and dA, with few tiles,
 would leave a GPU idle, so their loops are split between programs too. Atomic additions would finish
 such sums in an order that changes from run to run; here each program writes its part in fp32 and a sum in
-fixed order follows, so results are the same bits every time. With slabs of 256 rows the parts of
-dB are 4 r N M / 256 bytes, that is r / 128 of the bytes of an fp16 dy.
+fixed order follows, so results are the same bits every time. With slabs of 128 rows the parts of
+dB are 4 r N M / 128 bytes, that is r / 64 of the bytes of an fp16 dy. They are written and read, so at
+twice that rank a second read of dy costs no more: from r = 17 on dS and dB are two products, made by the kernels of S
+and dA. No sum's parts are larger than half of what was read for it.
+
+Compiled kernels multiply in 16 bits from sm_80 on (`runtime.runs_product`); each fits into the 99 KB of shared memory
+that the smallest of those cards allows. The vendor's library is the other way of each, and the measured choice
+(`runtime.run_fastest`) takes whichever is faster.
 """
+
+from functools import lru_cache
 
 import torch
 
 from .dropout import ROUNDS, Dropout, keep_tile
+from .nf4_cpu import AVX512_BF16, LEVEL
 from .runtime import (
     block_of,
     cdiv,
-    dot_settings,
-    on_device,
-    runs_kernel,
+    dot_dtype,
+    launch,
+    run_fastest,
+    runs_product,
     splits_of,
     stored_dtype,
     tl,
@@ -52,12 +62,19 @@ def lora_down_grad_reference(dS, x, dtype, mask=None):
     return (dS.t() @ (x if mask is None else x * mask)).to(dtype)
 
 
+def _wide(x):
+    """x, in fp32 where it is 16-bit on a CPU: its own 16-bit products take longer, but for bf16 with AVX512-BF16."""
+    narrow = x.is_cpu and x.dtype.itemsize == 2
+    return x.float() if narrow and (len(x) <= 64 or x.dtype != torch.bfloat16 or LEVEL < AVX512_BF16) else x
+
+
 def lora_up_grads_addmm(dy, S, lora_B, scale):
     """`lora_up_grads_reference` in one call for each, that scales as it goes; Sᵀ dy, as dyᵀ S is slower on a CPU."""
-    B = lora_B.to(dy.dtype)
+    dtype, dy = dy.dtype, _wide(dy)
+    S, B = S.to(dy.dtype), lora_B.to(dy.dtype)
     dS = torch.addmm(S, dy, B, beta=0, alpha=scale)  # with beta=0 the first operand lends its shape alone
     dB = torch.addmm(B.t(), S.t(), dy, beta=0, alpha=scale)
-    return dS, dB.to(lora_B.dtype).t()
+    return dS.to(dtype), dB.to(lora_B.dtype).t()
 
 
 def _parts(count, shape, dtype, device):
@@ -78,15 +95,15 @@ def _down_kernel(
     M, K, r,
     stride_xm, stride_xk, stride_ar, stride_ak,
     k_per_split,  # a multiple of BLOCK_K
+    scale,
     threshold,
-    DOT: tl.constexpr, PRECISION: tl.constexpr, ROUNDS: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr,
+    DOT: tl.constexpr, ROUNDS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr,
 ):  # fmt: skip
     pid_m, split, pid_r = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     offs_m = pid_m * BLOCK_M + tl.arange(0, BLOCK_M)
-    offs_r = pid_r * BLOCK_R + tl.arange(0, BLOCK_R)
+    offs_r = (pid_r * BLOCK_R + tl.arange(0, BLOCK_R)).to(tl.int64)
     x_rows = x_ptr + offs_m.to(tl.int64)[:, None] * stride_xm
-    a_rows = a_ptr + offs_r.to(tl.int64)[None, :] * stride_ar
+    a_rows = a_ptr + offs_r[None, :] * stride_ar
     acc = tl.zeros([BLOCK_M, BLOCK_R], dtype=tl.float32)
     for k in range(split * k_per_split, min(K, (split + 1) * k_per_split), BLOCK_K):
         offs_k = (k + tl.arange(0, BLOCK_K)).to(tl.int64)
@@ -96,20 +113,38 @@ def _down_kernel(
             x = tl.where(keep_tile(seed_ptr, threshold, pid_m * BLOCK_M, k, BLOCK_M, BLOCK_K, ROUNDS), x, 0.0)
         a_mask = (offs_k[:, None] < K) & (offs_r[None, :] < r)
         a = tl.load(a_rows + offs_k[:, None] * stride_ak, mask=a_mask, other=0.0)  # [BLOCK_K, BLOCK_R]
-        acc = tl.dot(x.to(DOT), a.to(DOT), acc, input_precision=PRECISION)
+        acc = tl.dot(x.to(DOT), a.to(DOT), acc)
     s_ptrs = s_ptr + (split.to(tl.int64) * M + offs_m[:, None]) * r + offs_r[None, :]
-    tl.store(s_ptrs, acc, mask=(offs_m[:, None] < M) & (offs_r[None, :] < r))
+    tl.store(s_ptrs, acc * scale, mask=(offs_m[:, None] < M) & (offs_r[None, :] < r))
 
 
-def down_blocks(M: int, K: int, r: int) -> dict:
-    """Tile sizes of `lora_down`, and into how many parts K is split (few rows leave a GPU idle otherwise)."""
+@lru_cache(4096)
+def down_blocks(M: int, K: int, r: int) -> tuple[dict, int, int]:
+    """Tile sizes of `lora_down`; in how many parts K is summed (few rows leave a GPU idle otherwise), their size."""
     blocks = {"BLOCK_M": block_of(M, 16, 128), "BLOCK_K": 64, "BLOCK_R": block_of(r, 16, 128)}
     if blocks["BLOCK_R"] == 128:
         blocks["BLOCK_M"] = min(blocks["BLOCK_M"], 64)
     programs = cdiv(M, blocks["BLOCK_M"]) * cdiv(r, blocks["BLOCK_R"])
     steps = max(1, cdiv(K, blocks["BLOCK_K"]))
-    per_split = cdiv(steps, splits_of(programs, steps // 4))
-    return blocks | {"k_per_split": per_split * blocks["BLOCK_K"], "splits": cdiv(steps, per_split)}
+    per_split = cdiv(steps, splits_of(programs, steps // max(4, cdiv(r, 16))))
+    return blocks, cdiv(steps, per_split), per_split * blocks["BLOCK_K"]
+
+
+def _down(x, lora_A, dropout=None, scale=1.0):
+    (M, K), r = x.shape, lora_A.shape[0]
+    blocks, splits, k_per_split = down_blocks(M, K, r)
+    S = _parts(splits, (M, r), x.dtype, x.device)
+    launch(
+        _down_kernel, (cdiv(M, blocks["BLOCK_M"]), splits, cdiv(r, blocks["BLOCK_R"])),
+        x, lora_A, S, dropout and dropout.seed, M, K, r, *x.stride(), *lora_A.stride(), k_per_split, float(scale),
+        dropout.threshold if dropout else 0, DOT=dot_dtype(x.dtype), ROUNDS=ROUNDS, **blocks, num_warps=4 if r <= 32 else 8,
+        num_stages=4 if r <= 32 else 3,
+    )  # fmt: skip
+    return _sum(S, x.dtype)
+
+
+def _down_by_torch(x, lora_A, dropout=None):
+    return lora_down_reference(_wide(x), lora_A, dropout and dropout.mask(*x.shape, x.dtype)).to(x.dtype)
 
 
 def lora_down(x: torch.Tensor, lora_A: torch.Tensor, dropout: Dropout | None = None) -> torch.Tensor:
@@ -124,20 +159,12 @@ def lora_down(x: torch.Tensor, lora_A: torch.Tensor, dropout: Dropout | None = N
         (M, r) in x's dtype, accumulated in fp32; its strides are not specified.
     """
     (M, K), r = x.shape, lora_A.shape[0]
-    if not runs_kernel(x):
-        return lora_down_reference(x, lora_A, dropout and dropout.mask(M, K, x.dtype))
+    if not runs_product(x):
+        return _down_by_torch(x, lora_A, dropout)
     if M == 0:
         return x.new_empty(0, r)
-    blocks = down_blocks(M, K, r)
-    splits = blocks.pop("splits")
-    S = _parts(splits, (M, r), x.dtype, x.device)
-    with on_device(x):
-        _down_kernel[(cdiv(M, blocks["BLOCK_M"]), splits, cdiv(r, blocks["BLOCK_R"]))](
-            x, lora_A, S, dropout and dropout.seed, M, K, r, *x.stride(), *lora_A.stride(),
-            threshold=dropout.threshold if dropout else 0, ROUNDS=ROUNDS, **blocks, **dot_settings(x.dtype),
-            num_warps=4, num_stages=4,
-        )  # fmt: skip
-    return _sum(S, x.dtype)
+    sizes = block_of(M, 16, 8192), K, r, dropout is not None
+    return run_fastest("lora_down", sizes, {"kernel": _down, "torch": _down_by_torch}, x, lora_A, dropout)
 
 
 @triton.jit
@@ -151,12 +178,11 @@ def _up_grads_kernel(
     stride_ym, stride_yn, stride_sm, stride_sr, stride_bn, stride_br,
     n_per_split,  # a multiple of BLOCK_N
     scale,
-    DOT: tl.constexpr, PRECISION: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_R: tl.constexpr,
+    DOT: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_R: tl.constexpr,
 ):  # fmt: skip
-    slab, split, pid_r = tl.program_id(0), tl.program_id(1), tl.program_id(2)
+    slab, split = tl.program_id(0), tl.program_id(1)
     offs_m = slab * BLOCK_M + tl.arange(0, BLOCK_M)
-    offs_r = pid_r * BLOCK_R + tl.arange(0, BLOCK_R)
+    offs_r = tl.arange(0, BLOCK_R).to(tl.int64)
     rows = offs_m.to(tl.int64)
     in_m, in_r = offs_m < M, offs_r < r
     s_ptrs = s_ptr + rows[:, None] * stride_sm + offs_r[None, :] * stride_sr
@@ -169,43 +195,55 @@ def _up_grads_kernel(
         dy = tl.load(dy_ptrs, mask=in_m[:, None] & in_n[None, :], other=0.0).to(DOT)  # [BLOCK_M, BLOCK_N]
         b_ptrs = b_ptr + offs_n[:, None] * stride_bn + offs_r[None, :] * stride_br
         b = tl.load(b_ptrs, mask=in_n[:, None] & in_r[None, :], other=0.0).to(DOT)  # [BLOCK_N, BLOCK_R]
-        ds = tl.dot(dy, b, ds, input_precision=PRECISION)
-        db = tl.dot(tl.trans(dy), s, input_precision=PRECISION) * scale  # [BLOCK_N, BLOCK_R]
+        ds = tl.dot(dy, b, ds)
+        db = tl.dot(tl.trans(dy), s) * scale  # [BLOCK_N, BLOCK_R]
         db_ptrs = db_ptr + (slab.to(tl.int64) * N + offs_n[:, None]) * r + offs_r[None, :]
         tl.store(db_ptrs, db, mask=in_n[:, None] & in_r[None, :])
     ds_ptrs = ds_ptr + (split.to(tl.int64) * M + rows[:, None]) * r + offs_r[None, :]
     tl.store(ds_ptrs, ds * scale, mask=in_m[:, None] & in_r[None, :])
 
 
-def up_grads_blocks(M: int, N: int, r: int) -> dict:
-    """Tile sizes of `lora_up_grads`, and into how many parts N is split. Tall slabs keep the parts of dB few."""
-    block_r = block_of(r, 16, 128)
-    blocks = {"BLOCK_M": block_of(M, 16, max(64, 4096 // block_r)), "BLOCK_N": 64, "BLOCK_R": block_r}
-    programs = cdiv(M, blocks["BLOCK_M"]) * cdiv(r, block_r)
+@lru_cache(4096)
+def up_grads_blocks(M: int, N: int) -> tuple[dict, int, int]:
+    """Tile sizes of `lora_up_grads`; into how many parts N is split, and their size.
+
+    Both sums of a tile have 128 rows, 16 for each warp: of fewer some would be computed twice.
+    """
+    blocks = {"BLOCK_M": block_of(M, 16, 128), "BLOCK_N": 128, "BLOCK_R": 16}
     steps = cdiv(N, blocks["BLOCK_N"])
-    per_split = cdiv(steps, splits_of(programs, steps))
-    return blocks | {"n_per_split": per_split * blocks["BLOCK_N"], "splits": cdiv(steps, per_split)}
+    per_split = cdiv(steps, splits_of(cdiv(M, blocks["BLOCK_M"]), steps))
+    return blocks, cdiv(steps, per_split), per_split * blocks["BLOCK_N"]
+
+
+def _up_grads(dy, S, lora_B, scale):
+    (M, N), r = dy.shape, S.shape[1]
+    if r > 16:
+        return _down(dy, lora_B.t(), None, scale), _down_grad(S, dy, lora_B.dtype, None, scale).t()
+    (blocks, splits, n_per_split), slabs = up_grads_blocks(M, N), cdiv(M, 128)
+    dS = _parts(splits, (M, r), dy.dtype, dy.device)
+    dB = _parts(slabs, (N, r), lora_B.dtype, dy.device)
+    launch(
+        _up_grads_kernel, (slabs, splits, 1),
+        dy, S, lora_B, dS, dB, M, N, r, *dy.stride(), *S.stride(), *lora_B.stride(), n_per_split, float(scale),
+        DOT=dot_dtype(dy.dtype), **blocks, num_warps=8, num_stages=3,
+    )  # fmt: skip
+    return _sum(dS, dy.dtype), _sum(dB, lora_B.dtype)
 
 
 def lora_up_grads(
     dy: torch.Tensor, S: torch.Tensor, lora_B: torch.Tensor, scale: float
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """dS = scale · dy B (M, r) in dy's dtype, and dB = scale · dyᵀ S (N, r) in B's, from one read of dy (M, N)."""
-    if not runs_kernel(dy):
+    """dS = scale · dy B (M, r) in dy's dtype, and dB = scale · dyᵀ S (N, r) in B's.
+
+    Up to r = 16 from one read of dy (M, N).
+    """
+    if not runs_product(dy):
         return lora_up_grads_addmm(dy, S, lora_B, scale)
     (M, N), r = dy.shape, S.shape[1]
     if M == 0 or N == 0:
         return torch.zeros_like(S), torch.zeros_like(lora_B)
-    blocks = up_grads_blocks(M, N, r)
-    splits, slabs = blocks.pop("splits"), cdiv(M, blocks["BLOCK_M"])
-    dS = _parts(splits, (M, r), dy.dtype, dy.device)
-    dB = _parts(slabs, (N, r), lora_B.dtype, dy.device)
-    with on_device(dy):
-        _up_grads_kernel[(slabs, splits, cdiv(r, blocks["BLOCK_R"]))](
-            dy, S, lora_B, dS, dB, M, N, r, *dy.stride(), *S.stride(), *lora_B.stride(), scale=scale,
-            **blocks, **dot_settings(dy.dtype), num_warps=8, num_stages=3,
-        )  # fmt: skip
-    return _sum(dS, dy.dtype), _sum(dB, lora_B.dtype)
+    ways = {"kernel": _up_grads, "torch": lora_up_grads_addmm}
+    return run_fastest("lora_up_grads", (block_of(M, 16, 8192), N, r), ways, dy, S, lora_B, scale)
 
 
 @triton.jit
@@ -217,13 +255,13 @@ def _down_grad_kernel(
     M, K, r,
     stride_sm, stride_sr, stride_xm, stride_xk,
     m_per_split,  # a multiple of BLOCK_M
+    scale,
     threshold,
-    DOT: tl.constexpr, PRECISION: tl.constexpr, ROUNDS: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr,
+    DOT: tl.constexpr, ROUNDS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr,
 ):  # fmt: skip
     pid_k, split, pid_r = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     offs_k = (pid_k * BLOCK_K + tl.arange(0, BLOCK_K)).to(tl.int64)
-    offs_r = pid_r * BLOCK_R + tl.arange(0, BLOCK_R)
+    offs_r = (pid_r * BLOCK_R + tl.arange(0, BLOCK_R)).to(tl.int64)
     in_k, in_r = offs_k < K, offs_r < r
     acc = tl.zeros([BLOCK_K, BLOCK_R], dtype=tl.float32)
     for m in range(split * m_per_split, min(M, (split + 1) * m_per_split), BLOCK_M):
@@ -235,18 +273,36 @@ def _down_grad_kernel(
             x = tl.where(keep_tile(seed_ptr, threshold, m, pid_k * BLOCK_K, BLOCK_M, BLOCK_K, ROUNDS), x, 0.0)
         ds_ptrs = ds_ptr + rows[:, None] * stride_sm + offs_r[None, :] * stride_sr
         ds = tl.load(ds_ptrs, mask=in_m[:, None] & in_r[None, :], other=0.0)  # [BLOCK_M, BLOCK_R]
-        acc = tl.dot(tl.trans(x.to(DOT)), ds.to(DOT), acc, input_precision=PRECISION)
+        acc = tl.dot(tl.trans(x.to(DOT)), ds.to(DOT), acc)
     da_ptrs = da_ptr + (split.to(tl.int64) * r + offs_r[None, :]) * K + offs_k[:, None]
-    tl.store(da_ptrs, acc, mask=in_k[:, None] & in_r[None, :])
+    tl.store(da_ptrs, acc * scale, mask=in_k[:, None] & in_r[None, :])
 
 
-def down_grad_blocks(M: int, K: int, r: int) -> dict:
-    """Tile sizes of `lora_down_grad`, and into how many parts M is split."""
+@lru_cache(4096)
+def down_grad_blocks(M: int, K: int, r: int) -> tuple[dict, int, int]:
+    """Tile sizes of `lora_down_grad`; into how many parts M is split, and their size."""
     blocks = {"BLOCK_M": block_of(M, 16, 64), "BLOCK_K": 64, "BLOCK_R": block_of(r, 16, 128)}
     programs = cdiv(K, blocks["BLOCK_K"]) * cdiv(r, blocks["BLOCK_R"])
     steps = cdiv(M, blocks["BLOCK_M"])
-    per_split = cdiv(steps, splits_of(programs, cdiv(steps, 4)))
-    return blocks | {"m_per_split": per_split * blocks["BLOCK_M"], "splits": cdiv(steps, per_split)}
+    per_split = cdiv(steps, splits_of(programs, steps // max(4, cdiv(r, 16))))
+    return blocks, cdiv(steps, per_split), per_split * blocks["BLOCK_M"]
+
+
+def _down_grad(dS, x, dtype, dropout=None, scale=1.0):
+    (M, K), r = x.shape, dS.shape[1]
+    blocks, splits, m_per_split = down_grad_blocks(M, K, r)
+    dA = _parts(splits, (r, K), dtype, x.device)
+    launch(
+        _down_grad_kernel, (cdiv(K, blocks["BLOCK_K"]), splits, cdiv(r, blocks["BLOCK_R"])),
+        dS, x, dA, dropout and dropout.seed, M, K, r, *dS.stride(), *x.stride(), m_per_split, float(scale),
+        dropout.threshold if dropout else 0, DOT=dot_dtype(x.dtype), ROUNDS=ROUNDS, **blocks, num_warps=4,
+        num_stages=4,
+    )  # fmt: skip
+    return _sum(dA, dtype)
+
+
+def _down_grad_by_torch(dS, x, dtype, dropout=None):
+    return lora_down_grad_reference(_wide(dS), _wide(x), dtype, dropout and dropout.mask(*x.shape, x.dtype))
 
 
 def lora_down_grad(
@@ -254,17 +310,10 @@ def lora_down_grad(
 ) -> torch.Tensor:
     """dA = dSᵀ x̂ (r, K) in `dtype`, from dS (M, r) and x (M, K); `dropout` as in `lora_down`."""
     (M, K), r = x.shape, dS.shape[1]
-    if not runs_kernel(x):
-        return lora_down_grad_reference(dS, x, dtype, dropout and dropout.mask(M, K, x.dtype))
+    if not runs_product(x):
+        return _down_grad_by_torch(dS, x, dtype, dropout)
     if M == 0:
         return torch.zeros((r, K), dtype=dtype, device=x.device)
-    blocks = down_grad_blocks(M, K, r)
-    splits = blocks.pop("splits")
-    dA = _parts(splits, (r, K), dtype, x.device)
-    with on_device(x):
-        _down_grad_kernel[(cdiv(K, blocks["BLOCK_K"]), splits, cdiv(r, blocks["BLOCK_R"]))](
-            dS, x, dA, dropout and dropout.seed, M, K, r, *dS.stride(), *x.stride(),
-            threshold=dropout.threshold if dropout else 0, ROUNDS=ROUNDS, **blocks, **dot_settings(x.dtype),
-            num_warps=4, num_stages=4,
-        )  # fmt: skip
-    return _sum(dA, dtype)
+    sizes = block_of(M, 16, 8192), K, r, dropout is not None
+    ways = {"kernel": _down_grad, "torch": _down_grad_by_torch}
+    return run_fastest("lora_down_grad", sizes, ways, dS, x, dtype, dropout)

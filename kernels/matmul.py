@@ -19,6 +19,7 @@ output writes the same 1.0 to it. `lora_product` is a piece of `lora.py`, which 
 """
 
 from contextlib import nullcontext
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -27,13 +28,13 @@ from torch.overrides import handle_torch_function, has_torch_function
 
 from .dropout import ROUNDS, Dropout, keep_tile
 from .runtime import (
-    INTERPRETED,
     TRITON_DTYPES,
     block_of,
     cdiv,
-    dot_settings,
-    on_device,
-    runs_kernel,
+    dot_dtype,
+    launch,
+    run_fastest,
+    runs_product,
     stored_dtype,
     tl,
     triton,
@@ -67,19 +68,19 @@ def lora_product_addmm(x, weight, bias, S, lora_B, scale, mask=None):
 def _low_rank(
     acc, s_ptr, up_ptr, seed_ptr, first_m, first_n, M, N, r,
     stride_sm, stride_sr, stride_un, stride_ur, scale, threshold,
-    DOT: tl.constexpr, PRECISION: tl.constexpr, ROUNDS: tl.constexpr,
+    DOT: tl.constexpr, ROUNDS: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_R: tl.constexpr,
 ):  # fmt: skip
     """acc [BLOCK_M, BLOCK_N], zero so far, plus s S Bᵀ with dropout."""
     offs_m, offs_n = first_m + tl.arange(0, BLOCK_M), first_n + tl.arange(0, BLOCK_N)
     rows, columns = offs_m.to(tl.int64), offs_n.to(tl.int64)
-    for j in range(0, r, BLOCK_R):
-        offs_r = j + tl.arange(0, BLOCK_R)
+    for j in tl.range(0, r, BLOCK_R, num_stages=1):  # not prefetched: r has no part in how much memory a tile needs
+        offs_r = (j + tl.arange(0, BLOCK_R)).to(tl.int64)
         s_ptrs = s_ptr + rows[:, None] * stride_sm + offs_r[None, :] * stride_sr
         s = tl.load(s_ptrs, mask=(offs_m < M)[:, None] & (offs_r[None, :] < r), other=0.0)  # [BLOCK_M, BLOCK_R]
         up_ptrs = up_ptr + columns[None, :] * stride_un + offs_r[:, None] * stride_ur
         up = tl.load(up_ptrs, mask=(offs_n < N)[None, :] & (offs_r[:, None] < r), other=0.0)  # [BLOCK_R, BLOCK_N]
-        acc = tl.dot(s.to(DOT), up.to(DOT), acc, input_precision=PRECISION)
+        acc = tl.dot(s.to(DOT), up.to(DOT), acc)
     acc *= scale
     if seed_ptr is not None:
         keep = keep_tile(seed_ptr, threshold, first_m, first_n, BLOCK_M, BLOCK_N, ROUNDS)
@@ -102,9 +103,9 @@ def _matmul_kernel(
     stride_am, stride_ak, stride_bk, stride_bn, stride_sm, stride_sr, stride_un, stride_ur,
     scale,  # of the low-rank term
     threshold,
-    M_BUCKET: tl.constexpr,  # M up to a power of two: what the tile is tuned for
     EVEN: tl.constexpr,  # N and K are multiples of the tile's, and M where rows are masked
-    DOT: tl.constexpr, PRECISION: tl.constexpr, ROUNDS: tl.constexpr, BLOCK_R: tl.constexpr,
+    WIDE: tl.constexpr,  # a stride is so large that places within one tile are 2³¹ apart
+    DOT: tl.constexpr, ROUNDS: tl.constexpr, BLOCK_R: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP_M: tl.constexpr,
 ):  # fmt: skip
     # Programs walk down GROUP_M tiles before they move right, so that neighbours share tiles in L2.
@@ -119,21 +120,24 @@ def _matmul_kernel(
     offs_n = pid_n * BLOCK_N + tl.arange(0, BLOCK_N)
     offs_k = tl.arange(0, BLOCK_K)
     in_m, in_n = offs_m < M, offs_n < N
-    # 64-bit arithmetic for where a tile starts, 32-bit within it: half the registers for addresses.
+    # 64-bit arithmetic for where a tile starts, 32-bit within it if possible: half the registers for addresses.
     a_tile = a_ptr + (pid_m * BLOCK_M).to(tl.int64) * stride_am
     b_tile = b_ptr + (pid_n * BLOCK_N).to(tl.int64) * stride_bn
     if s_ptr is None:  # a may be transposed, so its rows stay consecutive
         a_rows, read = tl.arange(0, BLOCK_M), in_m
     else:  # a mask costs registers: rows past the end read the last one, and are not stored
         a_rows, read = tl.minimum(offs_m, M - 1) - pid_m * BLOCK_M, tl.full([BLOCK_M], 1, tl.int1)
-    a_offs = a_rows[:, None] * stride_am + offs_k[None, :] * stride_ak
-    b_offs = offs_k[:, None] * stride_bk + tl.arange(0, BLOCK_N)[None, :] * stride_bn
+    b_columns, steps = tl.arange(0, BLOCK_N), offs_k
+    if WIDE:
+        a_rows, b_columns, steps = a_rows.to(tl.int64), b_columns.to(tl.int64), offs_k.to(tl.int64)
+    a_offs = a_rows[:, None] * stride_am + steps[None, :] * stride_ak
+    b_offs = steps[:, None] * stride_bk + b_columns[None, :] * stride_bn
 
     acc = tl.zeros([BLOCK_M, BLOCK_N], dtype=tl.float32)
     if s_ptr is not None:
         acc = _low_rank(
             acc, s_ptr, up_ptr, seed_ptr, pid_m * BLOCK_M, pid_n * BLOCK_N, M, N, r, stride_sm, stride_sr, stride_un,
-            stride_ur, scale, threshold, DOT, PRECISION, ROUNDS, BLOCK_M, BLOCK_N, BLOCK_R,
+            stride_ur, scale, threshold, DOT, ROUNDS, BLOCK_M, BLOCK_N, BLOCK_R,
         )  # fmt: skip
     for k in range(0, K, BLOCK_K):
         if EVEN:  # masks in this loop cost registers that the largest tile does not have
@@ -142,9 +146,9 @@ def _matmul_kernel(
         else:
             a = tl.load(a_tile + a_offs, mask=read[:, None] & (offs_k[None, :] < K - k), other=0.0)
             b = tl.load(b_tile + b_offs, mask=(offs_k[:, None] < K - k) & in_n[None, :], other=0.0)
-        acc = tl.dot(a.to(DOT), b.to(DOT), acc, input_precision=PRECISION)
-        a_tile += tl.cast(BLOCK_K * stride_ak, tl.int64)
-        b_tile += tl.cast(BLOCK_K * stride_bk, tl.int64)
+        acc = tl.dot(a.to(DOT), b.to(DOT), acc)
+        a_tile += tl.cast(stride_ak, tl.int64) * BLOCK_K
+        b_tile += tl.cast(stride_bk, tl.int64) * BLOCK_K
 
     if bias_ptr is not None:
         acc += tl.load(bias_ptr + offs_n, mask=in_n, other=0.0).to(tl.float32)[None, :]
@@ -152,7 +156,8 @@ def _matmul_kernel(
         acc *= tl.load(loss_scale_ptr)
     c = acc.to(c_ptr.dtype.element_ty)
     c_tile = c_ptr + (pid_m * BLOCK_M).to(tl.int64) * N + pid_n * BLOCK_N
-    c_offs = tl.arange(0, BLOCK_M)[:, None] * N + tl.arange(0, BLOCK_N)[None, :]
+    c_rows = tl.arange(0, BLOCK_M).to(tl.int64) if WIDE else tl.arange(0, BLOCK_M)
+    c_offs = c_rows[:, None] * N + tl.arange(0, BLOCK_N)[None, :]
     mask = in_m[:, None] & in_n[None, :]
     tl.store(c_tile + c_offs, c, mask=mask)
     if found_inf_ptr is not None:
@@ -161,53 +166,52 @@ def _matmul_kernel(
         tl.store(found_inf_ptr, 1.0, mask=bad != 0)
 
 
-def _tile(block_m, block_n, num_warps, num_stages):
-    # Every tile steps through K alike, so that the choice of a tile does not change the sum.
-    blocks = {"BLOCK_M": block_m, "BLOCK_N": block_n, "BLOCK_K": 64, "GROUP_M": 8}
-    return triton.Config(blocks, num_warps=num_warps, num_stages=num_stages)
+def _tiles(*tiles):
+    """By name: rows, columns, warps and stages. All step through K alike, so that sums are split alike."""
+    return {
+        f"{m} x {n}, {warps} warps, {stages} stages": {
+            "BLOCK_M": m, "BLOCK_N": n, "BLOCK_K": 64, "GROUP_M": 8, "num_warps": warps, "num_stages": stages,
+        }
+        for m, n, warps, stages in tiles
+    }  # fmt: skip
 
 
-# The first of each is what the tests run.
-SCALED_TILES = [
-    _tile(64, 64, 4, 4), _tile(128, 256, 8, 3), _tile(128, 256, 8, 4), _tile(128, 128, 4, 4), _tile(64, 128, 4, 4),
-    _tile(32, 64, 4, 5),
-]  # fmt: skip
-LORA_TILES = [
-    _tile(64, 128, 4, 4), _tile(128, 256, 8, 3), _tile(128, 128, 8, 4), _tile(128, 128, 4, 3), _tile(16, 128, 4, 5),
-    _tile(16, 64, 4, 6),
-]  # fmt: skip
+SCALED_TILES = _tiles(
+    (64, 64, 4, 4), (128, 256, 8, 3), (128, 256, 8, 4), (128, 128, 4, 4), (64, 128, 4, 4), (32, 64, 4, 5)
+)  # fmt: skip
+LORA_TILES = _tiles(
+    (64, 128, 4, 4), (128, 256, 8, 3), (128, 128, 8, 4), (128, 128, 4, 3), (16, 128, 4, 5), (16, 64, 4, 6)
+)  # fmt: skip
 
 
-def _without_spills(tiles, arguments, **_):  # a mask of 128 × 256 does not fit into registers beside the accumulator
-    return [tile for tile in tiles if arguments["seed_ptr"] is None or tile.kwargs["BLOCK_N"] < 256]
-
-
-_scaled = triton.autotune(
-    SCALED_TILES[:1] if INTERPRETED else SCALED_TILES, key=["M_BUCKET", "N", "K", "stride_ak", "stride_bn", "DOT"]
-)(_matmul_kernel)
-_lora = triton.autotune(
-    LORA_TILES[:1] if INTERPRETED else LORA_TILES,
-    key=["M_BUCKET", "N", "K", "stride_bk", "DOT", "PRECISION"],
-    prune_configs_by={"early_config_prune": _without_spills},
-)(_matmul_kernel)
-
-
-def _launch(
-    kernel, a, b, c, precision, bias=None, S=None, up=None, scale=1.0, dropout=None, loss_scale=None, flag=None
-):  # fmt: skip
+def _launch(tile, a, b, c, bias=None, S=None, up=None, scale=1.0, dropout=None, loss_scale=None, flag=None):
     """One launch into c (M, N); what is None has no part in it."""
     (M, K), N = a.shape, b.shape[1]
-    if c.numel() == 0:
-        return
     r, strides = (0, (0, 0, 0, 0)) if S is None else (S.shape[1], (*S.stride(), *up.stride()))
     seed, threshold = (None, 0) if dropout is None else (dropout.seed, dropout.threshold)
-    even = N % 256 == 0 and K % 64 == 0 and (S is not None or M % 128 == 0)
-    with on_device(a):
-        kernel[lambda tile: (cdiv(M, tile["BLOCK_M"]) * cdiv(N, tile["BLOCK_N"]),)](
-            a, b, c, bias, S, up, seed, loss_scale, flag, M, N, K, r, *a.stride(), *b.stride(), *strides,
-            scale, threshold, M_BUCKET=block_of(M, 16, 8192), EVEN=even, ROUNDS=ROUNDS, BLOCK_R=block_of(r, 16, 64),
-            **dot_settings(a.dtype) | precision,
-        )  # fmt: skip
+    launch(
+        _matmul_kernel, (cdiv(M, tile["BLOCK_M"]) * cdiv(N, tile["BLOCK_N"]), 1, 1),
+        a, b, c, bias, S, up, seed, loss_scale, flag, M, N, K, r, *a.stride(), *b.stride(), *strides,
+        float(scale), threshold, EVEN=N % 256 == 0 and K % 64 == 0 and (S is not None or M % 128 == 0),
+        WIDE=256 * max(*a.stride(), *b.stride(), N) >= 2**31, DOT=dot_dtype(a.dtype), ROUNDS=ROUNDS,
+        BLOCK_R=block_of(r, 16, 64), **tile,
+    )  # fmt: skip
+
+
+def _lora(tile, x, weight, bias, S, lora_B, scale, dropout=None):
+    y = torch.empty((x.shape[0], weight.shape[0]), dtype=stored_dtype(x.dtype), device=x.device)
+    _launch(tile, x, weight.t(), y, bias, S, lora_B, scale, dropout)
+    return y.to(x.dtype)
+
+
+def _by_torch(x, weight, bias, S, lora_B, scale, dropout=None):
+    mask = dropout and dropout.mask(x.shape[0], weight.shape[0], x.dtype)
+    return lora_product_addmm(x, weight, bias, S, lora_B, scale, mask)
+
+
+LORA_WAYS = {name: partial(_lora, tile) for name, tile in LORA_TILES.items()} | {"torch": _by_torch}
+# A mask of 128 × 256 does not fit into registers beside the accumulator.
+LORA_WAYS_WITH_DROPOUT = {name: way for name, way in LORA_WAYS.items() if "x 256" not in name}
 
 
 def lora_product(
@@ -234,24 +238,37 @@ def lora_product(
     Returns:
         (M, N) in x's dtype, contiguous.
     """
-    M, N = x.shape[0], weight.shape[0]
-    if not runs_kernel(x):
-        return lora_product_addmm(x, weight, bias, S, lora_B, scale, dropout and dropout.mask(M, N, x.dtype))
-    y = torch.empty((M, N), dtype=stored_dtype(x.dtype), device=x.device)
-    _launch(_lora, x, weight.t(), y, {}, bias, S, lora_B, scale, dropout)
-    return y.to(x.dtype)
+    M, (N, K), r = x.shape[0], weight.shape, S.shape[1]
+    if not runs_product(x) or M == 0 or N == 0:
+        return _by_torch(x, weight, bias, S, lora_B, scale, dropout)
+    sizes = block_of(M, 16, 8192), N, K, r, weight.stride(1) == 1, dropout is not None
+    ways = LORA_WAYS if dropout is None else LORA_WAYS_WITH_DROPOUT
+    return run_fastest("lora_product", sizes, ways, x, weight, bias, S, lora_B, scale, dropout)
+
+
+def _scaled(tile, a, b, scale, want_flag):
+    c = torch.empty((a.shape[0], b.shape[1]), dtype=a.dtype, device=a.device)
+    found_inf = torch.zeros((), dtype=torch.float32, device=a.device) if want_flag else None
+    _launch(tile, a, b, c, loss_scale=scale, flag=found_inf)
+    return c, found_inf
+
+
+def _scaled_by_torch(a, b, scale, want_flag):
+    # Out of reach of `torch.autocast`, which would take the FP32 operands down to 16 bits.
+    with nullcontext() if a.is_meta else torch.autocast(a.device.type, enabled=False):
+        return scaled_matmul_reference(a, b, scale)
+
+
+SCALED_WAYS = {name: partial(_scaled, tile) for name, tile in SCALED_TILES.items()}
 
 
 def _scaled_product(a, b, scale, want_flag):
     """scale · a b (M, N), and found_inf if it is wanted (in torch it comes anyway)."""
-    if runs_kernel(a):
-        c = torch.empty((a.shape[0], b.shape[1]), dtype=a.dtype, device=a.device)
-        found_inf = torch.zeros((), dtype=torch.float32, device=a.device) if want_flag else None
-        _launch(_scaled, a, b, c, {"PRECISION": "ieee"}, loss_scale=scale, flag=found_inf)
-        return c, found_inf
-    # Out of reach of `torch.autocast`, which would take the FP32 operands down to 16 bits.
-    with nullcontext() if a.is_meta else torch.autocast(a.device.type, enabled=False):
-        return scaled_matmul_reference(a, b, scale)
+    (M, K), N = a.shape, b.shape[1]
+    if not runs_product(a) or M == 0 or N == 0:
+        return _scaled_by_torch(a, b, scale, want_flag)
+    sizes = block_of(M, 16, 8192), N, K, a.stride(1) == 1, b.stride(1) == 1
+    return run_fastest("scaled_matmul", sizes, SCALED_WAYS, a, b, scale, want_flag)
 
 
 class _ScaledMatmul(torch.autograd.Function):

@@ -1,16 +1,19 @@
-/* NF4 on CPUs: dequantize, and the product of fp32 rows with a weight that stays in NF4.
+/* NF4 on CPUs: dequantize, and the product of rows with a weight that stays in NF4.
  *
  * W[i] = levels[code[i]] * scale[i / block], where scale[j] is an fp32 number, or, with double quantization,
- * map[c[j]] * nested_absmax[j / nested_block] + offset; blocks are powers of two. In dequantizing every product and
- * sum is rounded by itself (-ffp-contract=off), so the result is `nf4_dequantize_reference`'s to the bit.
+ * map[c[j]] * nested_absmax[j / nested_block] + offset; blocks are powers of two. Every product and sum in decoding is
+ * rounded by itself (-ffp-contract=off), so the values are `nf4_dequantize_reference`'s to the bit; for 16-bit rows
+ * they are rounded to 16 bits, as there.
  *
- * The 16 levels fill one AVX-512 register exactly: one permutation looks 16 codes up. Without AVX-512 dequantizing
- * is plain C, and there is no product. Work is shared between the threads of OpenMP.
+ * The 16 levels fill one AVX-512 register exactly: a permutation looks 16 codes up, or 32 where values are 16-bit.
+ * Which instructions a CPU has is asked at run time (`handtuned_nf4_level`); without AVX2 dequantizing is plain C, and
+ * there is no product. Work is shared between the threads of OpenMP.
  */
 
 #include <Python.h>
 #include <omp.h>
 #include <stdint.h>
+#include <string.h>
 #include <sys/mman.h>
 
 typedef struct {
@@ -19,6 +22,10 @@ typedef struct {
     const float *nested_absmax, *map, *offset, *levels;
     int64_t block, nested_block;
 } weight;
+
+enum { FP32, BF16, FP16 }; /* what values are rounded to */
+
+static inline int64_t at_most(int64_t n, int64_t most) { return n < most ? n : most; }
 
 /* i / block, without a division: they took longer than decoding. Blocks are powers of two. */
 static inline int64_t block_of(int64_t i, int64_t block)
@@ -37,237 +44,175 @@ static inline float scale_of(const weight *w, int64_t j)
     return ((const float *)w->absmax)[j];
 }
 
+/* The product. y (M, columns) is made in tiles of 4 columns by 1, 2 or 4 rows, whose sums stay in registers.
+ * A panel of W, up to 64 columns of y by 4 KiB of terms each, is decoded once into a buffer that a cache holds, and
+ * meets up to 512 rows of x. Every thread has columns of y to itself and decodes the part of W that belongs to them, so
+ * W is never dense. 1 to 4 rows need no panel: codes are decoded into the registers that meet x. A sum is taken in the
+ * same order whatever the threads, and whatever other rows x has.
+ *
+ * A sum begins with an adapter's low-rank term, whose factors are fp32.
+ */
+#define COLUMNS 64
+#define BATCH 512
+#define BYTES 4096 /* of terms in a row of a panel; between rows 64 more, or all would share the same sets of a cache */
+#define STRIDE(number) ((BYTES + 64) / (int64_t)sizeof(number))
+#define AHEAD 16 /* half rows of W; codes are asked for that early */
+#define RUNS (BYTES / 32) /* most runs of values with one scale that are decoded at once */
+
+/* How many values, from any multiple of it on, have one scale in rows of K: a divisor of K and of all blocks. */
+static inline int run_of(const weight *w, int64_t K) { return (K | w->block) % 64 ? 32 : 64; }
+
+/* Codes from value `first` on, in up to 4 rows of W. */
+typedef struct {
+    weight of;
+    int64_t first, K, columns;
+    int rounding;
+} coded;
+
+typedef struct {
+    int size, rows; /* bytes of an operand; most rows of a tile */
+    void (*row)(const weight *, int64_t i, int64_t n, int run, int64_t ahead, int rounding, int zipped, void *to);
+    void (*unzip)(const void *from, int64_t n, void *to);
+    void (*columns)(const weight *, int64_t i, int64_t K, int64_t n, int64_t columns, int rounding, void *panel);
+    void (*tile)(
+        int64_t R, const void *x, int64_t x_stride, const void *panel, const coded *, int64_t terms, float *totals);
+    void (*add_low_rank)(
+        int64_t rows, const float *s, int64_t rank, const float *factor, int64_t some, float *restrict totals);
+} kind;
+
 #if defined(__x86_64__) && defined(__GNUC__)
-#include <immintrin.h>
-#define HAS_AVX512 __builtin_cpu_supports("avx512f")
-#define AVX512 __attribute__((target("avx512f")))
-#define INLINE static inline __attribute__((always_inline, target("avx512f")))
+#include "nf4_kinds.h"
 
-/* 16 values in a row, from 8 bytes. Each byte is there twice: the first of a pair takes the high nibble, the second
- * the low one (a permutation reads four bits of an index and ignores the others). */
-INLINE __m512 decode16(const uint8_t *packed, __m512 table)
-{
-    const __m512i shift = _mm512_set_epi32(0, 4, 0, 4, 0, 4, 0, 4, 0, 4, 0, 4, 0, 4, 0, 4);
-    const __m128i bytes = _mm_loadl_epi64((const __m128i *)packed);
-    const __m512i codes = _mm512_srlv_epi32(_mm512_cvtepu8_epi32(_mm_unpacklo_epi8(bytes, bytes)), shift);
-    return _mm512_permutexvar_ps(codes, table);
-}
+static const kind *const KINDS[] = {NULL, &kind_avx2, &kind_avx512, &kind_bf16};
 
-AVX512 static int64_t decode_avx512(const uint8_t *packed, float scale, const float *levels, float *out, int64_t n)
+int handtuned_nf4_level(void)
 {
-    const __m512 table = _mm512_loadu_ps(levels), scales = _mm512_set1_ps(scale);
-    int64_t i = 0;
-    for (; i + 16 <= n; i += 16)
-        _mm512_storeu_ps(out + i, _mm512_mul_ps(decode16(packed + i / 2, table), scales));
-    return i;
+    if (!__builtin_cpu_supports("avx2") || !__builtin_cpu_supports("fma") || !__builtin_cpu_supports("f16c"))
+        return 0;
+    if (!__builtin_cpu_supports("avx512bw") || !__builtin_cpu_supports("avx512vl"))
+        return 1;
+    return __builtin_cpu_supports("avx512bf16") ? 3 : 2;
 }
 #else
-#define HAS_AVX512 0
-#define decode_avx512(packed, scale, levels, out, n) 0
-#endif
+static const kind *const KINDS[] = {NULL, NULL, NULL, NULL};
 
-static void decode_block(const uint8_t *packed, float scale, const float *levels, float *out, int64_t n, int wide)
-{
-    for (int64_t i = wide ? decode_avx512(packed, scale, levels, out, n) : 0; i < n; i++)
-        out[i] = levels[i % 2 ? packed[i / 2] & 15 : packed[i / 2] >> 4] * scale;
-}
+int handtuned_nf4_level(void) { return 0; }
+#endif
 
 /* fresh: `out` was just allocated and never touched; then 2 MiB pages are asked for, because 512 page faults instead
  * of one cost more than the decoding. */
-void handtuned_nf4_dequantize(const weight *w, float *out, int64_t n, int fresh, int threads)
+void handtuned_nf4_dequantize(const weight *w, float *out, int64_t n, int level, int fresh, int threads)
 {
-    const int wide = HAS_AVX512;
-    const int64_t blocks = (n + w->block - 1) / w->block, huge = 1 << 21;
+    const int64_t piece = 4096, huge = 1 << 21; /* no block is longer than a piece */
+    const kind *fast = KINDS[at_most(level, 2)];
 #ifdef MADV_HUGEPAGE
     const uintptr_t first = ((uintptr_t)out + huge - 1) / huge * huge, last = (uintptr_t)(out + n) / huge * huge;
     if (fresh && first < last)
         madvise((void *)first, last - first, MADV_HUGEPAGE);
 #endif
 #pragma omp parallel for schedule(static) num_threads(threads) if (n > 32768)
-    for (int64_t j = 0; j < blocks; j++) {
-        const int64_t start = j * w->block, left = n - start;
-        decode_block(
-            w->packed + start / 2, scale_of(w, j), w->levels, out + start, left < w->block ? left : w->block, wide);
+    for (int64_t start = 0; start < n; start += piece) {
+        const int64_t end = at_most(start + piece, n), whole = fast ? end / 32 * 32 : start;
+        if (fast)
+            fast->row(w, start, whole - start, 32, 1024, FP32, 1, out + start);
+        for (int64_t i = whole; i < end; i++)
+            out[i] = scale_of(w, block_of(i, w->block)) *
+                     w->levels[i % 2 ? w->packed[i / 2] & 15 : w->packed[i / 2] >> 4];
     }
 }
 
-/* The product. y (M, out) is made in tiles of 8 rows by 48 columns: 24 registers of sums, 3 of weights and 1 of x,
- * 24 multiply-adds for 11 loads. A panel of W, 48 columns of y by up to 512 terms of their sums, is decoded once into
- * a buffer that the second-level cache holds, and meets up to 512 rows of x. Every thread has columns of y to itself
- * and decodes the part of W that belongs to them, so W is never dense and no result depends on the number of threads.
- *
- * An adapter's low-rank term is the same product with S for x and B (or A) for W: further terms of the same sums.
- */
-
-#define ROWS 8
-#define LANES 16
-#define VECTORS 3
-#define DEPTH 512
-#define BATCH 512
-#define LOW 64
-#define PARTIAL 256 /* terms summed from zero before they are added to y: short sums round less */
-
-#ifdef AVX512
-
-static inline int64_t at_most(int64_t n, int64_t most) { return n < 0 ? 0 : n < most ? n : most; }
-
-/* Columns n … n + 15 of Wᵀ, terms k … k + depth - 1: a gather takes 8 codes of each of 16 rows of W (N, K) at once. */
-AVX512 static void decode_transposed(
-    const weight *w, int64_t N, int64_t K, int64_t n, int64_t k, int64_t depth, float *panel, int64_t stride)
+static inline float from_bf16(uint16_t x)
 {
-    static const int shift[8] = {4, 0, 12, 8, 20, 16, 28, 24}; /* of the codes in a little-endian word, in order */
-    const __m512 table = _mm512_loadu_ps(w->levels);
-    int32_t rows[LANES];
-    float scales[LANES];
-    for (int i = 0; i < LANES; i++)
-        rows[i] = n + i < N ? i : N - 1 - n; /* columns past the end are computed and not stored */
-    const __m512i offsets = _mm512_mullo_epi32(_mm512_loadu_si512(rows), _mm512_set1_epi32(K / 2));
-    /* Terms with one scale a row: a block where rows begin with one, else 32, which divides K and every block. */
-    const int64_t run = K % w->block ? 32 : at_most(w->block, depth);
-    for (int64_t d = 0; d < depth; d += run) {
-        for (int i = 0; i < LANES; i++)
-            scales[i] = scale_of(w, block_of((n + rows[i]) * K + k + d, w->block));
-        const __m512 scale = _mm512_loadu_ps(scales);
-        for (int64_t word = d; word < d + run; word += 8) {
-            const __m512i codes = _mm512_i32gather_epi32(offsets, w->packed + (n * K + k + word) / 2, 1);
-#pragma GCC unroll 8
-            for (int c = 0; c < 8; c++) {
-                const __m512 values = _mm512_permutexvar_ps(_mm512_srli_epi32(codes, shift[c]), table);
-                _mm512_store_ps(panel + (word + c) * stride, _mm512_mul_ps(values, scale));
-            }
+    const uint32_t bits = (uint32_t)x << 16;
+    float value;
+    memcpy(&value, &bits, 4);
+    return value;
+}
+
+static inline uint16_t to_bf16(float x)
+{
+    uint32_t bits;
+    memcpy(&bits, &x, 4);
+    return x != x ? 0x7fc0 : (bits + 0x7fff + (bits >> 16 & 1)) >> 16;
+}
+
+/* totals += x · columnsᵀ, for some rows of x, in tiles; the columns lie in a panel, or, without one, in W. */
+static void add_products(
+    const kind *k, int64_t rows, const char *x, int64_t x_stride, const char *panel, coded w, int64_t terms,
+    int64_t columns, float *totals)
+{
+    for (int64_t m = 0, taken; m < rows; m += taken) {
+        taken = rows - m >= k->rows ? k->rows : rows - m >= 2 ? 2 : 1;
+        for (int64_t c = 0; c < columns; c += 4) {
+            coded of = w;
+            of.first += c * w.K, of.columns -= c;
+            k->tile(
+                taken, x + m * x_stride * k->size, x_stride, panel ? panel + c * STRIDE(char) : NULL, &of, terms,
+                totals + m * COLUMNS + c);
         }
     }
 }
-
-/* Columns k … k + 15 of W, terms n … n + depth - 1. */
-AVX512 static void decode_straight(
-    const weight *w, int64_t K, int64_t k, int64_t n, int64_t depth, float *panel, int64_t stride)
-{
-    const __m512 table = _mm512_loadu_ps(w->levels);
-    for (int64_t d = 0; d < depth; d++) {
-        const int64_t i = (n + d) * K + k;
-        const __m512 scale = _mm512_set1_ps(scale_of(w, block_of(i, w->block)));
-        _mm512_store_ps(panel + d * stride, _mm512_mul_ps(decode16(w->packed + i / 2, table), scale));
-    }
-}
-
-/* sum += x · panel: 8 rows of x, 16 V columns. Rows past the end repeat the last one. */
-INLINE void multiply(
-    const int V, __m512 sum[ROWS][VECTORS], int64_t rows, const float *x, int64_t stride, const float *panel,
-    int64_t depth)
-{
-    const float *row[ROWS];
-    for (int i = 0; i < ROWS; i++)
-        row[i] = x + (i < rows ? i : rows - 1) * stride;
-#pragma GCC unroll 4
-    for (int64_t d = 0; d < depth; d++, panel += V * LANES) {
-        __m512 columns[VECTORS];
-#pragma GCC unroll 3
-        for (int v = 0; v < V; v++)
-            columns[v] = _mm512_load_ps(panel + v * LANES);
-#pragma GCC unroll 8
-        for (int i = 0; i < ROWS; i++) {
-            const __m512 value = _mm512_set1_ps(row[i][d]);
-#pragma GCC unroll 3
-            for (int v = 0; v < V; v++)
-                sum[i][v] = _mm512_fmadd_ps(value, columns[v], sum[i][v]);
-        }
-    }
-}
-
-/* A tile of y gets `low` terms of the adapter and `depth` of W; their panels lie one after the other. `mask` says
- * which of the last 16 columns exist. fresh: y has no values yet and starts at the bias, or at zero. */
-INLINE void tile(
-    const int V, int64_t rows, const float *s, int64_t s_stride, int64_t low, const float *x, int64_t x_stride,
-    int64_t depth, const float *panel, int fresh, const float *bias, float *y, int64_t width, __mmask16 mask)
-{
-    int64_t done = 0;
-    do {
-        __m512 sum[ROWS][VECTORS];
-        const int64_t part = depth - done < PARTIAL ? depth - done : PARTIAL;
-#pragma GCC unroll 8
-        for (int i = 0; i < ROWS; i++)
-#pragma GCC unroll 3
-            for (int v = 0; v < V; v++)
-                sum[i][v] = _mm512_setzero_ps();
-        if (low > 0 && done == 0)
-            multiply(V, sum, rows, s, s_stride, panel, low);
-        multiply(V, sum, rows, x + done, x_stride, panel + (low + done) * V * LANES, part);
-        const float *before = fresh && done == 0 ? bias : y;
-        const int64_t before_stride = before == bias ? 0 : width;
-#pragma GCC unroll 8
-        for (int i = 0; i < ROWS; i++) {
-            if (i >= rows)
-                break;
-#pragma GCC unroll 3
-            for (int v = 0; v < V; v++) {
-                const __mmask16 there = v == V - 1 ? mask : 0xffff;
-                if (before)
-                    sum[i][v] = _mm512_add_ps(
-                        sum[i][v], _mm512_maskz_loadu_ps(there, before + i * before_stride + v * LANES));
-                _mm512_mask_storeu_ps(y + i * width + v * LANES, there, sum[i][v]);
-            }
-        }
-        done += part;
-    } while (done < depth);
-}
-
-#define TILE(V)                                                                                                    \
-    AVX512 static void tile##V(                                                                                    \
-        int64_t rows, const float *s, int64_t s_stride, int64_t low, const float *x, int64_t x_stride,             \
-        int64_t depth, const float *panel, int fresh, const float *bias, float *y, int64_t width, __mmask16 mask)  \
-    {                                                                                                              \
-        tile(V, rows, s, s_stride, low, x, x_stride, depth, panel, fresh, bias, y, width, mask);                   \
-    }
-TILE(1)
-TILE(2)
-TILE(3)
 
 /* See nf4_product_native in nf4_cpu.py. b[o * b_column + j * b_rank] belongs to column o of y. */
-AVX512 void handtuned_nf4_product(
-    const weight *w, int64_t N, int64_t K, int transposed, const float *x, int64_t x_stride, int64_t M,
-    const float *bias, const float *s, const float *b, int64_t rank, int64_t b_column, int64_t b_rank, float scale,
-    float *y, int threads)
+void handtuned_nf4_product(
+    const weight *w, int64_t N, int64_t K, int transposed, int level, int rounding, const void *x, int64_t x_stride,
+    int64_t M, void *unzipped, const void *bias, const float *s, const float *b, int64_t rank, int64_t b_column,
+    int64_t b_rank, float scale, void *y, int threads)
 {
-    const int64_t width = transposed ? N : K, depth = transposed ? K : N, units = (width + LANES - 1) / LANES;
+    const kind *k = KINDS[level];
+    threads = at_most(threads, 1 + N * K * (M + 4) / (1 << 21)); /* to wake one for less takes longer than it saves */
+    const int64_t width = transposed ? N : K, terms = transposed ? K : N, share = (width + threads - 1) / threads;
+    const int run = run_of(w, K), few = transposed && M <= k->rows && run == 64;
+    const int64_t most = transposed ? at_most(COLUMNS, (share + 3) / 4 * 4) : COLUMNS;
+    const int64_t units = (width + most - 1) / most;
+    if (transposed) {
+#pragma omp parallel for num_threads(threads) if (M * K > 32768)
+        for (int64_t m = 0; m < M; m++)
+            k->unzip((const char *)x + m * x_stride * k->size, K, (char *)unzipped + m * K * k->size);
+        x = unzipped, x_stride = K;
+    }
 #pragma omp parallel num_threads(threads)
     {
-        float panel[(LOW + DEPTH) * VECTORS * LANES] __attribute__((aligned(64)));
+        char panel[COLUMNS * STRIDE(char)] __attribute__((aligned(64)));
+        float totals[BATCH * COLUMNS] __attribute__((aligned(64)));
         const int64_t thread = omp_get_thread_num(), count = omp_get_num_threads();
-        const int64_t first = units * thread / count, end = units * (thread + 1) / count;
-        for (int64_t top = 0; top < M; top += BATCH) {
-            const int64_t bottom = top + BATCH < M ? top + BATCH : M;
-            for (int64_t j = 0, term = 0; j < rank || term < depth; j += LOW, term += DEPTH) {
-                const int64_t low = at_most(rank - j, LOW), part = at_most(depth - term, DEPTH);
-                for (int64_t unit = first; unit < end; unit += VECTORS) {
-                    const int V = at_most(end - unit, VECTORS);
-                    const int64_t column = unit * LANES, over = column + V * LANES - width;
-                    const __mmask16 mask = over > 0 ? 0xffff >> over : 0xffff;
-                    for (int64_t d = 0; d < low; d++)
-                        for (int64_t i = 0; i < V * LANES; i++)
-                            panel[d * V * LANES + i] =
-                                column + i < width ? scale * b[(column + i) * b_column + (j + d) * b_rank] : 0;
-                    for (int64_t v = 0; v < V; v++) {
-                        float *to = panel + (low * V + v) * LANES;
-                        if (transposed)
-                            decode_transposed(w, N, K, column + v * LANES, term, part, to, V * LANES);
-                        else
-                            decode_straight(w, K, column + v * LANES, term, part, to, V * LANES);
+        for (int64_t top = 0; top < M; top += BATCH)
+            for (int64_t unit = units * thread / count; unit < units * (thread + 1) / count; unit++) {
+                const int64_t rows = at_most(M - top, BATCH), column = unit * most;
+                const int64_t there = at_most(width - column, most); /* what a tile has beside them is not stored */
+                memset(totals, 0, rows * COLUMNS * sizeof(float));
+                for (int64_t j = 0, part = BYTES / 4; j < rank; j += part) {
+                    float *factor = (float *)panel;
+                    const int64_t some = at_most(rank - j, part);
+                    for (int64_t i = 0; i < some * COLUMNS; i++) {
+                        const int64_t c = i % COLUMNS, r = j + i / COLUMNS;
+                        factor[i] = c < there ? scale * b[(column + c) * b_column + r * b_rank] : 0;
                     }
-                    for (int64_t m = top; m < bottom; m += ROWS)
-                        (V == 3 ? tile3 : V == 2 ? tile2 : tile1)(
-                            at_most(bottom - m, ROWS), s + m * rank + j, rank, low, x + m * x_stride + term, x_stride,
-                            part, panel, j == 0, bias ? bias + column : NULL, y + m * width + column, width, mask);
+                    k->add_low_rank(rows, s + top * rank + j, rank, factor, some, totals);
                 }
+                for (int64_t term = 0, part = BYTES / k->size; term < terms; term += part) {
+                    const int64_t some = at_most(terms - term, part);
+                    const char *from = (const char *)x + (top * x_stride + term) * k->size;
+                    const coded codes = {*w, column * K + term, K, there, rounding};
+                    for (int64_t c = 0; c < there && transposed && !few; c++)
+                        k->row(w, (column + c) * K + term, some, run, AHEAD * K, rounding, 0, panel + c * STRIDE(char));
+                    if (!transposed)
+                        k->columns(w, term * K + column, K, some, there, rounding, panel);
+                    add_products(k, rows, from, x_stride, few ? NULL : panel, codes, some, there, totals);
+                }
+                for (int64_t m = 0; m < rows; m++)
+                    for (int64_t c = 0; c < there; c++) {
+                        const int64_t at = (top + m) * width + column + c;
+                        const float sum = totals[m * COLUMNS + c];
+                        if (k->size == 4)
+                            ((float *)y)[at] = bias ? sum + ((const float *)bias)[column + c] : sum;
+                        else
+                            ((uint16_t *)y)[at] =
+                                to_bf16(bias ? sum + from_bf16(((const uint16_t *)bias)[column + c]) : sum);
+                    }
             }
-        }
     }
 }
-#else
-void handtuned_nf4_product(void) {}
-#endif
-
-int handtuned_has_nf4_product(void) { return HAS_AVX512 != 0; }
 
 /* Python finds the file as a module and calls the functions in it through ctypes. */
 static struct PyModuleDef module = {PyModuleDef_HEAD_INIT, "_nf4_cpu", "NF4 for CPUs (nf4_cpu.py).", -1, NULL};

@@ -25,15 +25,20 @@ except ImportError:
     _library = None
 else:
     _library = ctypes.CDLL(_nf4_cpu.__file__)
-if _library is not None and not hasattr(_library, "handtuned_nf4_product"):
+if _library is not None and not hasattr(_library, "handtuned_nf4_level"):
     _library = None  # built from older sources than these
-HAS_PRODUCT = _library is not None and _library.handtuned_has_nf4_product() == 1  # needs AVX-512
 if _library is not None:
     _P, _I, _INT = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int
-    _library.handtuned_nf4_dequantize.argtypes = [_P, _P, _I, _INT, _INT]
+    _library.handtuned_nf4_dequantize.argtypes = [_P, _P, _I, _INT, _INT, _INT]
     _library.handtuned_nf4_product.argtypes = [
-        _P, _I, _I, _INT, _P, _I, _I, _P, _P, _P, _I, _I, _I, ctypes.c_float, _P, _INT,
+        _P, _I, _I, _INT, _INT, _INT, _P, _I, _I, _P, _P, _P, _P, _I, _I, _I, ctypes.c_float, _P, _INT,
     ]  # fmt: skip
+
+# Which instructions the C may use. It obeys ATEN_CPU_CAPABILITY, as torch does.
+PLAIN, AVX2, AVX512, AVX512_BF16 = range(4)
+_HELD_TO = {"DEFAULT": PLAIN, "NO AVX": PLAIN, "AVX2": AVX2}.get(torch.backends.cpu.get_cpu_capability(), AVX512_BF16)
+LEVEL = PLAIN if _library is None else min(_library.handtuned_nf4_level(), _HELD_TO)
+_ROUNDED = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}  # FP32, BF16, FP16 of nf4_cpu.c
 
 
 class _Weight(ctypes.Structure):
@@ -85,19 +90,20 @@ def nf4_dequantize_native(weight, levels: torch.Tensor, out: torch.Tensor, fresh
         `out`.
     """
     w = _weight(weight, levels)
-    _library.handtuned_nf4_dequantize(ctypes.byref(w), out.data_ptr(), out.numel(), fresh, torch.get_num_threads())
+    threads = torch.get_num_threads()
+    _library.handtuned_nf4_dequantize(ctypes.byref(w), out.data_ptr(), out.numel(), LEVEL, fresh, threads)
     return out
 
 
 def runs_native_product(x: torch.Tensor, weight) -> bool:
-    """Whether `nf4_product_native` may take x (M, ·) and an NF4 weight (N, K): it needs fp32, 32 | K and AVX-512.
+    """Whether `nf4_product_native` may take x (M, ·) and an NF4 weight (N, K): it needs 16 or 32 bits, 32 | K and AVX2.
 
     Codes or scales that are too few are left to `nf4_dequantize`, which says so.
     """
     values, scales, nested = weight.shape.numel(), weight.absmax.numel(), weight.nested
     return (
-        HAS_PRODUCT
-        and x.dtype == torch.float32
+        LEVEL > PLAIN
+        and x.dtype in _ROUNDED
         and x.is_cpu
         and values > 0
         and weight.shape[1] % 32 == 0
@@ -121,31 +127,36 @@ def nf4_product_native(
     """y = x Wᵀ + b + scale · S Lᵀ, or x W + b + scale · S L, with W (N, K) in NF4, where `runs_native_product`.
 
     Args:
-        x: (M, K) if `transposed`, else (M, N), fp32.
-        weight: an `NF4Weight` of shape (N, K).
+        x: (M, K) if `transposed`, else (M, N); fp32, bf16 or fp16.
+        weight: an `NF4Weight` of shape (N, K). Its values are rounded to x's dtype, as `nf4_dequantize` rounds them.
         levels: (16,) fp32, the values of the codes.
         transposed: whether x meets Wᵀ.
-        bias: fp32, one value a column of y, or None.
-        S: (M, r) fp32, or None for no low-rank term.
-        low: L (N, r) if `transposed`, else (r, K), fp32, any strides.
+        bias: in x's dtype, one value a column of y, or None.
+        S: (M, r), or None for no low-rank term.
+        low: L (N, r) if `transposed`, else (r, K), any strides.
         scale: of the low-rank term.
 
     Returns:
-        (M, N) or (M, K), fp32. Sums are fp32; their order, so every bit, is the same for any number of threads and
-        for a row whatever other rows x has.
+        (M, N) or (M, K) in x's dtype, rounded once. Sums are fp32, and so are the terms of S and L; their order, so
+        every bit, is the same for any number of threads and for a row whatever other rows x has.
     """
-    (N, K), M = weight.shape, x.shape[0]
-    y = x.new_empty(M, N if transposed else K)
-    x = x if x.stride(1) == 1 else x.contiguous()
+    (N, K), M, dtype = weight.shape, x.shape[0], x.dtype
+    pairs = LEVEL == AVX512_BF16 and dtype == torch.bfloat16 and K % 64 == 0 and weight.block_size >= 64
+    native = torch.bfloat16 if pairs else torch.float32
+    level = LEVEL if pairs else min(LEVEL, AVX512)
+    y = torch.empty((M, N if transposed else K), dtype=native)
+    x = x.to(native) if x.stride(1) == 1 else x.to(native).contiguous()
     adapter = None, None, 0, 0, 0
     if S is not None:
-        S = S.contiguous()
+        S, low = S.float().contiguous(), low.float()
         strides = low.stride() if transposed else (low.stride(1), low.stride(0))
         adapter = S.data_ptr(), low.data_ptr(), S.shape[1], *strides
-    bias = None if bias is None else bias.contiguous()
+    bias = None if bias is None else bias.to(native).contiguous()
+    unzipped = torch.empty((M, K), dtype=native) if transposed else None
     w = _weight(weight, levels)
     _library.handtuned_nf4_product(
-        ctypes.byref(w), N, K, transposed, x.data_ptr(), x.stride(0), M, None if bias is None else bias.data_ptr(),
+        ctypes.byref(w), N, K, transposed, level, _ROUNDED[dtype], x.data_ptr(), x.stride(0), M,
+        None if unzipped is None else unzipped.data_ptr(), None if bias is None else bias.data_ptr(),
         *adapter, scale, y.data_ptr(), torch.get_num_threads(),
     )  # fmt: skip
-    return y
+    return y.to(dtype)

@@ -29,12 +29,13 @@ in a thread (2q and 2q + 1 in lane % 4 = q); a store wants eight in a row, and s
 named anew: of 32 columns, 4g + t of memory is column g of the t-th instruction. Then thread q holds 8q … 8q + 7, and
 four neighbours of A are one load.
 
-A CPU with AVX-512 has one way for fp32 and any M, "native": a product in C that decodes W as it goes
-(`nf4_cpu.py`). Elsewhere, and in other dtypes, torch takes the exact path. There is no gradient here; `lora.py` and
+A CPU has one way for any M, "native": a product in C that decodes W as it goes (`nf4_cpu.py`). Without AVX2 or a
+compiler torch takes the exact path; 16-bit rows a tile of W at a time, in fp32 arithmetic ("tiled"), as torch's own
+16-bit products are several times slower there. There is no gradient here; `lora.py` and
 `quant/linear.py` call the product with W for dx.
 """
 
-import math
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -53,9 +54,12 @@ from .nf4 import (
 )  # fmt: skip
 from .nf4_cpu import nf4_product_native, runs_native_product
 from .nf4_stream import nf4_stream
+from .nf4_tiled import nf4_product_tiled
 from .runtime import (
+    block_of,
     cdiv,
     dot_settings,
+    fastest,
     on_device,
     runs_kernel,
     runs_product,
@@ -65,10 +69,7 @@ from .runtime import (
     triton,
 )  # fmt: skip
 
-TILE_ROWS = 512  # of W, upcast at a time on a CPU
-# Rows of x up to which a way is taken where nothing was measured on the card; for more of them it is "merged".
-MOST_ROWS = {"stream": 16, "fused": 256, "exact": 1023}
-MOST_ROWS_WITHOUT_TENSOR_CORES = {"stream": 4, "exact": math.inf}
+ON_CPU = ("native", "tiled")
 FUSED = {"BLOCK_M": 128, "BLOCK_N": 64, "num_warps": 8}
 MERGE = {"BLOCK_N": 16, "WARPS": 4}  # rows of a warp
 
@@ -245,22 +246,38 @@ def nf4_merge(weight, lora_A, lora_B, scale, dtype) -> torch.Tensor:
     return merged.to(dtype)
 
 
-def plan(x: torch.Tensor, weight: torch.Tensor | NF4Weight, dropout: bool = False) -> str:
-    """How a product of x (M, ·) with a weight goes: "native", "stream", "fused", "merged" or (dense: always) "exact".
+def plan(x: torch.Tensor, weight: torch.Tensor | NF4Weight, dropout: bool = False, rank: int = 1) -> str:
+    """How a product of x (M, ·) with a weight goes: "native", "tiled", "stream", "fused", "merged" or "exact".
 
-    In torch there is no merge: the adapter's part costs one in-place product on y, and a merge would
-    cost one on W, which is the larger array for all but very long batches.
+    A dense weight always goes "exact". On a GPU what is possible is measured (`runtime.fastest`), elsewhere
+    `runtime.FIXED` says it. In torch there is no merge: the adapter's part costs one in-place product on y, and
+    a merge would cost one on W, which is the larger array for all but very long batches.
     """
     if isinstance(weight, torch.Tensor):
         return "exact"
-    M, K = x.shape[0], weight.shape[1]
+    M, (N, K) = x.shape[0], weight.shape
     if not runs_kernel(x):
-        return "native" if runs_native_product(x, weight) else "exact"
+        exact = "tiled" if x.is_cpu and x.dtype.itemsize == 2 else "exact"
+        return "native" if runs_native_product(x, weight) else exact
     if K % 64 or weight.block_size % 64:
         return "exact"
-    most = MOST_ROWS if runs_product(x) else MOST_ROWS_WITHOUT_TENSOR_CORES
-    way = next((way for way, rows in most.items() if rows >= M), "merged")
-    return "exact" if way == "merged" and dropout else way
+    tensor_cores, rows, ways = runs_product(x), "", ["exact"]
+    if (tensor_cores and M <= 16) or M <= 4:
+        rows, ways = ", up to 16 rows", ["exact", "stream"]
+    elif tensor_cores and M <= 256:
+        rows = ", up to 256 rows"
+    if tensor_cores:
+        ways.append("fused")
+    if tensor_cores and rank and not dropout:
+        ways.append("merged")
+        rows = ", from 1024 rows, without dropout" if M >= 1024 else rows
+
+    def product(way, x):
+        S, A, B = x.new_ones(M, rank), x.new_ones(rank, K), x.new_ones(N, rank)
+        return quantized_product(way, x, weight, None, S, A, B, 1.0)
+
+    sizes = (block_of(M, 16, 8192), N, K, rank, dropout)
+    return fastest("nf4 product" + rows, sizes, {way: partial(product, way) for way in ways}, x)
 
 
 def quantized_product(way, x, weight, bias, S, lora_A, lora_B, scale):
@@ -268,9 +285,8 @@ def quantized_product(way, x, weight, bias, S, lora_A, lora_B, scale):
 
     Otherwise as `lora_product`.
     """
-    if way == "native":
-        bias = None if bias is None else bias.to(x.dtype)
-        return nf4_product_native(x, weight, NF4_CODE, True, bias, S, lora_B.to(x.dtype), scale)
+    if way in ON_CPU:
+        return _on_cpu(way, x, weight, True, bias, S, lora_B, scale)
     if way == "stream":
         return nf4_stream(x, weight, bias, S, lora_B, scale)
     if way == "fused":
@@ -283,11 +299,11 @@ def quantized_product(way, x, weight, bias, S, lora_A, lora_B, scale):
 
 def quantized_product_dx(way, dy, weight, dS, lora_A, lora_B, scale, dropout: Dropout | None = None):
     """dx = dy W + mask ⊙ (dS A) (M, K) with W (N, K) in NF4, by forward's plan; dS = scale · dy B."""
-    if way == "native" and dropout is None:
-        return nf4_product_native(dy, weight, NF4_CODE, False, None, dS, lora_A.to(dy.dtype))
-    if way == "native":
+    if way in ON_CPU and dropout is None:
+        return _on_cpu(way, dy, weight, False, None, dS, lora_A)
+    if way in ON_CPU:
         mask = dropout.mask(len(dy), lora_A.shape[1], dy.dtype)
-        return nf4_product_native(dy, weight, NF4_CODE, False).addcmul_(dS @ lora_A.to(dy.dtype), mask)
+        return _on_cpu(way, dy, weight, False).addcmul_(dS @ lora_A.to(dy.dtype), mask)
     if way in ("stream", "fused") and dropout is None and runs_product(dy):
         return nf4_fused(dy, weight, None, dS, lora_A.t(), 1.0, transposed=False)
     if way == "merged":
@@ -305,12 +321,11 @@ def nf4_matmul(x: torch.Tensor, weight: NF4Weight, bias: torch.Tensor | None = N
         transposed: whether x meets Wᵀ.
 
     Returns:
-        (M, N), or (M, K), in x's dtype. 16-bit products on a CPU are done in fp32 arithmetic on operands rounded to
-        16 bits: what a GPU does with its fp32 accumulators, and several times as fast as a CPU's own.
+        (M, N), or (M, K), in x's dtype.
     """
-    way = plan(x, weight)
-    if way == "native":
-        return nf4_product_native(x, weight, NF4_CODE, transposed, bias)
+    way = plan(x, weight, rank=0)
+    if way in ON_CPU:
+        return _on_cpu(way, x, weight, transposed, bias)
     if way in ("stream", "fused"):  # with an adapter of rank 0
         nothing = x.new_empty(len(x), 0), x.new_empty(weight.shape[0 if transposed else 1], 0), 0.0
         if transposed and way == "stream":
@@ -318,17 +333,14 @@ def nf4_matmul(x: torch.Tensor, weight: NF4Weight, bias: torch.Tensor | None = N
         if runs_product(x):
             return nf4_fused(x, weight, bias, *nothing, transposed)
     W = dense_weight(weight, x)
-    if x.device.type != "cpu" or x.dtype.itemsize > 2:
-        return F.linear(x, W, bias) if transposed else x @ W
-    y = torch.zeros(len(x), W.shape[0 if transposed else 1], dtype=torch.float32, device=x.device)
-    wide = x.float()
-    for start in range(0, W.shape[0], TILE_ROWS):
-        tile = W[start : start + TILE_ROWS].float()
-        if transposed:
-            torch.mm(wide, tile.t(), out=y[:, start : start + TILE_ROWS])
-        else:
-            y.addmm_(wide[:, start : start + TILE_ROWS], tile)
-    return (y if bias is None else y.add_(bias)).to(x.dtype)
+    return F.linear(x, W, bias) if transposed else x @ W
+
+
+def _on_cpu(way, x, weight, transposed, *rest):
+    """`nf4_product_native`, or what it computes without it."""
+    if way == "native":
+        return nf4_product_native(x, weight, NF4_CODE, transposed, *rest)
+    return nf4_product_tiled(x, weight, transposed, *rest)
 
 
 def dense_weight(weight: torch.Tensor | NF4Weight, x: torch.Tensor) -> torch.Tensor:

@@ -16,13 +16,23 @@ Which one runs is decided per call by `backend(tensor)`:
 
 Triton reads `TRITON_INTERPRET` at the moment a kernel is decorated, so it must be
 set before `handtuned` is imported; setting it later changes nothing.
+
+Where several ways compute the same (tiles of our product, the vendor's library), `run_fastest` measures them on the
+card at the first call for a kind of size, and keeps the answer in memory and in a file of the user's cache directory,
+so that later runs choose alike and a resumed one gives the same bits.
 """
 
 import contextlib
+import json
+import math
 import os
+import re
 import threading
-from collections.abc import Sequence
+import warnings
+from collections.abc import Callable, Sequence
 from functools import lru_cache
+from importlib.metadata import version
+from pathlib import Path
 
 import torch
 
@@ -48,7 +58,18 @@ except ImportError:
 
 TRITON_DTYPES = {torch.float32: tl.float32, torch.float16: tl.float16, torch.bfloat16: tl.bfloat16}
 TARGET_PROGRAMS = 256  # what fills a large GPU; a constant, so that sums are split alike on every machine
-
+# What runs where nothing can be measured: on a CPU, in the emulator, while a CUDA graph is captured or a model traced.
+FIXED = {
+    "lora_down": "kernel",
+    "lora_up_grads": "kernel",
+    "lora_down_grad": "kernel",
+    "lora_product": "64 x 128, 4 warps, 4 stages",
+    "scaled_matmul": "64 x 64, 4 warps, 4 stages",
+    "nf4 product, up to 16 rows": "stream",
+    "nf4 product, up to 256 rows": "fused",
+    "nf4 product": "exact",
+    "nf4 product, from 1024 rows, without dropout": "merged",
+}
 
 # The architecture that `handtuned.gpu` emulates at the moment ("sm_90"), which sets it; None: none.
 emulated_arch: str | None = None
@@ -89,8 +110,9 @@ def backend(tensor: torch.Tensor) -> str:
 
 
 def on_device(tensor: torch.Tensor):
-    """A context in which kernels launch on the GPU that holds `tensor` (nothing to do on a CPU)."""
-    return torch.cuda.device(tensor.device) if tensor.is_cuda else contextlib.nullcontext()
+    """A context in which kernels launch on the GPU that holds `tensor`; none is needed on the current one."""
+    elsewhere = tensor.is_cuda and tensor.device.index != torch.cuda.current_device()
+    return torch.cuda.device(tensor.device) if elsewhere else contextlib.nullcontext()
 
 
 def runs_kernel(x: torch.Tensor) -> bool:
@@ -121,11 +143,15 @@ def _capability(device: torch.device, arch: str | None) -> int:
     return 10 * major + minor
 
 
+def dot_dtype(dtype: torch.dtype):
+    """Operand type of the tensor-core products (the interpreter cannot multiply bf16)."""
+    return tl.float32 if INTERPRETED and dtype == torch.bfloat16 else TRITON_DTYPES[dtype]
+
+
 def dot_settings(dtype: torch.dtype) -> dict:
-    """Operand type and precision of the tensor-core products (the interpreter cannot multiply bf16)."""
-    tf32 = dtype == torch.float32 and torch.get_float32_matmul_precision() != "highest"
-    upcast = INTERPRETED and dtype == torch.bfloat16
-    return {"DOT": tl.float32 if upcast else TRITON_DTYPES[dtype], "PRECISION": "tf32" if tf32 else "ieee"}
+    """Operand type and precision of products, as torch is set (by its older or its newer names)."""
+    tf32 = dtype == torch.float32 and torch.backends.cuda.matmul.fp32_precision == "tf32"
+    return {"DOT": dot_dtype(dtype), "PRECISION": "tf32" if tf32 else "ieee"}
 
 
 def stored_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -164,3 +190,131 @@ def scratch(shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> t
         with torch.inference_mode(False):  # made within that mode, it could not be written to outside
             blocks[dtype] = torch.empty(count, dtype=dtype, device="cpu")
     return blocks[dtype][:count].view(shape)
+
+
+_compiled: dict[tuple, tuple] = {}  # of `launch`
+
+
+def launch(kernel, grid: tuple, *args, **constants) -> None:
+    """`kernel[grid](*args, **constants)` on the device of the first argument, without Triton's dispatch if seen before.
+
+    Triton binds, specializes and looks a kernel up anew in each call, which takes longer than the launch. What its
+    choice depends on is the key here: numbers, dtypes, and whether addresses are multiples of 16.
+
+    Args:
+        grid: three numbers of programs.
+        args: all that is passed at run time, in order; numbers of the same type in every call.
+        constants: the constexprs, which stand last in the signature, and Triton's options.
+    """
+    with on_device(args[0]):
+        if INTERPRETED:
+            kernel[grid](*args, **constants)
+            return
+        kinds = [(a.dtype, a.data_ptr() % 16 == 0) if isinstance(a, torch.Tensor) else a for a in args]
+        key = (id(kernel), emulated_arch, args[0].device, *kinds, *constants.values())
+        known = _compiled.get(key)
+        if known is None:
+            if len(_compiled) >= 4096:  # lengths of batches, mostly
+                _compiled.clear()
+            tail = [constants[name] for name in kernel.arg_names[len(args) :]]
+            _compiled[key] = kernel[grid](*args, **constants), tail
+        else:
+            known[0][grid](*args, *known[1])
+
+
+_chosen: dict[tuple, str] = {}  # of `run_fastest`
+every_way = False  # set by `handtuned.gpu`: run all that fit, so that each can be looked at
+
+
+def run_fastest(operation: str, sizes: tuple, ways: dict[str, Callable], *args):
+    """`ways[name](*args)` by the `fastest` way."""
+    return ways[fastest(operation, sizes, ways, *args)](*args)
+
+
+def fastest(operation: str, sizes: tuple, ways: dict[str, Callable], *args) -> str:
+    """Name of the fastest way on this card for an operation on sizes like these.
+
+    Args:
+        operation: key of FIXED.
+        sizes: what the choice may depend on besides dtype and card: numbers, rounded so that few kinds are measured.
+        ways: each gives the same result on `args`, the first of which is a tensor, without other effects.
+    """
+    if len(ways) == 1:
+        return next(iter(ways))
+    x = args[0]
+    key = (operation, x.device, x.dtype, sizes)
+    name = _chosen.get(key)
+    if name is None:
+        card = _card(x)
+        name = FIXED[operation] if card is None else _measured(card, operation, key, ways, args)
+        if every_way:
+            for other in ways.keys() - {"torch"}:
+                with contextlib.suppress(triton.OutOfResources):
+                    ways[other](*args)
+    return name
+
+
+def _card(x: torch.Tensor) -> str | None:
+    """The GPU where ways can be timed now, or None."""
+    if not x.is_cuda or torch.compiler.is_compiling() or torch.cuda.is_current_stream_capturing():
+        return None
+    return torch.cuda.get_device_name(x.device)
+
+
+def _measured(card, operation, key, ways, args):
+    """The fastest way, from the file of earlier runs if one of them measured it."""
+    parts = [card, *(f"{name}{version(name)}" for name in ("torch", "triton", "handtuned"))]
+    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "handtuned"
+    path = cache / (re.sub(r"[^\w.+]+", "-", "-".join(parts)) + ".json")
+    entry = ", ".join(map(str, (operation, str(key[2])[6:], *key[3])))
+    name = _known(path).get(entry)
+    if name not in ways:
+        times = {name: _seconds(way, args) for name, way in ways.items()}
+        name = _kept(path, entry, min(times, key=times.get), ways)
+    _chosen[key] = name
+    return name
+
+
+def _known(path: Path) -> dict:
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+
+
+def _kept(path, entry, name, ways):
+    """Write a choice down, unless another process was earlier: then take its."""
+    import fcntl  # where there is no Triton, there may be no such module
+
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with open(path.with_suffix(".lock"), "w", encoding="utf-8") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            known = _known(path)
+            if known.get(entry) not in ways:
+                temporary = path.with_suffix(".new")
+                temporary.write_text(json.dumps(known | {entry: name}, indent=0, sort_keys=True), encoding="utf-8")
+                temporary.replace(path)
+                return name
+            return known[entry]
+    except OSError as error:
+        warnings.warn(f"what was fastest is not kept for the next run: {error}", stacklevel=2)
+        return name
+
+
+def _seconds(way: Callable, args: tuple) -> float:
+    """Of one call among others: what takes longer, the GPU or the host. Infinite where it does not fit."""
+    try:
+        way(*args)
+        turns = []
+        for _ in range(3):
+            start, stop = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            start.record()
+            for _ in range(5):
+                way(*args)
+            stop.record()
+            stop.synchronize()
+            turns.append(start.elapsed_time(stop) / 5000)
+        return min(turns)
+    except (triton.OutOfResources, torch.OutOfMemoryError):
+        return math.inf

@@ -10,7 +10,7 @@ an FP32 gradient when it is written back, 4 when it is only looked at. What cost
 the *number* of launches, since a LoRA model has hundreds of small tensors. So the kernel gets a
 table of addresses instead of a tensor: program i looks up which piece of which tensor is its own.
 
-    tensors  (T, 3) int64: address, number of elements, dtype
+    tensors  (3, T) int64: address, number of elements, dtype and alignment
     chunks   (C, 2) int32: which tensor, which block of it        C = Σ ceil(elements / BLOCK)
 
 The overflow flag stays on the device; every program that sees a non-finite value writes the
@@ -18,11 +18,14 @@ same 1.0 to it, so no atomics are needed. Sums are kept one a program and added 
 in a fixed order, so the norm is the same in every run. There is no backward.
 """
 
+from array import array
+from collections.abc import Sequence
 from functools import lru_cache
 
+import numpy as np
 import torch
 
-from .runtime import TRITON_DTYPES, backend, on_device, tl, triton
+from .runtime import TRITON_DTYPES, backend, launch, tl, triton
 
 BLOCK = 4096
 
@@ -77,11 +80,11 @@ def _unscale_tile(grad_ptr, offs, mask, inv_scale_ptr, DTYPE: tl.constexpr):
 
 @triton.jit
 def _unscale_chunk(
-    tensor_ptr, chunk, inv_scale_ptr, found_inf_ptr, sums_ptr,
+    tensor_ptr, T, chunk, inv_scale_ptr, found_inf_ptr, sums_ptr,
     DTYPE: tl.constexpr, ALIGNED: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     grad_ptr = load_pointer(tensor_ptr, DTYPE, ALIGNED)
-    elements = tl.load(tensor_ptr + 1)
+    elements = tl.load(tensor_ptr + T)
     offs = chunk * BLOCK + tl.arange(0, BLOCK)
     # A mask with an unknown bound forbids wide loads, so whole blocks go without one.
     if (chunk + 1) * BLOCK <= elements:
@@ -99,24 +102,25 @@ def _unscale_chunk(
 
 @triton.jit
 def _unscale_kernel(
-    tensors_ptr,  # (T, 3)
+    tensors_ptr,  # (3, T)
     chunks_ptr,  # (C, 2)
     inv_scale_ptr,  # () or None: gradients are not written
     found_inf_ptr,  # () or None
     sums_ptr,  # (C,) or None
-    DTYPES: tl.constexpr,  # that occur; the table holds an index into them
-    ALIGNED: tl.constexpr,
+    T,
+    DTYPES: tl.constexpr,  # that occur, aligned and not; the table holds an index into them
+    ALIGNED: tl.constexpr,  # for each of them
     BLOCK: tl.constexpr,
 ):
     tensor, chunk = find_chunk(chunks_ptr)
-    tensor_ptr = tensors_ptr + 3 * tensor
-    kind = tl.load(tensor_ptr + 2)
+    tensor_ptr = tensors_ptr + tensor
+    kind = tl.load(tensor_ptr + 2 * T)
     for i in tl.static_range(len(DTYPES)):
         if kind == i:
-            _unscale_chunk(tensor_ptr, chunk, inv_scale_ptr, found_inf_ptr, sums_ptr, DTYPES[i], ALIGNED, BLOCK)
+            _unscale_chunk(tensor_ptr, T, chunk, inv_scale_ptr, found_inf_ptr, sums_ptr, DTYPES[i], ALIGNED[i], BLOCK)
 
 
-@lru_cache(maxsize=16)
+@lru_cache  # few, and none may go: captured graphs read them
 def chunk_table(elements: tuple[int, ...], block: int, device: torch.device) -> torch.Tensor:
     """(C, 2) int32: tensor and block number of each program, for tensors of these sizes."""
     counts = torch.tensor([-(-n // block) for n in elements], dtype=torch.int64, device="cpu")
@@ -126,10 +130,40 @@ def chunk_table(elements: tuple[int, ...], block: int, device: torch.device) -> 
     return torch.stack([tensor, chunk], dim=1).to(device, torch.int32)
 
 
-def address_table(rows: list[list[int]], device: torch.device) -> torch.Tensor:
-    """Rows of addresses and counts as (T, columns) int64 on the device; the copy does not wait for the GPU."""
-    table = torch.tensor(rows, dtype=torch.int64, device="cpu")
-    return table.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else table
+# Pinned memory that no copy reads, for as many graphs' copies as a step makes: under capture none can be allocated.
+_spare: dict[tuple, list[torch.Tensor]] = {}
+SPARE = 16
+_captured: list[torch.Tensor] = []  # what graphs read whenever they run
+
+
+def upload(numbers: Sequence[int] | Sequence[float], device: torch.device) -> torch.Tensor:
+    """int64 or float64 numbers on the device. The copy does not wait for the GPU.
+
+    The same numbers are sent once, except under CUDA-graph capture, where every graph has a copy of its own.
+
+    Raises:
+        RuntimeError: under capture, without as many calls for as many numbers before it.
+    """
+    if device.type == "cpu":
+        return _values(numbers)
+    spare = _spare.setdefault((len(numbers), isinstance(numbers[0], float)), [])
+    if torch.cuda.is_current_stream_capturing():
+        if not spare:
+            raise RuntimeError("run one step, as a warm-up, before each capture of a CUDA graph")
+        _captured.append(spare.pop())
+        return _captured[-1].copy_(_values(numbers)).to(device, non_blocking=True)
+    if len(spare) < SPARE:
+        spare.append(torch.empty_like(_values(numbers), pin_memory=True))
+    return _uploaded(tuple(numbers), device)
+
+
+@lru_cache(maxsize=16)
+def _uploaded(numbers, device):
+    return _values(numbers).pin_memory().to(device, non_blocking=True)
+
+
+def _values(numbers):
+    return torch.from_numpy(np.array(array("d" if isinstance(numbers[0], float) else "q", numbers)))
 
 
 def _check(grads):
@@ -146,24 +180,20 @@ def _split(grads):
 
 
 def _launch(grads, inv_scale, found_inf, want_sums):
-    device = grads[0].device
-    dense = [g if torch.ops.aten.is_non_overlapping_and_dense(g) else g.contiguous() for g in grads]
-    dtypes = sorted({g.dtype for g in grads}, key=str)
-    rows = [[g.data_ptr(), g.numel(), dtypes.index(g.dtype)] for g in dense]
-    chunks = chunk_table(tuple(row[1] for row in rows), BLOCK, device)
+    device, is_dense = grads[0].device, torch.ops.aten.is_non_overlapping_and_dense
+    dense = [g if g.is_contiguous() or is_dense(g) else g.contiguous() for g in grads]
+    addresses, elements = ([*map(of, dense)] for of in (torch.Tensor.data_ptr, torch.Tensor.numel))
+    kinds = [(g.dtype, address % 16 == 0) for g, address in zip(dense, addresses, strict=True)]
+    occur = sorted(set(kinds), key=str)
+    index = {kind: i for i, kind in enumerate(occur)}
+    chunks = chunk_table(tuple(elements), BLOCK, device)
     sums = torch.empty(len(chunks), dtype=torch.float32, device=device) if want_sums else None
-    with on_device(grads[0]):
-        _unscale_kernel[(len(chunks),)](
-            address_table(rows, device),
-            chunks,
-            inv_scale,
-            found_inf,
-            sums,
-            DTYPES=tuple(TRITON_DTYPES[dtype] for dtype in dtypes),
-            ALIGNED=all(row[0] % 16 == 0 for row in rows),
-            BLOCK=BLOCK,
-            num_warps=8,
-        )
+    launch(
+        _unscale_kernel, (len(chunks), 1, 1),
+        upload([*addresses, *elements, *map(index.get, kinds)], device), chunks, inv_scale, found_inf, sums, len(dense),
+        DTYPES=tuple(TRITON_DTYPES[dtype] for dtype, _ in occur), ALIGNED=tuple(aligned for _, aligned in occur),
+        BLOCK=BLOCK, num_warps=8,
+    )  # fmt: skip
     if inv_scale is not None:
         for grad, copy in zip(grads, dense, strict=True):
             if grad is not copy:

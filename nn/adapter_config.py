@@ -100,7 +100,7 @@ class AdapterConfig:
         divisor = math.sqrt if self.use_rslora else int
         return {path: (rank[path], alpha[path], alpha[path] / divisor(rank[path])) for path in paths}
 
-    def selects(self, paths: Collection[str], output_heads: set[str]) -> set[str] | None:
+    def selects(self, paths: Collection[str], output_heads: Collection[str] = ()) -> set[str] | None:
         """Which of the linear layers at `paths` the config adapts, by PEFT's rules; None: it names no target modules.
 
         "all-linear" leaves out the output heads.
@@ -108,14 +108,20 @@ class AdapterConfig:
         if self.target_modules is None:
             return None
         if isinstance(self.target_modules, str) and self.target_modules.lower() == "all-linear":
-            found = set(paths) - output_heads
+            found = set(paths) - set(output_heads)
         else:
-            found = _matching(self.target_modules, paths)
-        if isinstance(self.target_modules, list) and self.layers_to_transform not in (None, []):
-            found = {path for path in found if path in self.target_modules or self._layer_index_fits(path)}
-        found -= _matching(self.exclude_modules or [], paths)
+            found = matching(self.target_modules, paths)
+            found = self.narrowed(found, self.target_modules)
+        found -= matching(self.exclude_modules or [], paths)
         saved = {f".{name}." for name in self.modules_to_save or ()}
         return {path for path in found if not any(name in f".{path}." for name in saved)}
+
+    def narrowed(self, paths: Collection[str], targets) -> set[str]:
+        """Those in the layers to transform, or whose whole path is named."""
+        if self.layers_to_transform in (None, []):
+            return set(paths)
+        whole = () if targets is None or isinstance(targets, str) else targets
+        return {path for path in paths if path in whole or self._layer_index_fits(path)}
 
     def _layer_index_fits(self, path: str) -> bool:
         """The first number in the path (right after one of `layers_pattern`, if given) is in `layers_to_transform`."""
@@ -129,7 +135,18 @@ class AdapterConfig:
         return False
 
 
-def _matching(targets: list[str] | str, paths: Collection[str]) -> set[str]:
+def chosen_settings(**settings) -> AdapterConfig:
+    """A config of arguments: None stands for a default. ValueError: a value that the field cannot hold."""
+    settings = {name: v for name, v in settings.items() if v is not None}
+    settings |= {name: list(v) for name, v in settings.items() if isinstance(v, (tuple, range, set))}
+    for name, value in settings.items():
+        kind = AdapterConfig.__dataclass_fields__[name].type
+        if not _fits(value, kind):
+            raise ValueError(f"{name} must be {kind.__metadata__[0]}, got {short(value)}")
+    return AdapterConfig(**settings)
+
+
+def matching(targets: list[str] | str, paths: Collection[str]) -> set[str]:
     return full_matches([targets], paths)[0] if isinstance(targets, str) else ending_in(paths, targets)
 
 

@@ -12,9 +12,9 @@ from torch import nn
 
 from .adapter_config import AdapterConfig, short
 from .base_layer import features
-from .inject import output_heads
 from .lora import LoRALinear
-from .multi import adapter_of, linear_layers, original, outer_modules
+from .multi import adapter_of, linear_layers, original, outer_modules, outermost
+from .targets import output_heads
 
 WEIGHTS_NAME = "adapter_model.safetensors"
 PREFIX = "base_model.model."
@@ -125,12 +125,12 @@ def _modules_to_save(model, config) -> dict[str, nn.Module]:
     model. Tensors in the file for a module that is not there are found to be unexpected.
     """
     endings = tuple(config.modules_to_save or ())
-    modules = {path: module for path, module in outer_modules(model).items() if path.endswith(endings)}
+    outer = outer_modules(model)
+    modules = {path: outer[path] for path in outermost(path for path in outer if path.endswith(endings))}
     if endings and not modules:
         raise ValueError(f"modules_to_save names {_listed(endings)}, which the model does not have")
     for path, module in modules.items():
-        inner = [inside for inside in modules if inside.startswith(f"{path}.")]
-        inner += [f"{path}.{at}" for at, child in module.named_modules() if isinstance(child, LoRALinear)]
+        inner = [f"{path}.{at}" for at, child in module.named_modules() if isinstance(child, LoRALinear)]
         if inner:
             raise ValueError(f"modules_to_save would replace {path!r}, which holds the adapted {inner[0]!r}")
     return modules
@@ -158,8 +158,11 @@ def _compare_names(linear, held, selected, whole, tensors) -> None:
 
 
 def _check_layer(path, layer, rank, use_dora, parts, held, name) -> None:
-    if original(layer).weight.is_meta:
-        raise ValueError(f"{path} is on the meta device, where an adapter would lose its values")
+    weight = original(layer).weight
+    if weight.is_meta or hasattr(weight, "full_tensor"):
+        why = "is on the meta device, where an adapter would lose its values" if weight.is_meta else (
+            "is sharded; load the adapter before fully_shard")  # fmt: skip
+        raise ValueError(f"{path} {why}")
     outputs, inputs = features(layer)
     wanted = {"lora_A": (rank, inputs), "lora_B": (outputs, rank)}
     if use_dora:

@@ -18,10 +18,11 @@ from ..quant.model import is_conv1d
 from . import multi
 from .adapter_config import CONFIG_NAME, AdapterConfig, read_adapter_config
 from .adapter_file import PREFIX, WEIGHTS_NAME, check_fit, read_adapter_tensors
-from .base_layer import adapter_like
+from .base_layer import adapter_like, features
 from .files import write_json, write_safetensors
 from .lora import LoRALinear
 from .multi import set_adapter
+from .names import may_save_whole, replace, unwrapped
 from .variants import DoRALinear
 
 __all__ = ["LoadReport", "load_adapter", "read_adapter_config", "save_adapter", "set_adapter"]
@@ -42,7 +43,7 @@ def save_adapter(
     ValueError: no LoRA layers, no such adapter, values that are not finite, or modules trained whole that PEFT could
     not tell from others. Nothing is written then.
     """
-    model = _unwrapped(model)
+    model = unwrapped(model)
     adapted = multi.modules_with_adapters(model)
     if not adapted:
         raise ValueError("the model has no adapter; call apply_lora_to_model first")
@@ -61,6 +62,15 @@ def save_adapter(
             tensors[f"{path}.lora_magnitude_vector"] = adapter.lora_magnitude
     for path, module in whole.items():
         tensors.update({f"{path}.{key}": tensor for key, tensor in module.state_dict().items()})
+    # Under fully_shard every rank must call this.
+    tensors = {key: t.full_tensor() if hasattr(t, "full_tensor") else t for key, t in tensors.items()}
+    for path in layers:
+        A, wanted = tensors[f"{path}.lora_A.weight"], features(multi.original(adapted[path]))[1]
+        if A.dim() != 2 or A.shape[1] != wanted:
+            raise ValueError(
+                f"{path} holds a shard of its lora_A, of shape {tuple(A.shape)}: call save_adapter under "
+                "FullyShardedDataParallel.summon_full_params(model)"
+            )
     for key, tensor in tensors.items():
         if not torch.isfinite(tensor).all():
             raise ValueError(f"adapter {name!r}: {key} holds NaN or infinite values; it was not saved")
@@ -73,6 +83,7 @@ def save_adapter(
     directory = Path(directory)
     directory.mkdir(parents=True, exist_ok=True)
     config = _config_of(model, layers, sorted(whole), base_model)
+    config["fan_in_fan_out"] = any(is_conv1d(multi.original(adapted[path])) for path in layers)
     write_safetensors(directory / WEIGHTS_NAME, {PREFIX + key: tensor.clone() for key, tensor in tensors.items()})
     write_json(directory / CONFIG_NAME, config)
 
@@ -97,15 +108,15 @@ def load_adapter(model: nn.Module, directory: str | Path, name: str = "default",
     Args:
         model: a plain or NF4 model, with or without adapters. If it has an adapter of this name already, that must
             have the same layers and ranks; its parameters take the file's values and keep their `requires_grad`.
-        trainable: whether the parameters of a new adapter require gradients. Nothing else in the model changes its
-            `requires_grad`, but for the layers that get their first adapter, whose own weights are frozen.
+        trainable: whether the parameters of a new adapter require gradients. With True the base model is frozen, as
+            by `apply_lora_to_model`; other adapters keep their `requires_grad`.
 
     Returns a LoadReport; `print` it.
 
     ValueError: a damaged or unsupported file; or one that does not fit the model, naming what matched, what the model
     needs and the file lacks (missing), and what the model has no place for (unexpected). The model is unchanged then.
     """
-    model = _unwrapped(model)
+    model = unwrapped(model)
     multi.check_name(name)
     config = AdapterConfig(**read_adapter_config(directory))
     tensors = read_adapter_tensors(directory)
@@ -127,13 +138,12 @@ def load_adapter(model: nn.Module, directory: str | Path, name: str = "default",
         new[path] = copy.deepcopy(multi.original(module)).requires_grad_(trainable)
         new[path].load_state_dict({key: tensors.whole[f"{path}.{key}"] for key in new[path].state_dict()})
 
-    linear = multi.linear_layers(model)
+    kept = [p for p in multi.adapter_parameters(model) if p.requires_grad]
+    places: dict[nn.Module, nn.Module] = {}
     for path, module in (layers | modules).items():
         if not isinstance(module, (LoRALinear, multi.ModuleToSave)):
-            wrapped = multi.without_adapter(module) if path in layers else multi.ModuleToSave(module)
-            for place in [other for other in linear if linear[other] is module] if path in layers else [path]:
-                model.set_submodule(place, wrapped)
-            module = wrapped
+            places[module] = multi.without_adapter(module) if path in layers else multi.ModuleToSave(module)
+            module = places[module]
         held = multi.adapter_of(module, name)
         if held is None:
             (module.resting if path in layers else module.copies)[name] = new[path]
@@ -145,15 +155,14 @@ def load_adapter(model: nn.Module, directory: str | Path, name: str = "default",
                     getattr(held, part).copy_(getattr(new[path], part))
             for setting in multi.SETTINGS:
                 setattr(held, setting, getattr(new[path], setting))
+    replace(model, places)
+    may_save_whole(model, False)
     set_adapter(model, name)
+    if trainable:
+        model.requires_grad_(False)
+        for parameter in [*kept, *(p for adapter in new.values() for p in adapter.parameters())]:
+            parameter.requires_grad_(True)
     return LoadReport(name, sorted(layers), sorted(modules), config)
-
-
-def _unwrapped(model: nn.Module) -> nn.Module:
-    """The module inside torch.compile's and DistributedDataParallel's wrappers: the file has its paths."""
-    while isinstance(model, nn.parallel.DistributedDataParallel) or hasattr(model, "_orig_mod"):
-        model = model.module if isinstance(model, nn.parallel.DistributedDataParallel) else model._orig_mod
-    return model
 
 
 def _config_of(model, layers: dict, modules: list[str], base_model: str | None) -> dict:
@@ -180,7 +189,6 @@ def _config_of(model, layers: dict, modules: list[str], base_model: str | None) 
         modules_to_save=modules or None,
         use_rslora=use_rslora,
         use_dora=any(hasattr(adapter, "lora_magnitude") for adapter in layers.values()),
-        fan_in_fan_out=any(is_conv1d(multi.original(model.get_submodule(path))) for path in layers),
         base_model_name_or_path=str(base_model or getattr(model, "name_or_path", None) or "") or None,
         task_type="CAUSAL_LM" if type(model).__name__.endswith(("ForCausalLM", "LMHeadModel")) else None,
     )

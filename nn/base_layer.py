@@ -1,5 +1,7 @@
 """The linear layer under an adapter: which layers can be one, its weight, and merging ΔW into it."""
 
+import sys
+
 import torch
 from torch import nn
 from torch.func import functional_call
@@ -47,6 +49,23 @@ def base_forward(base, x):
     return functional_call(base, {name: p.to(x.dtype) for name, p in base.named_parameters()}, (x,))
 
 
+def read_in_forward(layer: nn.Module) -> bool:
+    """Whether the caller of this function's caller is, at any depth, the forward pass of a module around `layer`.
+
+    torch's encoder layers and attention compute with a child's weight themselves, some state space models too.
+    """
+    if torch.compiler.is_compiling():
+        return True
+    frame = sys._getframe(2)
+    while frame is not None:
+        if frame.f_code.co_name == "forward":
+            module = frame.f_locals.get("self")
+            if module is not layer and isinstance(module, nn.Module) and any(m is layer for m in module.modules()):
+                return True
+        frame = frame.f_back
+    return False
+
+
 class Mergeable(nn.Module):
     """A module around a `base_layer` that its adapter can be merged into, and taken out of again to the bit.
 
@@ -61,8 +80,16 @@ class Mergeable(nn.Module):
 
     @property
     def weight(self):
-        """With ΔW while merged."""
-        return self.base_layer.weight
+        """With ΔW while merged; and where a module reads it in its forward pass, in place of calling the layer."""
+        if self.adapter is None or not read_in_forward(self):
+            return self.base_layer.weight
+        if not self.enabled or self.merged:
+            return (self.base_layer if self.enabled else self.unmerged).weight
+        if (self.training and self.lora_dropout > 0) or "forward" in vars(self):
+            what = "dropout" if self.training else "choice of adapters by row"
+            raise RuntimeError(f"a module reads this layer's weight instead of calling it: the {what} cannot act")
+        weight = (dense_weight(self.base_layer) + self.delta()).to(self.base_layer.weight.dtype)
+        return weight.t() if is_conv1d(self.base_layer) else weight
 
     @property
     def bias(self):

@@ -84,20 +84,17 @@ def checkpoint(
             CUDA is initialized). False saves the time of noting the generators' states.
         determinism_check: "none" takes what was recomputed as it is, whatever its shape.
         early_stop: False recomputes to the function's end, not only to the last tensor that backward needs.
-        use_reentrant, context_fn, debug: torch's; what is done here are their defaults, anything else is refused.
+        use_reentrant, context_fn, debug: torch's; anything but their defaults, which is done here, is a ValueError.
 
-    Raises:
-        ValueError: a keyword of torch's with a value that would mean something else.
-        CheckpointError: in backward, naming the tensor: the number, shape, dtype or device of the saved tensors
-            differs from the forward pass, or one was modified in place after it had been saved.
+    CheckpointError: in backward, naming the tensor: the number, shape, dtype or device of the saved tensors differs
+    from the forward pass, or one was modified in place after it had been saved.
     """
     if not callable(func):
         raise TypeError(f"func must be callable, got {type(func).__name__}")
-    for name, value, only in (
-        ("use_reentrant", use_reentrant, False), ("debug", debug, False), ("context_fn", context_fn, noop_context_fn)
-    ):  # fmt: skip
-        if value is not None and value is not only:
-            raise ValueError(f"{name} must be {getattr(only, '__name__', only)}, got {value!r}")
+    given = {"use_reentrant": use_reentrant, "debug": debug, "context_fn": context_fn}
+    for name, value in given.items():
+        if value not in (None, False, noop_context_fn):
+            raise ValueError(f"{name} must be torch's default, got {value!r}")
     if determinism_check not in ("default", "none"):
         raise ValueError(f"determinism_check must be 'default' or 'none', got {determinism_check!r}")
     if torch.compiler.is_compiling():  # the compiler knows torch's own, which computes the same
@@ -184,7 +181,7 @@ class _Region:
         self.expected: list[tuple[str, str]] = []  # of each tensor that forward would have saved: traits, origin
         self.slots: weakref.WeakValueDictionary[int, _Slot] = weakref.WeakValueDictionary()  # those that still wait
         self.parameters = WeakTensorKeyDictionary()  # leaves that need a gradient → version
-        self.saved_keywords: list[tuple[torch.Tensor, int]] | None = []  # and their versions
+        self.saved_keywords: list[tuple[torch.Tensor, int]] = []  # and their versions
         # Graph task → slot index → tensor, and its version when the function saved it.
         self.recomputed: dict[int, dict[int, tuple[torch.Tensor, int]]] = {}
 
@@ -265,7 +262,7 @@ class _Region:
         tensors: dict[int, tuple[torch.Tensor, int]] = {}
         count, stopped, unfilled = 0, False, None
         args, kwargs = self.arguments()
-        known = {id(leaf) for leaf in tree_leaves((args, kwargs))}
+        known = set(map(id, tree_leaves((args, kwargs))))
 
         def stop():
             nonlocal stopped

@@ -40,8 +40,9 @@ def add_weighted_adapter(
     if svd_rank is not None and (not isinstance(svd_rank, int) or svd_rank < 1):
         raise ValueError(f"svd_rank must be an integer of at least 1, got {svd_rank!r}")
 
+    modules = modules_with_adapters(model)
     pairs: dict[str, list[tuple[torch.Tensor, torch.Tensor]]] = {}
-    for path, module in modules_with_adapters(model).items():
+    for path, module in modules.items():
         held = [(adapter_of(module, name), weight) for name, weight in zip(adapters, weights, strict=True)]
         held = [(adapter, weight) for adapter, weight in held if adapter is not None]
         if not held:
@@ -65,7 +66,7 @@ def add_weighted_adapter(
         contents |= {"rank": len(A), "lora_alpha": len(A), "scaling": 1.0, "lora_dropout": 0.0}
         made[path] = RestingAdapter(LoRALinear, contents)
     for path, adapter in made.items():
-        model.get_submodule(path).resting[adapter_name] = adapter
+        modules[path].resting[adapter_name] = adapter
 
 
 def _weighted(adapter, weight: float) -> tuple[torch.Tensor, torch.Tensor]:

@@ -1,23 +1,23 @@
 """LoRA over a whole model: put adapters into the layers that are named, freeze the rest, leave adapters out."""
 
 import contextlib
-import difflib
-import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 
 from torch import nn
 
+from . import multi
 from .lora import LoRALinear, check_settings, lora_layers
-from .multi import active_adapter, ending_in, linear_layers, lora_parameters, modules_with_adapters
+from .multi import active_adapter, lora_parameters
+from .names import may_save_whole, replace
+from .targets import new_heads, select
+
+Targets = Sequence[str] | str | None
 
 
 def apply_lora_to_model(
-    model: nn.Module,
-    rank: int = 8,
-    lora_alpha: float = 16.0,
-    target_modules: Sequence[str] | str = ("q_proj", "v_proj"),
-    lora_dropout: float = 0.0,
-) -> nn.Module:
+    model: nn.Module, rank: int = 8, lora_alpha: float = 16.0, target_modules: Targets = ("q_proj", "v_proj"),
+    lora_dropout: float = 0.0, **choices,
+) -> nn.Module:  # fmt: skip
     """Replace the linear layers that `target_modules` names by LoRALinear, in place, and freeze everything else.
 
     `target_modules` is one of
@@ -25,82 +25,67 @@ def apply_lora_to_model(
     - names: each selects the layers whose path ends in it, by whole components ("q_proj" or "self_attn.q_proj";
       "proj" does not select "q_proj"), and must select at least one;
     - a regular expression, matched against the whole path;
-    - "all-linear" (in any case): every linear layer but the output head.
+    - "all-linear" (in any case): every linear layer but the output head. A warning names what else it leaves out, and
+      the head of a transformers classifier, which is new, is trained whole (`save_modules`);
+    - None: the layers usual for the architecture.
 
-    Returns the model. Calling again with other targets adds to it; the adapters that exist stay trainable.
+    `choices`: PEFT's `exclude_modules`, `layers_to_transform` with `layers_pattern`, `rank_pattern`, `alpha_pattern`.
 
-    ValueError: a setting out of range; a name that selects nothing (the message lists near misses); a layer that has an
-    adapter already, or whose parent would bypass one. Nothing is changed then.
+    Returns the model. Calling again adds to the active adapter; what exists keeps its `requires_grad`.
+
+    ValueError: a setting out of range; a name or choice that fits nothing (the message lists near misses); a layer that
+    has an adapter already, or whose parent would bypass one. Nothing is changed then.
     """
-    check_settings(rank, lora_alpha, lora_dropout)
-    selected = _select(model, target_modules)
-    for name, module in selected.items():
+    trained = [p for p in multi.adapter_parameters(model) if p.requires_grad]
+    settings = rank, lora_alpha, lora_dropout
+    return _put_in(model, active_adapter(model) or "default", settings, target_modules, choices, trained)
+
+
+def add_adapter(
+    model: nn.Module, name: str, rank: int = 8, lora_alpha: float = 16.0,
+    target_modules: Targets = ("q_proj", "v_proj"), lora_dropout: float = 0.0, **choices,
+) -> nn.Module:  # fmt: skip
+    """A fresh adapter of this name, the model's first or beside others. It becomes active, and the only one trained.
+
+    Arguments and errors as for `apply_lora_to_model`; also ValueError: the name is in use, or an adapter is merged.
+    """
+    multi.check_name(name)
+    if name in multi.adapter_names(model):
+        raise ValueError(f"the model has an adapter {name!r} already")
+    multi.check_unmerged(model)
+    return _put_in(model, name, (rank, lora_alpha, lora_dropout), target_modules, choices, [])
+
+
+def _put_in(model, name: str, settings: tuple, target_modules, choices: dict, trained: list) -> nn.Module:
+    """The adapter `name` into the selected layers; of the parameters that exist, `trained` stay trainable."""
+    rank, lora_alpha, lora_dropout = check_settings(*settings)
+    selected, values = select(model, target_modules, rank, lora_alpha, choices)
+    for path, module in selected.items():
+        if isinstance(module, LoRALinear) and multi.adapter_of(module, name) is not None:
+            raise ValueError(f"{path!r} has a LoRA adapter already; adapters do not nest")
+        if isinstance(module, LoRALinear) and module.merged:
+            raise ValueError(f"an adapter is merged into {path!r}; call unmerge_lora first")
+    made: dict[nn.Module, LoRALinear] = {}
+    for path, module in selected.items():
+        if module in made:  # a layer used under two names gets one adapter
+            continue
+        made[module] = fresh = LoRALinear(multi.original(module), *values[path][:2], lora_dropout)
+        fresh.adapter = name
+        trained = [*trained, fresh.lora_A, fresh.lora_B]
         if isinstance(module, LoRALinear):
-            raise ValueError(f"{name!r} has a LoRA adapter already; adapters do not nest")
-        if isinstance(model.get_submodule(name.rpartition(".")[0]), nn.MultiheadAttention):
-            raise ValueError(f"{name!r}: nn.MultiheadAttention reads this weight itself and would bypass the adapter")
-    active = active_adapter(model) or "default"
-    made: dict[nn.Module, LoRALinear] = {}  # a layer used under two names gets one adapter
-    for module in dict.fromkeys(selected.values()):
-        made[module] = LoRALinear(module, rank, lora_alpha, lora_dropout)
-        made[module].adapter = active
-    for name, module in selected.items():
-        model.set_submodule(name, made[module])
-    mark_only_lora_as_trainable(model)
-    return model
-
-
-def _select(model: nn.Module, target_modules) -> dict[str, nn.Module]:
-    """Path → module of the linear (or already adapted) layers that the targets select, in the model's order."""
-    linear = linear_layers(model, in_attention=True)
-    last = sorted({name.rpartition(".")[2] for name in linear})
-    available = f" (linear layers: {', '.join(last) or 'none'})"
+            module.resting[name] = multi.RestingAdapter.of(fresh)
+            made[module] = module
+    everywhere = active_adapter(model) != name
+    replace(model, made)
+    for module in multi.modules_with_adapters(model).values() if everywhere else made.values():
+        multi.activate(module, name)
+    model.requires_grad_(False)
+    for parameter in trained:
+        parameter.requires_grad_(True)
     if isinstance(target_modules, str) and target_modules.lower() == "all-linear":
-        selected = set(linear) - output_heads(model, linear)
-        if not selected:
-            raise ValueError("target_modules 'all-linear': the model has no linear layer besides its output head")
-    elif isinstance(target_modules, str):
-        try:
-            selected = {name for name in linear if re.fullmatch(target_modules, name)}
-        except re.error as error:
-            raise ValueError(f"target_modules is not a regular expression: {target_modules!r}: {error}") from None
-        if not selected:
-            hint = f"; did you mean the name, [{target_modules!r}]?" if ending_in(linear, [target_modules]) else ""
-            raise ValueError(
-                f"target_modules: the regular expression {target_modules!r} matches the whole path of "
-                f"no linear layer{hint}{available}"
-            )
-    elif isinstance(target_modules, Iterable):
-        patterns, selected = list(target_modules), set()
-        if not patterns:
-            raise ValueError("target_modules must name at least one layer, got an empty sequence")
-        for pattern in patterns:
-            if not isinstance(pattern, str):
-                raise ValueError(f"target_modules must hold strings, got {pattern!r}")
-            found = ending_in(linear, [pattern])
-            if not found:
-                raise ValueError(f"target_modules: {pattern!r} {_no_match(pattern, linear, model)}{available}")
-            selected |= found
-    else:
-        raise TypeError(f"target_modules must be names, a regular expression or 'all-linear', got {target_modules!r}")
-    return {name: module for name, module in linear.items() if name in selected}
-
-
-def output_heads(model, linear) -> set[str]:
-    """The layer that makes the logits: what the model itself names, else any "lm_head"."""
-    head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
-    if head is None:
-        return ending_in(linear, ["lm_head"])
-    return {name for name, module in linear.items() if module is head}
-
-
-def _no_match(pattern, linear, model) -> str:
-    other = sorted({type(module).__name__ for name, module in model.named_modules() if ending_in([name], [pattern])})
-    if other:
-        return f"names no linear layer but {', '.join(other)}"
-    names = {name.rpartition(".")[2] for name in linear} | set(linear)
-    near = difflib.get_close_matches(pattern, sorted(names), n=3)
-    return "matches no linear layer" + (f"; did you mean {', '.join(map(repr, near))}?" if near else "")
+        multi.save_modules(model, new_heads(model))
+    may_save_whole(model, False)
+    return model
 
 
 def required_lora_layers(model) -> list[tuple[str, LoRALinear]]:
@@ -125,7 +110,7 @@ def disable_lora(model: nn.Module):
     Contexts nest. Raises ValueError for a model without LoRA layers.
     """
     required_lora_layers(model)
-    enabled = [module for module in modules_with_adapters(model).values() if module.enabled]
+    enabled = [module for module in multi.modules_with_adapters(model).values() if module.enabled]
     for module in enabled:
         module.enabled = False
     try:

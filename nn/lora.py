@@ -10,6 +10,7 @@ Not here: merging (`base_layer`), and the parameters that only DoRA and PiSSA ha
 import math
 from collections.abc import Iterator
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import nn
@@ -17,6 +18,7 @@ from torch import nn
 from ..kernels.lora import lora_linear
 from ..quant import NF4Linear
 from .base_layer import HOOKS, Mergeable, adapter_like, base_forward, dense_weight, features, is_adaptable
+from .names import named_modules
 
 
 class LoRALinearReference(nn.Module):
@@ -72,7 +74,7 @@ class LoRALinear(Mergeable):
         if not is_adaptable(original_linear):
             kind = type(original_linear).__name__
             raise TypeError(f"original_linear must be an nn.Linear, NF4Linear or Conv1D, got {kind}")
-        check_settings(rank, lora_alpha, lora_dropout)
+        rank, lora_alpha, lora_dropout = check_settings(rank, lora_alpha, lora_dropout)
         super().__init__(original_linear.requires_grad_(False))
         self.out_features, self.in_features = features(original_linear)
         self.rank, self.lora_alpha, self.lora_dropout = rank, lora_alpha, lora_dropout
@@ -125,6 +127,10 @@ class LoRALinear(Mergeable):
     @torch.no_grad()
     def delta_weight(self) -> torch.Tensor:
         """ΔW = scaling · B A, (out_features, in_features), in the adapter's dtype but at least fp32."""
+        return self.delta()
+
+    def delta(self) -> torch.Tensor:
+        """`delta_weight` with its gradients."""
         A, B = self.factors()
         dtype = torch.promote_types(A.dtype, torch.float32)
         return (B.to(dtype) @ A.to(dtype)).mul_(self.scaling)
@@ -160,7 +166,10 @@ def operands(base, x):
     return x if base.compute_dtype in (None, x.dtype) else x.to(base.compute_dtype), base.quantized
 
 
-def check_settings(rank, lora_alpha, lora_dropout) -> None:
+def check_settings(rank, lora_alpha, lora_dropout) -> tuple[int, float, float]:
+    """The settings as Python's numbers, where they are numpy's."""
+    values = rank, lora_alpha, lora_dropout
+    rank, lora_alpha, lora_dropout = (value.item() if isinstance(value, np.generic) else value for value in values)
     if not isinstance(rank, int) or isinstance(rank, bool) or rank < 1:
         raise ValueError(f"rank must be an integer of at least 1, got {rank!r}")
     for name, value in (("lora_alpha", lora_alpha), ("lora_dropout", lora_dropout)):
@@ -170,8 +179,9 @@ def check_settings(rank, lora_alpha, lora_dropout) -> None:
         raise ValueError(f"lora_alpha must be finite, got {lora_alpha!r}")
     if not 0 <= lora_dropout < 1:
         raise ValueError(f"lora_dropout must lie in [0, 1), got {lora_dropout!r}")
+    return rank, lora_alpha, lora_dropout
 
 
 def lora_layers(model: nn.Module) -> Iterator[tuple[str, LoRALinear]]:
     """(path, layer) of every layer that has been given adapters, each layer once."""
-    return ((path, module) for path, module in model.named_modules() if isinstance(module, LoRALinear))
+    return ((path, module) for path, module in named_modules(model) if isinstance(module, LoRALinear))

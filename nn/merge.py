@@ -16,6 +16,7 @@ from .base_layer import dense_weight
 from .inject import required_lora_layers
 from .lora import LoRALinear
 from .multi import ModuleToSave, active_layers, modules_with_adapters
+from .names import may_save_whole, named_modules, replace
 from .variants import leading_factors
 
 REFIT_ROUNDS = 5
@@ -49,8 +50,7 @@ def merge_lora(model: nn.Module, dequantize: bool = False, untie: bool = False) 
             for _, done in layers:
                 done.unmerge_weights()
             raise ValueError(f"{name!r}: {error}") from None
-    for name in tied:
-        base = model.get_submodule(name).unmerged
+    for base in (layer.unmerged for name, layer in layers if name in tied):
         base.weight = nn.Parameter(base.weight.detach().clone(), base.weight.requires_grad)
     if tied and hasattr(model, "config"):
         model.config.tie_word_embeddings = False
@@ -60,7 +60,7 @@ def merge_lora(model: nn.Module, dequantize: bool = False, untie: bool = False) 
 def _shared_weights(model) -> dict[torch.Tensor, list[str]]:
     """Parameter → its names, for the parameters that several modules hold."""
     names: dict[torch.Tensor, list[str]] = {}
-    for path, module in model.named_modules():
+    for path, module in named_modules(model):
         for name, parameter in module.named_parameters(recurse=False):
             names.setdefault(parameter, []).append(f"{path}.{name}")
     return {parameter: found for parameter, found in names.items() if len(found) > 1}
@@ -96,11 +96,9 @@ def merge_and_unload(model: nn.Module, dequantize: bool = False, untie: bool = F
 
 def unload(model: nn.Module) -> nn.Module:
     """Take everything of LoRA out of the model, in place: base layers stand where they stood, merged ones as merged."""
-    for path, module in list(model.named_modules(remove_duplicate=False)):
-        if isinstance(module, LoRALinear):
-            model.set_submodule(path, module.base_layer)
-        elif isinstance(module, ModuleToSave):
-            model.set_submodule(path, module.current)
+    modules = modules_with_adapters(model).values()
+    replace(model, {m: m.base_layer if isinstance(m, LoRALinear) else m.current for m in modules})
+    may_save_whole(model, True)
     return model
 
 
@@ -154,10 +152,10 @@ def merge_into_nf4(model: nn.Module, method: str) -> MergeErrors:
         if method == "refit" and layer.PARTS != LoRALinear.PARTS:
             raise ValueError(f"{path!r}: only plain LoRA can be refitted")
     errors = MergeErrors({path: _errors(layer) for path, layer in layers.items()})
-    for path, layer in layers.items():
+    for layer in layers.values():
         if method == "requantize":
             layer.base_layer.quantized = _quantized_like(layer.base_layer, _target(layer))
-            model.set_submodule(path, layer.base_layer)
+            replace(model, {layer: layer.base_layer})
         else:
             layer.base_layer.quantized, A, B = _refit(layer, _target(layer))
             with torch.no_grad():

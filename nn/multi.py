@@ -9,7 +9,6 @@ every bit stays, `requires_grad` and optimizer state stay with their parameter, 
 import contextlib
 import copy
 import functools
-import re
 from collections.abc import Iterable, Iterator, Sequence
 
 import torch
@@ -17,6 +16,7 @@ from torch import nn
 
 from .base_layer import base_forward, is_adaptable
 from .lora import LoRALinear, autocast_input, lora_layers
+from .names import may_save_whole, named_modules, replace
 
 SETTINGS = ("rank", "lora_alpha", "scaling", "lora_dropout")
 
@@ -29,15 +29,15 @@ class RestingAdapter(nn.Module):
         self.kind, self.PARTS = kind, kind.PARTS
         _hold(self, contents)
 
+    @classmethod
+    def of(cls, layer: LoRALinear) -> "RestingAdapter":
+        return cls(type(layer), {name: getattr(layer, name) for name in layer.PARTS + SETTINGS})
+
     def factors(self):
         return self.kind.factors(self)
 
     def added_term(self, x, y, base, training):
         return self.kind.added_term(self, x, y, base, training)
-
-
-def _contents(adapter: LoRALinear | RestingAdapter) -> dict:
-    return {name: getattr(adapter, name) for name in adapter.PARTS + SETTINGS}
 
 
 def _hold(module: nn.Module, contents: dict) -> None:
@@ -65,9 +65,22 @@ class ModuleToSave(nn.Module):
     def current(self) -> nn.Module:
         return self.copies[self.adapter] if self.enabled and self.adapter is not None else self.base_layer
 
-    @property
-    def weight(self):
-        return self.current.weight
+    def __getattr__(self, name):
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            if name.startswith("__") or "_modules" not in vars(self):  # while it is copied or read from a file
+                raise
+            return getattr(self.current, name)
+
+    def __len__(self):
+        return len(self.current)
+
+    def __getitem__(self, index):
+        return self.current[index]
+
+    def __bool__(self):
+        return True
 
     def forward(self, *args, **kwargs):
         return self.current(*args, **kwargs)
@@ -75,7 +88,7 @@ class ModuleToSave(nn.Module):
 
 def modules_with_adapters(model: nn.Module) -> dict[str, LoRALinear | ModuleToSave]:
     """Path → module of everything in the model that adapters live in."""
-    return {path: module for path, module in model.named_modules() if isinstance(module, (LoRALinear, ModuleToSave))}
+    return {path: module for path, module in named_modules(model) if isinstance(module, (LoRALinear, ModuleToSave))}
 
 
 def linear_layers(model: nn.Module, in_attention: bool = False) -> dict[str, nn.Module]:
@@ -83,7 +96,7 @@ def linear_layers(model: nn.Module, in_attention: bool = False) -> dict[str, nn.
 
     Nor, unless `in_attention`, those inside nn.MultiheadAttention, which reads their weights itself.
     """
-    modules = dict(model.named_modules(remove_duplicate=False))
+    modules = dict(named_modules(model, remove_duplicate=False))
     closed = (LoRALinear, ModuleToSave) if in_attention else (LoRALinear, ModuleToSave, nn.MultiheadAttention)
     inside = tuple(f"{path}." for path, module in modules.items() if isinstance(module, closed))
     return {
@@ -96,13 +109,25 @@ def linear_layers(model: nn.Module, in_attention: bool = False) -> dict[str, nn.
 def outer_modules(model: nn.Module) -> dict[str, nn.Module]:
     """Path → module of everything but the insides of adapted layers and modules."""
     inside = tuple(f"{path}." for path in modules_with_adapters(model))
-    return {path: module for path, module in model.named_modules() if path and not path.startswith(inside)}
+    return {path: module for path, module in named_modules(model) if path and not path.startswith(inside)}
 
 
 def ending_in(paths: Iterable[str], names: Iterable[str]) -> set[str]:
     """The paths that end in one of the names, by whole components: "proj" is not the end of "q_proj"."""
     endings = tuple(f".{name}" for name in names)
     return {path for path in paths if f".{path}".endswith(endings)}
+
+
+def outermost(paths: Iterable[str]) -> list[str]:
+    """The paths that do not lie inside another of them, sorted."""
+    paths = sorted(paths)
+    return [path for path in paths if not path.startswith(tuple(f"{other}." for other in paths))]
+
+
+def adapter_parameters(model: nn.Module) -> list[nn.Parameter]:
+    """The parameters of all adapters, active or not."""
+    modules = modules_with_adapters(model).values()
+    return [p for module in modules for name, p in module.named_parameters() if not name.startswith("base_layer.")]
 
 
 def original(module: nn.Module) -> nn.Module:
@@ -156,20 +181,25 @@ def set_adapter(model: nn.Module, name: str) -> None:
     _check_present(model, name)
     check_unmerged(model)
     for module in modules_with_adapters(model).values():
-        if isinstance(module, ModuleToSave):
-            module.adapter = name if name in module.copies else None
-        elif module.adapter != name:
-            set_aside(module)
-            if name in module.resting:
-                coming = module.resting.pop(name)
-                module.__class__, module.adapter = coming.kind, name
-                _hold(module, _contents(coming))
+        activate(module, name)
+
+
+def activate(module: LoRALinear | ModuleToSave, name: str) -> None:
+    """`set_adapter` for one module."""
+    if isinstance(module, ModuleToSave):
+        module.adapter = name if name in module.copies else None
+    elif module.adapter != name:
+        set_aside(module)
+        if name in module.resting:
+            coming = module.resting.pop(name)
+            module.__class__, module.adapter = coming.kind, name
+            _hold(module, {part: getattr(coming, part) for part in coming.PARTS + SETTINGS})
 
 
 def set_aside(layer: LoRALinear) -> None:
     """Leave one layer without an active adapter; the one that was is kept in `resting`."""
     if layer.adapter is not None:
-        layer.resting[layer.adapter] = RestingAdapter(type(layer), _contents(layer))
+        layer.resting[layer.adapter] = RestingAdapter.of(layer)
     for part in layer.PARTS:
         delattr(layer, part)
     layer.__class__, layer.adapter = LoRALinear, None
@@ -186,11 +216,15 @@ def without_adapter(linear: nn.Module) -> LoRALinear:
 
 
 def delete_adapter(model: nn.Module, name: str) -> None:
-    """Remove an adapter that is not active, and give its memory back.
+    """Remove an adapter that is not active, or the last there is, after which the model is plain again.
 
-    ValueError: there is no such adapter, or it is the active one.
+    ValueError: there is no such adapter, or it is the active one of several, or merged.
     """
     _check_present(model, name)
+    if adapter_names(model) == [name]:
+        check_unmerged(model)
+        replace(model, {module: original(module) for module in modules_with_adapters(model).values()})
+        return may_save_whole(model, True)
     if name == active_adapter(model):
         raise ValueError(f"adapter {name!r} is active; activate another with set_adapter before deleting it")
     for module in modules_with_adapters(model).values():
@@ -259,29 +293,31 @@ def save_modules(model: nn.Module, names: Iterable[str]) -> None:
     active = active_adapter(model)
     if active is None:
         raise ValueError("the model has no adapter; call apply_lora_to_model first")
-    modules = {path: module for path, module in model.named_modules() if path}
+    modules = {path: module for path, module in named_modules(model) if path}
     names = list(names)
     for name in names:
         if not ending_in(modules, [name]):
             raise ValueError(f"no module's path ends in {name!r}")
-    chosen = sorted(ending_in(modules, names))
+    chosen = outermost(ending_in(modules, names))
     for path in chosen:
+        if isinstance(modules[path], (nn.ModuleDict, nn.ModuleList, nn.ParameterDict, nn.ParameterList)):
+            raise TypeError(f"{path!r} is a mere container ({type(modules[path]).__name__}); name what it holds")
         if any(isinstance(child, LoRALinear) for child in modules[path].modules()):
             raise ValueError(f"{path!r} holds a LoRA adapter and cannot be trained whole")
     for path in chosen:
         module = modules[path]
         if not isinstance(module, ModuleToSave):
             module = ModuleToSave(module)
-            model.set_submodule(path, module)
+            replace(model, {module.base_layer: module})
         if active not in module.copies:
             module.copies[active] = copy.deepcopy(module.base_layer).requires_grad_(True)
             module.adapter = active
 
 
 def check_name(name: str) -> None:
-    """An adapter's name becomes part of parameter names and, with PEFT, of a folder's: it must be a plain word."""
-    if not isinstance(name, str) or not re.fullmatch(r"[A-Za-z0-9_\-]+", name):
-        raise ValueError(f"an adapter's name must be of letters, digits, '_' and '-', got {name!r}")
+    """An adapter's name becomes part of parameter names: one that torch takes for a module, as in PEFT."""
+    if not isinstance(name, str) or not name or "." in name:
+        raise ValueError(f"an adapter's name must be a string without '.', got {name!r}")
     if hasattr(nn.ModuleDict, name) or name in ("training", *nn.Module().__dict__):
         raise ValueError(f"an adapter cannot be called {name!r}: torch uses the word")
 

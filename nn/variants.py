@@ -170,11 +170,10 @@ class DoRALinear(LoRALinear):
         y = y * self.gain(dense_weight(self.base_layer)).to(h.dtype)
         return (y if self.bias is None else y + self.bias.to(h.dtype)).to(x.dtype)
 
-    @torch.no_grad()
-    def delta_weight(self):
+    def delta(self):
         """What merging adds to W: g · (W + s·BA) − W, (out, in), in at least fp32."""
-        weight, delta = dense_weight(self.unmerged), super().delta_weight()
-        return (delta + weight).mul_(self.gain(weight).to(delta.dtype)[:, None]).sub_(weight)
+        weight, delta = dense_weight(self.unmerged), super().delta()
+        return (delta + weight) * self.gain(weight).to(delta.dtype)[:, None] - weight
 
 
 class DoRAPiSSALinear(DoRALinear, PiSSALinear):
@@ -190,7 +189,7 @@ def dora_init(model: nn.Module) -> None:
     At the start the model computes what it did before. Source: see `DoRALinear`.
     """
     for _, layer in active_layers(model):
-        moved = LoRALinear.delta_weight(layer).add_(dense_weight(layer.base_layer))
+        moved = LoRALinear.delta(layer).add_(dense_weight(layer.base_layer))
         _become(layer, DoRALinear)
         layer.lora_magnitude = nn.Parameter(moved.norm(dim=1).to(layer.lora_A.dtype))
 

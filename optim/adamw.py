@@ -13,6 +13,9 @@ from ..kernels import backend
 from ..kernels.adamw import ParamGroup, adamw_step_, adamw_step_reference_, gradient_factor, same_layout
 from ..kernels.unscale import squared_norm
 
+# Of hundreds of tensors: through `map` at half the time of a loop.
+DEVICE, IS_SPARSE = torch.Tensor.device.__get__, torch.Tensor.is_sparse.__get__
+
 # With the hyperparameters these are torch's keys, so that the two classes read each other's state dicts.
 FLAGS = {
     "amsgrad": False, "maximize": False, "foreach": None, "capturable": False, "differentiable": False, "fused": None,
@@ -112,8 +115,9 @@ class AdamW(torch.optim.Optimizer):
         by_device: dict[torch.device, list[ParamGroup]] = {}
         for group in self.param_groups:
             params = [p for p in group["params"] if p.grad is not None]
-            for device in {p.device for p in params}:
-                here = [p for p in params if p.device == device]
+            devices = set(map(DEVICE, params))
+            for device in devices:
+                here = params if len(devices) == 1 else [p for p in params if p.device == device]
                 by_device.setdefault(device, []).append(self._collect(group, here, copies or {}))
         if not by_device:
             return loss
@@ -129,23 +133,25 @@ class AdamW(torch.optim.Optimizer):
         return loss
 
     def _collect(self, group: dict, params: list[torch.Tensor], copies: dict) -> ParamGroup:
-        states = []
-        for p in params:
-            if p.grad.is_sparse:
-                raise RuntimeError("AdamW does not support sparse gradients; use torch.optim.SparseAdam")
-            state = self.state[p]
-            if not state:
-                state["step"] = torch.zeros((), dtype=torch.float32, device=p.device)
-                state["exp_avg"] = torch.zeros_like(p)
-                state["exp_avg_sq"] = torch.zeros_like(p)
-            step = state["step"]
-            if not isinstance(step, torch.Tensor) or step.device != p.device:
-                # Counters live with the parameter: a skipped step is known on its device only.
-                state["step"] = torch.as_tensor(step, dtype=torch.float32, device=p.device)
-            states.append(state)
-        moments = ([state[key] for state in states] for key in ("exp_avg", "exp_avg_sq", "step"))
+        grads = [p.grad for p in params]
+        if any(map(IS_SPARSE, grads)):
+            raise RuntimeError("AdamW does not support sparse gradients; use torch.optim.SparseAdam")
+        states = [*map(self.state.__getitem__, params)]
+        if not all(states):
+            for p, state in zip(params, states, strict=True):
+                if not state:
+                    state["step"] = torch.zeros((), dtype=torch.float32, device=p.device)
+                    state["exp_avg"] = torch.zeros_like(p)
+                    state["exp_avg_sq"] = torch.zeros_like(p)
+        exp_avgs, exp_avg_sqs, steps = ([state[key] for state in states] for key in ("exp_avg", "exp_avg_sq", "step"))
+        if set(map(type, steps)) != {torch.Tensor} or set(map(DEVICE, steps)) != {params[0].device}:
+            # Counters live with the parameter: a skipped step is known on its device only.
+            steps = [torch.as_tensor(step, dtype=torch.float32, device=params[0].device) for step in steps]
+            for state, step in zip(states, steps, strict=True):
+                state["step"] = step
+        copied = [copies.get(p) for p in params] if copies else [None] * len(params)
         return ParamGroup(
-            params, [p.grad for p in params], *moments, [copies.get(p) for p in params], float(group["lr"]),
+            params, grads, exp_avgs, exp_avg_sqs, steps, copied, float(group["lr"]),
             tuple(map(float, group["betas"])), group["eps"], group["weight_decay"], group["maximize"],
         )  # fmt: skip
 

@@ -140,9 +140,8 @@ class AdamW8bit(torch.optim.Optimizer):
 
     @staticmethod
     def _store(state: dict, exp_avg: torch.Tensor, exp_avg_sq: torch.Tensor, small: bool) -> None:
-        step = state["step"]
-        state.clear()
-        state["step"] = step
+        for key in state.keys() - {"step"}:
+            del state[key]
         if small:
             state["exp_avg"], state["exp_avg_sq"] = exp_avg, exp_avg_sq
             return

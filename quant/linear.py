@@ -14,6 +14,7 @@ from collections.abc import Sequence
 
 import torch
 from torch import nn
+from torch.overrides import has_torch_function
 
 from ..kernels.nf4 import DTYPES, NestedScales, check_layout, flatten, unflatten
 from ..kernels.nf4_matmul import nf4_matmul
@@ -26,14 +27,26 @@ def _rows(x: torch.Tensor) -> torch.Tensor:
     return x.reshape(x.shape[:-1].numel(), x.shape[-1])
 
 
+def _product(x, weight, bias, transposed):
+    """x @ Wᵀ + bias if `transposed`, else x @ W."""
+    if x.dim() == 2:
+        return nf4_matmul(x, weight, bias, transposed)
+    y = nf4_matmul(_rows(x), weight, bias, transposed)
+    return torch.ops.aten._unsafe_view(y, [*x.shape[:-1], y.shape[-1]])  # no view: callers may change it in place
+
+
+def _watched(x: torch.Tensor) -> bool:
+    """Whether the product must be one operation: to `torch.compile`, autocast, and modes such as `amp.autocast`."""
+    return torch.compiler.is_compiling() or has_torch_function((x,)) or torch.is_autocast_enabled(x.device.type)
+
+
 @torch.library.custom_op("handtuned::nf4_linear", mutates_args=())
 def _nf4_linear_op(
     x: torch.Tensor, weight: Sequence[torch.Tensor], sizes: Sequence[int], bias: torch.Tensor | None, transposed: bool
 ) -> torch.Tensor:
-    """x @ Wᵀ + bias if `transposed`, else x @ W, as one operation for `torch.compile`, the weight flattened."""
+    """`_product` as one operation, the weight flattened."""
     with torch.autocast(x.device.type, enabled=False):
-        y = nf4_matmul(_rows(x), unflatten(weight, sizes), bias, transposed)
-    return torch.ops.aten._unsafe_view(y, [*x.shape[:-1], y.shape[-1]])  # no view: callers may change it in place
+        return _product(x, unflatten(weight, sizes), bias, transposed)
 
 
 @_nf4_linear_op.register_fake
@@ -48,7 +61,9 @@ class _NF4Linear(torch.autograd.Function):
     def forward(ctx, x, weight, sizes, bias, transposed):
         ctx.save_for_backward(*weight)
         ctx.sizes, ctx.transposed = sizes, transposed
-        return _nf4_linear_op(x, weight, sizes, bias, transposed)
+        if _watched(x):
+            return _nf4_linear_op(x, weight, sizes, bias, transposed)
+        return _product(x, unflatten(weight, sizes), bias, transposed)
 
     @staticmethod
     def backward(ctx, dy):
@@ -176,7 +191,10 @@ class NF4Linear(nn.Module):
             x = x.to(torch.get_autocast_dtype(x.device.type))
         compute = x.dtype if self.compute_dtype is None else self.compute_dtype
         bias = None if self.bias is None else self.bias.to(compute)
-        return _NF4Linear.apply(x.to(compute), *flatten(self.quantized), bias, True).to(x.dtype)
+        h = x.to(compute)
+        if _watched(h) or (torch.is_grad_enabled() and (h.requires_grad or (bias is not None and bias.requires_grad))):
+            return _NF4Linear.apply(h, *flatten(self.quantized), bias, True).to(x.dtype)
+        return _product(h, self.quantized, bias, True).to(x.dtype)
 
     def _apply(self, fn, recurse=True):
         """Everything that moves or casts a module comes through here: codes and scales move, but are never cast."""

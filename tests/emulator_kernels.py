@@ -112,6 +112,58 @@ def push_along(x_ptr, WRONG: tl.constexpr):
 
 
 @triton.jit
+def read_then_write(x_ptr, WRONG: tl.constexpr, BLOCK: tl.constexpr):
+    """A row moves one place to the left: every warp overwrites what another one reads."""
+    row, offs = x_ptr + tl.program_id(0) * BLOCK, tl.arange(0, BLOCK)
+    x = tl.load(row + (offs + 1) % BLOCK)
+    if not WRONG:
+        tl.debug_barrier()
+    tl.store(row + offs, x)  # planted
+
+
+@triton.jit
+def write_then_read(x_ptr, y_ptr, WRONG: tl.constexpr, BLOCK: tl.constexpr):
+    """x = 2 x, and y gets it, one place to the left: every warp reads what another one wrote."""
+    first, offs = tl.program_id(0) * BLOCK, tl.arange(0, BLOCK)
+    tl.store(x_ptr + first + offs, 2 * tl.load(x_ptr + first + offs))
+    if not WRONG:
+        tl.debug_barrier()
+    x = tl.load(x_ptr + first + (offs + 1) % BLOCK)  # planted
+    tl.store(y_ptr + first + offs, x)
+
+
+@triton.jit
+def write_then_write(x_ptr, y_ptr, WRONG: tl.constexpr, BLOCK: tl.constexpr):
+    """y = x, then 2 x, one place to the left: every warp overwrites what another one wrote."""
+    row, offs = y_ptr + tl.program_id(0) * BLOCK, tl.arange(0, BLOCK)
+    x = tl.load(x_ptr + tl.program_id(0) * BLOCK + offs)
+    tl.store(row + offs, x)
+    if not WRONG:
+        tl.debug_barrier()
+    tl.store(row + (offs + BLOCK - 1) % BLOCK, 2 * x)  # planted
+
+
+@triton.jit
+def spread_and_count(count_ptr, y_ptr, WRONG: tl.constexpr, BLOCK: tl.constexpr):
+    """Every thread loads a count and writes it into a row; one adds 1 to it, which others may find there."""
+    i, offs = tl.program_id(0), tl.arange(0, BLOCK)
+    count = tl.load(count_ptr + i)
+    tl.store(y_ptr + i * BLOCK + offs, count)
+    if not WRONG:
+        tl.debug_barrier()
+    tl.store(count_ptr + i, count + 1)  # planted
+
+
+@triton.jit
+def count_in_place(count_ptr, few_ptr):
+    """Counts go up by 1: of every count each warp has a copy, and none but the one that writes uses its own."""
+    i, few = tl.program_id(0), tl.arange(0, 16)
+    tl.store(count_ptr + i, tl.load(count_ptr + i) + 1)
+    x = tl.load(few_ptr + i * 16 + few)
+    tl.store(few_ptr + i * 16 + few, x + tl.sum(x, axis=0))
+
+
+@triton.jit
 def count_behind_a_lock(lock_ptr, count_ptr, WRONG: tl.constexpr):
     """count += 1 by every program; one that takes the lock and keeps it leaves the others waiting."""
     while tl.atomic_cas(lock_ptr, 0, 1) == 1:  # planted

@@ -73,6 +73,7 @@ def test_every_listed_operation_is_tested():
         "__rtruediv__",  # torch's other name of __rdiv__
         "binary_cross_entropy",  # an error in torch on CUDA
         "gaussian_nll_loss", "multilabel_margin_loss", "index_put",  # composed, or with inputs of special shape
+        "lstm", "gru", "rnn_tanh", "rnn_relu",  # without a GPU torch does not take them apart as cuDNN does; below
         "interpolate", "grid_sample",  # torch cannot tell their dtypes without a GPU; by its lists, below
     }  # fmt: skip
     assert (LOW | HIGH | WIDEST) - OPS.keys() == untested
@@ -214,6 +215,27 @@ def test_attention_module():
     x = torch.randn(2, 3, 8)
     with autocast(torch.bfloat16):
         assert attention(x, x, x)[0].dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize("layer", [torch.nn.LSTM, torch.nn.GRU, torch.nn.RNN, torch.nn.LSTMCell, torch.nn.GRUCell,
+                                   torch.nn.RNNCell])  # fmt: skip
+@DTYPES
+def test_recurrent_layers(layer, dtype):
+    torch.manual_seed(0)
+    first, second, x = torch.nn.Linear(4, 4), layer(4, 4), torch.randn(2, 4)
+    with autocast(dtype):
+        h = first(x) if "Cell" in layer.__name__ else x  # torch's LSTM & Co. ask for their weights' dtype themselves
+        y = second(h)
+        y = y[0] if isinstance(y, tuple) else y
+    assert y.dtype == dtype
+    y.float().sum().backward()
+    assert all(p.grad.dtype == torch.float32 for p in second.parameters())
+
+
+@pytest.mark.parametrize("layer", [torch.nn.LSTM, torch.nn.GRU, torch.nn.RNN])
+def test_recurrent_layers_with_16_bit_input(layer):
+    with autocast(torch.bfloat16), pytest.raises(ValueError, match="does not match weight dtype"):
+        layer(4, 4)(torch.randn(2, 4, dtype=torch.bfloat16))
 
 
 def test_reflected_product():

@@ -101,6 +101,18 @@ def test_every_answer_follows_the_prompt_that_generation_builds():
                 assert learnt_texts(example, tokenizer)[-1].removesuffix(END).rstrip("\n").endswith(text + ".")
 
 
+def test_what_a_model_writes_is_what_the_row_said():
+    """Its learnt tokens, decoded as `generate` does: with the row's white space and without the template's."""
+    instruct = "{% for m in messages %}{% if m.role == 'assistant' %}{{ ' ' + m.content + ' ' + eos_token }}" + (
+        "{% else %}{{ '[INST] ' + m.content + ' [/INST]' }}{% endif %}{% endfor %}")  # fmt: skip
+    for template in (CHATML, None, instruct):
+        tokenizer = make_tokenizer(template)
+        for text in ("Done.", " Done.", "\nend", "  end \n"):
+            example = data.encode([user("q"), answer(text)], tokenizer)
+            ids = example.input_ids[example.labels != data.IGNORE_INDEX].tolist()
+            assert data.decode_answer(ids, [user("q")], tokenizer) == text
+
+
 def test_a_tokenizer_that_cannot_part_prompt_and_answer_is_told():
     tokenizers, transformers = pytest.importorskip("tokenizers"), pytest.importorskip("transformers")
     vocabulary = {"<unk>": 0, "▁q": 1, "▁a:b": 2, "▁a:": 3, "▁b": 4, "</s>": 5}

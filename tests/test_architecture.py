@@ -32,8 +32,8 @@ PUBLIC = {
     "memory": "estimate measure analyze_lora_params analyze_memory_savings",
 }
 OPTIONAL = {"transformers", "tokenizers", "safetensors", "gguf", "tqdm", "matplotlib", "peft", "bitsandbytes", "regex",
-            "datasets", "optuna", "tensorboard", "wandb", "IPython", "jupytext", "jupyter_client", "nbclient",
-            "nbformat"}  # fmt: skip
+            "datasets", "pyarrow", "optuna", "tensorboard", "wandb", "IPython", "jupytext", "jupyter_client",
+            "nbclient", "nbformat"}  # fmt: skip
 LINES = 350
 
 PACKAGE = package()

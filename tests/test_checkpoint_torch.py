@@ -3,6 +3,7 @@
 import pytest
 import torch
 import torch.nn.functional as F
+from autocast_ops import OPS
 from handtuned.nn import CheckpointedTransformerLayer, checkpoint
 from handtuned.nn.checkpoint import CheckpointError
 from torch import nn
@@ -41,6 +42,30 @@ def test_what_an_operation_fills_after_saving_it_is_filled(name):
     function = FILL_AFTER_SAVING[name]
     for got, want in zip(run(function, checkpoint), run(function), strict=True):
         assert torch.equal(got, want)
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("name", OPS)
+def test_every_operation(name):
+    def results(call):
+        torch.manual_seed(0)
+        x, y = (torch.rand(4, 4).add(0.1).requires_grad_() for _ in range(2))
+        try:
+            result = call(OPS[name], x * 0.9, y * 0.9)
+            gradients = torch.autograd.grad(result.square().sum(), (x, y), allow_unused=True)
+        except RuntimeError as error:  # two of the list are not differentiable in their second argument
+            return [str(error)]
+        return [result.detach(), *(torch.zeros(4, 4) if g is None else g for g in gradients)]
+
+    got, want = results(checkpoint), results(lambda f, *args: f(*args))
+    assert len(got) == len(want)
+    for one, other in zip(got, want, strict=True):
+        assert one == other if isinstance(other, str) else torch.allclose(one, other, rtol=0, atol=0, equal_nan=True)
+
+
+def test_transforms_are_refused():
+    with pytest.raises(RuntimeError, match="functorch"):
+        torch.func.vmap(lambda x: checkpoint(torch.sin, x))(torch.ones(2, 3, requires_grad=True)).sum().backward()
 
 
 def test_the_recomputation_still_stops_before_the_last_product():

@@ -249,3 +249,45 @@ def test_absolute_difference():
     a, b, c = (numbers("s32", seed) for seed in (1, 2, 3))
     want = [wrap(abs(value(x, "s32") - value(y, "s32")) + int(z), "u32") for x, y, z in zip(a, b, c, strict=True)]
     assert apply("sad.s32 d, a, b, c;", [a, b, c], np.uint32).tolist() == want
+
+
+@pytest.mark.parametrize("kind", ["u32", "s32", "u64", "s64"])
+def test_the_shift_that_normalizes(kind):
+    bits = int(kind[1:])
+    numbers = np.array([0, 1, 2, 5, 1 << (bits - 2), (1 << (bits - 1)) - 1], np.uint64)
+    a = numbers.astype(f"{'i' if kind[0] == 's' else 'u'}{bits // 8}")
+    want = [0xFFFFFFFF, *(bits - int(x).bit_length() for x in a[1:])]
+    assert apply(f"bfind.shiftamt.{kind} d, a;", [a], np.uint32).tolist() == want
+
+
+def _carried(instructions, a, b, c=None):
+    """The second result of two instructions; %r40 or %d40 takes the first."""
+    register = "%r40" if a.itemsize == 4 else "%d40"
+    return apply(instructions.replace("first", register), [a, b] if c is None else [a, b, c], a.dtype)
+
+
+@pytest.mark.parametrize("bits", [32, 64])
+def test_carries(bits):
+    """(high, low) + (high, low) is exact mod 2 to the double width, and so with minus; signs make no difference."""
+    edges = [0, 1, (1 << bits) - 1, 1 << (bits - 1), 0x9E3779B97F4A7C15 % (1 << bits)]
+    a, b = (np.array(v, f"u{bits // 8}") for v in zip(*[(x, y) for x in edges for y in edges], strict=True))
+    for kind in (f"u{bits}", f"s{bits}"):
+        for op, sign in (("add", 1), ("sub", -1)):
+            got = _carried(f"{op}.cc.{kind} first, a, b;\n{op}c.{kind} d, a, b;", a, b)
+            for x, y, high in zip(a.tolist(), b.tolist(), got.tolist(), strict=True):
+                double = (x << bits | x) + sign * (y << bits | y)
+                assert high == double >> bits & (1 << bits) - 1
+            got = _carried(f"{op}.cc.{kind} first, a, b;\n{op}c.cc.{kind} first, a, b;\n{op}c.{kind} d, 0, 0;", a, b)
+            for x, y, top in zip(a.tolist(), b.tolist(), got.tolist(), strict=True):
+                assert top == (x << bits | x) + sign * (y << bits | y) >> 2 * bits & (1 << bits) - 1
+
+
+@pytest.mark.parametrize("bits", [32, 64])
+def test_products_that_carry(bits):
+    """mad.lo.cc and madc.hi: a · b + c in two registers."""
+    edges = [0, 1, 3, (1 << bits) - 1, 0x9E3779B97F4A7C15 % (1 << bits)]
+    a, b, c = (np.array(v, f"u{bits // 8}")
+               for v in zip(*[(x, y, z) for x in edges for y in edges for z in edges], strict=True))  # fmt: skip
+    body = f"mad.lo.cc.u{bits} first, a, b, c;\nmadc.hi.u{bits} d, a, b, 0;"
+    for x, y, z, high in zip(*(v.tolist() for v in (a, b, c, _carried(body, a, b, c))), strict=True):
+        assert high == x * y + z >> bits

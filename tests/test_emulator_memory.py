@@ -5,6 +5,8 @@ import pytest
 import torch
 from ptx import element_address, run
 
+from handtuned.gpu import KernelFault
+
 X = torch.randint(-(2**31), 2**31 - 1, (256,), generator=torch.Generator().manual_seed(0)).to(torch.int32)
 
 
@@ -238,3 +240,30 @@ def test_loops_and_divergence_are_counted():
     assert out.tolist() == [10 * (t % 3 + 1) for t in range(64)]
     assert counters.divergent_branches == 4 and counters.barriers == 1
     assert counters.lines["kernel.py", 4].instructions["int"] == 2 * 3
+
+
+def test_local_memory_and_tables():
+    """Each thread has an array of its own, indexed as it likes; constants of the kernel stand in global memory."""
+    out = torch.zeros(64, dtype=torch.int32)
+    body = f"""
+    .local .align 8 .b8 mine[16];
+    .global .align 4 .b8 table[16] = {{1, 0, 0, 0, 0, 1, 0, 0, 0, 0, 1, 0, 255, 255, 255, 255}};
+    mov.u32 %r1, %tid.x;
+    mov.b64 %d1, mine;
+    and.b32 %r2, %r1, 3;
+    mul.wide.u32 %d2, %r2, 4;
+    mov.b64 %d3, table;
+    add.s64 %d3, %d3, %d2;
+    ld.global.b32 %r3, [%d3];
+    st.local.v4.b32 [%d1], {{%r1, %r1, %r1, %r1}};
+    add.s64 %d4, %d1, %d2;
+    st.local.b32 [%d4], %r3;
+    ld.local.v2.b32 {{%r4, %r5}}, [%d1+8];
+    {element_address(0, "%d5", 8)}
+    st.global.v2.b32 [%d5], {{%r4, %r5}};"""
+    run(body, [out])
+    table = [1, 256, 65536, -1]
+    for thread, (third, fourth) in enumerate(out.reshape(32, 2).tolist()):
+        assert third == (table[2] if thread % 4 == 2 else thread) and fourth == (-1 if thread % 4 == 3 else thread)
+    with pytest.raises(KernelFault, match="out of bounds"):
+        run(body.replace("[%d3];", "[%d3+16];"), [out])

@@ -14,11 +14,12 @@ import numpy as np
 import pytest
 import torch
 from compiled import compiled, run_again
-from handtuned.kernels import lora_gemms, matmul, nf4_matmul, nf4_stream
+from handtuned.kernels import lora_gemms, matmul, nf4_matmul
 from handtuned.kernels.adamw import ParamGroup, adamw_step_
 from handtuned.kernels.dropout import Dropout
 from handtuned.kernels.nf4 import nf4_dequantize
 from handtuned.kernels.nf4_quantize import nf4_quantize
+from handtuned.kernels.nf4_stream import nf4_stream
 from handtuned.kernels.unscale import squared_norm, unscale_
 from handtuned.quant import quantize_nf4
 from mutants import mutants, recorded
@@ -50,7 +51,7 @@ def quantized(N, K):
 def nf4_rows(rows):
     q, S = quantized(72, 1088), half(rows, 16)
     x, bias, B = half(rows, 1088), half(72), torch.randn(72, 16)
-    return lambda: nf4_stream.nf4_stream(x, q, bias, S, B, 0.5)
+    return lambda: nf4_stream(x, q, bias, S, B, 0.5)
 
 
 def dequantize():
@@ -68,10 +69,10 @@ def merge():
     return lambda: nf4_matmul.nf4_merge(q, A, B, 0.5, torch.float16)
 
 
-def fused():
-    q, S = quantized(72, 192), half(70, 16)
-    x, bias, B = half(70, 192), half(72), torch.randn(72, 16)
-    return lambda: nf4_matmul.nf4_fused(x, q, bias, S, B, 0.5)
+def fused(transposed):
+    rows, columns = (192, 72) if transposed else (72, 192)
+    q, x, S, up = quantized(72, 192), half(40, rows), half(40, 16), torch.randn(columns, 16)
+    return lambda: nf4_matmul.nf4_fused(x, q, half(72) if transposed else None, S, up, 0.5, transposed)
 
 
 def dropout():
@@ -124,7 +125,8 @@ def unscale():
 
 CASES = {
     "nf4_dequantize": dequantize, "nf4_quantize": quantize, "nf4_stream, one row": lambda: nf4_rows(1),
-    "nf4_stream, few rows": lambda: nf4_rows(5), "nf4_fused": fused, "nf4_merge": merge, "lora_down": down,
+    "nf4_stream, few rows": lambda: nf4_rows(5), "nf4_merge": merge,
+    "nf4_fused": lambda: fused(True), "nf4_fused, dx": lambda: fused(False), "lora_down": down,
     "lora_up_grads": up_grads, "lora_down_grad": down_grad, "lora_product": lambda: product(40, 130, 100),
     "lora_product, whole tiles": lambda: product(64, 256, 256),
     "lora_product, dropout": lambda: product(40, 130, 100, True), "scaled_matmul": scaled, "adamw": adamw,
@@ -133,8 +135,10 @@ CASES = {
 
 
 def _decides(i):
-    """Not a guard of memory but the kernel's own question for an overflow: without, it would set the flag always."""
-    return i.op.startswith("st.global") and "tl.store(found_inf_ptr, 1.0, mask=bad != 0)" in getline(i.file, i.line)
+    """Not a guard of memory but a question of the kernel's: whether there was an overflow, which thread counts."""
+    line = getline(i.file, i.line)
+    overflow = i.op.startswith("st.global") and "tl.store(found_inf_ptr, 1.0, mask=bad != 0)" in line
+    return overflow or (i.op.startswith("atom") and "tl.atomic_add(turn, 1" in line)
 
 
 def outcomes(case, arch, every=1):

@@ -11,7 +11,7 @@ from compiled import compiled, fault_of, run_again
 from mutants import mutants, recorded
 
 from handtuned.gpu import KernelFault, emulate
-from handtuned.gpu.driver import _name_sources
+from handtuned.gpu.emulator.parse import Kernel
 
 each_arch = pytest.mark.parametrize("arch", ["sm_80", "sm_90"])
 
@@ -72,7 +72,7 @@ def test_a_checkout_that_was_compiled_elsewhere(tmp_path, compiled_in):
     file.touch()
     old = f"{compiled_in}/tests/kernels.py"
     code = [SimpleNamespace(file=old), SimpleNamespace(file=library)]
-    _name_sources(SimpleNamespace(file=old, kernel=SimpleNamespace(code=code)), str(file))
+    Kernel.name_files(SimpleNamespace(file=old, code=code), str(file))
     assert [i.file for i in code] == [str(file), library]
 
 
@@ -138,6 +138,53 @@ def test_programs_in_each_others_way(arch, kernel, kind, says, place, written):
     with emulate(arch):
         kernel[(3,)](x, False)
     assert x[:3].tolist() == written
+
+
+def rows(kernel, wrong):
+    """Run a kernel over 3 rows of 128; gives x before, x and y after it."""
+    x, y = torch.randint(1, 9, (3, 128), dtype=torch.int32), torch.zeros(3, 128, dtype=torch.int32)
+    before = x.clone()
+    kernel[(3,)](*(x, y)[: len(kernel.arg_names) - 2], wrong, 128)
+    return before, x, y
+
+
+@compiled
+@each_arch
+@pytest.mark.parametrize(
+    ("kernel", "says", "x_is", "y_is"),
+    [
+        (planted.read_then_write, "overwritten that another warp may still read", lambda x: x.roll(-1, 1), None),
+        (planted.write_then_read, "is read that another warp wrote", lambda x: 2 * x, lambda x: 2 * x.roll(-1, 1)),
+        (planted.write_then_write, "is overwritten that another warp wrote", lambda x: x, lambda x: 2 * x.roll(-1, 1)),
+    ],
+)
+def test_warps_in_each_others_way(arch, kernel, says, x_is, y_is):
+    """Through global memory, within a program; each of the three orders."""
+    with emulate(arch):
+        before, x, y = rows(kernel, False)
+    assert torch.equal(x, x_is(before)) and (y_is is None or torch.equal(y, y_is(before)))
+    fault = fault_of(arch, lambda: rows(kernel, True))
+    check(fault, "race", kernel, range(3), range(128), None, says)
+    assert fault.thread % 32 in (0, 31) and fault.address % 4 == 0  # where two warps meet
+
+
+@compiled
+@each_arch
+def test_copies_of_what_is_overwritten(arch):
+    """Where a tile is smaller than the program every warp loads it, and one stores: a race if another used its copy."""
+    kernel, count, y = planted.spread_and_count, torch.tensor([5, 7, 9]), torch.zeros(3, 128, dtype=torch.int64)
+    fault = fault_of(arch, lambda: kernel[(3,)](count, y, True, 128))
+    check(fault, "race", kernel, range(3), 0, None, "overwritten that another warp may still read")
+    assert fault.address == count.data_ptr() + 8 * fault.program
+    count = torch.tensor([5, 7, 9])
+    with emulate(arch):
+        kernel[(3,)](count, y, False, 128)
+    assert count.tolist() == [6, 8, 10] and torch.equal(y, count[:, None] - 1 + 0 * y)
+    few = torch.randint(9, (3, 16))
+    expected = few + few.sum(1, keepdim=True)
+    with emulate(arch):
+        planted.count_in_place[(3,)](count, few)
+    assert count.tolist() == [7, 9, 11] and torch.equal(few, expected)
 
 
 @compiled

@@ -1,5 +1,7 @@
 """What the lanes of a warp do together: shuffles, votes, reductions, mma.sync, ldmatrix and stmatrix, against torch."""
 
+import itertools
+
 import numpy as np
 import pytest
 import torch
@@ -97,7 +99,8 @@ def test_a_missing_lane_is_waited_for_in_vain():
     assert caught.value.kind == "deadlock" and caught.value.line == 4
 
 
-KINDS = {"f16": torch.float16, "bf16": torch.bfloat16, "tf32": torch.float32, "s8": torch.int8, "u8": torch.uint8}
+KINDS = {"f16": torch.float16, "bf16": torch.bfloat16, "tf32": torch.float32, "s8": torch.int8, "u8": torch.uint8,
+         "e4m3": torch.float8_e4m3fn, "e5m2": torch.float8_e5m2}  # fmt: skip
 
 
 def matrices(kind, k):
@@ -113,7 +116,8 @@ def matrices(kind, k):
 
 @pytest.mark.parametrize("kind,k,to", [("f16", 8, "f32"), ("f16", 16, "f32"), ("bf16", 8, "f32"), ("bf16", 16, "f32"),
                                        ("tf32", 4, "f32"), ("tf32", 8, "f32"), ("f16", 16, "f16"), ("f16", 8, "f16"),
-                                       ("s8", 16, "s32"), ("s8", 32, "s32"), ("u8", 32, "s32")])  # fmt: skip
+                                       ("s8", 16, "s32"), ("s8", 32, "s32"), ("u8", 32, "s32"),
+                                       ("e4m3", 32, "f32"), ("e5m2", 32, "f32"), ("e4m3", 16, "f32")])  # fmt: skip
 def test_mma(kind, k, to):
     A, B = matrices(kind, k)
     size = A.itemsize
@@ -145,6 +149,55 @@ def test_mma(kind, k, to):
     want = A.double() @ B.double() + C.double()
     torch.testing.assert_close(D.double(), want, rtol=2e-3 if to == "f16" else 1e-6, atol=1e-2 if to == "f16" else 1e-5)
     assert counters.tensor_flops == 2 * 16 * 8 * k
+
+
+def test_mma_of_two_types_of_8_bits():
+    """One that is 2 in all of A (e4m3) and 3 in all of B (e5m2), the sign by its name in the opcode."""
+    out = torch.zeros(32)
+    d, a, b, c = "%r10, %r11, %r12, %r13", "%r1, %r1, %r1, %r1", "%r2, %r2", "%r3, %r3, %r3, %r3"
+    body = f"""mov.b32 %r1, 0x40404040;
+    mov.b32 %r2, 0x42424242;
+    mov.b32 %r3, 0f3F800000;
+    mma.sync.aligned.m16n8k32.row.col.f32.e4m3.e5m2.f32 {{{d}}}, {{{a}}}, {{{b}}}, {{{c}}};
+    {element_address(0, "%d1", 4)}
+    st.global.b32 [%d1], %r13;"""
+    run(body, [out])
+    assert (out == 32 * 2 * 3 + 1).all()
+
+
+def test_mma_of_integers_that_overflow():
+    d, a, b, c = "%r10, %r11, %r12, %r13", "%r1, %r1, %r1, %r1", "%r1, %r1", "%r3, %r3, %r3, %r3"
+    for clamp, want in ((".satfinite", 2**31 - 1), ("", 32 * 127 * 127 + 2**31 - 1 - 2**32)):
+        out = torch.zeros(32, dtype=torch.int32)
+        body = f"""mov.b32 %r1, 0x7F7F7F7F;
+        mov.b32 %r3, 0x7FFFFFFF;
+        mma.sync.aligned.m16n8k32.row.col{clamp}.s32.s8.s8.s32 {{{d}}}, {{{a}}}, {{{b}}}, {{{c}}};
+        {element_address(0, "%d1", 4)}
+        st.global.b32 [%d1], %r12;"""
+        run(body, [out])
+        assert (out == want).all()
+
+
+@pytest.mark.parametrize("m,k", [(8, 4), (16, 4), (16, 8), (16, 16)])
+def test_mma_of_doubles(m, k):
+    torch.manual_seed(0)
+    A, B, C = torch.randn(m, k).double(), torch.randn(k, 8).double(), torch.randn(m, 8).double()
+    a = A.reshape(m // 8, 8, k // 4, 4).permute(1, 3, 2, 0).reshape(32, -1)  # rows g and g + 8, columns t + 4 j
+    b = B.t().reshape(8, k // 4, 4).permute(0, 2, 1).reshape(32, -1)
+    c = C.reshape(m // 8, 8, 4, 2).permute(1, 2, 0, 3).reshape(32, -1)
+    columns = [t[:, j].contiguous() for t in (a, b, c) for j in range(t.shape[1])]
+    loads = [f"{element_address(j, f'%d{60 + j}', 8)}\nld.global.b64 %d{j}, [%d{60 + j}];" for j in range(len(columns))]
+    at = [0, a.shape[1], a.shape[1] + b.shape[1], len(columns)]
+    groups = ["{" + ", ".join(f"%d{j}" for j in range(*ends)) + "}" for ends in itertools.pairwise(at)]
+    results = "{" + ", ".join(f"%d{40 + j}" for j in range(c.shape[1])) + "}"
+    out = [torch.zeros(32).double() for _ in range(c.shape[1])]
+    stores = [f"{element_address(len(columns) + j, '%d59', 8)}\nst.global.b64 [%d59], %d{40 + j};"
+              for j in range(len(out))]  # fmt: skip
+    op = f"mma.sync.aligned.m{m}n8k{k}.row.col.f64.f64.f64.f64 {results}, {', '.join(groups)};"
+    counters = run("\n".join([*loads, op, *stores]), [*columns, *out])
+    D = torch.stack(out, 1).reshape(8, 4, m // 8, 2).permute(2, 0, 1, 3).reshape(m, 8)
+    torch.testing.assert_close(D, A @ B + C, rtol=1e-13, atol=1e-13)
+    assert counters.tensor_flops == 2 * m * 8 * k
 
 
 MATRIX = """mov.u32 %r1, %tid.x;

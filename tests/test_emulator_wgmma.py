@@ -4,7 +4,8 @@ import pytest
 import torch
 from ptx import run
 
-KINDS = {"f16": torch.float16, "bf16": torch.bfloat16, "tf32": torch.float32}
+KINDS = {"f16": torch.float16, "bf16": torch.bfloat16, "tf32": torch.float32, "e4m3": torch.float8_e4m3fn,
+         "e5m2": torch.float8_e5m2, "s8": torch.int8}  # fmt: skip
 SWIZZLES = {128: 1, 64: 2, 32: 3}
 
 
@@ -36,7 +37,8 @@ def multiply(kind="f16", n=16, span=128, transposed=(False, False), registers=Fa
     dtype = KINDS[kind]
     size = dtype.itemsize
     k = 32 // size
-    A, B = torch.randn(64, k).to(dtype), torch.randn(n, k).to(dtype)
+    A, B = ((torch.randn(rows, k) * (30 if kind == "s8" else 1)).to(dtype) for rows in (64, n))
+    to = "s32" if kind == "s8" else "f32"
     if kind == "tf32":
         A, B = ((x.view(torch.int32) & ~0x1FFF).view(torch.float32) for x in (A, B))
     images, bits = [], []
@@ -55,14 +57,15 @@ def multiply(kind="f16", n=16, span=128, transposed=(False, False), registers=Fa
         images.append(torch.nn.functional.pad(_blocks(stored, span), (0, -len(_blocks(stored, span)) % 1024)))
         bits.append(_descriptor(at, leading, stride, span))
     image = torch.cat(images)
-    out = torch.zeros(128, n // 2)  # what each thread holds
+    out = torch.zeros(128, n // 2, dtype=torch.int32 if kind == "s8" else torch.float32)  # what each thread holds
     results = ", ".join(f"%r{100 + j}" for j in range(n // 2))
-    flags = "" if size == 4 else ", 0, 0" if not any(transposed) else f", {int(transposed[0])}, {int(transposed[1])}"
+    flags = "" if size != 2 else ", 0, 0" if not any(transposed) else f", {int(transposed[0])}, {int(transposed[1])}"
     fragments = torch.zeros(128, 4, dtype=torch.int32)
     if registers:
         flags = flags[3:] and f", {int(transposed[1])}"
         lanes = A.contiguous().view(torch.int32).reshape(4, 2, 8, 2, 4)
         fragments = lanes.permute(0, 2, 4, 3, 1).reshape(128, 4).contiguous()  # warp, g, t, half of K, half of rows
+    signs = "" if kind == "s8" else ", 1, 1"
     a = "{%r90, %r91, %r92, %r93}" if registers else "%d40"
     steps = range(0, len(image), 512)
     loop = "\n".join(f"ld.global.b32 %r10, [%d5+{at}];\nst.shared.b32 [%r11+{at}], %r10;" for at in steps)
@@ -88,7 +91,7 @@ def multiply(kind="f16", n=16, span=128, transposed=(False, False), registers=Fa
     mov.b64 %d41, {bits[1]};
     setp.ne.s32 %p1, 0, 0;
     {order}
-    wgmma.mma_async.sync.aligned.m64n{n}k{k}.f32.{kind}.{kind} {{{results}}}, {a}, %d41, %p1, 1, 1{flags};
+    wgmma.mma_async.sync.aligned.m64n{n}k{k}.{to}.{kind}.{kind} {{{results}}}, {a}, %d41, %p1{signs}{flags};
     wgmma.commit_group.sync.aligned;
     {wait}
     {stores}"""
@@ -107,7 +110,8 @@ def test_k_major(kind, span, registers):
     for n in (8, 16, 64):
         body, tensors, launch, A, B = multiply(kind, n, span, registers=registers)
         counters = run(body, tensors, **launch)
-        torch.testing.assert_close(result(tensors[1], n), A.float() @ B.float().t(), rtol=1e-6, atol=1e-5)
+        want = (A.float() @ B.float().t()).to(tensors[1].dtype)
+        torch.testing.assert_close(result(tensors[1], n), want, rtol=1e-6, atol=1e-5)
         assert counters.tensor_flops == 2 * 64 * n * A.shape[1]
 
 

@@ -10,6 +10,7 @@ import pytest
 import torch
 from finetuned import finetune
 from helpers import assert_same_function
+from safetensors.torch import load_file
 from tiny import WORDS, make_model
 
 from handtuned import cli
@@ -37,6 +38,23 @@ def test_peft_loads_the_adapter_with_equal_logits(model_dir, finished):
         before = AutoModelForCausalLM.from_pretrained(model_dir)(ids).logits
     assert_same_function(found, expected, terms=LONGEST)
     assert (found - before).abs().max() > 1e-2
+
+
+def test_peft_s_patterns_as_flags(model_dir, rows, tmp_path):
+    """Adapted as PEFT reads them, written into the config, and kept by --resume."""
+    flags = ["--rank-pattern", "q_proj=3", r"layers\.0\..*k_proj=5", "--alpha-pattern", "k_proj=2.5",
+             "--exclude-modules", "down_proj", "o_proj", "--layers-to-transform", "0"]  # fmt: skip
+    out = tmp_path / "out"
+    assert finetune(model_dir, rows, out, "--max-steps", "2", "--save-steps", "1", "--lora-r", "2", *flags) == 0
+    config = json.loads((out / "adapter_config.json").read_text())
+    assert config["r"] == 2 and config["rank_pattern"] == {"q_proj": 3, "k_proj": 5}
+    assert config["alpha_pattern"] == {"k_proj": 2.5}
+    tensors = load_file(out / "adapter_model.safetensors")
+    layers = {key.removeprefix("base_model.model.").split(".lora_")[0] for key in tensors}
+    names = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "mlp.gate_proj", "mlp.up_proj")
+    assert layers == {f"model.layers.0.{name}" for name in names}
+    assert cli.main(["finetune", "--resume", str(out / "checkpoint-1"), *flags]) == 0
+    assert json.loads((out / "adapter_config.json").read_text()) == config
 
 
 def test_generate_answers(finished, capsys):

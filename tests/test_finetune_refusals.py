@@ -41,6 +41,13 @@ def test_pain_11_a_typo_in_targets_adapts_nothing(model_dir, rows, tmp_path, cap
     (["--device", "meta"], "--device must be auto, cpu, cuda or cuda:N"),
     (["--learning-rate", "-1e-3"], "--learning-rate must be a finite number above 0, got -0.001"),
     (["--max-steps", "0"], "--max-steps must be at least 1"),
+    (["--rank-pattern", "q_proj"], "--rank-pattern must be of the form NAME=NUMBER, got q_proj"),
+    (["--rank-pattern", "q_proj=1.5"], "--rank-pattern must be of the form NAME=NUMBER, got q_proj=1.5"),
+    (["--rank-pattern", "q_porj=4"], "rank_pattern or alpha_pattern: 'q_porj' fits none"),
+    (["--alpha-pattern", "q_proj=x"], "--alpha-pattern must be of the form"),
+    (["--exclude-modules", "w1"], "exclude_modules: ['w1'] fits none"),
+    (["--layers-to-transform", "9"], "layers_to_transform: [9] fits none"),
+    (["--layers-to-transform", "x"], "--layers-to-transform"),
 ])  # fmt: skip
 def test_bad_input_is_one_clear_line_and_exit_code_2(model_dir, rows, tmp_path, capsys, flags, message):
     out = tmp_path / "out"

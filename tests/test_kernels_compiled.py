@@ -125,8 +125,8 @@ PRICE = """
 import json
 from handtuned.gpu.examine import examine
 from handtuned.gpu.operations import OPERATIONS, Size
-from handtuned.kernels import matmul
-matmul._lora.configs = matmul._scaled.configs = [t for t in matmul.LORA_TILES if t.kwargs["BLOCK_N"] == 256][:1]
+from handtuned.kernels import runtime
+runtime.FIXED["lora_product"] = runtime.FIXED["scaled_matmul"] = "128 x 256, 8 warps, 3 stages"
 
 def work(*names):
     flops = requested = 0

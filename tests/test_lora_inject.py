@@ -121,10 +121,9 @@ def test_a_target_that_selects_nothing_changes_nothing(targets, message):
         assert "k_proj, lm_head, q_proj, v_proj, vq_proj" in str(error.value)
 
 
-@pytest.mark.parametrize("targets", [None, 5], ids=str)
-def test_targets_of_no_use(targets):
-    with pytest.raises(TypeError, match=f"target_modules.*got {targets}"):
-        apply_lora_to_model(Model(), 2, 4.0, targets)
+def test_targets_of_no_use():
+    with pytest.raises(TypeError, match=r"target_modules.*got 5"):
+        apply_lora_to_model(Model(), 2, 4.0, 5)
 
 
 def test_the_same_selection_as_peft():

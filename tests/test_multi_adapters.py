@@ -148,7 +148,7 @@ def test_delete(saved):
     assert torch.equal(logits(model), logits(alone(saved, "c")))
 
 
-@pytest.mark.parametrize("name", ["", "a.b", "../x", "a/b", "keys", "pop", "training", None])
+@pytest.mark.parametrize("name", ["", "a.b", "../x", "keys", "pop", "training", None])
 def test_names_that_cannot_be(saved, name):
     with pytest.raises(ValueError, match="adapter"):
         load_adapter(llama(), saved / "a", name)

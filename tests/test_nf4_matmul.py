@@ -65,7 +65,7 @@ def test_the_plan_by_shape(kernel_backend, device):
     small_blocks = quantized(8, 128, block_size=32)
 
     def rows(M, K=128):
-        return torch.empty(M, K, device=device)
+        return torch.empty(M, K, device=device, dtype=torch.float16)
 
     ways = [plan(rows(M).half(), q, dropout=False) for M in (1, 16, 17, 256, 257, 1023, 1024)]
     tensor_cores = runs_product(rows(1).half())

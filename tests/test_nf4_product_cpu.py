@@ -1,21 +1,41 @@
 """The compiled CPU product with an NF4 weight: its values, its reach in memory, its independence, and when it runs."""
 
-import ctypes
-
 import pytest
 import torch
-from handtuned.kernels import nf4_cpu, nf4_matmul, runtime
+from handtuned.kernels import nf4_cpu, nf4_matmul, nf4_tiled, runtime
 from handtuned.kernels.lora import lora_linear
-from handtuned.kernels.nf4 import NF4_CODE
+from handtuned.kernels.nf4 import NF4_CODE, nf4_dequantize_reference
 from handtuned.kernels.nf4_cpu import nf4_product_native
 from handtuned.nn import LoRALinear
 from handtuned.quant import NF4Linear, quantize_nf4
-from helpers import assert_computes, assert_within_budget
+from helpers import assert_computes, assert_within_budget, run_uninterpreted
 from torch import nn
 
-pytestmark = pytest.mark.skipif(
-    not nf4_cpu.HAS_PRODUCT, reason="built only where there is a C compiler, and for AVX-512"
-)
+pytestmark = pytest.mark.skipif(nf4_cpu.LEVEL == nf4_cpu.PLAIN, reason="built only where there is a C compiler")
+LEVELS = {"AVX2": nf4_cpu.AVX2, "AVX-512": nf4_cpu.AVX512, "AVX512-BF16": nf4_cpu.AVX512_BF16}
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+SHAPES = [  # M, N, K, r, block_size
+    (1, 1, 32, 0, 32),
+    (2, 3, 64, 0, 64),  # fewer columns than a tile
+    (3, 70, 128, 2, 64),
+    (7, 15, 64, 1, 64),
+    (8, 16, 96, 8, 64),  # blocks cross rows
+    (9, 17, 64, 3, 4096),  # one block for many rows
+    (65, 49, 544, 64, 64),
+    (513, 70, 160, 65, 128),  # more rows than a batch
+    (40, 1100, 32, 300, 64),  # sums over N longer than a panel of fp32
+    (3, 20, 1536, 2, 512),  # sums over K longer than that, blocks half as long
+    (5, 20, 4160, 2, 1024),  # and longer than one of bf16
+    (4, 2100, 64, 1100, 64),  # and over N; more terms of the adapter than a panel holds
+]
+
+
+@pytest.fixture(params=LEVELS)
+def level(request, monkeypatch):
+    """The C is held to these instructions."""
+    if LEVELS[request.param] > nf4_cpu.LEVEL:
+        pytest.skip(f"this CPU, or ATEN_CPU_CAPABILITY, has no {request.param}")
+    monkeypatch.setattr(nf4_cpu, "LEVEL", LEVELS[request.param])
 
 
 @pytest.fixture
@@ -33,74 +53,113 @@ def products(native, monkeypatch):
     return ran
 
 
-@pytest.mark.parametrize("transposed", [True, False], ids=["x Wᵀ", "x W"])
-@pytest.mark.parametrize(
-    ("M", "N", "K", "r", "block_size"),
-    [
-        (1, 1, 32, 0, 32),
-        (7, 15, 64, 1, 64),
-        (8, 16, 96, 8, 64),  # blocks cross rows
-        (9, 17, 64, 3, 4096),  # one block for many rows
-        (65, 49, 544, 64, 64),  # sums longer than a panel
-        (513, 70, 160, 65, 128),  # more rows than a batch, more terms of the adapter than a panel holds
-        (40, 1100, 32, 300, 64),
-        (3, 20, 1536, 2, 512),  # blocks as long as a panel
-        (3, 20, 2048, 2, 1024),  # and longer
-    ],
-    ids=str,
-)
-def test_against_fp64(M, N, K, r, block_size, transposed):
+def check_product(product, M, N, K, r, block_size, transposed, dtype):
+    """Against fp64, from W as `nf4_dequantize` gives it in x's dtype and an adapter in fp32."""
     q = quantize_nf4(torch.randn(N, K), block_size, double_quant=block_size != 128)
-    W, x, bias = q.dequantize(), torch.randn(M, K if transposed else N), torch.randn(N if transposed else K)
-    S, low = torch.randn(r, M).t(), torch.randn(N, r) if transposed else torch.randn(r, K)
-
+    W, x = nf4_dequantize_reference(q, dtype), torch.randn(M, K if transposed else N).to(dtype)
+    bias, S = torch.randn(N if transposed else K).to(dtype), torch.randn(r, M).t().to(dtype)
+    low = torch.randn(N, r) if transposed else torch.randn(r, K)
     weight, L = (W.t(), low.t()) if transposed else (W, low)
-    y = nf4_product_native(x, q, NF4_CODE, transposed, bias, S, low, 0.5)
+    y = product(x, q, transposed, bias, S, low, 0.5)
     inputs, terms = (x, weight, bias, S, L), x.shape[1] + r + 1
-    assert_computes(y, lambda x, W, b, S, L: x @ W + b + 0.5 * S @ L, inputs, terms, "y")
+    assert_computes(y, lambda x, W, b, S, L: x @ W + b + 0.5 * S @ L, inputs, terms, "y", torch.float32)
 
 
-@pytest.mark.parametrize("N", [1, 17, 47, 48, 100])
-def test_nothing_is_written_beside_y(N):
-    M, K = 9, 64
-    q, x = quantize_nf4(torch.randn(N, K)), torch.randn(M, K)
-    memory = torch.full((M * N + 200,), 123.25)
-    w = nf4_cpu._weight(q, NF4_CODE)
-    nf4_cpu._library.handtuned_nf4_product(
-        ctypes.byref(w), N, K, True, x.data_ptr(), K, M, None, None, None, 0, 0, 0, 1.0, memory[100:].data_ptr(), 2
-    )
-    assert torch.equal(memory[100 : 100 + M * N].view(M, N), nf4_product_native(x, q, NF4_CODE, True))
-    assert (memory[:100] == 123.25).all() and (memory[100 + M * N :] == 123.25).all()
+def _native(x, q, *rest):
+    return nf4_product_native(x, q, NF4_CODE, *rest)
 
 
-def test_bits_depend_on_neither_threads_nor_other_rows():
-    q, x = quantize_nf4(torch.randn(200, 576)), torch.randn(37, 576)
-    y, threads = nf4_product_native(x, q, NF4_CODE, True), torch.get_num_threads()
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("transposed", [True, False], ids=["x Wᵀ", "x W"])
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_against_fp64(level, shape, transposed, dtype):
+    check_product(_native, *shape, transposed, dtype)
+
+
+@pytest.mark.parametrize("dtype", DTYPES[1:], ids=str)
+@pytest.mark.parametrize("transposed", [True, False], ids=["x Wᵀ", "x W"])
+@pytest.mark.parametrize("shape", [*SHAPES, (3, 600, 63, 2, 64), (2, 1100, 48, 0, 4096), (0, 5, 64, 1, 64)], ids=str)
+def test_in_torch_against_fp64(shape, transposed, dtype):
+    """16-bit rows without a compiler."""
+    if shape[2] * shape[1] % 2 == 0:
+        check_product(nf4_tiled.nf4_product_tiled, *shape, transposed, dtype)
+
+
+@pytest.mark.parametrize("dtype", DTYPES[:2], ids=str)
+@pytest.mark.parametrize("M", [1, 9])
+@pytest.mark.parametrize("N", [1, 17, 47, 64, 100])
+def test_nothing_is_written_beside_y(level, monkeypatch, N, M, dtype):
+    q, x = quantize_nf4(torch.randn(N, 64)), torch.randn(M, 64).to(dtype)
+    expected, memory, empty = _native(x, q, True), [], torch.empty
+
+    def between_canaries(shape, dtype):
+        count = torch.Size(shape).numel()
+        memory.append(torch.full((count + 200,), 123.0, dtype=dtype))
+        return memory[-1][100 : count + 100].view(shape)
+
+    monkeypatch.setattr(nf4_cpu.torch, "empty", between_canaries)
+    y = _native(x, q, True)
+    monkeypatch.setattr(nf4_cpu.torch, "empty", empty)
+    assert torch.equal(y, expected)
+    assert len(memory) == 2
+    for block in memory:
+        assert (block[:100] == 123).all() and (block[-100:] == 123).all()
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("transposed", [True, False], ids=["x Wᵀ", "x W"])
+def test_bits_depend_on_neither_threads_nor_other_rows(level, transposed, dtype):
+    q, x = quantize_nf4(torch.randn(192, 4224)), torch.randn(37, 4224).to(dtype)
+    x = x if transposed else x[:, :192]
+    S, low = torch.randn(37, 3).to(dtype), torch.randn(192, 3) if transposed else torch.randn(3, 4224)
+    y, threads = _native(x, q, transposed, None, S, low), torch.get_num_threads()
     try:
         for count in (1, 3, 16):
             torch.set_num_threads(count)
-            assert torch.equal(nf4_product_native(x, q, NF4_CODE, True), y)
+            assert torch.equal(_native(x, q, transposed, None, S, low), y)
     finally:
         torch.set_num_threads(threads)
-    for i in (0, 8, 36):
-        assert torch.equal(nf4_product_native(x[i : i + 1], q, NF4_CODE, True), y[i : i + 1])
+    for i, count in ((0, 1), (8, 1), (36, 1), (3, 2), (4, 3), (5, 4), (6, 7), (1, 17)):
+        rows = slice(i, i + count)
+        assert torch.equal(_native(x[rows], q, transposed, None, S[rows], low), y[rows])
 
 
-def test_rows_that_are_not_contiguous():
-    q, x = quantize_nf4(torch.randn(48, 64)), torch.randn(10, 128)
-    for strided in (x[:, :64], x[::2, 64:], x.t()[:64].t(), torch.randn(64, 10).t(), torch.randn(64).expand(10, 64)):
-        given = nf4_product_native(strided, q, NF4_CODE, True)
-        assert torch.equal(given, nf4_product_native(strided.contiguous(), q, NF4_CODE, True))
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_rows_that_are_not_contiguous(level, dtype):
+    q, x = quantize_nf4(torch.randn(48, 64)), torch.randn(10, 128).to(dtype)
+    square = torch.randn(64, 10).to(dtype)
+    for strided in (x[:, :64], x[::2, 64:], x.t()[:64].t(), square.t(), square[:, 0].expand(10, 64), x[:0, :64]):
+        assert torch.equal(_native(strided, q, True), _native(strided.contiguous(), q, True))
+        given = strided[:, :48]
+        assert torch.equal(_native(given, q, False), _native(given.contiguous(), q, False))
 
 
-def test_inf_and_nan_stay_in_their_rows():
-    q, x = quantize_nf4(torch.randn(33, 64)), torch.randn(9, 64)
-    clean = nf4_product_native(x, q, NF4_CODE, True)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_inf_and_nan_stay_in_their_rows(level, dtype):
+    q, x = quantize_nf4(torch.randn(33, 64)), torch.randn(9, 64).to(dtype)
+    clean = _native(x, q, True)
     x[2, 5], x[8, 0] = float("inf"), float("nan")
-    y = nf4_product_native(x, q, NF4_CODE, True)
+    y = _native(x, q, True)
     assert not y[2].isfinite().any() and y[8].isnan().all()
     kept = [0, 1, 3, 4, 5, 6, 7]
     assert torch.equal(y[kept], clean[kept])
+
+
+@pytest.mark.parametrize("bits", [0x7FFFFFFF, 0x7F800001, 0xFFFFFFFF - (1 << 32), 0x7F800000])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_scales_that_are_not_finite_reach_their_columns(level, dtype, bits):
+    q, x = quantize_nf4(torch.randn(33, 64), double_quant=False), torch.rand(2, 64).to(dtype)
+    q.absmax.view(torch.int32)[7] = bits
+    y = _native(x, q, True)
+    assert not y[:, 7].isfinite().any()
+    assert y[:, :7].isfinite().all() and y[:, 8:].isfinite().all()
+
+
+def test_weights_of_zeros_and_rows_of_zeros(level):
+    q = quantize_nf4(torch.zeros(5, 64))
+    for dtype in DTYPES:
+        assert (_native(torch.randn(3, 64).to(dtype), q, True) == 0).all()
+        assert (_native(torch.zeros(3, 64, dtype=dtype), quantize_nf4(torch.randn(5, 64)), True) == 0).all()
 
 
 def test_when_it_runs(native, monkeypatch):
@@ -108,12 +167,25 @@ def test_when_it_runs(native, monkeypatch):
         return nf4_matmul.plan(torch.empty(M, q.shape[1], dtype=dtype), q)
 
     q = quantize_nf4(torch.randn(8, 64))
-    assert [way(q, M=M) for M in (0, 1, 17, 4096)] == ["native"] * 4
-    assert way(q, torch.bfloat16) == way(q, torch.float64) == "exact"
+    for dtype in DTYPES:
+        assert [way(q, dtype, M) for M in (0, 1, 17, 4096)] == ["native"] * 4
+    assert way(q, torch.float64) == "exact"
     assert way(quantize_nf4(torch.randn(8, 48))) == "exact"
+    assert way(quantize_nf4(torch.randn(8, 48)), torch.bfloat16) == "tiled"
     assert way(quantize_nf4(torch.randn(0, 64))) == "exact"
+    monkeypatch.setattr(nf4_cpu, "LEVEL", nf4_cpu.PLAIN)
+    assert [way(q, dtype) for dtype in DTYPES] == ["exact", "tiled", "tiled"]
+    monkeypatch.undo()
     monkeypatch.setenv("HANDTUNED_BACKEND", "torch")
     assert way(q) == "exact"
+
+
+@pytest.mark.parametrize(("held_to", "level"), [("default", "0"), ("avx2", "1"), ("", "2 or 3")])
+def test_it_obeys_the_variable_that_torch_obeys(monkeypatch, held_to, level):
+    monkeypatch.setenv("ATEN_CPU_CAPABILITY", held_to)
+    code = "import torch; from handtuned.kernels import nf4_cpu; print(nf4_cpu.LEVEL)"
+    printed = run_uninterpreted(code).split()[-1]
+    assert printed in level or (held_to == "" and printed == "1")
 
 
 @pytest.mark.parametrize("part", ["packed", "absmax"])

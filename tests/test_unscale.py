@@ -88,13 +88,22 @@ def test_dtypes_may_be_mixed(each_backend, device):
 
 def test_a_mixture_of_dtypes_is_one_launch(kernel_backend, device, monkeypatch):
     grads = [torch.randn(3, 5, device=device).to(dtype) for dtype in (*DTYPES, torch.float32)]
-    launches, kernel = [], unscale._unscale_kernel
-    monkeypatch.setattr(unscale, "_unscale_kernel", {(4,): lambda *a, **k: (launches.append(1), kernel[(4,)](*a, **k))})
+    launches, launch = [], unscale.launch
+    monkeypatch.setattr(unscale, "launch", lambda *a, **k: (launches.append(1), launch(*a, **k)))
     expected = sum(g.double().square().sum() for g in grads)
     assert abs(squared_norm(grads).item() - expected.item()) <= norm_error(grads) * expected
     grads[1][0, 0], found = float("nan"), scalar(0, device)
     unscale_(grads, scalar(1, device), found)
     assert len(launches) == 2 and found.item() == 1
+
+
+@pytest.mark.parametrize("offset", [1, 2, 8])
+def test_an_unaligned_gradient_among_others(each_backend, device, offset):
+    """A view that starts in the middle: the same result, in the same launch."""
+    grads = [torch.randn(BLOCK + 8, device=device)[offset:], torch.randn(77, device=device)]
+    expected = [g * 0.5 for g in grads]
+    unscale_(grads, scalar(0.5, device), scalar(0, device))
+    assert all(torch.equal(g, e) for g, e in zip(grads, expected, strict=True))
 
 
 def test_same_as_torch(each_backend, device):

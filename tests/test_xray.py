@@ -288,9 +288,18 @@ def test_the_check_fails_where_registers_spill():
     assert " 0 B spilled" not in done.stdout.splitlines()[2] and "1 fail" in done.stdout
 
 
+TOO_LARGE = """
+import sys
+from handtuned.kernels import matmul, runtime
+from handtuned import cli
+matmul.LORA_TILES[runtime.FIXED["lora_product"]]["num_stages"] = 9
+sys.exit(cli.main(["xray", "lora_product[fp16, y]", "--check", "--arch", "sm_89"]))
+"""
+
+
 @pytest.mark.skipif(not runtime.HAS_TRITON, reason="needs Triton")
 def test_the_check_fails_where_a_program_does_not_fit_on_its_card():
-    done = xray_command("lora_down[fp16]", "--check", "--arch", "sm_89", "--rank", "128")
+    done = python("-c", TOO_LARGE)
     assert done.returncode == 1, done.stderr
     assert "fails: OutOfResources" in done.stdout
 

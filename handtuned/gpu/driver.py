@@ -7,7 +7,7 @@ shared memory and Triton's own cache work as on a card.
 
 Private interfaces used, the same in Triton 3.6 and 3.7: `triton.runtime.driver`, what a driver, its `utils` and its
 launcher are called with, `knobs.runtime.add_stages_inspection_hook`, `CompiledKernel.metadata`, the fields `cache` and
-`do_bench` of an Autotuner, `InterpretedFunction.run`.
+`do_bench` of an Autotuner, `InterpretedFunction.run`, how a TensorDescriptor is passed.
 """
 
 import contextlib
@@ -15,7 +15,6 @@ import gc
 import hashlib
 import inspect
 import json
-import os
 import re
 import subprocess
 import tempfile
@@ -37,6 +36,7 @@ from .emulator.counters import Counters
 from .emulator.machine import Launch, Machine
 from .emulator.memory import Global
 from .emulator.parse import parse
+from .emulator.tma import encoded
 from .emulator.types import f32_to_bf16
 
 WRITTEN_FOR = ("3.6", "3.7")
@@ -55,13 +55,41 @@ def check_version():
         )
 
 
-def _flat(signature, values):
-    """(Triton type, value) of each argument that is passed at run time; tuples are passed element by element."""
+def _flat(signature, values, maps):
+    """(Triton type, value) of each argument that is passed at run time; tuples are passed element by element.
+
+    Args:
+        maps: what the compiler says of each TensorDescriptor, where it becomes a tensor map.
+    """
     for kind, value in zip(signature, values, strict=True):
         if isinstance(kind, tuple):
-            yield from _flat(kind, value)
+            yield from _flat(kind, value, maps)
+        elif kind.startswith("tensordesc"):
+            yield from _descriptor(kind, value, next(maps, None))
         elif kind != "constexpr":
             yield kind, value
+
+
+def _descriptor(kind, value, meta):
+    """The arguments that a TensorDescriptor of the host becomes; "reached": a tensor that is none, but touched."""
+    shape, strides = list(value.shape), list(value.strides)
+    nan = value.padding == "nan"
+    if meta is None:  # an architecture without TMA
+        yield "*" + kind, value.base
+        yield from [("i64", n) for n in shape + strides]
+        yield from [("i1", nan), ("i1", value.round_f32_to_tf32)]
+    elif meta["fp4_padded"] or value.round_f32_to_tf32:
+        raise NotImplementedError("the emulator knows no TensorDescriptor of 4 bits and none that rounds to TF32")
+    else:
+        raw = torch.empty(256, dtype=torch.uint8)
+        at = -raw.data_ptr() % 128
+        tensor_map = raw[at : at + 128]
+        tensor_map.numpy()[:] = encoded(value.base.data_ptr(), shape, strides, list(meta["block_size"]),
+                                        meta["elem_type"], meta["swizzle"], nan)  # fmt: skip
+        yield "*map", tensor_map
+        yield "reached", value.base
+    yield from [("i32", n) for n in shape]
+    yield from [("i64", n) for n in strides]
 
 
 def _bits(kind, value):
@@ -72,24 +100,6 @@ def _bits(kind, value):
         return f32_to_bf16(np.array([[value]], np.float32))
     value = np.array([[value]]).astype(_SCALARS[kind])
     return value.view(f"u{value.dtype.itemsize}")
-
-
-def _name_sources(machine, file):
-    """Triton's cache knows a kernel by its text, so its code may come from another file: name files as they are here.
-
-    Args:
-        file: that the kernel stands in.
-    """
-    old, new, machine.file = machine.file, file, file
-    if not old or old == new:
-        return
-    while os.path.basename(old) and os.path.basename(old) == os.path.basename(new):
-        old, new = os.path.dirname(old), os.path.dirname(new)
-    old, new = old.rstrip("/"), new.rstrip("/")  # the root: one checkout may lie in /a, the other in /b/a
-    for i in machine.kernel.code:
-        here = new + i.file[len(old) :]
-        if i.file.startswith(old) and (i.file == old or os.path.exists(here)):
-            i.file = here
 
 
 class _Launcher:
@@ -108,17 +118,19 @@ class _Launcher:
             return
         if enter is not None:
             enter(launch_metadata)
-        self._run(machine, (x, y, z), list(_flat(self.src.signature.values(), args)))
+        maps = iter(getattr(self.metadata, "tensordesc_meta", None) or ())
+        self._run(machine, (x, y, z), list(_flat(self.src.signature.values(), args, maps)))
         if leave is not None:
             leave(launch_metadata)
 
     def _run(self, machine, grid, arguments):
         meta = self.metadata
-        _name_sources(machine, inspect.getsourcefile(self.src.fn.fn))
+        machine.kernel.name_files(inspect.getsourcefile(self.src.fn.fn))
         values, tensors = [], []
         for kind, value in arguments:
-            values.append(_bits(kind, value))
-            if kind.startswith("*") and value is not None:
+            if kind != "reached":
+                values.append(_bits(kind, value))
+            if kind.startswith(("*", "reached")) and value is not None:
                 tensors.append(getattr(value, "base", value) if not isinstance(value, torch.Tensor) else value)
         programs = grid[0] * grid[1] * grid[2]
         for size in (meta.global_scratch_size, meta.profile_scratch_size):
@@ -155,8 +167,6 @@ class _Utils:
             strict = not triton.__version__.startswith("3.6")
             machine = self.machines[code] = Machine(parse(code.decode()), copies_need_fence=strict)
             machine.ptx = code.decode()
-            named = re.search(r'\.file\s+1\s+"([^"]*)"(?:\s+"([^"]*)")?', machine.ptx)  # the kernel's own file
-            machine.file = os.path.join(*filter(None, named.groups())) if named else ""
         registers, spills, most_threads = 0, 0, 1024
         return machine, machine, registers, spills, most_threads
 

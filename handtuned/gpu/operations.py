@@ -184,6 +184,15 @@ def _down_grad(low, dropped):
     )  # fmt: skip
 
 
+def _mask(low):
+    def prepare(s):
+        return lambda: _dropout().mask(s.M, s.K, DTYPES[low])
+
+    return Operation(
+        f"dropout_mask[{low}]", prepare, "element", lambda s: s.M * s.K, lambda s: DTYPES[low].itemsize * s.M * s.K
+    )
+
+
 def _product(low, what, dropped=False):
     """y = x Wᵀ + s S Bᵀ, or (what: "dx") the same on W as it lies, for backward."""
 
@@ -249,7 +258,7 @@ _ALL = (
     _stream("nf4_one_row", 1, "fp16"), _stream("nf4_few_rows", 16, "fp16"), _stream("nf4_few_rows", 16, "bf16"),
     _fused("fp16", "y"), _fused("fp16", "dx"), _merge("fp16"), _merge("bf16"),
     _down("fp16", False), _down("fp16", True), _up_grads("fp16"), _down_grad("fp16", False), _down_grad("fp16", True),
-    _product("fp16", "y"), _product("bf16", "y"), _product("fp16", "dx"), _product("fp16", "dx", True),
+    _mask("fp16"), _product("fp16", "y"), _product("bf16", "y"), _product("fp16", "dx"), _product("fp16", "dx", True),
     _scaled("fp16", "nn"), _scaled("fp16", "nt"), _scaled("fp16", "tn"), _scaled("fp16", "nn", True),
     _adamw(False), _adamw(True), _unscale("fp32"), _unscale("fp16"), _unscale("bf16", "fp32"),
 )  # fmt: skip

@@ -169,7 +169,7 @@ def emulate(arch: str = "sm_90", programs: int | None = None, every_tile: bool =
         arch: "sm_75", "sm_80", "sm_86", "sm_89", "sm_90" or "sm_120"; "sm_100" without its tensor cores.
         programs: execute no more than so many programs of each launch, which is enough to count a large one, but
             leaves holes in what it writes (they may be read). 0: only compile and check what it needs.
-        every_tile: launch all configurations of a tuned kernel that fit, instead of the first.
+        every_tile: launch all configurations of a tuned kernel that fit, instead of one.
 
     Yields:
         Emulator: its `launches`, `print(gpu)`, `gpu.source(kernel)`.
@@ -185,11 +185,11 @@ def emulate(arch: str = "sm_90", programs: int | None = None, every_tile: bool =
 
     unwritten = Unwritten()
     gpu = Emulator(arch)
-    before = runtime.emulated_arch
+    before = runtime.emulated_arch, runtime.every_way
     watch = _WatchEmpty(unwritten) if programs is None else contextlib.nullcontext()
     with installed(EmulatedDriver(arch, unwritten, gpu._ran, programs, every_tile)), watch:
-        runtime.emulated_arch = arch
+        runtime.emulated_arch, runtime.every_way = arch, every_tile
         try:
             yield gpu
         finally:
-            runtime.emulated_arch = before
+            runtime.emulated_arch, runtime.every_way = before

@@ -81,9 +81,12 @@ def begin(directory: Path, settings: dict, base: Base, training) -> dict:
     world, path = training.world, directory / "results.json"
     with world.shared_errors():
         if world.main:
-            trainable = sum(p.numel() for p in lora_parameters(base.model))
-            # fp32: the adapter and two moments
-            _check_disk(directory, trainable * 4 * 3 * (settings["save_total_limit"] + 2))
+            place = next(place for place in (directory.absolute(), *directory.absolute().parents) if place.exists())
+            trainable, free = sum(p.numel() for p in lora_parameters(base.model)), shutil.disk_usage(place).free
+            needed = trainable * 4 * 3 * (settings["save_total_limit"] + 2)  # fp32: the adapter and two moments
+            if free < needed:
+                raise ValueError(f"no disk space for {directory}: {free / 1e6:.0f} MB free, {needed / 1e6:.0f} MB "
+                                 "needed")  # fmt: skip
             directory.mkdir(parents=True, exist_ok=True)
             for left in directory.glob(".*.tmp"):  # by a process that was killed in the middle of writing
                 shutil.rmtree(left) if left.is_dir() else left.unlink()
@@ -95,19 +98,10 @@ def begin(directory: Path, settings: dict, base: Base, training) -> dict:
     return world.broadcast(json.loads(path.read_text(encoding="utf-8")) if world.main and path.exists() else {})
 
 
-def _check_disk(directory: Path, needed: int) -> None:
-    place = next(place for place in (directory.absolute(), *directory.absolute().parents) if place.exists())
-    free = shutil.disk_usage(place).free
-    if free < needed:
-        raise ValueError(f"no disk space for {directory}: {free / 1e6:.0f} MB free, {needed / 1e6:.0f} MB needed")
-
-
 def _check_marks(directory: Path, model: str, marks: dict[str, str | int]) -> None:
-    known = _read(directory)["marks"]
-    what = {"base": f"base model ({model})", "data": "training data"}
-    for name in changed_marks(known, marks):
-        if name in what:
-            raise ValueError(f"{directory}: the {what[name]} is not what it was when this run began")
+    known, what = _read(directory)["marks"], {"base": f"base model ({model})", "data": "training data"}
+    for name in what.keys() & changed_marks(known, marks):
+        raise ValueError(f"{directory}: the {what[name]} is not what it was when this run began")
     if known["base"] != marks["base"]:
         print("the scales of the 4-bit base are rounded differently than when this run began")
 

@@ -15,13 +15,13 @@ from torch.nn.utils.rnn import pad_sequence
 
 from ..datasets import shipped_dataset
 from ..nn.loss import IGNORE_INDEX
-from .encoding import Example, describe_example, encode, encode_prompt, end_of_turn
+from .encoding import Example, decode_answer, describe_example, encode, encode_prompt, end_of_turn
 from .files import DataError
 from .formats import Chat, load_rows
 from .settings import FinetuneSettings, column_names
 
-__all__ = ["IGNORE_INDEX", "Chat", "DataError", "Example", "describe_example", "encode", "encode_prompt",
-           "end_of_turn", "load_rows", "shipped_dataset"]  # fmt: skip
+__all__ = ["IGNORE_INDEX", "Chat", "DataError", "Example", "decode_answer", "describe_example", "encode",
+           "encode_prompt", "end_of_turn", "load_rows", "shipped_dataset"]  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -46,20 +46,19 @@ def load_chats(settings: FinetuneSettings) -> tuple[list[Chat], list[Chat], str 
         sources, shipped = map(str, shipped_dataset())
         eval_path = eval_path or shipped
 
-    def read(path: str) -> list[Chat]:
+    def read(path: str, weight: float) -> list[tuple[Chat, float]]:
         loaded = load_rows(path, settings.skip_bad_rows, column_names(settings.columns), settings.train_on)
         for note in loaded.notes:
             print(f"{path}: {note}")
-        return loaded.rows
+        return [(chat, weight) for chat in loaded.rows]
 
-    weighted = [weighted_source(source) for source in ([sources] if isinstance(sources, str) else sources)]
-    chats = [(chat, weight) for path, weight in weighted for chat in read(path)]
+    sources = [sources] if isinstance(sources, str) else sources
+    chats = [entry for source in sources for entry in read(*weighted_source(source))]
     if eval_path:
-        held_out = read(eval_path)
+        held_out = read(eval_path, 1.0)
     else:
         chats, held_out = split(chats, settings.eval_fraction, settings.seed)
-        held_out = [chat for chat, _ in held_out]
-    train, held_out = repeated(chats, settings.seed), held_out[: settings.eval_samples]
+    train, held_out = repeated(chats, settings.seed), [chat for chat, _ in held_out][: settings.eval_samples]
     texts, others = [repr((chat, chat.tools)) for chat, _ in chats], {repr((chat, chat.tools)) for chat in held_out}
     for what, count in (("duplicate training rows", len(texts) - len(set(texts))),
                         ("training rows that are held out, too", sum(text in others for text in texts))):  # fmt: skip

@@ -21,7 +21,6 @@ import contextlib
 import datetime
 import json
 import re
-from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 
@@ -53,7 +52,7 @@ class Example:
     input_ids: np.ndarray
     labels: np.ndarray  # the id itself where it is learnt, else -100
     cut: int = 0  # tokens beyond max_seq_length that were left off at the end
-    follows_prompt: bool = True  # the last answer follows, token by token, the prompt that `encode_prompt` gives
+    follows_prompt: bool = True  # answers follow, token by token, the prompts that `encode_prompt` gives
     hides_reasoning: bool = False  # the template leaves out reasoning_content of a turn
 
     @property
@@ -67,12 +66,22 @@ def encode_prompt(chat: Chat, tokenizer) -> list[int]:
 
     The template's own generation prompt, but for what it opens and no answer shows: thinking that was not learnt.
     """
-    text, starts = _prompt(chat, tokenizer), []
+    text, answers = _prompt(chat, tokenizer)[0], []
     with contextlib.suppress(DataError):
         answered = _render(chat, tokenizer)
         turns = [turn for turn, message in enumerate(chat) if message["role"] == "assistant"]
-        starts = [_answer(chat, turn, answered, tokenizer)[0] for turn in turns]
-    return _tokenize(text, starts, tokenizer)[0]
+        answers = [_answer(chat, turn, answered, tokenizer)[:2] for turn in turns]
+    return _tokenize(text, answers, tokenizer)[0]
+
+
+def decode_answer(ids: list[int], chat: Chat, tokenizer) -> str:
+    """What a model has answered to a chat, without special tokens and the white space that the template adds."""
+    text = tokenizer.decode(ids, skip_special_tokens=True)
+    first = next((t for t in tokenizer.convert_ids_to_tokens(ids) if t not in tokenizer.all_special_tokens), "")
+    if first.startswith("▁") and not text.startswith(" "):  # sentencepiece shows no space before a whole text
+        text = f" {text}"
+    _, before, behind = _prompt(chat, tokenizer)
+    return text.removeprefix(before).removesuffix(behind)
 
 
 def end_of_turn(tokenizer) -> int | None:
@@ -108,7 +117,7 @@ def encode(chat: Chat, tokenizer, max_seq_length: int | None = None, train_on: s
         _check_all_is_shown(chat, text, tokenizer)
         turns = [turn for turn, message in enumerate(chat) if message["role"] == "assistant"]
         answers = {turn: _answer(chat, turn, text, tokenizer) for turn in turns[-1 if train_on == "last" else 0 :]}
-        ids, offsets = _tokenize(text, [start for start, *_ in answers.values()], tokenizer)
+        ids, offsets, apart = _tokenize(text, [answer[:2] for answer in answers.values()], tokenizer)
         learnt = np.zeros(len(ids) + 1, dtype=bool)
         for turn, (start, stop, end, _) in answers.items():
             first, last = np.searchsorted(offsets[:, 0], [start, stop])
@@ -120,7 +129,7 @@ def encode(chat: Chat, tokenizer, max_seq_length: int | None = None, train_on: s
             if chat[turn].get("weight") != 0:
                 learnt[first : ends[-1] if ends else last] = True
         *before, (*_, prompt) = answers.values()
-        follows = ids[:first] == _tokenize(prompt, [start for start, *_ in before], tokenizer)[0]
+        follows = apart and ids[:first] == _tokenize(prompt, [answer[:2] for answer in before], tokenizer)[0]
         if train_on == "all":
             learnt[:-1] = True
     if learnt[-1] and tokenizer.eos_token_id is not None and not (ids and _is_special(ids[-1], tokenizer)):
@@ -136,18 +145,12 @@ def encode(chat: Chat, tokenizer, max_seq_length: int | None = None, train_on: s
 
 def describe_example(example: Example, tokenizer) -> str:
     """The text of an example as the model sees it, with what is learnt between >> and <<."""
-    learnt = example.labels != IGNORE_INDEX
-    text = ""
-    for start, stop in _runs(learnt):
+    learnt, text = example.labels != IGNORE_INDEX, ""
+    edges = np.flatnonzero(np.diff(learnt.astype(np.int8))) + 1
+    for start, stop in pairwise([0, *edges.tolist(), len(learnt)]):
         text_of_run = tokenizer.decode(example.input_ids[start:stop].tolist(), skip_special_tokens=False)
         text += f">>{text_of_run}<<" if learnt[start] else text_of_run
     return f"{len(learnt)} tokens, {example.answer_tokens} of them learnt, between >> and <<:\n{text}"
-
-
-def _runs(flags: Sequence[bool]) -> Iterator[tuple[int, int]]:
-    """(start, stop) of each stretch of equal flags."""
-    edges = [0, *(np.flatnonzero(np.diff(np.asarray(flags, dtype=np.int8))) + 1).tolist(), len(flags)]
-    return pairwise(edges)
 
 
 def _render(chat: Chat, tokenizer, **options) -> str:
@@ -220,16 +223,20 @@ def _shared(marked: Chat, prompt_end: str, tokenizer) -> tuple[int, int]:
     return _common(between, prompt_end), first.start() if first else len(between)
 
 
-def _prompt(chat: Chat, tokenizer) -> str:
-    """The text of the prompt that is to be answered, as far as an answer without thinking shares it."""
+def _prompt(chat: Chat, tokenizer) -> tuple[str, str, str]:
+    """The text of the prompt that is to be answered, as far as an answer without thinking shares it, and the white
+    space that the template itself writes before and behind an answer."""
     text = _render(chat, tokenizer, add_generation_prompt=True)
     try:
         end = _prompt_end(chat, tokenizer)
         answered = Chat([*chat, {"role": "assistant", "content": ANSWER}], getattr(chat, "tools", None))
-        shared, _ = _shared(_marked(answered, len(chat) - 1, SHOWN), end, tokenizer)
+        marked = _render(_marked(answered, len(chat) - 1, SHOWN), tokenizer)
     except DataError:
-        return text
-    return text[: len(text) - len(end) + shared]
+        return text, "", ""
+    before, _, behind = marked.rpartition(SHOWN)[2].partition(ANSWER)
+    shared = _common(before, end)
+    before = before[shared:] if before[shared:].isspace() else ""
+    return text[: len(text) - len(end) + shared], before, behind[: len(behind) - len(behind.lstrip())]
 
 
 def _answer(chat: Chat, turn: int, text: str, tokenizer) -> tuple[int, int, int, str]:
@@ -277,28 +284,33 @@ def _hidden(chat: Chat, turn: int) -> str:
     return f"message {turn + 1}: the chat template does not show {what}"
 
 
-def _ids(text: str, tokenizer) -> list[int]:
-    return tokenizer(text, add_special_tokens=False)["input_ids"]
-
-
-def _tokenize(text: str, starts: list[int], tokenizer) -> tuple[list[int], np.ndarray]:
-    """Token ids and their (tokens, 2) character offsets; a token never holds both sides of a start.
-
-    Where a tokenizer writes a piece of text otherwise than within a text (a space before each), they may; such a
-    token is no part of the answer.
+def _tokenize(text: str, answers: list[tuple[int, int]], tokenizer) -> tuple[list[int], np.ndarray, bool]:
+    """Token ids, their (tokens, 2) character offsets, and whether no token holds both sides of an answer's start or
+    stop. One does where a tokenizer writes a piece of text otherwise than within a text (a space before each); it is
+    no part of the answer.
     """
-    def piece(at: int, to: int):
-        encoded = tokenizer(text[at:to], add_special_tokens=False, return_offsets_mapping=True)
-        return encoded["input_ids"], np.array(encoded["offset_mapping"]).reshape(-1, 2) + at
+
+    def piece(at: int, to: int, guard: str = ""):
+        encoded = tokenizer(guard + text[at:to], add_special_tokens=False, return_offsets_mapping=True)
+        places = np.array(encoded["offset_mapping"], dtype=int).reshape(-1, 2) + at - len(guard)
+        return encoded["input_ids"][bool(guard) :], places[bool(guard) :]
 
     ids, offsets = piece(0, len(text))
-    if all(_ids(text[:start], tokenizer) == ids[: np.searchsorted(offsets[:, 0], start)] for start in starts):
-        return ids, offsets
-    pieces = [piece(at, to) for at, to in pairwise([0, *starts, len(text)])]
-    joined = [token for tokens, _ in pieces for token in tokens]
-    if tokenizer.decode(joined, skip_special_tokens=False) != tokenizer.decode(ids, skip_special_tokens=False):
-        return ids, offsets
-    return joined, np.concatenate([offsets for _, offsets in pieces])
+    cuts = []
+    for start, stop in answers:
+        if piece(0, start)[0] != ids[: np.searchsorted(offsets[:, 0], start)]:
+            cuts.append(start)
+        if ((offsets[:, 0] < stop) & (offsets[:, 1] > stop)).any():
+            cuts.append(stop)
+    if not cuts:
+        return ids, offsets, True
+    whole = tokenizer.decode(ids, skip_special_tokens=False)
+    for guard in ("", tokenizer.eos_token or ""):  # some write a space before a text, but not behind a special token
+        pieces = [piece(at, to, guard * (at > 0)) for at, to in pairwise([0, *cuts, len(text)])]
+        joined = [token for tokens, _ in pieces for token in tokens]
+        if tokenizer.decode(joined, skip_special_tokens=False) == whole:
+            return joined, np.concatenate([offsets for _, offsets in pieces]), True
+    return ids, offsets, False
 
 
 def _is_special(token: int, tokenizer) -> bool:

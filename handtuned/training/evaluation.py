@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from ..nn.loss import IGNORE_INDEX, linear_cross_entropy
 from . import data
 from .formats import as_text
+from .logging import finite
 
 SHOWN_PROMPTS = 3
 
@@ -102,11 +103,6 @@ def rates(loss: float, tokens: float, correct: float, exact: float, rows: float)
     return {"loss": loss / tokens, "token_accuracy": correct / tokens, "exact_match": exact / rows, "rows": int(rows)}
 
 
-def finite(scores: dict) -> dict:
-    """The same for JSON, which holds no NaN: None for what is not finite."""
-    return {name: value if math.isfinite(value) else None for name, value in scores.items()}
-
-
 def generate(model, tokenizer, chats: list[list[dict]], max_new_tokens: int = 48, **sampling) -> list[str]:
     """Answer chats, greedily unless `sampling` says otherwise; all of them in one left-padded batch.
 
@@ -135,13 +131,7 @@ def generate(model, tokenizer, chats: list[list[dict]], max_new_tokens: int = 48
     with evaluating(model):
         out = model.generate(input_ids=ids, attention_mask=mask, pad_token_id=pad,
                              max_new_tokens=min(max_new_tokens, context - width), **options)  # fmt: skip
-    return [_written(prompt, row[width:].tolist(), tokenizer) for prompt, row in zip(prompts, out, strict=True)]
-
-
-def _written(prompt: list[int], ids: list[int], tokenizer) -> str:
-    """New text without special tokens, its first white space kept, which some tokenizers show within a text alone."""
-    known, text = (tokenizer.decode(part, skip_special_tokens=True) for part in (prompt, prompt + ids))
-    return text[len(known) :] if text.startswith(known) else tokenizer.decode(ids, skip_special_tokens=True)
+    return [data.decode_answer(row[width:].tolist(), chat, tokenizer) for chat, row in zip(chats, out, strict=True)]
 
 
 def end_tokens(model, tokenizer) -> list[int] | None:

@@ -22,7 +22,7 @@ from pathlib import Path
 
 MOST_ROW = 2**24  # characters
 MOST_DOCUMENT = 2**28
-BOMB = 2**26, 100  # unpacked bytes from which on the ratio of unpacked to packed ones is looked at, and its limit
+BOMB = 2**22, 100  # unpacked bytes from which on the ratio of unpacked to packed ones is looked at, and its limit
 TABLES = {".csv": ",", ".tsv": "\t"}
 SUFFIXES = {".json", ".jsonl", ".ndjson", ".txt", ".parquet", ".arrow", *TABLES}
 # An object that is no row itself but holds a list of rows, behind numbers and texts at most.
@@ -35,6 +35,9 @@ Place = tuple[str, object]  # "FILE:LINE" or the like, and a row, or the DataErr
 
 class DataError(ValueError):
     """Data that cannot be learnt from. The message is one line and names the place."""
+
+    def __init__(self, text: str):
+        super().__init__(" ".join(text.splitlines()))
 
 
 def read_places(source: str | Path) -> Iterator[Place]:
@@ -131,17 +134,20 @@ def _columns(file: io.BufferedReader, name: str, parquet: bool) -> Iterator[Plac
     import pyarrow.parquet
 
     file = file if file.seekable() else io.BytesIO(file.read())
+    # One thread: on a damaged file others may still be at work when the process ends.
     if parquet:
-        batches = pyarrow.parquet.ParquetFile(file).iter_batches(batch_size=256)
+        batches = pyarrow.parquet.ParquetFile(file, pre_buffer=False).iter_batches(batch_size=256, use_threads=False)
     else:
+        options = pyarrow.ipc.IpcReadOptions(use_threads=False)
         try:
-            reader = pyarrow.ipc.open_file(file)
+            reader = pyarrow.ipc.open_file(file, options=options)
             batches = map(reader.get_batch, range(reader.num_record_batches))
         except pyarrow.ArrowInvalid:  # as `datasets` writes them
             file.seek(0)
-            batches = pyarrow.ipc.open_stream(file)
+            batches = pyarrow.ipc.open_stream(file, options=options)
     number = 0
     for batch in batches:
+        batch.validate(full=True)  # else a damaged file may be read beyond its end
         for row in batch.to_pylist():
             number += 1
             yield f"{name}: row {number}", row
@@ -161,52 +167,47 @@ def _rest(text: io.TextIOWrapper, name: str, begun: str = "") -> str:
     content = begun + text.read(MOST_DOCUMENT)
     if len(content) >= MOST_DOCUMENT:
         raise DataError(f"{name}: a JSON document of more than {MOST_DOCUMENT:,} characters; JSON Lines may be longer")
-    _check_characters(content, name)
+    if bad := _bad_character(content, name):
+        raise bad
     return content
 
 
-def _check_characters(text: str, name: str, line: int = 1) -> None:
-    if not text.isascii() and (bad := re.search(r"[\udc80-\udcff]", text)):
-        line += text.count("\n", 0, bad.start())
-        column = bad.start() - text.rfind("\n", 0, bad.start())
-        raise DataError(f"{name}:{line}: not UTF-8 text, column {column}")
+def _bad_character(text: str, name: str, line: int = 1) -> DataError | None:
+    if text.isascii() or not (bad := re.search(r"[\udc80-\udcff]", text)):
+        return None
+    column = bad.start() - text.rfind("\n", 0, bad.start())
+    return DataError(f"{name}:{line + text.count(chr(10), 0, bad.start())}: not UTF-8 text, column {column}")
 
 
 def _table(text: io.TextIOWrapper, name: str, delimiter: str) -> Iterator[Place]:
     csv.field_size_limit(MOST_ROW)
     lines = (line for _, line in _lines(text, name))
-    header_line = next(lines, "")
-    if delimiter == "," and "," not in header_line and ";" in header_line:
+    header = next(lines, "")
+    if delimiter == "," and "," not in header and ";" in header:
         delimiter = ";"
-    header = next(csv.reader([header_line], delimiter=delimiter), [])
-    if twice := {column for column in header if header.count(column) > 1}:
-        raise DataError(f"{name}:1: the column {min(twice)!r} stands twice in the header")
-    cells = csv.reader(lines, delimiter=delimiter, strict=True)
-    line = 2
-    while True:
-        try:
-            row = next(cells, None)
-        except csv.Error as error:
-            raise DataError(f"{name}:{cells.line_num + 1}: not a valid table: {error}") from None
-        if row is None:
-            return
-        if row:
-            try:
-                _check_characters("\n".join(row), name, line)
-                if len(row) != len(header):
-                    raise DataError(f"{name}:{line}: {len(row)} fields, the header has {len(header)}")
-                yield f"{name}:{line}", dict(zip(header, row, strict=True))
-            except DataError as error:
-                yield f"{name}:{line}", error
-        line = cells.line_num + 2
+    table = csv.DictReader(itertools.chain([header], lines), delimiter=delimiter, strict=True)
+    try:
+        columns = table.fieldnames or []
+        if twice := {column for column in columns if columns.count(column) > 1}:
+            raise DataError(f"{name}:1: the column {min(twice)!r} stands twice in the header")
+        for row in table:
+            more, cells = row.pop(None, []), "\n".join(filter(None, row.values()))
+            count = sum(cell is not None for cell in row.values()) + len(more)
+            line = table.line_num - sum(cell.count("\n") for cell in row.values() if cell)
+            wrong = DataError(f"{count} fields, the header has {len(columns)}") if count != len(columns) else None
+            yield f"{name}:{line}", wrong or _bad_character(cells, name, line) or row
+    except csv.Error as error:
+        raise DataError(f"{name}:{table.line_num + 1}: not a valid table: {error}") from None
 
 
-def _once(pairs: list[tuple[str, object]]) -> dict:
+def _once(pairs: list[tuple[str, object]]) -> dict | DataError:
+    """An object; where a key stands twice, in it or further inside, the error instead."""
     found = dict(pairs)
     if len(found) < len(pairs):
         names = [key for key, _ in pairs]
-        raise DataError(f"the key {next(key for key in names if names.count(key) > 1)!r} stands twice in an object")
-    return found
+        return DataError(f"the key {next(key for key in names if names.count(key) > 1)!r} stands twice in an object")
+    inside = (part for value in found.values() for part in (value if isinstance(value, list) else [value]))
+    return next((part for part in inside if isinstance(part, DataError)), found)
 
 
 DECODER = json.JSONDecoder(object_pairs_hook=_once)
@@ -223,10 +224,7 @@ def _json_lines(text: io.TextIOWrapper, name: str) -> Iterator[Place]:
             continue
         before, blank = blank, None
         try:
-            _check_characters(line, name, number)
-            row = DECODER.decode(line)
-        except DataError as error:
-            yield place, error if str(error).startswith(place) else DataError(f"{place}: {error}")
+            yield place, _bad_character(line, name, number) or DECODER.decode(line)
         except (ValueError, RecursionError) as error:
             if before is not None and getattr(error, "pos", 0) >= len(line.rstrip()):
                 following = next(lines, None)
@@ -234,9 +232,9 @@ def _json_lines(text: io.TextIOWrapper, name: str) -> Iterator[Place]:
                     yield from _document(_rest(text, name, "\n" * before + line + following[1]), name)
                     return
                 lines = itertools.chain([following] if following else [], lines)
-            yield place, DataError(f"{place}: not valid JSON: {_what_is_wrong(error)}")
-        else:
-            yield place, row
+            # The decoder's line counts within the row, and would contradict the file's.
+            reason = f"{error.msg}, column {error.colno}" if hasattr(error, "colno") else "nested too deeply"
+            yield place, DataError(f"not valid JSON: {reason}")
 
 
 def _document(text: str, name: str) -> Iterator[Place]:
@@ -284,34 +282,16 @@ def _decode(text: str, position: int, place: str) -> tuple[object, int]:
         piece = text[position : position + size]
         try:
             row, end = DECODER.raw_decode(piece)
-        except DataError as error:
-            return DataError(f"{place}: {error}"), _end_of(text, position, place)
+            if end < len(piece) or len(piece) < size:  # a number may go on behind the piece
+                return row, position + end
         except (ValueError, RecursionError) as error:
-            if len(piece) == size and size < MOST_ROW and not isinstance(error, RecursionError):
-                size *= 2
-                continue
-            if len(piece) == size and not isinstance(error, RecursionError):
-                raise DataError(f"{place}: not valid JSON, or of more than {MOST_ROW:,} characters") from None
-            column = position + getattr(error, "pos", 0) - text.rfind("\n", 0, position + getattr(error, "pos", 0))
-            reason = getattr(error, "msg", "nested too deeply")
-            # Where one row is broken nobody knows where the next begins, so this is never skipped.
-            raise DataError(f"{place}: not valid JSON: {reason}, column {column}") from None
-        if end < len(piece) or len(piece) < size:  # a number may go on behind the piece
-            return row, position + end
+            if size >= MOST_ROW or len(piece) < size or isinstance(error, RecursionError):
+                at = position + getattr(error, "pos", 0)
+                reason = f"{getattr(error, 'msg', 'nested too deeply')}, column {at - text.rfind(chr(10), 0, at)}"
+                # Where one row is broken nobody knows where the next begins, so this is never skipped.
+                raise DataError(f"{place}: not valid JSON: {reason}") from None
         size *= 2
-
-
-def _end_of(text: str, position: int, place: str) -> int:
-    """Where a value ends that is valid JSON, but for what `_once` refuses."""
-    return position + json.JSONDecoder().raw_decode(text[position : position + MOST_ROW])[1]
 
 
 def _after_space(text: str, position: int) -> int:
     return re.compile(r"\s*").match(text, position).end()
-
-
-def _what_is_wrong(error: Exception) -> str:
-    """The decoder's words with the column; its line number counts within the row, and would contradict the file's."""
-    if isinstance(error, RecursionError):
-        return "nested too deeply"
-    return f"{error.msg}, column {error.colno}" if isinstance(error, json.JSONDecodeError) else str(error)

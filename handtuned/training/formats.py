@@ -89,10 +89,9 @@ def load_rows(
                 raise row
             chat, unread = _as_chat(row, columns or {}, train_on)
         except (DataError, RecursionError) as error:
-            reason = str(error) if str(error).startswith(where) else f"{where}: {error}"
+            skipped.append(str(error) if str(error).startswith(where) else f"{where}: {error}")
             if not skip_bad_rows:
-                raise DataError(reason) from None
-            skipped.append(reason)
+                raise DataError(skipped[0]) from None
             continue
         ignored |= unread
         if all(message.get("weight") == 0 for message in chat if message["role"] in ("assistant", "text")):
@@ -103,15 +102,10 @@ def load_rows(
     if not rows:
         reason = f"no usable row among {len(skipped)}; {skipped[0]}" if skipped else "holds no rows"
         raise DataError(f"{path}: {reason}")
-    notes = []
-    if skipped:
-        total = len(skipped) + len(rows)
-        notes.append(f"bad rows skipped: {len(skipped)} of {total}, the first: {'; '.join(skipped[:3])}")
-    if unlearnt:
-        notes.append(f"rows left out, as their label is false or their answers have weight 0: {unlearnt}")
-    if ignored:
-        notes.append(f"ignored columns: {', '.join(sorted(ignored))}")
-    return LoadedRows(rows, notes)
+    first = f"{len(skipped)} of {len(skipped) + len(rows)}, the first: {'; '.join(skipped[:3])}" if skipped else ""
+    told = {"bad rows skipped": first, "ignored columns": ", ".join(sorted(ignored)),
+            "rows left out, as their label is false or their answers have weight 0": unlearnt}  # fmt: skip
+    return LoadedRows(rows, [f"{what}: {found}" for what, found in told.items() if found])
 
 
 def _as_chat(row: object, columns: Mapping[str, str], train_on: str) -> tuple[Chat, set[str]]:
@@ -129,12 +123,15 @@ def _as_chat(row: object, columns: Mapping[str, str], train_on: str) -> tuple[Ch
     if "chosen" in row and "rejected" in row:
         raise DataError("a preference row (chosen, rejected); what is learnt here are answers, not preferences")
     form = next((name for name in FORMS if row.get(name) is not None), None)
-    turns, read = [], {form, "system"}
-    if row.get("system") and form in ("conversations", "instruction"):
+    if form == "text":
+        if train_on != "all":
+            raise DataError("a text in which no answer is marked can be learnt with --train-on all only")
+        return Chat([{"role": "text", "content": _text(row, "text")}]), set(row) - {"text"}
+    turns, read = [], {form, "system", "tools"}
+    if row.get("system"):
         turns.append({"role": "system", "content": _text(row, "system")})
     if form in ("messages", "conversations"):
         turns += _turns(row, form)
-        read |= {"tools"}
     elif form == "instruction":
         read |= {"input", "output", "history"}
         for pair in row.get("history") or []:
@@ -149,13 +146,9 @@ def _as_chat(row: object, columns: Mapping[str, str], train_on: str) -> tuple[Ch
         for name, role in (("prompt", "user"), ("completion", "assistant")):
             many = isinstance(row.get(name), list)
             turns += _turns(row, name) if many else [{"role": role, "content": _text(row, name)}]
-    elif form == "text":
-        if train_on != "all":
-            raise DataError("a text in which no answer is marked can be learnt with --train-on all only")
-        return Chat([{"role": "text", "content": _text(row, "text")}]), set(row) - {"text"}
     else:
         raise DataError(f"unknown columns: {', '.join(map(str, row)) or 'none'}; {EXPECTED}")
-    chat = Chat(_messages(turns), _tools(row.get("tools")) if "tools" in read else None)
+    chat = Chat(_messages(turns), _tools(row.get("tools")))
     if form == "prompt" and str(row.get("label")).lower() == "false":
         chat = Chat([message | {"weight": 0} for message in chat])
     with_tools = chat.tools or any(message["role"] == "tool" or "tool_calls" in message for message in chat)
@@ -198,18 +191,20 @@ def _text(fields: dict, name: str) -> str:
     return value
 
 
+def _parsed(value: object, what: str) -> object:
+    """What some data sets hold as JSON text."""
+    try:
+        return json.loads(value) if isinstance(value, str) else value
+    except ValueError as error:
+        raise DataError(f"{what} not valid JSON: {error}") from None
+
+
 def _tools(tools: object) -> list[dict] | None:
-    """A list of function schemas, or None for none; some data sets hold it as JSON text."""
-    if isinstance(tools, str):
-        try:
-            tools = json.loads(tools)
-        except ValueError as error:
-            raise DataError(f"field 'tools' is not valid JSON: {error}") from None
-    if not tools:
-        return None
-    if not isinstance(tools, list) or not all(map(_function, tools)):
+    """A list of function schemas, or None for none."""
+    tools = _parsed(tools or None, "field 'tools' is")
+    if tools and not (isinstance(tools, list) and all(map(_function, tools))):
         raise DataError("field 'tools' must be a list of function schemas, each with a name")
-    return tools
+    return tools or None
 
 
 def _function(entry: object) -> dict | None:
@@ -241,7 +236,10 @@ def _message(message: dict, before: dict | None) -> dict:
     if role not in expected:
         raise DataError(f"role {role!r} out of order, expected {' or '.join(expected)}")
     field = "value" if message.get("content") is None and message.get("value") is not None else "content"
-    calls = _tool_calls(message | _call_in_text(message, field) if name == "function_call" else message, role)
+    if name == "function_call":  # of ShareGPT: the call, or a list of them
+        called = _parsed(message.get(field), f"field {field!r} of a function_call is")
+        message = message | {"tool_calls": called if isinstance(called, list) else [called]}
+    calls = _tool_calls(message, role)
     # Empty on purpose: a system message that switches off a template's own, and a call without text.
     empty = not message.get(field) if calls else role == "system" and message.get(field) == ""
     if empty or name == "function_call":
@@ -257,15 +255,6 @@ def _message(message: dict, before: dict | None) -> dict:
         kept |= {} if message["weight"] else {"weight": 0}
     kept |= {name: message[name] for name in ("tool_call_id", "name") if role == "tool" and message.get(name)}
     return {"role": role, "content": content} | kept
-
-
-def _call_in_text(message: dict, field: str) -> dict:
-    """ShareGPT's function_call: the call, or a list of them, as JSON text."""
-    try:
-        calls = json.loads(message[field])
-    except (TypeError, ValueError, KeyError):
-        raise DataError(f"field {field!r} of a function_call must hold the call as JSON") from None
-    return {"tool_calls": calls if isinstance(calls, list) else [calls]}
 
 
 def _who_follows(before: dict | None) -> tuple[str, ...]:
@@ -290,12 +279,8 @@ def _tool_calls(message: dict, role: str) -> list[dict] | None:
         function = _function(call)
         if not function:
             raise DataError("field 'tool_calls' must hold calls with a function name")
-        arguments = function.get("arguments", {})
-        if isinstance(arguments, str):  # as OpenAI writes them; templates want the object
-            try:
-                arguments = json.loads(arguments)
-            except ValueError as error:
-                raise DataError(f"the arguments of {function['name']} are not valid JSON: {error}") from None
+        # OpenAI writes them as text; templates want the object
+        arguments = _parsed(function.get("arguments", {}), f"the arguments of {function['name']} are")
         if not isinstance(arguments, dict):
             raise DataError(f"the arguments of {function['name']} must be a JSON object")
         plain = {"id": call["id"]} if call.get("id") else {}

@@ -55,6 +55,11 @@ def command_line() -> str:
     return shlex.join(words)
 
 
+def finite(numbers: dict) -> dict:
+    """The same for JSON, which holds no NaN: None for what is not finite."""
+    return {name: value if math.isfinite(value) else None for name, value in numbers.items()}
+
+
 class Metrics:
     """`metrics.jsonl`: one JSON object per logged step, appended as it happens."""
 
@@ -76,10 +81,9 @@ class Metrics:
             temporary.write_text("".join(json.dumps(row) + "\n" for row in kept), encoding="utf-8")
 
     def append(self, row: dict) -> None:
-        """Under loss scaling a step that is skipped may have infinite numbers, which JSON cannot hold: null."""
-        row = {key: value if math.isfinite(value) else None for key, value in row.items()}
+        """Under loss scaling a step that is skipped may have infinite numbers."""
         with open(self.path, "a", encoding="utf-8") as file:
-            file.write(json.dumps(row) + "\n")
+            file.write(json.dumps(finite(row)) + "\n")
 
 
 def draw_loss(rows: list[dict], path: Path, title: str) -> None:

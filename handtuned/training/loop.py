@@ -11,12 +11,14 @@ micro-batch's *sum* is divided by the answer tokens of the whole step, so that 1
 4 × 1 rows give the same gradient.
 """
 
+import contextlib
 import math
 import signal
 import sys
 import time
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
+from types import SimpleNamespace
 
 import torch
 import torch.nn.functional as F
@@ -203,29 +205,25 @@ def _micro_batches(rows: list[Example], size: int, device: torch.device, world: 
         yield collate(rows[at : at + size], 0, device), at == mine[-1]
 
 
-class StopAfterStep:
-    """The first Ctrl-C or SIGTERM sets `wished`, to stop after this step; the second stops at once.
+@contextlib.contextmanager
+def stop_after_step(world: World) -> Iterator[SimpleNamespace]:
+    """The first Ctrl-C or SIGTERM within sets `wished`, to stop after this step; the second stops at once.
 
     Not so under torchrun, which passes on a Ctrl-C that has reached its processes already, and where
     `World.note_signal` looks after SIGTERM.
     """
+    stop, alone = SimpleNamespace(wished=False), world.mode == "none"
 
-    def __init__(self, world: World):
-        self.patient = world.mode != "none"
-        self.signals = [signal.SIGINT] if self.patient else [signal.SIGINT, signal.SIGTERM]
-
-    def __enter__(self):
-        self.wished = False
-        self.before = [signal.signal(number, self._note) for number in self.signals]
-        return self
-
-    def _note(self, number, frame):
-        if self.wished and not self.patient:
+    def note(number, frame):
+        if stop.wished and alone:
             raise KeyboardInterrupt
-        if not self.wished:
+        if not stop.wished:
             print("\nstopping after this step", file=sys.stderr)
-        self.wished = True
+        stop.wished = True
 
-    def __exit__(self, *error):
-        for number, before in zip(self.signals, self.before, strict=True):
-            signal.signal(number, before)
+    before = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)[: 1 + alone]}
+    try:
+        yield stop
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)

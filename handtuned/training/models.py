@@ -260,7 +260,8 @@ def load_base_and_rows(settings: FinetuneSettings, device: torch.device, place: 
 def add_adapters(model: torch.nn.Module, settings: FinetuneSettings) -> None:
     """Put adapters on a model in place, the same ones for the same seed."""
     torch.manual_seed(settings.seed)
-    apply_lora_to_model(model, settings.lora_r, settings.lora_alpha, settings.target_modules, settings.lora_dropout)
+    plain = settings.lora_r, settings.lora_alpha, settings.target_modules, settings.lora_dropout
+    apply_lora_to_model(model, *plain, **settings.choices())
     if settings.gradient_checkpointing:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
 

@@ -1,9 +1,8 @@
 """Which rank is lost, when the connection to the others breaks.
 
-The ranks that are left notice at once: a dead process's sockets close (gloo), or torchrun sends them
-SIGTERM. What they see does not say who died, for a rank that gave up for the same reason closes its
-sockets as well. So each leaves a word in the store that torchrun keeps, and reads the others': a rank
-without one whose process is gone has died.
+The ranks that are left notice at once: a dead process's sockets close (gloo), or torchrun sends them SIGTERM. That
+does not say who died, for a rank that gave up for the same reason closes its sockets as well. So each leaves a word in
+the store that torchrun keeps, and reads the others': a rank without one whose process is gone has died.
 """
 
 import contextlib
@@ -76,12 +75,11 @@ class FailureDetector:
 
     def _is_gone(self, rank: int) -> bool:
         host, process = self.addresses[rank]
-        if host != socket.gethostname():
-            return False
-        try:
-            os.kill(process, 0)
-        except ProcessLookupError:
-            return True
+        if host == socket.gethostname():
+            try:
+                os.kill(process, 0)
+            except ProcessLookupError:
+                return True
         return False
 
 

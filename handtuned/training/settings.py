@@ -59,6 +59,10 @@ class FinetuneSettings:
     lora_dropout: float = _setting(0.0, "dropout on the adapter's input")
     target_modules: tuple[str, ...] | str = _setting(
         "all-linear", "module names (q_proj v_proj …), a regular expression, or all-linear", nargs="+")  # fmt: skip
+    rank_pattern: tuple[str, ...] | None = _setting(None, "layers with a rank of their own, NAME=RANK …", nargs="+")
+    alpha_pattern: tuple[str, ...] | None = _setting(None, "with a LoRA scale of their own, NAME=ALPHA …", nargs="+")
+    exclude_modules: tuple[str, ...] | str | None = _setting(None, "names or expression of layers to leave", nargs="+")
+    layers_to_transform: tuple[int, ...] | None = _setting(None, "numbers of the only blocks to adapt", nargs="+")
     learning_rate: float | None = _setting(None, "peak learning rate (default: 2e-4; 1e-3 for the shipped task)")
     weight_decay: float = _setting(0.0, "decoupled weight decay")
     warmup_ratio: float = _setting(0.03, "part of the steps that the learning rate climbs")
@@ -82,6 +86,9 @@ class FinetuneSettings:
     def __post_init__(self):
         if not isinstance(self.target_modules, str):
             self.target_modules = _target_modules(self.target_modules)
+        if self.exclude_modules is not None and not isinstance(self.exclude_modules, str):
+            self.exclude_modules = _target_modules(self.exclude_modules)
+        self.choices()
         if self.data is not None and not isinstance(self.data, str):
             self.data = tuple(self.data) if len(self.data) > 1 else self.data[0]
         column_names(self.columns)
@@ -100,6 +107,14 @@ class FinetuneSettings:
         shipped = self.data is None
         rate = self.learning_rate or (1e-3 if shipped else 2e-4)
         return dataclasses.replace(self, learning_rate=rate, max_steps=self.max_steps or (80 if shipped else None))
+
+    def choices(self) -> dict:
+        """What `apply_lora_to_model` takes beside the targets."""
+        ranks = _pattern("rank_pattern", self.rank_pattern, int)
+        alphas = _pattern("alpha_pattern", self.alpha_pattern, float)
+        layers = None if self.layers_to_transform is None else list(self.layers_to_transform)
+        return {"rank_pattern": ranks, "alpha_pattern": alphas, "exclude_modules": self.exclude_modules,
+                "layers_to_transform": layers}  # fmt: skip
 
     def to_json(self) -> dict:
         return dataclasses.asdict(self)
@@ -121,6 +136,15 @@ def _target_modules(words) -> tuple[str, ...] | str:
     return tuple(part for word in words for part in word.split(",") if part)
 
 
+def _pattern(name: str, pairs, kind: type) -> dict | None:
+    """NAME=NUMBER … → name → number."""
+    try:
+        split = [pair.rpartition("=") for pair in pairs or ()]
+        return {key: kind(number) for key, _, number in split} or None
+    except ValueError:
+        raise ValueError(f"{flag(name)} must be of the form NAME=NUMBER, got {' '.join(pairs)}") from None
+
+
 def flag(name: str) -> str:
     return "--" + name.replace("_", "-")
 
@@ -137,7 +161,8 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
         text = options.pop("help")
         if item.default is not None:
             text += f" (default: {item.default})"
-        kind = {int: int, float: float, int | None: int, float | None: float}.get(item.type, str)
+        kinds = {int: int, float: float, int | None: int, float | None: float, tuple[int, ...] | None: int}
+        kind = kinds.get(item.type, str)
         metavar = None if "choices" in options else item.name.rsplit("_", 1)[-1].upper()
         parser.add_argument(*names, dest=item.name, type=kind, default=argparse.SUPPRESS,
                             help=text, metavar=metavar, **options)  # fmt: skip

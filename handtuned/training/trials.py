@@ -32,8 +32,7 @@ def summary(study) -> dict:
         known = {name: trial.user_attrs.get(name) for name in
                  ("first", "settings", "exact_match", "untouched", "bytes", "seconds_a_step")}  # fmt: skip
         rows.append({"number": trial.number, "state": trial.state.name.lower(), "steps": last,
-                     "loss": trial.intermediate_values.get(last), **known,
-                     **({"failed": failed} if failed else {})})  # fmt: skip
+                     "loss": trial.intermediate_values.get(last)} | known | ({"failed": failed} if failed else {}))
     finished = [row for row in rows if row["state"] == "complete"]
     if not finished:
         failed = [f"trial {row['number']} failed: {row['failed']}" for row in rows if "failed" in row]

@@ -8,7 +8,7 @@ import numpy as np
 
 from .counters import sectors, wavefronts
 from .fault import KernelFault, Unsupported
-from .memory import EVERYONE
+from .order import EVERYONE
 from .registers import both
 from .types import S64, U32, U64, UNSIGNED, type_of
 
@@ -194,6 +194,7 @@ def store(m, pc, i):
         access = Access(b, i, where, mask, nbytes, whole_programs=True)
         if access.address.size == 0:
             return
+        b.acted[pc] = access
         stacked = np.stack([access.gather(v) for v in values], axis=1)
         if shared:
             offset = b.shared.place(access)

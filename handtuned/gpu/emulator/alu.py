@@ -11,7 +11,7 @@ import numpy as np
 
 from . import floats, integers
 from .convert import convert
-from .types import F32, F64, PRED, S32, TYPES, U16, U32, U64, UNSIGNED, WIDER, bf16_to_f32
+from .types import F32, F64, PRED, S32, TYPES, U16, U32, U64, UNSIGNED, WIDER, bf16_to_f32, halves
 
 
 @dataclass(frozen=True)
@@ -36,8 +36,13 @@ def _as_float(kind):
 
 
 def _compare(parts):
-    """setp.lt.f32, also joined with a predicate: setp.lt.and.f32 p|q, a, b, c."""
+    """setp.lt.f32, also joined with a predicate: setp.lt.and.f32 p, a, b, c; of f16x2 [.., 2T] predicates."""
     kind, name = parts[-1], parts[1]
+    if kind.endswith("x2"):
+        half = _compare([*parts[:-1], kind[:-2]])
+        if len(half.sources) == 3:
+            return None
+        return Operation(lambda a, b: half.function(*map(halves, np.broadcast_arrays(a, b))), [U32, U32], PRED)
     t = TYPES[kind]
     read = _as_float(kind)
     fn = floats.compare(name) if read or t.kind == "f" else integers.COMPARISONS[name]
@@ -93,8 +98,8 @@ def _integer(base, parts, kind):
         return Operation(_SIGNED_TOO[base], [t, t], t)
     if base in _UNARY:
         return Operation(_UNARY[base], [t], t)
-    if base in _TO_U32 and "shiftamt" not in parts:
-        return Operation(_TO_U32[base], [t], U32)
+    if base in _TO_U32:
+        return Operation(integers.shift_amount if "shiftamt" in parts else _TO_U32[base], [t], U32)
     return {
         "bfe": Operation(integers.bit_field, [t, U32, U32], t),
         "bfi": Operation(integers.insert_field, [unsigned, unsigned, U32, U32], unsigned),

@@ -10,7 +10,7 @@ import numpy as np
 from .access import Access, address_of, memory_space
 from .fault import Unsupported
 from .registers import both
-from .types import F16, U16, U32, U64, UNSIGNED, bf16_to_f32, f32_to_bf16, halves, type_of
+from .types import F16, TYPES, U16, U32, U64, UNSIGNED, bf16_to_f32, f32_to_bf16, halves
 
 _INTEGER = {
     "add": np.add, "and": np.bitwise_and, "or": np.bitwise_or, "xor": np.bitwise_xor, "min": np.minimum,
@@ -37,10 +37,9 @@ def _small_floats(fn, kind):
     return lambda a, b: np.ascontiguousarray(one(halves(a), halves(b))).view(U32)
 
 
-def _operation(i):
-    """(function of old words and operands, type of them); cas is handled apart."""
-    kind, t = i.parts[-1], type_of(i.op)
-    name = next(p for p in i.parts if p in (*_INTEGER, "inc", "dec", "cas"))
+def operation(parts, kind):
+    """(function of old words and operands, type of them) of an opcode's parts; cas is handled apart."""
+    t, name = TYPES[kind], next(p for p in parts if p in (*_INTEGER, "inc", "dec", "cas"))
     if name == "cas":
         return None, UNSIGNED[t.itemsize]
     if name in ("inc", "dec"):
@@ -61,7 +60,7 @@ def _rounds(address):
     return out
 
 
-def _apply(view, index, operation, operands):
+def _apply(view, index, change, operands):
     """Old words (n, count), and the memory changed, one thread after another where they meet."""
     old = np.empty_like(operands[0])
     turn = _rounds(index)
@@ -69,11 +68,11 @@ def _apply(view, index, operation, operands):
         mine = turn == r
         at = index[mine]
         old[mine] = view[at]
-        if operation is None:
+        if change is None:
             compare, new = operands[0][mine], operands[1][mine]
             view[at] = np.where(old[mine] == compare, new, old[mine])
         else:
-            view[at] = operation(old[mine], operands[0][mine])
+            view[at] = change(old[mine], operands[0][mine])
     return old
 
 
@@ -81,9 +80,9 @@ def atomic(m, pc, i):
     space = memory_space(i)
     if space not in ("shared", "global") or "async" in i.parts:
         raise Unsupported(i)
-    operation, t = _operation(i)
+    change, t = operation(i.parts, i.parts[-1])
     result, where, *operands = i.args if i.parts[0] == "atom" else ("_", *i.args)
-    operands = [x if isinstance(x, list) else [x] for x in operands[: 2 if operation is None else 1]]
+    operands = [x if isinstance(x, list) else [x] for x in operands[: 2 if change is None else 1]]
     results = result if isinstance(result, list) else [result]
     results += ["_"] * (len(operands[0]) - len(results))
     word = UNSIGNED[t.itemsize]
@@ -100,11 +99,12 @@ def atomic(m, pc, i):
         access = Access(b, i, at, mask, word.itemsize * count, whole_programs=True)
         if access.address.size == 0:
             return
+        b.acted[pc] = access
         values = [np.stack([access.gather(read(b.values)) for read in group], axis=1).view(t) for group in reads]
         if shared:
-            old = _shared(b, access, operation, values, t)
+            old = _shared(b, access, change, values, t)
         else:
-            old = _global(b, access, operation, values, t, pc)
+            old = apply_global(b, access, change, values, t, pc)
             if acquires or releases:
                 b.launch.memory.handovers.note(access, acquires, releases)
         for j, write in enumerate(writes):
@@ -114,15 +114,15 @@ def atomic(m, pc, i):
     return run
 
 
-def _shared(b, access, operation, values, t):
+def _shared(b, access, change, values, t):
     """Among themselves atomics need no barrier; against plain writes before them they do."""
     offset = b.shared.place(access)
     b.shared.check_read(access, offset)
     view = b.shared.data.reshape(-1).view(t).reshape(-1, values[0].shape[1])
-    return _apply(view, (access.program * b.shared.size + offset) // access.nbytes, operation, values)
+    return _apply(view, (access.program * b.shared.size + offset) // access.nbytes, change, values)
 
 
-def _global(b, access, operation, values, t, pc):
+def apply_global(b, access, change, values, t, pc):
     memory = b.launch.memory
     memory.load(access, t.itemsize, values[0].shape[1], pc, atomic=True)  # the checks of a read, and its traffic
     old = np.empty_like(values[0])
@@ -131,7 +131,7 @@ def _global(b, access, operation, values, t, pc):
         view = region.views[t.itemsize].view(t).reshape(-1, old.shape[1])
         index = offset // access.nbytes
         before = view[index].copy()
-        old[pick] = _apply(view, index, operation, [v[pick] for v in values])
+        old[pick] = _apply(view, index, change, [v[pick] for v in values])
         if (view[index] != before).any():
             memory.version += 1
         else:

@@ -9,9 +9,7 @@ others in `elsewhere` until the paths meet again: a real warp does just that, an
 import numpy as np
 
 from .copies import Groups
-from .memory import EVERYONE
-from .order import Order
-from .registers import UNWRITTEN
+from .order import EVERYONE, Order
 from .shared import Shared
 from .types import U32
 
@@ -32,6 +30,7 @@ class Batch:
         local: (P, T, bytes) memory of each thread; arguments: of the call that comes next (see calls.py).
         unfenced: slot → mask of threads that touched this register of wgmma since their last wgmma.fence.
         steps: blocks of instructions run so far.
+        acted: index of a store or atomic → its last Access; suspects: for readers.py.
     """
 
     def __init__(self, launch, ids):
@@ -39,7 +38,7 @@ class Batch:
         self.programs, self.threads = len(ids), launch.kernel.threads
         x, y, _ = launch.grid
         self.coordinates = [c[:, None].astype(U32) for c in (ids % x, ids // x % y, ids // (x * y))]
-        self.values = [UNWRITTEN] * launch.machine.registers
+        self.values = list(launch.machine.unwritten)
         self.pc, self.mask, self.elsewhere, self.polling = 0, None, {}, {}
         self.at_barrier, self.arrived = {}, {}
         self.ended = False  # whether some threads have returned
@@ -51,6 +50,7 @@ class Batch:
         self.local, self.arguments = None, {}
         self.unfenced = dict.fromkeys(launch.machine.wgmma_slots)
         self.steps, self.moved = 0, True
+        self.acted, self.suspects = {}, {}
         self._lanes = {}
 
     def select(self, keep):
@@ -64,7 +64,7 @@ class Batch:
         def part(a):
             if isinstance(a, np.ndarray):
                 return a[keep] if a.shape[0] == n and n > 1 else a
-            return a if a is None or a is UNWRITTEN else a.select(keep, new)
+            return a if a is None else a.select(keep, new)
 
         other.programs, other.ids, other._lanes = len(keep), self.ids[keep], {}
         other.coordinates = [c[keep] for c in self.coordinates]
@@ -80,6 +80,7 @@ class Batch:
         other.order = self.order.select(keep)
         if self.shared:
             other.shared = self.shared.select(keep, other.order)
+        other.acted, other.suspects = dict(self.acted), {k: list(v) for k, v in self.suspects.items()}
         other.unfenced = {slot: part(m) for slot, m in self.unfenced.items()}
         return other
 

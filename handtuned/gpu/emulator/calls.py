@@ -1,8 +1,8 @@
-"""The two functions that Triton's kernels call: `tl.device_print` calls vprintf, `tl.device_assert` __assertfail.
+"""The two functions that a GPU brings along: `tl.device_print` calls vprintf, `tl.device_assert` __assertfail.
 
-All else is inlined. A call takes its arguments from parameters that `st.param` wrote just before. vprintf wants the
-address of a format and that of a block of values, each aligned to its size, which the thread has put into its local
-memory: memory that only this thread sees, and the only use that Triton makes of it.
+All else is inlined (see inline.py). A call takes its arguments from parameters that `st.param` wrote just before.
+vprintf wants the address of a format and that of a block of values, each aligned to its size, which the thread has put
+into its local memory: memory that only this thread sees.
 """
 
 import re
@@ -27,6 +27,13 @@ def set_parameter(m, i):
     return run
 
 
+def _local(b, m):
+    if b.local is None:
+        size = sum(-(-size // 16) * 16 for _, size in m.kernel.local)
+        b.local = np.zeros((b.programs, b.threads, size), U8)
+    return b.local
+
+
 def store_local(m, i):
     registers = i.args[1] if isinstance(i.args[1], list) else [i.args[1]]
     width = type_of(i.op).itemsize
@@ -36,11 +43,28 @@ def store_local(m, i):
     def run(b):
         where = np.broadcast_to(address(b.values), (b.programs, b.threads))
         access = Access(b, i, where, both(b.mask, guard(b.values)), width * len(registers), whole_programs=True)
-        if b.local is None:
-            b.local = np.zeros((b.programs, b.threads, m.kernel.local_bytes), U8)
-        words = b.local.view(UNSIGNED[width])
+        words = _local(b, m).view(UNSIGNED[width])
         for j, read in enumerate(reads):
             words[access.program, access.thread, access.address // width + j] = access.gather(read(b.values))
+
+    return run
+
+
+def load_local(m, i):
+    registers = i.args[0] if isinstance(i.args[0], list) else [i.args[0]]
+    width = type_of(i.op).itemsize
+    address, guard = address_of(m, i.args[1], U32, i), m.guard(i)
+    writes = [m.destination(r) for r in registers]
+    wide = [UNSIGNED[max(width, m.kernel.width(r) or 0)] for r in registers]
+
+    def run(b):
+        mask = both(b.mask, guard(b.values))
+        where = np.broadcast_to(address(b.values), (b.programs, b.threads))
+        access = Access(b, i, where, mask, width * len(registers), whole_programs=True)
+        words = _local(b, m).view(UNSIGNED[width])
+        for j, write in enumerate(writes):
+            got = words[access.program, access.thread, access.address // width + j]
+            write(b, access.scatter(got.astype(wide[j])), mask)
 
     return run
 

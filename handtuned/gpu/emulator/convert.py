@@ -7,7 +7,7 @@ becomes 0; fp16 and bf16 overflow to infinity unless `.satfinite` asks for the l
 import numpy as np
 
 from .floats import ROUNDINGS, clamp_to_one, flush, narrow
-from .types import F16, F32, F64, TYPES, U16, U32, bf16_to_f32, f32_to_bf16, f32_to_f16
+from .types import F16, F32, F64, FP8, TYPES, U8, U16, U32, bf16_to_f32, f32_to_bf16, f32_to_f16, halves
 
 _TO_INTEGER = {"rzi": np.trunc, "rni": np.rint, "rmi": np.floor, "rpi": np.ceil}
 _LARGEST = {"f16": 0x7BFF, "bf16": 0x7F7F}
@@ -101,9 +101,37 @@ def _to_float(to, of, parts):
     return run
 
 
+def to_fp8(kind, x):
+    """Bits of the nearest "e4m3" or "e5m2", ties to even; what is beyond the largest becomes the largest."""
+    finite = FP8[kind][:128][np.isfinite(FP8[kind][:128])].astype(F64)
+    between, size = (finite[1:] + finite[:-1]) / 2, np.abs(x.astype(F64))
+    code = np.searchsorted(between, size)
+    code += (code & 1) & (size == between[np.minimum(code, between.size - 1)])
+    return np.where(np.isnan(x), 0x7F, code | np.signbit(x) << 7).astype(U8)
+
+
+def _fp8_pair(to, of, parts):
+    """Two numbers of 8 bits in a 16-bit register, the first operand above; from f32, or from and to f16x2."""
+    relu = (lambda x: np.where(x < 0, F32.type(0), x)) if "relu" in parts else (lambda x: x)
+    if to == "f16x2":
+        table = FP8[of[:-2]]
+        return (lambda a: f32_to_f16(relu(table[np.ascontiguousarray(a).view(U8)])).view(U32)), [U16], U32
+    if "satfinite" not in parts:
+        return None
+    if of == "f16x2":
+        return (lambda a: to_fp8(to[:-2], relu(halves(a).view(F16).astype(F32))).view(U16)), [U32], U16
+
+    def from_f32(high, low):
+        return to_fp8(to[:-2], relu(high)).astype(U16) << U16.type(8) | to_fp8(to[:-2], relu(low))
+
+    return (from_f32, [F32, F32], U16) if of == "f32" else None
+
+
 def convert(parts):
     """(function, source dtypes, destination dtype) of the parts of a cvt; None if it is not known."""
     to, of = parts[-2], parts[-1]
+    if (to if to != "f16x2" else of) in ("e4m3x2", "e5m2x2"):
+        return _fp8_pair(to, of, parts)
     if to not in TYPES or of not in TYPES:
         return None
     modes = parts[1:-2]

@@ -162,6 +162,12 @@ def highest_bit(a):
     return (np.bitwise_count(x).astype(S32) - 1).view(U32)
 
 
+def shift_amount(a):
+    """bfind.shiftamt: by how much that bit must be shifted to the left to be the first."""
+    found = highest_bit(a)
+    return np.where(found == U32.type(0xFFFFFFFF), found, U32.type(bits_of(a.dtype) - 1) - found)
+
+
 def leading_zeros(a):
     return (U32.type(bits_of(a.dtype) - 1) - highest_bit(a)).astype(U32)
 

@@ -8,14 +8,14 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from . import access, alu, atomics, calls, copies, mbarrier, move, schedule, tensor, tma, warp, wgmma
+from . import access, alu, atomics, calls, carry, copies, mbarrier, move, schedule, tensor, tma, warp, wgmma
 from .batch import Batch
 from .counters import Tally
 from .fault import Unsupported
 from .memory import Global
 from .parse import Kernel
 from .registers import Registers, both
-from .types import type_of
+from .types import U64, type_of
 
 _THREADS = 8192  # that run together: enough for numpy to be worth its calls, few enough to stay in the cache
 
@@ -30,9 +30,20 @@ def _store(m, pc, i):
     return access.store(m, pc, i)
 
 
+def _load(m, pc, i):
+    return calls.load_local(m, i) if i.parts[1] == "local" else access.load(m, pc, i)
+
+
+def _cache_policy(m, pc, i):
+    """createpolicy: how long the L2 should keep something; there is none here."""
+    write, guard = m.destination(i.args[0]), m.guard(i)
+    return lambda b: write(b, np.zeros((1, 1), U64), both(b.mask, guard(b.values)))
+
+
 HANDLERS = {
-    "ld": access.load, "st": _store, "atom": atomics.atomic, "red": atomics.atomic, "cp": copies.copy,
+    "ld": _load, "st": _store, "atom": atomics.atomic, "red": atomics.atomic, "cp": copies.copy,
     "mov": move.move, "cvta": move.convert_address, "call": calls.call,
+    "createpolicy": _cache_policy, "addc": carry.carry, "subc": carry.carry, "madc": carry.carry,
     "shfl": warp.shuffle, "redux": warp.reduce, "vote": warp.vote, "elect": warp.elect, "activemask": warp.active,
     "match": warp.match, "mma": tensor.multiply, "ldmatrix": tensor.load_matrix, "stmatrix": tensor.store_matrix,
     "wgmma": wgmma.wgmma, "mbarrier": mbarrier.mbarrier, "tensormap": tma.tensormap, "fence": tma.fence,
@@ -41,13 +52,30 @@ HANDLERS = {
 }  # fmt: skip
 
 
+def _compare_halves(m, i, operation, targets, operands):
+    """setp.lt.f16x2 p|q: a predicate of each half."""
+    if i.parts[0] != "setp" or not i.op.endswith("x2"):
+        raise Unsupported(i, "two results")
+    reads = [m.source(operand, t, i) for operand, t in zip(operands, operation.sources, strict=True)]
+    writes, guard = [m.destination(target) for target in targets], m.guard(i)
+
+    def run(b):
+        mask, halves = both(b.mask, guard(b.values)), operation.function(*[read(b.values) for read in reads])
+        for half, write in enumerate(writes):
+            write(b, halves[:, half::2], mask)
+
+    return run
+
+
 def _arithmetic(m, pc, i):
+    if "cc" in i.parts:
+        return carry.carry(m, pc, i)
     operation = alu.find(i.op, len(i.args) - 1)
     if operation is None or isinstance(i.args[0], list):
         raise Unsupported(i)
     target, *operands = i.args
     if isinstance(target, tuple):
-        raise Unsupported(i, "two results")
+        return _compare_halves(m, i, operation, target, operands)
     if len(operands) != len(operation.sources):
         raise Unsupported(i, "number of operands")
     reads = [m.source(operand, t, i) for operand, t in zip(operands, operation.sources, strict=True)]
@@ -65,6 +93,8 @@ def _arithmetic(m, pc, i):
         compute = lambda values: function(first(values), second(values))  # noqa: E731
     else:
         compute = lambda values: function(*[read(values) for read in reads])  # noqa: E731
+
+    compute = m.tolerant(compute)
 
     def run(b):
         values = b.values
@@ -108,7 +138,7 @@ class Machine(Registers):
 
     Attributes:
         blocks: by the index of their first instruction.
-        registers: how many there are; `wgmma_registers`, `wgmma_slots`: those that wgmma works on.
+        unwritten: what registers hold at first; `wgmma_registers`, `wgmma_slots`: those that wgmma works on.
         shared_piece, global_piece: bytes of memory that are watched as one.
         executes: False if it uses Blackwell's tensor cores (tcgen05), which are not emulated.
     """
@@ -125,7 +155,7 @@ class Machine(Registers):
         self.executes = not any(i.parts[0] == "tcgen05" for i in kernel.code)
         self.wgmma_slots = [self.slot(name) for name in self.wgmma_registers]
         self.blocks = self._blocks()
-        self.registers = len(self.slots)
+        self.unwritten = self.fresh()
 
     def _translate(self, pc, i):
         """An unknown instruction stops the launch only where it is reached."""
@@ -169,6 +199,7 @@ class Launch:
     def __init__(self, machine: Machine, parameters: dict, grid, memory: Global, shared_bytes: int):
         self.machine, self.kernel, self.parameters, self.grid = machine, machine.kernel, parameters, grid
         self.memory, self.shared_bytes = memory, shared_bytes
+        memory.include([*machine.tables.values()])
         self.tally, self.block_runs, self._costs = Tally(machine.kernel), {}, {}
 
     def remembered(self, cost, table, mask, nbytes):

@@ -10,7 +10,7 @@ DRAM once, and every sector it writes goes back once: those two sums are what an
 Programs run in no order and nothing orders them but atomics. So a program must not read what another one writes in the
 same launch, before or after ("race"), unless it has acquired, by an atomic, what the other released; and where two
 write the same address they must write the same value ("conflicting writes"). Between a write of one warp and an access
-of another one of the same program a barrier must stand, as for shared memory ("race").
+of another one of the same program, before it or after it, a barrier must stand, as for shared memory ("race").
 """
 
 import ctypes
@@ -19,13 +19,12 @@ import gc
 import numpy as np
 import torch
 
-from .order import Handovers
+from .order import EVERYONE, Handovers
+from .readers import Readers, suspect
 from .registers import POISON
 from .types import U32, UNSIGNED
 
 _BLOCK = 128  # the largest access: views of that width need an aligned start
-EVERYONE = -2  # stands for the programs of a batch that all make the same access
-_SEVERAL = EVERYONE + 1  # in place of 1 + a program
 
 
 class Unwritten:
@@ -59,7 +58,7 @@ class Region:
         read_by, written_by: for each sector 1 + the instruction that touched it first; 0: none did.
         owner: for each piece 1 + the program that wrote it last; 0: none did. None: nobody wrote any.
         stamp: for each piece the tick · 32 + warp of that write.
-        reader: for each piece 1 + the program that read it, or _SEVERAL; 0: none did. None: nobody read any.
+        readers: who read which piece; None: nobody read any.
         poisoned: it came from torch.empty, so POISON in it was never written.
     """
 
@@ -71,7 +70,7 @@ class Region:
         self.views = {width: self.bytes.view(t) for width, t in UNSIGNED.items()}
         self.read_by = np.zeros(self.size // 32, np.int32)
         self.written_by = np.zeros(self.size // 32, np.int32)
-        self.owner = self.stamp = self.reader = None
+        self.owner = self.stamp = self.readers = None
         self.poisoned = poisoned
 
 
@@ -130,6 +129,12 @@ class Global:
         self.version = self.polls = 0  # writes, and questions (atomics that changed nothing, acquiring loads)
         self.handovers = Handovers()
         self._add(tensors)
+
+    def include(self, tensors):
+        """More tensors that may be touched."""
+        if tensors:
+            self.tensors = [*self.tensors, *tensors]
+            self._add(self.tensors)
 
     def _add(self, tensors):
         """Regions for these tensors; what earlier regions recorded is kept where they did not grow."""
@@ -201,7 +206,9 @@ class Global:
             if not atomic:
                 if region.owner is not None:
                     self._check_owner(region, access, pick, offset)
-                self._note_reader(region, access, pick, offset)
+                if region.readers is None:
+                    region.readers = Readers(region.size // self.piece)
+                region.readers.note(access, pick, self._pieces(offset, access.nbytes), pc)
         return out
 
     @staticmethod
@@ -252,16 +259,6 @@ class Global:
         self._fail(access, pick, "race", "memory is read that another program wrote in the same launch", foreign)
         self._fail(access, pick, "race", "memory is read that another warp wrote, with no barrier in between", other)
 
-    def _note_reader(self, region, access, pick, offset):
-        if region.reader is None:
-            region.reader = np.zeros(region.size // self.piece, np.int32)
-        pieces, mine = self._pieces(offset, access.nbytes), access.ids[pick][:, None] + 1
-        before = region.reader[pieces]
-        region.reader[pieces] = mine
-        others = ((before != 0) & (before != mine)) | (region.reader[pieces] != mine)
-        if others.any():
-            region.reader[pieces[others]] = _SEVERAL
-
     @staticmethod
     def _fail(access, pick, kind, detail, bad_here):
         if bad_here.any():
@@ -299,13 +296,21 @@ class Global:
             self._fail(access, pick, "race", "memory is overwritten that another warp wrote, with no barrier in "
                        "between", other & changes)  # fmt: skip
         pieces = self._pieces(offset, access.nbytes)
-        if region.reader is not None and changes.any() and not self.handovers.used:
-            read = (region.reader[pieces] != 0) & (region.reader[pieces] != access.ids[pick][:, None] + 1)
-            self._fail(access, pick, "race", "memory is overwritten that another program reads in the same launch",
-                       read.any(1) & changes)  # fmt: skip
+        if region.readers is not None and changes.any():
+            self._check_readers(region, access, pick, pieces, changes)
         region.owner[pieces] = access.ids[pick][:, None] + 1
         warp, tick = access.warp[pick], access.batch.order.tick[access.program[pick]]
         region.stamp[pieces] = np.where(warp < 0, 0, tick << 5 | warp)[:, None]  # 0: every warp wrote it
+
+    def _check_readers(self, region, access, pick, pieces, changes):
+        others, warps, copies = region.readers.before(access, pick, pieces)
+        if not self.handovers.used:
+            self._fail(access, pick, "race", "memory is overwritten that another program reads in the same launch",
+                       others & changes)  # fmt: skip
+        unmet = (warps != 0) & changes
+        self._fail(access, pick, "race", "memory is overwritten that another warp may still read", unmet & ~copies)
+        if unmet.any():
+            suspect(access, pick, region.readers, warps, unmet)
 
     def dram(self, n_instructions):
         """(sectors read, sectors written) by instruction."""

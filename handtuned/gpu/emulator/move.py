@@ -13,24 +13,30 @@ def _pack(m, i, parts, write, guard):
     part = UNSIGNED[whole.itemsize // len(parts)]
     reads, bits = [m.source(p, part, i) for p in parts], 8 * part.itemsize
 
-    def run(b):
-        value = reads[0](b.values).astype(whole)
+    def join(values):
+        value = reads[0](values).astype(whole)
         for j, read in enumerate(reads[1:], 1):
-            value = value | (read(b.values).astype(whole) << whole.type(bits * j))
-        write(b, value, both(b.mask, guard(b.values)))
+            value = value | (read(values).astype(whole) << whole.type(bits * j))
+        return value
 
-    return run
+    joined = m.tolerant(join)
+    return lambda b: write(b, joined(b.values), both(b.mask, guard(b.values)))
 
 
 def _unpack(m, i, parts, guard):
     whole = UNSIGNED[type_of(i.op).itemsize]
     part = UNSIGNED[whole.itemsize // len(parts)]
-    read, writes, bits = m.source(i.args[1], whole, i), [m.destination(p) for p in parts], 8 * part.itemsize
+    read, bits = m.source(i.args[1], whole, i), 8 * part.itemsize
+
+    def piece(at):
+        return m.tolerant(lambda values: (read(values) >> whole.type(at)).astype(part))
+
+    pieces = [(m.destination(name), piece(bits * j)) for j, name in enumerate(parts)]
 
     def run(b):
-        value, mask = read(b.values), both(b.mask, guard(b.values))
-        for j, write in enumerate(writes):
-            write(b, (value >> whole.type(bits * j)).astype(part), mask)
+        mask = both(b.mask, guard(b.values))
+        for write, value in pieces:
+            write(b, value(b.values), mask)
 
     return run
 
@@ -80,6 +86,8 @@ def move(m, pc, i):
             write(b, b.values[slot], both(b.mask, guard(b.values)))
 
         return copy
+    if of in [name for _, name, _ in m.kernel.params]:  # the address of a parameter: a tensor map
+        return lambda b: write(b, b.launch.parameters[of], both(b.mask, guard(b.values)))
     value = m.source(of, type_of(i.op), i)
     return lambda b: write(b, value(b.values), both(b.mask, guard(b.values)))
 

@@ -15,6 +15,9 @@ acquires takes from the word what others left there (`Handovers`).
 
 import numpy as np
 
+EVERYONE = -2  # in place of a program: one entry stands for all programs of a batch
+_WARPS = (1 << 32) - 1
+
 
 class Order:
     """Clocks of the programs of a batch.
@@ -85,6 +88,32 @@ class Order:
         hidden = self.table[program, :, of]  # (n, W)
         hidden = np.where(np.arange(self.warps) == np.asarray(of)[..., None], np.iinfo(np.int64).max, hidden)
         return np.where(warp >= 0, named, hidden.min(-1))
+
+    def note_readers(self, words, pieces, program, warp, same=True):
+        """Note in `words` (tick << 32 | a bit for each warp) which warps read; entries of the same program are kept.
+
+        Args:
+            pieces: (n, k) index into `words`.
+            program, warp: (n,); -1: all warps.
+            same: (n, k), where what a word holds is about the same program.
+        """
+        bit = np.where(warp < 0, _WARPS >> (32 - self.warps), 1 << np.maximum(warp, 0))[:, None]
+        old = words[pieces]
+        kept = np.where((old >= (self.base[program] + 1 << 32)[:, None]) & same, old & _WARPS, 0)
+        words[pieces] = (self.tick[program] << 32)[:, None] | kept | bit
+        lost = (words[pieces] & bit) != bit  # several warps read one piece in this very instruction
+        if lost.any():
+            np.bitwise_or.at(words, pieces[lost], np.broadcast_to(bit, pieces.shape)[lost])
+
+    def unmet_readers(self, words, program, warp):
+        """Of words as above, (n, k): the bits of the warps that `warp` has not met since they read."""
+        mine = np.where(warp < 0, 0, 1 << np.maximum(warp, 0))[:, None]
+        bits = np.where(words >= (self.base[program] + 1 << 32)[:, None], words & _WARPS & ~mine, 0)
+        if self.table is not None and bits.any():
+            for u in range(self.warps):
+                met = words >> 32 <= self.knows(program[:, None], warp[:, None], np.full_like(words, u))
+                bits = np.where(met, bits & ~(1 << u), bits)
+        return bits
 
 
 def _join(mine, other):

@@ -17,15 +17,17 @@ import os
 import re
 from dataclasses import dataclass, field
 
+from .inline import block, inlined
+
 _STATEMENT = re.compile(r"(?:@(!?)([%\w]+)\s+)?([a-z][\w.:]*)\s*(.*)", re.S)
 _LABEL = re.compile(r"(\$?[A-Za-z_][\w$]*):(?!:)\s*")
-_ENTRY = re.compile(r"\.entry\s+([\w$]+)\s*\((.*?)\)\s*([^{]*)\{(.*)\}", re.S)
+_ENTRY = re.compile(r"\.entry\s+([\w$]+)\s*\((.*?)\)\s*([^{]*)\{", re.S)
 _PARAM = re.compile(
     r"\.param\s+(?:\.align\s+\d+\s+)?\.(\w+)\s+(?:\.ptr\s+\.\w+\s+\.align\s+\d+\s+)?(\w+)(?:\[(\d+)\])?"
 )
 _SHARED = re.compile(r"\.shared\s+\.align\s+\d+\s+\.b8\s+(\w+)\[(\d*)\]")
-_LOCAL = re.compile(r"\.local\s+\.align\s+\d+\s+\.b8\s+\w+\[(\d+)\]")
-_TEXT = re.compile(r"\.global\s+\.align\s+1\s+\.b8\s+(\w+)\[\d+\]\s*=\s*\{([\d,\s]*)\}")
+_LOCAL = re.compile(r"\.local\s+\.align\s+\d+\s+\.b8\s+(\w+)\[(\d+)\]")
+_DATA = re.compile(r"\.(?:global|const)\s+\.align\s+(\d+)\s+\.b8\s+([\w$]+)\[\d+\]\s*=\s*\{([\d,\s]*)\}")
 _FILE = re.compile(r'\.file\s+(\d+)\s+"([^"]*)"(?:\s+"([^"]*)")?')
 _LOC = re.compile(r"\s*\.loc\s+(\d+)\s+(\d+)\s+\d+[^/]*(?://.*?(@.*))?")
 _CALLER = re.compile(r"([^\s\[\]@:]+):(\d+):\d+")
@@ -83,8 +85,10 @@ class Kernel:
         labels: name → index into `code`.
         widths: register name, or its prefix before the number → bytes (a predicate counts 1).
         shared: (name, bytes) of shared arrays; 0 bytes is the one whose size the launch gives.
-        local_bytes: of a thread's own memory.
+        local: (name, bytes) of the arrays that each thread has for itself.
         texts: of the messages that it prints, in the order of `text_names`.
+        tables: name → bytes of the constants that it reads from memory.
+        file: its source.
     """
 
     name: str
@@ -94,9 +98,28 @@ class Kernel:
     labels: dict
     widths: dict
     shared: list
-    local_bytes: int
+    local: list
     text_names: list
     texts: list
+    tables: dict
+    file: str
+
+    def name_files(self, file):
+        """Name files as they are here: Triton's cache knows a kernel by its text, so its code may come from another.
+
+        Args:
+            file: that the kernel stands in.
+        """
+        old, new, self.file = self.file, file, file
+        if not old or old == new:
+            return
+        while os.path.basename(old) and os.path.basename(old) == os.path.basename(new):
+            old, new = os.path.dirname(old), os.path.dirname(new)
+        old, new = old.rstrip("/"), new.rstrip("/")  # the root: one checkout may lie in /a, the other in /b/a
+        for i in self.code:
+            here = new + i.file[len(old) :]
+            if i.file.startswith(old) and (i.file == old or os.path.exists(here)):
+                i.file = here
 
     def width(self, name) -> int | None:
         """Bytes of a register; None if `name` is none."""
@@ -155,18 +178,20 @@ class _Scopes:
     """Names declared inside { } are their own: inline assembly uses the same ones again and again."""
 
     def __init__(self):
-        self.stack, self.count = [{}], 0
+        self.stack, self.numbers, self.count = [{}], [0], 0
 
     def open(self):
         self.count += 1
         self.stack.append({})
+        self.numbers.append(self.count)
 
     def close(self):
         if len(self.stack) > 1:
             self.stack.pop()
+            self.numbers.pop()
 
     def declare(self, name):
-        self.stack[-1][name] = name if len(self.stack) == 1 else f"{name}@{self.count}@"
+        self.stack[-1][name] = name if len(self.stack) == 1 else f"{name}@{self.numbers[-1]}@"
         return self.stack[-1][name]
 
     def find(self, name):
@@ -187,7 +212,7 @@ def _register_widths(statement, scopes, widths):
 
 def _body(body, files):
     """(code, labels, widths) of the text between the outermost braces, with .loc lines already statements."""
-    code, labels, widths, place = [], {}, {}, ("?", 0)
+    code, labels, widths, place = [], {}, {"%cc": 1}, ("?", 0)
     scopes, jumps = _Scopes(), []
     for statement in body.split(";"):
         statement = statement.strip()
@@ -233,11 +258,15 @@ def parse(ptx: str) -> Kernel:
     entry = _ENTRY.search(text)
     if not entry:
         raise ValueError("PTX without an .entry")
-    name, params, directives, body = entry.groups()
+    name, params, directives = entry.groups()
+    body = inlined(text[entry.end() : block(text, entry.end() - 1) - 1], text)
     threads = int(re.search(r"\.(?:req|max)ntid\s+(\d+)", directives)[1])
     code, labels, widths = _body(body, files)
     params = [(kind, param, int(size or 0)) for kind, param, size in _PARAM.findall(params)]
     shared = [(array, int(size or 0)) for array, size in _SHARED.findall(text)]
-    texts = {n: bytes(map(int, codes.split(","))).rstrip(b"\0").decode() for n, codes in _TEXT.findall(text)}
-    local_bytes = sum(map(int, _LOCAL.findall(text)))
-    return Kernel(name, params, threads, code, labels, widths, shared, local_bytes, list(texts), list(texts.values()))
+    data = {name: (align, bytes(map(int, codes.split(",")))) for align, name, codes in _DATA.findall(text)}
+    texts = {name: codes.rstrip(b"\0").decode() for name, (align, codes) in data.items() if align == "1"}
+    tables = {name: codes for name, (align, codes) in data.items() if align != "1"}
+    local = [(array, int(size)) for array, size in _LOCAL.findall(text)]
+    return Kernel(name, params, threads, code, labels, widths, shared, local, list(texts), list(texts.values()),
+                  tables, files.by_index.get("1", ""))  # fmt: skip

@@ -13,6 +13,7 @@ numpy broadcasts them against each other, so an address computation that no prog
 """
 
 import numpy as np
+import torch
 
 from .fault import Unsupported
 from .parse import FloatBits, Kernel
@@ -35,6 +36,34 @@ def both(a, b):
     return b if a is None else a if b is None else a & b
 
 
+class UndefinedRead(RuntimeError):
+    """A value is needed that no instruction wrote."""
+
+
+class Undefined:
+    """What a register holds of which some bits were never written.
+
+    LLVM leaves a register undefined where its value cannot matter: for Blackwell it joins two of 32 bits into one of
+    64, and later takes a half out again; Triton fills up what inline assembly works on together. So such a register
+    may be moved, split and computed with. It has two values, which differ in the undefined bits; what comes out the
+    same for both is defined (but no comparison is). Whoever needs its value (memory, a branch, a tensor core) asks for
+    its dtype, and is stopped. Where threads have parted, the first value stands for both.
+    """
+
+    def __init__(self, one, other):
+        self.one, self.other = one, other
+
+    @property
+    def dtype(self):
+        raise UndefinedRead
+
+    view = shape = dtype
+
+    def select(self, keep, new):
+        alike = self.one.shape[0] == 1  # for all programs
+        return self if alike else Undefined(self.one[keep], self.other[keep])
+
+
 class Registers:
     """Gives each register of a kernel a slot, and makes the functions that read and write it.
 
@@ -43,9 +72,34 @@ class Registers:
 
     def __init__(self, kernel: Kernel):
         self.kernel, self.slots = kernel, {}
+        self.tables = {name: torch.frombuffer(bytearray(codes), dtype=torch.uint8).clone()
+                       for name, codes in kernel.tables.items()}  # fmt: skip
 
     def slot(self, name: str) -> int:
         return self.slots.setdefault(name, len(self.slots))
+
+    def fresh(self):
+        """What the registers hold at first."""
+        widths = [self.kernel.width(name) or 8 for name in self.slots]
+        poison = {width: poison_as(PRED if width == 1 else UNSIGNED[width]) for width in set(widths)}
+        return [Undefined(poison[width], ~poison[width]) for width in widths]
+
+    @staticmethod
+    def tolerant(compute):
+        """`compute`, a function of the values, made to go on where they are undefined."""
+
+        def run(values):
+            try:
+                return compute(values)
+            except UndefinedRead:
+                one = compute([v.one if isinstance(v, Undefined) else v for v in values])
+                if one.dtype == PRED:
+                    return Undefined(one, ~one)
+                other = compute([v.other if isinstance(v, Undefined) else v for v in values])
+                bits = UNSIGNED[one.itemsize]
+                return one if (one.view(bits) == other.view(bits)).all() else Undefined(one, other)
+
+        return run
 
     def _constant(self, operand, dtype):
         if isinstance(operand, FloatBits):
@@ -60,13 +114,14 @@ class Registers:
         """The address of an array that the kernel declares; None if `name` is none."""
         if name in self.kernel.text_names:
             return TEXT_BASE + self.kernel.text_names.index(name)
-        if name.startswith("__local_depot"):
-            return 0
-        at = SHARED_BASE
-        for other, size in sorted(self.kernel.shared, key=lambda array: array[1] == 0):  # the dynamic one comes last
-            if other == name:
-                return at
-            at += size
+        if name in self.tables:
+            return self.tables[name].data_ptr()
+        shared = sorted(self.kernel.shared, key=lambda array: array[1] == 0)  # the dynamic one comes last
+        for arrays, at in ((self.kernel.local, 0), (shared, SHARED_BASE)):
+            for other, size in arrays:
+                if other == name:
+                    return at
+                at += -(-size // 16) * 16
         return None
 
     def source(self, operand, dtype, i):
@@ -93,7 +148,15 @@ class Registers:
         if width < dtype.itemsize:
             raise Unsupported(i, f"a {8 * width}-bit register read as {8 * dtype.itemsize} bits")
         unsigned = UNSIGNED[width]  # st and cvt take the low bits of a wider register
-        return lambda values: values[slot].view(unsigned).astype(UNSIGNED[dtype.itemsize]).view(dtype)
+        low = self.tolerant(lambda values: values[slot].view(unsigned).astype(UNSIGNED[dtype.itemsize]).view(dtype))
+
+        def read_low(values):
+            value = low(values)
+            if isinstance(value, Undefined):
+                raise UndefinedRead
+            return value
+
+        return read_low
 
     def guard(self, i):
         """A function of the values that gives the mask of an instruction's guard; None: everyone."""
@@ -115,25 +178,8 @@ class Registers:
 
         def write(batch, value, mask):
             if mask is not None:
-                old = batch.values[slot]
-                if old is UNWRITTEN:
-                    old = poison_as(value.dtype)
-                elif old.dtype is not value.dtype:
-                    old = old.view(value.dtype)
-                value = np.where(mask, value, old)
+                old, value = (v.one if isinstance(v, Undefined) else v for v in (batch.values[slot], value))
+                value = np.where(mask, value, old if old.dtype is value.dtype else old.view(value.dtype))
             batch.values[slot] = value
 
         return write
-
-
-class _Unwritten:
-    """What a register holds before it is written."""
-
-    @property
-    def dtype(self):
-        raise RuntimeError("the machine code reads a register before it writes it")
-
-    view = dtype
-
-
-UNWRITTEN = _Unwritten()

@@ -10,6 +10,8 @@ import numpy as np
 
 from .calls import stop
 from .fault import KernelFault, Unsupported
+from .readers import settle
+from .registers import UndefinedRead
 from .types import U32
 
 ENDS_BLOCK = ("bra", "ret", "exit", "bar", "barrier", "trap")
@@ -172,10 +174,16 @@ def _advance(b, machine):
     block = machine.blocks[start]
     machine_runs = b.launch.block_runs
     machine_runs[start] = machine_runs.get(start, 0) + b.active_warps()
-    for step in block.steps:
-        step(b)
-    b.steps += 1
-    return block.end(b) if block.end else b.go(block.after)
+    pc = start
+    try:
+        for step in block.steps:
+            step(b)
+            pc += 1
+        b.steps += 1
+        return block.end(b) if block.end else b.go(block.after)
+    except UndefinedRead:
+        raise KernelFault("never written", "a register is used that no instruction wrote", machine.kernel.code[pc],
+                          b.kernel.name, int(b.ids[0]), int(b.here()[0].argmax())) from None  # fmt: skip
 
 
 def run_batch(b, machine, memory):
@@ -198,6 +206,7 @@ def run_batch(b, machine, memory):
             continue
         if b.polling or b.at_barrier:
             _deadlock(b, machine.kernel.code)
+        settle(b)
         return []
     return [b]
 

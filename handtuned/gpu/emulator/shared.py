@@ -80,7 +80,7 @@ class Shared:
         suspect = (writer == 0) | ((writer >= recent) & ((writer & 31) != warp)) | (writer >= IN_FLIGHT)
         if suspect.any():
             self._explain_read(access, offset, writer, suspect, warp)
-        self._note_readers(access, pieces, recent)
+        order.note_readers(self.readers.reshape(-1), pieces, access.program, access.warp)
 
     def _explain_read(self, access, offset, writer, suspect, warp):
         access.address = offset
@@ -88,17 +88,6 @@ class Shared:
         access.fail_if("not arrived", "shared memory is read while a copy is still filling it", writer >= IN_FLIGHT)
         unordered = suspect & self._unordered(access, warp, writer >> 5, writer & 31)
         access.fail_if("race", "shared memory is read that another warp wrote, with no barrier in between", unordered)
-
-    def _note_readers(self, access, pieces, recent):
-        readers = self.readers.reshape(-1)
-        bit = np.where(access.warp < 0, _WARPS >> (32 - self.order.warps), 1 << np.maximum(access.warp, 0))[:, None]
-        old = readers[pieces]
-        kept = np.where(old >= recent << 27, old & _WARPS, 0)  # tick << 5 << 27 = tick << 32
-        mine = (self.order.tick[access.program] << 32)[:, None] | kept | bit
-        readers[pieces] = mine
-        lost = (readers[pieces] & bit) != bit  # several warps read one piece in this very instruction
-        if lost.any():
-            np.bitwise_or.at(readers, pieces[lost], np.broadcast_to(bit, pieces.shape)[lost])
 
     def check_write(self, access, offset, pieces=None, asynchronous=False):
         pieces = self.pieces(access.program, offset, access.nbytes) if pieces is None else pieces
@@ -109,12 +98,12 @@ class Shared:
         other_writer = (writer >= recent) & ((writer & 31) != warp) | (writer >= IN_FLIGHT)
         other_reader = (readers >= recent << 27) & ((readers & _WARPS & ~bit) != 0)
         if other_writer.any() or other_reader.any():
-            self._explain_write(access, offset, writer, readers, other_writer, other_reader, warp)
+            self._explain_write(access, offset, writer, readers, other_writer, warp)
         mine = ((order.tick[access.program] << 5) | np.maximum(access.warp, 0))[:, None]
         self.writer.reshape(-1)[pieces] = mine | IN_FLIGHT if asynchronous else mine
         self.unfenced.reshape(-1)[pieces] = True
 
-    def _explain_write(self, access, offset, writer, readers, other_writer, other_reader, warp):
+    def _explain_write(self, access, offset, writer, readers, other_writer, warp):
         access.address = offset
         access.fail_if("not arrived", "shared memory is overwritten while a copy is still filling it",
                        other_writer & (writer >= IN_FLIGHT))  # fmt: skip
@@ -123,11 +112,8 @@ class Shared:
         unordered = other_writer & self._unordered(access, warp, writer >> 5, writer & 31)
         access.fail_if("race", "shared memory is overwritten that another warp wrote, with no barrier in between",
                        unordered)  # fmt: skip
-        for u in range(self.order.warps):
-            reads = other_reader & ((readers >> u & 1) == 1) & (warp != u)
-            if reads.any():
-                unordered = reads & self._unordered(access, warp, readers >> 32, np.full_like(readers, u))
-                access.fail_if("race", "shared memory is overwritten that another warp may still read", unordered)
+        unmet = self.order.unmet_readers(readers, access.program, access.warp) != 0
+        access.fail_if("race", "shared memory is overwritten that another warp may still read", unmet)
 
     # asynchronous readers and writers
 

@@ -20,7 +20,7 @@ import numpy as np
 from .access import Access, address_of
 from .fault import KernelFault, Unsupported
 from .registers import both
-from .types import F16, F32, S32, U32, small_floats
+from .types import F16, F32, F64, FP8, S32, S64, TYPES, U32, small_floats
 
 _SHAPE = re.compile(r"m(\d+)n(\d+)k(\d+)")
 
@@ -42,15 +42,15 @@ def need_whole_warps(b, i):
 
 def _fragment(registers, kind):
     """Registers [n, 32] → their elements [n, registers, 8 (g), 4 (t), elements of one register]."""
-    elements = 1 if kind == "tf32" else 4 if kind in ("s8", "u8") else 2
+    elements = {"tf32": 1, "f64": 1, "f16": 2, "bf16": 2}.get(kind, 4)
     values = np.stack([_elements(r, kind) for r in registers], axis=1)
     return values.reshape(values.shape[0], len(registers), 8, 4, elements)
 
 
 def _elements(words, kind):
     if kind in ("s8", "u8"):
-        return np.ascontiguousarray(words).view(f"{'i' if kind == 's8' else 'u'}1").astype(S32)
-    return small_floats(words, kind)
+        return np.ascontiguousarray(words).view(TYPES[kind]).astype(S32)
+    return words if kind == "f64" else small_floats(words, kind)
 
 
 def matrix_a(registers, kind):
@@ -67,34 +67,45 @@ def matrix_b(registers, kind):
     return f.transpose(0, 1, 3, 4, 2).reshape(f.shape[0], -1, 8)
 
 
+def _add_clamped(a, b):
+    return np.clip(a.astype(S64) + b, -(1 << 31), (1 << 31) - 1).astype(S32)
+
+
+def alike(kind, kind_b):
+    """Whether a tensor core multiplies these types with each other."""
+    known = {"f16"}, {"bf16"}, {"tf32"}, {"f64"}, {"s8", "u8"}, {*FP8}
+    return any({kind, kind_b} <= kinds for kinds in known)
+
+
 def multiply(m, pc, i):
     """mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 and its relatives."""
     if i.parts[1] != "sync" or "sp" in i.op or "block_scale" in i.op:
         raise Unsupported(i)
     to, kind, kind_b, of = i.parts[-4:]
     rows, columns, depth = map(int, _SHAPE.search(i.op).groups())
-    if kind != kind_b or kind not in ("f16", "bf16", "tf32", "s8", "u8") or (rows, columns) != (16, 8):
+    if not alike(kind, kind_b) or columns != 8:
         raise Unsupported(i)
     packed = to == "f16"  # accumulator of two fp16 in a register
-    accumulate = {"f32": F32, "f16": U32, "s32": S32}[to]
-    if of != to:
+    accumulate = {"f32": F32, "f16": U32, "s32": S32, "f64": F64}[to]
+    if of != to or rows != (8 if (kind, depth) == ("f64", 4) and len(i.args[1]) == 1 else 16):
         raise Unsupported(i)
     d, a, b_, c = i.args
-    read_a, read_b = [m.source(x, U32, i) for x in a], [m.source(x, U32, i) for x in b_]
+    word = F64 if kind == "f64" else U32
+    read_a, read_b = [m.source(x, word, i) for x in a], [m.source(x, word, i) for x in b_]
     read_c, writes = [m.source(x, accumulate, i) for x in c], [m.destination(x) for x in d]
-    flops = 2 * rows * columns * depth
+    flops, add = 2 * rows * columns * depth, _add_clamped if "satfinite" in i.parts else np.add
 
     def run(b):
         need_whole_warps(b, i)
         left = matrix_a([per_warp(b, r(b.values)) for r in read_a], kind)
-        right = matrix_b([per_warp(b, r(b.values)) for r in read_b], kind)
-        product = (left @ right).reshape(-1, 2, 8, 4, 2)  # [n, half, g, t, pair]
+        right = matrix_b([per_warp(b, r(b.values)) for r in read_b], kind_b)
+        product = (left @ right).reshape(-1, rows // 8, 8, 4, 2)  # [n, half, g, t, pair]
         old = [per_warp(b, r(b.values)) for r in read_c]
         if packed:
             sums = [product[:, half].reshape(-1, 64) + old[half].view(F16) for half in (0, 1)]
             new = [np.ascontiguousarray(s.astype(F16)).view(U32) for s in sums]
         else:
-            new = [old[2 * half + j] + product[:, half, :, :, j].reshape(-1, 32) for half in (0, 1) for j in (0, 1)]
+            new = [add(old[n], product[:, n // 2, :, :, n % 2].reshape(-1, 32)) for n in range(len(old))]
         for write, value in zip(writes, new, strict=True):
             write(b, value.reshape(b.programs, b.threads), b.mask)
         b.launch.tally.flops[pc] += flops * b.active_warps()

@@ -3,7 +3,8 @@
 A tensor is described once by 128 bytes (a tensor map): where it starts, its sizes and strides, the box to copy, and how
 the box is swizzled in shared memory. Then one thread names a map and coordinates, and the engine works out all
 addresses, fills what lies outside of the tensor with zeros, and arrives at an mbarrier when the bytes have landed.
-Stores go the other way, leave out what lies outside, and are waited for in groups as cp.async is.
+Stores go the other way, leave out what lies outside, and are waited for in groups as cp.async is; `cp.reduce` adds to
+what is there, or takes the larger, as an atomic does.
 
 A map's layout is NVIDIA's secret, and kernels write it field by field (`tensormap.replace`), so here it has a layout
 of its own.
@@ -14,11 +15,12 @@ from dataclasses import dataclass
 import numpy as np
 
 from .access import Access, ListedAccess, address_of
+from .atomics import apply_global, operation
 from .copies import Transfer
 from .fault import Unsupported
 from .mbarrier import barrier_at, check_initialized
 from .registers import SHARED_BASE, both
-from .types import S64, U8, U32, U64
+from .types import S64, TYPES, U8, U32, U64
 from .wgmma import swizzled
 
 MAP_BYTES = 128
@@ -27,7 +29,7 @@ _FIELDS = {  # name → (byte offset, bytes of an entry)
     "element_stride": (80, 4), "rank": (100, 4), "elemtype": (104, 4), "interleave_layout": (108, 4),
     "swizzle_mode": (112, 4), "fill_mode": (116, 4),
 }  # fmt: skip
-_ELEMENT_BYTES = {0: 1, 1: 2, 2: 4, 3: 4, 4: 8, 5: 8, 6: 2, 7: 4, 8: 4, 9: 8, 10: 2, 11: 4, 12: 4}
+_ELEMENTS = ("u8", "u16", "u32", "s32", "u64", "s64", "f16", "f32", "f32", "f64", "bf16")
 _SPAN = {0: 0, 1: 32, 2: 64, 3: 128}
 _CHUNK = 16
 
@@ -40,8 +42,9 @@ class TensorMap:
     shape: list
     strides: list
     box: list
-    itemsize: int
+    kind: str
     span: int
+    nan: bool
 
     @classmethod
     def read(cls, raw):
@@ -52,13 +55,18 @@ class TensorMap:
             return raw[at : at + n * size].view(f"u{size}").tolist()
 
         rank = field("rank")[0] + 1
-        itemsize = _ELEMENT_BYTES[field("elemtype")[0]]
-        return cls(field("global_address")[0], field("global_dim", rank), [itemsize, *field("global_stride", rank - 1)],
-                   field("box_dim", rank), itemsize, _SPAN[field("swizzle_mode")[0]])  # fmt: skip
+        kind = _ELEMENTS[field("elemtype")[0]]
+        strides = [TYPES[kind].itemsize, *field("global_stride", rank - 1)]
+        return cls(field("global_address")[0], field("global_dim", rank), strides, field("box_dim", rank), kind,
+                   _SPAN[field("swizzle_mode")[0]], bool(field("fill_mode")[0]))  # fmt: skip
 
     @property
-    def nbytes(self) -> int:
-        return int(np.prod(self.box)) * self.itemsize
+    def itemsize(self) -> int:
+        return TYPES[self.kind].itemsize
+
+    def nbytes(self, coordinates) -> int:
+        rows = len(coordinates) - 1 if len(coordinates) > len(self.box) else 1
+        return rows * int(np.prod(self.box)) * self.itemsize
 
     def unit(self, coordinates) -> int:
         """Bytes that may be moved as one: chunks of 16 where none of them crosses the tensor's edge."""
@@ -66,7 +74,10 @@ class TensorMap:
         return _CHUNK if all(edge % _CHUNK == 0 for edge in edges) else self.itemsize
 
     def places(self, coordinates, unit):
-        """(global address, offset in the box, inside the tensor) of each unit of the box, row by row."""
+        """(global address, inside the tensor) of each unit of the box, row by row; of four rows with gather4."""
+        if len(coordinates) > len(self.box):
+            rows = [self.places([coordinates[0], row], unit) for row in coordinates[1:]]
+            return tuple(np.concatenate(column) for column in zip(*rows, strict=True))
         per = unit // self.itemsize
         index = np.indices([self.box[0] // per, *self.box[1:]][::-1]).reshape(len(self.box), -1)[::-1]
         position = [index[0] * per + coordinates[0]] + [i + c for i, c in zip(index[1:], coordinates[1:], strict=True)]
@@ -75,7 +86,20 @@ class TensorMap:
         for x, size, stride in zip(position, self.shape, self.strides, strict=True):
             inside &= (x >= 0) & (x < size)
             address += x * stride
-        return address, np.arange(index.shape[1]) * unit, inside
+        return address, inside
+
+
+def encoded(address, shape, strides, box, element, swizzle, nan):
+    """The 128 bytes of a map, as the host writes it; the innermost dimension last, strides in elements."""
+    raw = np.zeros(MAP_BYTES, U8)
+    size = TYPES[_ELEMENTS[element]].itemsize
+    fields = {"global_address": [address], "global_stride": [s * size for s in strides[-2::-1]],
+              "global_dim": shape[::-1], "box_dim": box[::-1], "rank": [len(shape) - 1], "elemtype": [element],
+              "swizzle_mode": [swizzle], "fill_mode": [nan]}  # fmt: skip
+    for name, entries in fields.items():
+        at, nbytes = _FIELDS[name]
+        raw[at : at + nbytes * len(entries)].view(f"u{nbytes}")[:] = entries
+    return raw
 
 
 def tensormap(m, pc, i):
@@ -145,7 +169,7 @@ def bulk(m, pc, i):
         return lambda b: b.bulk.commit(both(b.mask, guard(b.values)))
     if "wait_group" in parts:
         return _wait(i, guard)
-    if "tensor" not in parts or parts[0] != "cp" or "im2col" in parts or "gather4" in i.op:
+    if "tensor" not in parts or parts[0] != "cp" or "im2col" in parts:
         raise Unsupported(i)
     if "prefetch" in parts:
         return lambda b: None
@@ -181,9 +205,9 @@ class _Request:
                 for p, t, r, c in zip(access.program, access.thread, raw, coordinates, strict=True)]  # fmt: skip
 
 
-def _shared_places(b, i, program, thread, start, tensor):
+def _shared_places(b, i, program, thread, start, nbytes, span):
     """(access, offsets) of the 16-byte chunks of a box in shared memory, in the order of the box."""
-    at = swizzled(start + np.arange(0, tensor.nbytes, _CHUNK), tensor.span)
+    at = swizzled(start + np.arange(0, nbytes, _CHUNK), span)
     access = ListedAccess(b, i, np.full(at.size, program), np.full(at.size, thread), at, _CHUNK)
     return access, b.shared.place(access)
 
@@ -216,13 +240,17 @@ def _load(m, pc, i):
             start, bar = int(starts[program, thread]), int(bars[program, thread])
             _check_alignment(b, i, program, thread, start, tensor)
             unit = tensor.unit(coordinates)
-            address, _, inside = tensor.places(coordinates, unit)
+            address, inside = tensor.places(coordinates, unit)
             width = min(unit, 8)
-            data = np.zeros((address.size, unit // width), f"u{width}")
+            data = np.zeros((address.size, unit), U8)
+            if tensor.nan:
+                data.reshape(-1, tensor.itemsize)[:] = [0xFF] * (tensor.itemsize - 1) + [0x7F]
+            data = data.view(f"u{width}")
             who = np.full(int(inside.sum()), program), np.full(int(inside.sum()), thread)
             origin = ListedAccess(b, i, *who, address[inside], unit)
             data[inside] = b.launch.memory.load(origin, width, unit // width, pc)
-            access, offset = _shared_places(b, i, program, thread, start, tensor)
+            nbytes = tensor.nbytes(coordinates)
+            access, offset = _shared_places(b, i, program, thread, start, nbytes, tensor.span)
             b.shared.check_write(access, offset, asynchronous=True)
             one = ListedAccess(b, i, np.array([program]), np.array([thread]), np.array([bar]), 8)
             at = b.shared.place(one)
@@ -230,32 +258,38 @@ def _load(m, pc, i):
             waited = barrier_at(b, int(at[0]))
             words = np.ascontiguousarray(data).reshape(-1).view(U32).reshape(-1, 4)
             waited.transfers.append(Transfer(access.program, access.thread, offset, words))
-            waited.flying[program] += tensor.nbytes
-            _count(b, pc, "global_loads", address, inside, unit, tensor.nbytes)
+            waited.flying[program] += nbytes
+            _count(b, pc, "global_loads", address, inside, unit, nbytes)
 
     return run
 
 
 def _store(m, pc, i):
     request, source, guard = _Request(m, i, i.args[0]), address_of(m, i.args[1], U32, i), m.guard(i)
+    reduces = "reduce" in i.parts
 
     def run(b):
         starts = np.broadcast_to(source(b.values), (b.programs, b.threads))
         for program, thread, tensor, coordinates in request.read(b, both(b.mask, guard(b.values)), pc):
             start = int(starts[program, thread])
             _check_alignment(b, i, program, thread, start, tensor)
-            access, offset = _shared_places(b, i, program, thread, start, tensor)
+            nbytes = tensor.nbytes(coordinates)
+            access, offset = _shared_places(b, i, program, thread, start, nbytes, tensor.span)
             pieces = b.shared.pieces(access.program, offset, _CHUNK)
             b.shared.check_async_read(access, offset, pieces, "TMA")
             local = pieces - program * b.shared.writer.shape[1]
             b.bulk.add(Transfer(access.program, access.thread, offset, pieces=local))
-            unit = tensor.unit(coordinates)
+            unit = tensor.itemsize if reduces else tensor.unit(coordinates)
             width = min(unit, 8)
             values = np.ascontiguousarray(b.shared.load(access.program, offset, 8, 2)).reshape(-1).view(f"u{width}")
-            address, _, inside = tensor.places(coordinates, unit)
+            address, inside = tensor.places(coordinates, unit)
             who = np.full(int(inside.sum()), program), np.full(int(inside.sum()), thread)
-            b.launch.memory.store(ListedAccess(b, i, *who, address[inside], unit),
-                                  values.reshape(-1, unit // width)[inside], pc)  # fmt: skip
-            _count(b, pc, "global_stores", address, inside, unit, tensor.nbytes)
+            target, values = ListedAccess(b, i, *who, address[inside], unit), values.reshape(-1, unit // width)[inside]
+            if reduces:
+                change, t = operation(i.parts, tensor.kind)
+                apply_global(b, target, change, [values.view(t)], t, pc)
+            else:
+                b.launch.memory.store(target, values, pc)
+            _count(b, pc, "global_stores", address, inside, unit, nbytes)
 
     return run

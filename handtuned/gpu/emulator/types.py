@@ -19,6 +19,11 @@ TYPES = {
 }  # fmt: skip
 UNSIGNED = {1: U8, 2: U16, 4: U32, 8: U64}
 WIDER = {U8: U16, S8: S16, U16: U32, S16: S32, U32: U64, S32: S64}
+_CODES = np.arange(128)
+E5M2 = (_CODES.astype(U16) << U16.type(8)).view(F16).astype(F32)  # the upper half of an fp16
+E4M3 = np.where(_CODES < 8, _CODES * 2.0**-9, (1 + _CODES % 8 / 8) * 2.0 ** (_CODES // 8 - 7)).astype(F32)
+E4M3[127] = np.nan  # no infinity, one NaN
+FP8 = {kind: np.concatenate([table, -table]) for kind, table in (("e4m3", E4M3), ("e5m2", E5M2))}  # by their bits
 NAN16 = U16.type(0x7FFF)  # the NaN that hardware writes, fp16's and bf16's alike
 
 
@@ -54,7 +59,11 @@ def halves(words):
 
 
 def small_floats(words, kind):
-    """[..., n] 32-bit words → the fp32 values in them: 2n of "f16" or "bf16", n of "tf32"."""
+    """[..., n] 32-bit words → the fp32 values in them: n of "tf32", 2n of "f16" or "bf16", 4n of 8 bits."""
+    if kind in FP8:
+        return FP8[kind][np.ascontiguousarray(words).view(U8)]
+    if kind in ("s8", "u8"):
+        return np.ascontiguousarray(words).view(TYPES[kind]).astype(F32)
     if kind == "tf32":
         return to_tf32(np.ascontiguousarray(words).view(U32))
     pairs = halves(words)

@@ -18,8 +18,9 @@ import numpy as np
 from .access import ListedAccess
 from .copies import Transfer
 from .fault import KernelFault, Unsupported
-from .tensor import matrix_a, per_warp
-from .types import F16, F32, PRED, U32, U64, small_floats
+from .registers import Undefined
+from .tensor import alike, matrix_a, per_warp
+from .types import F16, F32, PRED, S32, U32, U64, small_floats
 
 _SHAPE = re.compile(r"m64n(\d+)k(\d+)")
 _SWIZZLE = {0: 0, 1: 128, 2: 64, 3: 32}  # bits 62 and 63 of a descriptor → bytes of a row that are permuted
@@ -92,8 +93,8 @@ class _Operand:
 
     def _chunks(self, bits):
         if bits not in self.known:
-            self.known[bits] = Descriptor.of(bits).chunks(self.outer, self.depth, 4 if self.kind == "tf32" else 2,
-                                                          self.transposed)  # fmt: skip
+            nbytes = {"tf32": 4, "f16": 2, "bf16": 2}.get(self.kind, 1)
+            self.known[bits] = Descriptor.of(bits).chunks(self.outer, self.depth, nbytes, self.transposed)
         return self.known[bits]
 
     def values(self, b, groups):
@@ -200,17 +201,17 @@ def wgmma(m, pc, i):
 def _multiply(m, pc, i):
     columns, depth = map(int, _SHAPE.search(i.op).groups())
     to, kind, kind_b = i.parts[-3:]
-    if kind != kind_b or kind not in ("f16", "bf16", "tf32") or to not in ("f32", "f16"):
+    if not alike(kind, kind_b) or to not in ("f32", "f16", "s32"):
         raise Unsupported(i)
     d, a, b_, scale_d, *rest = i.args
     from_registers = isinstance(a, list)
-    if tuple(rest[:2]) != (1, 1):
+    if tuple(rest[:2]) not in ((), (1, 1)) or "satfinite" in i.parts:
         raise Unsupported(i, "negated operands")
     flags = rest[2:]
     transposed_b = bool(flags[-1]) if flags else False
     transposed_a = bool(flags[0]) if flags and not from_registers else False
     slots, use_old = [m.slot(name) for name in d], m.source(scale_d, PRED, i)
-    right = _Operand(i, m.source(b_, U64, i), columns, depth, kind, transposed_b)
+    right = _Operand(i, m.source(b_, U64, i), columns, depth, kind_b, transposed_b)
     own = slots + [m.slot(x) for x in a] if from_registers else slots
     if from_registers:
         read_a = [m.source(x, U32, i) for x in a]
@@ -230,7 +231,8 @@ def _multiply(m, pc, i):
             A = matrix_a([per_warp(b, read(b.values)) for read in read_a], kind).reshape(b.programs, -1, 64, depth)
         else:
             A = left.values(b, groups)
-        product = (A @ B.swapaxes(-1, -2)).reshape(b.programs, -1, 4, 2, 8, columns // 8, 4, 2)
+        product = (A @ B.swapaxes(-1, -2)).astype(S32 if to == "s32" else F32)
+        product = product.reshape(b.programs, -1, 4, 2, 8, columns // 8, 4, 2)
         use = np.broadcast_to(use_old(b.values), (b.programs, b.threads))
         accumulate = True if use.all() else use if use.any() else None
         for n, slot in enumerate(slots):
@@ -244,7 +246,7 @@ def _multiply(m, pc, i):
 def _register(product, n, to):
     """[P, T] of the n-th result register; product [P, warpgroups, warp, half, g, block, t, pair]."""
     programs = product.shape[0]
-    if to == "f32":  # registers: block, half, pair
+    if to != "f16":  # registers: block, half, pair
         value = product[:, :, :, n // 2 % 2, :, n // 4, :, n % 2]
         return np.ascontiguousarray(value).reshape(programs, -1)
     value = product[:, :, :, n % 2, :, n // 2]  # two neighbours in one register
@@ -255,9 +257,12 @@ def _updated(b, old, new, accumulate, i):
     """What the register will hold: `new`, with the old value added where `accumulate`; in flight from now on."""
     if type(old) is InFlight:
         old = old.value
+    elif accumulate is None and isinstance(old, Undefined):
+        old = old.one
     two = new.shape[1] == 2 * b.threads
     if accumulate is not None:
-        before = np.ascontiguousarray(np.broadcast_to(old, (b.programs, b.threads))).view(F16 if two else F32)
+        before = np.ascontiguousarray(np.broadcast_to(old.view(U32), (b.programs, b.threads)))
+        before = before.view(F16 if two else new.dtype)
         use = accumulate if accumulate is True else np.repeat(accumulate, 2, 1) if two else accumulate
         new = np.where(use, before + new, new)
     value = np.ascontiguousarray(new.astype(F16)).view(U32) if two else new

@@ -1,0 +1,48 @@
+"""Modules by the paths of the bare model: without what torch.compile, DDP, FSDP and checkpoint_wrapper put around."""
+
+from collections.abc import Iterator
+
+from torch import nn
+
+WRAPPERS = {"_orig_mod", "_checkpoint_wrapped_module", "_fsdp_wrapped_module"}
+
+
+def unwrapped(model: nn.Module) -> nn.Module:
+    """The module inside torch.compile's and data parallelism's wrappers."""
+    parallel = nn.DataParallel, nn.parallel.DistributedDataParallel
+    while isinstance(model, parallel) or hasattr(model, "_orig_mod"):
+        model = model.module if isinstance(model, parallel) else model._orig_mod
+    return model
+
+
+def named_modules(model: nn.Module, remove_duplicate: bool = True) -> Iterator[tuple[str, nn.Module]]:
+    """As `model.named_modules`, but of a wrapper and what it wraps the latter alone, under one path."""
+    for path, module in unwrapped(model).named_modules(remove_duplicate=remove_duplicate):
+        if not WRAPPERS & module._modules.keys():
+            yield ".".join(part for part in path.split(".") if part not in WRAPPERS), module
+
+
+def replace(model: nn.Module, new: dict[nn.Module, nn.Module]) -> None:
+    """Put modules in the places of others, wherever these stand. A compiled one is replaced with its wrapper."""
+    for parent in list(unwrapped(model).modules()):
+        for name, child in parent._modules.items():
+            inner = child if child is None else child._modules.get("_orig_mod", child)
+            if inner in new:
+                parent._modules[name] = new[inner]
+
+
+def may_save_whole(model: nn.Module, allowed: bool) -> None:
+    """Let transformers' `save_pretrained` (and so its Trainer) write the model, or refuse while it has adapters."""
+    for module in model.modules():
+        if hasattr(type(module), "save_pretrained"):
+            vars(module).pop("save_pretrained", None)
+            if not allowed:
+                module.save_pretrained = _refuse_to_save
+
+
+def _refuse_to_save(*args, **kwargs):
+    raise ValueError(
+        "save_pretrained would write an adapted model under names that nothing loads. Write the adapter alone by "
+        "handtuned.nn.save_adapter(model, directory), or make the model plain by handtuned.nn.merge.merge_and_unload; "
+        "a Trainer needs save_strategy='no'"
+    )
