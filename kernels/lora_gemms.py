@@ -137,8 +137,8 @@ def _down(x, lora_A, dropout=None, scale=1.0):
     launch(
         _down_kernel, (cdiv(M, blocks["BLOCK_M"]), splits, cdiv(r, blocks["BLOCK_R"])),
         x, lora_A, S, dropout and dropout.seed, M, K, r, *x.stride(), *lora_A.stride(), k_per_split, float(scale),
-        dropout.threshold if dropout else 0, DOT=dot_dtype(x.dtype), ROUNDS=ROUNDS, **blocks, num_warps=4 if r <= 32 else 8,
-        num_stages=4 if r <= 32 else 3,
+        dropout.threshold if dropout else 0, DOT=dot_dtype(x.dtype), ROUNDS=ROUNDS, **blocks,
+        num_warps=4 if r <= 32 else 8, num_stages=4 if r <= 32 else 3,
     )  # fmt: skip
     return _sum(S, x.dtype)
 

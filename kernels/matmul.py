@@ -256,10 +256,13 @@ def _scaled(tile, a, b, scale, want_flag):
 def _scaled_by_torch(a, b, scale, want_flag):
     # Out of reach of `torch.autocast`, which would take the FP32 operands down to 16 bits.
     with nullcontext() if a.is_meta else torch.autocast(a.device.type, enabled=False):
-        return scaled_matmul_reference(a, b, scale)
+        if a.is_cpu or not (a.dtype == torch.float16 or runs_product(a)):
+            return scaled_matmul_reference(a, b, scale)
+        c = torch.mm(a, b, out_dtype=torch.float32).mul_(scale).to(a.dtype)  # on tensor cores; not on a CPU
+        return c, (~torch.isfinite(c)).any().float()
 
 
-SCALED_WAYS = {name: partial(_scaled, tile) for name, tile in SCALED_TILES.items()}
+SCALED_WAYS = {name: partial(_scaled, tile) for name, tile in SCALED_TILES.items()} | {"torch": _scaled_by_torch}
 
 
 def _scaled_product(a, b, scale, want_flag):

@@ -6,9 +6,8 @@
 
 Reading codes costs 0.516 bytes a weight against 2.5 + 2 for writing a dense W and reading it again. In exchange every
 tile of W is decoded once for each tile of 128 rows, by the warps that should multiply. So with many rows a dense W is
-better: 6 % of a product with 4096 rows, which then runs at full speed. In between, the card decides.
-In backward W is decoded or made a second time, which is cheaper than keeping it: kept dense weights are
-what 4 bits are there to avoid.
+better: 6 % of a product with 4096 rows, which then runs at full speed. In between, the card decides. In backward W
+is decoded or made a second time: kept dense weights are what 4 bits are there to avoid.
 
 "fused" rounds a decoded tile to 16 bits as dequantizing would, starts its accumulator at s S Bᵀ, and walks
 along K; for dx = dy W + dS A the same kernel walks down W.
@@ -31,8 +30,7 @@ four neighbours of A are one load.
 
 A CPU has one way for any M, "native": a product in C that decodes W as it goes (`nf4_cpu.py`). Without AVX2 or a
 compiler torch takes the exact path; 16-bit rows a tile of W at a time, in fp32 arithmetic ("tiled"), as torch's own
-16-bit products are several times slower there. There is no gradient here; `lora.py` and
-`quant/linear.py` call the product with W for dx.
+16-bit products are several times slower there. There is no gradient here.
 """
 
 from functools import partial
@@ -249,9 +247,11 @@ def nf4_merge(weight, lora_A, lora_B, scale, dtype) -> torch.Tensor:
 def plan(x: torch.Tensor, weight: torch.Tensor | NF4Weight, dropout: bool = False, rank: int = 1) -> str:
     """How a product of x (M, ·) with a weight goes: "native", "tiled", "stream", "fused", "merged" or "exact".
 
-    A dense weight always goes "exact". On a GPU what is possible is measured (`runtime.fastest`), elsewhere
-    `runtime.FIXED` says it. In torch there is no merge: the adapter's part costs one in-place product on y, and
-    a merge would cost one on W, which is the larger array for all but very long batches.
+    A dense weight always goes "exact".
+
+    On a GPU what is possible is measured (`runtime.fastest`), elsewhere `runtime.FIXED` says it.
+
+    On a CPU there is no merge: a merge would cost a pass over W, larger than y for all but very long batches.
     """
     if isinstance(weight, torch.Tensor):
         return "exact"
@@ -259,7 +259,7 @@ def plan(x: torch.Tensor, weight: torch.Tensor | NF4Weight, dropout: bool = Fals
     if not runs_kernel(x):
         exact = "tiled" if x.is_cpu and x.dtype.itemsize == 2 else "exact"
         return "native" if runs_native_product(x, weight) else exact
-    if K % 64 or weight.block_size % 64:
+    if K == 0 or K % 64 or weight.block_size % 64:
         return "exact"
     tensor_cores, rows, ways = runs_product(x), "", ["exact"]
     if (tensor_cores and M <= 16) or M <= 4:

@@ -41,6 +41,7 @@ from torch import nn
 
 from handtuned import lessons, memory
 from handtuned.kernels import nf4_matmul, nf4_stream
+from handtuned.kernels.runtime import FIXED
 from handtuned.lessons import (
     ACCENT,
     GREYS,
@@ -424,7 +425,7 @@ lessons.check("10.3", merge_error);
 
 # %%
 source(nf4_matmul.plan, first="M, K = x.shape")
-print("rows up to which a way is taken, with tensor cores:", nf4_matmul.MOST_ROWS, "then merged")
+print("where nothing can be measured:", {what: way for what, way in FIXED.items() if "nf4" in what})
 rows = (1, 16, 64, 1024)
 for M in rows:
     streamed, dense = 0.516, 0.516 + 2 + 2  # bytes per weight: codes read; or codes read, fp16 written, fp16 read

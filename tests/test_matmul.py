@@ -5,6 +5,7 @@ import pytest
 import torch
 from handtuned.amp import autocast, scaled_matmul
 from helpers import assert_computes
+from torch.utils._python_dispatch import TorchDispatchMode
 
 DTYPES = pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32], ids=str)
 SHAPES = [(1, 1, 1), (63, 65, 64), (64, 63, 65), (65, 1, 1000), (1, 200, 63), (130, 64, 33), (128, 256, 64)]
@@ -131,6 +132,23 @@ def test_autocast_leaves_the_fp32_inside_alone(each_backend, device, scope):
         again = torch.autograd.grad(c, (a, b), torch.ones_like(c))
     assert torch.equal(c, expected)
     assert all(torch.equal(x, y) for x, y in zip(again, gradients, strict=True))
+
+
+def test_the_vendors_library_sums_16_bits_in_fp32():
+    """On a device without our kernel FP16 operands are not made FP32 (tensor cores would be lost), but the sum is."""
+    calls = []
+
+    class Record(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            calls.append((func, *(t.dtype for t in args if isinstance(t, torch.Tensor))))
+            return func(*args, **(kwargs or {}))
+
+    a, b = torch.empty(4, 8, dtype=torch.float16, device="meta"), torch.empty(8, 5, dtype=torch.float16, device="meta")
+    with Record():
+        c, found_inf = scaled_matmul(a, b, 2.0)
+    assert c.shape == (4, 5) and c.dtype == torch.float16 and found_inf.dtype == torch.float32
+    assert (torch.ops.aten.mm.dtype, torch.float16, torch.float16) in calls
+    assert (torch.ops.aten.mul_.Tensor, torch.float32, torch.float32) in calls
 
 
 def test_the_flag_is_fp32_whatever_torchs_default(each_backend, device):
