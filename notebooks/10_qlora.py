@@ -420,11 +420,11 @@ lessons.check("10.3", merge_error);
 #
 # Generating text multiplies one row x by every weight. Then the time is that of reading W, and reading codes is four times
 # cheaper than reading fp16. With many rows, on a GPU, a dense W pays: it is made once and used by all. In between, tiles of W
-# are decoded beside the tensor cores ("fused"). The library decides by the number of rows M (the lines with "native" are
-# for CPUs, see below):
+# are decoded beside the tensor cores ("fused"). Which is fastest for M rows the library measures on a GPU, once (the first
+# lines are for CPUs, see below):
 
 # %%
-source(nf4_matmul.plan, first="M, K = x.shape")
+source(nf4_matmul.plan, first="if not runs_kernel(x)", last="return fastest")
 print("where nothing can be measured:", {what: way for what, way in FIXED.items() if "nf4" in what})
 rows = (1, 16, 64, 1024)
 for M in rows:
