@@ -40,8 +40,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from handtuned import lessons, memory
-from handtuned.kernels import nf4_matmul, nf4_stream
-from handtuned.kernels.runtime import FIXED
+from handtuned.kernels import nf4_matmul, nf4_stream, runtime
 from handtuned.lessons import (
     ACCENT,
     GREYS,
@@ -420,12 +419,14 @@ lessons.check("10.3", merge_error);
 #
 # Generating text multiplies one row x by every weight. Then the time is that of reading W, and reading codes is four times
 # cheaper than reading fp16. With many rows, on a GPU, a dense W pays: it is made once and used by all. In between, tiles of W
-# are decoded beside the tensor cores ("fused"). Which is fastest for M rows the library measures on a GPU, once (the first
-# lines are for CPUs, see below):
+# are decoded beside the tensor cores ("fused"). On a GPU the library measures the possible ways once for each kind of size
+# and keeps the fastest; elsewhere a table decides by the number of rows M (CPUs have their own way, see below):
 
 # %%
-source(nf4_matmul.plan, first="if not runs_kernel(x)", last="return fastest")
-print("where nothing can be measured:", {what: way for what, way in FIXED.items() if "nf4" in what})
+source(nf4_matmul.plan, first="tensor_cores, rows")
+for name, way in runtime.FIXED.items():
+    if name.startswith("nf4"):
+        print(f"{name}: {way}, where nothing can be measured")
 rows = (1, 16, 64, 1024)
 for M in rows:
     streamed, dense = 0.516, 0.516 + 2 + 2  # bytes per weight: codes read; or codes read, fp16 written, fp16 read
@@ -436,9 +437,9 @@ for M in rows:
 # of rows decodes all of W again, with the units that should keep the tensor cores fed. On a CPU there are no such units to
 # wait for. A core decodes a piece of W into its cache with a few instructions, and every row of x meets it there, so the
 # decoding costs the less the more rows there are; and with few rows, when the time is that of reading W, codes are an
-# eighth of fp32. So for fp32 on a CPU with AVX-512 (whose registers hold the 16 levels, 16 × 32 bits) the product decodes
-# as it goes for *every* M, and W is never dense. It is written in C (`kernels/nf4_cpu.c`). Elsewhere W is made dense for one
-# product. This notebook interprets kernels, so we ask a fresh Python which way it goes, and what torch's tensors take
+# eighth of fp32. So on a CPU with AVX2 or AVX-512 (one register of which holds the 16 levels, 16 × 32 bits) the product
+# decodes as it goes for *every* M, and W is never dense. It is written in C (`kernels/nf4_cpu.c`). Elsewhere W is made dense
+# for one product. This notebook interprets kernels, so we ask a fresh Python which way it goes, and what torch's tensors take
 # beside y (the piece of W in the cache is C's own, and not counted):
 
 # %%

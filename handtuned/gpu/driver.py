@@ -73,12 +73,12 @@ def _flat(signature, values, maps):
 def _descriptor(kind, value, meta):
     """The arguments that a TensorDescriptor of the host becomes; "reached": a tensor that is none, but touched."""
     shape, strides = list(value.shape), list(value.strides)
-    nan = value.padding == "nan"
+    nan, rounds = value.padding == "nan", getattr(value, "round_f32_to_tf32", None)  # None: Triton 3.6
     if meta is None:  # an architecture without TMA
         yield "*" + kind, value.base
         yield from [("i64", n) for n in shape + strides]
-        yield from [("i1", nan), ("i1", value.round_f32_to_tf32)]
-    elif meta["fp4_padded"] or value.round_f32_to_tf32:
+        yield from [("i1", flag) for flag in (nan, rounds) if flag is not None]
+    elif meta["fp4_padded"] or rounds:
         raise NotImplementedError("the emulator knows no TensorDescriptor of 4 bits and none that rounds to TF32")
     else:
         raw = torch.empty(256, dtype=torch.uint8)
