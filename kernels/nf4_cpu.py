@@ -152,7 +152,7 @@ def nf4_product_native(
         S, low = S.float().contiguous(), low.to(dtype).float()
         strides = low.stride() if transposed else (low.stride(1), low.stride(0))
         adapter = S.data_ptr(), low.data_ptr(), S.shape[1], *strides
-    bias = None if bias is None else bias.to(native).contiguous()
+    bias = None if bias is None else bias.to(dtype).to(native).contiguous()
     unzipped = torch.empty((min(M, BATCH), K), dtype=native) if transposed else None
     w = _weight(weight, levels)
     _library.handtuned_nf4_product(

@@ -32,4 +32,4 @@ def nf4_product_tiled(x, weight, transposed, bias=None, S=None, low=None, scale=
     if S is not None:
         low = low.to(x.dtype).float()
         y.addmm_(S.float(), low.t() if transposed else low, alpha=scale)
-    return (y if bias is None else y.add_(bias)).to(x.dtype)
+    return (y if bias is None else y.add_(bias.to(x.dtype))).to(x.dtype)
