@@ -134,7 +134,7 @@ def nf4_product_native(
         transposed: whether x meets Wᵀ.
         bias: in x's dtype, one value a column of y, or None.
         S: (M, r), or None for no low-rank term.
-        low: L (N, r) if `transposed`, else (r, K), any strides.
+        low: L (N, r) if `transposed`, else (r, K), any strides; it is rounded to x's dtype.
         scale: of the low-rank term.
 
     Returns:
@@ -149,10 +149,10 @@ def nf4_product_native(
     x = x.to(native) if x.stride(1) == 1 else x.to(native).contiguous()
     adapter = None, None, 0, 0, 0
     if S is not None:
-        S, low = S.float().contiguous(), low.float()
+        S, low = S.float().contiguous(), low.to(dtype).float()
         strides = low.stride() if transposed else (low.stride(1), low.stride(0))
         adapter = S.data_ptr(), low.data_ptr(), S.shape[1], *strides
-    bias = None if bias is None else bias.to(native).contiguous()
+    bias = None if bias is None else bias.to(dtype).to(native).contiguous()
     unzipped = torch.empty((min(M, BATCH), K), dtype=native) if transposed else None
     w = _weight(weight, levels)
     _library.handtuned_nf4_product(
