@@ -38,7 +38,8 @@ if _library is not None:
 PLAIN, AVX2, AVX512, AVX512_BF16 = range(4)
 _HELD_TO = {"DEFAULT": PLAIN, "NO AVX": PLAIN, "AVX2": AVX2}.get(torch.backends.cpu.get_cpu_capability(), AVX512_BF16)
 LEVEL = PLAIN if _library is None else min(_library.handtuned_nf4_level(), _HELD_TO)
-_ROUNDED = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}  # FP32, BF16, FP16 of nf4_cpu.c
+BATCH = 512  # of nf4_cpu.c, as are the numbers of dtypes
+_ROUNDED = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 
 
 class _Weight(ctypes.Structure):
@@ -152,7 +153,7 @@ def nf4_product_native(
         strides = low.stride() if transposed else (low.stride(1), low.stride(0))
         adapter = S.data_ptr(), low.data_ptr(), S.shape[1], *strides
     bias = None if bias is None else bias.to(native).contiguous()
-    unzipped = torch.empty((M, K), dtype=native) if transposed else None
+    unzipped = torch.empty((min(M, BATCH), K), dtype=native) if transposed else None
     w = _weight(weight, levels)
     _library.handtuned_nf4_product(
         ctypes.byref(w), N, K, transposed, level, _ROUNDED[dtype], x.data_ptr(), x.stride(0), M,

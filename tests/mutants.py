@@ -8,6 +8,8 @@ from unittest import mock
 
 import numpy as np
 import torch
+import triton
+import triton.language as tl
 
 from handtuned.gpu import driver, emulate
 from handtuned.gpu.emulator.machine import Launch, Machine
@@ -19,15 +21,23 @@ def _bytes(start, end):
     return np.ctypeslib.as_array((ctypes.c_uint8 * (end - start)).from_address(start))
 
 
+@triton.jit
+def reader(x_ptr, y_ptr, n, BLOCK: tl.constexpr):
+    """y = x: whoever comes next and reads."""
+    offs = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    tl.store(y_ptr + offs, tl.load(x_ptr + offs, mask=offs < n), mask=offs < n)
+
+
 _GAP = 1 << 20  # bytes around a tensor, so that an access outside it never meets another one by chance
 
 
 @dataclass
 class Recorded:
-    """A launch, the memory before it (islands in an arena of our own), and the memory after it."""
+    """A launch, the memory before it (islands in an arena of our own, and where each was), and the memory after it."""
 
     launch: Launch
     parameters: dict
+    starts: list
     islands: list
     before: list
     after: list = None
@@ -52,6 +62,23 @@ class Recorded:
         if self.after is None:
             self.after = [island.clone() for island in self.islands]
         return all(torch.equal(island, new) for island, new in zip(self.islands, self.after, strict=True))
+
+    def read(self, tensors, arch: str):
+        """Read by another kernel what the last run left of those of these tensors that the launch had.
+
+        Raises:
+            KernelFault: some of it was never written.
+        """
+        for tensor in tensors:
+            for start, island in zip(self.starts, self.islands, strict=True):
+                offset = tensor.data_ptr() - start
+                if 0 <= offset < len(island):
+                    at = (island.storage_offset() + offset) // tensor.element_size()
+                    left = torch.empty(0, dtype=tensor.dtype)
+                    left.set_(island.untyped_storage(), at, tensor.shape, tensor.stride())
+                    with emulate(arch):
+                        x, y = torch.empty_like(tensor).copy_(left), torch.empty_like(tensor)
+                        reader[(triton.cdiv(x.numel(), 1024),)](x, y, x.numel(), BLOCK=1024)
 
 
 class _Always(Unwritten):
@@ -87,7 +114,7 @@ def _moved(launch: Launch) -> Recorded:
         if table.dtype == torch.int64 and table.data_ptr() in places and table.is_contiguous():
             copy = islands[[start for start, _, _ in spans].index(table.data_ptr())]
             copy.view(torch.int64)[: table.numel()] = torch.tensor([move(a) for a in table.flatten().tolist()])
-    return Recorded(launch, parameters, islands, [island.clone() for island in islands])
+    return Recorded(launch, parameters, list(places), islands, [island.clone() for island in islands])
 
 
 @contextlib.contextmanager
