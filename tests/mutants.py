@@ -54,7 +54,8 @@ class Recorded:
         """
         for island, old in zip(self.islands, self.before, strict=True):
             island.copy_(old)
-        machine, launch = Machine(kernel), self.launch
+        launch = self.launch
+        machine = Machine(kernel, launch.machine.copies_need_fence)
         unwritten = _Always(launch.memory.unwritten is not None)
         memory = Global(self.islands, unwritten, machine.global_piece)
         programs = np.arange(math.prod(launch.grid))

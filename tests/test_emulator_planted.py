@@ -238,6 +238,8 @@ def test_taken_out_of_the_machine_code(what, instruction, call, kernel, arch, ki
     with recorded(arch) as launches:
         call(arch)
     (launch,) = launches
+    if instruction == "fence.proxy" and not launch.launch.machine.copies_need_fence:
+        pytest.skip("this version of Triton writes no such fence")
     assert launch.run(launch.kernel)
     faults = []
     for removed, i, mutant in mutants(launch.kernel):
