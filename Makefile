@@ -37,7 +37,7 @@ test-portable: $(VENV)/test.installed
 # Two at a time; every tile of tuned kernels on sm_90. Products on sm_75 are the vendor's library's.
 check-kernels: $(VENV)/test.installed
 	for arch in "sm_90 --every-tile" sm_80 sm_89 sm_120 sm_100 \
-		"sm_75 nf4_dequantize nf4_quantize nf4_one_row adamw unscale dropout"; do echo "$$arch"; done | \
+		"sm_75 nf4_dequantize nf4_quantize nf4_one_row adamw unscale dropout_mask"; do echo "$$arch"; done | \
 		xargs -P 2 -I{} sh -c 'OMP_NUM_THREADS=1 $(BIN)/handtuned xray --check --arch {}'
 
 # The tests behind the tables of docs/from-peft.md and docs/from-torch.md, those that take minutes too.

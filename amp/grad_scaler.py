@@ -81,11 +81,8 @@ class GradScaler(torch.amp.GradScaler):
         scaler.step(optimizer)                          # skipped if a gradient is not finite
         scaler.update()
 
-    Args:
-        device: a name, as in torch.amp: the scale is where the first loss is. It may be left out, as in torch.cuda.amp.
-        init_scale, growth_factor, backoff_factor, growth_interval, enabled: 65536.0, 2.0, 0.5, 2000, True; in this
-            order, or by name.
-
+    Arguments as in torch.amp: device (a name only, the scale is where the first loss is; it may be left out, as in
+    torch.cuda.amp), init_scale=65536.0, growth_factor=2.0, backoff_factor=0.5, growth_interval=2000, enabled=True.
     `growth_factor` > 1 multiplies the scale after `growth_interval` good steps in a row, `backoff_factor` < 1 after one
     with an overflow (AssertionError otherwise, as in torch). With `enabled` False every method is a no-op and `step` a
     plain `optimizer.step()`.

@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from handtuned.quant import NF4Linear
 from handtuned.quant.nf4 import nf4_bytes
-from shared import close, low_precision
+from shared import close, computed_in, low_precision
 from torch import nn
 
 from handtuned.bench import script
@@ -45,7 +45,7 @@ def check(inputs):
     """fp64 from the weight as NF4 holds it."""
     layer, x = inputs
     expected = x.double() @ layer.dequantize().weight.double().t()
-    return lambda name, result: close([result], [expected], x.dtype, ["y"])
+    return lambda name, result: close([result], [expected], computed_in(name, x), ["y"])
 
 
 def case(M, N, K, dtype, device):
@@ -74,7 +74,11 @@ def cases(device, quick):
         for M in (4096,) if quick else (64, 256, 512, 4096):
             yield case(M, 4096, 4096, low_precision(device), device)
     else:
-        yield case(64 if quick else 512, 1024, 1024, torch.float32, device)
+        shapes = [(1024, 1024)] if quick else [(4096, 4096), (1536, 576), (11008, 4096)]
+        for N, K in shapes:
+            for dtype in (torch.bfloat16, torch.float32):
+                for M in (1,) if quick else (1, 4, 16, 128, 512):
+                    yield case(M, N, K, dtype, device)
 
 
 if __name__ == "__main__":

@@ -8,7 +8,7 @@ from bench_lora import NAMES, Layer, exact, step, under_autocast, with_ours, wit
 from bench_nf4_matmul import bitsandbytes_linear
 from handtuned.quant import NF4Linear
 from handtuned.quant.nf4 import nf4_bytes
-from shared import close, lora_bytes, low_precision
+from shared import close, computed_in, lora_bytes, low_precision
 
 from handtuned.bench import script
 from handtuned.harness import Case
@@ -46,7 +46,7 @@ def check(layer):
     """fp64 from the weight as NF4 holds it."""
     weight = layer.linear.dequantize().weight
     _, adapted = exact(layer, weight)
-    return lambda name, result: close(result, adapted, layer.x.dtype, NAMES)
+    return lambda name, result: close(result, adapted, computed_in(name, layer.x), NAMES)
 
 
 def forward(wrapped, layer):
@@ -99,7 +99,9 @@ def cases(device, quick):
         yield case(128 if quick else 512, 1024, 1024, 8, torch.float32, device, training=True)
         if not quick:
             yield case(512, 1536, 576, 8, torch.float32, device, training=True)
-            yield case(1, 4096, 4096, 8, torch.float32, device, training=False)
+            yield case(512, 1024, 1024, 8, torch.bfloat16, device, training=True)
+            for dtype in (torch.float32, torch.bfloat16):
+                yield case(1, 4096, 4096, 8, dtype, device, training=False)
 
 
 if __name__ == "__main__":

@@ -31,6 +31,11 @@ def tolerance(dtype):
     return torch.finfo(dtype).eps * (256 if dtype == torch.float32 else 4)
 
 
+def computed_in(name, x):
+    """The dtype a provider computes in: bitsandbytes' 4-bit products on a CPU may be in bf16 (with AVX512-BF16)."""
+    return torch.bfloat16 if "bitsandbytes" in name and x.is_cpu else x.dtype
+
+
 def close(result, expected, dtype, names):
     """Raise if one of several results is further from its fp64 value than `tolerance`."""
     for got, want, what in zip(result, expected, names, strict=False):

@@ -58,8 +58,8 @@ def run(args) -> int:
 def finetune(settings: FinetuneSettings, world: World | None = None, checkpoint: Path | None = None) -> dict:
     """Fine-tune as `settings` say; everything lands in `settings.output_dir`.
 
-    A directory that holds a checkpoint of the same run is resumed from there, and ends with the
-    bits of a run that was never stopped.
+    A directory that holds a checkpoint of the same run is resumed from there, and ends with the bits of a run that was
+    never stopped.
 
     Args:
         world: the ranks that share the work (default: this process alone).

@@ -1,10 +1,9 @@
 """`handtuned merge`: base + adapter as one plain model directory that transformers loads.
 
-A 4-bit merge erases the adapter: the update is smaller than the gaps between the 16
-levels, and rounding throws it away. So the base is dequantized, the update is added,
-and the sum is written in 16 or 32 bits. The base is the *quantized* one by default,
-because that is what the adapter was trained on; adding the update to the original
-weights instead (`--onto original`) gives a model that nobody has trained.
+A 4-bit merge erases the adapter: the update is smaller than the gaps between the 16 levels, and rounding throws it
+away. So the base is dequantized, the update is added, and the sum is written in 16 or 32 bits. The base is the
+*quantized* one by default, because that is what the adapter was trained on; adding the update to the original weights
+instead (`--onto original`) gives a model that nobody has trained.
 """
 
 from pathlib import Path
@@ -65,8 +64,8 @@ def run(args) -> int:
 def to_plain_model(model: torch.nn.Module, dtype: torch.dtype) -> torch.nn.Module:
     """Merge the adapter and turn every LoRA and NF4 layer into a plain `nn.Linear`, in place, in `dtype`.
 
-    A weight tied to the embedding that received an update is untied first, in the
-    config too. The sum is formed in fp32 and rounded once.
+    A weight tied to the embedding that received an update is untied first, in the config too. The sum is formed in
+    fp32 and rounded once.
 
     Raises:
         ValueError: as `merge_and_unload`, or a weight that is too large for `dtype`.

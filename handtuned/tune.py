@@ -1,9 +1,8 @@
 """`handtuned tune`: a budgeted, seeded search for LoRA's settings, by Optuna.
 
-Each trial is a short fine-tuning run with settings of its own. The first has the settings that
-`finetune` would take, so the search ends no worse than it began. Successive halving (Jamieson &
-Talwalkar 2016; asynchronous: Li et al. 2020) stops a trial after 1/8, 1/4 or 1/2 of its steps
-unless it is among the better half of those that came as far.
+Each trial is a short fine-tuning run with settings of its own. The first has the settings that `finetune` would take,
+so the search ends no worse than it began. Successive halving (Jamieson & Talwalkar 2016; asynchronous: Li et al. 2020)
+stops a trial after 1/8, 1/4 or 1/2 of its steps unless it is among the better half of those that came as far.
 
 Half of the held-out rows choose; the other half are scored once per finished trial and decide nothing, so that
 their score of the winner is not flattered by the choice.

@@ -87,6 +87,7 @@ static const kind *const KINDS[] = {NULL, &kind_avx2, &kind_avx512, &kind_bf16};
 
 int handtuned_nf4_level(void)
 {
+    __builtin_cpu_init();
     if (!__builtin_cpu_supports("avx2") || !__builtin_cpu_supports("fma") || !__builtin_cpu_supports("f16c"))
         return 0;
     if (!__builtin_cpu_supports("avx512bw") || !__builtin_cpu_supports("avx512vl"))
@@ -153,7 +154,8 @@ static void add_products(
     }
 }
 
-/* See nf4_product_native in nf4_cpu.py. b[o * b_column + j * b_rank] belongs to column o of y. */
+/* See nf4_product_native in nf4_cpu.py. `unzipped` has room for a batch of x. b[o * b_column +
+ * j * b_rank] belongs to column o of y. */
 void handtuned_nf4_product(
     const weight *w, int64_t N, int64_t K, int transposed, int level, int rounding, const void *x, int64_t x_stride,
     int64_t M, void *unzipped, const void *bias, const float *s, const float *b, int64_t rank, int64_t b_column,
@@ -165,20 +167,22 @@ void handtuned_nf4_product(
     const int run = run_of(w, K), few = transposed && M <= k->rows && run == 64;
     const int64_t most = transposed ? at_most(COLUMNS, (share + 3) / 4 * 4) : COLUMNS;
     const int64_t units = (width + most - 1) / most;
-    if (transposed) {
-#pragma omp parallel for num_threads(threads) if (M * K > 32768)
-        for (int64_t m = 0; m < M; m++)
-            k->unzip((const char *)x + m * x_stride * k->size, K, (char *)unzipped + m * K * k->size);
-        x = unzipped, x_stride = K;
-    }
+    for (int64_t top = 0; top < M; top += BATCH) {
+        const int64_t rows = at_most(M - top, BATCH), stride = transposed ? K : x_stride;
+        const char *batch = (const char *)x + top * x_stride * k->size;
+        if (transposed) {
+#pragma omp parallel for num_threads(threads) if (rows * K > 32768)
+            for (int64_t m = 0; m < rows; m++)
+                k->unzip(batch + m * x_stride * k->size, K, (char *)unzipped + m * K * k->size);
+            batch = unzipped;
+        }
 #pragma omp parallel num_threads(threads)
-    {
-        char panel[COLUMNS * STRIDE(char)] __attribute__((aligned(64)));
-        float totals[BATCH * COLUMNS] __attribute__((aligned(64)));
-        const int64_t thread = omp_get_thread_num(), count = omp_get_num_threads();
-        for (int64_t top = 0; top < M; top += BATCH)
+        {
+            char panel[COLUMNS * STRIDE(char)] __attribute__((aligned(64)));
+            float totals[BATCH * COLUMNS] __attribute__((aligned(64)));
+            const int64_t thread = omp_get_thread_num(), count = omp_get_num_threads();
             for (int64_t unit = units * thread / count; unit < units * (thread + 1) / count; unit++) {
-                const int64_t rows = at_most(M - top, BATCH), column = unit * most;
+                const int64_t column = unit * most;
                 const int64_t there = at_most(width - column, most); /* what a tile has beside them is not stored */
                 memset(totals, 0, rows * COLUMNS * sizeof(float));
                 for (int64_t j = 0, part = BYTES / 4; j < rank; j += part) {
@@ -192,13 +196,13 @@ void handtuned_nf4_product(
                 }
                 for (int64_t term = 0, part = BYTES / k->size; term < terms; term += part) {
                     const int64_t some = at_most(terms - term, part);
-                    const char *from = (const char *)x + (top * x_stride + term) * k->size;
+                    const char *from = batch + term * k->size;
                     const coded codes = {*w, column * K + term, K, there, rounding};
                     for (int64_t c = 0; c < there && transposed && !few; c++)
                         k->row(w, (column + c) * K + term, some, run, AHEAD * K, rounding, 0, panel + c * STRIDE(char));
                     if (!transposed)
                         k->columns(w, term * K + column, K, some, there, rounding, panel);
-                    add_products(k, rows, from, x_stride, few ? NULL : panel, codes, some, there, totals);
+                    add_products(k, rows, from, stride, few ? NULL : panel, codes, some, there, totals);
                 }
                 for (int64_t m = 0; m < rows; m++)
                     for (int64_t c = 0; c < there; c++) {
@@ -211,6 +215,7 @@ void handtuned_nf4_product(
                                 to_bf16(bias ? sum + from_bf16(((const uint16_t *)bias)[column + c]) : sum);
                     }
             }
+        }
     }
 }
 

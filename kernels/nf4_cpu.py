@@ -38,7 +38,8 @@ if _library is not None:
 PLAIN, AVX2, AVX512, AVX512_BF16 = range(4)
 _HELD_TO = {"DEFAULT": PLAIN, "NO AVX": PLAIN, "AVX2": AVX2}.get(torch.backends.cpu.get_cpu_capability(), AVX512_BF16)
 LEVEL = PLAIN if _library is None else min(_library.handtuned_nf4_level(), _HELD_TO)
-_ROUNDED = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}  # FP32, BF16, FP16 of nf4_cpu.c
+BATCH = 512  # of nf4_cpu.c, as are the numbers of dtypes
+_ROUNDED = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 
 
 class _Weight(ctypes.Structure):
@@ -133,7 +134,7 @@ def nf4_product_native(
         transposed: whether x meets Wᵀ.
         bias: in x's dtype, one value a column of y, or None.
         S: (M, r), or None for no low-rank term.
-        low: L (N, r) if `transposed`, else (r, K), any strides.
+        low: L (N, r) if `transposed`, else (r, K), any strides; it is rounded to x's dtype.
         scale: of the low-rank term.
 
     Returns:
@@ -148,11 +149,11 @@ def nf4_product_native(
     x = x.to(native) if x.stride(1) == 1 else x.to(native).contiguous()
     adapter = None, None, 0, 0, 0
     if S is not None:
-        S, low = S.float().contiguous(), low.float()
+        S, low = S.float().contiguous(), low.to(dtype).float()
         strides = low.stride() if transposed else (low.stride(1), low.stride(0))
         adapter = S.data_ptr(), low.data_ptr(), S.shape[1], *strides
-    bias = None if bias is None else bias.to(native).contiguous()
-    unzipped = torch.empty((M, K), dtype=native) if transposed else None
+    bias = None if bias is None else bias.to(dtype).to(native).contiguous()
+    unzipped = torch.empty((min(M, BATCH), K), dtype=native) if transposed else None
     w = _weight(weight, levels)
     _library.handtuned_nf4_product(
         ctypes.byref(w), N, K, transposed, level, _ROUNDED[dtype], x.data_ptr(), x.stride(0), M,

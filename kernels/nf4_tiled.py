@@ -30,5 +30,6 @@ def nf4_product_tiled(x, weight, transposed, bias=None, S=None, low=None, scale=
         else:
             y.addmm_(wide[:, start:stop], tile)
     if S is not None:
-        y.addmm_(S.float(), low.float().t() if transposed else low.float(), alpha=scale)
-    return (y if bias is None else y.add_(bias)).to(x.dtype)
+        low = low.to(x.dtype).float()
+        y.addmm_(S.float(), low.t() if transposed else low, alpha=scale)
+    return (y if bias is None else y.add_(bias.to(x.dtype))).to(x.dtype)

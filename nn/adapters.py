@@ -33,12 +33,9 @@ def save_adapter(
 ) -> None:
     """Write an adapter as PEFT does, so that PEFT, transformers and vLLM load it.
 
-    A PiSSA adapter is written as the plain LoRA of twice the rank that it is on the untouched base.
-
-    Args:
-        directory: gets `adapter_model.safetensors` and `adapter_config.json`, each whole or not at all.
-        base_model: the directory or hub name of the base model (`base_model_name_or_path`).
-        name: the adapter to write (default: the active one).
+    A PiSSA adapter is written as the plain LoRA of twice the rank that it is on the untouched base. `directory` gets
+    `adapter_model.safetensors` and `adapter_config.json`, each whole or not at all; `base_model` is written there as
+    `base_model_name_or_path`; `name` is the adapter to write (default: the active one).
 
     ValueError: no LoRA layers, no such adapter, values that are not finite, or modules trained whole that PEFT could
     not tell from others. Nothing is written then.
@@ -65,12 +62,10 @@ def save_adapter(
     # Under fully_shard every rank must call this.
     tensors = {key: t.full_tensor() if hasattr(t, "full_tensor") else t for key, t in tensors.items()}
     for path in layers:
-        A, wanted = tensors[f"{path}.lora_A.weight"], features(multi.original(adapted[path]))[1]
-        if A.dim() != 2 or A.shape[1] != wanted:
-            raise ValueError(
-                f"{path} holds a shard of its lora_A, of shape {tuple(A.shape)}: call save_adapter under "
-                "FullyShardedDataParallel.summon_full_params(model)"
-            )
+        shape = tensors[f"{path}.lora_A.weight"].shape
+        if shape[1:] != features(multi.original(adapted[path]))[1:]:
+            raise ValueError(f"{path} holds a shard of its lora_A, of shape {tuple(shape)}: call save_adapter under "
+                             "FullyShardedDataParallel.summon_full_params(model)")  # fmt: skip
     for key, tensor in tensors.items():
         if not torch.isfinite(tensor).all():
             raise ValueError(f"adapter {name!r}: {key} holds NaN or infinite values; it was not saved")
@@ -105,11 +100,9 @@ class LoadReport:
 def load_adapter(model: nn.Module, directory: str | Path, name: str = "default", trainable: bool = False) -> LoadReport:
     """Put the adapter that lies in `directory` into the model, in place, and make it the active one.
 
-    Args:
-        model: a plain or NF4 model, with or without adapters. If it has an adapter of this name already, that must
-            have the same layers and ranks; its parameters take the file's values and keep their `requires_grad`.
-        trainable: whether the parameters of a new adapter require gradients. With True the base model is frozen, as
-            by `apply_lora_to_model`; other adapters keep their `requires_grad`.
+    If the model has an adapter of this name already, that must have the same layers and ranks; its parameters take the
+    file's values. `trainable`: whether the parameters of a new adapter require gradients; with True the base model is
+    frozen, as by `apply_lora_to_model`. What adapters there are keep their `requires_grad`.
 
     Returns a LoadReport; `print` it.
 

@@ -86,9 +86,10 @@ class Mergeable(nn.Module):
         if not self.enabled or self.merged:
             return (self.base_layer if self.enabled else self.unmerged).weight
         if (self.training and self.lora_dropout > 0) or "forward" in vars(self):
-            what = "dropout" if self.training else "choice of adapters by row"
+            what = "choice of adapters by row" if "forward" in vars(self) else "dropout"
             raise RuntimeError(f"a module reads this layer's weight instead of calling it: the {what} cannot act")
-        weight = (dense_weight(self.base_layer) + self.delta()).to(self.base_layer.weight.dtype)
+        dense = dense_weight(self.base_layer)
+        weight = (dense + self.delta()).to(dense.dtype)
         return weight.t() if is_conv1d(self.base_layer) else weight
 
     @property

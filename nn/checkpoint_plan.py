@@ -62,7 +62,7 @@ def split_evenly(layers: int, segments: int) -> tuple[Segment, ...]:
     return tuple(Segment(a, b, recompute=b < layers) for a, b in pairwise(edges))
 
 
-def checkpoint_sequential(functions, x, segments: str | int | Plan = "sqrt", budget: int | None = None):
+def checkpoint_sequential(functions, x, segments: str | int | Plan = "sqrt", budget: int | None = None, **keywords):
     """Run layers one after the other, with checkpoints between them.
 
     Args:
@@ -72,6 +72,7 @@ def checkpoint_sequential(functions, x, segments: str | int | Plan = "sqrt", bud
             so that the peak is least), or a `Plan` from `plan_checkpoints`. Of equal segments the last is kept, as
             backward starts there. "auto" measures when it first meets these layers and shapes, and remembers.
         budget: with "auto": recompute as little as possible within this many bytes above what is there before.
+        keywords: of `checkpoint`. torch's order of arguments, (functions, 2, x), is understood too.
 
     Returns what the last function returns. Gradients are bit-equal to those of a plain run.
 
@@ -80,6 +81,8 @@ def checkpoint_sequential(functions, x, segments: str | int | Plan = "sqrt", bud
         TypeError: `segments` is of another type.
     """
     functions = list(functions)
+    if type(x) is int and isinstance(segments, torch.Tensor):
+        x, segments = segments, x
     if not functions:
         raise ValueError("functions must hold at least one function, got none")
     if budget is not None and segments != "auto":
@@ -103,7 +106,7 @@ def checkpoint_sequential(functions, x, segments: str | int | Plan = "sqrt", bud
         parts = split_evenly(len(functions), segments)
     for part in parts:
         run = partial(_chain, functions[part.start : part.stop])
-        x = checkpoint(run, x) if part.recompute else run(x)
+        x = checkpoint(run, x, **keywords) if part.recompute else run(x)
     return x
 
 
@@ -114,10 +117,8 @@ def _chain(functions: Sequence[Callable], x):
 
 
 def choose_segments(costs: Sequence[LayerCost], budget: int | None = None) -> Plan:
-    """The plan with the least peak or, given a budget in bytes, the one within it that recomputes least.
-
-    `costs` are those of `measure_layers`. ValueError: no plan stays within the budget; names the least possible.
-    """
+    """The plan with the least peak or, given a budget in bytes, the one within it that recomputes least. ValueError: no
+    plan stays within the budget; names the least possible."""
     worst = _worst_moments(costs)
     everything = sum(c.kept for c in costs) + max(worst.values())
     limit = bisect_left(range(everything), True, key=lambda limit: bool(_arrivals(costs, worst, limit, states=1)))
@@ -161,11 +162,8 @@ def _steps(costs: Sequence[LayerCost], stop: int):
 
 
 def _arrivals(costs: Sequence[LayerCost], worst: dict, limit: int, states: int) -> list[tuple]:
-    """(bytes kept, work repeated, peak so far, segments) of the ways through all layers that stay within `limit`.
-
-    At each layer those count that no other beats in both bytes and work; of these `states` are followed, the one
-    with the fewest bytes among them.
-    """
+    """(bytes kept, work repeated, peak so far, segments) of the ways through all layers that stay within `limit`. At
+    each layer those that no other beats in both count, of which `states` are followed, that of fewest bytes too."""
     arrivals = [[(0, 0, 0, ())]]
     for stop in range(1, len(costs) + 1):
         found = [
@@ -194,10 +192,7 @@ def _joined(segments: Sequence[Segment]) -> tuple[Segment, ...]:
 
 
 def plan_checkpoints(functions: Sequence[Callable], x, budget: int | None = None) -> Plan:
-    """Measure the layers on `x` and choose: `choose_segments(measure_layers(functions, x), budget)`.
-
-    Costs about one forward and backward pass, one layer at a time, and the memory of the largest layer.
-    """
+    """Measure the layers on `x` and choose; costs about one forward and backward pass, one layer at a time."""
     return choose_segments(measure_layers(functions, x), budget)
 
 

@@ -105,10 +105,8 @@ def mark_only_lora_as_trainable(model: nn.Module) -> None:
 
 @contextlib.contextmanager
 def disable_lora(model: nn.Module):
-    """Within this context the model computes as if it had no adapters, merged or not; nothing else changes.
-
-    Contexts nest. Raises ValueError for a model without LoRA layers.
-    """
+    """Within this context, which nests, the model computes as if it had no adapters, merged or not. ValueError: it has
+    no LoRA layers."""
     required_lora_layers(model)
     enabled = [module for module in multi.modules_with_adapters(model).values() if module.enabled]
     for module in enabled:

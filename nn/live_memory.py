@@ -22,10 +22,9 @@ from torch.utils.flop_counter import FlopCounterMode
 
 
 class LiveMemory(TorchDispatchMode):
-    """Within this context, counts the bytes of live tensor storage on one kind of device.
+    """Within this context, counts the bytes of live tensor storage on one kind of device ("cpu", "cuda", …).
 
     Args:
-        device_type: "cpu", "cuda", …: storages elsewhere are not counted.
         scan: look among all Python objects for the tensors that are there already. Without it `before` holds only
             those that an operation reads, and the death of the others goes unnoticed.
         keep_history: note `added` after every change, in `history`.

@@ -26,10 +26,9 @@ REFIT_ITERATIONS = 8  # of the randomized decomposition; the exact one takes min
 def merge_lora(model: nn.Module, dequantize: bool = False, untie: bool = False) -> nn.Module:
     """Fold every adapter into its base weight, in place. Layers already merged are left as they are.
 
-    Args:
-        dequantize: let NF4 layers become dense ones; a merge into 4 bits would erase the adapter.
-        untie: give a base weight that is shared (an output head tied to the embedding) a copy of its own first, for
-            good, and set `model.config.tie_word_embeddings` to False, or loading would tie the two again.
+    `dequantize` lets NF4 layers become dense ones; a merge into 4 bits would erase the adapter. `untie` gives a base
+    weight that is shared (an output head tied to the embedding) a copy of its own first, for good, and sets
+    `model.config.tie_word_embeddings` to False, or loading would tie the two again.
 
     ValueError: no LoRA layers; NF4 layers without `dequantize`; a shared weight without `untie`; a layer that cannot be
     merged (see `LoRALinear.merge_weights`). Nothing is changed then.

@@ -73,6 +73,10 @@ class ModuleToSave(nn.Module):
                 raise
             return getattr(self.current, name)
 
+    def __setattr__(self, name, value):
+        own = name in ("base_layer", "copies", "adapter", "enabled", "training", "forward") or name.startswith("_")
+        nn.Module.__setattr__(self if own else self.current, name, value)
+
     def __len__(self):
         return len(self.current)
 

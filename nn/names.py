@@ -4,22 +4,26 @@ from collections.abc import Iterator
 
 from torch import nn
 
+PARALLEL = nn.DataParallel, nn.parallel.DistributedDataParallel
 WRAPPERS = {"_orig_mod", "_checkpoint_wrapped_module", "_fsdp_wrapped_module"}
 
 
 def unwrapped(model: nn.Module) -> nn.Module:
     """The module inside torch.compile's and data parallelism's wrappers."""
-    parallel = nn.DataParallel, nn.parallel.DistributedDataParallel
-    while isinstance(model, parallel) or hasattr(model, "_orig_mod"):
-        model = model.module if isinstance(model, parallel) else model._orig_mod
+    while isinstance(model, PARALLEL) or hasattr(model, "_orig_mod"):
+        model = model.module if isinstance(model, PARALLEL) else model._orig_mod
     return model
 
 
 def named_modules(model: nn.Module, remove_duplicate: bool = True) -> Iterator[tuple[str, nn.Module]]:
     """As `model.named_modules`, but of a wrapper and what it wraps the latter alone, under one path."""
-    for path, module in unwrapped(model).named_modules(remove_duplicate=remove_duplicate):
-        if not WRAPPERS & module._modules.keys():
-            yield ".".join(part for part in path.split(".") if part not in WRAPPERS), module
+    wrappers = set()
+    for path, module in model.named_modules(remove_duplicate=remove_duplicate):
+        if isinstance(module, PARALLEL) or WRAPPERS & module._modules.keys():
+            wrappers.add(path)
+        else:
+            parts = path.split(".")
+            yield ".".join(part for i, part in enumerate(parts) if ".".join(parts[:i]) not in wrappers), module
 
 
 def replace(model: nn.Module, new: dict[nn.Module, nn.Module]) -> None:

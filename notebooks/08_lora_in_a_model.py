@@ -48,6 +48,7 @@ from handtuned.nn import (
     set_adapter,
     unmerge_lora,
 )
+from handtuned.nn import inject
 from handtuned.nn.combine import add_weighted_adapter
 from handtuned.nn.multi import adapters_by_row
 from handtuned.optim import AdamW
@@ -151,7 +152,7 @@ claim(
 # changed before all checks have passed: a model that is half adapted would be worse than an error.
 
 # %%
-source(apply_lora_to_model, first="check_settings(rank", last="return model")
+source(inject._put_in, first="selected, values", last="return model")
 
 # %% [markdown]
 # ## Exercise 08.1: which layers a target names

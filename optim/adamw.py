@@ -72,10 +72,11 @@ class AdamW(torch.optim.Optimizer):
         weight_decay: float = 1e-2, amsgrad: bool = False, *, maximize: bool = False, fused: bool | None = None,
         foreach: bool | None = None, capturable: bool = False, differentiable: bool = False,
     ):  # fmt: skip
-        rates = {"lr": lr, "betas": tuple(betas), "eps": eps, "weight_decay": weight_decay}
-        flags = {"amsgrad": amsgrad, "maximize": maximize, "fused": fused, "foreach": foreach,
-                 "capturable": capturable, "differentiable": differentiable}  # fmt: skip
-        super().__init__(params, rates | FLAGS | flags)
+        super().__init__(params, FLAGS | {
+            "lr": lr, "betas": tuple(betas), "eps": eps, "weight_decay": weight_decay, "amsgrad": amsgrad,
+            "fused": fused, "foreach": foreach, "maximize": maximize, "capturable": capturable,
+            "differentiable": differentiable,
+        })  # fmt: skip
 
     def __setstate__(self, state: dict) -> None:
         super().__setstate__(state)

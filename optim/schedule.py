@@ -54,10 +54,7 @@ def cosine_with_warmup(
     Call `.step()` once after each `optimizer.step()` that was not skipped. The state dict holds the position and the
     numbers of the schedule, so a resumed run continues exactly.
 
-    Args:
-        optimizer: each parameter group's `lr` is taken as its peak.
-        total_steps: optimizer updates in the whole run (see `optimizer_steps`).
-        warmup_ratio: fraction of them that warms up, 0 to 1.
+    Each parameter group's `lr` is taken as its peak; `total_steps` are optimizer updates (see `optimizer_steps`).
 
     Raises:
         TypeError: `total_steps` is not an integer.

@@ -32,9 +32,7 @@ _all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_t
 class Collectives:
     """The calls on torch.distributed's default group: each the identity if no group was initialized, a world of one.
 
-    Attributes:
-        traffic: collective → elements of its whole buffer, summed over the calls of this rank.
-        calls: collective → how often it was called.
+    `traffic`: collective → elements of its whole buffer, summed over this rank's calls; `calls`: how many.
     """
 
     def __init__(self):

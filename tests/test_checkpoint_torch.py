@@ -4,7 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from autocast_ops import OPS
-from handtuned.nn import CheckpointedTransformerLayer, checkpoint
+from handtuned.nn import CheckpointedTransformerLayer, checkpoint, checkpoint_sequential
 from handtuned.nn.checkpoint import CheckpointError
 from torch import nn
 from torch.utils.checkpoint import noop_context_fn
@@ -206,6 +206,18 @@ def test_torch_s_keywords_that_mean_what_is_done_here(keywords):
 def test_others_are_refused_by_name(keywords):
     with pytest.raises(ValueError, match=f"{next(iter(keywords))} must be"):
         checkpoint(torch.sin, torch.ones(2, requires_grad=True), **keywords)
+
+
+def test_checkpoint_sequential_in_torch_s_order():
+    layers = nn.Sequential(*(nn.Sequential(nn.Linear(5, 5), nn.Tanh()) for _ in range(4)))
+    theirs = lambda x: torch.utils.checkpoint.checkpoint_sequential(layers, 2, x, use_reentrant=False)  # noqa: E731
+    want = run(theirs)
+    for call in (lambda x: checkpoint_sequential(layers, 2, x, use_reentrant=False, preserve_rng_state=False),
+                 lambda x: checkpoint_sequential(layers, x, 2)):  # fmt: skip
+        for one, other in zip(run(call), want, strict=True):
+            assert torch.equal(one, other)
+    with pytest.raises(ValueError, match="use_reentrant must be"):
+        checkpoint_sequential(layers, 2, torch.ones(5, requires_grad=True), use_reentrant=True)
 
 
 def test_without_a_check_another_dtype_is_taken():

@@ -54,11 +54,11 @@ def products(native, monkeypatch):
 
 
 def check_product(product, M, N, K, r, block_size, transposed, dtype):
-    """Against fp64, from W as `nf4_dequantize` gives it in x's dtype and an adapter in fp32."""
+    """Against fp64, from W as `nf4_dequantize` gives it in x's dtype."""
     q = quantize_nf4(torch.randn(N, K), block_size, double_quant=block_size != 128)
     W, x = nf4_dequantize_reference(q, dtype), torch.randn(M, K if transposed else N).to(dtype)
     bias, S = torch.randn(N if transposed else K).to(dtype), torch.randn(r, M).t().to(dtype)
-    low = torch.randn(N, r) if transposed else torch.randn(r, K)
+    low = torch.randn((N, r) if transposed else (r, K)).to(dtype)
     weight, L = (W.t(), low.t()) if transposed else (W, low)
     y = product(x, q, transposed, bias, S, low, 0.5)
     inputs, terms = (x, weight, bias, S, L), x.shape[1] + r + 1

@@ -81,7 +81,10 @@ def test_a_module_saved_whole_acts_as_itself():
     assert all(p.grad is not None for p in lora_parameters(model))
     again = copy.deepcopy(model)
     torch.testing.assert_close(again(x), model(x))
-    assert torch.equal(unload(again).emb.weight, model.emb.weight)
+    assert torch.equal(unload(copy.deepcopy(again)).emb.weight, model.emb.weight)
+    again.emb.weight, again.emb.note = nn.Parameter(torch.zeros(10, 4)), "of the copy"
+    assert not again.emb.copies["default"].weight.any() and again.emb.base_layer.weight.any()
+    assert again.emb.copies["default"].note == "of the copy" and "emb.weight" not in again.state_dict()
 
 
 @pytest.mark.parametrize("container", [nn.ModuleDict({"a": nn.Linear(4, 4)}), nn.ModuleList([nn.Linear(4, 4)])])

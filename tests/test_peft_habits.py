@@ -111,7 +111,13 @@ def checkpointed(model):
     return model
 
 
-WRAPS = {"none": lambda m: m, "compiled block": compiled, "compiled layer": compiled_layer, "checkpoint": checkpointed,
+def parallel_block(model):
+    model.body = nn.DataParallel(model.body)
+    return model
+
+
+WRAPS = {"DataParallel block": parallel_block, "none": lambda m: m,
+         "compiled block": compiled, "compiled layer": compiled_layer, "checkpoint": checkpointed,
          "compiled model": lambda m: torch.compile(m, backend="eager"), "DataParallel": nn.DataParallel,
          "both": lambda m: torch.compile(checkpointed(m), backend="eager")}  # fmt: skip
 

@@ -168,3 +168,88 @@ class TestLoading:
         (tmp_path / "latin.jsonl").write_bytes(b'{"prompt": "a",\n"completion": "\xe9"}')
         with pytest.raises(DataError, match=r"latin\.jsonl:2: not UTF-8"):
             load_rows(tmp_path / "latin.jsonl")
+
+
+def said(*texts, system=None):
+    """A chat of these texts, user and assistant in turn."""
+    head = [] if system is None else [{"role": "system", "content": system}]
+    return head + [{"role": ("user", "assistant")[at % 2], "content": text} for at, text in enumerate(texts)]
+
+
+CALLED = [
+    {"role": "user", "content": "u"},
+    {"role": "assistant", "content": "", "tool_calls": [
+        {"type": "function", "function": {"name": "dim", "arguments": {"to": 4}}}]},
+    {"role": "tool", "content": "ok"},
+    {"role": "assistant", "content": "a"},
+]  # fmt: skip
+FORMS = {
+    "sharegpt": ({"conversations": [{"from": "human", "value": "u"}, {"from": "gpt", "value": "a"}]}, said("u", "a")),
+    "its names, with a system": (
+        {"conversations": [{"from": "user", "value": "u"}, {"from": "chatgpt", "value": "a"}], "system": "s"},
+        said("u", "a", system="s")),
+    "its calls": (
+        {"conversations": [{"from": "human", "value": "u"},
+                           {"from": "function_call", "value": '{"name": "dim", "arguments": {"to": 4}}'},
+                           {"from": "observation", "value": "ok"}, {"from": "gpt", "value": "a"}]}, CALLED),
+    "from and value in messages": (
+        {"messages": [{"from": "human", "value": "u"}, {"from": "gpt", "value": "a"}]}, said("u", "a")),
+    "messages as text": ({"messages": json.dumps(said("u", "a"))}, said("u", "a")),
+    "developer": ({"messages": [{"role": "developer", "content": "s"}, *said("u", "a")]}, said("u", "a", system="s")),
+    "parts of text": (
+        {"messages": [{"role": "user", "content": [{"type": "text", "text": "u"}, {"type": "text", "text": "v"}]},
+                      {"role": "assistant", "content": "a"}]}, said("uv", "a")),
+    "weights": (
+        {"messages": [*said("u", "a"), {"role": "user", "content": "v"},
+                      {"role": "assistant", "content": "b", "weight": 0}]},
+        [*said("u", "a", "v"), {"role": "assistant", "content": "b", "weight": 0}]),
+    "reasoning": (
+        {"messages": [said("u")[0], {"role": "assistant", "content": "a", "reasoning_content": "r"}]},
+        [said("u")[0], {"role": "assistant", "content": "a", "reasoning_content": "r"}]),
+    "alpaca with all it has": (
+        {"instruction": "u", "input": "i", "output": "a", "system": "s", "history": [["q1", "a1"], ["q2", "a2"]]},
+        said("q1", "a1", "q2", "a2", "u\n\ni", "a", system="s")),
+    "an input alone": ({"instruction": "", "input": "i", "output": "a"}, said("i", "a")),
+    "messages to complete": (
+        {"prompt": said("u", "a", "v"), "completion": [{"role": "assistant", "content": "b"}], "label": True},
+        said("u", "a", "v", "b")),
+    "a system beside a prompt": ({"prompt": "u", "completion": "a", "system": "s"}, said("u", "a", system="s")),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("row, chat", FORMS.values(), ids=FORMS)
+def test_forms_of_rows(tmp_path, row, chat):
+    loaded = load_rows(write(tmp_path / "rows.jsonl", row))
+    assert loaded.rows == [chat] and loaded.notes == []
+
+
+def test_columns_by_other_names(tmp_path):
+    path = write(tmp_path / "rows.jsonl", {"question": "u", "answer": "a", "prompt": "another", "id": 1})
+    loaded = load_rows(path, columns={"prompt": "question", "completion": "answer"})
+    assert loaded.rows == [said("u", "a")] and loaded.notes == ["ignored columns: id, prompt"]
+    with pytest.raises(DataError, match="field 'reply' is missing, which --columns takes for completion"):
+        load_rows(path, columns={"prompt": "question", "completion": "reply"})
+
+
+def test_what_is_not_to_be_learnt_is_left_out_and_counted(tmp_path):
+    unwanted = {"messages": [said("u")[0], {"role": "assistant", "content": "a", "weight": 0}]}
+    rows = [{"prompt": "u", "completion": "a", "label": wanted} for wanted in (True, False, "spam")]
+    loaded = load_rows(write(tmp_path / "rows.jsonl", *rows, unwanted))
+    assert loaded.rows == [said("u", "a")] * 2
+    assert loaded.notes == ["ignored columns: label",
+                            "rows left out, as their label is false or their answers have weight 0: 2"]  # fmt: skip
+
+
+@pytest.mark.parametrize("row, reason", {
+    "weight": ({"messages": [said("u")[0], {**said("u", "a")[1], "weight": 0.5}]}, "field 'weight' must be 0 or 1"),
+    "history": ({"instruction": "u", "output": "a", "history": ["q", "a"]}, "a list of [request, answer] pairs"),
+    "call": ({"conversations": [{"from": "human", "value": "u"}, {"from": "function_call", "value": "dim()"}]},
+             "message 2: field 'value' of a function_call is not valid JSON"),
+    "two systems": ({"messages": said("u", "a", system="s"), "system": "t"}, "message 2: role 'system' out of order"),
+    "preferences": ({"chosen": "a", "rejected": "b"}, "a preference row"),
+    "pictures": ({"prompt": "u", "completion": "a", "images": ["x.png"]}, "field 'images' is not empty"),
+}.values())  # fmt: skip
+def test_rows_that_would_lose_their_meaning_are_refused(tmp_path, row, reason):
+    with pytest.raises(DataError) as error:
+        load_rows(write(tmp_path / "rows.jsonl", row))
+    assert reason in str(error.value)

@@ -1,7 +1,4 @@
-"""The benchmark harness: providers of one result are checked first, then timed in turns (`timing.py`).
-
-`runner.py` runs the scripts of a folder within a time limit, and says on which machine.
-"""
+"""Benchmarks: providers of one result are checked first, then timed in turns; the scripts of a folder are run."""
 
 from .timing import Case, compare, table
 

@@ -39,11 +39,7 @@ MEASURE_WEIGHT = 8  # a `measure`'s share of the time, in cases
 
 
 def found_benchmarks(folder: Path) -> dict[str, Path]:
-    """name → script, the most informative first.
-
-    Raises:
-        ValueError: there is none.
-    """
+    """name → script, the most informative first."""
     found = {path.stem.removeprefix("bench_"): path for path in sorted(folder.glob("bench_*.py"))}
     if not found:
         raise ValueError(f"{folder} holds no bench_*.py: run this from a checkout, whose benchmarks/ folder has them, "

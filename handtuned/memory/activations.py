@@ -1,8 +1,8 @@
 """What one decoder layer keeps for backward, in bytes per token, and a training step moment by moment.
 
-Counted operation by operation for the layer as transformers' Llama and `nn.TransformerBlock` run it.
-With c bytes per value (2 or 4), h the hidden size, H and K the sizes of all query and key/value heads,
-I the intermediate size, s the sequence length:
+Counted operation by operation for the layer as transformers' Llama and `nn.TransformerBlock` run it, with c bytes per
+value (2 or 4), h the hidden size, H and K the sizes of all query and key/value heads, I the intermediate size, s the
+sequence length:
 
     norm (two)      the input in fp32: 4h (at c = 4 it is the residual stream itself), 1/rms: 4,
                     normed: ch if the norm's weight is trained, output: ch if a next linear needs it

@@ -39,9 +39,8 @@ def analyze_memory_savings(
 ) -> dict[str, int]:
     """Print and return the activation bytes of a 16-bit GPT: all kept, a checkpoint in every layer, √n groups.
 
-    Counted as `korthikanti` does. A checkpoint is 2·s·b·h bytes, and the inside of one group is there
-    while it is recomputed. (The documents' version leaves out the heads, takes elements for bytes,
-    and multiplies a layer by √n, which is neither of the two ways to place checkpoints.)
+    Counted as `korthikanti` does. A checkpoint is 2·s·b·h bytes, and the inside of one group is there while it is
+    recomputed. (The documents' version leaves out the heads, takes elements for bytes, and multiplies a layer by √n.)
 
     Args:
         num_heads: attention heads; by default of width 128.

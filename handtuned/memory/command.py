@@ -84,11 +84,7 @@ def _measured(settings: dict, model: str) -> Measurement:
 
 
 def parse_size(text: str) -> int:
-    """ "24GB" (or "24", "24G") is 24 · 10⁹ bytes, "24GiB" 24 · 2³⁰.
-
-    Raises:
-        ValueError: anything else, or no bytes at all.
-    """
+    """ "24GB" (or "24", "24G") is 24 · 10⁹ bytes, "24GiB" 24 · 2³⁰; anything else, or no bytes at all, a ValueError."""
     match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([a-zA-Z]*)\s*", text)
     unit = UNITS.get((match[2] or "GB").upper()) if match else None
     if unit is None or float(match[1]) == 0:

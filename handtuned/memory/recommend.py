@@ -1,9 +1,9 @@
 """What to change so that training fits, in the order in which the study documents advise it.
 
-002 lists: no array of batch × sequence × vocabulary, mixed precision, fused attention, a smaller batch
-with accumulation, ZeRO up to offloading; and, "to be considered carefully", LoRA, then QLoRA.
-Checkpointing it calls twice the work and puts last; it is at most a third more, so it stands here where
-001 has it, after mixed precision. A shorter context and a smaller model change the task and are not tried.
+002 lists: no array of batch × sequence × vocabulary, mixed precision, fused attention, a smaller batch with
+accumulation, ZeRO up to offloading; and, "to be considered carefully", LoRA, then QLoRA. Checkpointing it calls twice
+the work and puts last; it is at most a third more, so it stands here where 001 has it, after mixed precision. A shorter
+context and a smaller model change the task and are not tried.
 """
 
 from .breakdown import Breakdown, both, size

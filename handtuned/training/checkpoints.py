@@ -75,8 +75,7 @@ def settings_and_checkpoint(
 def begin(directory: Path, settings: dict, base: Base, training) -> dict:
     """Make the directory of a run, with `run.json`; or check that this run began with the same base model and data.
 
-    Returns:
-        the results that it holds so far.
+    Gives the results that it holds so far.
     """
     world, path = training.world, directory / "results.json"
     with world.shared_errors():
@@ -223,8 +222,7 @@ def load_checkpoint(path: Path, training) -> int:
 def machine(device: torch.device) -> dict[str, str | int | bool]:
     """What decides how numbers are rounded; two runs agree to the bit where all of it is the same.
 
-    Floating-point sums depend on their order, and MKL, oneDNN, torch and our own compiled C
-    order them by the processor's vector width, its vendor and the number of threads.
+    MKL, oneDNN, torch and our own compiled C order sums by the processor's vector width, its vendor and the threads.
     """
     installed = logging.versions()
     libraries = re.findall(r"Math Kernel Library Version (\S+)|MKL-DNN (v\S+)", torch.__config__.show())

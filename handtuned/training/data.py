@@ -175,11 +175,7 @@ def encode_rows(
 
 
 def collate(examples: Sequence[Example], pad_id: int, device: torch.device | str = "cpu") -> dict[str, torch.Tensor]:
-    """Pad examples on the right to the longest of them.
-
-    Returns:
-        input_ids and labels, both int64 of shape (batch, longest); padding has label -100.
-    """
+    """Pad examples on the right: input_ids and labels, both int64 (batch, longest); padding has label -100."""
 
     def padded(name: str, value: int) -> torch.Tensor:
         rows = [torch.from_numpy(getattr(example, name)).long() for example in examples]

@@ -57,17 +57,14 @@ class World:
 
     Attributes:
         mode: "none", "ddp" or "fsdp".
-        rank, size: this process, and how many there are.
-        local_rank: this process on its machine.
+        rank, size: this process, and how many there are; local_rank: this process on its machine.
         main: whether this rank prints and writes files.
         stopping: this process has been asked to stop (SIGTERM).
     """
 
     def __init__(self, mode: str = "none", rank: int = 0, size: int = 1, local_rank: int = 0, store=None):
         self.mode, self.rank, self.size, self.local_rank = mode, rank, size, local_rank
-        self.main = rank == 0
-        self.stopping = False
-        self.wrapped = None
+        self.main, self.stopping, self.wrapped = rank == 0, False, None
         self.failures = FailureDetector(store, rank, self.gather((socket.gethostname(), os.getpid())))
 
     def gather(self, value) -> list:
@@ -118,11 +115,7 @@ class World:
             raise error if len(set(messages)) == 1 else ValueError(f"rank {self.rank}: {error}") from error
 
     def check_equal(self, values: dict[str, object]) -> None:
-        """Refuse to go on unless every rank has the same values.
-
-        Raises:
-            ValueError: names the first value that differs, and how; SystemExit on ranks other than the main one.
-        """
+        """Refuse to go on unless every rank has the same values: ValueError on the main rank, SystemExit on others."""
         everyone = self.gather(values)
         for name, ours in everyone[0].items():
             for rank, theirs in enumerate(everyone):
@@ -152,11 +145,7 @@ class World:
         return f"torchrun {machines}--nproc-per-node {here} -m handtuned finetune --parallel {self.mode}"
 
     def device(self, device: str) -> torch.device:
-        """Where this rank computes: `auto` and `cuda` mean the GPU of its own number.
-
-        Raises:
-            ValueError: one GPU named for all ranks, or more ranks than GPUs.
-        """
+        """Where this rank computes: `auto` and `cuda` mean the GPU of its own number."""
         chosen, gpus = choose_device(device), torch.cuda.device_count()
         if self.mode == "none" or chosen.type != "cuda":
             return chosen

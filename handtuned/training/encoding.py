@@ -1,10 +1,9 @@
 """Chats → token ids, with labels on the answers alone.
 
-A chat is written out with the model's own chat template. The loss looks only at what the
-model has to write itself: every assistant turn, up to and with the token that ends it; labels
-are -100 everywhere else. The mask follows from positions in the text, never from token ids:
-where padding and end of turn share an id (SmolLM2 has 2 for both), masking "the padding"
-would hide the end of every answer and the model would never learn to stop.
+A chat is written out with the model's own chat template. The loss looks only at what the model has to write itself:
+every assistant turn, up to and with the token that ends it; labels are -100 everywhere else. The mask follows from
+positions in the text, never from token ids: where padding and end of turn share an id (SmolLM2 has 2 for both),
+masking "the padding" would hide the end of every answer and the model would never learn to stop.
 
 Where an answer stands in the text is found by writing the chat again with marks in place of messages, so that
 templates may trim answers, or show, rewrite and leave out thinking, as they like:

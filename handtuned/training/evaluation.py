@@ -154,9 +154,8 @@ def evaluate(world, lm: CausalLM, tokenizer, held_out: data.EncodedRows, results
     whole = (chat for chat, example in zip(held_out.rows, held_out.examples, strict=True)
              if not example.cut and len(chat) > 1)  # fmt: skip
     shown = list(itertools.islice(whole, SHOWN_PROMPTS))
-    answers = results.setdefault(
-        "answers", [{"prompt": as_text(chat[-2]), "expected": as_text(chat[-1])} for chat in shown]
-    )
+    texts = [{"prompt": as_text(chat[-2]), "expected": as_text(chat[-1])} for chat in shown]
+    answers = results.setdefault("answers", texts)
     if shown:
         # Ranks that share a model must make the same forward passes, even where one has answered already.
         in_step = {"synced_gpus": True} if world.mode == "fsdp" else {}

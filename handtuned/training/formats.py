@@ -115,6 +115,7 @@ def _as_chat(row: object, columns: Mapping[str, str], train_on: str) -> tuple[Ch
     for column, name in columns.items():
         if name not in row:
             raise DataError(f"field {name!r} is missing, which --columns takes for {column}")
+    hidden = (row.keys() & columns.keys()) - set(columns.values())  # a column of the name that another one takes
     others = {name: value for name, value in row.items() if name not in {*columns, *columns.values()}}
     row = others | {column: row[name] for column, name in columns.items()}
     for name in MEDIA:
@@ -142,7 +143,7 @@ def _as_chat(row: object, columns: Mapping[str, str], train_on: str) -> tuple[Ch
         request = "\n\n".join(asked or [_text(row, "instruction")])
         turns += [{"role": "user", "content": request}, {"role": "assistant", "content": _text(row, "output")}]
     elif form == "prompt":
-        read |= {"completion", "label"}
+        read |= {"completion"} | ({"label"} if str(row.get("label")).lower() in ("true", "false") else set())
         for name, role in (("prompt", "user"), ("completion", "assistant")):
             many = isinstance(row.get(name), list)
             turns += _turns(row, name) if many else [{"role": role, "content": _text(row, name)}]
@@ -154,7 +155,7 @@ def _as_chat(row: object, columns: Mapping[str, str], train_on: str) -> tuple[Ch
     with_tools = chat.tools or any(message["role"] == "tool" or "tool_calls" in message for message in chat)
     known = FIELDS | (TOOL_FIELDS if with_tools else set())
     fields = {f"{form}.{key}" for turn in turns for key, value in turn.items() if value and key not in known}
-    return chat, (set(row) | fields) - read
+    return chat, ((set(row) | fields) - read) | hidden
 
 
 def _turns(row: dict, name: str) -> list[dict]:

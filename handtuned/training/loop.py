@@ -157,9 +157,6 @@ def train(
         examples: encoded rows; step i takes the rows that `batch_indices` names for it.
         settings: rows per micro-batch, micro-batches per step and rank, clipping, and the seed.
         first: optimizer steps done already.
-
-    Raises:
-        Diverged: as `train_step`.
     """
     training.lm.model.train()
     world, size, seed = training.world, settings.per_device_train_batch_size, settings.seed

