@@ -23,12 +23,12 @@ ALL = ("sm_75", "sm_80", "sm_86", "sm_89", "sm_90", "sm_120")
 compiled = pytest.mark.skipif(INTERPRETED, reason="kernels are interpreted here")
 
 
-def run_again(file: str, config):
-    """The tests of a file in a process without the interpreter, with the same --slow."""
+def run_again(file: str, config, *options: str):
+    """The tests of a file in a process without the interpreter, with the same --slow and more of pytest's options."""
     if not INTERPRETED:
         pytest.skip("this is the process without the interpreter")
     slow = ["--slow"] if config.getoption("--slow") else []
-    command = [sys.executable, "-m", "pytest", "-x", "-p", "no:cacheprovider", "-p", "no:xdist", *slow, file]
+    command = [sys.executable, "-m", "pytest", "-x", "-p", "no:cacheprovider", "-p", "no:xdist", *slow, *options, file]
     environment = os.environ | {"TRITON_INTERPRET": "0"}
     done = subprocess.run(command, capture_output=True, text=True, env=environment)
     assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-2000:]

@@ -22,8 +22,10 @@ from lora_layers import operands
 from handtuned.gpu import emulate
 
 
-def test_this_file_without_the_interpreter(pytestconfig):
-    run_again(__file__, pytestconfig)
+@pytest.mark.parametrize("half", ["limits_fit", "not limits_fit"])
+def test_this_file_without_the_interpreter(pytestconfig, half):
+    """In two halves, which may run side by side: they compile for minutes."""
+    run_again(__file__, pytestconfig, "-k", half)
 
 
 def test_there_are_fifty():
