@@ -236,6 +236,7 @@ def test_deepcopy_is_independent():
 
 @pytest.mark.parametrize("compute_dtype", [None, torch.bfloat16], ids=str)
 def test_compiles_as_one_graph(compute_dtype):
+    torch._dynamo.reset()  # it never again tries a forward that it once gave up, and Sequential has one for all
     model = nn.Sequential(_layer(compute_dtype=compute_dtype), nn.GELU(), _layer(96, 32, bias=False)).double()
     x = torch.randn(4, 128, dtype=torch.float64, requires_grad=True)
     y = model(x)

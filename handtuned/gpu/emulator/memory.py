@@ -22,6 +22,7 @@ import torch
 from .order import EVERYONE, Handovers
 from .readers import Readers, suspect
 from .registers import POISON
+from .sparse import zeros
 from .types import U32, UNSIGNED
 
 _BLOCK = 128  # the largest access: views of that width need an aligned start
@@ -68,8 +69,8 @@ class Region:
         self.size = -(-(end - self.first) // _BLOCK) * _BLOCK
         self.bytes = _bytes_at(self.first, self.size)
         self.views = {width: self.bytes.view(t) for width, t in UNSIGNED.items()}
-        self.read_by = np.zeros(self.size // 32, np.int32)
-        self.written_by = np.zeros(self.size // 32, np.int32)
+        self.read_by = zeros(self.size // 32, np.int32)
+        self.written_by = zeros(self.size // 32, np.int32)
         self.owner = self.stamp = self.readers = None
         self.poisoned = poisoned
 
@@ -287,8 +288,8 @@ class Global:
     def _own(self, region, access, pick, offset, changes):
         """Note who wrote; an error where that changes what another program or warp wrote."""
         if region.owner is None:
-            region.owner = np.zeros(region.size // self.piece, np.int32)
-            region.stamp = np.zeros(region.size // self.piece, np.int64)
+            region.owner = zeros(region.size // self.piece, np.int32)
+            region.stamp = zeros(region.size // self.piece, np.int64)
         else:
             foreign, other = self._unordered(region, access, pick, offset)
             self._fail(access, pick, "conflicting writes", "programs write different values to one address",

@@ -12,6 +12,7 @@ from collections import defaultdict
 import numpy as np
 
 from .order import EVERYONE
+from .sparse import zeros
 
 _ANY = np.iinfo(np.int32).max  # in place of 1 + a program: the programs of a batch that all read alike
 _LISTED = ("st", "atom", "red")  # whose last access a batch keeps (`acted`)
@@ -28,7 +29,7 @@ class Readers:
     """
 
     def __init__(self, pieces: int):
-        self.program, self.warps, self.loads = np.zeros(pieces, np.int32), np.zeros(pieces, np.int64), set()
+        self.program, self.warps, self.loads = zeros(pieces, np.int32), zeros(pieces, np.int64), set()
 
     def note(self, access, pick, pieces, pc):
         """Entries `pick` of an access read pieces (n, k)."""
