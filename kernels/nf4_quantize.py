@@ -203,8 +203,9 @@ def nf4_quantize(x: torch.Tensor, block_size: int) -> tuple[torch.Tensor, torch.
     packed, absmax = _launch(flat[:whole], block_size, short=False)
     if whole < flat.numel():
         last, last_absmax = _launch(flat[whole:], block_size, short=True)
+        last = last[: (flat.numel() - whole + 1) // 2]
         packed, absmax = torch.cat([packed, last]), torch.cat([absmax, last_absmax])
-    return packed[: (flat.numel() + 1) // 2], absmax
+    return packed, absmax
 
 
 def quantize_scales(
@@ -235,4 +236,4 @@ def quantize_scales(
     peak = centred.abs().amax(dim=1)
     scaled = centred * (1.0 / peak.clamp(min=SMALLEST))[:, None]
     codes = torch.bucketize(scaled, (code[:-1] + code[1:]) / 2, out_int32=True).to(torch.uint8)
-    return codes.view(-1)[: absmax.numel()], peak, offset
+    return codes.view(-1)[: absmax.numel()].clone(), peak, offset  # no view of the padding: safetensors refuses one
