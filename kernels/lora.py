@@ -100,7 +100,7 @@ class _LoRALinear(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, weight, bias, A, B, scaling, dropout_p):
         rows = x if x.dim() == 2 else x.reshape(-1, x.shape[-1])
-        threshold = threshold_of(dropout_p)
+        threshold = threshold_of(dropout_p) if dropout_p else 0
         seed = new_seed(x.device) if threshold else None
         scale = scaling * 65536 / (65536 - threshold)
         ctx.way = plan(rows, weight, threshold > 0, A.shape[0])

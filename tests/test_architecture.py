@@ -7,6 +7,7 @@ import subprocess
 import sys
 
 import pytest
+from handtuned.kernels import nf4_cpu
 from source_tree import ROOT, References, package, scripts
 
 from handtuned.cli import COMMANDS
@@ -37,6 +38,7 @@ OPTIONAL = {"transformers", "tokenizers", "safetensors", "gguf", "tqdm", "matplo
 LINES = 350
 
 PACKAGE = package()
+FILES = {module.path for module in PACKAGE.values()}
 REFERENCES = References(PACKAGE)
 TESTS, BENCHMARKS, NOTEBOOKS = scripts("tests/*.py"), scripts("benchmarks/*.py"), scripts("notebooks/*.py")
 KERNELS = [
@@ -209,3 +211,32 @@ def test_version_is_told():
 
     done = subprocess.run([sys.executable, "-m", "handtuned", "--version"], capture_output=True, text=True)
     assert done.stdout.strip() == f"handtuned {handtuned.__version__}"
+
+
+TRAINING_ROW = """
+import sys, torch
+from handtuned.nn import apply_lora_to_model
+from handtuned.quant import NF4Linear
+model = torch.nn.Sequential(NF4Linear.from_linear(torch.nn.Linear(128, 128)))
+apply_lora_to_model(model, 8, 16, ["0"])
+files, x = set(), torch.randn(64, 128, requires_grad=True)
+def note(frame, event, argument):
+    if event == "call":
+        files.add(frame.f_code.co_filename)
+model(x).sum().backward()
+sys.setprofile(note)
+model(x).sum().backward()
+sys.setprofile(None)
+print(*files, sep="\\n")
+"""
+
+
+@pytest.mark.skipif(nf4_cpu.LEVEL == nf4_cpu.PLAIN, reason="torch multiplies, by way of the dense weight")
+def test_a_training_row_passes_seven_files():
+    """Forward and backward through LoRA on NF4, on a CPU (README, "How it is built")."""
+    environment = {k: v for k, v in os.environ.items() if k not in ("TRITON_INTERPRET", "HANDTUNED_BACKEND")}
+    done = subprocess.run([sys.executable, "-c", TRAINING_ROW], capture_output=True, text=True, env=environment)
+    assert done.returncode == 0, done.stderr
+    ours = {os.path.relpath(file, ROOT) for file in done.stdout.splitlines() if file in map(str, FILES)}
+    assert len(ours) <= 7, sorted(ours)
+    assert "kernels/lora.py" in ours
