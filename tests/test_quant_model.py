@@ -7,6 +7,7 @@ import sys
 import pytest
 import torch
 from handtuned.quant import NF4Linear, load_quantized, quantization_summary, quantize_model
+from safetensors.torch import load_model, save_model
 from torch import nn
 
 
@@ -238,3 +239,18 @@ def test_peak_memory_is_the_4_bit_size_and_one_shard(tmp_path):
         save_file(weights, tmp_path / f"{shard}.safetensors")
     done = subprocess.run([sys.executable, "-c", PEAK, str(tmp_path)], capture_output=True, text=True, check=True)
     assert float(re.search(r"MB ([\d.]+)", done.stdout)[1]) < 12.4 + 16 + 12
+
+
+@pytest.mark.parametrize("double_quant", [True, False], ids=["nested", "plain"])
+@pytest.mark.parametrize("size", [1, 7, 63, 64, 65, 1000])
+def test_safetensors_saves_a_model(size, double_quant, each_backend, device, tmp_path):
+    """It refuses entries that share memory, or that are a part of a longer array."""
+    models = [
+        nn.ModuleList(NF4Linear.from_linear(nn.Linear(size, n), 64, double_quant).to(device) for n in (3, 96))
+        for _ in range(2)
+    ]
+    save_model(models[0], tmp_path / "model.safetensors")
+    load_model(models[1], tmp_path / "model.safetensors")
+    saved, loaded = (model.state_dict() for model in models)
+    assert saved.keys() == loaded.keys()
+    assert all(torch.equal(tensor, loaded[name]) for name, tensor in saved.items())
