@@ -143,7 +143,10 @@ WIDE = 2**25  # elements between two rows: 128 of them are 2³² apart
 
 def spread(rows, columns, dtype=torch.float16):
     """(rows, columns) with rows WIDE apart, in memory that is touched at the rows alone."""
-    whole = torch.empty_strided((rows, columns), (WIDE, 1), dtype=dtype)
+    try:
+        whole = torch.empty_strided((rows, columns), (WIDE, 1), dtype=dtype)
+    except RuntimeError as error:
+        pytest.skip(f"a system that gives no 9 GB of addresses: {error}")
     return whole.copy_(torch.randn(rows, columns))
 
 
