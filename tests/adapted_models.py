@@ -8,6 +8,8 @@ from handtuned.nn import LoRALinear, apply_lora_to_model, lora_parameters
 from helpers import assert_same_function
 from torch import nn
 from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
     GPT2Config,
     GPT2LMHeadModel,
     LlamaConfig,
@@ -55,6 +57,16 @@ def logits(model):
     """In fp64, of the values as they are: what order a CPU adds in does not show."""
     with torch.no_grad():
         return doubled(copy.deepcopy(model))(TOKENS).logits
+
+
+def model_of(kind, auto=AutoModelForCausalLM, **further):
+    """A model of any architecture that takes the common names of sizes."""
+    torch.manual_seed(0)
+    return auto.from_config(AutoConfig.for_model(kind, **SIZES, pad_token_id=0, **further)).eval()
+
+
+def trained_names(model):
+    return {name for name, p in model.named_parameters() if p.requires_grad}
 
 
 def shake(model, seed=1):

@@ -1,7 +1,10 @@
 """One LoRA layer whose adapter does something, and a forward and backward pass through it."""
 
+import pytest
 import torch
+import torch.nn.functional as F
 from handtuned.nn import LoRALinear
+from handtuned.quant import quantize_nf4
 from torch import nn
 
 FLOATS = [torch.float32, torch.float16, torch.bfloat16]
@@ -9,6 +12,17 @@ FLOATS = [torch.float32, torch.float16, torch.bfloat16]
 
 def short(dtype):
     return str(dtype).removeprefix("torch.")
+
+
+each_dtype = pytest.mark.parametrize("dtype", FLOATS, ids=short)
+
+
+def layer(x, W, S, B, b=None):
+    return F.linear(x, W, b) + 0.5 * (S @ B.t())
+
+
+def quantized(N, K, block_size=64, double_quant=True, device="cpu"):
+    return quantize_nf4(torch.randn(N, K, device=device) * 0.05, block_size, double_quant)
 
 
 def adapted(base=None, rank=4, alpha=8.0, dropout=0.0):

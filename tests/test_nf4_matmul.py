@@ -16,20 +16,8 @@ from handtuned.kernels.nf4_matmul import (
     quantized_product_dx,
 )
 from handtuned.kernels.runtime import runs_product
-from handtuned.quant import quantize_nf4
 from helpers import assert_computes, assert_same_function, assert_within_budget
-
-DTYPES = [torch.float32, torch.float16, torch.bfloat16]
-each_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=lambda dtype: str(dtype).removeprefix("torch."))
-
-
-def layer(x, W, S, B, b=None):
-    return F.linear(x, W, b) + 0.5 * (S @ B.t())
-
-
-def quantized(N, K, block_size=64, double_quant=True, device="cpu"):
-    """An NF4 weight, made by the reference so that only the kernel under test is the kernel."""
-    return quantize_nf4(torch.randn(N, K, device=device) * 0.05, block_size, double_quant)
+from lora_layers import each_dtype, layer, quantized
 
 
 @each_dtype

@@ -2,21 +2,9 @@
 
 import pytest
 import torch
-import torch.nn.functional as F
 from handtuned.kernels.nf4_stream import nf4_stream, nf4_stream_reference
-from handtuned.quant import quantize_nf4
 from helpers import assert_computes
-
-DTYPES = [torch.float32, torch.float16, torch.bfloat16]
-each_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=lambda dtype: str(dtype).removeprefix("torch."))
-
-
-def layer(x, W, S, B, b=None):
-    return F.linear(x, W, b) + 0.5 * (S @ B.t())
-
-
-def quantized(N, K, block_size=64, double_quant=True, device="cpu"):
-    return quantize_nf4(torch.randn(N, K, device=device) * 0.05, block_size, double_quant)
+from lora_layers import each_dtype, layer, quantized
 
 
 @each_dtype

@@ -6,6 +6,8 @@ import json
 import numpy as np
 import pytest
 import torch
+import transformers
+from adapted_models import model_of, shake, trained_names
 from handtuned.nn import (
     apply_lora_to_model,
     disable_lora,
@@ -20,28 +22,6 @@ from handtuned.nn.merge import unload
 from handtuned.nn.multi import ModuleToSave, active_adapter, adapter_names, delete_adapter, save_modules
 from handtuned.nn.variants import freeze_A
 from torch import nn
-
-transformers = pytest.importorskip("transformers")
-SIZES = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4,
-         "vocab_size": 100}  # fmt: skip
-
-
-def model_of(kind, auto=transformers.AutoModelForCausalLM, **further):
-    torch.manual_seed(0)
-    config = transformers.AutoConfig.for_model(kind, **SIZES, pad_token_id=0, **further)
-    return auto.from_config(config).eval()
-
-
-def shake(model, seed=1):
-    torch.manual_seed(seed)
-    with torch.no_grad():
-        for parameter in lora_parameters(model):
-            parameter.add_(torch.randn_like(parameter))
-
-
-def trained_names(model):
-    return {name for name, p in model.named_parameters() if p.requires_grad}
-
 
 TOKENS = torch.tensor([[5, 6, 7, 8]])
 
