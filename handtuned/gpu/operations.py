@@ -151,14 +151,27 @@ def _merge(low):
     )  # fmt: skip
 
 
-def _down(low, dropped):
+def _skinny(name, low, dropped, operand, product):
+    """A product of x (M, K) with `rank` vectors: S = x̂ Aᵀ, or dA = dSᵀ x̂."""
+
     def prepare(s):
-        x, A, drop = _array(s.M, s.K, DTYPES[low]), _array(s.rank, s.K, torch.float32), _dropout() if dropped else None
-        return lambda: lora_down(x, A, drop)
+        x, other, drop = _array(s.M, s.K, DTYPES[low]), operand(s), _dropout() if dropped else None
+        return lambda: product(x, other, drop)
 
     return Operation(
-        f"lora_down[{low}{', dropout' if dropped else ''}]", prepare, "element of x", lambda s: s.M * s.K,
+        f"{name}[{low}{', dropout' if dropped else ''}]", prepare, "element of x", lambda s: s.M * s.K,
         lambda s: 2 * s.M * (s.K + s.rank) + 4 * s.rank * s.K, lambda s: 2 * s.M * s.K * s.rank,
+    )  # fmt: skip
+
+
+def _down(low, dropped):
+    return _skinny("lora_down", low, dropped, lambda s: _array(s.rank, s.K, torch.float32), lora_down)
+
+
+def _down_grad(low, dropped):
+    return _skinny(
+        "lora_down_grad", low, dropped, lambda s: _array(s.M, s.rank, DTYPES[low]),
+        lambda x, dS, drop: lora_down_grad(dS, x, torch.float32, drop),
     )  # fmt: skip
 
 
@@ -170,17 +183,6 @@ def _up_grads(low):
     return Operation(
         f"lora_up_grads[{low}]", prepare, "element of dy", lambda s: s.M * s.N,
         lambda s: 2 * s.M * (s.N + 2 * s.rank) + 8 * s.N * s.rank, lambda s: 4 * s.M * s.N * s.rank,
-    )  # fmt: skip
-
-
-def _down_grad(low, dropped):
-    def prepare(s):
-        dS, x, drop = _array(s.M, s.rank, DTYPES[low]), _array(s.M, s.K, DTYPES[low]), _dropout() if dropped else None
-        return lambda: lora_down_grad(dS, x, torch.float32, drop)
-
-    return Operation(
-        f"lora_down_grad[{low}{', dropout' if dropped else ''}]", prepare, "element of x", lambda s: s.M * s.K,
-        lambda s: 2 * s.M * (s.K + s.rank) + 4 * s.rank * s.K, lambda s: 2 * s.M * s.K * s.rank,
     )  # fmt: skip
 
 
