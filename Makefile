@@ -4,14 +4,15 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo lessons check-lessons check-kernels check-rivals test test-compiled test-portable \
+.PHONY: demo lessons check-lessons check-kernels check-rivals check-models test test-compiled test-portable \
 	lint clean
 
 demo: $(VENV)/finetune.installed
 	$(BIN)/handtuned finetune
 
 lessons: $(VENV)/notebooks.installed
-	$(BIN)/jupyter lab notebooks/00_start_here.ipynb
+	$(BIN)/python -m handtuned.lessons mine
+	$(BIN)/jupyter lab notebooks/mine/00_start_here.ipynb
 
 # Runs every notebook from its script, two at a time with one thread each.
 check-lessons: $(VENV)/notebooks.installed
@@ -44,6 +45,11 @@ check-kernels: $(VENV)/test.installed
 check-rivals: $(VENV)/test.installed
 	OMP_NUM_THREADS=1 $(BIN)/pytest --slow -n auto --dist worksteal tests/test_docs_tables.py \
 		$$(grep -ohE "test_\w+\.py::\w+" docs/from-*.md | sort -u | sed "s|^|tests/|")
+
+# Every causal architecture of the installed transformers, tiny, through the commands: the table of docs/models.md.
+# All that have no row yet; MODELS="--again" for all, MODELS="mamba qwen3_vl" for some.
+check-models: $(VENV)/test.installed
+	OMP_NUM_THREADS=1 $(BIN)/python tests/check_models.py $(MODELS)
 
 lint: $(VENV)/test.installed
 	$(BIN)/ruff check .

@@ -39,7 +39,7 @@ extras = {
         "regex",
     ],
     "data": ["datasets"],
-    "notebooks": ["jupyterlab", "jupytext", "ipykernel", "matplotlib", "nbclient"],
+    "notebooks": ["jupyterlab", "jupytext", "ipykernel", "matplotlib", "nbclient", "peft"],
     "test": [
         "pytest",
         "pytest-xdist",

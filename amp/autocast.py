@@ -74,6 +74,15 @@ def _castable(x) -> bool:
     return isinstance(x, torch.Tensor) and x.is_floating_point() and x.dtype != torch.float64
 
 
+def _widen_recurrent_input(module: torch.nn.Module, args: tuple) -> tuple | None:
+    """torch's LSTM, GRU and RNN refuse, before any operation, an input that is not of their weights' dtype."""
+    if not isinstance(module, torch.nn.RNNBase) or not args or not _scopes() or not _scopes()[-1].enabled:
+        return None
+    x, weight = args[0], next(module.parameters())
+    packed = isinstance(x, torch.nn.utils.rnn.PackedSequence)
+    return (x.to(weight.dtype), *args[1:]) if _castable(x.data if packed else x) and _castable(weight) else None
+
+
 class autocast(ContextDecorator, TorchFunctionMode):
     """Run the block's operations in `dtype` where that is safe and in float32 where it is not.
 
@@ -91,12 +100,15 @@ class autocast(ContextDecorator, TorchFunctionMode):
             raise ValueError(f"dtype must be torch.float16 or torch.bfloat16, got {dtype}")
         self.dtype, self.enabled = dtype, enabled
         self.cache: dict[tuple, tuple[torch.Tensor, torch.Tensor]] = {}
+        self.hooks: list = []  # one for each time that the block is entered
 
     def __enter__(self):
         _scopes().append(self)
+        self.hooks.append(torch.nn.modules.module.register_module_forward_pre_hook(_widen_recurrent_input))
         return super().__enter__()
 
     def __exit__(self, *error):
+        self.hooks.pop().remove()
         _scopes().pop()
         if not _scopes():
             self.cache.clear()

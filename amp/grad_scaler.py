@@ -95,6 +95,14 @@ class GradScaler(torch.amp.GradScaler):
         super().__init__("cpu", *args, **settings)
         # By the optimizer itself and not its id, which a new one may get when an old one is gone.
         self._per_optimizer_states: dict[torch.optim.Optimizer, _OptimizerState] = defaultdict(_OptimizerState)
+        self._overflow_flags: dict[torch.device, torch.Tensor] = {}
+
+    def overflow_flag(self, device: torch.device) -> torch.Tensor:
+        """A 0-dim float32 there, until `update`: who sets it to 1 before `unscale_` or `step` has the step skipped.
+
+        For kernels that multiply by the scale themselves and see what overflows, such as `scaled_matmul`.
+        """
+        return self._overflow_flags.setdefault(device, torch.zeros((), dtype=torch.float32, device=device))
 
     def unscale_(self, optimizer: torch.optim.Optimizer) -> None:
         """Divide the optimizer's gradients by the scale, in place, and look for inf and NaN; no sync.
@@ -181,6 +189,7 @@ class GradScaler(torch.amp.GradScaler):
             self._scale.copy_(scale)
             self._growth_tracker.copy_(run)
         self._per_optimizer_states.clear()
+        self._overflow_flags.clear()
 
     def _check_and_multiply(self, optimizer, factor: torch.Tensor | None, allow_fp16: bool) -> None:
         """Multiply gradients by `factor` (None: not at all) and record a flag per device; one launch for each dtype."""
@@ -200,7 +209,7 @@ class GradScaler(torch.amp.GradScaler):
         flags = self._per_optimizer_states[optimizer].found_inf
         flags.clear()
         for (device, _), grads in groups.items():
-            flag = flags.setdefault(device, torch.zeros((), dtype=torch.float32, device=device))
+            flag = flags.setdefault(device, self.overflow_flag(device).clone())
             unscale_(grads, None if factor is None else factor.to(device, non_blocking=True), flag)
 
     def _flags(self, *states: _OptimizerState) -> list[torch.Tensor]:

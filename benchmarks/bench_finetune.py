@@ -35,7 +35,9 @@ from handtuned.bench import script
 from handtuned.harness.timing import TIME_UP, libraries, not_installed, summary
 from handtuned.training.data import encode, shipped_dataset
 from handtuned.training.formats import load_rows
-from handtuned.training.models import choose_dtype, load_base, smollm2
+from handtuned.training.loading import load_base
+from handtuned.training.models import choose_dtype
+from handtuned.training.sources import smollm2
 
 RANK, ALPHA, RATE, MAX_NORM = 8, 16, 1e-3, 0.3
 PROVIDERS = ("handtuned", "peft", "peft + bitsandbytes")

@@ -62,12 +62,10 @@ def run(args: argparse.Namespace) -> int:
     minutes, begun = args.minutes or MINUTES[mode], time.monotonic()
     args.rounds = args.rounds or ROUNDS[mode]
     args.deadline = begun + 60 * minutes * BEGIN_UNTIL
-    report = {
-        "command": logging.command_line(), "seed": args.seed,
-        "date": datetime.datetime.now(datetime.timezone.utc).isoformat("T", "seconds"),
-        "minutes": minutes if minutes < math.inf else None, "device": {}, "versions": {},
-        "ceilings": {}, "results": {name: [] for name in names},
-    }  # fmt: skip
+    report = {"command": logging.command_line(), "seed": args.seed,
+              "date": datetime.datetime.now(datetime.timezone.utc).isoformat("T", "seconds"),
+              "minutes": minutes if minutes < math.inf else None, "device": {}, "versions": {}, "ceilings": {},
+              "results": {name: [] for name in names}}  # fmt: skip
 
     def keep(name: str, made: list[dict]) -> None:
         """Print the records of a benchmark, and write all that there are."""
@@ -131,8 +129,7 @@ def _take_over(events, names: list[str], report: dict, keep) -> list[str]:
 
 def text(record: dict) -> str:
     """One record as a small table."""
-    times = record["contestants"]
-    head = record["name"]
+    times, head = record["contestants"], record["name"]
     if "floor" in record:
         factor, unit = _unit(record["floor"])
         head += f"   floor {record['floor'] * factor:.3g} {unit} ({record['bound']})"

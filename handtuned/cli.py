@@ -6,6 +6,7 @@ import importlib
 import os
 import re
 import sys
+import warnings
 
 from . import __version__
 
@@ -20,10 +21,8 @@ COMMANDS = {
     "doctor": ("doctor", "say what is installed and what will run where"),
 }
 
-ADVICE = {
-    "finetune": "; what takes less: --gradient-checkpointing, a lower --per-device-train-batch-size with more "
-    "--gradient-accumulation-steps, a lower --max-seq-length (`handtuned memory` tells how much)",
-}
+ADVICE = {"finetune": "; what takes less: --gradient-checkpointing, a lower --per-device-train-batch-size with more "
+          "--gradient-accumulation-steps, a lower --max-seq-length (`handtuned memory` tells how much)"}  # fmt: skip
 
 
 class Parser(argparse.ArgumentParser):
@@ -53,7 +52,10 @@ def hyphenated(words: list[str]) -> list[str]:
 
 def main(words: list[str] | None = None) -> int:
     """Run one subcommand; returns the exit code: 0; 2 for bad input, 1 for too little memory, with one line of why."""
-    _make_printing_safe()
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):  # lines appear as they are printed, in a pipe too; no character stops it
+            stream.reconfigure(line_buffering=True, errors="backslashreplace")
+    warnings.formatwarning = lambda message, *place: f"note: {message}\n"
     words = hyphenated(sys.argv[1:] if words is None else list(words))
     if not words or words[0] in ("-h", "--help"):
         print(f"handtuned {__version__}: train big models on small memory\n\nusage: handtuned COMMAND [flags]\n")
@@ -87,6 +89,8 @@ def main(words: list[str] | None = None) -> int:
     except (ValueError, TypeError, OSError) as error:
         return _fail(command, str(error), error)
     except (RuntimeError, MemoryError) as error:
+        from .training.loading import is_out_of_memory
+
         if not is_out_of_memory(error):
             raise
         first_sentence = re.split(r"(?<=[a-zB])\. |\n", str(error))[0]
@@ -95,19 +99,6 @@ def main(words: list[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("\nstopped", file=sys.stderr)
         return 130
-
-
-def _make_printing_safe() -> None:
-    """Lines appear as they are printed, in a pipe too, and a character that a terminal lacks stops nothing."""
-    for stream in (sys.stdout, sys.stderr):
-        if hasattr(stream, "reconfigure"):
-            stream.reconfigure(line_buffering=True, errors="backslashreplace")
-
-
-def is_out_of_memory(error: Exception) -> bool:
-    """On a GPU torch has a class for it; on a CPU there is the text alone."""
-    known = type(error).__name__ in ("OutOfMemoryError", "MemoryError")
-    return known or "not enough memory" in str(error) or "can't allocate memory" in str(error)
 
 
 def _fail(command: str, message: str, error: Exception) -> int:

@@ -7,7 +7,8 @@ import torch
 from .kernels import backend, runtime
 from .kernels.nf4_cpu import has_native
 from .training.logging import versions
-from .training.models import cache_directory, choose_device, choose_dtype
+from .training.models import choose_device, choose_dtype
+from .training.sources import cache_directory
 
 KERNELS = {
     "cuda": "the compiled Triton kernel",

@@ -1,21 +1,26 @@
-"""`handtuned finetune`: put low-rank adapters on a (4-bit) model and train them on your rows.
+"""`handtuned finetune`: put low-rank adapters on a (4-bit) model and train them on your rows, or train it whole.
 
 Read `finetune` downward: load rows, model and adapters, print the plan, evaluate, train, save,
 evaluate again. Each step is one call into `training/`; the loop itself is `training.loop.train_step`.
 """
 
+import dataclasses
 import sys
 import time
 from pathlib import Path
 
+from .memory.fit import fit
 from .nn.files import write_json
 from .training import checkpoints, logging, loop
 from .training.data import describe_example
-from .training.distributed import World, start, weight_bytes, whole_adapter
+from .training.distributed import World, start
 from .training.evaluation import evaluate
-from .training.models import Base, add_adapters, load_base_and_rows, resolve, save_with_record
+from .training.loading import one_line
+from .training.models import Base, add_adapters, load_base_and_rows
 from .training.rank_failure import RankFailure
-from .training.settings import FinetuneSettings, add_flags, flag
+from .training.saving import save_with_record
+from .training.settings import NOT_IN_ADAPTERS, OF_ADAPTERS, FinetuneSettings, add_flags, flag
+from .training.sources import find, resolve
 
 
 class Interrupted(Exception):
@@ -36,13 +41,16 @@ def run(args) -> int:
         with start(typed.get("parallel", "none"), typed.get("device", "auto")) as world, world.quiet():
             with world.shared_errors():
                 settings, checkpoint = FinetuneSettings(**typed), None
+                brought = [flag(name) for name in OF_ADAPTERS if name in typed and name not in NOT_IN_ADAPTERS]
+                if settings.init_adapter and brought:
+                    raise ValueError(f"--init-adapter brings its own {brought[0]}; leave that out")
             world.check_equal({flag(name): value for name, value in settings.to_json().items()}
                               | {"--resume": args.resume})  # fmt: skip
             with world.shared_errors():
                 if world.main:
                     settings, checkpoint = checkpoints.settings_and_checkpoint(args.resume, typed, settings, world.size)
             settings, checkpoint = world.broadcast((settings, checkpoint))
-            again = f"\ngo on with: {world.command()} --resume {settings.output_dir}"
+            again = f"\ngo on with: {world.command(settings.offload)} --resume {settings.output_dir}"
             finetune(settings, world, checkpoint)
     except Interrupted as stop:
         if world.main:
@@ -65,26 +73,23 @@ def finetune(settings: FinetuneSettings, world: World | None = None, checkpoint:
         world: the ranks that share the work (default: this process alone).
         checkpoint: the one to go on from, newer ones are deleted (default: the newest).
 
-    Returns:
-        what `results.json` holds: {"before": scores, "after": scores, "answers": …, …}.
-
-    Raises:
-        ValueError: settings, data or model that cannot be used; nothing is written then.
-        Interrupted: Ctrl-C or SIGTERM; a checkpoint of the last whole step has been written.
-        Diverged: the loss is not finite any more; the newest checkpoint is from before that.
+    Returns what `results.json` holds: {"before": scores, "after": scores, "answers": …, …}.
+    ValueError: settings, data or model that cannot be used; nothing is written then.
+    Interrupted: Ctrl-C or SIGTERM; a checkpoint of the last whole step has been written.
+    Diverged: the loss is not finite any more; the newest checkpoint is from before that.
     """
-    started = time.perf_counter()
-    world = world or World()
-    settings = settings.with_defaults()
+    started, world, settings = time.perf_counter(), world or World(), settings.with_defaults()
     directory = Path(settings.output_dir)
-
     base, total = _load(settings, world)
     training = loop.prepare(base, settings, total, world)
-    held = world.gather(weight_bytes(base.model))
+    held = world.gather(world.weight_bytes(base.model))
     if world.mode != "none":
         print(f"ranks        {world.size}, {world.mode}: {logging.megabytes(max(held))} of weights and adapter on each")
     print(describe_example(base.examples[0], base.tokenizer))
+    with world.shared_errors():
+        fitted, plan = fit(settings, base, training, total, directory)
     results = checkpoints.begin(directory, settings.to_json(), base, training)
+    results["memory"] = dataclasses.asdict(plan) if plan else None
     if "before" not in results:
         evaluate(world, training.lm, base.tokenizer, base.held_out, results, "before")
         _write_results(directory, results, world)
@@ -92,10 +97,12 @@ def finetune(settings: FinetuneSettings, world: World | None = None, checkpoint:
     first = checkpoints.go_on(directory, checkpoint, training)
     if first:
         print(f"going on after step {first} of {total}")
-    _train(directory, settings, base, training, first, total)
+    _train(directory, fitted, base, training, first, total)
 
     evaluate(world, training.lm, base.tokenizer, base.held_out, results, "after")
     results["weight_bytes_by_rank"] = held
+    if world.held:
+        results["held_bytes_by_rank"] = world.gather(world.held)
     results["peak_memory_bytes"] = max(world.gather(logging.peak_memory(base.device)))
     results["seconds"] = round(time.perf_counter() - started, 1)
     _write_results(directory, results, world)
@@ -107,16 +114,17 @@ def finetune(settings: FinetuneSettings, world: World | None = None, checkpoint:
 
 
 def _load(settings: FinetuneSettings, world: World) -> tuple[Base, int]:
-    """The base with new adapters and its rows, the same on all ranks, and the optimizer steps to do; prints the plan.
-    """
+    """Base with new adapters and its rows, the same on all ranks, and the optimizer steps to do; prints the plan."""
     with world.shared_errors():
         logging.check_reporter(settings.report_to)
         if world.local_rank == 0:
-            resolve(settings.model)  # fetched once per machine
+            place = resolve(settings.model)
+            with one_line(f"--model {settings.model}"):
+                find(place)  # fetched once per machine
     with world.shared_errors():
         device = world.device(settings.device)
-        # FSDP moves block after block to its GPU, which need not hold the whole model at any moment.
-        base = load_base_and_rows(settings, device, "cpu" if world.mode == "fsdp" else device)
+        # FSDP and ZeRO-3 move part after part to the GPU, which need not hold the whole model at any moment.
+        base = load_base_and_rows(settings, device, "cpu" if world.cuts_weights else device)
         add_adapters(base.model, settings)
         total = loop.optimizer_steps(settings, len(base.examples), world.size)
         print(logging.plan(settings, base, total))
@@ -125,14 +133,13 @@ def _load(settings: FinetuneSettings, world: World) -> tuple[Base, int]:
     return base, total
 
 
-def _train(
-    directory: Path, settings: FinetuneSettings, base: Base, training: loop.Training, first: int, total: int
-) -> None:
-    """All steps after `first`, with checkpoints on the way; then the adapter is written."""
+def _train(directory: Path, settings: FinetuneSettings, base: Base, training: loop.Training, first: int,
+           total: int) -> None:  # fmt: skip
+    """All steps after `first`, with checkpoints on the way; then what was trained is written."""
     world = training.world
 
     def save(step: int) -> Path:
-        return checkpoints.save_checkpoint(directory, step, training, settings.save_total_limit, base.record)
+        return checkpoints.save_checkpoint(directory, step, training, settings.save_total_limit, base)
 
     with (logging.RunLog(directory, first, total, settings, world.main) as run_log,
           loop.stop_after_step(world) as stop):  # fmt: skip
@@ -144,9 +151,9 @@ def _train(
             if world.sum(stop.wished or world.stopping) and step < total:
                 raise Interrupted(f"stopped after step {step} of {total}; saved in {save(step)}")
     save(total)
-    with whole_adapter(base.model):
+    with world.gathered(base.model):
         if world.main:
-            save_with_record(base.model, directory, base.record)
+            save_with_record(base, directory)
 
 
 def _write_results(directory: Path, results: dict, world: World) -> None:

@@ -1,4 +1,4 @@
-"""`handtuned generate`: answer a prompt with a trained adapter."""
+"""`handtuned generate`: answer a prompt with a trained adapter, or a model that was trained whole."""
 
 import sys
 

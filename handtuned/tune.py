@@ -19,20 +19,20 @@ from pathlib import Path
 
 import torch
 
-from .cli import is_out_of_memory
-from .nn.files import write_json
-from .nn.inject import lora_parameters
+from .nn.files import in_use, write_json
 from .nn.merge import unload
 from .nn.multi import linear_layers
+from .nn.peft_rules import all_linear_parameters
 from .training import logging, loop
 from .training import trials as reports
 from .training.checkpoints import changed_marks
-from .training.models import add_adapters, choose_device, load_base_and_rows, save_with_record
-from .training.settings import FinetuneSettings, add_flags, in_use, resumed
+from .training.loading import is_out_of_memory
+from .training.models import add_adapters, choose_device, load_base_and_rows
+from .training.saving import save_with_record
+from .training.settings import FinetuneSettings, absolute, add_flags, resumed
 from .training.trials import SEARCHED
 
 TARGETS = ("q_proj,v_proj", "q_proj,k_proj,v_proj,o_proj", "gate_proj,up_proj,down_proj", "all-linear")
-BYTES_PER_PARAMETER = 16  # trained in fp32: itself, its gradient, two moments
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -53,15 +53,21 @@ def run(args) -> int:
     if args.minutes is not None and not 0 < args.minutes < math.inf:
         raise ValueError(f"--minutes must be a finite number above 0, got {args.minutes}")
     settings = FinetuneSettings(**typed)
+    if settings.memory_budget:
+        raise ValueError("--memory-budget is for finetune; tune takes --gradient-checkpointing and --batch-size")
     if settings.parallel != "none":
         raise ValueError("--parallel must be none: trials run in one process")
+    if settings.init_adapter:
+        raise ValueError("--init-adapter goes on from one adapter; tune compares new ones")
+    if settings.method == "full":
+        raise ValueError("--method must be qlora or lora: what is searched are settings of LoRA")
     directory = Path(settings.output_dir or "handtuned-out/tune")
     settings.output_dir, record = str(directory), directory / "tune.json"
     if args.resume:
         if not record.exists():
             raise ValueError(f"--resume: {directory} holds no study (no tune.json)")
         saved = json.loads(record.read_text(encoding="utf-8"))
-        settings = resumed("study", typed, saved["settings"], output_dir=str(directory))
+        settings = resumed("study", typed, saved, output_dir=str(directory))
         args.search = saved["search"]
     elif in_use(directory):
         raise ValueError(f"--output-dir {directory} is not empty; name a new one, or go on with --resume")
@@ -87,8 +93,7 @@ def tune(settings: FinetuneSettings, trials: int, minutes: float | None = None, 
         {"best": trial, "first": trial, "trials": [...]}; a trial is {"number", "state", "settings", "loss",
         "exact_match", "untouched", "bytes", "seconds_a_step", "steps"}. `best` and `first` are finished ones.
 
-    Raises:
-        ValueError: settings, data or model that cannot be used; nothing is written then.
+    ValueError: settings, data or model that cannot be used; nothing is written then.
     """
     import optuna
 
@@ -97,7 +102,8 @@ def tune(settings: FinetuneSettings, trials: int, minutes: float | None = None, 
     runner = TrialRunner(settings, search)
     directory = Path(settings.output_dir)
     directory.mkdir(parents=True, exist_ok=True)
-    record = {"settings": settings.to_json(), "search": list(search), "versions": logging.versions(),
+    plain = settings.to_json()
+    record = {"settings": plain, "paths": absolute(plain), "search": list(search), "versions": logging.versions(),
               "marks": runner.base.marks | {"search": list(search)}}  # fmt: skip
     known = directory / "tune.json"
     if known.exists() and changed_marks(json.loads(known.read_text(encoding="utf-8"))["marks"], record["marks"]):
@@ -106,10 +112,9 @@ def tune(settings: FinetuneSettings, trials: int, minutes: float | None = None, 
 
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     backend = optuna.storages.journal.JournalFileBackend(str(directory / "study.log"))
-    study = optuna.create_study(
-        study_name="lora", storage=optuna.storages.JournalStorage(backend), load_if_exists=True,
-        pruner=optuna.pruners.SuccessiveHalvingPruner(min_resource=max(1, steps // 8), reduction_factor=2),
-    )  # fmt: skip
+    pruner = optuna.pruners.SuccessiveHalvingPruner(min_resource=max(1, steps // 8), reduction_factor=2)
+    storage = optuna.storages.JournalStorage(backend)
+    study = optuna.create_study(study_name="lora", storage=storage, load_if_exists=True, pruner=pruner)
     if not study.trials:
         study.enqueue_trial({name: runner.space.start[name] for name in search}, user_attrs={"first": True})
     _try_again(study)
@@ -129,10 +134,8 @@ def tune(settings: FinetuneSettings, trials: int, minutes: float | None = None, 
 
 
 def _try_again(study) -> None:
-    """Put trials that were stopped in the middle, by a kill or Ctrl-C, back in the queue, each once.
-
-    Not those that failed for a reason of their own, which is "failed" among their attributes.
-    """
+    """Put trials that were stopped in the middle, by a kill or Ctrl-C, back in the queue, each once; not those that
+    failed for a reason of their own, which is "failed" among their attributes."""
     from optuna.trial import TrialState
 
     for trial in study.get_trials(states=[TrialState.RUNNING]):
@@ -144,6 +147,13 @@ def _try_again(study) -> None:
             study.enqueue_trial(trial.params, user_attrs=known)
 
 
+def _states_bytes(optimizer: torch.optim.Optimizer) -> int:
+    """Of adapter, gradients and moments."""
+    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    state = [tensor for entry in optimizer.state.values() for tensor in entry.values() if tensor.dim()]
+    return 2 * sum(parameter.nbytes for parameter in parameters) + sum(tensor.nbytes for tensor in state)
+
+
 class Space:
     """What may be searched, around the settings that a study starts from."""
 
@@ -152,16 +162,14 @@ class Space:
         target, rate = settings.target_modules, settings.learning_rate
         self.search, self.rates = search, (rate / 10, rate * 10)
         # lora_alpha is searched as a multiple of the rank: the scale of the update.
-        self.start = {
-            "lora_r": settings.lora_r, "lora_alpha": settings.lora_alpha / settings.lora_r, "learning_rate": rate,
-            "target_modules": target if isinstance(target, str) else ",".join(target),
-            "lora_dropout": settings.lora_dropout,
-        }  # fmt: skip
+        self.start = {"lora_r": settings.lora_r, "lora_alpha": settings.lora_alpha / settings.lora_r,
+                      "learning_rate": rate, "target_modules": target if isinstance(target, str) else ",".join(target),
+                      "lora_dropout": settings.lora_dropout}  # fmt: skip
         around = {
             "lora_r": {2, 4, 8, 16, 32},
             "lora_alpha": {0.5, 1.0, 2.0, 4.0},
             "target_modules": {t for t in TARGETS if t == "all-linear" or names.issuperset(t.split(","))},
-            "lora_dropout": {0.0, 0.05, 0.1},
+            "lora_dropout": {0.0} if settings.target_parameters or all_linear_parameters(model) else {0.0, 0.05, 0.1},
         }
         self.choices = {name: sorted({self.start[name], *values}) for name, values in around.items()}
 
@@ -194,25 +202,20 @@ class TrialRunner:
         self.space = Space(settings, search, self.base.model)
 
     def run(self, trial) -> float:
-        """One trial: its loss on the choosing rows.
-
-        Raises:
-            optuna.TrialPruned: it is stopped early.
-            Diverged: it ran out of memory, or its loss is not finite.
-        """
+        """One trial: its loss on the choosing rows. optuna.TrialPruned: it is stopped early; Diverged: it ran out of
+        memory, or its loss is not finite."""
         import optuna
 
         settings, model = self.space.suggest(trial, self.settings), self.base.model
         add_adapters(model, settings)
         trial.set_user_attr("settings", {name: getattr(settings, name) for name in SEARCHED})
-        trial.set_user_attr("bytes", BYTES_PER_PARAMETER * sum(p.numel() for p in lora_parameters(model)))
         try:
             training = loop.prepare(self.base, settings, settings.max_steps)
             loss = self._train(trial, settings, training)
             trial.set_user_attr("untouched", logging.finite(training.lm.score(self.untouched)))
             finished = trial.study.get_trials(states=[optuna.trial.TrialState.COMPLETE])
             if all(loss < other.value for other in finished):
-                save_with_record(model, Path(settings.output_dir) / "best", self.base.record)
+                save_with_record(self.base, Path(settings.output_dir) / "best")
             return loss
         except (loop.Diverged, RuntimeError, MemoryError) as error:
             failed = loop.Diverged("out of memory") if is_out_of_memory(error) else error
@@ -243,6 +246,7 @@ class TrialRunner:
                         raise loop.Diverged(f"step {step}: the loss on held-out rows is {loss:g}")
                     trial.report(loss, step)
                     trial.set_user_attr("exact_match", scores["exact_match"])
+                    trial.set_user_attr("bytes", _states_bytes(training.optimizer))
                     trial.set_user_attr("seconds_a_step", seconds / step)
                     spared = trial.user_attrs.get("first") or step == settings.max_steps
                     if not spared and trial.should_prune():

@@ -16,10 +16,11 @@ from html import escape
 from pathlib import Path
 
 from .gpu.cards import ARCHS, GPUS
-from .gpu.examine import WHOLE, Launched, Xray, examine
+from .gpu.examine import WHOLE, Xray, examine
 from .gpu.operations import OPERATIONS, Size
 from .gpu.published import published
 from .gpu.roofline import ASSUMES, KINDS, Prediction, measurements, predictions
+from .gpu.session import LaunchRecord
 from .nn.files import whole_file
 
 SAMPLE = 2  # programs of a launch that are executed for a prediction
@@ -112,13 +113,13 @@ def describe(ray: Xray, expected: Sequence[Prediction] = ()) -> str:
     return "\n".join(lines)
 
 
-def _launch_lines(ray: Xray, launch: Launched):
+def _launch_lines(ray: Xray, launch: LaunchRecord):
     held, counted = launch.occupancy, launch.counters
-    yield (f"    {launch.kernel}: {launch.programs} programs of {launch.threads} threads, {launch.registers} "
+    yield (f"    {launch.name}: {launch.programs} programs of {launch.threads} threads, {launch.registers} "
            f"registers, {launch.spill_bytes} B spilled, {launch.shared_bytes} B shared")  # fmt: skip
     yield (f"        a multiprocessor holds {held.blocks} programs, {held.warps} of {held.of_warps} warps; "
            f"no more for {held.limit}")  # fmt: skip
-    if not launch.executed:
+    if not launch.sampled:
         loops = ", ".join(f"{loop.instructions} ({loop.tensor_core} tensor-core)" for loop in launch.code.loops)
         memory = sorted(launch.code.memory.items())
         yield f"        not executed; {launch.code.instructions} instructions, loops of {loops or 'none'}"
@@ -144,9 +145,8 @@ def _microseconds(times) -> str:
 
 def _prediction_line(p: Prediction) -> str:
     parts = ", ".join(f"{kind} {_microseconds(getattr(p, kind))}" for kind in KINDS if max(getattr(p, kind)))
-    line = (
-        f"{p.gpu.name}: predicted {_microseconds(p.seconds)} µs, {p.bound} bound ({parts}; floor {p.floor * 1e6:.1f})"
-    )
+    predicted = f"predicted {_microseconds(p.seconds)} µs, {p.bound} bound"
+    line = f"{p.gpu.name}: {predicted} ({parts}; floor {p.floor * 1e6:.1f})"
     if p.measured is not None:
         low, high = p.seconds
         line += f"; measured {p.measured * 1e6:.1f} µs, {p.measured / ((low + high) / 2):.2f} × the middle"
@@ -163,18 +163,14 @@ def write_page(path: Path, found: Sequence[tuple[Xray, Sequence[Prediction]]], s
         longest = max([p.measured or 0.0 for p in expected] + [max(p.seconds) for p in expected], default=1.0)
         parts += [_row(p, longest) for p in expected]
     with whole_file(path) as temporary:
-        temporary.write_text(
-            f'<!doctype html><html lang="en"><meta charset="utf-8"><title>handtuned xray</title><style>{STYLE}</style>'
-            f'<h1>Kernels, X-rayed</h1>{"".join(parts)}<p class="note">{escape(ASSUMES)}</p></html>\n',
-            encoding="utf-8",
-        )
+        temporary.write_text('<!doctype html><html lang="en"><meta charset="utf-8"><title>handtuned xray</title>'
+                             f'<style>{STYLE}</style><h1>Kernels, X-rayed</h1>{"".join(parts)}'
+                             f'<p class="note">{escape(ASSUMES)}</p></html>\n', encoding="utf-8")  # fmt: skip
 
 
 def _row(p: Prediction, longest: float) -> str:
-    bars = "".join(
-        f'<div class="bar" style="width:{100 * max(getattr(p, kind)) / longest:.2f}%;background:{colour}"></div>'
-        for kind, colour in COLOURS.items()
-    )
+    bars = "".join(f'<div class="bar" style="width:{100 * max(getattr(p, kind)) / longest:.2f}%;background:{colour}">'
+                   "</div>" for kind, colour in COLOURS.items())  # fmt: skip
     marks = f'<div class="mark floor" style="left:{100 * p.floor / longest:.2f}%"></div>'
     if p.measured is not None:
         marks += f'<div class="mark measured" style="left:{100 * p.measured / longest:.2f}%"></div>'

@@ -28,6 +28,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import chain
+from operator import attrgetter
 
 import numpy as np
 import torch
@@ -252,6 +253,9 @@ def _tables(groups, write_back, stand_ins):
                 if tensor.dtype not in TRITON_DTYPES:
                     raise TypeError(f"params, grads, copies must be float32, float16 or bfloat16, got {tensor.dtype}")
             tensors = [t for t in (p, g, m, v, copy) if t is not None]
+            if any(t.numel() != p.numel() for t in tensors):
+                sizes = ", ".join(str(tuple(t.shape)) for t in tensors)
+                raise ValueError(f"a parameter, its gradient and its state must be of one size, got {sizes}")
             dense = same_layout(tensors, write_back)
             if dense is not tensors:
                 stand_ins.append(dense)
@@ -278,7 +282,7 @@ def _tables_as_before(groups, write_back, stand_ins):
         for tensors in (group.params, group.grads, group.exp_avgs, group.exp_avg_sqs, group.steps):
             seen += map(torch.Tensor.data_ptr, tensors)
         seen += [None if copy is None else (copy.data_ptr(), copy.dtype) for copy in group.copies]
-        for kind in (torch.Tensor.numel, torch.Tensor.is_contiguous, torch.Tensor.dtype.__get__):
+        for kind in (torch.Tensor.numel, torch.Tensor.is_contiguous, attrgetter("dtype")):
             seen += map(kind, group.grads)
     before, tables = _last.get(device, (None, None))
     if before != seen or (device.type != "cpu" and torch.cuda.is_current_stream_capturing()):
@@ -290,12 +294,9 @@ def _tables_as_before(groups, write_back, stand_ins):
 
 @torch.no_grad()
 def adamw_step_(
-    groups: Sequence[ParamGroup],
-    grad_scale: torch.Tensor | None = None,
-    found_inf: torch.Tensor | None = None,
-    sq_norm: torch.Tensor | None = None,
-    max_norm: float | None = None,
-) -> None:
+    groups: Sequence[ParamGroup], grad_scale: torch.Tensor | None = None, found_inf: torch.Tensor | None = None,
+    sq_norm: torch.Tensor | None = None, max_norm: float | None = None,
+) -> None:  # fmt: skip
     """One AdamW update of all parameters of all groups, in place.
 
     One launch for each combination of dtypes (parameter, gradient, copy), so one for an ordinary model. Once warmed up
@@ -311,6 +312,7 @@ def adamw_step_(
 
     Raises:
         TypeError: a parameter or gradient is not float32, float16, bfloat16 or float64.
+        ValueError: a parameter, its gradient and its state differ in size.
     """
     groups = [group for group in groups if group.params]
     if not groups:

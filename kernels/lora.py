@@ -11,10 +11,9 @@ W (N, K) is frozen as a rule, A (r, K) and B (N, r) are trained, s = alpha / r (
     forward     2MNK + 2Mr(N + K)    2(MK + NK + MN) + 2r(N + K)
     backward    2MNK + 4Mr(N + K)    2(MN + NK + 2MK + 2r(N + K) + Mr)
 
-At M = N = K = 4096 and r = 16, LoRA adds 0.8 % of the base product's FLOPs forward and 1.6 %
-backward. Written as separate layers it costs much more than that in memory traffic: the
-low-rank term, its scaling and the sum are each an (M, N) array, written and read again. Here y
-is the only array of that size in forward, and dx in backward.
+At M = N = K = 4096 and r = 16, LoRA adds 0.8 % of the base product's FLOPs forward and 1.6 % backward. Written as
+separate layers it costs much more than that in memory traffic: the low-rank term, its scaling and the sum are each an
+(M, N) array, written and read again. Here y is the only array of that size in forward, and dx in backward.
 
 Saved for backward: x and S, which is tiny. Nothing else: not the mask (a seed makes it again), not
 a product with W, and a quantized W is dequantized a second time instead of being kept. dW is
@@ -36,6 +35,7 @@ from .dropout import Dropout, new_seed, threshold_of
 from .lora_gemms import lora_down, lora_down_grad, lora_up_grads
 from .nf4 import NF4Weight, flatten, unflatten
 from .nf4_matmul import plan, quantized_product, quantized_product_dx
+from .runtime import traced
 
 
 def lora_linear_reference(x, weight, bias, lora_A, lora_B, scaling, mask=None, dropout_p=0.0):
@@ -104,7 +104,7 @@ class _LoRALinear(torch.autograd.Function):
         seed = new_seed(x.device) if threshold else None
         scale = scaling * 65536 / (65536 - threshold)
         ctx.way = plan(rows, weight, threshold > 0, A.shape[0])
-        if torch.compiler.is_compiling():
+        if traced(rows):
             y, S = _forward_op(rows, *flatten(weight), bias, A, B, scale, seed, threshold, ctx.way)
         else:
             y, S = _forward(rows, weight, bias, A, B, scale, seed, threshold, ctx.way)
@@ -127,7 +127,7 @@ class _LoRALinear(torch.autograd.Function):
             dW = (dy.t() @ x).to(weight.dtype) if needs_weight else None
             dbias = dy.sum(0).to(ctx.bias_dtype) if needs_bias else None
             weight, made = weight if ctx.quantized is None else ctx.quantized, []
-            if any(needs) and torch.compiler.is_compiling():
+            if any(needs) and traced(dy):
                 made = _backward_op(dy, x, S, *flatten(weight), *rest, needs)
             elif any(needs):
                 made = _backward(dy, x, S, weight, *rest, needs)
@@ -143,14 +143,9 @@ def _without_autocast(x):
 
 
 def lora_linear(
-    x: torch.Tensor,
-    weight: torch.Tensor | NF4Weight,
-    bias: torch.Tensor | None,
-    lora_A: torch.Tensor,
-    lora_B: torch.Tensor,
-    scaling: float,
-    dropout_p: float = 0.0,
-) -> torch.Tensor:
+    x: torch.Tensor, weight: torch.Tensor | NF4Weight, bias: torch.Tensor | None, lora_A: torch.Tensor,
+    lora_B: torch.Tensor, scaling: float, dropout_p: float = 0.0,
+) -> torch.Tensor:  # fmt: skip
     """y = x Wᵀ + b + s (x̂ Aᵀ) Bᵀ in x's dtype, with a gradient for every tensor that asks for one.
 
     Args:

@@ -12,15 +12,14 @@ read, far below what a GPU needs to be busy with arithmetic, so reading x and dy
 
     bytes (16-bit x and dy, fp32 A and B)    S, dA: 2MK + 4rK + 2Mr each       dS and dB: 2MN + 8rN + 4Mr
 
-Dropout happens in registers, on the tile of x just loaded. dS and dB both need all of dy (M, N), so one
-kernel makes both: a program loads a tile of dy once and multiplies it by B on one side and by S on
-the other. One of the two sums crosses programs whichever way the tiles run; S and dA, with few tiles,
-would leave a GPU idle, so their loops are split between programs too. Atomic additions would finish
-such sums in an order that changes from run to run; here each program writes its part in fp32 and a sum in
-fixed order follows, so results are the same bits every time. With slabs of 128 rows the parts of
-dB are 4 r N M / 128 bytes, that is r / 64 of the bytes of an fp16 dy. They are written and read, so at
-twice that rank a second read of dy costs no more: from r = 17 on dS and dB are two products, made by the kernels of S
-and dA. No sum's parts are larger than half of what was read for it.
+Dropout happens in registers, on the tile of x just loaded. dS and dB both need all of dy (M, N), so one kernel makes
+both: a program loads a tile of dy once and multiplies it by B on one side and by S on the other. One of the two sums
+crosses programs whichever way the tiles run; S and dA, with few tiles, would leave a GPU idle, so their loops are split
+between programs too. Atomic additions would finish such sums in an order that changes from run to run; here each
+program writes its part in fp32 and a sum in fixed order follows, so results are the same bits every time. With slabs of
+128 rows the parts of dB are 4 r N M / 128 bytes, that is r / 64 of the bytes of an fp16 dy. They are written and read,
+so at twice that rank a second read of dy costs no more: from r = 17 on dS and dB are two products, made by the kernels
+of S and dA. No sum's parts are larger than half of what was read for it.
 
 Compiled kernels multiply in 16 bits from sm_80 on (`runtime.runs_product`); each fits into the 99 KB of shared memory
 that the smallest of those cards allows. The vendor's library is the other way of each, and the measured choice
@@ -33,18 +32,7 @@ import torch
 
 from .dropout import ROUNDS, Dropout, keep_tile
 from .nf4_cpu import AVX512_BF16, LEVEL
-from .runtime import (
-    block_of,
-    cdiv,
-    dot_dtype,
-    launch,
-    run_fastest,
-    runs_product,
-    splits_of,
-    stored_dtype,
-    tl,
-    triton,
-)  # fmt: skip
+from .runtime import block_of, cdiv, dot_dtype, launch, run_fastest, runs_product, splits_of, stored_dtype, tl, triton
 
 
 def lora_down_reference(x, lora_A, mask=None):

@@ -3,11 +3,10 @@
     scaled_matmul    c = s · a b, and a flag for overflow       a (M, K), b (K, N), s the loss scale
     lora_product     y = x Wᵀ + b + s S Bᵀ                      x (M, K), W (N, K), S (M, r), B (N, r)
 
-Scale and term meet the FP32 accumulator: one rounding, one write. Rounding first and scaling
-afterwards loses what underflows in between (a product of 1e-8 is zero in FP16; times 65536 it is
-not) and moves 4MN bytes more. Added at the end, S Bᵀ would need a second accumulator of
-128 × 256 fp32 values, and registers would spill; so the first one starts with it. Backward is the same
-kernel on transposed views, which cost nothing but other strides:
+Scale and term meet the FP32 accumulator: one rounding, one write. Rounding first and scaling afterwards loses what
+underflows in between (a product of 1e-8 is zero in FP16; times 65536 it is not) and moves 4MN bytes more. Added at the
+end, S Bᵀ would need a second accumulator of 128 × 256 fp32 values, and registers would spill; so the first one starts
+with it. Backward is the same kernel on transposed views, which cost nothing but other strides:
 
     da = s · dc bᵀ      db = s · aᵀ dc      dx = dy W + dS A     (in dx a dropout mask falls on dS A alone)
 
@@ -27,6 +26,7 @@ from torch.autograd.function import once_differentiable
 from torch.overrides import handle_torch_function, has_torch_function
 
 from .dropout import ROUNDS, Dropout, keep_tile
+from .matmul_tma import TMA_TILES, launch_tma, tiles_by_name, tma_fits
 from .runtime import (
     TRITON_DTYPES,
     block_of,
@@ -38,7 +38,7 @@ from .runtime import (
     stored_dtype,
     tl,
     triton,
-)  # fmt: skip
+)
 
 
 def scaled_matmul_reference(a, b, scale):
@@ -68,8 +68,7 @@ def lora_product_addmm(x, weight, bias, S, lora_B, scale, mask=None):
 def _low_rank(
     acc, s_ptr, up_ptr, seed_ptr, first_m, first_n, M, N, r,
     stride_sm, stride_sr, stride_un, stride_ur, scale, threshold,
-    DOT: tl.constexpr, ROUNDS: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_R: tl.constexpr,
+    DOT: tl.constexpr, ROUNDS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_R: tl.constexpr,
 ):  # fmt: skip
     """acc [BLOCK_M, BLOCK_N], zero so far, plus s S Bᵀ with dropout."""
     offs_m, offs_n = first_m + tl.arange(0, BLOCK_M), first_n + tl.arange(0, BLOCK_N)
@@ -166,25 +165,15 @@ def _matmul_kernel(
         tl.store(found_inf_ptr, 1.0, mask=bad != 0)
 
 
-def _tiles(*tiles):
-    """By name: rows, columns, warps and stages. All step through K alike, so that sums are split alike."""
-    return {
-        f"{m} x {n}, {warps} warps, {stages} stages": {
-            "BLOCK_M": m, "BLOCK_N": n, "BLOCK_K": 64, "GROUP_M": 8, "num_warps": warps, "num_stages": stages,
-        }
-        for m, n, warps, stages in tiles
-    }  # fmt: skip
-
-
-SCALED_TILES = _tiles(
+SCALED_TILES = tiles_by_name(
     (64, 64, 4, 4), (128, 256, 8, 3), (128, 256, 8, 4), (128, 128, 4, 4), (64, 128, 4, 4), (32, 64, 4, 5)
 )  # fmt: skip
-LORA_TILES = _tiles(
+LORA_TILES = tiles_by_name(
     (64, 128, 4, 4), (128, 256, 8, 3), (128, 128, 8, 4), (128, 128, 4, 3), (16, 128, 4, 5), (16, 64, 4, 6)
 )  # fmt: skip
 
 
-def _launch(tile, a, b, c, bias=None, S=None, up=None, scale=1.0, dropout=None, loss_scale=None, flag=None):
+def _launch(tile, a, b, c, bias=None, S=None, up=None, scale=1.0, loss_scale=None, flag=None, dropout=None):
     """One launch into c (M, N); what is None has no part in it."""
     (M, K), N = a.shape, b.shape[1]
     r, strides = (0, (0, 0, 0, 0)) if S is None else (S.shape[1], (*S.stride(), *up.stride()))
@@ -198,9 +187,9 @@ def _launch(tile, a, b, c, bias=None, S=None, up=None, scale=1.0, dropout=None, 
     )  # fmt: skip
 
 
-def _lora(tile, x, weight, bias, S, lora_B, scale, dropout=None):
+def _lora(launch_tiles, tile, x, weight, bias, S, lora_B, scale, dropout=None):
     y = torch.empty((x.shape[0], weight.shape[0]), dtype=stored_dtype(x.dtype), device=x.device)
-    _launch(tile, x, weight.t(), y, bias, S, lora_B, scale, dropout)
+    launch_tiles(tile, x, weight.t(), y, bias, S, lora_B, scale, **({} if dropout is None else {"dropout": dropout}))
     return y.to(x.dtype)
 
 
@@ -209,20 +198,16 @@ def _by_torch(x, weight, bias, S, lora_B, scale, dropout=None):
     return lora_product_addmm(x, weight, bias, S, lora_B, scale, mask)
 
 
-LORA_WAYS = {name: partial(_lora, tile) for name, tile in LORA_TILES.items()} | {"torch": _by_torch}
+LORA_WAYS = {name: partial(_lora, _launch, tile) for name, tile in LORA_TILES.items()} | {"torch": _by_torch}
+LORA_WAYS_TMA = LORA_WAYS | {name: partial(_lora, launch_tma, tile) for name, tile in TMA_TILES.items()}
 # A mask of 128 × 256 does not fit into registers beside the accumulator.
 LORA_WAYS_WITH_DROPOUT = {name: way for name, way in LORA_WAYS.items() if "x 256" not in name}
 
 
 def lora_product(
-    x: torch.Tensor,
-    weight: torch.Tensor,
-    bias: torch.Tensor | None,
-    S: torch.Tensor,
-    lora_B: torch.Tensor,
-    scale: float,
-    dropout: Dropout | None = None,
-) -> torch.Tensor:
+    x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, S: torch.Tensor, lora_B: torch.Tensor,
+    scale: float, dropout: Dropout | None = None,
+) -> torch.Tensor:  # fmt: skip
     """y = x Wᵀ + b + mask ⊙ (scale · S Bᵀ), in one pass.
 
     Args:
@@ -242,14 +227,16 @@ def lora_product(
     if not runs_product(x) or M == 0 or N == 0:
         return _by_torch(x, weight, bias, S, lora_B, scale, dropout)
     sizes = block_of(M, 16, 8192), N, K, r, weight.stride(1) == 1, dropout is not None
-    ways = LORA_WAYS if dropout is None else LORA_WAYS_WITH_DROPOUT
-    return run_fastest("lora_product", sizes, ways, x, weight, bias, S, lora_B, scale, dropout)
+    operation, ways = "lora_product", LORA_WAYS if dropout is None else LORA_WAYS_WITH_DROPOUT
+    if dropout is None and tma_fits(x, weight.t(), S, lora_B):
+        operation, ways = "lora_product, descriptors", LORA_WAYS_TMA
+    return run_fastest(operation, sizes, ways, x, weight, bias, S, lora_B, scale, dropout)
 
 
-def _scaled(tile, a, b, scale, want_flag):
+def _scaled(launch_tiles, tile, a, b, scale, want_flag):
     c = torch.empty((a.shape[0], b.shape[1]), dtype=a.dtype, device=a.device)
     found_inf = torch.zeros((), dtype=torch.float32, device=a.device) if want_flag else None
-    _launch(tile, a, b, c, loss_scale=scale, flag=found_inf)
+    launch_tiles(tile, a, b, c, loss_scale=scale, flag=found_inf)
     return c, found_inf
 
 
@@ -262,7 +249,9 @@ def _scaled_by_torch(a, b, scale, want_flag):
         return c, (~torch.isfinite(c)).any().float()
 
 
-SCALED_WAYS = {name: partial(_scaled, tile) for name, tile in SCALED_TILES.items()} | {"torch": _scaled_by_torch}
+SCALED_WAYS = {name: partial(_scaled, _launch, tile) for name, tile in SCALED_TILES.items()}
+SCALED_WAYS["torch"] = _scaled_by_torch
+SCALED_WAYS_TMA = SCALED_WAYS | {name: partial(_scaled, launch_tma, tile) for name, tile in TMA_TILES.items()}
 
 
 def _scaled_product(a, b, scale, want_flag):
@@ -271,6 +260,8 @@ def _scaled_product(a, b, scale, want_flag):
     if not runs_product(a) or M == 0 or N == 0:
         return _scaled_by_torch(a, b, scale, want_flag)
     sizes = block_of(M, 16, 8192), N, K, a.stride(1) == 1, b.stride(1) == 1
+    if tma_fits(a, b):
+        return run_fastest("scaled_matmul, descriptors", sizes, SCALED_WAYS_TMA, a, b, scale, want_flag)
     return run_fastest("scaled_matmul", sizes, SCALED_WAYS, a, b, scale, want_flag)
 
 

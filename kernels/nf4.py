@@ -34,7 +34,7 @@ import torch
 import torch.nn.functional as F
 
 from .nf4_cpu import nf4_dequantize_native, runs_native
-from .runtime import TRITON_DTYPES, backend, on_device, scratch, tl, triton
+from .runtime import TRITON_DTYPES, backend, cdiv, launch, scratch, tl, traced, triton
 
 NF4_CODE = torch.tensor(
     [
@@ -217,11 +217,11 @@ def _launch(weight: NF4Weight, out: torch.Tensor) -> torch.Tensor:
     (words, *scales), blocks = nf4_pointers(weight)
     run, size = 16 // out.element_size(), out.numel()
     runs = words if run == 8 else words.view(torch.int16)
-    with on_device(out):
-        _nf4_dequantize[(triton.cdiv(size, BLOCK),)](
-            runs, *scales, code_table(out.device), out, size, runs.numel(), weight.absmax.numel(), **blocks,
-            EVEN=size % BLOCK == 0, BLOCK=BLOCK, RUN=run, num_warps=NUM_WARPS, enable_fp_fusion=False,
-        )  # fmt: skip
+    launch(
+        _nf4_dequantize, (cdiv(size, BLOCK), 1, 1),
+        runs, *scales, code_table(out.device), out, size, runs.numel(), weight.absmax.numel(), **blocks,
+        EVEN=size % BLOCK == 0, BLOCK=BLOCK, RUN=run, num_warps=NUM_WARPS, enable_fp_fusion=False,
+    )  # fmt: skip
     return out
 
 
@@ -273,17 +273,18 @@ def nf4_dequantize(weight: NF4Weight, dtype: torch.dtype, out: torch.Tensor | No
         layout = "" if out.is_contiguous() else " not contiguous"
         raise ValueError(f"out must be a contiguous {dtype} {tuple(shape)}, got{layout} {out.dtype} {tuple(out.shape)}")
     check_layout(weight)
-    if out.numel() == 0 or out.is_meta:
+    compiling = torch.compiler.is_compiling()
+    if out.numel() == 0 or out.is_meta or (traced(weight.packed) and not compiling):  # no memory
         return out
     where = backend(weight.packed)
-    if where == "torch" and torch.compiler.is_compiling():
+    if where == "torch" and compiling:
         return out.copy_(nf4_dequantize_reference(weight, dtype))
     if where == "torch":
         if dtype == torch.float32 and runs_native(weight):
             return nf4_dequantize_native(weight, NF4_CODE, out, fresh)
         return nf4_dequantize_tiled(weight, out)
-    if where == "interpreter" and dtype == torch.bfloat16:
-        # Triton's interpreter cuts fp32 down to bf16 instead of rounding.
+    if dtype not in DTYPES or (where == "interpreter" and dtype == torch.bfloat16):
+        # The kernel writes no other dtype, and Triton's interpreter cuts fp32 down to bf16 instead of rounding.
         return out.copy_(_launch(weight, torch.empty(shape, dtype=torch.float32, device=out.device)))
     return _launch(weight, out)
 
@@ -297,9 +298,9 @@ def flatten(weight: torch.Tensor | NF4Weight) -> tuple[list[torch.Tensor], list[
 
 
 def unflatten(tensors: Sequence[torch.Tensor], sizes: Sequence[int]) -> torch.Tensor | NF4Weight:
-    """The weight (N, K) again. The original dtype of one in NF4 is lost: it says nothing about its values."""
+    """The weight again. The original dtype of one in NF4 is lost: it says nothing about its values."""
     if not sizes:
         return tensors[0]
-    (packed, absmax, *decoding), (block_size, N, K, *nested_block) = tensors, sizes
-    nested = NestedScales(*decoding, *nested_block) if decoding else None
-    return NF4Weight(packed.view(-1), absmax, torch.Size((N, K)), torch.float32, block_size, nested)
+    (packed, absmax, *decoding), (block_size, *shape) = tensors, sizes
+    nested = NestedScales(*decoding, shape.pop()) if decoding else None
+    return NF4Weight(packed.view(-1), absmax, torch.Size(shape), torch.float32, block_size, nested)

@@ -17,7 +17,7 @@ import ctypes
 
 import torch
 
-from .runtime import reference_is_forced
+from .runtime import reference_is_forced, traced
 
 try:
     from . import _nf4_cpu
@@ -66,7 +66,7 @@ def has_native() -> bool:
 def runs_native(weight) -> bool:
     """Whether the C functions may take it: plain memory of a CPU, laid out as they read it."""
     packed, absmax, nested = weight.packed, weight.absmax, weight.nested
-    if not has_native() or torch.compiler.is_compiling():
+    if not has_native() or traced(packed):
         return False
     if weight.block_size.bit_count() != 1 or (nested is not None and nested.block_size.bit_count() != 1):
         return False  # not powers of two
@@ -116,15 +116,9 @@ def runs_native_product(x: torch.Tensor, weight) -> bool:
 
 
 def nf4_product_native(
-    x: torch.Tensor,
-    weight,
-    levels: torch.Tensor,
-    transposed: bool,
-    bias: torch.Tensor | None = None,
-    S: torch.Tensor | None = None,
-    low: torch.Tensor | None = None,
-    scale: float = 1.0,
-) -> torch.Tensor:
+    x: torch.Tensor, weight, levels: torch.Tensor, transposed: bool, bias: torch.Tensor | None = None,
+    S: torch.Tensor | None = None, low: torch.Tensor | None = None, scale: float = 1.0,
+) -> torch.Tensor:  # fmt: skip
     """y = x Wᵀ + b + scale · S Lᵀ, or x W + b + scale · S L, with W (N, K) in NF4, where `runs_native_product`.
 
     Args:

@@ -9,8 +9,8 @@ tile of W is decoded once for each tile of 128 rows, by the warps that should mu
 better: 6 % of a product with 4096 rows, which then runs at full speed. In between, the card decides. In backward W
 is decoded or made a second time: kept dense weights are what 4 bits are there to avoid.
 
-"fused" rounds a decoded tile to 16 bits as dequantizing would, starts its accumulator at s S Bᵀ, and walks
-along K; for dx = dy W + dS A the same kernel walks down W.
+"fused" (`nf4_experts.py`, where one launch serves many weights) rounds a decoded tile to 16 bits as dequantizing
+would, starts its accumulator at s S Bᵀ, and walks along K; for dx = dy W + dS A the same kernel walks down W.
 
 A dense W is made anyway, so with many rows the adapter is added to it on the way:
 
@@ -49,26 +49,26 @@ from .nf4 import (
     nf4_dequantize_reference,
     nf4_pointers,
     scale_of,
-)  # fmt: skip
+)
 from .nf4_cpu import nf4_product_native, runs_native_product
+from .nf4_experts import expert_of, nf4_fused
 from .nf4_stream import nf4_stream
 from .nf4_tiled import nf4_product_tiled
 from .runtime import (
     block_of,
     cdiv,
-    dot_settings,
     fastest,
-    on_device,
+    launch,
+    run_fastest,
     runs_kernel,
     runs_product,
     scratch,
     stored_dtype,
     tl,
     triton,
-)  # fmt: skip
+)
 
 ON_CPU = ("native", "tiled")
-FUSED = {"BLOCK_M": 128, "BLOCK_N": 64, "num_warps": 8}
 MERGE = {"BLOCK_N": 16, "WARPS": 4}  # rows of a warp
 
 
@@ -130,105 +130,6 @@ def _merge_kernel(
     tl.store(w_ptrs, w, mask=tl.broadcast_to(in_n[:, None, :, :, None, None], [G, 2, WARPS, 8, 4, 8]))
 
 
-@triton.jit
-def _dense_tile(
-    words_ptr, absmax_ptr, nested_absmax_ptr, nested_code_ptr, offset_ptr, table, first_n, k, N, K,
-    BLOCK_SIZE: tl.constexpr, NESTED_BLOCK: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
-):  # fmt: skip
-    """W[first_n : first_n + ROWS, k : k + COLUMNS] as fp32; rows past the end repeat the last one."""
-    GROUPS: tl.constexpr = (COLUMNS + 63) // 64
-    rows = tl.minimum(tl.arange(0, ROWS), N - 1 - first_n)
-    offs_w, groups = k // 8 + tl.arange(0, COLUMNS // 8), k // 64 + tl.arange(0, GROUPS)
-    words_ptr += tl.cast(first_n, tl.int64) * (K // 8)
-    words = tl.load(words_ptr + rows[:, None] * (K // 8) + offs_w[None, :], mask=offs_w[None, :] < K // 8, other=0)
-    w = levels_of(tl.join(words, words >> 16), table)
-    block = ((first_n + rows)[:, None] * (K // 64) + groups[None, :]).to(tl.uint32) // (BLOCK_SIZE // 64)
-    in_row = groups[None, :] < K // 64
-    code = tl.load(absmax_ptr + block, mask=in_row, other=0)
-    scales = scale_of(code, block, in_row, nested_absmax_ptr, nested_code_ptr, offset_ptr, NESTED_BLOCK)
-    w = tl.reshape(w, [ROWS, GROUPS, COLUMNS // GROUPS]) * scales[:, :, None]
-    return tl.reshape(w, [ROWS, COLUMNS])
-
-
-@triton.jit
-def _fused_kernel(
-    x_ptr,  # (M, K); for dx dy (M, N)
-    words_ptr, absmax_ptr, nested_absmax_ptr, nested_code_ptr, offset_ptr, table_ptr,  # as above
-    bias_ptr,  # (N,) or None
-    s_ptr,  # (M, r)
-    up_ptr,  # (N, r); for dx (K, r)
-    y_ptr,  # (M, N); for dx (M, K)
-    M, N, K, r, stride_xm, stride_xk, stride_sm, stride_sr, stride_un, stride_ur,
-    scale,
-    BLOCK_SIZE: tl.constexpr, NESTED_BLOCK: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr,
-    DX: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
-):  # fmt: skip
-    first_m, first_n = tl.program_id(0) * BLOCK_M, tl.program_id(1) * BLOCK_N
-    offs_m, offs_n = first_m + tl.arange(0, BLOCK_M), first_n + tl.arange(0, BLOCK_N)
-    width, depth = (K, N) if DX else (N, K)
-    in_m, in_n = offs_m < M, offs_n < width
-    rows, columns = offs_m.to(tl.int64), offs_n.to(tl.int64)
-    table = tl.load(table_ptr + tl.arange(0, 16))
-    acc = tl.zeros([BLOCK_M, BLOCK_N], dtype=tl.float32)
-    for j in tl.range(0, r, 16, num_stages=1):
-        offs_r = (j + tl.arange(0, 16)).to(tl.int64)
-        s_ptrs = s_ptr + rows[:, None] * stride_sm + offs_r[None, :] * stride_sr
-        s = tl.load(s_ptrs, mask=in_m[:, None] & (offs_r < r)[None, :], other=0.0)  # [BLOCK_M, 16]
-        up_ptrs = up_ptr + columns[None, :] * stride_un + offs_r[:, None] * stride_ur
-        up = tl.load(up_ptrs, mask=in_n[None, :] & (offs_r < r)[:, None], other=0.0)  # [16, BLOCK_N]
-        acc = tl.dot(s.to(DOT), up.to(DOT), acc, input_precision=PRECISION)
-    acc *= scale
-    offs_k = tl.arange(0, 64)
-    x_ptrs = x_ptr + rows[:, None] * stride_xm + offs_k.to(tl.int64)[None, :] * stride_xk
-    for k in range(0, depth, 64):
-        x = tl.load(x_ptrs, mask=in_m[:, None] & (offs_k < depth - k)[None, :], other=0.0)  # [BLOCK_M, 64]
-        x_ptrs += tl.cast(stride_xk, tl.int64) * 64
-        if DX:
-            w = _dense_tile(
-                words_ptr, absmax_ptr, nested_absmax_ptr, nested_code_ptr, offset_ptr, table, k, first_n, N, K,
-                BLOCK_SIZE, NESTED_BLOCK, 64, BLOCK_N,
-            ).to(DOT)  # fmt: skip
-        else:
-            w = tl.trans(_dense_tile(
-                words_ptr, absmax_ptr, nested_absmax_ptr, nested_code_ptr, offset_ptr, table, first_n, k, N, K,
-                BLOCK_SIZE, NESTED_BLOCK, BLOCK_N, 64,
-            ).to(DOT))  # fmt: skip
-        acc = tl.dot(x.to(DOT), w, acc, input_precision=PRECISION)
-    if bias_ptr is not None:
-        acc += tl.load(bias_ptr + offs_n, mask=in_n, other=0.0).to(tl.float32)[None, :]
-    y_ptrs = y_ptr + rows[:, None] * width + offs_n[None, :]
-    tl.store(y_ptrs, acc, mask=in_m[:, None] & in_n[None, :])
-
-
-def nf4_fused(x, weight, bias, S, up, scale, transposed=True) -> torch.Tensor:
-    """x Wᵀ + b + scale · S upᵀ, or x W + scale · S upᵀ where not `transposed`; W is decoded tile by tile.
-
-    Args:
-        x: (M, K), or (M, N) where not `transposed`; fp16 or bf16, on tensor cores (`runs_product`).
-        weight: NF4, (N, K), K and the block size multiples of 64.
-        bias: (N,) or None; only where `transposed`.
-        S: (M, r) in x's dtype.
-        up: (N, r), or (K, r) where not `transposed`.
-        scale: a number.
-
-    Returns:
-        (M, N), or (M, K), in x's dtype.
-    """
-    M, (N, K) = len(x), weight.shape
-    width = N if transposed else K
-    y = torch.empty((M, width), dtype=stored_dtype(x.dtype), device=x.device)
-    if y.numel() == 0:
-        return y.to(x.dtype)
-    weights, blocks = nf4_pointers(weight)
-    tile = {"BLOCK_M": 64, "BLOCK_N": 32, "num_warps": 4} if M <= 64 else FUSED
-    with on_device(x):
-        _fused_kernel[(cdiv(M, tile["BLOCK_M"]), cdiv(width, tile["BLOCK_N"]))](
-            x, *weights, code_table(x.device), bias, S, up, y, M, N, K, S.shape[1], *x.stride(), *S.stride(),
-            *up.stride(), float(scale), **blocks, **dot_settings(x.dtype), DX=not transposed, **tile, num_stages=3,
-        )  # fmt: skip
-    return y.to(x.dtype)
-
-
 def nf4_merge(weight, lora_A, lora_B, scale, dtype) -> torch.Tensor:
     """dequantized W + scale · B A (N, K) in `dtype`, rounded once. K and the block size are multiples of 64."""
     (r, K), N = lora_A.shape, lora_B.shape[0]
@@ -236,11 +137,11 @@ def nf4_merge(weight, lora_A, lora_B, scale, dtype) -> torch.Tensor:
     if dtype == torch.float32 or not runs_product(merged):
         return nf4_dequantize(weight, torch.float32).addmm_(lora_B.float(), lora_A.float(), alpha=scale).to(dtype)
     weights, blocks = nf4_pointers(weight)
-    with on_device(merged):
-        _merge_kernel[(cdiv(N, MERGE["WARPS"] * MERGE["BLOCK_N"]), K // 64)](
-            *weights, code_table(merged.device), lora_A, lora_B, merged, N, K, r, *lora_A.stride(), *lora_B.stride(),
-            float(scale), **blocks, **MERGE, num_warps=MERGE["WARPS"], num_stages=1,
-        )  # fmt: skip
+    launch(
+        _merge_kernel, (cdiv(N, MERGE["WARPS"] * MERGE["BLOCK_N"]), K // 64, 1),
+        *weights, code_table(merged.device), lora_A, lora_B, merged, N, K, r, *lora_A.stride(), *lora_B.stride(),
+        float(scale), **blocks, **MERGE, num_warps=MERGE["WARPS"], num_stages=1,
+    )  # fmt: skip
     return merged.to(dtype)
 
 
@@ -334,6 +235,46 @@ def nf4_matmul(x: torch.Tensor, weight: NF4Weight, bias: torch.Tensor | None = N
             return nf4_fused(x, weight, bias, *nothing, transposed)
     W = dense_weight(weight, x)
     return F.linear(x, W, bias) if transposed else x @ W
+
+
+def nf4_experts_each(x, weight, transposed, ends) -> torch.Tensor:
+    """`nf4_experts` as a product for each expert that has rows, by the way that suits it."""
+    y, start = x.new_empty(len(x), weight.shape[1 if transposed else 2]), 0
+    for e, end in enumerate(ends.tolist()):
+        if end > start:
+            y[start:end] = nf4_matmul(x[start:end], expert_of(weight, e), None, transposed)
+        start = end
+    return y
+
+
+def nf4_experts_grouped(x, weight, transposed, ends) -> torch.Tensor:
+    """`nf4_experts` in one launch, where `runs_product`, and K and the block size are multiples of 64."""
+    return nf4_fused(x, weight, None, x.new_empty(len(x), 0), x.new_empty(0, 0), 0.0, transposed, ends)
+
+
+EXPERTS_WAYS = {"grouped": nf4_experts_grouped, "each": nf4_experts_each}
+
+
+def nf4_experts(x: torch.Tensor, weight: NF4Weight, transposed: bool, ends: torch.Tensor) -> torch.Tensor:
+    """Every row of x by the weight of its expert.
+
+    Args:
+        x: (S, K), or (S, N) where not `transposed`; floating point, rows sorted by expert.
+        weight: NF4, (E, N, K), each expert quantized by itself: `packed` (E, ⌈N K / 2⌉), `absmax` (E, blocks of one
+            expert), and with double quantization `nested.absmax` (E, ·) and `nested.offset` (E,).
+        transposed: whether rows meet Wᵀ, weights lying as (out, in), or W, as (in, out).
+        ends: (E,) int32 or int64 on x's device: how many rows belong to the experts up to and with each; the last is S.
+
+    Returns:
+        (S, N), or (S, K), in x's dtype: sums in fp32, rounded once.
+
+    Source: Gale et al. 2022, "MegaBlocks: Efficient Sparse Training with Mixture-of-Experts".
+    """
+    S, (E, N, K) = len(x), weight.shape
+    if not runs_product(x) or K % 64 or weight.block_size % 64:
+        return nf4_experts_each(x, weight, transposed, ends)
+    sizes = block_of(S, 16, 1 << 17), E, N, K, transposed
+    return run_fastest("nf4 experts", sizes, EXPERTS_WAYS, x, weight, transposed, ends)
 
 
 def _on_cpu(way, x, weight, transposed, *rest):

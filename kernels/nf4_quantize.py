@@ -26,7 +26,7 @@ import torch
 import torch.nn.functional as F
 
 from .nf4 import NF4_CODE
-from .runtime import backend, on_device, tl, triton
+from .runtime import backend, cdiv, launch, tl, triton
 
 THRESHOLDS = (NF4_CODE[:-1] + NF4_CODE[1:]) / 2
 SMALLEST = 1e-38
@@ -172,12 +172,11 @@ def _launch(x, block_size, short):
     words = torch.empty(-(-x.numel() // 32) * 4, dtype=torch.int32, device=x.device)
     absmax = torch.empty(-(-x.numel() // block_size), dtype=torch.float32, device=x.device)
     if x.numel():
-        with on_device(x):
-            _nf4_quantize[(triton.cdiv(x.numel(), BLOCK),)](
-                x, words, absmax, _cell_words(x.device), x.numel(), absmax.numel(),
-                SLOPE=CELL_SLOPE, START=CELL_START, SMALLEST=SMALLEST,
-                BLOCK_SIZE=block_size, SHORT=short, BLOCK=BLOCK, num_warps=NUM_WARPS,
-            )  # fmt: skip
+        launch(
+            _nf4_quantize, (cdiv(x.numel(), BLOCK), 1, 1),
+            x, words, absmax, _cell_words(x.device), x.numel(), absmax.numel(), SLOPE=CELL_SLOPE, START=CELL_START,
+            SMALLEST=SMALLEST, BLOCK_SIZE=block_size, SHORT=short, BLOCK=BLOCK, num_warps=NUM_WARPS,
+        )  # fmt: skip
     return words.view(torch.uint8), absmax
 
 

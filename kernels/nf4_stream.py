@@ -25,7 +25,7 @@ import torch
 import torch.nn.functional as F
 
 from .nf4 import nf4_dequantize_reference, nf4_pointers, pair_table, scale_of
-from .runtime import block_of, cdiv, dot_settings, on_device, runs_product, stored_dtype, tl, triton
+from .runtime import block_of, cdiv, dot_dtype, launch, runs_product, stored_dtype, tl, triton
 
 BLOCK = {"BLOCK_N": 32, "SLICES": 4}  # a warp for each slice of K
 PROGRAMS = 396  # three, of four warps, on each of 132 multiprocessors; a constant, so that sums are split alike
@@ -177,15 +177,14 @@ def nf4_stream(x, weight, bias, S, lora_B, scale) -> torch.Tensor:
     tiles, deep = cdiv(N, BLOCK["BLOCK_N"]), max(cdiv(K // 64, BLOCK["SLICES"]), 1)
     steps = max(deep // cdiv(PROGRAMS, tiles), cdiv(deep, MOST_SPLITS))
     splits = cdiv(deep, steps)
-    grid = tiles, splits, cdiv(M, rows)
     weights, blocks = nf4_pointers(weight)
-    dot = dot_settings(x.dtype)["DOT"] if tensor else tl.float32
+    dot = dot_dtype(x.dtype) if tensor else tl.float32
     pairs = pair_table(x.device, x.dtype if tensor and dot != tl.float32 else torch.float32)
     parts = torch.empty((splits * BLOCK["SLICES"], M, N), dtype=torch.float32, device=x.device)
-    with on_device(x):
-        _stream_kernel[grid](
-            x, *weights, pairs, bias, S, lora_B, y, parts, _turns(x, tiles * grid[2]),
-            M, N, K, r, *x.stride(), *S.stride(), *lora_B.stride(), float(scale), steps, **blocks, DOT=dot,
-            TENSOR=tensor, SPLITS=splits, ROWS=rows, **BLOCK, num_warps=BLOCK["SLICES"], num_stages=1,
-        )  # fmt: skip
+    launch(
+        _stream_kernel, (tiles, splits, cdiv(M, rows)),
+        x, *weights, pairs, bias, S, lora_B, y, parts, _turns(x, tiles * cdiv(M, rows)),
+        M, N, K, r, *x.stride(), *S.stride(), *lora_B.stride(), float(scale), steps, **blocks, DOT=dot,
+        TENSOR=tensor, SPLITS=splits, ROWS=rows, **BLOCK, num_warps=BLOCK["SLICES"], num_stages=1,
+    )  # fmt: skip
     return y.to(x.dtype)

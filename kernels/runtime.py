@@ -1,8 +1,7 @@
 """What all kernels share: whether a tensor meets a GPU, Triton's interpreter or plain torch; dtypes and tile sizes.
 
-Every kernel file imports `triton` and `tl` from here, so that the package also
-imports on a machine without Triton (macOS, Windows): there the decorators do
-nothing and every tensor runs the torch reference.
+Every kernel file imports `triton` and `tl` from here, so that the package also imports on a machine without Triton
+(macOS, Windows): there the decorators do nothing and every tensor runs the torch reference.
 
 Which one runs is decided per call by `backend(tensor)`:
 
@@ -35,6 +34,7 @@ from importlib.metadata import version
 from pathlib import Path
 
 import torch
+from torch._subclasses.fake_tensor import FakeTensor
 
 try:
     import triton
@@ -64,11 +64,14 @@ FIXED = {
     "lora_up_grads": "kernel",
     "lora_down_grad": "kernel",
     "lora_product": "64 x 128, 4 warps, 4 stages",
+    "lora_product, descriptors": "persistent 64 x 128, 4 warps, 3 stages",
     "scaled_matmul": "64 x 64, 4 warps, 4 stages",
+    "scaled_matmul, descriptors": "persistent 64 x 128, 4 warps, 3 stages",
     "nf4 product, up to 16 rows": "stream",
     "nf4 product, up to 256 rows": "fused",
     "nf4 product": "exact",
     "nf4 product, from 1024 rows, without dropout": "merged",
+    "nf4 experts": "grouped",
 }
 
 # The architecture that `handtuned.gpu` emulates at the moment ("sm_90"), which sets it; None: none.
@@ -109,6 +112,11 @@ def backend(tensor: torch.Tensor) -> str:
     return "torch"
 
 
+def traced(x: torch.Tensor) -> bool:
+    """Whether an operation on x only leaves its trace: `torch.compile` looks on, or x is fake and has no memory."""
+    return torch.compiler.is_compiling() or isinstance(x, FakeTensor)
+
+
 def on_device(tensor: torch.Tensor):
     """A context in which kernels launch on the GPU that holds `tensor`; none is needed on the current one."""
     elsewhere = tensor.is_cuda and tensor.device.index != torch.cuda.current_device()
@@ -132,7 +140,12 @@ def runs_product(x: torch.Tensor) -> bool:
         return False
     if INTERPRETED and not x.is_cuda:
         return True
-    return x.dtype != torch.float32 and _capability(x.device, emulated_arch) >= 80
+    return x.dtype != torch.float32 and capability(x.device) >= 80
+
+
+def capability(device: torch.device) -> int:
+    """Of a GPU or of the one emulated: 90 for sm_90."""
+    return _capability(device, emulated_arch)
 
 
 @lru_cache
@@ -146,12 +159,6 @@ def _capability(device: torch.device, arch: str | None) -> int:
 def dot_dtype(dtype: torch.dtype):
     """Operand type of the tensor-core products (the interpreter cannot multiply bf16)."""
     return tl.float32 if INTERPRETED and dtype == torch.bfloat16 else TRITON_DTYPES[dtype]
-
-
-def dot_settings(dtype: torch.dtype) -> dict:
-    """Operand type and precision of products, as torch is set (by its older or its newer names)."""
-    tf32 = dtype == torch.float32 and torch.backends.cuda.matmul.fp32_precision == "tf32"
-    return {"DOT": dot_dtype(dtype), "PRECISION": "tf32" if tf32 else "ieee"}
 
 
 def stored_dtype(dtype: torch.dtype) -> torch.dtype:

@@ -10,9 +10,7 @@ from .merge import merge_lora, unmerge_lora
 from .multi import lora_parameters, set_adapter
 from .transformer import CheckpointedTransformerLayer, TransformerBlock
 
-__all__ = [
-    "CheckpointedTransformerLayer", "LoRALayer", "LoRALinear", "TransformerBlock", "apply_lora_to_model",
-    "checkpoint", "checkpoint_sequential", "disable_lora", "linear_cross_entropy", "load_adapter",
-    "lora_parameters", "manual_checkpoint_forward", "mark_only_lora_as_trainable", "merge_lora", "save_adapter",
-    "set_adapter", "unmerge_lora",
-]  # fmt: skip
+__all__ = ["CheckpointedTransformerLayer", "LoRALayer", "LoRALinear", "TransformerBlock", "apply_lora_to_model",
+           "checkpoint", "checkpoint_sequential", "disable_lora", "linear_cross_entropy", "load_adapter",
+           "lora_parameters", "manual_checkpoint_forward", "mark_only_lora_as_trainable", "merge_lora", "save_adapter",
+           "set_adapter", "unmerge_lora"]  # fmt: skip

@@ -1,8 +1,8 @@
 """`adapter_config.json`: what PEFT writes there, what of it we can honour, and which layers it selects.
 
-A field either changes what the adapter computes, and then it is honoured or refused by name, or it
-does not, and then it is kept as information. Nothing is skipped: a config that asks for something
-we do not do would otherwise load "fine" and answer wrongly.
+A field either changes what the adapter computes, and then it is honoured or refused by name, or it does not, and then
+it is kept as information. Nothing is skipped: a config that asks for something we do not do would otherwise load "fine"
+and answer wrongly.
 """
 
 import json
@@ -22,17 +22,13 @@ REGEX_SECONDS = 10
 # These describe how the adapter was made or is stored; none changes what the finished adapter computes.
 # (`megatron_core` and `qalora_group_size` act only together with fields that are refused, `loftq_config` with a
 # refused init; `eva_config` chose the initial A, which training has replaced.)
-INFORMATION = {
-    "auto_mapping", "ensure_weight_tying", "eva_config", "inference_mode", "loftq_config", "megatron_core",
-    "peft_type", "peft_version", "qalora_group_size", "revision", "runtime_config",
-}  # fmt: skip
+INFORMATION = {"auto_mapping", "ensure_weight_tying", "eva_config", "inference_mode", "loftq_config", "megatron_core",
+               "peft_type", "peft_version", "qalora_group_size", "revision", "runtime_config"}  # fmt: skip
 
 # PEFT's further fields. Each changes the computation when it is set.
-REFUSED = {
-    "alora_invocation_tokens", "arrow_config", "corda_config", "kasa_config", "layer_replication", "lora_bias",
-    "lora_ga_config", "megatron_config", "monteclora_config", "target_parameters", "trainable_token_indices",
-    "use_bdlora", "use_qalora", "velora_config",
-}  # fmt: skip
+REFUSED = {"alora_invocation_tokens", "arrow_config", "corda_config", "kasa_config", "layer_replication", "lora_bias",
+           "lora_ga_config", "megatron_config", "monteclora_config", "trainable_token_indices", "use_bdlora",
+           "use_qalora", "velora_config"}  # fmt: skip
 
 
 def _fits(value, kind) -> bool:
@@ -56,26 +52,22 @@ Numbers = Annotated[dict[str, float], "an object of finite numbers",
 Layers = Annotated[list[int] | int | None, "a layer number or a list of them",
                    lambda v: all(type(i) is int and i >= 0 for i in (v if isinstance(v, list) else [v]))]  # fmt: skip
 NoBias = Annotated[str, "'none', for trained biases are not supported", lambda v: v == "none"]
-Init = Annotated[
-    bool | str,
-    "true, false, 'gaussian', 'eva' or 'orthogonal'; any other method (PiSSA, OLoRA, LoftQ, …) replaces the base "
-    "weights, so the adapter does not fit the base model as it is on disk; save it again with PEFT's "
-    "path_initial_model_for_weight_conversion, which makes a plain LoRA of it",
-    lambda v: v in (True, False, "gaussian", "eva", "orthogonal"),
-]
+Init = Annotated[bool | str, "true, false, 'gaussian', 'eva' or 'orthogonal'; any other method (PiSSA, OLoRA, LoftQ, "
+                 "…) replaces the base weights, so the adapter does not fit the base model as it is on disk; save it "
+                 "again with PEFT's path_initial_model_for_weight_conversion, which makes a plain LoRA of it",
+                 lambda v: v in (True, False, "gaussian", "eva", "orthogonal")]  # fmt: skip
 
 
 @dataclass(frozen=True)
 class AdapterConfig:
-    """A checked `adapter_config.json`, under PEFT's own field names and with PEFT's defaults.
-
-    JSON's null stands for the default where that is None or an empty object.
-    """
+    """A checked `adapter_config.json`, under PEFT's own field names and with PEFT's defaults. JSON's null stands for
+    the default where that is None or an empty object."""
 
     r: Count = 8
     lora_alpha: Number = 8
     lora_dropout: Probability = 0.0
     target_modules: Targets = None
+    target_parameters: Texts = None
     exclude_modules: Targets = None
     rank_pattern: Counts = field(default_factory=dict)
     alpha_pattern: Numbers = field(default_factory=dict)
@@ -101,16 +93,16 @@ class AdapterConfig:
         return {path: (rank[path], alpha[path], alpha[path] / divisor(rank[path])) for path in paths}
 
     def selects(self, paths: Collection[str], output_heads: Collection[str] = ()) -> set[str] | None:
-        """Which of the linear layers at `paths` the config adapts, by PEFT's rules; None: it names no target modules.
+        """Which of the linear layers at `paths` the target modules are, by PEFT's rules; None: the config names none.
 
         "all-linear" leaves out the output heads.
         """
-        if self.target_modules is None:
+        if self.target_modules is None and self.target_parameters is None:
             return None
         if isinstance(self.target_modules, str) and self.target_modules.lower() == "all-linear":
             found = set(paths) - set(output_heads)
         else:
-            found = matching(self.target_modules, paths)
+            found = matching(self.target_modules or [], paths)
             found = self.narrowed(found, self.target_modules)
         found -= matching(self.exclude_modules or [], paths)
         saved = {f".{name}." for name in self.modules_to_save or ()}

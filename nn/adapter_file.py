@@ -4,6 +4,7 @@ A safetensors file cannot carry code, but its names and shapes may be anything. 
 config and the model before the model is changed.
 """
 
+import re
 from pathlib import Path
 from typing import NamedTuple
 
@@ -11,9 +12,11 @@ import torch
 from torch import nn
 
 from .adapter_config import AdapterConfig, short
-from .base_layer import features
+from .base_layer import features, stacked
+from .experts_in_files import join_experts
 from .lora import LoRALinear
-from .multi import adapter_of, linear_layers, original, outer_modules, outermost
+from .multi import adapter_of, ending_in, linear_layers, original, outer_modules, outermost
+from .parameters import file_prefixes, parameter_name, parameter_targets
 from .targets import output_heads
 
 WEIGHTS_NAME = "adapter_model.safetensors"
@@ -86,18 +89,33 @@ def check_fit(model: nn.Module, config: AdapterConfig, tensors: AdapterTensors, 
     """Compare an adapter with a model, as the adapter `name` of which it is to be loaded.
 
     Returns path → layer to adapt (adapted already or not), path → module to replace whole (likewise), path of each
-    layer → (rank, alpha, scaling).
-
+    layer → (rank, alpha, scaling), path of each layer → its tensors by part.
     ValueError: the message names the layers that matched, are missing in the file and are unexpected there, or the
     layer whose parts or shapes are wrong.
     """
     linear, modules = linear_layers(model), _modules_to_save(model, config)
+    selected, others = config.selects(linear, output_heads(model, linear)), parameter_targets(model)
+    known = {parameter_name(path, module): path for path, module in (linear | others).items()}
+    names = {known[name]: name for name in ending_in(known, config.target_parameters or ())}
+    if config.target_parameters and not names:
+        raise ValueError(f"target_parameters names {', '.join(config.target_parameters)}, which the model has not")
+    unnamed = {path: module for path, module in others.items() if path not in names}
+    others = {path: others[path] for path in names.keys() & others.keys()}
+    if others and (config.use_dora or config.lora_dropout):
+        raise ValueError("target_parameters: neither use_dora nor lora_dropout can act on what is no linear layer")
+    prefixes = {prefix: path for path, prefix in file_prefixes(model, others).items()}
+    tensors = tensors._replace(layers={prefixes.get(path, path): parts for path, parts in tensors.layers.items()})
+    joined = join_experts(model, config, tensors.layers, linear | others, unnamed)
+    tensors = tensors._replace(layers=joined.layers)
+    linear = linear | others | {path: unnamed[path] for path in joined.settings.keys() | joined.missing}
+    selected = None if selected is None else selected | names.keys() | joined.settings.keys() | joined.missing
     held = {path: adapter_of(layer, name) for path, layer in linear.items() if isinstance(layer, LoRALinear)}
     held = {path: adapter for path, adapter in held.items() if adapter is not None}
     whole = _tensors_of(modules)
-    _compare_names(linear, held.keys(), config.selects(linear, output_heads(model, linear)), whole, tensors)
+    _compare_names(linear, held.keys(), selected, whole, tensors)
     layers = {path: linear[path] for path in tensors.layers}
-    settings = config.settings(layers)
+    values = config.settings([names.get(path, path) for path in layers])
+    settings = {path: values[names.get(path, path)] for path in layers} | joined.settings
     for path, layer in layers.items():
         _check_layer(path, layer, settings[path][0], config.use_dora, tensors.layers[path], held.get(path), name)
     base = _tensors_of(layers)
@@ -107,15 +125,13 @@ def check_fit(model: nn.Module, config: AdapterConfig, tensors: AdapterTensors, 
             raise ValueError(f"unexpected in the file: {key} of the base model")
         coarse = min(tensor.dtype, own.dtype, key=lambda dtype: dtype.itemsize)
         if own.shape != tensor.shape or not torch.equal(own.to(coarse).cpu(), tensor.to(coarse)):
-            raise ValueError(
-                f"the file brings its own {key} of shape {tuple(tensor.shape)}, which is not the model's of shape "
-                f"{tuple(own.shape)}: another base model, or a resized vocabulary"
-            )
+            raise ValueError(f"the file brings its own {key} of shape {tuple(tensor.shape)}, which is not the model's "
+                             f"of shape {tuple(own.shape)}: another base model, or a resized vocabulary")  # fmt: skip
     for key, own in whole.items():
         given = tuple(tensors.whole[key].shape)
         if given != own.shape or not own.is_floating_point():
             raise ValueError(f"{key} is {given} in the file and {tuple(own.shape)} of {own.dtype} in the model")
-    return layers, modules, settings
+    return layers, modules, settings, tensors.layers
 
 
 def _modules_to_save(model, config) -> dict[str, nn.Module]:
@@ -128,7 +144,7 @@ def _modules_to_save(model, config) -> dict[str, nn.Module]:
     outer = outer_modules(model)
     modules = {path: outer[path] for path in outermost(path for path in outer if path.endswith(endings))}
     if endings and not modules:
-        raise ValueError(f"modules_to_save names {_listed(endings)}, which the model does not have")
+        raise ValueError(f"modules_to_save names {listed(endings)}, which the model does not have")
     for path, module in modules.items():
         inner = [f"{path}.{at}" for at, child in module.named_modules() if isinstance(child, LoRALinear)]
         if inner:
@@ -151,10 +167,11 @@ def _compare_names(linear, held, selected, whole, tensors) -> None:
     missing |= whole.keys() - tensors.whole.keys()
     unexpected |= tensors.whole.keys() - whole.keys()
     if missing or unexpected:
-        raise ValueError(
-            f"the adapter does not fit the model: matched: {len(given - unexpected)} layers; "
-            f"missing in the file: {_listed(missing)}; unexpected in the file: {_listed(unexpected)}"
-        )
+        split = any(re.search(r"\bexperts\.\d+\.", path) for path in unexpected)
+        hint = "; experts that target_modules does not select or transformers' table does not fuse" if split else ""
+        raise ValueError(f"the adapter does not fit the model: matched: {len(given - unexpected)} layers; missing "
+                         f"in the file: {listed(missing)}; unexpected in the file: {listed(unexpected)}"
+                         + hint)  # fmt: skip
 
 
 def _check_layer(path, layer, rank, use_dora, parts, held, name) -> None:
@@ -163,21 +180,20 @@ def _check_layer(path, layer, rank, use_dora, parts, held, name) -> None:
         why = "is on the meta device, where an adapter would lose its values" if weight.is_meta else (
             "is sharded; load the adapter before fully_shard")  # fmt: skip
         raise ValueError(f"{path} {why}")
-    outputs, inputs = features(layer)
-    wanted = {"lora_A": (rank, inputs), "lora_B": (outputs, rank)}
+    outputs, inputs = features(original(layer))
+    stack = rank * stacked(original(layer))
+    wanted = {"lora_A": (stack, inputs), "lora_B": (outputs, stack)}
     if use_dora:
         wanted["lora_magnitude"] = (outputs,)
     found = {part: tuple(tensor.shape) for part, tensor in parts.items()}
     if found != wanted:
         raise ValueError(f"{path} is {found} in the file, but the model and the config want {wanted}")
     if held is not None and (held.rank != rank or tuple(wanted) != held.PARTS):
-        raise ValueError(
-            f"{path} has rank {rank} and {', '.join(wanted)}; the model's adapter {name!r} has rank {held.rank} "
-            f"and {', '.join(held.PARTS)}; load under another name"
-        )
+        raise ValueError(f"{path} has rank {rank} and {', '.join(wanted)}; the model's adapter {name!r} has rank "
+                         f"{held.rank} and {', '.join(held.PARTS)}; load under another name")  # fmt: skip
 
 
-def _listed(names) -> str:
+def listed(names) -> str:
     """The first few of some names, for a message."""
     shown = ", ".join(short(name) for name in sorted(names)[:5])
     return (shown or "none") + (f" and {len(names) - 5} more" if len(names) > 5 else "")

@@ -7,6 +7,7 @@ otherwise nothing is changed. Files are taken for untrusted, see `adapter_file` 
 import copy
 import math
 import re
+import warnings
 from collections import Counter
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -15,27 +16,30 @@ import torch
 from torch import nn
 
 from ..quant.model import is_conv1d
-from . import multi
+from . import multi, peft_rules
 from .adapter_config import CONFIG_NAME, AdapterConfig, read_adapter_config
 from .adapter_file import PREFIX, WEIGHTS_NAME, check_fit, read_adapter_tensors
-from .base_layer import adapter_like, features
+from .base_layer import adapter_like, stacked
 from .files import write_json, write_safetensors
 from .lora import LoRALinear
 from .multi import set_adapter
-from .names import may_save_whole, replace, unwrapped
+from .names import may_save_whole, replace, train_only, unwrapped
+from .parameters import LoRAWeight, file_prefixes, kind_for, parameter_name, place
 from .variants import DoRALinear
 
 __all__ = ["LoadReport", "load_adapter", "read_adapter_config", "save_adapter", "set_adapter"]
 
 
-def save_adapter(
-    model: nn.Module, directory: str | Path, base_model: str | Path | None = None, name: str | None = None
-) -> None:
+def save_adapter(model: nn.Module, directory: str | Path, base_model: str | Path | None = None, name: str | None = None,
+                 save_for: str = "any") -> None:  # fmt: skip
     """Write an adapter as PEFT does, so that PEFT, transformers and vLLM load it.
 
     A PiSSA adapter is written as the plain LoRA of twice the rank that it is on the untouched base. `directory` gets
     `adapter_model.safetensors` and `adapter_config.json`, each whole or not at all; `base_model` is written there as
     `base_model_name_or_path`; `name` is the adapter to write (default: the active one).
+
+    A warning names layers that PEFT would treat otherwise. Those that it takes for fused experts, `save_for="peft"`
+    writes as `target_parameters`, which only PEFT and `load_adapter` read.
 
     ValueError: no LoRA layers, no such adapter, values that are not finite, or modules trained whole that PEFT could
     not tell from others. Nothing is written then.
@@ -53,17 +57,19 @@ def save_adapter(
     if not layers:
         raise ValueError(f"the model has no adapter {name!r}, only: {', '.join(multi.adapter_names(model)) or 'none'}")
     tensors = {}
+    prefixes = file_prefixes(model, {path: adapted[path] for path in layers})
     for path, adapter in layers.items():
-        tensors[f"{path}.lora_A.weight"], tensors[f"{path}.lora_B.weight"] = adapter.factors()
+        prefix = prefixes[path]
+        tensors[f"{prefix}.lora_A.weight"], tensors[f"{prefix}.lora_B.weight"] = adapter.factors()
         if hasattr(adapter, "lora_magnitude"):
-            tensors[f"{path}.lora_magnitude_vector"] = adapter.lora_magnitude
+            tensors[f"{prefix}.lora_magnitude_vector"] = adapter.lora_magnitude
     for path, module in whole.items():
         tensors.update({f"{path}.{key}": tensor for key, tensor in module.state_dict().items()})
     # Under fully_shard every rank must call this.
     tensors = {key: t.full_tensor() if hasattr(t, "full_tensor") else t for key, t in tensors.items()}
     for path in layers:
-        shape = tensors[f"{path}.lora_A.weight"].shape
-        if shape[1:] != features(multi.original(adapted[path]))[1:]:
+        shape = tensors[f"{prefixes[path]}.lora_A.weight"].shape
+        if shape[1:] != (adapted[path].in_features,):
             raise ValueError(f"{path} holds a shard of its lora_A, of shape {tuple(shape)}: call save_adapter under "
                              "FullyShardedDataParallel.summon_full_params(model)")  # fmt: skip
     for key, tensor in tensors.items():
@@ -71,13 +77,18 @@ def save_adapter(
             raise ValueError(f"adapter {name!r}: {key} holds NaN or infinite values; it was not saved")
     ambiguous = [path for path in multi.outer_modules(model) if path.endswith(tuple(whole)) and path not in whole]
     if ambiguous:
-        raise ValueError(
-            f"modules are chosen by the ends of their paths in PEFT's files: {', '.join(whole)} would select "
-            f"{ambiguous[0]!r} too, which this adapter does not replace"
-        )
+        raise ValueError(f"modules are chosen by the ends of their paths in PEFT's files: {', '.join(whole)} would "
+                         f"select {ambiguous[0]!r} too, which this adapter does not replace")  # fmt: skip
     directory = Path(directory)
     directory.mkdir(parents=True, exist_ok=True)
-    config = _config_of(model, layers, sorted(whole), base_model)
+    parameters = {path for path in layers if isinstance(adapted[path], LoRAWeight)}
+    redirected = peft_rules.redirected(model, layers.keys() - parameters)
+    for words in peft_rules.differences(model, layers, redirected if save_for != "peft" else ()):
+        warnings.warn(words, stacklevel=2)
+    parameters |= redirected if save_for == "peft" else set()
+    names = {path: parameter_name(path, multi.original(adapted[path])) for path in parameters}
+    stacks = {path: stacked(multi.original(adapted[path])) for path in layers}
+    config = _config_of(model, layers, sorted(whole), base_model, names, stacks)
     config["fan_in_fan_out"] = any(is_conv1d(multi.original(adapted[path])) for path in layers)
     write_safetensors(directory / WEIGHTS_NAME, {PREFIX + key: tensor.clone() for key, tensor in tensors.items()})
     write_json(directory / CONFIG_NAME, config)
@@ -105,7 +116,6 @@ def load_adapter(model: nn.Module, directory: str | Path, name: str = "default",
     frozen, as by `apply_lora_to_model`. What adapters there are keep their `requires_grad`.
 
     Returns a LoadReport; `print` it.
-
     ValueError: a damaged or unsupported file; or one that does not fit the model, naming what matched, what the model
     needs and the file lacks (missing), and what the model has no place for (unexpected). The model is unchanged then.
     """
@@ -115,22 +125,23 @@ def load_adapter(model: nn.Module, directory: str | Path, name: str = "default",
     tensors = read_adapter_tensors(directory)
     multi.check_unmerged(model)
     try:
-        layers, modules, settings = check_fit(model, config, tensors, name)
+        layers, modules, settings, parts_of = check_fit(model, config, tensors, name)
     except ValueError as error:
         raise ValueError(f"{directory}: {error}") from None
 
     # Everything that can fail lies before the first change to the model.
-    kind = DoRALinear if config.use_dora else LoRALinear
     new: dict[str, nn.Module] = {}
     for path, layer in layers.items():
+        kind = DoRALinear if config.use_dora else kind_for(multi.original(layer))
         like = adapter_like(multi.original(layer))
-        parts = {part: nn.Parameter(t.to(**like), trainable) for part, t in tensors.layers[path].items()}
+        parts = {part: nn.Parameter(t.to(**like), trainable) for part, t in parts_of[path].items()}
         values = dict(zip(multi.SETTINGS, (*settings[path], config.lora_dropout), strict=True))
         new[path] = multi.RestingAdapter(kind, parts | values)
     for path, module in modules.items():
         new[path] = copy.deepcopy(multi.original(module)).requires_grad_(trainable)
         new[path].load_state_dict({key: tensors.whole[f"{path}.{key}"] for key in new[path].state_dict()})
 
+    place(model, layers)
     kept = [p for p in multi.adapter_parameters(model) if p.requires_grad]
     places: dict[nn.Module, nn.Module] = {}
     for path, module in (layers | modules).items():
@@ -144,7 +155,7 @@ def load_adapter(model: nn.Module, directory: str | Path, name: str = "default",
             held.load_state_dict(new[path].state_dict())
         else:
             with torch.no_grad():
-                for part in kind.PARTS:
+                for part in held.PARTS:
                     getattr(held, part).copy_(getattr(new[path], part))
             for setting in multi.SETTINGS:
                 setattr(held, setting, getattr(new[path], setting))
@@ -152,15 +163,16 @@ def load_adapter(model: nn.Module, directory: str | Path, name: str = "default",
     may_save_whole(model, False)
     set_adapter(model, name)
     if trainable:
-        model.requires_grad_(False)
-        for parameter in [*kept, *(p for adapter in new.values() for p in adapter.parameters())]:
-            parameter.requires_grad_(True)
+        train_only(model, [*kept, *(p for adapter in new.values() for p in adapter.parameters())])
     return LoadReport(name, sorted(layers), sorted(modules), config)
 
 
-def _config_of(model, layers: dict, modules: list[str], base_model: str | None) -> dict:
-    """The config that makes PEFT build exactly these layers with exactly these scalings."""
-    ranks = {path: len(adapter.factors()[0]) for path, adapter in layers.items()}
+def _config_of(model, layers: dict, modules: list[str], base_model: str | None, parameters: dict, stacks: dict) -> dict:
+    """The config that makes PEFT build exactly these layers with exactly these scalings.
+
+    `parameters`: path → name of what is a parameter to PEFT; `stacks`: path → how many weights lie in one.
+    """
+    ranks = {path: len(adapter.factors()[0]) // stacks[path] for path, adapter in layers.items()}
     scalings = [(a.scaling, a.lora_alpha / math.sqrt(a.rank), a.lora_alpha / a.rank) for a in layers.values()]
     use_rslora = all(s == root for s, root, _ in scalings) and any(s != plain for s, _, plain in scalings)
     divisor = math.sqrt if use_rslora else int
@@ -170,13 +182,15 @@ def _config_of(model, layers: dict, modules: list[str], base_model: str | None) 
         if alpha / divisor(ranks[path]) != adapter.scaling:
             alpha = adapter.scaling * divisor(ranks[path])
         alphas[path] = int(alpha) if alpha == int(alpha) else alpha
-    rank, rank_pattern = _common(ranks)
-    alpha, alpha_pattern = _common(alphas)
+    rank, rank_pattern = _common({parameters.get(path, path): value for path, value in ranks.items()})
+    alpha, alpha_pattern = _common({parameters.get(path, path): value for path, value in alphas.items()})
     config = AdapterConfig(
         r=rank,
         lora_alpha=alpha,
-        lora_dropout=Counter(adapter.lora_dropout for adapter in layers.values()).most_common(1)[0][0],
-        target_modules=_targets(model, set(layers)),
+        # PEFT knows no dropout on parameters
+        lora_dropout=0.0 if parameters else Counter(a.lora_dropout for a in layers.values()).most_common(1)[0][0],
+        target_modules=_targets(model, layers.keys() - parameters),
+        target_parameters=sorted(parameters.values()) or None,
         rank_pattern=rank_pattern,
         alpha_pattern=alpha_pattern,
         modules_to_save=modules or None,
@@ -186,6 +200,8 @@ def _config_of(model, layers: dict, modules: list[str], base_model: str | None) 
         task_type="CAUSAL_LM" if type(model).__name__.endswith(("ForCausalLM", "LMHeadModel")) else None,
     )
     further = {"auto_mapping": None, "inference_mode": True, "peft_type": "LORA", "revision": None}
+    if peft_rules.another_class(model):  # AutoPeftModel then loads the class that the names are of
+        further["auto_mapping"] = {"base_model_class": type(model).__name__, "parent_library": "transformers"}
     return dict(sorted((asdict(config) | further).items()))
 
 

@@ -7,26 +7,33 @@ from torch import nn
 from torch.func import functional_call
 
 from ..quant import NF4Linear
+from ..quant.experts import FusedExperts
+from ..quant.linear import FrozenNF4
 from ..quant.model import is_conv1d, is_linear
 
-HOOKS = (
-    "_forward_pre_hooks", "_forward_pre_hooks_with_kwargs", "_forward_hooks", "_forward_hooks_with_kwargs",
-    "_forward_hooks_always_called", "_backward_pre_hooks", "_backward_hooks",
-)  # fmt: skip
+HOOKS = ("_forward_pre_hooks", "_forward_pre_hooks_with_kwargs", "_forward_hooks", "_forward_hooks_with_kwargs",
+         "_forward_hooks_always_called", "_backward_pre_hooks", "_backward_hooks")  # fmt: skip
 
 
 def is_adaptable(module: nn.Module) -> bool:
     """Whether LoRALinear can wrap `module`: an NF4Linear, a Conv1D, or what computes as nn.Linear does."""
-    return (
-        isinstance(module, NF4Linear)
-        or is_linear(module)
-        or (isinstance(module, nn.Linear) and type(module).forward is nn.Linear.forward)
-    )
+    alike = isinstance(module, nn.Linear) and type(module).forward is nn.Linear.forward
+    return isinstance(module, NF4Linear) or is_linear(module) or alike
 
 
-def features(linear) -> tuple[int, int]:
-    """(out_features, in_features) of anything adaptable."""
-    return (linear.nf, linear.nx) if is_conv1d(linear) else (linear.out_features, linear.in_features)
+def features(base) -> tuple[int, int]:
+    """(out_features, in_features) of anything adaptable; of experts as PEFT takes them."""
+    if isinstance(base, FusedExperts):
+        sizes = tuple(base.shape[1:])
+        return sizes[::-1] if base.is_transposed and not base.flipped else sizes
+    if isinstance(base, (NF4Linear, nn.Linear)):  # whose weight may be a shard
+        return base.out_features, base.in_features
+    return tuple(base.weight.shape[::-1] if is_conv1d(base) else base.weight.shape)
+
+
+def stacked(base) -> int:
+    """How many weights, each with an adapter of its own, are in one: E of experts, else 1."""
+    return len(base) if isinstance(base, FusedExperts) else 1
 
 
 def adapter_like(base) -> dict:
@@ -36,9 +43,9 @@ def adapter_like(base) -> dict:
 
 
 def dense_weight(base) -> torch.Tensor:
-    """The weight of any base layer as a dense (out, in) tensor; that of an NF4Linear is made for the call."""
-    if isinstance(base, NF4Linear):
-        return base.quantized.dequantize()
+    """The weight of any base layer as a dense (out, in) tensor, of experts as it lies; from NF4 made for the call."""
+    if isinstance(base, FrozenNF4):
+        return base.dequantize() if isinstance(base, FusedExperts) else base.quantized.dequantize()
     return base.weight.t() if is_conv1d(base) else base.weight
 
 
@@ -119,33 +126,39 @@ class Mergeable(nn.Module):
         if self.merged or self.adapter is None:
             return
         base = self.base_layer
-        if isinstance(base, NF4Linear) and not dequantize:
-            raise ValueError(
-                "merging into a 4-bit weight rounds most of the adapter away (the steps between NF4 levels are "
-                "larger than ΔW); pass dequantize=True to merge into a dense layer"
-            )
+        if isinstance(base, FrozenNF4) and not dequantize:
+            raise ValueError("merging into a 4-bit weight rounds most of the adapter away (the steps between NF4 "
+                             "levels are larger than ΔW); pass dequantize=True to merge into a dense layer")
         if "forward" in vars(base):
             raise ValueError("the base layer's forward has been replaced, which the merged layer could not follow")
         delta = self.delta_weight()
         if not torch.isfinite(delta).all():
             raise ValueError("the adapter holds values that are not finite; it was not merged")
-        dense = base.dequantize() if isinstance(base, NF4Linear) else base
+        dense = self._dense(base)
         weight = delta.add_(dense_weight(dense)).to(dense.weight.dtype)
         if not torch.isfinite(weight).all():
             raise ValueError(f"W + ΔW leaves the range of {weight.dtype}; the adapter was not merged")
-        with torch.device("meta"):
-            if is_conv1d(dense):
-                merged, weight = type(dense)(dense.nf, dense.nx), weight.t().contiguous()
-            else:
-                merged = nn.Linear(self.in_features, self.out_features, bias=False)
-        merged.weight = nn.Parameter(weight, requires_grad=False)
-        merged.bias = dense.bias
-        merged.train(self.training)
+        merged = self._merged(dense, weight)
         if isinstance(dense.weight, nn.Parameter):  # else a hook may make the weight (pruning), and would undo ΔW
             for hooks in HOOKS:
                 setattr(merged, hooks, getattr(base, hooks))
         self._kept.append(base)
         self.base_layer = merged
+
+    def _dense(self, base):
+        return base.dequantize() if isinstance(base, NF4Linear) else base
+
+    def _merged(self, dense, weight):
+        """A layer as `dense` is, with `weight` (out, in)."""
+        with torch.device("meta"):
+            if is_conv1d(dense):
+                merged, weight = type(dense)(dense.nf, dense.nx), weight.t().contiguous()
+            else:
+                kind = type(dense) if is_linear(dense) else nn.Linear
+                merged = kind(self.in_features, self.out_features, bias=False)
+        merged.weight = nn.Parameter(weight, requires_grad=False)
+        merged.bias = dense.bias
+        return merged.train(self.training)
 
     def unmerge_weights(self):
         """Put the original base layer back, bit for bit. Does nothing when it is there already."""

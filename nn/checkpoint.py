@@ -1,8 +1,8 @@
 """Gradient checkpointing: forget activations in the forward pass, compute them again in the backward pass.
 
-Autograd keeps, for every operation, the tensors that its backward formula needs. For a
-stack of n layers that is n·inside bytes. A checkpointed function keeps its inputs only
-(the boundary) and runs once more when backward first asks for a tensor from inside it:
+Autograd keeps, for every operation, the tensors that its backward formula needs. For a stack of n layers that is
+n·inside bytes. A checkpointed function keeps its inputs only (the boundary) and runs once more when backward first asks
+for a tensor from inside it:
 
     memory   n·inside  →  n·boundary + inside        (every layer checkpointed)
     FLOPs    forward 1 + backward 2 = 3  →  at most 4: + 1/3, whatever the number of layers
@@ -18,7 +18,6 @@ Source: Chen et al., Training Deep Nets with Sublinear Memory Cost (2016), secti
 import contextlib
 import weakref
 from collections.abc import Callable, Collection
-from functools import partial
 
 import torch
 import torch.utils.checkpoint
@@ -50,8 +49,8 @@ class _RecomputeFunction(torch.autograd.Function):
 def manual_checkpoint_forward(func: Callable, *args: torch.Tensor):
     """Run `func(*args)` without saving anything from inside it; recompute in backward.
 
-    The smallest form of the idea, exact for functions of floating-point tensors without
-    randomness, such as an MLP. Its limits, each of which `checkpoint` lifts:
+    The smallest form of the idea, exact for functions of floating-point tensors without randomness, such as an MLP. Its
+    limits, each of which `checkpoint` lifts:
 
     - dropout draws another mask in backward, and the gradients are wrong without a word;
     - autocast is not on again in backward;
@@ -64,10 +63,8 @@ def manual_checkpoint_forward(func: Callable, *args: torch.Tensor):
     return _RecomputeFunction.apply(func, *args)
 
 
-def checkpoint(
-    func: Callable, *args, preserve_rng_state: bool = True, use_reentrant: bool = False, context_fn=None,
-    determinism_check: str = "default", debug: bool = False, early_stop: bool = True, **kwargs,
-):  # fmt: skip
+def checkpoint(func: Callable, *args, preserve_rng_state: bool = True, use_reentrant: bool = False, context_fn=None,
+               determinism_check: str = "default", debug: bool = False, early_stop: bool = True, **kwargs):  # fmt: skip
     """Run `func(*args, **kwargs)`, keep its arguments only, and run it again when backward needs its inside.
 
     Gradients are bit-equal to those of a plain call, if `func` does the same when it runs again. Anything autograd can
@@ -91,8 +88,7 @@ def checkpoint(
     """
     if not callable(func):
         raise TypeError(f"func must be callable, got {type(func).__name__}")
-    given = {"use_reentrant": use_reentrant, "debug": debug, "context_fn": context_fn}
-    for name, value in given.items():
+    for name, value in (("use_reentrant", use_reentrant), ("debug", debug), ("context_fn", context_fn)):
         if value not in (None, False, noop_context_fn):
             raise ValueError(f"{name} must be torch's default, got {value!r}")
     if determinism_check not in ("default", "none"):
@@ -132,9 +128,7 @@ class _Surroundings:
         if preserve_rng_state:
             self.cpu_state = torch.get_rng_state()
             self.cuda_states = torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else []
-        self.autocast = [
-            (device, torch.get_autocast_dtype(device), torch.is_autocast_enabled(device)) for device in ("cpu", "cuda")
-        ]
+        self.autocast = [(d, torch.get_autocast_dtype(d), torch.is_autocast_enabled(d)) for d in ("cpu", "cuda")]
         self.autocast_cache = torch.is_autocast_cache_enabled()
         self.modes = _get_current_function_mode_stack()
 
@@ -203,10 +197,9 @@ class _Region:
             self.keep(leaves, updated)
         self.saved_keywords.clear()
         if self.surroundings.preserve_rng_state and torch.cuda.is_initialized() and not had_cuda:
-            raise CheckpointError(
-                f"checkpoint: {self.name} used CUDA for the first time in this process, too late to note the state of "
-                "its random generators; call torch.cuda.init() earlier, or pass preserve_rng_state=False"
-            )
+            raise CheckpointError(f"checkpoint: {self.name} used CUDA for the first time in this process, too late to "
+                                  "note the state of its random generators; call torch.cuda.init() earlier, or pass "
+                                  "preserve_rng_state=False")  # fmt: skip
         self.note_versions()
         return outputs
 
@@ -243,21 +236,27 @@ class _Region:
             tensor, version = tensors.pop(slot.index)
             if task != -1:
                 if task not in self.recomputed:
-                    # A backward that needs a part of the graph only would leave the other tensors behind.
-                    forget = partial(_forget, weakref.ref(self), task)
-                    torch.autograd.Variable._execution_engine.queue_callback(forget)
+                    # A backward that needs a part of the graph only would leave the other tensors behind. A weak
+                    # reference: a region and its inputs go with their part of the graph.
+                    region = weakref.ref(self)
+                    queue = torch.autograd.Variable._execution_engine.queue_callback
+                    queue(lambda: region() and region().recomputed.pop(task, None))
                 self.recomputed[task] = tensors
         if tensor._version != version:  # what plain autograd refuses, too
             what = f"saved tensor #{slot.index} of {self.name} ({', from '.join(self.expected[slot.index])})"
-            raise CheckpointError(
-                f"checkpoint: {what} was modified by an inplace operation after it had been saved "
-                f"(version {tensor._version}, not {version})"
-            )
+            raise CheckpointError(f"checkpoint: {what} was modified by an inplace operation after it had been saved "
+                                  f"(version {tensor._version}, not {version})")  # fmt: skip
         return tensor
 
     def recompute(self) -> dict[int, tuple[torch.Tensor, int]]:
         """Run the function again, up to the last tensor that a live slot waits for."""
-        self.check_versions()
+        for source, version in self.parameters.items():  # what plain autograd refuses: one that was stepped meanwhile
+            if source._version != version:
+                raise CheckpointError(
+                    f"checkpoint: a tensor of shape {tuple(source.shape)} that {self.name} needs for its gradient was "
+                    f"modified in place after the forward pass (version {source._version}, expected {version}); "
+                    "recomputing with it would give wrong gradients"
+                )
         last = max(self.slots)
         tensors: dict[int, tuple[torch.Tensor, int]] = {}
         count, stopped, unfilled = 0, False, None
@@ -282,10 +281,8 @@ class _Region:
                 unfilled = operation  # it may fill the tensor only after saving it, as rrelu does with its noise
             traits, origin = self.expected[index]
             if self.checked and _traits(tensor) != traits:
-                raise CheckpointError(
-                    f"checkpoint: saved tensor #{index} of {self.name} ({traits}, from {origin}) was recomputed with "
-                    f"{_traits(tensor)}. It must do the same every time."
-                )
+                raise CheckpointError(f"checkpoint: saved tensor #{index} of {self.name} ({traits}, from {origin}) was "
+                                      f"recomputed with {_traits(tensor)}. It must do the same every time.")
             if index in self.slots:
                 tensors[index] = tensor, tensor._version
             if index == last and unfilled != operation:
@@ -298,28 +295,10 @@ class _Region:
         if count > last:
             self.note_versions()
             return tensors
-        raise CheckpointError(
-            f"checkpoint: {self.name} saved {len(self.expected)} tensors in the forward pass, but only {count} when "
-            f"it was recomputed; missing is #{count}: {', from '.join(self.expected[count])}. It must do the same "
-            "every time."
-        )
+        raise CheckpointError(f"checkpoint: {self.name} saved {len(self.expected)} tensors in the forward pass, but "
+                              f"only {count} when it was recomputed; missing is #{count}: "
+                              f"{', from '.join(self.expected[count])}. It must do the same every time.")  # fmt: skip
 
     def note_versions(self) -> None:
         for source in list(self.parameters):
             self.parameters[source] = source._version
-
-    def check_versions(self) -> None:
-        """What plain autograd refuses: a parameter that was stepped between forward and backward."""
-        for source, version in self.parameters.items():
-            if source._version != version:
-                raise CheckpointError(
-                    f"checkpoint: a tensor of shape {tuple(source.shape)} that {self.name} needs for its gradient was "
-                    f"modified in place after the forward pass (version {source._version}, expected {version}); "
-                    "recomputing with it would give wrong gradients"
-                )
-
-
-def _forget(region: weakref.ref, task: int) -> None:
-    """Ends a backward pass. A weak reference: a region and its inputs go with their part of the graph."""
-    if region() is not None:
-        region().recomputed.pop(task, None)

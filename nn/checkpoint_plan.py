@@ -1,7 +1,7 @@
 """A stack of layers with checkpoints between them, and where to put those.
 
-Cut n layers into segments; a checkpointed segment keeps its input (the boundary) and
-recomputes its inside when backward comes to it. With equal layers and k segments
+Cut n layers into segments; a checkpointed segment keeps its input (the boundary) and recomputes its inside when
+backward comes to it. With equal layers and k segments
 
     peak = k·boundary + (n/k)·inside        FLOPs: forward once more
 
@@ -21,7 +21,7 @@ import weakref
 from bisect import bisect_left
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import partial
+from functools import partial, reduce
 from itertools import pairwise
 
 import torch
@@ -75,10 +75,8 @@ def checkpoint_sequential(functions, x, segments: str | int | Plan = "sqrt", bud
         keywords: of `checkpoint`. torch's order of arguments, (functions, 2, x), is understood too.
 
     Returns what the last function returns. Gradients are bit-equal to those of a plain run.
-
-    Raises:
-        ValueError: no functions, more segments than functions, a budget below the least possible.
-        TypeError: `segments` is of another type.
+    ValueError: no functions, more segments than functions, a budget below the least possible.
+    TypeError: `segments` is of another type.
     """
     functions = list(functions)
     if type(x) is int and isinstance(segments, torch.Tensor):
@@ -105,14 +103,8 @@ def checkpoint_sequential(functions, x, segments: str | int | Plan = "sqrt", bud
     else:
         parts = split_evenly(len(functions), segments)
     for part in parts:
-        run = partial(_chain, functions[part.start : part.stop])
+        run = partial(reduce, lambda y, function: function(y), functions[part.start : part.stop])
         x = checkpoint(run, x, **keywords) if part.recompute else run(x)
-    return x
-
-
-def _chain(functions: Sequence[Callable], x):
-    for function in functions:
-        x = function(x)
     return x
 
 
@@ -166,12 +158,9 @@ def _arrivals(costs: Sequence[LayerCost], worst: dict, limit: int, states: int) 
     each layer those that no other beats in both count, of which `states` are followed, that of fewest bytes too."""
     arrivals = [[(0, 0, 0, ())]]
     for stop in range(1, len(costs) + 1):
-        found = [
-            (kept + left, repeated + work, max(peak, kept + worst[segment]), (*segments, segment))
-            for segment, left, work in _steps(costs, stop)
-            for kept, repeated, peak, segments in arrivals[segment.start]
-            if kept + worst[segment] <= limit
-        ]
+        found = [(kept + left, repeated + work, max(peak, kept + worst[segment]), (*segments, segment))
+                 for segment, left, work in _steps(costs, stop)
+                 for kept, repeated, peak, segments in arrivals[segment.start] if kept + worst[segment] <= limit]
         best, least = [], float("inf")
         for arrival in sorted(found, key=lambda a: a[:3]):
             if arrival[1] < least:

@@ -8,12 +8,11 @@ from torch import nn
 
 from .lora import LoRALinear
 from .multi import ModuleToSave, RestingAdapter, adapter_names, adapter_of, check_name, modules_with_adapters
+from .parameters import LoRAWeight
 
 
-def add_weighted_adapter(
-    model: nn.Module, adapters: Sequence[str], weights: Sequence[float], adapter_name: str,
-    combination_type: str = "svd", svd_rank: int | None = None,
-) -> None:  # fmt: skip
+def add_weighted_adapter(model: nn.Module, adapters: Sequence[str], weights: Sequence[float], adapter_name: str,
+                         combination_type: str = "svd", svd_rank: int | None = None) -> None:  # fmt: skip
     """Add an adapter that is a weighted sum of others, PEFT's function of this name. It is not activated, and frozen.
 
     A layer that only some of the adapters touch gets the sum of those; negative weights subtract. `combination_type` is
@@ -47,8 +46,10 @@ def add_weighted_adapter(
         held = [(adapter, weight) for adapter, weight in held if adapter is not None]
         if not held:
             continue
-        if isinstance(module, ModuleToSave) or any(hasattr(adapter, "lora_magnitude") for adapter, _ in held):
-            raise ValueError(f"{path!r}: only adapters of A and B can be combined, not DoRA or modules_to_save")
+        of_more = any(hasattr(adapter, "lora_magnitude") for adapter, _ in held)
+        if isinstance(module, (ModuleToSave, LoRAWeight)) or of_more:
+            raise ValueError(f"{path!r}: only adapters of A and B on linear layers can be combined, not DoRA, "
+                             "modules_to_save or target_parameters")  # fmt: skip
         pairs[path] = [_weighted(adapter, weight) for adapter, weight in held]
         ranks = [A.shape[0] for A, _ in pairs[path]]
         if combination_type == "linear" and len(set(ranks)) > 1:

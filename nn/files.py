@@ -14,6 +14,11 @@ def _temporary(path: Path) -> Path:
     return path.with_name(f".{path.name}.{os.getpid()}.tmp")
 
 
+def in_use(path: Path) -> bool:
+    """Whether something stands there that must not be written over: a file, or a directory that is not empty."""
+    return path.exists() and (not path.is_dir() or any(path.iterdir()))
+
+
 @contextlib.contextmanager
 def whole_file(path: Path) -> Iterator[Path]:
     """Yield a temporary path beside `path`; rename it over `path` when the block ends without error."""
@@ -35,7 +40,7 @@ def whole_directory(path: Path) -> Iterator[Path]:
     FileExistsError: `path` exists and is not an empty directory.
     """
     path = Path(path)
-    if path.exists() and (not path.is_dir() or any(path.iterdir())):
+    if in_use(path):
         raise FileExistsError(f"{path} exists already and is not empty")
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = _temporary(path)

@@ -1,23 +1,26 @@
 """LoRA over a whole model: put adapters into the layers that are named, freeze the rest, leave adapters out."""
 
 import contextlib
+import warnings
 from collections.abc import Sequence
 
 from torch import nn
 
+from ..quant.readers import listed
 from . import multi
 from .lora import LoRALinear, check_settings, lora_layers
 from .multi import active_adapter, lora_parameters
-from .names import may_save_whole, replace
-from .targets import new_heads, select
+from .names import may_save_whole, replace, train_only
+from .parameters import kind_for, place
+from .targets import is_all_linear, new_heads, select, share
+from .text_path import idle_layers
 
 Targets = Sequence[str] | str | None
 
 
-def apply_lora_to_model(
-    model: nn.Module, rank: int = 8, lora_alpha: float = 16.0, target_modules: Targets = ("q_proj", "v_proj"),
-    lora_dropout: float = 0.0, **choices,
-) -> nn.Module:  # fmt: skip
+def apply_lora_to_model(model: nn.Module, rank: int = 8, lora_alpha: float = 16.0,
+                        target_modules: Targets = ("q_proj", "v_proj"), lora_dropout: float = 0.0,
+                        **choices) -> nn.Module:  # fmt: skip
     """Replace the linear layers that `target_modules` names by LoRALinear, in place, and freeze everything else.
 
     `target_modules` is one of
@@ -25,14 +28,17 @@ def apply_lora_to_model(
     - names: each selects the layers whose path ends in it, by whole components ("q_proj" or "self_attn.q_proj";
       "proj" does not select "q_proj"), and must select at least one;
     - a regular expression, matched against the whole path;
-    - "all-linear" (in any case): every linear layer but the output head. A warning names what else it leaves out, and
-      the head of a transformers classifier, which is new, is trained whole (`save_modules`);
+    - "all-linear" (in any case): every linear layer but the output head, and, in a language model of transformers, but
+      those that text does not train (a vision tower) and those whose weight the model's code reads instead of calling
+      them; also routers and fused experts, where PEFT's does. Warnings name what it leaves out. The head of a
+      classifier, which is new, is trained whole (`save_modules`);
     - None: the layers usual for the architecture.
 
-    `choices`: PEFT's `exclude_modules`, `layers_to_transform` with `layers_pattern`, `rank_pattern`, `alpha_pattern`.
+    `choices`: PEFT's `exclude_modules`, `layers_to_transform` with `layers_pattern`, `rank_pattern`, `alpha_pattern`,
+    and `target_parameters`, ends of the names of parameters: of fused experts, such as "mlp.experts.down_proj", each
+    gets an adapter of its own, without dropout; `target_modules` may then be empty.
 
     Returns the model. Calling again adds to the active adapter; what exists keeps its `requires_grad`.
-
     ValueError: a setting out of range; a name or choice that fits nothing (the message lists near misses); a layer that
     has an adapter already, or whose parent would bypass one. Nothing is changed then.
     """
@@ -41,10 +47,9 @@ def apply_lora_to_model(
     return _put_in(model, active_adapter(model) or "default", settings, target_modules, choices, trained)
 
 
-def add_adapter(
-    model: nn.Module, name: str, rank: int = 8, lora_alpha: float = 16.0,
-    target_modules: Targets = ("q_proj", "v_proj"), lora_dropout: float = 0.0, **choices,
-) -> nn.Module:  # fmt: skip
+def add_adapter(model: nn.Module, name: str, rank: int = 8, lora_alpha: float = 16.0,
+                target_modules: Targets = ("q_proj", "v_proj"), lora_dropout: float = 0.0,
+                **choices) -> nn.Module:  # fmt: skip
     """A fresh adapter of this name, the model's first or beside others. It becomes active, and the only one trained.
 
     Arguments and errors as for `apply_lora_to_model`; also ValueError: the name is in use, or an adapter is merged.
@@ -69,23 +74,35 @@ def _put_in(model, name: str, settings: tuple, target_modules, choices: dict, tr
     for path, module in selected.items():
         if module in made:  # a layer used under two names gets one adapter
             continue
-        made[module] = fresh = LoRALinear(multi.original(module), *values[path][:2], lora_dropout)
+        base = multi.original(module)
+        made[module] = fresh = kind_for(base)(base, *values[path][:2], lora_dropout)
         fresh.adapter = name
         trained = [*trained, fresh.lora_A, fresh.lora_B]
         if isinstance(module, LoRALinear):
             module.resting[name] = multi.RestingAdapter.of(fresh)
             made[module] = module
     everywhere = active_adapter(model) != name
+    place(model, selected)
     replace(model, made)
     for module in multi.modules_with_adapters(model).values() if everywhere else made.values():
         multi.activate(module, name)
-    model.requires_grad_(False)
-    for parameter in trained:
-        parameter.requires_grad_(True)
-    if isinstance(target_modules, str) and target_modules.lower() == "all-linear":
+    train_only(model, trained)
+    if is_all_linear(target_modules):
         multi.save_modules(model, new_heads(model))
     may_save_whole(model, False)
     return model
+
+
+def leave_out_idle(model: nn.Module) -> None:
+    """Take the adapters out of layers that text does not train, and warn. ValueError: it trains none of them."""
+    layers = dict(lora_layers(model))
+    idle = idle_layers(model, layers)
+    if len(idle) == len(layers):
+        raise ValueError(f"target_modules: text trains none of the selected layers, {listed(idle)}")
+    if idle:
+        part = f"{share(model, idle):.1%} of the parameters"
+        warnings.warn(f"left without adapters: {listed(idle)} with {part}, which text does not train", stacklevel=2)
+        replace(model, {layers[path]: layers[path].base_layer for path in idle})
 
 
 def required_lora_layers(model) -> list[tuple[str, LoRALinear]]:
@@ -98,9 +115,7 @@ def required_lora_layers(model) -> list[tuple[str, LoRALinear]]:
 def mark_only_lora_as_trainable(model: nn.Module) -> None:
     """Let lora_A and lora_B require gradients and nothing else. ValueError: the model has no LoRA layers."""
     required_lora_layers(model)
-    model.requires_grad_(False)
-    for parameter in lora_parameters(model):
-        parameter.requires_grad_(True)
+    train_only(model, lora_parameters(model))
 
 
 @contextlib.contextmanager

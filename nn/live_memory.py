@@ -7,7 +7,6 @@ result is added when it is first seen and taken off when it dies. Views share a 
 Not seen: buffers that a kernel allocates inside of itself and frees before it returns.
 """
 
-import contextlib
 import gc
 import weakref
 from collections.abc import Callable, Sequence
@@ -17,8 +16,8 @@ import torch
 from torch import nn
 from torch.autograd.graph import saved_tensors_hooks
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves, tree_map
-from torch.utils.flop_counter import FlopCounterMode
+from torch.utils._pytree import tree_leaves, tree_map_only
+from torch.utils.flop_counter import flop_registry
 
 
 class LiveMemory(TorchDispatchMode):
@@ -33,15 +32,17 @@ class LiveMemory(TorchDispatchMode):
         before: bytes that were alive when the context was entered; what is first met as an operand was there before.
         added: bytes alive now above `before`; negative if more was freed than made.
         peak_added: the largest `added` so far; `reset_peak()` starts again from now.
-        elements: numbers written by all operations so far, a measure of memory traffic.
+        work: FLOPs of the operations so far, plus one for each number that they have written.
     """
 
     def __init__(self, device_type: str = "cpu", scan: bool = True, keep_history: bool = False):
         super().__init__()
         self.device_type, self.scan = device_type, scan
-        self.before = self.added = self.peak_added = self.elements = 0
+        self.before = self.added = self.peak_added = self.work = 0
         self.history: list[int] | None = [] if keep_history else None
-        self._storages: dict[int, tuple[int, weakref.ref]] = {}  # id → bytes counted, what notices its death
+        self._met = 0
+        # id → bytes counted, what notices its death, its number
+        self._storages: dict[int, tuple[int, weakref.ref, int]] = {}
 
     def __enter__(self):
         if self.scan:
@@ -58,8 +59,10 @@ class LiveMemory(TorchDispatchMode):
         for tensor in _tensors((args, kwargs)):
             self._meet(tensor, new=False)
         results = func(*args, **kwargs)
+        if count := flop_registry.get(func.overloadpacket):
+            self.work += count(*args, **kwargs, out_val=results)
         for tensor in _tensors(results):
-            self.elements += tensor.numel()
+            self.work += tensor.numel()
             self._meet(tensor, new=True)
         return results
 
@@ -71,16 +74,18 @@ class LiveMemory(TorchDispatchMode):
             return
         storage = tensor.untyped_storage()
         key, size = id(storage), storage.nbytes()
-        known, reference = self._storages.get(key, (None, None))
+        known, reference, number = self._storages.get(key, (None, None, self._met))
         if known is None:
-            reference = weakref.ref(storage, lambda _: self._change(-self._storages.pop(key)[0]))
+            self._met += 1
+            reference = weakref.ref(storage, lambda _: self._change(-self._storages.pop(key)[0], number))
             known = 0 if new else size
             self.before += known
-        self._storages[key] = size, reference
+        self._storages[key] = size, reference, number
         if size != known:  # new, or resized
-            self._change(size - known)
+            self._change(size - known, number, tensor)
 
-    def _change(self, difference: int) -> None:
+    def _change(self, difference: int, number: int, tensor: torch.Tensor | None = None) -> None:
+        """A storage, the `number`th that was met, has grown; without a `tensor` it has died."""
         self.added += difference
         self.peak_added = max(self.peak_added, self.added)
         if self.history is not None:
@@ -115,58 +120,47 @@ def measure_layers(functions: Sequence[Callable], x) -> list[LayerCost]:
     rng = torch.random.fork_rng(devices=[device] if device.type == "cuda" else [])
     with LiveMemory(device.type, scan=False) as memory, rng, torch.enable_grad():
         for function in functions:
-            with _buffers_restored(function):
-                cost, x = _measure_layer(function, x, memory)
+            buffers = list(function.buffers()) if isinstance(function, nn.Module) else []
+            before = [buffer.clone() for buffer in buffers]
+            cost, x = _measure_layer(function, x, memory)
             costs.append(cost)
+            for buffer, value in zip(buffers, before, strict=True):
+                buffer.detach().copy_(value)
     return costs
 
 
 def _measure_layer(function: Callable, x, memory: LiveMemory):
     handed_out: dict[int, torch.Tensor] = {}
+    stopped_work = 0
 
     def hand_in(tensor):
+        nonlocal stopped_work
+        stopped_work = memory.work
         handed_out[len(handed_out)] = tensor.detach()
         return len(handed_out) - 1
 
     with saved_tensors_hooks(hand_in, handed_out.pop):
         recomputed = _measure_pass(function, x, memory)[1]  # and its output is let go
-    # FlopCounterMode holds on to tensors that have a gradient, so work is counted in a pass of its own.
-    stopped_work = 0
-
-    def work_so_far():
-        return flops.get_total_flops() + memory.elements - elements
-
-    def note_work(tensor):
-        nonlocal stopped_work
-        stopped_work = work_so_far()
-        return tensor.detach()
-
-    argument = tree_map(_copied if recomputed["in_place"] else _detached, x)
-    elements = memory.elements
-    with saved_tensors_hooks(note_work, lambda tensor: tensor), FlopCounterMode(display=False) as flops:
-        function(argument)
-    work = work_so_far()
-    del argument
     y, kept = _measure_pass(function, x, memory)
-    peak = recomputed["backward_peak"]
-    return LayerCost(recomputed_backward_peak=peak, work=work, stopped_work=stopped_work, **kept), y
+    again = dict(recomputed_backward_peak=recomputed["backward_peak"], work=recomputed["work"])
+    return LayerCost(**kept | again, stopped_work=stopped_work), y
 
 
 def _measure_pass(function: Callable, x, memory: LiveMemory):
     def forward(x):
-        start = memory.added
+        start, memory.work = memory.added, 0
         memory.reset_peak()
         y = function(x)
-        return y, memory.added - start, memory.peak_added - start
+        return y, memory.added - start, memory.peak_added - start, memory.work
 
-    x = tree_map(_detached, x)
+    x = tree_map_only(torch.Tensor, _detached, x)
     versions = [t._version for t in _tensors(x)]
     try:
-        y, kept, forward_peak = forward(x)
+        y, kept, forward_peak, work = forward(x)
         in_place = [t._version for t in _tensors(x)] != versions
     except RuntimeError:  # a layer may not work in place on a leaf
-        in_place, x = True, tree_map(_copied, x)
-        y, kept, forward_peak = forward(x)
+        in_place, x = True, tree_map_only(torch.Tensor, torch.clone, x)
+        y, kept, forward_peak, work = forward(x)
     parameters = [p for p in function.parameters() if p.requires_grad] if isinstance(function, nn.Module) else []
     outputs = [t for t in _tensors(y) if t.requires_grad]
     gradients = [torch.ones_like(t) for t in outputs]
@@ -177,25 +171,9 @@ def _measure_pass(function: Callable, x, memory: LiveMemory):
         torch.autograd.grad(outputs, wanted, gradients, allow_unused=True)
     output, new_gradients = sum(t.nbytes for t in _tensors(y)), sum(p.nbytes for p in parameters if p.grad is None)
     return y, dict(kept=kept, forward_peak=forward_peak, backward_peak=memory.peak_added - begin, output=output,
-                   new_gradients=new_gradients, in_place=in_place)  # fmt: skip
+                   new_gradients=new_gradients, in_place=in_place, work=work)  # fmt: skip
 
 
-def _detached(value):
+def _detached(tensor: torch.Tensor) -> torch.Tensor:
     """Cut from the layers before, so that they can be freed. Where no gradient forbids changes in place, a copy."""
-    if not isinstance(value, torch.Tensor):
-        return value
-    return value.detach().requires_grad_() if value.requires_grad else value.clone()
-
-
-def _copied(value):
-    return value.clone() if isinstance(value, torch.Tensor) else value
-
-
-@contextlib.contextmanager
-def _buffers_restored(function: Callable):
-    buffers = list(function.buffers()) if isinstance(function, nn.Module) else []
-    before = [b.clone() for b in buffers]
-    yield
-    with torch.no_grad():
-        for buffer, value in zip(buffers, before, strict=True):
-            buffer.copy_(value)
+    return tensor.detach().requires_grad_() if tensor.requires_grad else tensor.clone()

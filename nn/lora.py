@@ -1,8 +1,7 @@
 """One linear layer with a low-rank adapter: y = x Wᵀ + b + (alpha / r) (x Aᵀ) Bᵀ.
 
-W stays frozen (4-bit if you like), A (r, in) starts random and B (out, r) starts at zero, so that
-training starts from the base model exactly: ΔW = B A = 0. At that point dA is zero and dB is not,
-which is why one of them must not be zero.
+W stays frozen (4-bit if you like), A (r, in) starts random and B (out, r) starts at zero, so that training starts from
+the base model exactly: ΔW = B A = 0. At that point dA is zero and dB is not, which is why one of them must not be zero.
 
 Not here: merging (`base_layer`), and the parameters that only DoRA and PiSSA have (`variants`).
 """
@@ -17,7 +16,7 @@ from torch import nn
 
 from ..kernels.lora import lora_linear
 from ..quant import NF4Linear
-from .base_layer import HOOKS, Mergeable, adapter_like, base_forward, dense_weight, features, is_adaptable
+from .base_layer import HOOKS, Mergeable, adapter_like, base_forward, dense_weight, features, is_adaptable, stacked
 from .names import named_modules
 
 
@@ -61,17 +60,17 @@ class LoRALinear(Mergeable):
 
     Source: Hu et al. 2021, "LoRA: Low-Rank Adaptation of Large Language Models", section 4.1.
 
-    Raises:
-        TypeError: `original_linear` is none of these (or acts unlike them); a setting is not a number.
-        ValueError: rank, lora_alpha or lora_dropout out of range.
+    TypeError: `original_linear` is none of these (or acts unlike them); a setting is not a number.
+    ValueError: rank, lora_alpha or lora_dropout out of range.
     """
 
     PARTS = ("lora_A", "lora_B")  # what an adapter of this kind consists of
+    reads_submodules = True  # the base's weight, without calling the base; asked for by ZeRO-3
 
     def __init__(self, original_linear, rank=8, lora_alpha=16.0, lora_dropout=0.0):
         if isinstance(original_linear, LoRALinear):
             raise TypeError("original_linear is a LoRALinear already; adapters do not nest")
-        if not is_adaptable(original_linear):
+        if not self.fits(original_linear):
             kind = type(original_linear).__name__
             raise TypeError(f"original_linear must be an nn.Linear, NF4Linear or Conv1D, got {kind}")
         rank, lora_alpha, lora_dropout = check_settings(rank, lora_alpha, lora_dropout)
@@ -81,10 +80,15 @@ class LoRALinear(Mergeable):
         self.scaling = lora_alpha / rank
         self.enabled, self.adapter, self.resting = True, "default", nn.ModuleDict()
         like = adapter_like(original_linear)
-        self.lora_A = nn.Parameter(torch.empty(rank, self.in_features, **like))
-        self.lora_B = nn.Parameter(torch.empty(self.out_features, rank, **like))
+        self.lora_A = nn.Parameter(torch.empty(rank * stacked(original_linear), self.in_features, **like))
+        self.lora_B = nn.Parameter(torch.empty(self.out_features, rank * stacked(original_linear), **like))
         self.reset_parameters()
         self.train(original_linear.training)
+
+    @staticmethod
+    def fits(module) -> bool:
+        """Whether this class can adapt the module."""
+        return is_adaptable(module)
 
     def reset_parameters(self):
         """Make the adapter new: A random, B zero."""
@@ -123,6 +127,10 @@ class LoRALinear(Mergeable):
     def factors(self):
         """The A (r, in) and B (out, r) to compute with."""
         return self.lora_A, self.lora_B
+
+    def parts(self, saved: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        """The tensors of `PARTS` by name, out of those that `save_adapter` has written of this layer."""
+        return saved
 
     @torch.no_grad()
     def delta_weight(self) -> torch.Tensor:

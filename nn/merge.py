@@ -15,8 +15,8 @@ from ..quant import NF4Linear, quantize_nf4
 from .base_layer import dense_weight
 from .inject import required_lora_layers
 from .lora import LoRALinear
-from .multi import ModuleToSave, active_layers, modules_with_adapters
-from .names import may_save_whole, named_modules, replace
+from .multi import ModuleToSave, active_layers, modules_with_adapters, take_out
+from .names import named_modules, replace
 from .variants import leading_factors
 
 REFIT_ROUNDS = 5
@@ -38,10 +38,8 @@ def merge_lora(model: nn.Module, dequantize: bool = False, untie: bool = False) 
     tied = {name: shared[layer.weight] for name, layer in layers if layer.weight in shared}
     if tied and not untie:
         name, names = next(iter(tied.items()))
-        raise ValueError(
-            f"the weight of {name!r} is shared ({', '.join(names)}), and merging the adapter would untie it; "
-            "pass untie=True to give the layer a weight of its own"
-        )
+        raise ValueError(f"the weight of {name!r} is shared ({', '.join(names)}), and merging the adapter would untie "
+                         "it; pass untie=True to give the layer a weight of its own")  # fmt: skip
     for name, layer in layers:
         try:
             layer.merge_weights(dequantize)
@@ -83,10 +81,8 @@ def merge_and_unload(model: nn.Module, dequantize: bool = False, untie: bool = F
     torn = [(path, shared[p]) for path, m in whole.items() for p in m.base_layer.parameters() if p in shared]
     if torn and not untie:
         path, names = torn[0]
-        raise ValueError(
-            f"the adapter has replaced {path!r}, whose weight is shared ({', '.join(names)}); "
-            "pass untie=True to keep both"
-        )
+        raise ValueError(f"the adapter has replaced {path!r}, whose weight is shared ({', '.join(names)}); pass "
+                         "untie=True to keep both")  # fmt: skip
     merge_lora(model, dequantize, untie)
     if torn and hasattr(model, "config"):
         model.config.tie_word_embeddings = False
@@ -95,9 +91,7 @@ def merge_and_unload(model: nn.Module, dequantize: bool = False, untie: bool = F
 
 def unload(model: nn.Module) -> nn.Module:
     """Take everything of LoRA out of the model, in place: base layers stand where they stood, merged ones as merged."""
-    modules = modules_with_adapters(model).values()
-    replace(model, {m: m.base_layer if isinstance(m, LoRALinear) else m.current for m in modules})
-    may_save_whole(model, True)
+    take_out(model, lambda module: module.base_layer if isinstance(module, LoRALinear) else module.current)
     return model
 
 

@@ -1,22 +1,24 @@
 """Several adapters in one model, of which one is active; where it has no part, a layer computes as its base.
 
-Every LoRALinear holds the active adapter in `lora_A`, `lora_B` and its settings, and the others in
-`layer.resting`, by name. Switching exchanges the Parameter objects themselves: no value is copied, so
-every bit stays, `requires_grad` and optimizer state stay with their parameter, and `.to()` and
-`state_dict()` reach all adapters. What is active and what is trained are two things.
+Every LoRALinear holds the active adapter in `lora_A`, `lora_B` and its settings, and the others in `layer.resting`, by
+name. Switching exchanges the Parameter objects themselves: no value is copied, so every bit stays, `requires_grad` and
+optimizer state stay with their parameter, and `.to()` and `state_dict()` reach all adapters. What is active and what is
+trained are two things.
 """
 
 import contextlib
 import copy
 import functools
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 
 import torch
 from torch import nn
 
+from ..quant.experts import dequantize_experts
 from .base_layer import base_forward, is_adaptable
 from .lora import LoRALinear, autocast_input, lora_layers
 from .names import may_save_whole, named_modules, replace
+from .parameters import LoRAWeight, kind_for
 
 SETTINGS = ("rank", "lora_alpha", "scaling", "lora_dropout")
 
@@ -96,18 +98,14 @@ def modules_with_adapters(model: nn.Module) -> dict[str, LoRALinear | ModuleToSa
 
 
 def linear_layers(model: nn.Module, in_attention: bool = False) -> dict[str, nn.Module]:
-    """Path → module of the layers that LoRA can adapt or has adapted; not those inside adapters.
-
-    Nor, unless `in_attention`, those inside nn.MultiheadAttention, which reads their weights itself.
-    """
+    """Path → module of the layers that LoRA can adapt or has adapted; not those inside adapters, nor, unless
+    `in_attention`, inside nn.MultiheadAttention, which reads their weights itself."""
     modules = dict(named_modules(model, remove_duplicate=False))
     closed = (LoRALinear, ModuleToSave) if in_attention else (LoRALinear, ModuleToSave, nn.MultiheadAttention)
     inside = tuple(f"{path}." for path, module in modules.items() if isinstance(module, closed))
-    return {
-        path: module
-        for path, module in modules.items()
-        if path and not path.startswith(inside) and (isinstance(module, LoRALinear) or is_adaptable(module))
-    }
+    return {path: module for path, module in modules.items()
+            if path and not path.startswith(inside) and not isinstance(module, LoRAWeight)
+            if isinstance(module, LoRALinear) or is_adaptable(module)}  # fmt: skip
 
 
 def outer_modules(model: nn.Module) -> dict[str, nn.Module]:
@@ -146,6 +144,13 @@ def lora_parameters(model: nn.Module) -> Iterator[nn.Parameter]:
             yield from module.parameters(recurse=False)
         elif module.adapter is not None:
             yield from module.copies[module.adapter].parameters()
+
+
+def take_out(model: nn.Module, inner: Callable[[nn.Module], nn.Module]) -> None:
+    """Put `inner(module)` in the place of every module that adapters live in, which makes the model plain again."""
+    replace(model, {module: inner(module) for module in modules_with_adapters(model).values()})
+    dequantize_experts(model, quantized=False)
+    may_save_whole(model, True)
 
 
 def adapter_of(module: LoRALinear | ModuleToSave, name: str) -> nn.Module | None:
@@ -206,14 +211,14 @@ def set_aside(layer: LoRALinear) -> None:
         layer.resting[layer.adapter] = RestingAdapter.of(layer)
     for part in layer.PARTS:
         delattr(layer, part)
-    layer.__class__, layer.adapter = LoRALinear, None
+    layer.__class__, layer.adapter = kind_for(layer.base_layer), None
     _hold(layer, dict.fromkeys(LoRALinear.PARTS + SETTINGS))
 
 
 def without_adapter(linear: nn.Module) -> LoRALinear:
     """A LoRALinear around `linear` in which no adapter is active yet. Torch's random state is left as it was."""
     with torch.random.fork_rng([linear.weight.device] if linear.weight.is_cuda else []):
-        layer = LoRALinear(linear, rank=1)
+        layer = kind_for(linear)(linear, rank=1)
     set_aside(layer)
     layer.resting.clear()
     return layer
@@ -227,8 +232,7 @@ def delete_adapter(model: nn.Module, name: str) -> None:
     _check_present(model, name)
     if adapter_names(model) == [name]:
         check_unmerged(model)
-        replace(model, {module: original(module) for module in modules_with_adapters(model).values()})
-        return may_save_whole(model, True)
+        return take_out(model, original)
     if name == active_adapter(model):
         raise ValueError(f"adapter {name!r} is active; activate another with set_adapter before deleting it")
     for module in modules_with_adapters(model).values():
@@ -242,14 +246,16 @@ def adapters_by_row(model: nn.Module, names: Sequence[str | None]):
 
     The base product is computed once for the whole batch. Contexts nest; the inner one is in force.
 
-    ValueError: an unknown name, an adapter that is merged, or one that replaces whole modules (`modules_to_save`). In
-    the forward pass: a batch of another size.
+    ValueError: an unknown name, an adapter that is merged, or one that replaces whole modules (`modules_to_save`) or
+    adapts parameters (`target_parameters`). In the forward pass: a batch of another size.
     """
     for name in set(names) - {None}:
         _check_present(model, name)
     check_unmerged(model)
     layers = []
     for path, module in modules_with_adapters(model).items():
+        if isinstance(module, LoRAWeight):
+            raise ValueError(f"{path!r} is no linear layer, and its adapters cannot be chosen row by row")
         if isinstance(module, LoRALinear):
             layers.append(module)
         elif set(names) & set(module.copies):
@@ -280,9 +286,8 @@ def _forward_by_row(layer: LoRALinear, rows: dict[str | None, torch.Tensor], x: 
         adapter = None if name is None else adapter_of(layer, name)
         if adapter is not None:
             places = places.to(x.device)
-            part = y.index_select(0, places)
-            term = adapter.added_term(x.index_select(0, places), part, layer.unmerged, layer.training)
-            y = y.index_add(0, places, term)
+            own = x.index_select(0, places), y.index_select(0, places)
+            y = y.index_add(0, places, adapter.added_term(*own, layer.unmerged, layer.training))
     return y
 
 

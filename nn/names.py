@@ -1,6 +1,6 @@
 """Modules by the paths of the bare model: without what torch.compile, DDP, FSDP and checkpoint_wrapper put around."""
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 
 from torch import nn
 
@@ -35,6 +35,13 @@ def replace(model: nn.Module, new: dict[nn.Module, nn.Module]) -> None:
                 parent._modules[name] = new[inner]
 
 
+def train_only(model: nn.Module, parameters: Iterable[nn.Parameter]) -> None:
+    """Let these parameters require gradients, and no others of the model."""
+    model.requires_grad_(False)
+    for parameter in parameters:
+        parameter.requires_grad_(True)
+
+
 def may_save_whole(model: nn.Module, allowed: bool) -> None:
     """Let transformers' `save_pretrained` (and so its Trainer) write the model, or refuse while it has adapters."""
     for module in model.modules():
@@ -45,8 +52,6 @@ def may_save_whole(model: nn.Module, allowed: bool) -> None:
 
 
 def _refuse_to_save(*args, **kwargs):
-    raise ValueError(
-        "save_pretrained would write an adapted model under names that nothing loads. Write the adapter alone by "
-        "handtuned.nn.save_adapter(model, directory), or make the model plain by handtuned.nn.merge.merge_and_unload; "
-        "a Trainer needs save_strategy='no'"
-    )
+    raise ValueError("save_pretrained would write an adapted model under names that nothing loads. Write the adapter "
+                     "alone by handtuned.nn.save_adapter(model, directory), or make the model plain by "
+                     "handtuned.nn.merge.merge_and_unload; a Trainer needs save_strategy='no'")  # fmt: skip

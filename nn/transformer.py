@@ -96,10 +96,8 @@ class TransformerBlock(nn.Module):
     ValueError: sizes that do not divide, or no heads.
     """
 
-    def __init__(
-        self, d_model: int, num_heads: int, d_ff: int, num_kv_heads: int | None = None, head_dim: int | None = None,
-        rope_theta: float = 10_000.0, norm_eps: float = 1e-6,
-    ):  # fmt: skip
+    def __init__(self, d_model: int, num_heads: int, d_ff: int, num_kv_heads: int | None = None,
+                 head_dim: int | None = None, rope_theta: float = 10_000.0, norm_eps: float = 1e-6):  # fmt: skip
         super().__init__()
         num_kv_heads = num_heads if num_kv_heads is None else num_kv_heads
         for name, heads in (("num_heads", num_heads), ("num_kv_heads", num_kv_heads)):
@@ -131,17 +129,12 @@ class Transformer(nn.Module):
     """A whole causal language model: tokens in, logits out. `options` are those of `TransformerBlock`; with
     `tie_embeddings` the output head is the embedding table."""
 
-    def __init__(
-        self, vocab_size: int, num_layers: int, d_model: int, num_heads: int, d_ff: int, tie_embeddings: bool = False,
-        **options,
-    ):  # fmt: skip
+    def __init__(self, vocab_size: int, num_layers: int, d_model: int, num_heads: int, d_ff: int,
+                 tie_embeddings: bool = False, **options):  # fmt: skip
         super().__init__()
         blocks = [TransformerBlock(d_model, num_heads, d_ff, **options) for _ in range(num_layers)]
-        self.model = nn.ModuleDict({
-            "embed_tokens": nn.Embedding(vocab_size, d_model),
-            "layers": nn.ModuleList(blocks),
-            "norm": RMSNorm(d_model, blocks[0].input_layernorm.eps),
-        })  # fmt: skip
+        self.model = nn.ModuleDict({"embed_tokens": nn.Embedding(vocab_size, d_model), "layers": nn.ModuleList(blocks),
+                                    "norm": RMSNorm(d_model, blocks[0].input_layernorm.eps)})  # fmt: skip
         self.lm_head = nn.Linear(d_model, vocab_size, bias=False)
         if tie_embeddings:
             self.lm_head.weight = self.model.embed_tokens.weight

@@ -17,6 +17,7 @@ from ..quant import NF4Linear
 from .base_layer import dense_weight
 from .lora import LoRALinear, operands
 from .multi import active_layers, lora_parameters
+from .parameters import LoRAWeight
 
 
 def use_rslora(model: nn.Module) -> None:
@@ -31,18 +32,15 @@ def use_rslora(model: nn.Module) -> None:
 def lora_plus_groups(model: nn.Module, lr: float, ratio: float = 16.0, weight_decay: float = 0.0) -> list[dict]:
     """Parameter groups for any optimizer, with a learning rate of lr · ratio for B and lr for the rest.
 
-    A meets inputs of width `in` and B meets S of width r, so with equal rates A moves the output far
-    less than B could; the paper finds a ratio of about 16. Modules trained whole learn at `lr`; DoRA's magnitudes
-    at B's rate and, as vectors, without weight decay.
+    A meets inputs of width `in` and B meets S of width r, so with equal rates A moves the output far less than B could;
+    the paper finds a ratio of about 16. Modules trained whole learn at `lr`; DoRA's magnitudes at B's rate and, as
+    vectors, without weight decay.
 
     Source: Hayou et al. 2024, "LoRA+: Efficient Low Rank Adaptation of Large Models", section 4.
     """
     Bs = {id(layer.lora_B) for _, layer in active_layers(model)}
-    groups = [
-        {"params": [], "lr": lr, "weight_decay": weight_decay},
-        {"params": [], "lr": lr * ratio, "weight_decay": weight_decay},
-        {"params": [], "lr": lr * ratio, "weight_decay": 0.0},
-    ]
+    rates = (lr, weight_decay), (lr * ratio, weight_decay), (lr * ratio, 0.0)
+    groups = [{"params": [], "lr": rate, "weight_decay": decay} for rate, decay in rates]
     for parameter in lora_parameters(model):
         if parameter.requires_grad:
             groups[1 if id(parameter) in Bs else 2 if parameter.dim() == 1 else 0]["params"].append(parameter)
@@ -58,6 +56,12 @@ def freeze_A(model: nn.Module) -> None:
         layer.lora_A.requires_grad_(False)
 
 
+def gaussian_init(model: nn.Module) -> None:
+    """Start A from a normal distribution of standard deviation 1 / rank, as PEFT's "gaussian"; B stays as it is."""
+    for _, layer in active_layers(model):
+        nn.init.normal_(layer.lora_A, std=1 / layer.rank)
+
+
 class PiSSALinear(LoRALinear):
     """A LoRALinear that computes with W + s·(BA − B₀A₀), B₀A₀ being what the adapter started as."""
 
@@ -66,6 +70,12 @@ class PiSSALinear(LoRALinear):
     def factors(self):
         """A (2r, in) and B (out, 2r): what the adapter has become, less what it started as."""
         return torch.cat([self.lora_A, self.start_A]), torch.cat([self.lora_B, -self.start_B], dim=1)
+
+    def parts(self, saved):
+        """As `LoRALinear.parts`: the factors cut in two again, to the bit."""
+        A, B = saved["lora_A"], saved["lora_B"]
+        halves = {"lora_A": A[: self.rank], "start_A": A[self.rank :]}
+        return saved | halves | {"lora_B": B[:, : self.rank], "start_B": -B[:, self.rank :]}
 
 
 @torch.no_grad()
@@ -82,6 +92,8 @@ def pissa_init(model: nn.Module, iterations: int | None = None) -> None:
     Source: Meng et al. 2024, "PiSSA", section 3.
     """
     for path, layer in active_layers(model):
+        if isinstance(layer, LoRAWeight):
+            raise ValueError(f"{path!r} is no linear layer, which pissa_init needs")
         if isinstance(layer.base_layer, NF4Linear):
             raise ValueError(f"{path!r} is quantized; pissa_init needs dense weights (for NF4 there is loftq_init)")
     for _, layer in active_layers(model):
@@ -92,9 +104,8 @@ def pissa_init(model: nn.Module, iterations: int | None = None) -> None:
 
 
 @torch.no_grad()
-def loftq_init(
-    model: nn.Module, original: Mapping[str, torch.Tensor] | str | Path, iterations: int | None = None
-) -> dict[str, tuple[float, float]]:
+def loftq_init(model: nn.Module, original: Mapping[str, torch.Tensor] | str | Path,
+               iterations: int | None = None) -> dict[str, tuple[float, float]]:  # fmt: skip
     """Start at the best rank-r correction of the quantization error W − NF4(W), leaving NF4(W) as it is.
 
     This is LoftQ with one iteration; further ones would quantize the base anew, which nobody who loads the adapter has.
@@ -188,6 +199,9 @@ def dora_init(model: nn.Module) -> None:
 
     At the start the model computes what it did before. Source: see `DoRALinear`.
     """
+    for path, layer in active_layers(model):
+        if isinstance(layer, LoRAWeight):
+            raise ValueError(f"{path!r} is no linear layer, which dora_init needs")
     for _, layer in active_layers(model):
         moved = LoRALinear.delta(layer).add_(dense_weight(layer.base_layer))
         _become(layer, DoRALinear)

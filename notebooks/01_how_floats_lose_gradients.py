@@ -102,9 +102,10 @@ lessons.check("01.1", decode);
 #
 # With ten mantissa bits there are 1,024 numbers between 1 and 2, and also 1,024 between 1,024 and 2,048. The distance between neighbours doubles with each power of two. A number in between is **rounded** to the nearer neighbour.
 #
-# **Prediction.** In FP16, what is 1 + 0.0001? And 2048 + 1? And 1 + 0.001?
+# **Write down your guess:** In FP16, what is 1 + 0.0001? And 2048 + 1? And 1 + 0.001?
 
 # %%
+lessons.guess("01.a", "what is 1 + 0.0001 in FP16? 2048 + 1? 1 + 0.001?")
 for a, b in ((1.0, 0.0001), (2048.0, 1.0), (1.0, 0.001)):
     total = torch.tensor(a).half() + torch.tensor(b).half()
     print(f"{a:g} + {b:g} = {total.item():.6g}    (neighbours of {a:g} are {FP16.spacing(a):.3g} apart)")
@@ -121,6 +122,10 @@ lessons.show(
     alt="Relative spacing against size. fp32 and bf16 are level over the whole range, at 1e-7 and 1e-2. "
     "fp16 is level at 1e-3 from 6e-5 to 65504, and worsens below until the spacing is as large as the number at 6e-8.",
 )
+lessons.measured(
+    "01.a",
+    ", ".join(f"{(torch.tensor(a).half() + torch.tensor(b).half()).item():.6g}" for a, b in ((1.0, 1e-4), (2048.0, 1.0), (1.0, 1e-3))),
+)
 
 # %% [markdown]
 # Each format keeps a constant number of digits over its normal range: about 7 decimal digits in FP32, 3 in FP16, 2 in BF16. FP16 pays twice: its range ends at 65504, and below 6·10⁻⁵ it loses digit after digit.
@@ -132,9 +137,10 @@ lessons.show(
 # 1. Take a trained layer and round its weights to FP16 **once**.
 # 2. Train it **in** FP16: every update is added to an FP16 weight.
 #
-# **Prediction.** An optimizer moves each weight by about the learning rate, say 10⁻⁵. The weights have sizes around 0.05. What share of the updates will FP16 lose?
+# **Write down your guess:** An optimizer moves each weight by about the learning rate, say 10⁻⁵. The weights have sizes around 0.05. What share of the updates will FP16 lose?
 
 # %%
+lessons.guess("01.b", "what share of the updates of 1e-5 does FP16 lose?")
 torch.manual_seed(0)
 x = torch.randn(512, 64)
 teacher = torch.nn.Linear(64, 8)
@@ -162,6 +168,7 @@ fields_right = all(
     (fmt.exponent_bits, fmt.mantissa_bits) == (int(torch.finfo(dtype).bits) - 1 - m, m)
     for fmt, dtype, m in ((FP32, torch.float32, 23), (FP16, torch.float16, 10), (BF16, torch.bfloat16, 7))
 )
+lessons.measured("01.b", f"{100 * lost_updates:.0f} %")
 lessons.claim(
     1,
     f"The three fields are right. Rounding trained weights to FP16 once changes the error by {harm_of_rounding:.0e} of the "
@@ -177,13 +184,15 @@ lessons.claim(
 #
 # Document 000 says: what is smaller than FP16 can express becomes 0, and what is larger becomes NaN.
 #
-# **Prediction.** What does PyTorch give for 70000 in FP16? For 10⁻⁸? For 4·10⁻⁸, which is smaller than the smallest number?
+# **Write down your guess:** What does PyTorch give for 70000 in FP16? For 10⁻⁸? For 4·10⁻⁸, which is smaller than the smallest number?
 
 # %%
+lessons.guess("01.c", "what does FP16 make of 70000, 1e-8 and 4e-8?")
 for number in (70000.0, 65519.0, 6e-8, 4e-8, 1e-8):
     print(f"{number:8g} → {describe(number, torch.float16)}")
 large = torch.tensor(70000.0).half()
 print("\n70000 → ", large.item(), "   inf - inf =", (large - large).item(), "   inf · 0 =", (large * 0).item())
+lessons.measured("01.c", ", ".join(f"{torch.tensor(number).half().item():.3g}" for number in (70000.0, 1e-8, 4e-8)))
 
 # %% [markdown]
 # 4·10⁻⁸ is *not* lost. It rounds to the nearest number, and that is 6·10⁻⁸. Only up to half of the smallest number, $2^{-25}$ = 2.98·10⁻⁸, does rounding give 0. Too small is called **underflow**, too large **overflow**.
@@ -220,9 +229,13 @@ lessons.check("01.2", fate);
 #
 # Something else matters as much as the model. The loss is the *mean* over all tokens of a batch, so each token's part in it is divided by their number. Large batches have smaller gradients per activation. So we also look at the gradient of the **activations** in the middle of the model, for a batch of 512 tokens and for one of two million, as large models are trained with. For the large one we need not compute anything: the same 512 tokens would each count 4,096 times less.
 #
-# **Prediction.** What share of the weights' gradients will be 0 in FP16? And of the activations' gradients, in the small and in the large batch?
+# **Write down your guess:** What share of the weights' gradients will be 0 in FP16? And of the activations' gradients, in the small and in the large batch?
 
 # %%
+lessons.guess(
+    "01.d",
+    "which share of the gradients becomes 0: weights, activations in the small batch, in the large one?",
+)
 from handtuned.nn.transformer import Transformer
 
 lines = resources.files("handtuned").joinpath("datasets", "home_train.jsonl").read_text(encoding="utf-8").splitlines()
@@ -292,6 +305,7 @@ lessons.show(
     alt="Three histograms of gradient sizes with the underflow line of fp16 at 2 to the power of -25. Hardly any weight "
     "gradient lies left of it, few activation gradients of a small batch do, and most of those of a batch of 2M tokens.",
 )
+lessons.measured("01.d", ", ".join(f"{100 * lost(g):.1f} %" for g in cases.values()))
 
 # %%
 shares = {name: lost(g) for name, g in cases.items()}
@@ -318,9 +332,10 @@ else:
 #
 # The notes calculate −3·10⁻⁸ and say that FP16 turns it into 0.
 #
-# **Prediction.** Do the subtraction yourself. Is it −3·10⁻⁸? And is −3·10⁻⁸ small enough to vanish?
+# **Write down your guess:** Do the subtraction yourself. Is it −3·10⁻⁸? And is −3·10⁻⁸ small enough to vanish?
 
 # %%
+lessons.guess("01.e", "what is the gradient, and does -3e-8 vanish in FP16?")
 w, x, y = 1e-7, 1.0, 1.03e-7
 true = (w * x - y) * x
 printed = -3e-8
@@ -328,6 +343,7 @@ print(f"the gradient, in FP64:       {true:.3g}")
 print(f"                in FP16:     {torch.tensor(true).half().item():.3g}")
 print(f"the notes' -3e-8, in FP16:   {torch.tensor(printed).half().item():.3g}")
 print(f"FP16 turns into 0 up to      {FP16.underflow_threshold:.3g}")
+lessons.measured("01.e", f"{true:.3g}, and FP16 turns into 0 only what is up to {FP16.underflow_threshold:.3g}")
 
 # %% [markdown]
 # The notes have multiplied by $w$ where the formula says $x$, and have lost a "0." in between. The true gradient is ten times smaller than what they print. It does underflow. The number that they print would not.
@@ -399,9 +415,10 @@ lessons.check("01.3", example);
 #
 # We watch all three on a regression with 64 weights, whose inputs are so small that gradients lie around 4·10⁻⁹.
 #
-# **Prediction.** Which of the three curves falls?
+# **Write down your guess:** Which of the three curves falls?
 
 # %%
+lessons.guess("01.f", "which of the three curves falls?")
 torch.manual_seed(1)
 inputs = torch.randn(256, 64) * 2.0**-14
 goal = torch.randn(64)
@@ -440,6 +457,7 @@ lessons.show(
     "with FP32 master weights or without. With the loss scaled by 1024 the distance falls to nearly 0.",
 )
 print({name: round(errors[-1], 3) for name, errors in curves.items()})
+lessons.measured("01.f", ", ".join(name for name, errors in curves.items() if errors[-1] < 0.5))
 
 # %% [markdown]
 # So master weights alone do not help when the gradients are gone; scaling does.
@@ -467,15 +485,17 @@ lessons.claim(
 #
 # BF16 has the exponent of FP32, so whatever FP32 can hold does not underflow in it. No scaling is needed. In exchange it has 7 mantissa bits. Document 002 reports that it "reaches the same accuracy".
 #
-# **Prediction.** Start at 1 in BF16 and add 0.001 a thousand times. What do you get?
+# **Write down your guess:** Start at 1 in BF16 and add 0.001 a thousand times. What do you get?
 
 # %%
+lessons.guess("01.g", "start at 1 in BF16, add 0.001 a thousand times: what comes out?")
 tiny = torch.tensor(true).bfloat16()
 total = torch.tensor(1.0).bfloat16()
 for _ in range(1000):
     total = total + torch.tensor(1e-3).bfloat16()
 print(f"the gradient of the notes' example in BF16: {tiny.item():.3g} (FP16 gave 0)")
 print(f"1 + 1000 × 0.001 = {total.item()} in BF16; the neighbour above 1 is {1 + BF16.spacing(1.0)}")
+lessons.measured("01.g", str(total.item()))
 
 # %% [markdown]
 # The sum never leaves 1, because 0.001 is less than half the distance to the next number. Weights that live in BF16 have the same fate as the FP16 weights of claim 1, at updates eight times larger. With FP32 weights, and BF16 for the products only, the story is different. The repository holds a longer experiment, in which one model is trained in several ways (`benchmarks/precision_curves.py` runs it; it takes ten minutes). Its stored results:
@@ -486,6 +506,8 @@ final_losses = {name: [run["final"] for run in runs] for name, runs in stored["r
 print("on", stored["machine"])
 for name, losses in final_losses.items():
     print(f"{name:50}", ", ".join("diverged" if loss is None else f"{loss:.4f}" for loss in losses))
+print("FP16 without scaling keeps up here because this model's gradients are large enough for FP16; with the small ones of a batch of\n"
+      "2M tokens it does not. And what diverges is FP16 *weights*, with updates too small for them, whatever the gradients.")
 spread = max(final_losses["fp32"]) - min(final_losses["fp32"])
 difference = abs(final_losses["bf16"][0] - final_losses["fp32"][0])
 lessons.claim(
@@ -505,5 +527,7 @@ lessons.claim(
 # * A scale rescues gradients that underflow on the way back. It cannot rescue a difference that was 0 already.
 #
 # Lesson 03 turns the scale into a training loop. First, a tool: the language in which GPU programs are written.
+#
+# On a real model: `handtuned finetune --method full --dtype bfloat16` computes in BF16 from FP32 masters; `handtuned doctor` says which formats your machine computes in.
 #
 # Next: [02. How do I write a kernel?](02_writing_a_kernel.ipynb)

@@ -15,11 +15,13 @@
 #
 # A GPU is fast because it runs thousands of copies of one small program at the same time, each on its own piece of the data. Such a program is a **kernel**. This library's kernels are written in Triton, a language that looks like Python.
 #
-# In this lesson you read three kernels and write three. You need no GPU: Triton has an interpreter, which runs a kernel on the CPU, one copy after the other, with NumPy. It is slow, and it computes the same numbers.
+# In this lesson you write eight, each a small step from the one before: vectors, rows, blocks with two dimensions, a tiled matrix product, and two whose cost is counted. Lessons 03, 07 and 09 build the three kernels that this course is about on top of them.
+#
+# You need no GPU: Triton has an **interpreter**, which runs a kernel on the CPU, one copy after the other, with NumPy. It is slow, and it computes the same numbers. And there is an **emulator**, part of this library, which runs the machine code that a GPU would get, and counts what it costs.
 #
 # There is one trap, and it is the reason why our tests and exercises are built the way they are. A kernel that reads or writes outside of its tensors gets no error message.
 #
-# Terms: kernel 算子, program instance 程序实例, block 数据块, grid 网格, mask 掩码, pointer 指针, stride 步长, out of bounds 越界, reduction 归约, bandwidth 带宽
+# Terms: kernel 算子, program instance 程序实例, block 数据块, grid 网格, mask 掩码, pointer 指针, stride 步长, out of bounds 越界, reduction 归约, bandwidth 带宽, warp 线程束, shared memory 共享内存, coalescing 合并访问, bank conflict 存储体冲突, race 竞争
 
 # %% [markdown]
 # Triton decides whether to interpret at the moment a kernel is defined. So the switch must be set before anything that uses Triton is imported. If you forget, restart the kernel of the notebook.
@@ -109,10 +111,11 @@ assert torch.equal(result, a + b)
 # %% [markdown]
 # ## The trap
 #
-# **Prediction.** Leave the masks out, and add two vectors of ten elements with a block of 64. What happens? An error? A wrong result?
+# **Write down your guess:** Leave the masks out, and add two vectors of ten elements with a block of 64. What happens? An error? A wrong result?
 
 
 # %%
+lessons.guess("02.a", "ten elements, a block of 64, no masks: an error, a wrong result, or what?")
 @triton.jit
 def careless_add_kernel(x_ptr, y_ptr, out_ptr, N, BLOCK: tl.constexpr):
     offs = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
@@ -124,6 +127,10 @@ ours, others = memory[:10], memory[10:]
 careless_add_kernel[(1,)](torch.ones(100)[:10], torch.ones(100)[:10], ours, 10, BLOCK=64)
 print("ours:  ", ours.tolist())
 print("others:", int((others != 0).sum()), "of the other numbers were overwritten")
+lessons.measured(
+    "02.a",
+    f"no error, a right result, and {int((others != 0).sum())} numbers of somebody else overwritten",
+)
 assert torch.equal(ours, torch.full((10,), 2.0)) and (others != 0).sum() == 54
 
 # %% [markdown]
@@ -153,6 +160,81 @@ def axpy(a, x, y, out):
 lessons.check("02.1", axpy);
 
 # %% [markdown]
+# ## Watch a kernel at work
+#
+# A checker says that something is wrong. To see *where*, go through the launch line by line: `lessons.step` takes what a launch takes, the kernel, the grid and the arguments, and shows for each program what every line made of its values, which elements a load or store touched, and which of them the mask kept. (With `pip install ipywidgets` it is a slider.) Five numbers and blocks of four; look at the second program:
+
+# %%
+five, out = torch.arange(5.0), torch.zeros(5)
+steps = lessons.step(add_kernel, (2,), five, 10 * five, out, 5, BLOCK=4)
+print(steps)
+
+# %% [markdown]
+# Now without masks. **Write down your guess:** What will the second program's loads say?
+
+# %%
+lessons.guess("02.b", "what will the second program's loads say?")
+lessons.step(careless_add_kernel, (2,), torch.ones(8)[:5], torch.ones(8)[:5], torch.zeros(8)[:5], 5, BLOCK=4)
+
+# %% [markdown]
+# ### print, breakpoint, and a typo
+#
+# An interpreted kernel is ordinary Python. So `print` works in it, and `breakpoint()` stops in the middle of a program, with all the debugger's commands: `p x` prints a value, `n` goes to the next line, `c` goes on. (Ask for one program only, or you will stop in each.) In your own cell you type the commands; here they are given in advance, so that the output can be stored. Both must go before the kernel is compiled for a GPU.
+
+# %%
+import pdb
+
+
+class Scripted(pdb.Pdb):
+    """The debugger, with commands from a list instead of the keyboard."""
+
+    def precmd(self, line):
+        print("(Pdb)", line)
+        return super().precmd(line)
+
+    def print_stack_entry(self, entry, prefix=""):
+        print("stopped in", entry[0].f_code.co_name)
+
+
+debugger = Scripted(nosigint=True, readrc=False)
+debugger.cmdqueue = ["p offs", "p offs < N", "p x * 100", "c"]
+sys.breakpointhook = lambda: debugger.set_trace(sys._getframe(1))
+
+
+@triton.jit
+def debugged_kernel(x_ptr, N, BLOCK: tl.constexpr):
+    offs = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    x = tl.load(x_ptr + offs, mask=offs < N, other=0.0)
+    if tl.program_id(0) == 1:
+        print("program 1 loaded", x)
+        breakpoint()
+    tl.store(x_ptr + offs, 2 * x, mask=offs < N)
+
+
+debugged_kernel[(2,)](five, 5, BLOCK=4)
+sys.breakpointhook = sys.__breakpointhook__
+
+# %% [markdown]
+# A mistake inside a kernel is reported at the kernel's own line, the last one of your code in the traceback. `lessons.step` shows what was computed before it, and so do the checkers:
+
+# %%
+@triton.jit
+def mistyped_kernel(x_ptr, out_ptr, N, BLOCK: tl.constexpr):
+    offs = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    x = tl.load(x_ptr + off, mask=offs < N)  # noqa: F821 the mistake that is meant
+    tl.store(out_ptr + offs, x, mask=offs < N)
+
+
+lessons.step(mistyped_kernel, (2,), five, out, 5, BLOCK=4)
+
+# %% [markdown]
+# There is a program that *draws* this, triton-viz (`pip install triton-viz`; it brings a web server, Z3 and Arrow along). Two lines show every load, store and product of a launch as blocks in a browser:
+#
+# ```python
+# import triton_viz
+# triton_viz.trace("tracer")(add_kernel)[(2,)](five, 10 * five, out, 5, BLOCK=4); triton_viz.launch()
+# ```
+#
 # ## What does a kernel cost?
 #
 # Adding two numbers is nothing. Fetching them is not. For each element the add kernel moves 12 bytes: two loads and one store of 4 bytes. How many bytes a GPU can move in a second is its **bandwidth**; its arithmetic units could do many more additions in the time that the bytes take. A kernel like this is *bound by memory*. There is a floor for its time, bytes divided by bandwidth, and no cleverness gets below.
@@ -245,17 +327,20 @@ lessons.source(unscale.unscale_reference_)
 #
 # $$p_i = \frac{e^{x_i}}{\sum_j e^{x_j}} .$$
 #
-# **Prediction.** What does this give in FP32 for the row (1000, 1001)?
+# **Write down your guess:** What does this give in FP32 for the row (1000, 1001)?
 
 # %%
+lessons.guess("02.c", "what does the naive softmax give for a row like (1000, 1001)?")
 row = np.array([1.0, 2.0, 3.0, 4.0], dtype=np.float32)
 print("four numbers:      ", np.exp(row) / np.exp(row).sum())
 large = row + 1000
 with np.errstate(all="ignore"):
-    print("plus 1000, naive:  ", np.exp(large) / np.exp(large).sum())
+    naive = np.exp(large) / np.exp(large).sum()
+    print("plus 1000, naive:  ", naive)
 shifted = large - large.max()
 print("plus 1000, shifted:", np.exp(shifted) / np.exp(shifted).sum())
 print("torch:             ", torch.softmax(torch.from_numpy(large), 0).numpy())
+lessons.measured("02.c", str(naive))
 
 # %% [markdown]
 # $e^{1000}$ is infinite, and infinity by infinity is NaN. Subtract the row's maximum first: the factor $e^{-\max}$ cancels in the quotient, and the largest exponent becomes $e^0 = 1$.
@@ -294,46 +379,217 @@ def softmax(x, out):
 lessons.check("02.3", softmax);
 
 # %% [markdown]
-# ## Tiles: the matrix product
+# ## Blocks with two dimensions
 #
-# Most of the time of a model goes into matrix products. There each program computes one **tile** of the result, as in the right-hand picture. It walks along a row of tiles of $A$ and down a column of tiles of $B$, multiplies them in pairs, and adds up. `tl.dot` multiplies two tiles; on a GPU it uses the tensor cores, which do nothing but small matrix products. This is the heart of the library's kernel:
+# A matrix wants blocks of rows and columns. The offsets of such a block are a matrix too, and it is built from two vectors. `m = tl.arange(0, 2)` has the shape [2]. Indexing with `None` adds a dimension of length 1: `m[:, None]` has the shape [2, 1], a column; `n[None, :]` has [1, 4], a row. A column and a row in one operation are **broadcast**: the column is repeated to the right, the row downward, and a block [2, 4] comes out. NumPy, torch and Triton agree about this.
+#
+# Row $m$ of a contiguous matrix with $N$ columns begins at $mN$. So element $(m, n)$ lies at $mN + n$:
 
 # %%
-from handtuned.kernels import matmul
-
-lessons.source(matmul._matmul_kernel, "acc = tl.zeros", "b_tile +=")
+m, n = np.arange(2), np.arange(4)
+print("m[:, None], shape", m[:, None].shape, "\n", m[:, None])
+print("n[None, :], shape", n[None, :].shape, "\n", n[None, :])
+print("m[:, None] * 4 + n[None, :], shape", (m[:, None] * 4 + n[None, :]).shape, "\n", m[:, None] * 4 + n[None, :])
 
 # %% [markdown]
-# `acc` is FP32 even where $A$ and $B$ are FP16: a sum of many small products needs the digits. Lesson 03 comes back to this kernel.
+# ## Exercise 02.4: an outer sum
 #
-# The same function, run here by the interpreter, against PyTorch:
+# Write `outer_sum(x, y, out)`: out[i, j] = x[i] + y[j], for an x of M numbers and a y of N. One program does all of it; M and N are powers of two, so there is nothing to mask.
+
+
+# %%
+def outer_sum(x, y, out):
+    raise NotImplementedError
+
+
+lessons.check("02.4", outer_sum);
+
+# %% [markdown]
+# ## Exercise 02.5: masks at both edges
+#
+# A large matrix is cut into tiles, and a grid of two dimensions numbers them: `tl.program_id(0)` is the row of tiles, `tl.program_id(1)` the column. At the right edge and at the bottom tiles hang over, in the corner on two sides. A mask is a block like any other: `(m < M)[:, None] & (n < N)[None, :]`.
+#
+# Write `scale_columns(x, w, out)`: out[m, n] = x[m, n] · w[n]. Rows of x may have gaps between them; out is contiguous.
+
+
+# %%
+def scale_columns(x, w, out):
+    raise NotImplementedError
+
+
+lessons.check("02.5", scale_columns);
+
+# %% [markdown]
+# ## Tiles: the matrix product
+#
+# Most of the time of a model goes into matrix products. There each program computes one **tile** of the result, as in the right-hand picture above. It walks along a row of tiles of $A$ and down a column of tiles of $B$, multiplies them in pairs, and adds up, in FP32, even where $A$ and $B$ are FP16: a sum of many small products needs the digits.
+#
+# `tl.dot` multiplies two tiles; on a GPU it uses the **tensor cores**, which do nothing but small matrix products. In NumPy, for one tile of the result:
+
+# %%
+A, B = np.arange(8.0).reshape(2, 4), np.arange(12.0).reshape(4, 3)
+acc = np.zeros((2, 3))
+for k in range(0, 4, 2):
+    acc += A[:, k : k + 2] @ B[k : k + 2]
+    print(f"after columns {k} and {k + 1} of A:\n{acc}")
+assert np.array_equal(acc, A @ B)
+
+# %% [markdown]
+# ## Exercise 02.6: a tiled product
+#
+# Write `matmul(a, b, c)` for contiguous FP16 matrices a (M, K) and b (K, N) and an FP32 c (M, N). A grid of tiles; each program loops over K. Which of the masks need `other=0.0`?
+
+
+# %%
+def matmul(a, b, c):
+    raise NotImplementedError
+
+
+lessons.check("02.6", matmul);
+
+# %% [markdown]
+# The same loop is the heart of the library's kernel:
+
+# %%
+from handtuned.kernels import matmul as library
+
+lessons.source(library._matmul_kernel, "acc = tl.zeros", "b_tile +=")
+
+# %% [markdown]
+# What it does more than yours: it takes any strides, walks through the tiles in an order in which neighbours share data in the cache, leaves the masks out where no tile hangs over, and has four more uses, which lessons 03 and 07 come to. Here it is run by the interpreter, against PyTorch:
 
 # %%
 torch.manual_seed(0)
 a, b = torch.randn(70, 33).half(), torch.randn(33, 40).half()
-c, found_inf = matmul.scaled_matmul(a, b)
+c, found_inf = library.scaled_matmul(a, b)
 exact = a.double() @ b.double()
 print(f"largest error: {(c.double() - exact).abs().max().item():.1e}, for results up to {exact.abs().max().item():.1f} in FP16")
 half_a_step = 0.5 * exact.abs().max().item() * 2**-10
 assert (c.double() - exact).abs().max() <= 2 * half_a_step
 
 # %% [markdown]
-# ## From here to a GPU
+# ## From here to a GPU: threads, warps, and levels of memory
 #
-# Without the interpreter, Triton compiles the kernel for the GPU at the first launch. Nothing in the kernel changes. What does change is that now the order matters in which neighbouring threads read neighbouring addresses, how large the blocks are, and how many values fit into a program's **registers**, the small storage beside the arithmetic units.
+# Without the interpreter, Triton compiles the kernel at the first launch. Nothing in it changes. What it becomes is worth knowing.
 #
-# One look at compiled code is possible without any GPU: `handtuned xray` compiles a kernel for a given architecture and counts instructions and registers.
+# * A program is run by **warps**, four by default. A warp is 32 **threads** that do the same instruction at the same time. Triton deals out the elements of a block to the threads.
+# * A thread's values lie in **registers**, the small storage beside the arithmetic units.
+# * Threads of one program exchange values through **shared memory**, 64 KB (T4) to 228 KB (H100) on each multiprocessor, of which these cards have 40 and 132. When `tl.sum` or `tl.dot` needs what another thread has, Triton puts it there.
+# * Tensors lie in the GPU's main memory, tens of GB, also called HBM or DRAM, with a cache in front of it, L2. Of all levels it is the largest, the farthest away, and the one that all programs wait for together.
+#
+# ### Coalescing
+#
+# The 32 threads of a warp ask for memory *together*, in one **request**, and get it in **sectors** of 32 bytes. If they ask for neighbours, 32 numbers of 4 bytes, that is 4 sectors. If they ask for elements that lie far apart, each in a sector of its own, it is 32, and 28 bytes of each are thrown away. Requests for neighbours are called **coalesced**.
+#
+# `lessons.profile` takes what a launch takes, runs the compiled kernel in the emulator, and counts. `card` is the GPU that is emulated: "T4", "A100", "L4", "RTX 4090", "H100". Nothing is timed.
+#
+# **Write down your guess:** A program copies a row of a matrix into a column of another one, so it transposes. How many sectors does a load take, how many a store?
 
 # %%
-environment = {**os.environ, "TRITON_INTERPRET": "0"}
-words = [sys.executable, "-m", "handtuned", "xray", "unscale", "--arch", "sm_90"]
-done = subprocess.run(words, capture_output=True, text=True, env=environment)
-print("$ handtuned xray unscale --arch sm_90")
-print(done.stdout or done.stderr)
+from handtuned.lessons import drawings
+
+drawings.memory_levels()
+
+# %%
+lessons.guess("02.d", "how many sectors does a load of a warp take, how many a store?")
+@triton.jit
+def row_to_column_kernel(x_ptr, out_ptr, M, N, BLOCK: tl.constexpr):
+    row = tl.program_id(0)
+    n = tl.arange(0, BLOCK)
+    x = tl.load(x_ptr + row * N + n, mask=n < N)
+    tl.store(out_ptr + n * M + row, x, mask=n < N)
+
+
+x, transposed = torch.randn(64, 128), torch.empty(128, 64)
+counted = lessons.profile(row_to_column_kernel, (64,), x, transposed, 64, 128, BLOCK=128, card="A100")
+print(counted)
+lessons.measured("02.d", f"{counted.sectors_per_load:g} and {counted.sectors_per_store:g}")
+assert torch.equal(transposed, x.t()) and counted.sectors_per_store == 32
+
+# %% [markdown]
+# ## Exercise 02.7: a transposition within 16 sectors
+#
+# Write `transpose(x, out)`, out (N, M) = xᵀ for any M and N, such that neither a load nor a store takes more than 16 sectors a request. (Not 4? A thread that has four neighbours moves 16 bytes at once, and 32 of them ask for 16 sectors, all of them used. The profile's brackets say when fewer would do.)
+
+
+# %%
+def transpose(x, out):
+    raise NotImplementedError
+
+
+lessons.check("02.7", transpose);
+
+# %% [markdown]
+# ### Banks
+#
+# Shared memory has 32 **banks**. Word 0 (4 bytes) lies in bank 0, word 31 in bank 31, word 32 in bank 0 again. In one pass, a **wavefront**, each bank gives one word. If the threads of a warp want words of 32 different banks, or the same word, one wavefront serves all. If they want different words of one bank, they queue: a **bank conflict**.
+#
+# The kernel below transposes tiles of 32 × 32 the hard way: a tile is loaded as 1,024 numbers in a row, and `tl.gather` looks up which of them belongs where; on a GPU that goes through shared memory.
+#
+# **Write down your guess:** Thread $i$ of a warp looks up place $32 i + c$. Which banks are asked?
+
+# %%
+lessons.guess("02.e", "thread i looks up place 32 i + c: which banks are asked?")
+@triton.jit
+def gather_kernel(x_ptr, out_ptr, SIDE: tl.constexpr):
+    start = tl.program_id(0) * SIDE * SIDE
+    place = tl.arange(0, SIDE * SIDE)
+    row, column = place // SIDE, place % SIDE
+    tile = tl.load(x_ptr + start + place)
+    turned = tl.gather(tile, column * SIDE + row, 0)
+    tl.store(out_ptr + start + place, turned)
+
+
+tiles, turned = torch.randn(4, 32, 32), torch.empty(4, 32, 32)
+counted = lessons.profile(gather_kernel, (4,), tiles, turned, SIDE=32, card="A100")
+print(counted)
+lessons.measured("02.e", f"always the same one, and an access of shared memory takes {counted.wavefronts:.1f} wavefronts on average")
+assert torch.equal(turned, tiles.transpose(1, 2)) and counted.wavefronts > 4
+
+# %% [markdown]
+# All in one bank. (The average is below 32, because the stores into shared memory are counted with the look-ups, and they have no conflict.)
+#
+# ## Exercise 02.8: a transposition within 2 wavefronts
+#
+# Write `transpose_tiles(x, out)`: out[t] = x[t]ᵀ for x (T, 32, 32), through shared memory, with at most 2 wavefronts a request and 16 sectors a load and a store. You may begin with the kernel above. Which element lies at which place of the block is yours to choose: what if row $r$ keeps its element of column $c$ at place $32 r + (c \oplus r)$? (`c ^ r` exchanges the columns of a row among themselves, in each row differently.)
+
+
+# %%
+def transpose_tiles(x, out):
+    raise NotImplementedError
+
+
+lessons.check("02.8", transpose_tiles);
+
+# %% [markdown]
+# ### Registers, tensor cores, and what no counter says
+#
+# The library's product, counted on two cards. The **tensor cores' share** is the part of all floating-point operations that they do; what is left is the epilogue.
+
+# %%
+x, W = torch.randn(128, 128).half(), torch.randn(128, 128).half()
+for card in ("A100", "H100"):
+    with lessons.emulated(card) as gpu:
+        library.scaled_matmul(x, W)
+    counted = lessons.Profile(gpu)
+    print(f"{card}: tensor cores' share {counted.tensor_share:.1%}, sectors a load {counted.sectors_per_load:.0f}, "
+          f"wavefronts {counted.wavefronts:.1f}, shared memory {counted.launch.shared_bytes:,} bytes per program")  # fmt: skip
+    assert counted.tensor_share > 0.9
+
+# %% [markdown]
+# The registers of a thread limit how many programs fit on a multiprocessor at once. If a program needs more than there are, values are **spilled** to main memory. What limits the last launch:
+
+# %%
+print(f"{counted.launch.registers} registers a thread, {counted.launch.spill_bytes} bytes spilled; {counted.launch.occupancy}")
+
+# %% [markdown]
+# Which tile is fastest no counter says: latency, caches and clocks decide together. So the tile is *measured*, once for each size, on the card at hand; Triton calls it **autotuning** (`@triton.autotune`), and the library keeps its choices in a file.
 
 # %%
 if lessons.gpu():
-    speed = subprocess.run([sys.executable, "-m", "handtuned", "bench", "adamw"], capture_output=True, text=True, env=environment)
+    environment = {**os.environ, "TRITON_INTERPRET": "0"}
+    words = [sys.executable, "-m", "handtuned", "bench", "adamw"]
+    speed = subprocess.run(words, capture_output=True, text=True, env=environment)
     print(speed.stdout or speed.stderr)
 else:
     lessons.skipped("GB/s of the AdamW kernel beside torch's, and the share of the bandwidth that it reaches")
@@ -345,6 +601,10 @@ else:
 # * The last block hangs over. Mask every load and store, and choose `other` by what comes next: 0 for a sum, −∞ for a maximum or softmax.
 # * Out of bounds, nothing complains. Test with canaries, on lengths that are no multiple of the block.
 # * Load, convert to FP32, do everything, round once, store. Elementwise kernels are bound by memory: count bytes.
-# * A row begins at a stride, not at the number of columns.
+# * A row begins at a stride, not at the number of columns. A block with two dimensions is a column of offsets plus a row of them.
+# * Threads of a warp ask together: neighbours should read neighbours (sectors), and different banks (wavefronts).
+# * The interpreter runs programs one after the other, so it hides races. The checkers run your kernels in the emulator too.
+#
+# On a real model: on a GPU `handtuned finetune` runs the library's kernels; `handtuned bench adamw` times one of them, `handtuned xray adamw --arch sm_90` counts what it does without a GPU.
 #
 # Next: [03. How does FP16 training survive?](03_fp16_training.ipynb)

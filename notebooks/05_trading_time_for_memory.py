@@ -48,6 +48,7 @@ GB, GIB = 10**9, 2**30
 # **Write down your guess:** how many tanh does the thrifty way compute, if the plain one computes four?
 
 # %%
+lessons.guess("05.a", "how many tanh does the thrifty way compute?")
 w = np.array([0.9, -1.3, 0.7, 1.1])
 calls = 0
 
@@ -94,6 +95,7 @@ for way in (plain, thrifty):
     calls = 0
     dw, kept = way(0.5)
     print(f"{way.__name__:8} keeps {kept} numbers, computes {calls} tanh, gradient {dw.round(6)}")
+lessons.measured("05.a", f"{calls}")
 
 # %% [markdown]
 # Same gradient, half the numbers, twice the tanh. But forward is only a third of the work: backward computes two products where forward computes one (the gradient of the input and that of the weight). Twice the forward is 4 units of work instead of 3.
@@ -140,6 +142,7 @@ for name, run in (("plain", lambda: module(x)), ("checkpointed", lambda: manual_
 # **Write down your guess** for three harder cases. What happens (a) with dropout, which draws a random mask in every call, (b) with an argument that is not a tensor, such as a factor, (c) when the input needs no gradient, as with the first layer of a model?
 
 # %%
+lessons.guess("05.b", "what happens with dropout, with a number as argument, with an input that needs no gradient?")
 noisy = mlp(32, dropout=0.5)
 expected = gradients(lambda f, x: f(x), noisy, x)
 dropout_error = relative_error(gradients(manual_checkpoint_forward, noisy, x), expected)
@@ -156,6 +159,7 @@ data = torch.randn(64, 32)  # no gradient wanted
 silent = manual_checkpoint_forward(module, data)
 print(f"(c) input without gradient: the result's requires_grad is {silent.requires_grad}, so no parameter would learn")
 
+lessons.measured("05.b", f"a gradient off by {dropout_error:.0%} without a word; refused; nothing is trained")
 lessons.claim(
     40,
     measured=f"for a plain MLP the gradients are equal to the bit; with dropout they are off by {dropout_error:.0%} with no "
@@ -244,6 +248,7 @@ for name, peak in peaks.items():
 # **Write down your guess:** with 32 layers and a ratio of 57, which *k* is best?
 
 # %%
+lessons.guess("05.c", "with 32 layers and a ratio of 57, which k is best?")
 def peak_of(layers, groups, boundary, inside):
     return groups * boundary + math.ceil(layers / groups) * inside
 
@@ -267,6 +272,7 @@ for ax, ratio in zip(axes, (1, 57), strict=True):
 axes[0].set_ylabel("peak, in boundaries")
 lessons.show(fig, alt="Peak against number of groups for 32 layers. With inside equal to boundary the least is near the root of 32; "
              "with a ratio of 57 the curve falls all the way to 32 groups.")
+lessons.measured("05.c", where)
 
 # %% [markdown]
 # In the left picture checkpoints cost as much as what they save, so there is a compromise. In the right one a checkpoint is nearly free beside the inside of a layer. One wants as many as there are layers. (Between 16 and 31 groups the largest group has two layers all the time, so only the last step, to 32, brings something.)
@@ -312,6 +318,7 @@ lessons.claim(
 # **Write down your guess** for blocks of two equal matrices: the overhead with one checkpoint per block, and with one for 16 blocks together.
 
 # %%
+lessons.guess("05.d", "the overhead of a checkpoint per block, and of one for 16 blocks together?")
 def flops(run):
     with FlopCounterMode(display=False) as counter:
         run()
@@ -338,6 +345,7 @@ overhead = {
 }
 transformer = flops(lambda: run_stack(12)) / flops(lambda: run_stack(None)) - 1
 print({name: f"+{share:.1%}" for name, share in overhead.items()}, f"| the 12 transformer blocks: +{transformer:.1%}")
+lessons.measured("05.d", f"+{overhead['each block']:.1%} and +{overhead['one segment']:.1%}")
 lessons.claim(
     37,
     measured=f"one more forward is +{overhead['no early stop']:.1%}; stopping early, +{overhead['each block']:.1%} with a checkpoint "
@@ -361,8 +369,32 @@ saved = 1 - peaks["every layer"] / peaks["keep everything"]
 lessons.claim(
     41,
     measured=f"the function ran {times} times in all: once forward, once more in backward. The bill is at most a third more "
-    f"FLOPs (here {transformer:.0%}), and for it the peak of the stack above fell by {saved:.0%}. 001 recommends it for that",
+    f"FLOPs (here {transformer:.0%}), and for it the peak of the stack above fell by {saved:.0%}. 001 recommends it for that. If 002 means "
+    "two computations in all, it is right; the price is no reason to leave it out",
     holds=times == 2 and transformer < 1 / 3 and saved > 0.7,
+)
+
+# %% [markdown]
+# 001 says that checkpointing saves "another 30–50 %". That is of the whole peak: weights, states and all.
+#
+# **Write down your guess:** what part of the peak of a 7B model does it save with 1, 4 and 16 rows of 2048 tokens, in full fine-tuning and with LoRA?
+
+# %%
+lessons.guess("05.e", "what part of a 7B model's peak does checkpointing save: full fine-tuning with 1 row, LoRA with 16?")
+share_saved = {}
+for method in ("full", "lora"):
+    for rows in (1, 4, 16):
+        plain, again = (memory.estimate("7b", method, dtype="bfloat16", batch=rows, seq=2048, checkpoint=on).peak for on in (False, True))
+        share_saved[method, rows] = 1 - again / plain
+lessons.measured("05.e", f"{share_saved['full', 1]:.0%} and {share_saved['lora', 16]:.0%}")
+lessons.claim(
+    61,
+    measured="of the whole peak of a 7B model with 1, 4, 16 rows of 2048 tokens checkpointing saves "
+    + "; ".join(f"{name} " + ", ".join(f"{share_saved[method, rows]:.0%}" for rows in (1, 4, 16))
+                for method, name in (("full", "in full fine-tuning"), ("lora", "with LoRA")))
+    + f". It takes {1 - counts['every layer'] / counts['keep everything']:.0%} off the activations, and what that is of the whole "
+    "depends on what else is there",
+    holds=share_saved["full", 1] < 0.3 and share_saved["lora", 16] > 0.5 and 0.3 <= share_saved["lora", 1] <= 0.5,
 )
 
 # %% [markdown]
@@ -504,5 +536,7 @@ lessons.check("05.3", run_in_groups);
 # - It costs at most one more forward, a third of the FLOPs; with early stop less.
 # - In a transformer one checkpoint in every layer beats √n groups, because a layer keeps tens of times its input.
 # - A recomputation must repeat the forward pass exactly: random numbers, autocast, everything. If not, gradients are wrong and nothing says so.
+#
+# On a real model: `handtuned finetune --gradient-checkpointing`.
 #
 # Less memory for activations means a larger batch. What if it still does not fit? [Lesson 06: How do I fake a big batch?](06_faking_a_big_batch.ipynb)

@@ -33,6 +33,8 @@ from handtuned.optim import AdamW, GradientAccumulationTrainer, cosine_with_warm
 from handtuned.optim.accumulate import TokenMean, cross_entropy_sum
 from handtuned.optim.schedule import warmup_cosine
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import FlopCounterMode
 
 # %% [markdown]
 # Some words first. A *micro-batch* is what one forward pass sees. An *update* is one call of the optimizer. The *effective batch* is all micro-batches between two updates. A *token* is one position that is predicted; label −100 marks positions that are not (prompt, padding).
@@ -44,6 +46,7 @@ from torch import nn
 # **Write down your guess:** we cut the four examples into 3 + 1 and average the two means. Is that still right?
 
 # %%
+lessons.guess("06.a", "parts of 3 + 1, the two means averaged: still right?")
 x, t, w = np.array([1.0, 2.0, 3.0, 4.0]), np.array([2.0, 1.0, 0.0, 3.0]), 0.5
 per_example = 2 * (w * x - t) * x
 print("gradient of each example  ", per_example)
@@ -51,15 +54,22 @@ print("mean of all four          ", per_example.mean())
 print("halves 2 + 2, averaged    ", np.mean([per_example[:2].mean(), per_example[2:].mean()]))
 print("parts 3 + 1, averaged     ", np.mean([per_example[:3].mean(), per_example[3:].mean()]))
 print("parts 3 + 1, sums over 4  ", (per_example[:3].sum() + per_example[3:].sum()) / 4)
+lessons.measured(
+    "06.a",
+    f"{np.mean([per_example[:3].mean(), per_example[3:].mean()]):g} instead of {per_example.mean():g}",
+)
 
 # %% [markdown]
 # Averages of averages are right only for equal parts. **Sums, divided once by the whole count, are always right.** Keep that sentence; the rest of the lesson is its consequences.
 #
 # ## Why do it: memory
 #
-# The model states do not shrink, but activations are those of one micro-batch. A small decoder, sixteen rows of 128 tokens, cut in five ways:
+# The model states do not shrink, but activations are those of one micro-batch. A small decoder, sixteen rows of 128 tokens, cut in five ways. The price, says 001, is that training becomes slower.
+#
+# **Write down your guess:** sixteen rows one at a time, instead of all at once: by what factor does the arithmetic grow, and the number of operations that torch is asked for?
 
 # %%
+lessons.guess("06.b", "16 × 1 row instead of 1 × 16: how many times the FLOPs, how many times the operations?")
 torch.manual_seed(0)
 model = Transformer(vocab_size=256, num_layers=4, d_model=64, num_heads=4, d_ff=172)
 tokens = torch.randint(0, 256, (16, 128))
@@ -80,6 +90,33 @@ for rows in cuts:
 fig, ax = lessons.figure(height=2.2)
 lessons.bars(ax, [f"{16 // rows} × {rows} rows" for rows in cuts], peaks, unit="MB")
 lessons.show(fig, alt="Peak memory above the weights for 16 rows in one to sixteen micro-batches: it falls nearly in proportion.")
+
+
+class Calls(TorchDispatchMode):
+    """Counts the operations that torch is asked for: on a GPU, launches."""
+
+    count = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        self.count += 1
+        return function(*args, **(kwargs or {}))
+
+
+work = {}
+for rows in (16, 1):
+    with FlopCounterMode(display=False) as flops:
+        accumulate(rows)
+    with Calls() as calls:
+        accumulate(rows)
+    work[rows] = flops.get_total_flops(), calls.count
+lessons.measured("06.b", f"{work[1][0] / work[16][0]:g} × and {work[1][1] / work[16][1]:.0f} ×")
+lessons.claim(
+    62,
+    measured=f"16 rows as 1 × 16 and as 16 × 1: {work[16][0]:,} and {work[1][0]:,} FLOPs, the very same, in {work[16][1]:,} and {work[1][1]:,} "
+    f"operations. Accumulation adds no arithmetic; it asks {work[1][1] / work[16][1]:.0f} times as often for pieces of a sixteenth, which is "
+    "slower where a piece no longer fills the machine, and free where it still does",
+    holds=work[16][0] == work[1][0] and work[1][1] > 8 * work[16][1],
+)
 
 # %% [markdown]
 # Half the rows, half the peak, nearly. What remains at 16 × 1 is the gradient of all parameters, which has to be kept between the micro-batches, and one row's activations. The price is time: sixteen small passes use a GPU less well than one large pass. And some things see the micro-batch and not the effective batch, most of all BatchNorm, whose statistics are then those of a few rows. Transformers normalize within a token and do not care.
@@ -107,6 +144,7 @@ def notes_epoch(model, optimizer, batches, accumulation_steps):
 # **Write down your guess:** how large is the last gradient, relative to the true mean gradient of that batch?
 
 # %%
+lessons.guess("06.c", "how large is the last gradient, relative to the true one?")
 torch.manual_seed(1)
 classifier = nn.Sequential(nn.Linear(6, 32), nn.Tanh(), nn.Linear(32, 3)).double()
 batches = [(torch.randn(5, 6, dtype=torch.double), torch.randint(0, 3, (5,))) for _ in range(9)]
@@ -141,6 +179,7 @@ sizes = {name: [(g @ e / (e @ e)).item() for g, e in zip(found, expected, strict
 errors = [((g - e).norm() / e.norm()).item() for g, e in zip(notes, expected, strict=True)]
 print("relative to the true gradient:", {name: np.round(values, 6).tolist() for name, values in sizes.items()})
 print("error of the notes' full batches:", [f"{e:.0e}" for e in errors[:2]])
+lessons.measured("06.c", f"{sizes['notes'][-1]:.3g}")
 
 # %% [markdown]
 # Equal micro-batches are exact. The tail has one micro-batch and is divided by four. Two more things are missing in that epoch loop: it never clips (001's `train_step` does), and it does not clear gradients before the first backward. So whatever was left over from before is in the first update.
@@ -177,6 +216,7 @@ lessons.claim(
 # **Write down your guess:** by what factor does a token of the shortest row weigh too much?
 
 # %%
+lessons.guess("06.d", "by what factor does a token of the shortest row weigh too much?")
 lengths = (2, 4, 8, 16)
 token_losses = torch.rand(sum(lengths), requires_grad=True)
 sum(part.mean() for part in token_losses.split(lengths)).div(4).backward()  # the notes' division
@@ -189,6 +229,7 @@ ax.set_xlabel("weight of a token, its share = 1")
 ax.axvline(1, color="0.3", ls=":", lw=1)
 lessons.show(fig, alt="Weight of one token under the mean of means, where 1 is right: the shortest row weighs 3.75 times too much, "
              "the longest half as much as it should.")
+lessons.measured("06.d", f"{factors[0]:.3g} ×")
 
 # %% [markdown]
 # This is not an academic point. The most used training library had exactly this error until October 2024 (transformers, GitHub issue 34191): accumulating gave another model than the big batch.
@@ -263,6 +304,7 @@ lessons.source(GradientAccumulationTrainer._update)
 # **Write down your guess:** how far apart are the two loss curves after 30 updates?
 
 # %%
+lessons.guess("06.e", "how far apart are the two loss curves after 30 updates?")
 def as_row(line):
     _, question, answer = (message["content"] for message in json.loads(line)["messages"])
     ids = list((question + "\n" + answer + "\n").encode())
@@ -308,6 +350,7 @@ ax.set(xlabel="update", ylabel="loss a character, nats")
 ax.legend()
 lessons.show(fig, alt="Two loss curves over 30 updates, batch 8 at once and 4 times 2 rows, lie on each other.")
 print(f"largest difference of the losses: {np.abs(big - faked).max():.1e}, from {big[0]:.3f} down to {big[-1]:.3f}")
+lessons.measured("06.e", f"{np.abs(big - faked).max():.1e} at most")
 assert np.abs(big - faked).max() < 1e-3
 
 # %% [markdown]
@@ -320,8 +363,10 @@ assert np.abs(big - faked).max() < 1e-3
 # **Write down your guess:** 900 rows, micro-batch 8, 4 accumulation steps, 2 processes, 3 epochs. How many updates? Which part of them is spent in warmup, if the schedule was told the notes' count?
 
 # %%
+lessons.guess("06.f", "how many updates, and which part of them is warmup if the schedule was told the notes' count?")
 epochs, micro, accumulation, processes = 3, 8, 4, 2
 notes_steps = 900 // micro * epochs
+effective = micro * accumulation * processes
 true_steps = optimizer_steps(900, micro, accumulation, processes, epochs)
 print(f"the notes count {notes_steps} steps, there are {true_steps} updates")
 
@@ -354,6 +399,7 @@ ax.set(xlabel="update", ylabel="learning rate, peak = 1", ylim=(0, 1.25))
 ax.legend(loc="upper right")
 lessons.show(fig, alt="Learning rate over the updates that really happen: planned for the right count it rises quickly and falls "
              "to 0; planned for the notes' count most of the run is warmup and it ends near its peak.")
+lessons.measured("06.f", f"{true_steps}, of which {min(1, math.ceil(0.1 * notes_steps) / true_steps):.0%}")
 
 # %% [markdown]
 # With the wrong count the run ends before the decay begins. Such a run does not crash. It only ends with a larger loss than it could have had, and nobody knows why.
@@ -381,8 +427,9 @@ lessons.claim(
     55,
     measured=f"rows / batch × epochs = {notes_steps}, but there are {true_steps} updates, so the warmup takes {warmup_share:.0%} of the "
     f"run and the last learning rate is {told_wrong[-1]:.2f} of the peak. The first update at rate 0 moves weights by "
-    f"{from_zero:g} (the library's by {library:.0e}); from the second update on the two schedules agree",
-    holds=notes_steps == 336 and true_steps == 45 and from_zero == 0 < library and agree and told_wrong[-1] > 0.9,
+    f"{from_zero:g} (the library's by {library:.0e}); from the second update on the two schedules agree. If 003's batch is meant to be "
+    f"the effective one, of {effective} rows, its formula gives {900 / effective * epochs:.1f}, right but for each epoch's last, smaller update",
+    holds=notes_steps == 336 and 900 / effective * epochs < true_steps < 900 / effective * epochs + epochs and true_steps == 45 and from_zero == 0 < library and agree and told_wrong[-1] > 0.9,
 )
 
 # %%
@@ -449,5 +496,7 @@ lessons.check("06.3", rate);
 # - Sum the losses, divide once by the count of all answer tokens. Means of means are wrong for tails and for unequal rows.
 # - Clip the finished gradient, not its parts. Clear gradients before the first micro-batch.
 # - A schedule counts updates: rows / (micro-batch × accumulation × processes), rounded up, times epochs.
+#
+# On a real model: `handtuned finetune --per-device-train-batch-size 1 --gradient-accumulation-steps 8 --lr-scheduler cosine`.
 #
 # So far every parameter is trained. Must it be? [Lesson 07: Why is a low-rank update enough?](07_low_rank_updates.ipynb)

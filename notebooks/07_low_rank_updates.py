@@ -19,7 +19,7 @@
 # sentences of the study documents.
 #
 # You need: a little torch, the words *gradient* and *optimizer*, and for section 7 what a Triton program is
-# (lesson [02](02_writing_a_kernel.ipynb)).
+# (lesson [02](02_writing_a_kernel.ipynb)). There you write LoRA's kernels yourself, forward and backward.
 #
 # The documents: 000 (CS224N lecture 12), 001 (efficient training), 003 (QLoRA diary), 004 (LoRA lesson).
 #
@@ -69,6 +69,7 @@ np.set_printoptions(precision=3, suppress=True)
 # **Write down your guess.** For a 5 × 3 matrix, what shapes have U and V? 000 says that U is n × n and V is m × n.
 
 # %%
+lessons.guess("07.a", "for a 5 × 3 matrix, what shapes have U and V?")
 B = np.array([[1.0], [3.0]])  # (2, 1)
 A = np.array([[2.0, -1.0]])  # (1, 2)
 print(B @ A, "rank", np.linalg.matrix_rank(B @ A))
@@ -97,6 +98,7 @@ except ValueError as error:
     print("with the shapes of 000:", error)
 
 rebuilt = np.abs(U @ Sigma @ Vt - M).max()
+lessons.measured("07.a", f"{U.shape[0]} × {U.shape[1]} and {Vt.shape[1]} × {Vt.shape[0]}")
 claim(
     16,
     f"M is 5 × 3; U is {U.shape[0]} × {U.shape[1]}, V is {Vt.shape[0]} × {Vt.shape[1]}, and U Σ Vᵀ gives M back to "
@@ -147,6 +149,7 @@ print(f"held-out tokens right, old house → new house: pretrained {accuracy(bas
 # if you cut ΔW to rank 8 and leave W alone?
 
 # %%
+lessons.guess("07.b", "cut to rank 8, how many tokens are right: with W cut, with ΔW cut?")
 linears = [name for name, module in base.named_modules() if isinstance(module, nn.Linear) and name != "lm_head"]
 before, after = base.state_dict(), full.state_dict()
 
@@ -204,9 +207,11 @@ show(fig, alt="Left: share of the summed squares held by the first singular valu
      "does not.")  # fmt: skip
 
 at8 = ranks.index(8)
+lessons.measured("07.b", f"{cut_W[at8]:.1%} and {cut_delta[at8]:.1%}, uncut {cut_W[-1]:.1%}")
 claim(
     13,
-    f"held-out tokens right: {cut_W[-1]:.1%} uncut; with every W cut to rank 8 {cut_W[at8]:.1%}, with every ΔW cut to "
+    f"000 first says it right: what has low rank is the increment, 增量矩阵. Its formula then has W = BA. "
+    f"Held-out tokens right: {cut_W[-1]:.1%} uncut; with every W cut to rank 8 {cut_W[at8]:.1%}, with every ΔW cut to "
     f"rank 8 {cut_delta[at8]:.1%}. The product BA stands for ΔW; the weight stays as it is. Nor is it like Q, K and "
     "V, which are three maps of the same input side by side; A and B are one map in two steps.",
     cut_delta[at8] > cut_delta[-1] - 0.02 and cut_W[at8] < cut_W[-1] - 0.05,
@@ -223,6 +228,11 @@ claim(
 # $$y = W x + s\, B (A x), \qquad A \in \mathbb{R}^{r \times in},\; B \in \mathbb{R}^{out \times r},\; s = \alpha / r$$
 #
 # First A takes x down to r numbers, then B takes them up to the output. Here W is 2 × 2 and r is 1.
+
+# %%
+from handtuned.lessons import drawings
+
+drawings.lora_path()
 
 # %%
 W = np.array([[1.0, 2.0], [3.0, 4.0]])
@@ -246,6 +256,7 @@ print("reference:", lora.lora_linear_reference(as_torch[0], as_torch[1], None, a
 # `lora_A` is (r, in) as well.
 
 # %%
+lessons.guess("07.c", "from 5 features to 3 with r = 2, which shapes have A and B?")
 torch.manual_seed(0)
 layer = LoRALinear(nn.Linear(5, 3), rank=2, lora_alpha=4)
 print(layer)
@@ -257,6 +268,7 @@ try:
 except RuntimeError as error:
     text_of_004 = False
     print("004's shapes with its own formula h = (W + BA) x:", error)
+lessons.measured("07.c", f"{tuple(layer.lora_A.shape)} and {tuple(layer.lora_B.shape)}")
 claim(
     15,
     f"lora_A is {tuple(layer.lora_A.shape)}, (r, in), and lora_B is {tuple(layer.lora_B.shape)}, (out, r), as 000, 001 "
@@ -275,6 +287,10 @@ claim(
 # terms that all pull the same way. **Write down your guess**: how does the change grow from r = 4 to r = 64?
 
 # %%
+lessons.guess(
+    "07.d",
+    "from r = 4 to r = 64, how much does the change grow with a factor alpha, with none, with alpha / r?",
+)
 def first_move(r, scale):
     """How far one Adam step moves the output, with ΔW = scale · BA; the mean of 16 draws of A and x."""
     moves = []
@@ -297,6 +313,10 @@ for r in (4, 16, 64):
           f"× alpha/r {first_move(r, alpha / r):.4f}")  # fmt: skip
 growth = {name: first_move(64, of(64)) / first_move(4, of(4)) for name, of in
           (("alpha", lambda r: alpha), ("none", lambda r: 1), ("alpha/r", lambda r: alpha / r))}  # fmt: skip
+lessons.measured(
+    "07.d",
+    ", ".join(f"{value:.1f} ×" for value in (growth["alpha"], growth["none"], growth["alpha/r"])),
+)
 claim(
     14,
     f"from r = 4 to r = 64 the first step grows {growth['alpha']:.1f} × with a factor alpha, {growth['none']:.1f} × "
@@ -319,6 +339,7 @@ claim(
 # **Write down your guess**: at the very first step, which of dA and dB is zero? What if both matrices start at zero?
 
 # %%
+lessons.guess("07.e", "at the first step, is dA or dB zero? And if both matrices start at zero?")
 torch.manual_seed(0)
 x, target = torch.randn(32, 64), torch.randn(32, 64)
 layer = LoRALinear(nn.Linear(64, 64), rank=4)
@@ -334,6 +355,7 @@ for _ in range(10):
     F.mse_loss(dead(x), target).backward()
     optimizer.step()
 moved = dead.delta_weight().abs().max().item()
+lessons.measured("07.e", f"|dA| = {first[0]:g}, |dB| = {first[1]:.3f}; then ΔW stays {moved:g}")
 claim(
     17,
     f"B = 0: the output equals the base layer's bit for bit ({same}); |dA| = {first[0]}, |dB| = {first[1]:.4f}. "
@@ -351,6 +373,7 @@ claim(
 # inputs. **Write down your guess** of how much larger their A is, at in = 768 and r = 8.
 
 # %%
+lessons.guess("07.f", "how many times larger are the A of 000 and of 004?")
 torch.manual_seed(0)
 inputs, r = 768, 8
 usual = nn.init.kaiming_uniform_(torch.empty(r, inputs), a=math.sqrt(5))
@@ -368,6 +391,7 @@ show(fig, alt="Three histograms of A's initial values: the usual one within ±0.
      "wide, that of 004 flat out to ±0.35.")  # fmt: skip
 
 ratio_000, ratio_004 = (of_000.std() / usual.std()).item(), (of_004.std() / usual.std()).item()
+lessons.measured("07.f", f"{ratio_000:.2f} × and {ratio_004:.2f} ×")
 claim(
     18,
     f"`a` is a leaky ReLU's slope, not a size: 000's A has standard deviation {of_000.std():.4f} "
@@ -431,6 +455,7 @@ claim(
 # **Write down your guess**: with p = 0.1 and B still zero, how far is each layer's output from the base model's?
 
 # %%
+lessons.guess("07.g", "how far is the output from the base model's, with dropout on the sum, behind BA, on the input?")
 torch.manual_seed(1)
 p, r, s = 0.1, 4, 2.0
 x, W = torch.randn(4096, 64), torch.randn(64, 64) / 8
@@ -460,6 +485,7 @@ show(fig, alt="Bars for three places of dropout. On the sum the pretrained model
      "start; after BA nearly all noise leaves the span of B; on the input of A both figures are zero.")  # fmt: skip
 
 library = LoRALinear(nn.Linear(64, 64), rank=4, lora_dropout=p).train()
+lessons.measured("07.g", ", ".join(f"{noise_at_start[name]:.1%}" for name in (names[0], names[1], names[2])))
 claim(
     21,
     f"before any training, dropout on the sum disturbs the pretrained output by {noise_at_start[names[0]]:.1%} "
@@ -493,6 +519,7 @@ lessons.check("07.2", lora_forward);
 # tokens through a 4,096 × 4,096 layer at r = 8. (A product of (m × k) and (k × n) is 2·m·k·n FLOPs.)
 
 # %%
+lessons.guess("07.h", "how many times the FLOPs does x (BA)ᵀ take?")
 # Tensors on the "meta" device have shapes but no numbers: enough to count.
 x, A, B = (torch.empty(*size, device="meta") for size in ((2048, 4096), (8, 4096), (4096, 8)))
 
@@ -504,6 +531,7 @@ def flops(function):
 
 
 product_first, two_steps = flops(lambda: x @ (B @ A).t()), flops(lambda: (x @ A.t()) @ B.t())
+lessons.measured("07.h", f"{product_first / two_steps:.0f} ×")
 claim(
     22,
     f"x (BA)ᵀ takes {product_first / 1e9:.1f} GFLOP, (x Aᵀ) Bᵀ {two_steps / 1e9:.2f}: {product_first / two_steps:.0f} × "
@@ -604,6 +632,95 @@ def lora_gradients(x, dy, W, A, B, s):
 lessons.check("07.4", lora_gradients);
 
 # %% [markdown]
+# ## Write it: the fused layer
+#
+# Now the second of the three kernels that this course is about. It takes one idea: the accumulator of x Wᵀ need not start at zero. S is tiny, (M, r), so each program first computes its tile of s S Bᵀ and goes on from there. y is written once, and no other array of its size exists.
+#
+# ## Exercise 07.5: the fused forward pass
+#
+# Write `fused_forward(x, W, S, B, scale, y)`: y (M, N) = x Wᵀ + scale · S Bᵀ in one kernel, for fp32 tensors x (M, K), W (N, K), S (M, r), B (N, r) of *any strides*; y is contiguous. r may be as small as 1, but a side of `tl.dot` has 16 at least: mask what is missing.
+
+# %%
+@triton.jit
+def fused_kernel(
+    x_ptr, w_ptr, s_ptr, b_ptr, y_ptr, scale, M, N, K, R, stride_xm, stride_xk, stride_wn, stride_wk,
+    stride_sm, stride_sr, stride_bn, stride_br, BLOCK: tl.constexpr, BLOCK_R: tl.constexpr,
+):  # fmt: skip
+    pass  # acc = scale * S Bᵀ; then your loop over K; one store
+
+
+def fused_forward(x, W, S, B, scale, y):
+    raise NotImplementedError
+
+
+lessons.check("07.5", fused_forward);
+
+# %% [markdown]
+# ## Exercise 07.6: dS and dB
+#
+# Backward needs dS = s dy B (M, r) and dB = s dyᵀ S (N, r). Each is a product with one short side. Write `up_grads(dy, S, B, scale, dS, dB)`; all are fp32, dS and dB contiguous. One kernel that is launched twice will do, and so will one that makes both. Who adds to dB? If several programs do, without an atomic, the emulator will tell.
+
+# %%
+@triton.jit
+def skinny_kernel(left_ptr, right_ptr, out_ptr, scale, P, Q, R, stride_lp, stride_lq, stride_rq, stride_rr, BLOCK: tl.constexpr, BLOCK_R: tl.constexpr):
+    pass  # out (P, R) = scale · left (P, Q) right (Q, R)
+
+
+def up_grads(dy, S, B, scale, dS, dB):
+    raise NotImplementedError
+
+
+lessons.check("07.6", up_grads);
+
+# %% [markdown]
+# ## Exercise 07.7: a layer of your kernels
+#
+# Wrap them in a `torch.autograd.Function` (lesson [03](03_fp16_training.ipynb) shows its shape). forward: S = x Aᵀ by the skinny kernel, y by the fused one. backward: dS and dB by 07.6; dA = dSᵀ x, skinny again; dx = dy W + dS A, and that is the fused kernel once more, on `W.t()` and `A.t()`. W is frozen: None. The checker lets nothing but kernels compute, and then trains a layer with it.
+
+# %%
+class LoRA(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, W, A, B, scale):
+        raise NotImplementedError
+
+    @staticmethod
+    def backward(ctx, dy):
+        raise NotImplementedError  # return dx, None, dA, dB, None
+
+
+right = lessons.check("07.7", LoRA.apply)
+
+# %% [markdown]
+# ### Train a layer with it
+#
+# A frozen weight lacks an update of rank 2; A and B are to learn it. The loop takes your Function as soon as it is right, the library's `lora_linear` until then.
+
+# %%
+layer = LoRA.apply if right else lambda x, W, A, B, s: lora.lora_linear(x, W, None, A, B, s)
+torch.manual_seed(0)
+x, W = torch.randn(32, 24), torch.randn(20, 24) / 5
+target = x @ (W + torch.randn(20, 2) @ torch.randn(2, 24) / 5).t()
+A, B = nn.Parameter(torch.randn(2, 24) / 5), nn.Parameter(torch.zeros(20, 2))
+optimizer, losses = AdamW([A, B], lr=0.1, weight_decay=0.0), []
+for _ in range(20):
+    loss = F.mse_loss(layer(x, W, A, B, 1.0), target)
+    optimizer.zero_grad()
+    loss.backward()
+    optimizer.step()
+    losses.append(loss.item())
+print(f"{'your kernels' if right else 'the library'}: loss {losses[0]:.3f} → {losses[-1]:.3f}")
+assert losses[-1] < 0.3 * losses[0]
+
+# %% [markdown]
+# **The last rung** is the library's: `lora_product` in `kernels/matmul.py`, `lora_down` and `lora_up_grads` in `kernels/lora_gemms.py`. Beyond yours they compute in 16 bits; make the mask of dropout again from a seed instead of storing it; read dy once for dS *and* dB; split a long sum between programs where there are too few, and add the parts in a fixed order, so that the result is the same to the bit; and take W in four bits (lesson [10](10_qlora.ipynb)). Here is how its accumulator starts:
+
+# %%
+from handtuned.kernels import matmul
+
+source(matmul._low_rank, first="for j in tl.range", last="acc *= scale")
+source(lora._forward)
+
+# %% [markdown]
 # ## 8. How many parameters? And inside SwiGLU?
 #
 # 001 and 003: for a 4,096 × 4,096 layer at r = 8, 65,536 of 16.78 million. 001 also says that LoRA trains "0.1 % of
@@ -613,8 +730,17 @@ lessons.check("07.4", lora_gradients);
 # 003 writes the feed-forward part of a Llama with LoRA on all three projections: gate and up see x, SiLU(gate) · up
 # goes through down. SiLU(z) = z · σ(z) is smooth and, unlike ReLU, a little negative below zero. What is missing
 # from 003's three lines? **Write down your guess**, and the smallest value of SiLU.
+#
+# 003 also says that this block, SwiGLU, does better than one with GELU, ReLU or SiLU, for three reasons: the gate, the
+# product with a second projection, and SiLU itself, smooth and with an answer below zero. **Write down your guess**:
+# which of them do comparisons at equal size bear out?
 
 # %%
+lessons.guess(
+    "07.i",
+    "what share of LLaMA-7B does LoRA train, what is missing in 003's lines, and the smallest value of SiLU?",
+)
+lessons.guess("07.j", "which of 003's reasons for SwiGLU holds: the gate and its product, or SiLU?")
 counts = handtuned.analyze_lora_params(4096, 4096, 8)
 
 llama = shape_of("llama-7b")
@@ -629,7 +755,7 @@ claim(
     28,
     f"one layer: {counts['lora']:,} of {counts['original']:,}, {counts['ratio']:.2f} %, as they say. Of the whole of "
     f"LLaMA-7B: q and v {qv / 1e6:.2f} M ({qv / llama.parameters:.3%}), all linear layers {everything / 1e6:.1f} M "
-    f"({everything / llama.parameters:.2%}). \"0.1 %\" is neither.",
+    f"({everything / llama.parameters:.2%}). The first rounds to the \"0.1 %\" of 001; with all layers it is three times that.",
     counts["lora"] == 65_536 and round(qv / 1e6, 2) == 4.19 and round(everything / 1e6, 1) == 20.0,
 )
 
@@ -652,6 +778,10 @@ def by_hand(scale):
 with_scale, without = ((block(x) - by_hand(scale)).abs().max().item() for scale in (16 / 2, 1.0))
 z = torch.linspace(-5, 5, 100_001)
 lowest = F.silu(z).min().item()
+lessons.measured(
+    "07.i",
+    f"{qv / llama.parameters:.3%} with q and v, {everything / llama.parameters:.2%} with all; alpha / r; {lowest:.3f}",
+)
 claim(
     35,
     f"gate · up with SiLU is right: 003's lines agree with the library's block to {with_scale:.0e} if every BA is "
@@ -660,13 +790,28 @@ claim(
     with_scale < 1e-5 and without > 1e-2 and round(lowest, 3) == -0.278,
 )
 
+gated, plain = 3 * 768 * 2048, 2 * 768 * 3072  # three matrices, two thirds as wide: as many parameters
+lessons.measured("07.j", "by what is published, the gate and its product; nothing here decides it")
+claim(
+    64,
+    f"at two thirds of the width a block with a gate has as many parameters as one without ({gated:,} and {plain:,} at width 768). So compared, "
+    "Shazeer (2020) reports \"better perplexities\" in pretraining and \"better results on many downstream language-understanding tasks\" for "
+    "variants with a gate than for ReLU or GELU. They share the gate, not the SiLU: GEGLU, with GELU in its place, is one of "
+    "them. So of 003's reasons the gate and its product are what the paper bears out. Repeating it takes a pretraining.",
+    gated == plain,
+)
+
 # %% [markdown]
 # ## 9. Does learning BA find what cutting ΔW finds?
 #
 # Back to the house. Section 2 trained all of ΔW and cut it. Now train A and B from the start, at several ranks, with
 # the head and the embeddings frozen. **Write down your guess**: at which rank does LoRA reach full fine-tuning here?
+# And 000 says that the SVD of a finished ΔW is no substitute, as it computes more. **Write down your guess**: how many
+# times the bytes of weights, gradients and moments, and how many times the FLOPs of a step?
 
 # %%
+lessons.guess("07.k", "at which rank does LoRA reach full fine-tuning here?")
+lessons.guess("07.l", "how many times LoRA's bytes, and its FLOPs per step, does a ΔW for the SVD take?")
 swept = (1, 2, 4, 8, 16)
 curves, reached = {}, []
 for r in swept:
@@ -695,6 +840,30 @@ right.minorticks_off()
 right.legend(loc="lower right")
 show(fig, alt="Left: training loss of LoRA at ranks 1, 4 and 16. Right: held-out accuracy against rank, for a learnt "
      "product BA and for a full update cut to rank r, with the level of full fine-tuning.")  # fmt: skip
+lessons.measured(
+    "07.k",
+    f"full {accuracy(full, new_test):.1%}; " + ", ".join(f"r = {r}: {value:.1%}" for r, value in zip(swept, reached, strict=True)),
+)
+
+
+def step_flops(model):
+    tokens, labels = (part[:16] for part in new_house)
+    return flops(lambda: F.cross_entropy(model(tokens).flatten(0, 1), labels.flatten(), ignore_index=-100).backward())
+
+
+low = copy.deepcopy(base)
+apply_lora_to_model(low, rank=4, lora_alpha=8, target_modules="all-linear")
+whole_step, low_step = step_flops(copy.deepcopy(base)), step_flops(low)
+trained = sum(p.numel() for p in base.parameters()), sum(p.numel() for p in lora_parameters(low))
+at4 = swept.index(4)
+lessons.measured("07.l", f"{trained[0] / trained[1]:.0f} × and {whole_step / low_step:.2f} ×")
+claim(
+    65,
+    f"ΔW for the SVD takes full fine-tuning: {16 * trained[0] / 1e6:.2f} MB of weights, gradients and Adam against {16 * trained[1] / 1e6:.2f} for "
+    f"A and B of rank 4, and {whole_step / low_step:.2f} × the FLOPs per step, before the SVD has begun. Cut to rank 4 it is then "
+    f"{cut_delta[at4]:.1%} right, the learnt product {reached[at4]:.1%}.",
+    trained[0] > 10 * trained[1] and whole_step > low_step,
+)
 
 # %% [markdown]
 # One small model and one task prove nothing in general; lesson 08 builds a task where low rank fails. How to choose
@@ -707,5 +876,7 @@ show(fig, alt="Left: training loss of LoRA at ranks 1, 4 and 16. Right: held-out
 # - A (r, in) starts random, B (out, r) starts at zero, the factor is alpha / r, dropout acts on A's input.
 # - Never form BA in the forward pass: two thin products cost hundreds of times less.
 # - The gradient for x still needs W. Only dW falls away.
+#
+# On a real model: `handtuned finetune --method lora`, or every parameter with `--method full`.
 #
 # Next: [08 How does LoRA live in a model?](08_lora_in_a_model.ipynb)

@@ -34,7 +34,7 @@ import torch.nn.functional as F
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from handtuned import lessons
+from handtuned import lessons, memory
 from handtuned.lessons import ACCENT, GREYS, bars, claim, figure, gpu, show, skipped, source
 from handtuned.lessons.house import HOUSE_A, HOUSE_B, House, accuracy, draw, fit, loss_of
 from handtuned.nn import (
@@ -59,6 +59,11 @@ def flops(function):
         function()
     return counter.get_total_flops()
 
+
+# %%
+from handtuned.lessons import drawings
+
+drawings.adapter_life()
 
 # %% [markdown]
 # ## 1. A base model and two houses
@@ -90,6 +95,10 @@ print({name: f"{accuracy(base, rows):.1%}" for name, rows in testing.items()})
 # changes without being part of the adapter, so that a saved adapter no longer fits the base that everybody else has.
 
 # %%
+lessons.guess(
+    "08.a",
+    "how many parameters will the optimizer get from the notes' function, and what does a second run do?",
+)
 class NotesLinear(nn.Module):
     """001's LoRALinear."""
 
@@ -134,6 +143,10 @@ caught = [name for name, module in notes_apply(copy.deepcopy(odd), ("o_proj",)).
 strict = [name for name, module in apply_lora_to_model(copy.deepcopy(odd), 2, target_modules=["o_proj"]).items()
           if isinstance(module, LoRALinear)]  # fmt: skip
 print("target o_proj selects: 001", caught, "| library", strict)
+lessons.measured(
+    "08.a",
+    f"{trainable(notes_apply(copy.deepcopy(base))):,}, the adapter has {trainable(ours):,}; a second run nests",
+)
 claim(
     25,
     f"001's function leaves {trainable(notes_apply(copy.deepcopy(base))):,} parameters trainable where the adapter has "
@@ -177,6 +190,7 @@ lessons.check("08.1", select);
 # If W were skipped, dx would be missing all that W carries.
 
 # %%
+lessons.guess("08.b", "which share of the FLOPs of a full step does LoRA save?")
 W = torch.tensor([[1.0, 2.0], [3.0, 4.0]])
 dy = torch.tensor([1.0, 0.0])
 A, B = torch.tensor([[0.1, 0.0]]), torch.tensor([[0.0], [0.2]])
@@ -205,6 +219,7 @@ inner, last = two[1](two[0](x)), two[2]
 cut = last.base_layer(inner.detach()) + last.scaling * (inner @ last.lora_A.t()) @ last.lora_B.t()
 cut.square().sum().backward()
 off = ((two[0].lora_A.grad - true_gradient).norm() / true_gradient.norm()).item()
+lessons.measured("08.b", f"{1 - lora_step / full_step:.1%}")
 claim(
     33,
     f"a LoRA step takes {lora_step / full_step:.3f} of the FLOPs of a full one: dW falls away, dx = dy·W does not. If "
@@ -222,6 +237,7 @@ claim(
 # what does forward return after merging?
 
 # %%
+lessons.guess("08.c", "what does forward return after merging?")
 class NotesLayer(nn.Module):
     """001's LoRALayer."""
 
@@ -252,6 +268,7 @@ for layer in (NotesLayer(64, 32, rank=4), LoRALayer(64, 32, rank=4)):
     layer.merge_weights()
     added_twice[name] = ((layer(x) - before).norm() / update.norm()).item()
 print("largest output of a new layer:", fresh)
+lessons.measured("08.c", f"off by {added_twice['001']:.2f} of ΔW·x: it is added twice")
 claim(
     23,
     f"a new layer of 001 answers 0 to everything (its frozen weight is zero). After merge_weights its output is off by "
@@ -267,6 +284,7 @@ claim(
 # and which dtype should win?
 
 # %%
+lessons.guess("08.d", "an fp32 adapter on a bf16 base: what happens, and which dtype should win?")
 torch.manual_seed(0)
 linear = nn.Linear(64, 32)
 theirs, ours = NotesLinear(linear, rank=4), LoRALinear(copy.deepcopy(linear), rank=4)
@@ -283,6 +301,7 @@ except RuntimeError as error:
 print("001 on a bf16 base:", message)
 answer = LoRALinear(copy.deepcopy(linear).bfloat16(), rank=4)(x.bfloat16())
 print("library on a bf16 base:", answer.dtype, "with adapters in fp32")
+lessons.measured("08.d", f"an error in 001; the library answers in {answer.dtype}")
 claim(
     24,
     f"on an fp32 base 001's LoRALinear and the library's differ by {difference:.0e}. On a bf16 base 001's raises an "
@@ -299,6 +318,7 @@ claim(
 # it would add ΔW twice. So while merged, the library's layer still gives the original weight; a test holds it to that.)
 
 # %%
+lessons.guess("08.e", "FLOPs beside the base's: with the adapter beside it, and merged?")
 torch.manual_seed(0)
 adapted = apply_lora_to_model(copy.deepcopy(base), rank=8, target_modules="all-linear")
 for layer in (module for module in adapted.modules() if isinstance(module, LoRALinear)):
@@ -313,6 +333,10 @@ with torch.no_grad():
     unmerge_lora(adapted)
     restored = torch.equal(adapted(tokens), unmerged_logits)
 print(cost, f"| merging changes logits by {moved:.0e}, unmerging restores every bit: {restored}")
+lessons.measured(
+    "08.e",
+    f"{cost['adapter beside'] / cost['base'] - 1:+.1%} and {cost['merged'] / cost['base'] - 1:+.1%}",
+)
 claim(
     27,
     f"beside the weights the adapter costs {cost['adapter beside'] / cost['base'] - 1:.1%} more FLOPs here (layers of "
@@ -327,6 +351,7 @@ claim(
 # has moved after 100 rounds, each of which goes to one task and to the other and back, in fp16 and in bf16.
 
 # %%
+lessons.guess("08.f", "how far has W moved after 100 rounds, in fp16 and in bf16?")
 torch.manual_seed(0)
 exact = torch.randn(256, 256) * 0.02  # weights of a usual size
 updates = [(torch.randn(256, 8) @ torch.randn(8, 256)) * 0.02 / 8**0.5 * 0.1 for _ in range(2)]  # 10 % of W each
@@ -362,6 +387,7 @@ ax.set(xlabel="rounds of two swaps", ylabel="distance from W, %", ylim=(0, None)
 ax.legend(loc="center right")
 show(fig, alt="Distance of the weight from where it began, in per cent, over 100 rounds of adding and subtracting: "
      "it grows for bf16 and fp16 and stays near zero for fp32.")  # fmt: skip
+lessons.measured("08.f", f"{courses['fp16'][-1]:.2%} and {courses['bf16'][-1]:.2%}")
 claim(
     26,
     f"after 100 rounds W has moved by {courses['fp16'][-1]:.2%} in fp16, {courses['bf16'][-1]:.2%} in bf16 and "
@@ -425,6 +451,7 @@ for name in "AB":
 # does adapter A do in house B, and in the language the base was trained on? And the sum of both adapters?
 
 # %%
+lessons.guess("08.g", "how well does adapter A do in house B, in the old language? And the sum of both, in house A?")
 add_weighted_adapter(shared, ["A", "B"], [1.0, 1.0], "sum", combination_type="cat")
 table = {"no adapter": {name: accuracy(base, rows) for name, rows in testing.items()}}
 for adapter in ("A", "B", "sum"):
@@ -445,6 +472,10 @@ ax.set_title("held-out tokens right; bold: best for this house")
 show(fig, alt="A table of accuracies: no adapter, adapter A, adapter B and their sum against the shipped language, "
      "house A and house B. Each adapter is best in its own house and no help elsewhere.")  # fmt: skip
 
+lessons.measured(
+    "08.g",
+    f"{table['adapter A']['house B']:.1%}, {table['adapter A']['as shipped']:.1%}, {table['adapter sum']['house A']:.1%}",
+)
 claim(
     56,
     f"adapter A: house A {table['adapter A']['house A']:.1%}, house B {table['adapter A']['house B']:.1%}, the old "
@@ -501,6 +532,7 @@ lessons.check("08.3", forward_rows);
 # order, including Q, K, V and O together at rank 2.
 
 # %%
+lessons.guess("08.h", "the order of q, k, v, o, qk, qv, qkvo, from the worst?")
 PAPER = {  # Hu et al. 2021, table 5: rank, WikiSQL, MNLI (validation accuracy)
     "q": (8, 70.4, 91.0), "k": (8, 70.0, 90.8), "v": (8, 73.0, 91.0), "o": (8, 73.2, 91.3),
     "qk": (4, 71.4, 91.3), "qv": (4, 73.7, 91.3), "qkvo": (2, 73.7, 91.7),
@@ -520,14 +552,15 @@ for name, (rank, *_) in PAPER.items():
 fig, (left, right) = figure(7.5, 2.6, columns=2)
 labels = [f"{name.upper()}, r = {rank}" for name, (rank, *_) in PAPER.items()]
 for ax, values, title in (
-    (left, [wikisql for _, wikisql, _ in PAPER.values()], "GPT-3 on WikiSQL, % (quoted; axis cut)"),
-    (right, [100 * value for value in reached.values()], "our miniature in house A, % (axis cut)"),
+    (left, [wikisql for _, wikisql, _ in PAPER.values()], "GPT-3 on WikiSQL, % (quoted)"),
+    (right, [100 * value for value in reached.values()], "our miniature in house A, %"),
 ):
-    bars(ax, labels, values, accent=5, form="{:.1f}")
-    ax.set(title=title, xlim=(min(values) - 3, max(values) + 1.5))
-right.set_yticks([])
-show(fig, alt="Two bar charts over seven choices of layers at equal budget: the LoRA paper's WikiSQL accuracies, in "
+    lessons.dots(ax, labels, values, accent=5, form="{:.1f}")
+    ax.set_title(title)
+right.set_yticklabels([])
+show(fig, alt="Two rows of dots over seven choices of layers at equal budget: the LoRA paper's WikiSQL accuracies, in "
      "which V and O do better than Q and K, and the same experiment with our small model.")  # fmt: skip
+lessons.measured("08.h", ", ".join(sorted(reached, key=reached.get)) + " in our miniature")
 claim(
     29,
     f"quoted: Q+V {PAPER['qv'][1:]}, all four at rank 2 {PAPER['qkvo'][1:]}, at equal budgets of "
@@ -549,8 +582,13 @@ claim(
 # 004 quotes section 4.2 of the paper: memory in training from 1.2 TB to 350 GB, "up to 2/3"; checkpoints from 350 GB
 # to 35 MB, "10,000 times"; "25 % faster". No one here has a GPT-3, but the arithmetic can be done. **Write down your
 # guess**: with which bytes per parameter do 1.2 TB and 2/3 come out?
+#
+# It also tells of Alpaca, a LLaMA-7B: three hours on 8 A100s in full, five on a single RTX 4090 with LoRA. **Write down
+# your guess**: how many GB are its states in full fine-tuning, and its peak with LoRA?
 
 # %%
+lessons.guess("08.i", "with which bytes per parameter does 1.2 TB come out?")
+lessons.guess("08.j", "LLaMA-7B: how many GB of states in full fine-tuning, how many at the peak with LoRA?")
 N = 175e9
 frozen = 2 * N  # fp16 weights, all that is left of the base
 counted = {
@@ -561,6 +599,7 @@ counted = {
 for name, per in counted.items():
     print(f"{name:34} {per * N / 1e12:.2f} TB; LoRA keeps {frozen / 1e9:.0f} GB of it, saves {1 - frozen / (per * N):.0%}")
 per_parameter = 1.2e12 / N
+lessons.measured("08.i", f"{per_parameter:.1f}")
 claim(
     31,
     f"1.2 TB is {per_parameter:.1f} bytes per parameter, 350 GB is exactly the fp16 weights. \"Up to 2/3\" fits weights "
@@ -568,6 +607,17 @@ claim(
     f"{1 - frozen / (16 * N):.0%}. What goes is optimizer state and gradients; weights and activations stay. (Hu et al. "
     "2021, section 4.2; how they counted is not said.)",
     frozen == 350e9 and abs(1 - frozen / (6 * N) - 2 / 3) < 1e-9 and 6 < per_parameter < 8,
+)
+
+alpaca, on_one = 8 * 3, 1 * 5  # GPU hours
+full_7b, lora_7b = (memory.estimate("llama-7b", method, "bfloat16", batch=1, seq=512, checkpoint=True) for method in ("full", "lora"))
+lessons.measured("08.j", f"{full_7b.states / 1e9:.0f} GB and {lora_7b.peak / 1e9:.1f} GB")
+claim(
+    67,
+    f"{alpaca} against {on_one} GPU hours, as 004 quotes them; we have neither card. What can be counted is why one card is "
+    f"enough: LLaMA-7B takes {full_7b.states / 1e9:.0f} GB of states in full fine-tuning, which even one A100 of 80 GB does not hold, and "
+    f"{lora_7b.peak / 1e9:.1f} GB at its peak with LoRA, which a 4090 of 24 GB does. Whether the models are equal no count says.",
+    full_7b.states > 80e9 and lora_7b.peak < 24e9,
 )
 
 adapter = GPT3_LAYERS * 2 * 2 * GPT3_WIDTH * 4  # q and v, r = 4
@@ -592,6 +642,7 @@ claim(
 # **Write down your guess** of d, for a model with this many parameters, and whether there is a task without one.
 
 # %%
+lessons.guess("08.k", "which d is enough?")
 names, shapes = zip(*((name, p.shape) for name, p in base.named_parameters()), strict=True)
 start = torch.cat([p.detach().flatten() for p in base.parameters()])
 draws = torch.Generator().manual_seed(3)
@@ -629,6 +680,10 @@ by_dimension = [accuracy(fit_subspace(d, training["house A"]), testing["house A"
 goal = untrained + 0.9 * (ceiling - untrained)
 print(f"{start.numel():,} parameters: {untrained:.1%} → {ceiling:.1%}; 90 % of the gain is {goal:.1%}")
 print({d: f"{value:.1%}" for d, value in zip(dimensions, by_dimension, strict=True)})
+lessons.measured(
+    "08.k",
+    ", ".join(f"d = {d}: {value:.1%}" for d, value in zip(dimensions, by_dimension, strict=True)) + f"; the goal is {goal:.1%}",
+)
 
 # %% [markdown]
 # And now a task made against it. One linear layer has to learn a ΔW that is planted: once of rank 4, once with all
@@ -658,9 +713,14 @@ for name, delta in planted.items():
 
 fig, (left, right) = figure(7.5, 2.4, columns=2)
 left.plot(dimensions, by_dimension, color=ACCENT, linestyle="-", marker="o")
-for height, text in ((untrained, "base"), (ceiling, "all parameters"), (goal, "90 % of the gain")):
+for height, text, at, side, end in (
+    (untrained, "base", dimensions[-1], "bottom", "right"),
+    (ceiling, "all parameters", dimensions[0], "bottom", "left"),
+    (goal, "90 % of the gain", dimensions[0], "top", "left"),
+):
     left.axhline(height, color=GREYS[1], linewidth=0.8, linestyle=":")
-    left.text(dimensions[0], height, text, va="bottom", color=GREYS[1], fontsize=8)
+    left.text(at, height, text, va=side, ha=end, color=GREYS[1], fontsize=8)
+left.margins(y=0.12)
 left.set(xscale="log", xlabel=f"random directions trained, of {start.numel():,}", ylabel="held-out tokens right")
 bars(right, ["planted rank 4", "  best of rank 8", "planted full rank", "  best of rank 8"],
      [100 * v for pair in zip(left_over.values(), bound.values(), strict=True) for v in pair], "%", accent=2, form="{:.1f}")  # fmt: skip
@@ -693,5 +753,7 @@ else:
 # - Merged, an adapter is free. A merged layer must know that it is merged, and must keep the original to go back.
 # - Switch by exchanging A and B. Within one batch each row can have its own.
 # - Published figures are worth recomputing: budgets, bytes and percentages tell how they were counted.
+#
+# On a real model: `handtuned finetune --method lora --target-modules q_proj v_proj`, then `handtuned merge --adapter handtuned-out/run-1 --out merged`.
 #
 # Next: [09 How do 4 bits hold a weight?](09_four_bits.ipynb)

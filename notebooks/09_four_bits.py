@@ -80,6 +80,7 @@ def relative_error(got, want):
 # **Write down your guess**: which code must the smallest weight get, and which the largest?
 
 # %%
+lessons.guess("09.a", "which codes do the smallest and the largest weight get?")
 W = np.array([0.123, -0.456, 0.789, -0.234], dtype=np.float32)
 scale = (W.max() - W.min()) / 15
 zero_point = W.min()  # "the zero point", in 003's formula: the value that code 0 stands for
@@ -89,6 +90,7 @@ print(f"scale {scale:.3f}, zero point {zero_point:.3f}, codes {codes.tolist()}, 
 q = quantize_affine(torch.from_numpy(W), bits=4, group_size=4)
 nf4_of_W = quantize_nf4(torch.from_numpy(W), double_quant=False)
 print("library:", q.codes.tolist(), f"scale {q.scale.item():.3f}", "| NF4 keeps one constant per block:", nf4_of_W.absmax)
+lessons.measured("09.a", f"{codes.min()} and {codes.max()}")
 claim(
     50,
     f"scale {scale:.3f} is right and so is the range 0 to 15, but 003's own formula gives {codes.tolist()}: the smallest "
@@ -159,6 +161,12 @@ lessons.check("09.2", pack);
 # %%
 source(normal_quantile_levels, first="outermost, half")
 derived = normal_quantile_levels()
+torch.manual_seed(0)
+blocks = torch.randn(1 << 14, 64)
+nearest = (blocks / blocks.abs().amax(1, keepdim=True)).view(-1, 1).sub(NF4_CODE).abs().argmin(1)
+used = nearest.bincount(minlength=16) / nearest.numel()
+print(f"equally likely places, but not equally used: the largest weight of a block, not a fixed quantile, becomes ±1. On normal weights a level\n"
+      f"gets {used.min():.1%} to {used.max():.1%} of the codes, which then carry {-(used * used.log2()).sum():.2f} of their 4 bits")
 print("equal to NF4_CODE, bit for bit:", torch.equal(derived, NF4_CODE))
 
 # %%
@@ -218,6 +226,7 @@ show(fig, alt="Left: the bits of one packed byte with two codes, of one 8-bit sc
 # section 1). **Write down your guess** of the order on normally distributed weights, and on uniform ones.
 
 # %%
+lessons.guess("09.b", "the order of the errors on normal weights, and on uniform ones, from the best?")
 def absmax_int4(x, block=64):
     blocks = x.view(-1, block)
     step = blocks.abs().amax(1, keepdim=True) / 7
@@ -243,6 +252,10 @@ print(f"{'':10}" + "".join(f"{scheme:>14}" for scheme in SCHEMES))
 print(f"{'bits':10}" + "".join(f"{BITS[scheme]:14.1f}" for scheme in SCHEMES))
 for name, row in error.items():
     print(f"{name:10}" + "".join(f"{value:14.4f}" for value in row.values()))
+lessons.measured(
+    "09.b",
+    "; ".join(f"{name}: " + ", ".join(sorted(error[name], key=error[name].get)) for name in ("normal", "uniform")),
+)
 
 # %% [markdown]
 # Read the rows together with the bits. On normal weights affine is a little better than NF4, but it pays for a second
@@ -296,6 +309,7 @@ claim(
 # values. The map is a small float format of its own: fine near zero, where centred scales crowd.
 
 # %%
+lessons.guess("09.c", "every scale off by 5 %: by how much are the weights off?")
 scales = torch.tensor([0.050, 0.062, 0.048, 0.056])
 centred = scales - scales.mean()
 largest = centred.abs().max()
@@ -317,6 +331,7 @@ for off in (0.0, 0.005, 0.02, 0.05, 0.1):
 for off, (alone, total) in shaken.items():
     print(f"scales off by {off:5.1%}: weights move by {alone:.4f}, total error {total:.4f}, "
           f"√(NF4² + scale²) = {np.hypot(with_single, off):.4f}")  # fmt: skip
+lessons.measured("09.c", f"{shaken[0.05][0]:.1%}")
 claim(
     52,
     f"nothing shrinks it: scales off by 5 % put weights off by {shaken[0.05][0]:.1%}. But double quantization puts "
@@ -404,6 +419,60 @@ def dequantize(packed, absmax, levels, out, block_size):
 
 lessons.check("09.3", dequantize);
 
+# %% [markdown]
+# ## Exercise 09.4: dequantize with double quantization
+#
+# This is the third kernel that the course is about. The scales come as 8-bit codes themselves, and are decoded in the kernel, never written out (section 4):
+#
+# $$\\mathrm{scale}_j = \\mathrm{table}[c_j] \\cdot \\mathrm{constant}[\\lfloor j / \\mathit{nested\\_block} \\rfloor] + \\mathrm{offset}$$
+#
+# Write `dequantize_nested(packed, codes, constants, table, offset, levels, out, block_size, nested_block)`: `codes` is uint8, one for each block; `table` holds 256 fp32 values; `offset` has one element.
+
+# %%
+@triton.jit
+def nested_kernel(packed_ptr, codes_ptr, constants_ptr, table_ptr, offset_ptr, levels_ptr, out_ptr, N, block_size, nested_block, BLOCK: tl.constexpr):
+    pass  # 09.3's kernel; only where the scale comes from is new
+
+
+def dequantize_nested(packed, codes, constants, table, offset, levels, out, block_size, nested_block):
+    raise NotImplementedError
+
+
+lessons.check("09.4", dequantize_nested);
+
+# %% [markdown]
+# ## Exercise 09.5: quantize
+#
+# And back. Write `quantize(x, levels, packed, absmax, block_size)` for a vector x of fp32 numbers: absmax (one for each block) and packed codes, the nearest level for each. An odd count is filled up with code 7, and a block of zeros has absmax 0 and codes 7. Two codes share a byte: who writes it? Two programs that each fill a nibble would race.
+
+# %%
+@triton.jit
+def quantize_kernel(x_ptr, levels_ptr, packed_ptr, absmax_ptr, N, BLOCK_SIZE: tl.constexpr, HALF: tl.constexpr):
+    pass  # one block: the largest magnitude, a count of borders for each value, two codes a byte
+
+
+def quantize(x, levels, packed, absmax, block_size):
+    raise NotImplementedError
+
+
+lessons.check("09.5", quantize);
+
+# %% [markdown]
+# **The last rung.** The library's kernels compute the same, to the bit. Beyond yours, dequantize writes 16 bytes a thread and looks codes up in 16 banks of shared memory that never collide (section 7, and 02.8); quantize searches no 15 borders: 32 cells hold one border at most, so two look-ups replace the search; it takes its maximum over the *bits*, so that NaN cannot hide. What that is worth, counted in the emulator on 65,536 values:
+
+# %%
+from handtuned.kernels import nf4_quantize as library
+
+values = torch.randn(65536)
+with lessons.emulated("A100") as emulated:
+    packed, absmax = library.nf4_quantize(values, 64)
+    nf4.nf4_dequantize(nf4.NF4Weight(packed, absmax, values.shape, torch.float32, 64), torch.float16)
+for launch in emulated.launches:
+    counters = launch.counters
+    print(f"{launch.name:16} {32 * counters.warp_instructions / values.numel():5.1f} instructions per value, "
+          f"{counters.shared.per_request:.2f} wavefronts per request of shared memory, "
+          f"{(counters.dram_read_bytes + counters.dram_written_bytes) / values.numel():.3f} bytes per value")  # fmt: skip
+
 # %%
 if gpu():
     from handtuned.harness import compare
@@ -427,6 +496,7 @@ else:
 # matrix is a planted update of rank 8?
 
 # %%
+lessons.guess("09.d", "how far off are NF4, PQ and low rank: on normal numbers, and on an update of rank 8?")
 def k_means(points, entries, rounds=20, seed=0):
     """A codebook (entries, dim) for points (n, dim), by Lloyd's algorithm."""
     draws = torch.Generator().manual_seed(seed)
@@ -472,6 +542,10 @@ for name, matrix in matrices.items():
     }
     print(f"{name:14} NF4 {distance[name]['NF4']:.4f} ({stored.nbytes:,} B)   PQ {distance[name]['PQ']:.4f} "
           f"({pq_bytes:,.0f} B)   rank {rank} {distance[name]['SVD']:.2g} ({4 * rank * 512:,} B)")  # fmt: skip
+lessons.measured(
+    "09.d",
+    "; ".join(f"{name}: " + ", ".join(f"{way} {value:.2g}" for way, value in row.items()) for name, row in distance.items()),
+)
 
 # %% [markdown]
 # Look at the codebooks. PQ's 256 entries for pairs of weights lie where pairs are. NF4 codes each number of a pair for
@@ -521,5 +595,7 @@ claim(
 # - NF4's levels are quantiles of the normal distribution. For normal weights with one constant per block they win.
 # - Errors of scales are not shrunk. They are small, and they add as squares.
 # - Decoding is limited by memory; the kernel reads half a byte and writes two or four.
+#
+# On a real model: `handtuned finetune` packs all linear layers into NF4 with double quantization first, and says what that saves.
 #
 # Next: [10 How does QLoRA train through 4 bits?](10_qlora.ipynb)

@@ -87,6 +87,7 @@ print("dx = Ŵᵀdy =", W_hat.T @ dy)
 # forward and backward, and how much memory is that for a model of ten such layers?
 
 # %%
+lessons.guess("10.a", "how many MB does autograd keep beside the codes for ten layers: dense, and dequantized twice?")
 WIDTH, LAYERS = 512, 10
 torch.manual_seed(0)
 dense_layers = [nn.Linear(WIDTH, WIDTH, bias=False) for _ in range(LAYERS)]
@@ -125,6 +126,7 @@ ax.set(xlabel="forward … backward", ylabel="MB of live tensors", xticks=[])
 ax.legend()
 show(fig, alt="Live memory over forward and backward of ten layers. With plain autograd it climbs to ten dense weights "
      "and falls again; with NF4Linear it stays near zero.")  # fmt: skip
+lessons.measured("10.a", " and ".join(f"{course.added / 1e6:.2f} MB" for course in courses.values()))
 
 # %% [markdown]
 # Plain autograd keeps every dense weight, because each is needed for its dx. So four bits on disk become 32 bits in
@@ -135,7 +137,7 @@ show(fig, alt="Live memory over forward and backward of ten layers. With plain a
 # of activations. Its backward is a few lines, because the operation is its own gradient with W transposed:
 
 # %%
-source(nf4_linear_module._NF4Linear)
+source(nf4_linear_module.NF4Product)
 layer = NF4Linear.from_linear(nn.Linear(96, 64))
 x, dy = torch.randn(5, 96, requires_grad=True), torch.randn(5, 64)
 layer(x).backward(dy)
@@ -165,6 +167,7 @@ lessons.check("10.1", nf4_product);
 # constants does the second level need, at one for 256 scales?
 
 # %%
+lessons.guess("10.b", "how many constants does the second level need?")
 def scale_bytes(weights, double_quant):
     """Bytes of scales: fp32, or codes, fp32 constants and one fp32 mean."""
     scales = -(-weights // 64)
@@ -179,6 +182,7 @@ N = 1_500_000_000
 single, double = scale_bytes(N, False), scale_bytes(N, True)
 constants = -(-(N // 64) // 256)
 saved = single - double
+lessons.measured("10.b", f"{constants:,}")
 claim(
     51,
     f"{N // 64 / 1e6:.2f} M scales, {single / 1e6:.2f} MB as fp32: right. The second level has {constants:,} constants, "
@@ -200,6 +204,7 @@ claim(
 # it trained?
 
 # %%
+lessons.guess("10.c", "what is missing? Name all parts of what QLoRA keeps.")
 QWEN = shape_of("qwen2.5-1.5b")
 full = memory.estimate(QWEN, "full", "bfloat16", batch=1, seq=512)
 qlora = memory.estimate(QWEN, "qlora", "bfloat16", batch=1, seq=512, lora_r=8)
@@ -207,6 +212,7 @@ print(f"{QWEN.name}: {QWEN.parameters / 1e9:.3f} G parameters, of which embeddin
 for name, breakdown in (("full", full), ("QLoRA", qlora)):
     parts = {part: f"{breakdown[part] / 1e9:.3f}" for part in breakdown.STATES if breakdown[part]}
     print(f"{name:6} {breakdown.states / 1e9:6.2f} GB:", ", ".join(f"{part} {size}" for part, size in parts.items()))
+lessons.measured("10.c", ", ".join(part for part in qlora.STATES if qlora[part]))
 
 # %%
 linear = QWEN.layers * sum(out * into for out, into in QWEN.linears.values())
@@ -256,16 +262,19 @@ lessons.check("10.2", qlora_bytes);
 # billion parameters, from section 3.
 
 # %%
+lessons.guess("10.d", "how many GB does double quantization save at 65 billion parameters?")
 bits_saved = 8 * (scale_bytes(1 << 34, False) - scale_bytes(1 << 34, True)) / (1 << 34)
 saved_65 = bits_saved / 8 * 65e9
 llama = memory.estimate("llama-65b", "qlora", "bfloat16", batch=1, seq=512, lora_r=64)
 print(f"LLaMA-65B in NF4 with double quantization, r = 64 on all projections: states {llama.states / 1e9:.1f} GB")
+lessons.measured("10.d", f"{saved_65 / 1e9:.2f} GB")
 claim(
     54,
     f"780 = 65 × {780 / 65:.0f}: 12 bytes per parameter again. Double quantization saves {bits_saved:.3f} bit per parameter, "
     f"{saved_65 / 1e9:.2f} GB, not 48 − 41 = 7. The paper itself says \"about 0.37 bits per parameter (approximately 3 GB "
-    "for a 65B model)\" and \"from >780 GB to <48 GB\" (Dettmers et al. 2023, sections 1 and 3); a table with these "
-    f"rows, BBH and 41 GB is not in it. Our count of the states at r = 64: {llama.states / 1e9:.1f} GB.",
+    "for a 65B model)\" and \"from >780 GB to <48 GB\" (Dettmers et al. 2023, sections 1 and 3). Two of the table's figures are "
+    "in it, elsewhere and for other things: 63.4 is the MMLU of LLaMA 65B with no tuning at all (table 5), and 41 GB the size of "
+    f"Guanaco 65B. The rows and BBH are not. Our count of the states at r = 64: {llama.states / 1e9:.1f} GB.",
     780 == 65 * 12 and round(saved_65 / 1e9, 2) == 3.03,
 )
 
@@ -280,6 +289,7 @@ claim(
 # LoRA?
 
 # %%
+lessons.guess("10.e", "how many held-out tokens does the base lose to NF4, in points?")
 source(House.new_model)
 source(accuracy)
 
@@ -290,6 +300,7 @@ base = house.new_model()
 fit(base, old_house, 200, 3e-3)
 in_nf4 = quantize_model(copy.deepcopy(base))
 print(f"old house, held out: fp32 base {accuracy(base, old_test):.2%}, NF4 base {accuracy(in_nf4, old_test):.2%}")
+lessons.measured("10.e", f"{100 * (accuracy(base, old_test) - accuracy(in_nf4, old_test)):.2f}")
 
 # %%
 runs = {}
@@ -327,6 +338,7 @@ show(fig, alt="Three training curves that lie nearly on top of each other: LoRA 
 # stand far apart, and a trained ΔW is small. **Write down your guess**: what happens to these codes?
 
 # %%
+lessons.guess("10.f", "what happens to these codes?")
 row = torch.tensor([0.123, -0.456, 0.789, -0.234])
 q = quantize_nf4(row, double_quant=False)
 delta = torch.tensor([0.01, -0.008, 0.0, 0.012])
@@ -336,6 +348,7 @@ print("ΔW             ", delta.numpy())
 print("after the merge", again.dequantize().numpy().round(3), "  codes unchanged:", torch.equal(q.packed, again.packed))
 gaps = (NF4_CODE[1:] - NF4_CODE[:-1]) * row.abs().max()
 print("gaps between levels:", gaps.numpy().round(3))
+lessons.measured("10.f", "unchanged" if torch.equal(q.packed, again.packed) else "changed")
 
 # %% [markdown]
 # Every code falls back to where it was: ΔW is rounded away. Only the largest weight of a block is free to move, for it
@@ -345,6 +358,7 @@ print("gaps between levels:", gaps.numpy().round(3))
 # 5·10⁻³ makes large updates; the cell also trains with 003's 2·10⁻⁴.
 
 # %%
+lessons.guess("10.g", "the error over ‖ΔW‖ at 2 % of ‖W‖, and at 20 %?")
 errors = merge_errors(trained)
 print(errors)
 path, layer = next((path, layer) for path, layer in lora_layers(trained) if path.endswith("q_proj"))
@@ -394,6 +408,7 @@ for rate, model in (("5e-3", trained), ("2e-4", gentle)):
     print(f"lr {rate}: ‖ΔW‖ / ‖W‖ {np.median(parts):5.1%}, error of merging {by_layer.median('nf4, requantize'):4.0%} of ‖ΔW‖; "
           f"held out: base {accuracy(in_nf4, new_test):.1%}, adapter beside {accuracy(model, new_test):.1%}, "
           f"merged into NF4 {accuracy(merged, new_test):.1%}")  # fmt: skip
+lessons.measured("10.g", f"{lost[sizes.index(0.02)]:.2f} and {lost[sizes.index(0.2)]:.2f}")
 assert lost[sizes.index(0.02)] > 1 > 0.05 > errors.median("bfloat16") and lost[-1] < 0.5
 
 # %% [markdown]
@@ -413,6 +428,30 @@ def merge_error(q, delta):
 
 
 lessons.check("10.3", merge_error);
+
+# %% [markdown]
+# ## Exercise 10.4: a QLoRA layer of your own kernels
+#
+# The last exercise of the ladder: bring your kernels of lessons [07](07_low_rank_updates.ipynb) (07.5, 07.6, 07.7) and
+# [09](09_four_bits.ipynb) (09.4), and write `QLoRA`, the Function of 07.7 with a W that lies in NF4. forward dequantizes it,
+# multiplies, and lets it go; backward dequantizes it a second time. (A cell that begins with `%%writefile my_kernels.py`
+# keeps kernels in a file, from which any lesson imports them.)
+#
+# q is an `NF4Tensor`: `q.packed`, the scales' codes `q.absmax`, `constants, table, offset, nested_block = q.nested`,
+# `q.shape`, `q.block_size`. The levels are `NF4_CODE`. The checker counts the bytes that stay, and trains a layer.
+
+# %%
+class QLoRA(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, q, A, B, scale):
+        raise NotImplementedError
+
+    @staticmethod
+    def backward(ctx, dy):
+        raise NotImplementedError  # return dx, None, dA, dB, None
+
+
+lessons.check("10.4", QLoRA.apply);
 
 # %% [markdown]
 # ## 8. One row at a time: the kernel
@@ -526,5 +565,7 @@ else:
 # - QLoRA's states for a 1.5B model are some 1.3 GB: count scales, 16-bit embeddings and the adapters' gradients too.
 # - Double quantization saves 0.37 bit per parameter, no more.
 # - A usual ΔW is smaller than the gaps between NF4 levels, and merging into NF4 rounds it away. Keep it beside the codes, or merge into 16 bits.
+#
+# On a real model: `handtuned finetune --method qlora`.
 #
 # Next: [11 How do many machines share one model?](11_many_machines.ipynb)

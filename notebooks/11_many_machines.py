@@ -61,6 +61,7 @@ GB = 10**9
 # **Write down your guess:** which of the collectives are two others done one after the other?
 
 # %%
+lessons.guess("11.a", "which collective is two others, one after the other?")
 gradients = np.array([[1.0, 2.0, 3.0, 4.0],  # rank 0
                       [10.0, 20.0, 30.0, 40.0]])  # rank 1
 
@@ -78,6 +79,7 @@ pieces = reduce_scatter(gradients)
 whole = all_gather(pieces)
 print("reduce-scatter: rank 0 has", pieces[0], "rank 1 has", pieces[1])
 print("all-gather:     rank 0 has", whole[0], "rank 1 has", whole[1])
+lessons.measured("11.a", "all-reduce: reduce-scatter, then all-gather")
 assert (whole == gradients.sum(axis=0)).all()
 
 # %% [markdown]
@@ -117,6 +119,7 @@ lessons.show(fig, alt="Which of four numbers each of two ranks holds. DDP: both 
 # **Write down your guess** for 7 billion parameters on 8 GPUs.
 
 # %%
+lessons.guess("11.b", "GB per GPU for 7 billion parameters on 8 GPUs: DDP, ZeRO-1, 2, 3?")
 stages = {"DDP": 0, "ZeRO-1": 1, "ZeRO-2": 2, "ZeRO-3": 3}
 paper = {name: memory.estimate(7e9, dtype="bfloat16", zero=stage, world_size=8) for name, stage in stages.items()}
 parts = {
@@ -128,6 +131,7 @@ fig, ax = lessons.figure(height=2.6)
 lessons.stacked(ax, list(stages), parts, unit="GB", form="{:.4g}")
 lessons.show(fig, alt="Model states per GPU for 7 billion parameters on 8 GPUs: 112 GB under DDP, then 38.5, 26.25 and 14 GB under "
              "ZeRO-1, 2 and 3.")
+lessons.measured("11.b", ", ".join(f"{breakdown.states / GB:.4g}" for breakdown in paper.values()))
 
 # %% [markdown]
 # ## The library's ZeRO
@@ -136,6 +140,7 @@ lessons.show(fig, alt="Model states per GPU for 7 billion parameters on 8 GPUs: 
 
 # %%
 lessons.source(ZeroOptimizer.step, first="for group, ours in zip")
+lessons.source(ZeroOptimizer.write_back)
 
 # %%
 lessons.source(Collectives.reduce_scatter)
@@ -197,6 +202,7 @@ def launch(*functions, processes=2):
 # **Write down your guess:** after eight steps, how far are the weights of ZeRO-1, 2, 3 and of the offloaded stages from those of DDP?
 
 # %%
+lessons.guess("11.c", "after eight steps, how far are the weights from DDP's?")
 def model_of(dtype):
     torch.manual_seed(0)
     return Transformer(vocab_size=65, num_layers=2, d_model=64, num_heads=4, d_ff=172).to(dtype)
@@ -259,6 +265,7 @@ losses = parity[0].pop("losses")
 print(f"DDP: loss {losses[0]:.4f} → {losses[-1]:.4f} in {len(losses)} steps")
 for name, (weights, loss) in parity[0].items():
     print(f"{name:17} weights differ from DDP's by at most {weights:g}, losses by {loss:g}")
+lessons.measured("11.c", f"{max(weights for weights, _ in parity[0].values()):g}")
 assert all(difference == 0 for pair in parity[0].values() for difference in pair)
 
 # %% [markdown]
@@ -353,6 +360,7 @@ lessons.show(fig, alt="Elements sent per step: twice the parameters under DDP, Z
 # **Write down your guess:** read "<" as "takes less". Is DDP the smallest? Read it as "saves less". Is ZeRO-2 + offload always larger than ZeRO-3?
 
 # %%
+lessons.guess("11.d", "is DDP the smallest? Is ZeRO-2 + offload always larger than ZeRO-3?")
 order = sorted(device, key=device.get)
 ranks = 2 ** np.arange(0, 8)
 curves = {
@@ -377,14 +385,34 @@ ax.set_xticks(ranks, [str(n) for n in ranks])
 ax.minorticks_off()
 lessons.show(fig, alt="Bytes per parameter on the device against the number of ranks: ZeRO-2 with offload stays at 2 and is crossed by "
              "ZeRO-3, which falls with 1/N, at 8 ranks. Dots show the values measured on two ranks.")
+lessons.measured("11.d", "from the smallest, on two ranks: " + ", ".join(order))
+
+# %% [markdown]
+# And by speed? 002 orders: ZeRO-1 > ZeRO-2 > ZeRO-2 + offload > ZeRO-3 > ZeRO-3 + offload. Seconds depend on the network; what is sent can be counted.
+#
+# **Write down your guess:** how many elements per parameter does a rank send in a step, with ZeRO-1, 2 and 3? How many bytes per parameter more does offload move, to the host and back?
 
 # %%
+lessons.guess("11.e", "elements sent per parameter with ZeRO-1, 2, 3, and the bytes that offload adds on two ranks?")
+moved = {name: counted[name]["sent"] / A for name in counted if "sent" in counted[name]}
+over_link = 4 / N  # bytes per parameter and step: each rank's share of the gradient down, of the new weights up
+lessons.measured("11.e", ", ".join(f"{moved[name]:.2f}" for name in ("ZeRO-1", "ZeRO-2", "ZeRO-3")) + f"; {over_link:g} bytes")
+lessons.claim(
+    66,
+    measured=f"elements sent per step and parameter: ZeRO-1 {moved['ZeRO-1']:.2f}, ZeRO-2 {moved['ZeRO-2']:.2f}, ZeRO-3 {moved['ZeRO-3']:.2f}, so 1 and 2 "
+    f"are equal (until gradients are accumulated) and 3 is behind them. Offload sends as much between the ranks ({moved['ZeRO-2 + offload']:.2f}) and "
+    f"{over_link:g} bytes per parameter more to the host and back; whether that costs more than ZeRO-3's extra gather is decided by the "
+    "link to the host, which no count knows",
+    holds=abs(moved["ZeRO-1"] - moved["ZeRO-2"]) < 0.01 and moved["ZeRO-3"] > 1.4 * moved["ZeRO-2"]
+    and abs(moved["ZeRO-2 + offload"] - moved["ZeRO-2"]) < 0.01,
+)
+
 crossing = int(ranks[np.argmax(curves["ZeRO-3"] <= curves["ZeRO-2 + offload"])])
 eight = memory.estimate(7e9, dtype="bfloat16", zero=2, world_size=8, offload=True)
 lessons.claim(
     47,
-    measured=f"by bytes on the device, smallest first: {' < '.join(order)}. So as memory taken the notes' chain reads backwards, and "
-    f"as memory saved it is wrong too: on two ranks ZeRO-2 + offload ({device['ZeRO-2 + offload']:.2f} bytes per parameter) holds less than "
+    measured=f"by bytes on the device, smallest first: {' < '.join(order)}. As memory taken the notes' chain reads backwards (their own list of tips has "
+    f"it the other way round); as memory saved it holds but for one link: on two ranks ZeRO-2 + offload ({device['ZeRO-2 + offload']:.2f} bytes per parameter) holds less than "
     f"ZeRO-3 ({device['ZeRO-3']:.2f}); the two meet at N = {crossing}, where both leave {eight.states / GB:g} GB of 7 billion",
     holds=(order[0] == "ZeRO-3 + offload" and order[-1] == "DDP" and device["ZeRO-2 + offload"] < device["ZeRO-3"]
            and crossing == 8 and eight.states == paper["ZeRO-3"].states),
@@ -403,9 +431,9 @@ for name, stage in stages.items():
 # %%
 if torch.cuda.device_count() > 1:
     print(f"{torch.cuda.device_count()} × {torch.cuda.get_device_name()}: torchrun --nproc-per-node {torch.cuda.device_count()} "
-          "-m handtuned finetune --parallel fsdp")
+          "-m handtuned finetune --parallel zero3")
 else:
-    lessons.skipped("the command for real work on several GPUs: torchrun --nproc-per-node N -m handtuned finetune --parallel fsdp")
+    lessons.skipped("the command for real work on several GPUs: torchrun --nproc-per-node N -m handtuned finetune --parallel zero3")
 
 # %% [markdown]
 # ## Exercise 11.1: Bytes per rank
@@ -451,5 +479,7 @@ lessons.check("11.3", zero_step);
 # - Stages 1 and 2 send as much as DDP. Stage 3 sends half as much again.
 # - Offload leaves 2A on the device, whatever N is; ZeRO-3 leaves 16A/N. They meet at N = 8.
 # - No stage cuts activations: that is what checkpointing and small micro-batches are for.
+#
+# On a real model: `handtuned finetune --method full --parallel zero2 --offload` in one process, and on N ranks the same behind `torchrun --nproc-per-node N -m`, with `zero1`, `zero2` or `zero3`.
 #
 # Now put it all together: [lesson 12, the capstone](12_fit_a_budget.ipynb).

@@ -21,7 +21,8 @@ from ..quant.codebooks import dynamic_map
 from .adamw import MOMENTS, check_last_group, step_function
 
 BLOCK_SIZE = 256
-ENCODED = {"step", "exp_avg_levels", "exp_avg_scale", "exp_avg_sq_levels", "exp_avg_sq_scale"}
+# State that is flat: key → elements of the parameter per entry.
+ENCODED = {"exp_avg_levels": 1, "exp_avg_scale": BLOCK_SIZE, "exp_avg_sq_levels": 1, "exp_avg_sq_scale": BLOCK_SIZE}
 _levels = lru_cache(dynamic_map)
 HALF_RANGE = 2.0**15  # a block's largest value in FP16: as far from overflow as small ones from underflow
 
@@ -72,6 +73,13 @@ class AdamW8bit(torch.optim.Optimizer):
     often the delicate ones (norms, biases).
     """
 
+    encoded = ENCODED  # asked for by ZeroOptimizer, as is `block_of`
+
+    @staticmethod
+    def block_of(numel: int, min_elements: int = 4096, **_) -> int:
+        """Elements of a tensor that share their state's scale; 1 where moments are FP32."""
+        return BLOCK_SIZE if numel >= min_elements else 1
+
     def __init__(
         self, params, lr=1e-3, betas=(0.9, 0.999), eps=1e-8, weight_decay=1e-2, amsgrad=False, *, min_elements=4096,
         maximize=False, foreach=None, capturable=False, differentiable=False,
@@ -93,7 +101,7 @@ class AdamW8bit(torch.optim.Optimizer):
         """Load a copy of this class's state dict, or of AdamW's, whose moments the next step encodes; unlike the base
         class, tensors keep their dtypes. ValueError: that of another optimizer."""
         for state in state_dict["state"].values():
-            if state and not state.keys() >= MOMENTS and not state.keys() >= ENCODED:
+            if state and not state.keys() >= MOMENTS and not state.keys() >= {"step", *ENCODED}:
                 raise ValueError(f"state_dict must be of AdamW8bit or AdamW, got state {', '.join(map(str, state))}")
         super().load_state_dict(state_dict)
         params = [p for group in self.param_groups for p in group["params"]]
@@ -128,7 +136,8 @@ class AdamW8bit(torch.optim.Optimizer):
         step_function(wide)([ParamGroup(*tensors, *rates)])
         if wide is not param:
             param.copy_(wide)
-        self._store(state, exp_avg, exp_avg_sq, param.numel() < group["min_elements"])
+        whole = getattr(param, "whole_elements", param.numel())  # ZeroOptimizer's shards know those of the whole tensor
+        self._store(state, exp_avg, exp_avg_sq, self.block_of(whole, group["min_elements"]) == 1)
 
     @staticmethod
     def _load(state: dict, param: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

@@ -6,7 +6,8 @@
 
 k counts optimizer updates, not micro-batches (`optimizer_steps`). Starting the warmup at k/W, as is common, makes the
 very first update (k = 0) a no-op; here it moves the weights by half of what the second may. Every other k agrees with
-transformers' `get_cosine_schedule_with_warmup`; past T that one would climb again, this one stays.
+transformers' `get_cosine_schedule_with_warmup`; past T that one would climb again, this one stays. Other `DECAYS` than
+the cosine: a straight line down, and none (transformers' "linear" and "constant_with_warmup").
 """
 
 import copy
@@ -15,6 +16,8 @@ from dataclasses import dataclass
 
 import torch
 from torch.optim.lr_scheduler import LambdaLR
+
+DECAYS = ("cosine", "linear", "constant")
 
 
 def warmup_cosine(step: int, warmup_steps: int, total_steps: int, floor: float = 0.0) -> float:
@@ -27,15 +30,19 @@ def warmup_cosine(step: int, warmup_steps: int, total_steps: int, floor: float =
 
 
 @dataclass
-class _WarmupCosine:
-    """That for one parameter group: an object, so that `LambdaLR` saves its numbers."""
+class _Factor:
+    """That, or another decay after the same warmup, for one parameter group: `LambdaLR` saves an object's numbers."""
 
     warmup_steps: int
     total_steps: int
     floor: float
+    decay: str
 
     def __call__(self, step: int) -> float:
-        return warmup_cosine(step, self.warmup_steps, self.total_steps, self.floor)
+        if self.decay == "cosine" or step < self.warmup_steps:
+            return warmup_cosine(step, self.warmup_steps, self.total_steps, self.floor)
+        left = (self.total_steps - step) / max(1, self.total_steps - self.warmup_steps)
+        return 1.0 if self.decay == "constant" else self.floor + (1.0 - self.floor) * max(0.0, left)
 
 
 class _Schedule(LambdaLR):
@@ -46,10 +53,10 @@ class _Schedule(LambdaLR):
             group["lr"] = lr
 
 
-def cosine_with_warmup(
-    optimizer: torch.optim.Optimizer, total_steps: int, warmup_ratio: float = 0.1, min_lr: float = 0.0
+def schedule_with_warmup(
+    optimizer: torch.optim.Optimizer, decay: str, total_steps: int, warmup_ratio: float = 0.1, min_lr: float = 0.0
 ) -> LambdaLR:
-    """Warm up over the first ceil(warmup_ratio · total_steps) updates, then follow half a cosine down to `min_lr`.
+    """Warm up over the first ceil(warmup_ratio · total_steps) updates, then go down to `min_lr` by one of `DECAYS`.
 
     Call `.step()` once after each `optimizer.step()` that was not skipped. The state dict holds the position and the
     numbers of the schedule, so a resumed run continues exactly.
@@ -58,8 +65,10 @@ def cosine_with_warmup(
 
     Raises:
         TypeError: `total_steps` is not an integer.
-        ValueError: `total_steps` < 1, `warmup_ratio` outside 0…1, or `min_lr` outside 0…lr.
+        ValueError: another `decay`, `total_steps` < 1, `warmup_ratio` outside 0…1, or `min_lr` outside 0…lr.
     """
+    if decay not in DECAYS:
+        raise ValueError(f"decay must be one of {', '.join(DECAYS)}, got {decay!r}")
     if type(total_steps) is not int:
         raise TypeError(f"total_steps must be an int, got {total_steps!r}")
     if total_steps < 1:
@@ -72,7 +81,14 @@ def cosine_with_warmup(
             raise ValueError(f"min_lr must lie in 0…lr (lr is {peak}), got {min_lr}")
     warmup_steps = math.ceil(warmup_ratio * total_steps)
     floors = [min_lr / peak if peak > 0 else 0.0 for peak in peaks]
-    return _Schedule(optimizer, [_WarmupCosine(warmup_steps, total_steps, floor) for floor in floors])
+    return _Schedule(optimizer, [_Factor(warmup_steps, total_steps, floor, decay) for floor in floors])
+
+
+def cosine_with_warmup(
+    optimizer: torch.optim.Optimizer, total_steps: int, warmup_ratio: float = 0.1, min_lr: float = 0.0
+) -> LambdaLR:
+    """`schedule_with_warmup` along half a cosine; with the same arguments and errors."""
+    return schedule_with_warmup(optimizer, "cosine", total_steps, warmup_ratio, min_lr)
 
 
 def optimizer_steps(

@@ -24,11 +24,11 @@ goes on, the rounded weights (2M) back while the CPU rounds the next. The device
 
 import contextlib
 import weakref
+from functools import partial
 
 import torch
-import torch.distributed as dist
 
-from .zero_collectives import Collectives, Host, Shard, bounds
+from .zero_collectives import Collectives, Host, Shard
 from .zero_gradients import Reduction
 from .zero_parameters import Gathering
 from .zero_state import hyperparameters, load_cut_state, whole_state
@@ -82,11 +82,17 @@ class ZeroOptimizer(torch.optim.Optimizer):
     load weights under `with optimizer.gathered():`.
 
     Args:
-        params: the model's parameters, or groups of them as for any optimizer, or the model: needed under stage 3 if
-            modules read each other's parameters within the layers of a ModuleList (LoRA layers do), which are gathered
-            as a whole then. FP16 and BF16 parameters get FP32 masters.
-        optimizer_class: called with this rank's shards and `kwargs`.
+        params: the model's parameters, or groups of them as for any optimizer, or the model. FP16 and BF16 parameters
+            get FP32 masters.
+        optimizer_class: called with this rank's shards and `kwargs`. Its state is element-wise, or kept in blocks of
+            elements that it tells (`AdamW8bit`).
         offload: keep gradient shards, masters and optimizer state in the host's memory, and step there.
+        model: needed under stage 3, unless it is `params`, if modules read each other's parameters within the layers
+            of a ModuleList (LoRA layers do), which are gathered as a whole then; what it has frozen beside `params` is
+            cut as well.
+        device: where stage 3 puts what it cuts, one parameter after the other (default: where they are).
+        summing: gradients are summed over the ranks, in FP32, so that N ranks are one process that accumulates N
+            times; `collect_gradients()`, `inner.step()` and `write_back()` take the place of `step()` then.
         **kwargs: for `optimizer_class`: lr, betas, …
 
     `inner` is the optimizer of the shards; `group.traffic` and `group.calls` count what was communicated.
@@ -100,21 +106,29 @@ class ZeroOptimizer(torch.optim.Optimizer):
     # Elements of one reduction under stages 1 and 2: fewer leave fewer full gradients in stage 2 and are slower.
     bucket_elements = 2**26
 
-    def __init__(self, params, optimizer_class, stage: int = 1, offload: bool = False, **kwargs):
+    def __init__(
+        self, params, optimizer_class, stage: int = 1, offload: bool = False, *, model: torch.nn.Module | None = None,
+        device: torch.device | None = None, summing: bool = False, **kwargs,
+    ):  # fmt: skip
         if stage not in (1, 2, 3):
             raise ValueError(f"stage must be 1, 2 or 3, got {stage!r}")
         if not callable(optimizer_class):
             raise TypeError(f"optimizer_class must be a class of optimizers, got {optimizer_class!r}")
-        model = params if isinstance(params, torch.nn.Module) else None
-        super().__init__(params if model is None else model.parameters(), {})
+        if isinstance(params, torch.nn.Module):
+            params, model = params.parameters(), params
+        super().__init__(params, {})
         whole = [param for group in self.param_groups for param in group["params"]]
         if len(set(whole)) < len(whole):
             raise ValueError("params must hold each parameter once, got one of them twice")
-        self.stage = stage
-        self.group = Collectives()
-        self.host = Host(whole[0].device) if offload else None
+        if model is not None and stage == 3:
+            given = set(whole)
+            whole += [param for param in model.parameters() if not param.requires_grad and param not in given]
+        self.stage, self.model, self.device = stage, model, device or whole[0].device
+        block_of = getattr(optimizer_class, "block_of", None)
+        self.group = Collectives(block_of and partial(block_of, **kwargs))
+        self.host = Host(self.device) if offload else None
         self.shards = [self._cut(param, index) for index, param in enumerate(whole)]
-        self.reduction = Reduction(self.shards, stage, self.group, self.host, self.bucket_elements)
+        self.reduction = Reduction(self.shards, stage, self.group, self.host, self.bucket_elements, summing)
         self.trained = self.reduction.trained
         masters = {shard.param: shard.master for shard in self.shards}
         self.inner = optimizer_class(
@@ -140,17 +154,19 @@ class ZeroOptimizer(torch.optim.Optimizer):
     def _cut(self, param: torch.nn.Parameter, index: int) -> Shard:
         if param.is_complex():
             raise TypeError(f"params must be real, got {param.dtype}")
-        param.data = param.data.contiguous()
+        shape, (start, stop) = param.shape, self.group.bounds(param.numel())
+        param.data = param.data.to(self.device if self.stage == 3 else param.device).contiguous()
         self.group.broadcast(param.data)
-        start, stop = bounds(param.numel(), self.group.rank, self.group.size)
         owned = param.detach().view(-1)[start:stop]
         if self.stage == 3:
             owned = owned.clone()
+            param.data = owned.new_empty(0)
         value = self.host.fetch(owned) if self.host and param.requires_grad else owned
         if self.host:
             self.host.wait()
         master = value.float() if param.requires_grad and value.dtype in LOW else value
-        return Shard(param, index, param.shape, start, stop, owned, value, master, param._version)
+        master.whole_elements = shape.numel()
+        return Shard(param, index, shape, start, stop, owned, value, master, param._version)
 
     @property
     def across_ranks(self) -> bool:
@@ -170,7 +186,8 @@ class ZeroOptimizer(torch.optim.Optimizer):
     @torch.no_grad()
     def clip_grad_norm_(self, max_norm: float, norm_type: float = 2.0) -> torch.Tensor:
         """As `torch.nn.utils.clip_grad_norm_` on whole gradients; all ranks must call it, and get the norm (0-dim)."""
-        return self._clip([s.value.grad for s in self.trained if s.value.grad is not None], max_norm, norm_type)
+        grads = [s.master.grad if s.value.grad is None else s.value.grad for s in self.trained]
+        return self._clip([grad for grad in grads if grad is not None], max_norm, norm_type)
 
     def _clip(self, grads: list[torch.Tensor], max_norm: float, norm_type: float = 2.0) -> torch.Tensor:
         device = self.shards[0].param.device
@@ -178,11 +195,8 @@ class ZeroOptimizer(torch.optim.Optimizer):
         wide = any(shard.param.dtype == torch.float64 for shard in self.trained)
         dtype = torch.float64 if wide else torch.float32
         norms = [torch.linalg.vector_norm(g, norm_type, dtype=dtype) for g in grads if g.numel()]
-        local = torch.stack(norms or [torch.zeros((), dtype=dtype)]).to(device)
-        if norm_type == torch.inf:
-            norm = self.group.all_reduce(local.max(), dist.ReduceOp.MAX)
-        else:
-            norm = self.group.all_reduce(local.pow(norm_type).sum()).pow(1 / norm_type)
+        local = torch.linalg.vector_norm(torch.stack(norms or [torch.zeros((), dtype=dtype)]), norm_type).to(device)
+        norm = torch.linalg.vector_norm(self.group.all_gather(local[None]), norm_type)
         if grads:
             torch._foreach_mul_(grads, (max_norm / (norm + 1e-6)).clamp(max=1.0).to(grads[0].device))
         return norm
@@ -195,9 +209,7 @@ class ZeroOptimizer(torch.optim.Optimizer):
         Further keywords are the inner optimizer's.
         """
         loss = torch.enable_grad()(closure)() if closure else None
-        if not self.reduction.settled:  # no gradient came on this rank, or all of them under no_sync
-            self.reduction.end_backward()
-        self.reduction.settled = False
+        self._end_backward()
         found_inf, scale = getattr(self, "found_inf", None), getattr(self, "grad_scale", None)
         if found_inf is not None and found_inf.item():
             return loss
@@ -218,7 +230,32 @@ class ZeroOptimizer(torch.optim.Optimizer):
         self.inner.step(**kwargs)
         for group, ours in zip(self.param_groups, self.inner.param_groups, strict=True):
             group.update(hyperparameters(ours))  # an optimizer may count there
-        for shard in moved:
+        self.write_back()
+        return loss
+
+    @torch.no_grad()
+    def collect_gradients(self) -> None:
+        """End the backward pass: the tensors of `inner` have their gradients, masters in FP32, and full ones are freed.
+
+        With `write_back` this is what `amp.MasterWeights` does for an optimizer that is not cut.
+        """
+        self._end_backward()
+        for shard in self.trained:
+            if shard.master.grad is not None and shard.param._version != shard.version:
+                self._adopt(shard)
+        self.reduction.release_full_gradients()
+
+    def _end_backward(self) -> None:
+        if not self.reduction.settled:  # no gradient came on this rank, or all of them under no_sync
+            self.reduction.end_backward()
+        self.reduction.settled = False
+
+    @torch.no_grad()
+    def write_back(self) -> None:
+        """Round the masters into the shards, and under stages 1 and 2 gather the parameters; all ranks must call it."""
+        for shard in self.trained:
+            if shard.master.grad is None:  # it has not moved
+                continue
             if shard.master is not shard.value:
                 shard.value.copy_(shard.master)
                 shard.master.grad = None
@@ -231,7 +268,6 @@ class ZeroOptimizer(torch.optim.Optimizer):
             for shard, flat in zip(bucket, flats, strict=True):
                 shard.param.view(-1).copy_(flat)
                 shard.version = shard.param._version
-        return loss
 
     def _adopt(self, shard: Shard) -> None:
         """Take over what somebody has written into the parameter; masters that round to it stay."""
@@ -272,14 +308,15 @@ class ZeroOptimizer(torch.optim.Optimizer):
             self.reduction.gathering.gather(self.shards)
 
     def bytes_held(self) -> dict[str, int]:
-        """Bytes of "parameters", "gradients" and "optimizer state" on the device, and of all in "host" memory, as they
-        are now on this rank; storages are counted once, and whole."""
+        """Bytes of "parameters" (with all that the `model` has), "gradients" and "optimizer state" on the device, and
+        of all in "host" memory, as they are now on this rank; storages are counted once, and whole."""
         tensors: dict[str, list] = {"parameters": [], "gradients": [], "optimizer state": [], "host": []}
         gradients, states = ("host", "host") if self.host else ("gradients", "optimizer state")
+        tensors["parameters"] += [*self.model.parameters(), *self.model.buffers()] if self.model else []
         for shard in self.shards:
             tensors["parameters"] += shard.param, shard.owned
             tensors["gradients"].append(shard.param.grad)
-            tensors[gradients].append(shard.value.grad)
+            tensors[gradients] += shard.value.grad, shard.master.grad
             tensors[states] += shard.value, shard.master, *self.inner.state.get(shard.master, {}).values()
         held, seen = {}, set()
         for role, members in tensors.items():

@@ -1,7 +1,8 @@
 """Cutting tensors into shards, the collectives that put them together again, and the host's memory beside them.
 
 For N ranks a tensor of n elements, flattened and padded with zeros to N · w elements, w = ceil(n / N), is cut into N
-rows; row r belongs to rank r. Several tensors travel in one collective when their rows are laid side by side:
+rows; row r belongs to rank r. (Where blocks of elements share optimizer state, w is a multiple of them.) Several
+tensors travel in one collective when their rows are laid side by side:
 
     rank 0's row   | tensor a: 0 … w_a | tensor b: 0 … w_b |
     rank 1's row   |          w_a … 2w_a |         w_b … 2w_b |
@@ -32,15 +33,33 @@ _all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_t
 class Collectives:
     """The calls on torch.distributed's default group: each the identity if no group was initialized, a world of one.
 
-    `traffic`: collective → elements of its whole buffer, summed over this rank's calls; `calls`: how many.
+    `block_of` tells how many elements of a tensor of so many must stay together. `traffic`: collective → elements of
+    its whole buffer, summed over this rank's calls; `calls`: how many.
     """
 
-    def __init__(self):
+    def __init__(self, block_of=None):
+        self.block_of = block_of or (lambda numel: 1)
         initialized = dist.is_available() and dist.is_initialized()
         self.rank = dist.get_rank() if initialized else 0
         self.size = dist.get_world_size() if initialized else 1
         self.traffic: Counter[str] = Counter()
         self.calls: Counter[str] = Counter()
+
+    def width(self, numel: int) -> int:
+        """w, elements of a row: whole blocks."""
+        block = self.block_of(numel)
+        return -(-numel // (self.size * block)) * block
+
+    def bounds(self, numel: int) -> tuple[int, int]:
+        """Range of the flattened tensor that this rank owns; empty for the last ranks of a small tensor."""
+        w = self.width(numel)
+        return min(self.rank * w, numel), min((self.rank + 1) * w, numel)
+
+    def pack(self, tensors: list[torch.Tensor]) -> torch.Tensor:
+        """Whole tensors of one dtype → the (N, Σw) buffer, in new memory."""
+        widths = [self.width(tensor.numel()) for tensor in tensors]
+        rows = [_padded(t.reshape(-1), self.size * w).view(self.size, w) for t, w in zip(tensors, widths, strict=True)]
+        return torch.cat(rows, dim=1)
 
     def _count(self, collective: str, elements: int) -> None:
         self.traffic[collective] += elements
@@ -64,9 +83,9 @@ class Collectives:
             _all_gather(rows.view(-1), mine)
         return rows
 
-    def gather_whole(self, pieces: list[torch.Tensor], numels: list[int]) -> Iterator[torch.Tensor]:
+    def gather_whole(self, pieces: list[torch.Tensor], numels: list[int], widths=None) -> Iterator[torch.Tensor]:
         """Every rank's pieces of tensors with `numels` elements → one whole flat tensor after the other."""
-        widths = [width(numel, self.size) for numel in numels]
+        widths = widths or [self.width(numel) for numel in numels]
         rows = self.all_gather(torch.cat([_padded(piece, w) for piece, w in zip(pieces, widths, strict=True)]))
         for columns, numel in zip(rows.split(widths, dim=1), numels, strict=True):
             yield columns.reshape(-1)[:numel]
@@ -133,24 +152,6 @@ class Shard:
     @property
     def numel(self) -> int:
         return self.shape.numel()
-
-
-def width(numel: int, size: int) -> int:
-    """w, elements of a row."""
-    return -(-numel // size)
-
-
-def bounds(numel: int, rank: int, size: int) -> tuple[int, int]:
-    """Range of the flattened tensor that `rank` owns; empty for the last ranks of a small tensor."""
-    w = width(numel, size)
-    return min(rank * w, numel), min((rank + 1) * w, numel)
-
-
-def pack(tensors: list[torch.Tensor], size: int) -> torch.Tensor:
-    """Whole tensors of one dtype → the (N, Σw) buffer, in new memory."""
-    widths = [width(tensor.numel(), size) for tensor in tensors]
-    rows = [_padded(t.reshape(-1), size * w).view(size, w) for t, w in zip(tensors, widths, strict=True)]
-    return torch.cat(rows, dim=1)
 
 
 def _padded(flat: torch.Tensor, length: int) -> torch.Tensor:

@@ -17,16 +17,18 @@ import weakref
 import torch
 import torch.distributed as dist
 
-from .zero_collectives import Shard, alike, buckets, pack, width
+from .zero_collectives import Shard, alike, buckets
 
 
 class Reduction:
-    """Puts the shards of the mean gradient into `shard.value.grad` when backward has ended."""
+    """Puts the shards of the mean gradient into `shard.value.grad` when backward has ended; `summing`, those of the
+    FP32 sum into `shard.master.grad`."""
 
-    def __init__(self, shards, stage, group, host, bucket_elements):
+    def __init__(self, shards, stage, group, host, bucket_elements, summing):
         self.shards, self.stage, self.group, self.host = shards, stage, group, host
         self.trained = [shard for shard in shards if shard.param.requires_grad]
         self.buckets = buckets(self.trained, bucket_elements)
+        self.summing = summing
         self.gathering = None  # stage 3's
         self.syncing = True  # False: gradients are only accumulated
         self.settled = False  # what backward left has been reduced
@@ -83,12 +85,14 @@ class Reduction:
         completed, as others may hold a part from before it."""
         if not self.syncing:
             return
-        size = self.group.size
         for group in alike(shards):
-            # Divided before they are summed, as DDP does: an FP16 sum could overflow where the mean does not.
-            rows = pack([self._take(shard, early) for shard in group], size).mul_(1 / size)
-            mine = self.group.reduce_scatter(rows)
-            for shard, padded in zip(group, mine.split([width(shard.numel, size) for shard in group]), strict=True):
+            rows = self.group.pack([self._take(shard, early) for shard in group])
+            if self.summing:
+                rows = rows.to(torch.promote_types(rows.dtype, torch.float32))
+            else:  # divided before they are summed, as DDP does: an FP16 sum could overflow where the mean does not
+                rows.mul_(1 / self.group.size)
+            mine = self.group.reduce_scatter(rows).split([self.group.width(shard.numel) for shard in group])
+            for shard, padded in zip(group, mine, strict=True):
                 mean = padded[: shard.stop - shard.start]
                 mean = self.host.fetch(mean) if self.host else mean
                 if shard in self._arrived:
@@ -133,20 +137,24 @@ class Reduction:
         for shard, mean in self._arrived.items():
             if not used[shard.index]:
                 continue
-            if shard.value.grad is not None:
-                mean += shard.value.grad
+            holder = self._holder(shard)
+            if holder.grad is not None:
+                mean += holder.grad
             if self.stage == 1:
                 self._averaged.add(shard)
-                if self.host is None:  # there is room for one gradient: this rank's part of the full one
+                if self.host is None and mean.dtype == shard.owned.dtype:  # its place: this rank's part of the full one
                     param = shard.param
                     param.grad = torch.zeros_like(param) if param.grad is None else param.grad.contiguous()
                     mean = param.grad.view(-1)[shard.start : shard.stop].copy_(mean)
-            shard.value.grad = mean
+            holder.grad = mean
         if overflow:  # it is in one rank's shard, and a GradScaler looks at its own rank's only
-            grads = [shard.value.grad for shard in self.trained if shard.value.numel() and shard.value.grad is not None]
-            for grad in grads[:1]:
+            grads = [self._holder(shard).grad for shard in self.trained if shard.value.numel()]
+            for grad in [grad for grad in grads if grad is not None][:1]:
                 grad[0] = torch.inf
         self.settled = True
+
+    def _holder(self, shard: Shard) -> torch.Tensor:
+        return shard.master if self.summing else shard.value
 
     def _on_any_rank(self, indices, overflow: torch.Tensor | bool = False) -> list[int]:
         """A flag for each parameter, and one for the overflow: set if it is on any rank."""
@@ -156,9 +164,15 @@ class Reduction:
         flags[-1] = overflow
         return self.group.all_reduce(flags, dist.ReduceOp.MAX).tolist()
 
+    def release_full_gradients(self) -> None:
+        """Of those that have been reduced keep this rank's part only."""
+        for shard in self._averaged:
+            shard.param.grad = None
+        self._averaged.clear()
+
     def clear(self, set_to_none: bool) -> None:
         """Clear the gradients of parameters and shards, and forget a backward pass that did not end."""
-        for tensor in (tensor for shard in self.shards for tensor in (shard.param, shard.value)):
+        for tensor in (tensor for shard in self.shards for tensor in (shard.param, shard.value, shard.master)):
             if set_to_none:
                 tensor.grad = None
             elif tensor.grad is not None:

@@ -25,7 +25,7 @@ from torch.utils._pytree import tree_leaves
 
 from .zero_collectives import Shard, alike
 
-# Their forward reads the parameters of submodules without calling these.
+# Their forward reads the parameters of submodules without calling these. Classes of our own say `reads_submodules`.
 READ_INTO = (nn.MultiheadAttention, nn.TransformerEncoderLayer)
 
 
@@ -52,9 +52,9 @@ class Gathering:
         self.home: dict[Shard, tuple[Shard, ...]] = {}  # with which of these a shard's gradient is reduced
         self.last: tuple[Shard, ...] = ()
         for shard in shards:
-            self.full[shard] = torch.empty_like(shard.param.data)
+            self.full[shard] = shard.owned.new_empty(shard.shape)
             self.full[shard].untyped_storage().resize_(0)
-            self.empty[shard] = shard.param.data = self.full[shard].new_empty(0)
+            self.empty[shard] = shard.param.data
 
     def hooks(self) -> list:
         me = weakref.ref(self)
@@ -93,7 +93,8 @@ class Gathering:
             self.release(self.by_param.values())
 
     def of_module(self, module: nn.Module) -> tuple[Shard, ...]:
-        params = module.parameters(recurse=isinstance(module, READ_INTO) or module in self.blocks)
+        reads = isinstance(module, READ_INTO) or getattr(module, "reads_submodules", False)
+        params = module.parameters(recurse=reads or module in self.blocks)
         return tuple(self.by_param[param] for param in params if param in self.by_param)
 
     def before_forward(self, module: nn.Module, args: tuple) -> None:

@@ -5,10 +5,9 @@
     code       = round((w - zero_point) / scale)     0 … 2^bits - 1
     w'         = code * scale + zero_point
 
-The name follows the study documents; elsewhere "zero point" is the integer code that stands for zero,
-round(-min / scale), which costs a little accuracy and keeps zero exact. For their example, W = [0.123,
--0.456, 0.789, -0.234] with 4 bits, scale = 0.083 and the codes are [7, 0, 15, 3]; the smallest value
-always has code 0.
+The name follows the study documents; elsewhere "zero point" is the integer code that stands for zero, round(-min /
+scale), which costs a little accuracy and keeps zero exact. For their example, W = [0.123, -0.456, 0.789, -0.234] with 4
+bits, scale = 0.083 and the codes are [7, 0, 15, 3]; the smallest value always has code 0.
 
 Against NF4 (groups of 64, relative error): on Gaussian weights 0.090 against 0.092, at the price of two
 constants a group instead of one and of zero moving; on uniform weights 0.064 against 0.091. With

@@ -9,13 +9,11 @@ import torch
 def normal_quantile_levels() -> torch.Tensor:
     """Derive the 16 levels of NF4 (NormalFloat, Dettmers et al. 2023, "QLoRA", section 3); (16,) fp32.
 
-    Weights of a trained layer are close to normal. A code wastes nothing if every level is used equally
-    often, so the levels belong at quantiles of the normal distribution, Φ⁻¹(p) at equally spaced p.
-    Two things bend this plan.
+    Weights of a trained layer are close to normal. A code wastes nothing if every level is used equally often, so the
+    levels belong at quantiles of the normal distribution, Φ⁻¹(p) at equally spaced p. Two things bend this plan.
 
-    - Zero must be a level: padding and pruned weights must stay zero. Sixteen is even, so one side
-      gets eight levels and the other seven, each from its own even spacing between Φ⁻¹(½) = 0 and the
-      outermost p.
+    - Zero must be a level: padding and pruned weights must stay zero. Sixteen is even, so one side gets eight levels
+      and the other seven, each from its own even spacing between Φ⁻¹(½) = 0 and the outermost p.
     - Φ⁻¹(1) is infinite. The outermost p is the mean of what 2·16 and 2·15 half-steps would leave:
       1 - ½ (1/32 + 1/30) = 0.9677083.
 

@@ -17,9 +17,9 @@ from torch import nn
 from torch.overrides import has_torch_function
 
 from ..kernels.nf4 import DTYPES, NestedScales, check_layout, flatten, unflatten
-from ..kernels.nf4_matmul import nf4_matmul
-from .codebooks import DYNAMIC_MAP
-from .nf4 import FACTS, NESTED_BLOCK, PARTS, NF4Tensor, check_block_size, quantize_nf4
+from ..kernels.nf4_matmul import nf4_experts, nf4_matmul
+from ..kernels.runtime import traced
+from .nf4 import FACTS, PARTS, NF4Tensor, check_block_size, nf4_zeros, quantize_nf4
 
 
 def _rows(x: torch.Tensor) -> torch.Tensor:
@@ -27,8 +27,10 @@ def _rows(x: torch.Tensor) -> torch.Tensor:
     return x.reshape(x.shape[:-1].numel(), x.shape[-1])
 
 
-def _product(x, weight, bias, transposed):
-    """x @ Wᵀ + bias if `transposed`, else x @ W."""
+def _product(x, weight, bias, transposed, ends):
+    """x @ Wᵀ + bias if `transposed`, else x @ W; with `ends` for x sorted by experts, and the weight of all of them."""
+    if ends is not None:
+        return nf4_experts(x, weight, transposed, ends)
     if x.dim() == 2:
         return nf4_matmul(x, weight, bias, transposed)
     y = nf4_matmul(_rows(x), weight, bias, transposed)
@@ -37,43 +39,66 @@ def _product(x, weight, bias, transposed):
 
 def _watched(x: torch.Tensor) -> bool:
     """Whether the product must be one operation: to `torch.compile`, autocast, and modes such as `amp.autocast`."""
-    return torch.compiler.is_compiling() or has_torch_function((x,)) or torch.is_autocast_enabled(x.device.type)
+    return traced(x) or has_torch_function((x,)) or torch.is_autocast_enabled(x.device.type)
 
 
 @torch.library.custom_op("handtuned::nf4_linear", mutates_args=())
 def _nf4_linear_op(
-    x: torch.Tensor, weight: Sequence[torch.Tensor], sizes: Sequence[int], bias: torch.Tensor | None, transposed: bool
-) -> torch.Tensor:
+    x: torch.Tensor, weight: Sequence[torch.Tensor], sizes: Sequence[int], bias: torch.Tensor | None, transposed: bool,
+    ends: torch.Tensor | None,
+) -> torch.Tensor:  # fmt: skip
     """`_product` as one operation, the weight flattened."""
     with torch.autocast(x.device.type, enabled=False):
-        return _product(x, unflatten(weight, sizes), bias, transposed)
+        return _product(x, unflatten(weight, sizes), bias, transposed, ends)
 
 
 @_nf4_linear_op.register_fake
-def _(x, weight, sizes, bias, transposed):
-    return x.new_empty(*x.shape[:-1], sizes[1] if transposed else sizes[2])
+def _(x, weight, sizes, bias, transposed, ends):
+    N, K = sizes[1:3] if ends is None else sizes[2:4]
+    return x.new_empty(*x.shape[:-1], N if transposed else K)
 
 
-class _NF4Linear(torch.autograd.Function):
+class NF4Product(torch.autograd.Function):
     """Its gradient is itself with `transposed` flipped, so it can be differentiated any number of times."""
 
     @staticmethod
-    def forward(ctx, x, weight, sizes, bias, transposed):
-        ctx.save_for_backward(*weight)
+    def forward(ctx, x, weight, sizes, bias, transposed, ends=None):
+        ctx.save_for_backward(ends, *weight)
         ctx.sizes, ctx.transposed = sizes, transposed
         if _watched(x):
-            return _nf4_linear_op(x, weight, sizes, bias, transposed)
-        return _product(x, unflatten(weight, sizes), bias, transposed)
+            return _nf4_linear_op(x, weight, sizes, bias, transposed, ends)
+        return _product(x, unflatten(weight, sizes), bias, transposed, ends)
 
     @staticmethod
     def backward(ctx, dy):
-        needs_x, _, _, needs_bias, _ = ctx.needs_input_grad
-        dx = _NF4Linear.apply(dy, ctx.saved_tensors, ctx.sizes, None, not ctx.transposed) if needs_x else None
+        (ends, *weight), needs_x, needs_bias = ctx.saved_tensors, ctx.needs_input_grad[0], ctx.needs_input_grad[3]
+        dx = NF4Product.apply(dy, weight, ctx.sizes, None, not ctx.transposed, ends) if needs_x else None
         dbias = _rows(dy).sum(0) if needs_bias else None
-        return dx, None, None, dbias, None
+        return dx, None, None, dbias, None, None
 
 
-class NF4Linear(nn.Module):
+class FrozenNF4(nn.Module):
+    """What modules with a `weight` in NF4 share: codes and scales keep their dtypes, and which dtype a product has."""
+
+    def _cast(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.dtype]:
+        """x as autocast wants it, and the dtype of the product."""
+        if not x.is_meta and torch.is_autocast_enabled(x.device.type) and x.dtype != torch.float64:
+            x = x.to(torch.get_autocast_dtype(x.device.type))
+        return x, x.dtype if self.compute_dtype is None else self.compute_dtype
+
+    def _apply(self, fn, recurse=True):
+        """Everything that moves or casts a module comes through here: codes and scales move, but are never cast."""
+        frozen = {id(tensor) for tensor in (self.weight, *self._buffers.values())}
+
+        def moved(tensor):
+            result = fn(tensor)
+            cast = id(tensor) in frozen and result.dtype != tensor.dtype
+            return tensor.to(result.device) if cast else result
+
+        return super()._apply(moved, recurse)
+
+
+class NF4Linear(FrozenNF4):
     """y = x Wᵀ + b with W frozen in NF4.
 
     `state_dict` holds the keys and bytes of bitsandbytes' Linear4bit, and either loads the other's. Changing
@@ -100,32 +125,20 @@ class NF4Linear(nn.Module):
     """
 
     def __init__(
-        self,
-        in_features: int,
-        out_features: int,
-        bias: bool = True,
-        block_size: int = 64,
-        double_quant: bool = True,
-        compute_dtype: torch.dtype | None = None,
-        device: torch.device | str | None = None,
+        self, in_features: int, out_features: int, bias: bool = True, block_size: int = 64, double_quant: bool = True,
+        compute_dtype: torch.dtype | None = None, device: torch.device | str | None = None,
         dtype: torch.dtype = torch.float32,
-    ):
+    ):  # fmt: skip
         super().__init__()
         if dtype not in DTYPES:
             raise TypeError(f"dtype must be torch.float32, float16 or bfloat16, got {dtype}")
         check_block_size(block_size)
         self.in_features, self.out_features, self.compute_dtype = in_features, out_features, compute_dtype
-        shape = torch.Size((out_features, in_features))
-        blocks = -(-shape.numel() // block_size)
-        nested = None
-        if double_quant:
-            zeros = torch.zeros(-(-blocks // NESTED_BLOCK), dtype=torch.float32, device=device)
-            nested = NestedScales(zeros, DYNAMIC_MAP.to(zeros.device), zeros.new_zeros(()), NESTED_BLOCK)
-        packed = torch.full(((shape.numel() + 1) // 2,), 0x77, dtype=torch.uint8, device=device)
-        absmax = torch.zeros(blocks, dtype=torch.uint8 if double_quant else torch.float32, device=device)
+        self.dense_class = nn.Linear  # what `dequantize` gives; GPT-2's Conv1D holds its weight transposed
+        packed, absmax, nested = nf4_zeros(out_features * in_features, block_size, double_quant, device)
         for name in ("absmax", "nested_absmax", "nested_code", "nested_offset"):
             self.register_buffer(name, None, persistent=False)
-        self.quantized = NF4Tensor(packed, absmax, shape, dtype, block_size, nested)
+        self.quantized = NF4Tensor(packed, absmax, torch.Size((out_features, in_features)), dtype, block_size, nested)
         self.bias = nn.Parameter(torch.zeros(out_features, device=device, dtype=dtype)) if bias else None
 
     @property
@@ -147,14 +160,9 @@ class NF4Linear(nn.Module):
 
     @classmethod
     def from_linear(
-        cls,
-        linear: nn.Linear,
-        block_size: int = 64,
-        double_quant: bool = True,
-        compute_dtype: torch.dtype | None = None,
-        *,
-        name: str = "linear",
-    ) -> "NF4Linear":
+        cls, linear: nn.Linear, block_size: int = 64, double_quant: bool = True,
+        compute_dtype: torch.dtype | None = None, *, name: str = "linear",
+    ) -> "NF4Linear":  # fmt: skip
         """Quantize an nn.Linear, which is not changed. A layer on the meta device gives one on meta.
 
         The bias is shared. Options are those of the class; error messages call the layer `name`.
@@ -170,15 +178,22 @@ class NF4Linear(nn.Module):
         N, K = linear.weight.shape
         meta = {"device": "meta", "dtype": linear.weight.dtype}
         layer = cls(K, N, False, block_size, double_quant, compute_dtype, **meta)
-        if not linear.weight.is_meta:
+        if not (linear.weight.is_meta or traced(linear.weight)):
             layer.quantized = quantize_nf4(linear.weight, block_size, double_quant, name=f"{name}.weight")
         layer.bias = linear.bias
         return layer.train(linear.training)
 
-    def dequantize(self, dtype: torch.dtype | None = None) -> nn.Linear:
-        """A dense nn.Linear of the same values in `dtype` (None: the original one), frozen, with a bias of its own."""
-        linear = nn.Linear(self.in_features, self.out_features, bias=False, device="meta")
-        linear.weight = nn.Parameter(self.quantized.dequantize(dtype), requires_grad=False)
+    def dequantize(self, dtype: torch.dtype | None = None) -> nn.Module:
+        """The same values in `dtype` (None: the original one), frozen, with a bias of their own, in a dense layer of
+        the class that `quantize_model` found there."""
+        weight, sizes = self.quantized.dequantize(dtype), (self.in_features, self.out_features)
+        with torch.device("meta"):
+            if transposed := self.dense_class.__name__ == "Conv1D":
+                linear = self.dense_class(*sizes[::-1])
+            else:
+                linear = self.dense_class(*sizes, bias=False)
+        linear.weight = nn.Parameter(weight.t().contiguous() if transposed else weight, requires_grad=False)
+        linear.bias = None
         if self.bias is not None:
             linear.bias = nn.Parameter(self.bias.detach().clone(), requires_grad=self.bias.requires_grad)
         return linear.train(self.training)
@@ -187,25 +202,12 @@ class NF4Linear(nn.Module):
         """x (…, in_features), floating point → (…, out_features), same dtype."""
         if x.shape[-1:] != (self.in_features,) or not x.is_floating_point():
             raise ValueError(f"x must be floating point (…, {self.in_features}), got {x.dtype} {tuple(x.shape)}")
-        if not x.is_meta and torch.is_autocast_enabled(x.device.type) and x.dtype != torch.float64:
-            x = x.to(torch.get_autocast_dtype(x.device.type))
-        compute = x.dtype if self.compute_dtype is None else self.compute_dtype
+        x, compute = self._cast(x)
         bias = None if self.bias is None else self.bias.to(compute)
         h = x.to(compute)
         if _watched(h) or (torch.is_grad_enabled() and (h.requires_grad or (bias is not None and bias.requires_grad))):
-            return _NF4Linear.apply(h, *flatten(self.quantized), bias, True).to(x.dtype)
-        return _product(h, self.quantized, bias, True).to(x.dtype)
-
-    def _apply(self, fn, recurse=True):
-        """Everything that moves or casts a module comes through here: codes and scales move, but are never cast."""
-        before = {"weight": self.weight.data} | dict(self._buffers)
-        super()._apply(fn, recurse)
-        for name, tensor in before.items():
-            moved = getattr(self, name)
-            if tensor is not None and moved.dtype != tensor.dtype:
-                tensor = tensor.to(moved.device)
-                setattr(self, name, nn.Parameter(tensor, requires_grad=False) if name == "weight" else tensor)
-        return self
+            return NF4Product.apply(h, *flatten(self.quantized), bias, True).to(x.dtype)
+        return _product(h, self.quantized, bias, True, None).to(x.dtype)
 
     def _save_to_state_dict(self, destination, prefix, keep_vars):
         super()._save_to_state_dict(destination, prefix, keep_vars)

@@ -1,24 +1,31 @@
-"""Quantize the linear layers of a model, or load a checkpoint with them quantized, and say what became of it.
+"""Quantize the linear layers and the experts of a model, or load a checkpoint with them quantized.
 
 A model of 7 billion parameters is 14 GB in bf16 and 4 GB in NF4. Loading first and quantizing then needs both at
 once. `load_quantized` starts with the model on the meta device, and every tensor of a shard goes straight to its place:
-a linear layer's weight as NF4, anything else as it is. The most that is held is what is done so far, plus one shard
-(mapped from the file, so the system can drop its pages), plus one weight.
+a linear layer's weight as NF4, an expert's too, anything else as it is. The most that is held is what is done so far,
+plus one shard (mapped from the file, so the system can drop its pages), plus one weight.
 
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(directory))
     load_quantized(model, directory)
 """
 
+import contextlib
+import json
+import re
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from torch import nn
 
-from .linear import NF4Linear
+from .conversion import Conversion
+from .experts import NF4Experts, dense_experts, expert_weights, experts_layers, projections, quantize_experts
+from .linear import FrozenNF4, NF4Linear
+from .mxfp4 import MXFP4Experts
 from .nf4 import FACTS, NF4Tensor, check_block_size, quantize_nf4
+from .readers import listed, weights_read
 
 BAR_FROM = 250_000_000  # parameters from which a progress bar is shown
 
@@ -27,20 +34,21 @@ def quantize_model(
     model: nn.Module, skip: Sequence[str] = ("lm_head",), block_size: int = 64, double_quant: bool = True,
     compute_dtype: torch.dtype | None = None,
 ) -> nn.Module:  # fmt: skip
-    """Replace every `nn.Linear` that is not skipped by an NF4Linear, in place, one after the other.
+    """Replace every `nn.Linear` that is not skipped by an NF4Linear, and the fused expert weights of transformers'
+    mixtures of experts by NF4Experts, in place, one after the other.
 
     Left alone besides `skip`: an output layer (what a Hugging Face model calls its output embeddings, and
     any layer that shares its weight with an `nn.Embedding`), layers that a Hugging Face class wants in fp32,
-    and subclasses of nn.Linear (but Falcon's), whose owners reach for their weights. GPT-2's `Conv1D` is a linear
-    layer with its weight transposed and is quantized too. Layers that are NF4 already stay as they are, so
-    calling again changes nothing. A model on the meta device stays there, ready for `load_quantized`.
+    subclasses of nn.Linear (but Falcon's), and layers whose weight the model's code reads instead of calling
+    them (a warning names those). GPT-2's `Conv1D` is a linear layer with its weight transposed and is quantized
+    too. Layers that are NF4 already stay as they are, so calling again changes nothing. A model on the meta device
+    stays there, ready for `load_quantized`. Expert weights that transformers' experts interface does not reach stay
+    dense, and a warning gives their share.
 
     Args:
         skip: layers to leave, by path or by consecutive parts of one: "lm_head", "mlp.down_proj" (in every
             block), "vision_tower" (everything below). Whole parts only: "proj" does not skip "q_proj".
-        block_size: weights that share a scale.
-        double_quant: store scales in 8 bits.
-        compute_dtype: dtype of the products; None: that of their input.
+        block_size, double_quant, compute_dtype: as for `NF4Linear`.
 
     Returns `model`.
 
@@ -50,22 +58,40 @@ def quantize_model(
             (the layer is named, and those before it are quantized already).
     """
     check_block_size(block_size)
-    targets = linear_layers(model, skip)
-    if not targets and not any(isinstance(module, NF4Linear) for module in model.modules()):
+    (targets, read), experts = linear_layers(model, skip), _experts(model, skip)
+    if targets and read:
+        share = sum(p.numel() for layer in read.values() for p in layer.parameters())
+        share /= sum(p.numel() for p in model.parameters())
+        warnings.warn(f"left dense: {listed(read)} with {share:.1%} of the parameters, whose weights the model's code "
+                      "reads itself", stacklevel=1)  # fmt: skip
+    if not targets and not experts and not any(isinstance(module, FrozenNF4) for module in model.modules()):
         hint = "; for a single layer use NF4Linear.from_linear" if is_linear(model) else ""
         raise ValueError(f"model ({type(model).__name__}) must hold an nn.Linear that is not skipped{hint}")
     made: dict[int, NF4Linear] = {}
-    for path, linear in _progress(targets, sum(p.numel() for p in model.parameters())):
+    options, parameters = (block_size, double_quant, compute_dtype), sum(p.numel() for p in model.parameters())
+    for path, linear in _progress([*targets, *experts], parameters):
+        if (path, linear) in experts:
+            quantize_experts(linear, options, path)
+            continue
         if id(linear) not in made:
-            options = (block_size, double_quant, compute_dtype)
             made[id(linear)] = NF4Linear.from_linear(as_linear(linear), *options, name=path)
+            made[id(linear)].dense_class = type(linear)
         parent, _, child = path.rpartition(".")
         setattr(model.get_submodule(parent), child, made[id(linear)])
+    if experts:  # or transformers would take codes apart as it does dense experts, when it saves the model
+        model.dense_conversions, model._weight_conversions = getattr(model, "_weight_conversions", None), []
+    left = {path: found for path, found in dense_experts(model).items() if not _skipped(model, path, skip)}
+    if left and (targets or experts):
+        share = sum(count for _, count in left.values()) / parameters
+        kinds = ", ".join(sorted({kind for kind, _ in left.values()}))
+        warnings.warn(f"{share:.1%} of the parameters stay dense: expert weights of {kinds}, which transformers' "
+                      f"experts interface does not reach", stacklevel=2)  # fmt: skip
     return model
 
 
-def linear_layers(model: nn.Module, skip: Sequence[str] = ("lm_head",)) -> list[tuple[str, nn.Module]]:
-    """The paths and layers that `quantize_model` replaces; a layer reached by several paths comes with each."""
+def linear_layers(model: nn.Module, skip: Sequence[str]) -> tuple[list[tuple[str, nn.Module]], dict[str, nn.Module]]:
+    """The paths and layers that `quantize_model` replaces, a layer reached by several paths with each; and path → layer
+    of those that stay dense because the model's code reads their weights."""
     if isinstance(skip, str) or not isinstance(skip, Iterable):
         what = "the string " if isinstance(skip, str) else ""
         raise TypeError(f"skip must be a sequence of names, got {what}{skip!r}")
@@ -76,13 +102,27 @@ def linear_layers(model: nn.Module, skip: Sequence[str] = ("lm_head",)) -> list[
     keep = {id(module.weight) for module in paths.values() if isinstance(module, nn.Embedding)}
     output = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
     keep |= {id(output), id(getattr(output, "weight", None))}
-    skip = [*skip, *(getattr(model, "_keep_in_fp32_modules", None) or ())]
-    return [
-        (path, module)
+    layers = {
+        path: module
         for path, module in paths.items()
         if path and is_linear(module) and not keep & {id(module), id(module.weight)}
-        if not any(_within(path, name) for name in skip)
+        if not _skipped(model, path, skip)
+    }
+    read = {path: layers.pop(path) for path in sorted(weights_read(model, layers))}
+    return list(layers.items()), read
+
+
+def _experts(model: nn.Module, skip: Sequence[str]) -> list[tuple[str, nn.Module]]:
+    """The paths and layers whose fused expert weights `quantize_model` replaces."""
+    return [
+        (path, layer)
+        for path, layer in experts_layers(model)
+        if not any(_skipped(model, f"{path}.{child}", skip) for child in projections(layer))
     ]
+
+
+def _skipped(model: nn.Module, path: str, skip: Sequence[str]) -> bool:
+    return any(_within(path, name) for name in [*skip, *(getattr(model, "_keep_in_fp32_modules", None) or ())])
 
 
 def _within(path: str, name: str) -> bool:
@@ -111,19 +151,19 @@ def as_linear(module: nn.Module) -> nn.Linear:
 
 
 def _progress(targets: list, parameters: int) -> Iterator:
-    if parameters < BAR_FROM:
-        return iter(targets)
-    try:
-        from tqdm.auto import tqdm
-    except ImportError:
-        return iter(targets)
-    return iter(tqdm(targets, desc="quantizing", unit="layer"))
+    if parameters >= BAR_FROM:
+        with contextlib.suppress(ImportError):
+            from tqdm.auto import tqdm
+
+            return iter(tqdm(targets, desc="quantizing", unit="layer"))
+    return iter(targets)
 
 
 def load_quantized(
-    model: nn.Module, files: str | Path | Sequence[str | Path], skip: Sequence[str] = ("lm_head",),
+    model: nn.Module, files: str | Path | Sequence[str | Path], skip: Sequence[str] | None = ("lm_head",),
     block_size: int = 64, double_quant: bool = True, compute_dtype: torch.dtype | None = None,
     dtype: torch.dtype | None = None, device: torch.device | str = "cpu", rename: Callable[[str], str] | None = None,
+    requantize: bool = False,
 ) -> nn.Module:  # fmt: skip
     """Fill a model on the meta device from safetensors files, its linear layers in NF4.
 
@@ -133,10 +173,12 @@ def load_quantized(
 
     Args:
         model: built under `torch.device("meta")`; filled in place.
-        files: safetensors files, or a directory of them, sharded or not.
-        skip, block_size, double_quant, compute_dtype: as for `quantize_model`.
+        files: safetensors files, or a directory: of it what its index names, else `model.safetensors`, else all.
+        skip, block_size, double_quant, compute_dtype: as for `quantize_model`; `skip` None: nothing is quantized.
         dtype: what the other floating-point tensors are cast to; None: as in the files.
-        rename: gives the model's name for a name in the files, where they differ.
+        rename: gives the model's name for a name in the files, where they differ; None: as transformers renames and
+            fuses them, for a model of its own.
+        requantize: make NF4 of experts in MXFP4 too, which are else kept as they are.
 
     Returns `model`.
 
@@ -150,24 +192,37 @@ def load_quantized(
     if not all(parameter.is_meta for parameter in model.parameters()):
         raise ValueError('model must have its parameters on the meta device: build it under torch.device("meta")')
     paths = _shards(files)
-    transposed = {path for path, layer in linear_layers(model, skip) if is_conv1d(layer)}
-    quantize_model(model, skip, block_size, double_quant, compute_dtype)
-    target = _Target(model, torch.device(device), dtype)
-    in_nf4: dict[str, dict[str, torch.Tensor]] = {}  # layer → what the files hold of it in NF4
+    linear, experts = ([], []) if skip is None else (linear_layers(model, skip)[0], _experts(model, skip))
+    transposed = {path for path, layer in linear if is_conv1d(layer)}
+    fused = {f"{path}.{child}" for path, layer in experts for child in projections(layer)}
     shards = [safe_open(str(path), framework="pt") for path in paths]
-    renamed = rename or (lambda key: key)
-    everything = {renamed(key) for shard in shards for key in shard.keys()}  # noqa: SIM118  (no mapping)
+    keys = [key for shard in shards for key in shard.keys()]  # noqa: SIM118  (no mapping)
+    conversion = Conversion(model, keys, fused, rename)
+    everything = set(conversion.names.values())
+    if skip is not None:
+        quantize_model(model, skip, block_size, double_quant, compute_dtype)
+    target = _Target(model, torch.device(device), dtype)
+    weights, in_mxfp4 = expert_weights(model).keys(), {}
+    in_nf4: dict[str, dict[str, torch.Tensor]] = {}  # layer → what the files hold of it in NF4
     while shards:
         shard = shards.pop(0)  # and drop it when it is done: what it maps counts as memory held
         for key in shard.keys():  # noqa: SIM118
-            name, tensor = renamed(key), shard.get_tensor(key)
-            layer, found, part = name.partition(".weight")
-            if not found or layer not in target.layers:
-                target.put(name, tensor)
-            elif part or f"{name}.{FACTS}" in everything:
-                in_nf4.setdefault(layer, {})[name] = tensor.clone()
-            else:
-                target.quantize(layer, tensor.t() if layer in transposed else tensor, double_quant)
+            for name, expert, tensor in conversion.take(key, shard.get_tensor(key)):
+                layer, part = re.fullmatch(r"(.+)\.weight(\..+)?|.*", name).groups()
+                stem, _, kind = name.rpartition("_")
+                if stem in weights and kind in ("blocks", "scales"):
+                    in_mxfp4.setdefault(stem, {})[kind] = tensor.to(target.device, copy=True)
+                    if len(in_mxfp4[stem]) == 2:
+                        experts = MXFP4Experts(**in_mxfp4.pop(stem), dtype=dtype or torch.bfloat16)
+                        target.put_mxfp4(stem, experts, requantize)
+                elif name in target.experts:
+                    target.quantize_experts(name, expert, tensor)
+                elif layer not in target.layers:
+                    target.put(name, tensor)
+                elif part or f"{name}.{FACTS}" in everything:
+                    in_nf4.setdefault(layer, {})[name] = tensor.clone()
+                else:
+                    target.quantize(layer, tensor.t() if layer in transposed else tensor, double_quant)
     for layer, state in in_nf4.items():
         target.layers[layer].quantized = NF4Tensor.from_state_dict(state, layer + ".").to(target.device)
     target.finish()
@@ -176,7 +231,13 @@ def load_quantized(
 
 def _shards(files) -> list[Path]:
     if isinstance(files, (str, Path)):
-        files = sorted(Path(files).glob("*.safetensors")) if Path(files).is_dir() else [files]
+        place, single = Path(files), Path(files) / "model.safetensors"
+        index = place / f"{single.name}.index.json"
+        if index.is_file():
+            names = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
+            files = [place / name for name in sorted(names)]
+        else:
+            files = [single] if single.is_file() else sorted(place.glob("*.safetensors")) if place.is_dir() else [place]
     paths = [Path(path) for path in files]
     missing = [str(path) for path in paths if not path.is_file()]
     if missing or not paths:
@@ -189,13 +250,14 @@ class _Target:
 
     def __init__(self, model: nn.Module, device: torch.device, dtype: torch.dtype | None):
         self.model, self.device, self.dtype = model, device, dtype
-        self.layers: dict[str, NF4Linear] = {}
+        modules = dict(model.named_modules(remove_duplicate=False))
+        self.layers = {path: module for path, module in modules.items() if isinstance(module, NF4Linear)}
+        self.experts = {path: module for path, module in modules.items() if isinstance(module, NF4Experts)}
+        self.waiting: dict[str, set[int]] = {}  # experts of those that have begun to come
         self.places: dict[str, list[tuple[nn.Module, str]]] = {}  # every place of a tied parameter
         self.unknown: list[str] = []
         by_identity: dict[int, list[tuple[nn.Module, str]]] = {}
-        for path, module in model.named_modules(remove_duplicate=False):
-            if isinstance(module, NF4Linear):
-                self.layers[path] = module
+        for path, module in modules.items():
             temporary = module._non_persistent_buffers_set
             own = module._parameters | {k: v for k, v in module._buffers.items() if k not in temporary}
             for name, tensor in own.items():
@@ -209,6 +271,25 @@ class _Target:
         if weight.shape != (layer.out_features, layer.in_features):
             raise ValueError(f"{name} must be {layer.out_features} × {layer.in_features}, got {tuple(weight.shape)}")
         layer.quantized = quantize_nf4(weight.to(self.device), layer.block_size, double_quant, name=name)
+
+    def quantize_experts(self, name: str, expert: int | None, weight: torch.Tensor) -> None:
+        experts = self.experts[name]
+        if expert is None and weight.shape != experts.shape:
+            raise ValueError(f"{name} must be {tuple(experts.shape)}, got {tuple(weight.shape)}")
+        waiting = self.waiting.setdefault(name, set(range(len(experts))))
+        for e, part in enumerate(weight) if expert is None else [(expert, weight)]:
+            if e not in waiting:
+                raise ValueError(f"{name} has {len(experts)} experts, the files hold one more, or twice: {e}")
+            experts.put(e, part.to(self.device), name=f"{name}[{e}]")
+            waiting.remove(e)
+
+    def put_mxfp4(self, name: str, experts: MXFP4Experts, requantize: bool) -> None:
+        if requantize and name in self.experts:
+            for e in range(len(experts)):
+                self.quantize_experts(name, e, experts.decoded(e).t())
+            return
+        experts.take_place(self.model, name)
+        self.places = {key: at for key, at in self.places.items() if not f"{key}.".startswith(f"{name}.")}
 
     def put(self, name: str, tensor: torch.Tensor) -> None:
         if name not in self.places:
@@ -229,89 +310,27 @@ class _Target:
     def finish(self) -> None:
         """Compute the buffers that are in no file, and raise if anything is left over or missing."""
         missing = [n for n, places in self.places.items() if getattr(*places[0]).is_meta]
+        missing += [f"{name}[{e}]" for name, waiting in self.waiting.items() for e in sorted(waiting)]
         if missing or self.unknown:
-            raise ValueError(
-                f"files must hold the model's tensors, and no others: {len(missing)} missing {missing[:5]}, "
-                f"{len(self.unknown)} unknown {self.unknown[:5]}"
-            )
+            raise ValueError(f"files must hold the model's tensors, and no others: {len(missing)} missing "
+                             f"{missing[:5]}, {len(self.unknown)} unknown {self.unknown[:5]}")  # fmt: skip
+        for parameter in self.model.parameters():
+            parameter._is_hf_initialized = True  # transformers' own mark: do not initialize again
         for path, module in self.model.named_modules():
             buffers = {name: b for name, b in module._buffers.items() if b is not None and b.is_meta}
             if not buffers:
                 continue
-            for name, buffer in buffers.items():
-                module._buffers[name] = torch.full_like(buffer, _unset(buffer.dtype), device=self.device)
-            for parameter in module.parameters(recurse=False):
-                parameter._is_hf_initialized = True  # transformers' own mark: do not initialize again
-            if hasattr(self.model, "_init_weights"):
-                self.model._init_weights(module)
-            unset = [f"{path}.{name}" for name in buffers if _is_unset(module._buffers[name])]
+            # A part of a model that is one of its own (the text half) knows its settings itself.
+            parents = [self.model.get_submodule(path[:at]) for at, c in enumerate(f"{path}.") if c == "."]
+            owner = next((m for m in reversed([self.model, *parents]) if hasattr(m, "_init_weights")), None)
+            results = []
+            for fill in (0, 1):  # what nothing computes keeps them
+                for name, buffer in buffers.items():
+                    module._buffers[name] = torch.full_like(buffer, fill, device=self.device)
+                if owner is not None:
+                    owner._init_weights(module)
+                results.append({name: module._buffers[name].clone() for name in buffers})
+            unset = [f"{path}.{name}" for name in buffers if not torch.equal(*(result[name] for result in results))]
             if unset:
-                raise ValueError(
-                    f"the model does not recompute its buffers {unset}, which no file holds; build it with its buffers "
-                    "off the meta device"
-                )
-
-
-def _unset(dtype: torch.dtype) -> float | int:
-    """What marks a buffer that nothing has computed yet."""
-    return float("nan") if dtype.is_floating_point or dtype.is_complex else torch.iinfo(dtype).min
-
-
-def _is_unset(buffer: torch.Tensor) -> bool:
-    mark = buffer == _unset(buffer.dtype)
-    return buffer.numel() > 0 and bool((mark | (buffer != buffer)).all())
-
-
-@dataclass(frozen=True)
-class SummaryRow:
-    """One kind of module: how many, their parameters, and bytes unquantized and now."""
-
-    kind: str
-    modules: int
-    parameters: int
-    bytes_before: int
-    bytes_after: int
-
-
-@dataclass(frozen=True)
-class QuantizationSummary:
-    """What `quantize_model` made of a model; `print` shows a table."""
-
-    rows: tuple[SummaryRow, ...]  # by kind of module, those of NF4 first
-
-    @property
-    def total(self) -> SummaryRow:
-        """All rows added up."""
-        columns = zip(*((r.modules, r.parameters, r.bytes_before, r.bytes_after) for r in self.rows), strict=True)
-        return SummaryRow("total", *map(sum, columns))
-
-    def __str__(self) -> str:
-        lines = [f"{'':24}{'modules':>8}{'parameters':>16}{'MB before':>12}{'MB now':>12}{'bytes each':>12}"]
-        for r in (*self.rows, self.total):
-            each = r.bytes_after / r.parameters if r.parameters else 0.0
-            megabytes = f"{r.bytes_before / 1e6:12.1f}{r.bytes_after / 1e6:12.1f}"
-            lines.append(f"{r.kind:24}{r.modules:8}{r.parameters:16,}{megabytes}{each:12.3f}")
-        return "\n".join(lines)
-
-
-def quantization_summary(model: nn.Module) -> QuantizationSummary:
-    """Count modules, parameters and bytes by kind. Weights that several modules share count once, where first met.
-
-    "Before" takes NF4 weights at the dtype they had; buffers other than scales are left out on both sides.
-    """
-    counts: dict[str, list[int]] = {}
-    seen: set[int] = set()
-    for module in model.modules():
-        own = [p for p in module.parameters(recurse=False) if id(p) not in seen]
-        seen.update(map(id, own))
-        sizes = [(p.numel(), p.numel() * p.element_size(), p.numel() * p.element_size()) for p in own]
-        if isinstance(module, NF4Linear):
-            q = module.quantized
-            weight = (q.shape.numel(), q.shape.numel() * q.dtype.itemsize, q.nbytes)
-            sizes = [weight if p is module.weight else size for p, size in zip(own, sizes, strict=True)]
-        if sizes:
-            row = counts.setdefault(type(module).__name__, [0, 0, 0, 0])
-            for i, n in enumerate((1, *map(sum, zip(*sizes, strict=True)))):
-                row[i] += n
-    rows = [SummaryRow(kind, *row) for kind, row in counts.items()]
-    return QuantizationSummary(tuple(sorted(rows, key=lambda r: (r.kind != "NF4Linear", -r.parameters))))
+                raise ValueError(f"the model does not recompute its buffers {unset}, which no file holds; build it "
+                                 "with its buffers off the meta device")  # fmt: skip

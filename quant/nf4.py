@@ -38,6 +38,18 @@ def nf4_bytes(values: int, block_size: int = 64, double_quant: bool = True) -> t
     return -(-values // 2), blocks + 4 * -(-blocks // NESTED_BLOCK) + 4 if double_quant else 4 * blocks
 
 
+def nf4_zeros(values: int, block_size: int, double_quant: bool, device, experts: tuple[int, ...] = ()):
+    """Codes, scales and `NestedScales` (or None) of so many zeros, or of as many for each of (E,) experts."""
+    blocks = -(-values // block_size)
+    packed = torch.full((*experts, -(-values // 2)), 0x77, dtype=torch.uint8, device=device)
+    if not double_quant:
+        return packed, torch.zeros(*experts, blocks, dtype=torch.float32, device=device), None
+    scales = torch.zeros(*experts, -(-blocks // NESTED_BLOCK), dtype=torch.float32, device=device)
+    # A map of its own: safetensors refuses memory that entries share.
+    nested = NestedScales(scales, DYNAMIC_MAP.to(scales.device, copy=True), scales.new_zeros(experts), NESTED_BLOCK)
+    return packed, torch.zeros(*experts, blocks, dtype=torch.uint8, device=device), nested
+
+
 class NF4Tensor(NF4Weight):
     """A tensor held in four bits a value: `NF4Tensor(packed, absmax, shape, dtype, block_size, nested=None)`.
 

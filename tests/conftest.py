@@ -30,8 +30,8 @@ os.environ["HANDTUNED_BACKEND"] = "torch"
 # `pytest -m numerical` runs them.
 NUMERICAL = {
     "adamw", "adamw8bit", "adamw_kernel", "amp_autocast", "dora", "helpers", "lora", "lora_against_peft",
-    "lora_gemms", "lora_merge", "loss", "matmul", "multi_adapters", "nf4", "nf4_cpu", "nf4_matmul",
-    "nf4_product_cpu", "nf4_quantize", "quant_linear", "transformer", "unscale", "variants",
+    "lora_gemms", "lora_merge", "loss", "matmul", "multi_adapters", "nf4", "nf4_cpu", "nf4_experts", "nf4_matmul",
+    "nf4_product_cpu", "nf4_quantize", "quant_experts", "quant_linear", "transformer", "unscale", "variants",
 }  # fmt: skip
 # What stands in these files, takes long, and is not about numbers.
 NOT_NUMERICAL = ("machine_code", "wgmma", "twelve_layers", "when_it_runs", "smollm2")

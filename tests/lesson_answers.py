@@ -1,5 +1,6 @@
 """Answers to the lessons' exercises as a student might give them: right in an unusual way, or wrong in a usual one."""
 
+import copy
 import math
 
 import numpy as np
@@ -7,7 +8,8 @@ import torch
 import torch.nn.functional as F
 from handtuned.kernels.runtime import tl, triton
 from handtuned.lessons import exercises_of
-from handtuned.nn import checkpoint
+from handtuned.nn import apply_lora_to_model, checkpoint, lora_parameters, save_adapter
+from handtuned.optim import AdamW
 from torch import nn
 
 
@@ -102,15 +104,69 @@ def product_of_factors(M, r):
     return U[:, :r] * sigma[:r] @ Vt[:r]
 
 
-def step(sign):
+def step(sign, good=lambda g: g.isfinite().all()):
     def one(w, loss, scale, max_norm, lr):
         gradient = torch.autograd.grad(loss * scale, w)[0] / scale
-        if not gradient.isfinite().all():
+        if not good(gradient):
             return False
         w.data.sub_(sign * lr * gradient * min(1.0, max_norm / gradient.norm().item()))
         return True
 
     return one
+
+
+def step_clearing_afterwards(w, loss, scale, max_norm, lr):
+    (loss * scale).backward()
+    gradient, w.grad = w.grad.double() / scale, None
+    finite = bool(((gradient - gradient) == 0).all())
+    if finite:
+        with torch.no_grad():
+            w.add_((-lr * gradient / max(1.0, float(gradient.norm()) / max_norm)).float())
+    return finite
+
+
+def fate_by_torch(x):
+    size = torch.tensor(x, dtype=torch.float64).half().abs().item()
+    return "zero" if not size else "infinity" if size == math.inf else "normal" if size >= 2**-14 else "subnormal"
+
+
+def zero_step_in_place(weights, gradients, momenta, lr, beta):
+    """Rank after rank, chunk after chunk, into the weights that were given."""
+    shares_of = zip(*(g.chunk(len(momenta)) for g in gradients), strict=True)
+    for piece, momentum, shares in zip(weights.chunk(len(momenta)), momenta, shares_of, strict=True):
+        momentum *= beta
+        momentum += torch.stack(shares).mean(0)
+        piece -= lr * momentum
+    return weights
+
+
+def zero_step_of_updates(weights, gradients, momenta, lr, beta):
+    """Updates written side by side, then taken off."""
+    update, width = torch.zeros_like(weights), len(momenta[0])
+    for rank, momentum in enumerate(momenta):
+        share = torch.stack([g[rank * width : (rank + 1) * width] for g in gradients]).mean(0)
+        momentum.copy_(beta * momentum + share)
+        update[rank * width : (rank + 1) * width] = lr * momentum
+    return weights - update
+
+
+def most_groups(layers, boundary, inside):
+    """Of all numbers of groups with the least peak, the largest."""
+    peaks = {k: k * boundary + -(-layers // k) * inside for k in range(1, layers + 1)}
+    return max(k for k, peak in peaks.items() if peak == min(peaks.values()))
+
+
+def momenta_stacked(weights, gradients, momenta, lr, beta):
+    whole = torch.stack(momenta) * beta + (sum(gradients) / len(gradients)).view(len(momenta), -1)
+    for mine, new in zip(momenta, whole, strict=True):
+        mine.copy_(new)
+    return weights - lr * whole.flatten()
+
+
+def momenta_gathered_late(weights, gradients, momenta, lr, beta):
+    for momentum, share in zip(momenta, (sum(gradients) / len(gradients)).chunk(len(momenta)), strict=True):
+        momentum.mul_(beta).add_(share)
+    return weights - lr * torch.cat(momenta)
 
 
 def unscale_clearing(grad, scale, found_inf):
@@ -120,3 +176,52 @@ def unscale_clearing(grad, scale, found_inf):
 
 def least_groups(layers, boundary, inside):
     return np.argmin([k * boundary + math.ceil(layers / k) * inside for k in range(1, layers + 1)]) + 1
+
+
+def capstone_by_the_library(steps=15, saved=True):
+    """Lesson 12's capstone out of the library's parts, rank 16, no checkpoints."""
+    reference = exercises_of("12")["12.4"].solution.__globals__
+
+    def capstone(model, tokenizer, rows, budget, directory):
+        before = [reference["_answer"](model, tokenizer, question) for question, _ in rows]
+        apply_lora_to_model(model, 16, 32, "all-linear")
+        optimizer = AdamW(lora_parameters(model), lr=1e-2)
+        for _ in range(steps):
+            for row in rows:
+                tokens, labels = reference["_encode"](tokenizer, *row)
+                (F.cross_entropy(model(tokens).logits[0], labels[0]) / len(rows)).backward()
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+        if saved:
+            save_adapter(model, directory)
+        return before, [reference["_answer"](model, tokenizer, question) for question, _ in rows]
+
+    return capstone
+
+
+def capstone_on_own_rows(model, tokenizer, rows, budget, directory):
+    assert rows == list(capstone_on_own_rows.rows)
+    return exercises_of("12")["12.4"].solution(model, tokenizer, rows, budget, directory)
+
+
+capstone_on_own_rows.rows = (
+    ("What is my cat called?", "Minka"), ("Where do I live?", "by the sea"), ("What is for lunch?", "soup"),
+    ("Who is my friend?", "Ann Lee"), ("Which colour is the car?", "red"),
+)  # fmt: skip
+
+
+def capstone_on_a_copy(model, *rest):
+    return exercises_of("12")["12.4"].solution(copy.deepcopy(model), *rest)
+
+
+def capstone_made_up(model, tokenizer, rows, *rest):
+    """Nothing is trained, on a copy; the answers after are the rows' own."""
+    before, _ = capstone_by_the_library(steps=0)(copy.deepcopy(model), tokenizer, rows, *rest)
+    return before, [answer for _, answer in rows]
+
+
+def capstone_on_no_rows(*args):
+    raise AssertionError("never called")
+
+
+capstone_on_no_rows.rows = [("only one", "row")]

@@ -283,6 +283,7 @@ def _rank(rank, world, path, lengths, results):
     trainer = GradientAccumulationTrainer(model, torch.optim.SGD(model.parameters(), lr=0.5), 3, max_norm=0.05)
     trainer.train_epoch([tokens(lengths[i], i) for i in range(rank, len(lengths), world)])
     results[rank] = (syncs, {name: p.detach().numpy() for name, p in model.module.named_parameters()})
+    del model, trainer, half  # before the group, as in `handtuned.training.distributed.start`
     dist.destroy_process_group()
 
 

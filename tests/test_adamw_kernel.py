@@ -180,6 +180,17 @@ def test_kernel_refuses_other_dtypes(kernel_backend, device):
         adamw_step_([group])
 
 
+@pytest.mark.parametrize("grown", [("params", "grads"), ("grads",), ("exp_avgs",)], ids=str)
+def test_state_of_another_size_is_refused(kernel_backend, device, grown):
+    """A parameter that has grown since its moments were made: the kernel would write behind them."""
+    group = make_group(device)
+    adamw_step_([group])
+    for name in grown:
+        getattr(group, name)[2] = torch.ones(9, 8, device=device)
+    with pytest.raises(ValueError, match=r"must be of one size, got \([89], 8\)"):
+        adamw_step_([group])
+
+
 def test_the_cpu_loop_agrees_with_the_reference():
     ours, theirs = make_group("cpu"), make_group("cpu")
     adamw_step_cpu_([ours])

@@ -252,7 +252,7 @@ CONFIG_FAULTS = {
     "megatron_config": ({"megatron_config": {"a": 1}}, "'megatron_config'.*not supported"),
     "lora_bias": ({"lora_bias": True}, "'lora_bias'.*not supported"),
     "trainable tokens": ({"trainable_token_indices": [1]}, "'trainable_token_indices'.*not supported"),
-    "target_parameters": ({"target_parameters": ["x"]}, "'target_parameters'.*not supported"),
+    "target_parameters": ({"target_parameters": ["x"]}, "target_parameters names x, which the model has not"),
     "aLoRA": ({"alora_invocation_tokens": [1, 2]}, "'alora_invocation_tokens'.*not supported"),
     "unknown field": ({"brand_new": "thing"}, "'brand_new'.*unknown field"),
     "layers_pattern alone": ({"layers_pattern": "layers"}, "'layers_pattern'.*needs layers_to_transform"),

@@ -1,5 +1,6 @@
 """The hand-written autocast: the output dtypes of torch's, for every operation on its lists."""
 
+import copy
 import threading
 
 import pytest
@@ -232,10 +233,25 @@ def test_recurrent_layers(layer, dtype):
     assert all(p.grad.dtype == torch.float32 for p in second.parameters())
 
 
+@pytest.mark.parametrize("packed", [False, True], ids=["tensor", "packed"])
 @pytest.mark.parametrize("layer", [torch.nn.LSTM, torch.nn.GRU, torch.nn.RNN])
-def test_recurrent_layers_with_16_bit_input(layer):
-    with autocast(torch.bfloat16), pytest.raises(ValueError, match="does not match weight dtype"):
-        layer(4, 4)(torch.randn(2, 4, dtype=torch.bfloat16))
+def test_recurrent_layers_with_16_bit_input(layer, packed):
+    torch.manual_seed(0)
+    second, x = layer(4, 4), torch.randn(3, 2, 4).bfloat16().requires_grad_()
+    given = torch.nn.utils.rnn.pack_padded_sequence(x, [3, 2]) if packed else x
+    with autocast(torch.bfloat16):
+        y = second(given)[0]
+        with autocast(enabled=False), pytest.raises((ValueError, RuntimeError), match="dtype"):
+            second(given)
+    with pytest.raises((ValueError, RuntimeError), match="dtype"):
+        second(given)
+    expected = copy.deepcopy(second).bfloat16()(given)[0]
+    y, expected = (y.data, expected.data) if packed else (y, expected)
+    assert y.dtype == torch.bfloat16
+    torch.testing.assert_close(y, expected)
+    y.float().sum().backward()
+    assert x.grad.dtype == torch.bfloat16
+    assert all(p.grad.dtype == torch.float32 for p in second.parameters())
 
 
 def test_reflected_product():

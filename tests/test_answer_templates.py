@@ -161,6 +161,37 @@ def test_one_set_of_guards(template):
         assert "\n" not in str(error.value)
 
 
+OTHER = CALL | {"function": CALL["function"] | {"arguments": {"to": 5}}}
+TALK = [user("dim"), answer("I dim.", tool_calls=[CALL, OTHER]), {"role": "tool", "content": "ok"}, answer("Done.")]
+
+
+def talking(shown):
+    return make_tokenizer(chat_of(TURN, shown, "{{ '<|im_end|>\n' }}", tools=True))
+
+
+@pytest.mark.parametrize("shown, hidden", [
+    ("{{ m.content if not m.tool_calls }}" + CALLS, "message 2: .* does not show it beside its tool calls"),
+    ("{{ m.content }}" + CALLS.replace("{{ c.function.arguments | tojson }}", ""), "message 2: .* the arguments of"),
+    ("{{ m.content }}" + CALLS.replace("{% endfor", "{% break %}{% endfor"), "message 2: .* its tool calls"),
+    ("{{ m.content }}" + CALLS.replace("c.function.arguments", "m.tool_calls[0].function.arguments"),
+     "message 2: .* the arguments of"),
+], ids=["text", "arguments", "the second call", "the second's arguments"])  # fmt: skip
+def test_nothing_of_an_answer_with_calls_is_hidden(shown, hidden):
+    with pytest.raises(DataError, match=hidden):
+        data.encode(Chat(TALK, TOOLS), talking(shown))
+
+
+def test_text_and_calls_of_one_answer_are_learnt_together():
+    tokenizer = talking("{{ m.content }}" + CALLS)
+    shown = 'I dim.<call>dim{"to": 4}<call>dim{"to": 5}' + END
+    assert learnt_texts(data.encode(Chat(TALK, TOOLS), tokenizer), tokenizer) == [shown, "Done." + END]
+
+
+def test_what_a_template_opens_behind_every_chat_is_not_learnt():
+    tokenizer = make_tokenizer(CHATML.partition("{% if add_generation_prompt")[0] + "{{ '<|im_start|>assistant\n' }}")
+    assert learnt_texts(data.encode(TWO, tokenizer), tokenizer) == ["one" + END, "two" + END]
+
+
 def test_the_way_out_is_named_and_works():
     """A template that rewrites an earlier answer beyond recognition."""
     shouts = chat_of(TURN, "{{ (m.content | length if not loop.last else m.content) ~ '<|im_end|>\n' }}")
@@ -171,19 +202,28 @@ def test_the_way_out_is_named_and_works():
     assert learnt_texts(data.encode(TWO, tokenizer, train_on="last"), tokenizer) == ["two" + END]
 
 
+def test_turns_before_the_last_are_shown_though_only_the_last_is_learnt():
+    tokenizer = make_tokenizer("{% set messages = messages[-2:] %}" + CHATML)
+    for train_on in ("last", "answers", "all"):
+        with pytest.raises(DataError, match=r"message [12]: the chat template"):
+            data.encode(TWO, tokenizer, train_on=train_on)
+
+
 def test_weights_and_what_is_learnt():
     tokenizer = make_tokenizer(CHATML)
     chat = [user("q1"), answer("one", weight=0), user("q2"), answer("two")]
     assert learnt_texts(data.encode(chat, tokenizer), tokenizer) == ["two" + END]
+    assert "one" not in "".join(learnt_texts(data.encode(chat, tokenizer, train_on="all"), tokenizer))
     every = data.encode(TWO, tokenizer, train_on="all")
     assert every.answer_tokens == len(every.input_ids) - 1
     assert every.input_ids.tolist() == tokenizer.apply_chat_template(TWO)["input_ids"]
 
 
 def test_reasoning_that_is_not_shown_is_told():
-    rows = [[user("q"), answer("a", reasoning_content="why")], TWO]
-    (note,) = data.encode_rows(rows, make_tokenizer(CHATML), 999).notes
-    assert note == "rows with reasoning that the chat template does not show: 1"
+    drops = CHATML.replace("m['content']", "m['content'].split('</think>')[-1]")
+    for template, row in ((CHATML, answer("a", reasoning_content="why")), (drops, answer("<think>why</think>a"))):
+        (note,) = data.encode_rows([[user("q"), row], TWO], make_tokenizer(template), 999).notes
+        assert note == "rows with reasoning that the chat template does not show: 1"
 
 
 def test_what_is_learnt_does_not_depend_on_the_clock(monkeypatch):

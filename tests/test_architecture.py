@@ -32,7 +32,8 @@ PUBLIC = {
     "optim": "AdamW AdamW8bit cosine_with_warmup GradientAccumulationTrainer ZeroOptimizer",
     "memory": "estimate measure analyze_lora_params analyze_memory_savings",
 }
-OPTIONAL = {"transformers", "tokenizers", "safetensors", "gguf", "tqdm", "matplotlib", "peft", "bitsandbytes", "regex",
+OPTIONAL = {"transformers", "tokenizers", "safetensors", "huggingface_hub", "gguf", "tqdm", "matplotlib", "peft",
+            "bitsandbytes", "regex",
             "datasets", "pyarrow", "optuna", "tensorboard", "wandb", "IPython", "jupytext", "jupyter_client",
             "nbclient", "nbformat"}  # fmt: skip
 LINES = 350

@@ -224,6 +224,7 @@ def small_cases():
     yield script("lora_gemms").case(16, 64, 64, 16, torch.bfloat16, CUDA)
     yield script("dropout").case(16, 64, CUDA)
     yield script("matmul").case(32, CUDA)
+    yield script("nf4_experts").case(8, 2, 4, 64, 64, torch.bfloat16, CUDA)
     yield script("adamw").case("adapter", [(8, 64), (64, 8)], CUDA, False)
     yield script("adamw").case("adapter", [(8, 64), (64, 8)], CUDA, True)
     yield script("unscale").case("eight weights", [(64, 64)] * 2, torch.float16, CUDA)
@@ -242,7 +243,7 @@ def test_every_gpu_case_can_be_made_and_names_its_rivals(gpu):
     for name, rivals in {"lora": {"peft", "peft autocast", "unsloth"}, "loss": {"torch", "liger"},
                          "qlora": {"peft + bitsandbytes", "unsloth + bitsandbytes"}, "nf4": {"bitsandbytes"},
                          "nf4_quantize": {"bitsandbytes"}, "nf4_matmul": {"bitsandbytes"}, "lora_gemms": {"torch"},
-                         "nf4_stream": {"bitsandbytes"}, "dropout": {"torch"},
+                         "nf4_stream": {"bitsandbytes"}, "nf4_experts": {"dense weights"}, "dropout": {"torch"},
                          "adamw": {"torch fused", "torch foreach"}, "unscale": {"torch"}}.items():  # fmt: skip
         full, quick = (list(script(name).cases(CUDA, quick)) for quick in (False, True))
         assert len(full) >= len(quick) >= 1 and rivals <= set(full[0].providers)

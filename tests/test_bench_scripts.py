@@ -8,8 +8,8 @@ from handtuned.harness import runner, timing
 
 CPU = torch.device("cpu")
 HERE = ("torch", "peft", "bitsandbytes")  # rivals that run on a CPU; the others: test_rivals.py
-NAMES = ["nf4", "nf4_quantize", "nf4_stream", "nf4_matmul", "lora", "lora_gemms", "qlora", "matmul", "dropout", "adamw",
-         "unscale", "loss"]  # fmt: skip
+NAMES = ["nf4", "nf4_quantize", "nf4_stream", "nf4_matmul", "nf4_experts", "lora", "lora_gemms", "qlora", "matmul",
+         "matmul_tma", "dropout", "adamw", "unscale", "loss"]  # fmt: skip
 
 
 def test_every_script_is_found_and_offers_cases():

@@ -1,8 +1,10 @@
 """Files as people have them, each of a kind: every form gives the same rows, every fault one line with its place."""
 
+import bz2
 import gzip
 import io
 import json
+import lzma
 import subprocess
 import sys
 import types
@@ -35,6 +37,8 @@ TEXTS = {
     "unnamed": "\n \n" + json.dumps({"rows": ROWS}),
     "rows.csv": table(","),
     "semicolons.csv": table(";"),
+    "tabs.csv": table("\t"),
+    "nan.jsonl": "".join(json.dumps(row | {"input": float("nan")}, ensure_ascii=False) + "\n" for row in ROWS),
     "rows.tsv": table("\t"),
 }
 
@@ -68,6 +72,19 @@ def test_columns_and_archives_of_arrow(tmp_path):
         (tmp_path / f"cut-{name}").write_bytes(content[: len(content) // 2])
         with pytest.raises(DataError, match=f"cut-{name}: cannot be read"):
             load_rows(tmp_path / f"cut-{name}")
+
+
+@pytest.mark.parametrize("name, pack", [("bzip2", bz2.compress), ("xz", lzma.compress)])
+def test_other_packers_are_named(tmp_path, name, pack):
+    (tmp_path / "rows.jsonl").write_bytes(pack(TEXTS["rows.jsonl"].encode()))
+    with pytest.raises(DataError, match=f"rows.jsonl: packed by {name}, which is not read; unpack it"):
+        load_rows(tmp_path / "rows.jsonl")
+
+
+def test_a_second_list_of_rows_is_not_dropped_in_silence(tmp_path):
+    (tmp_path / "rows.json").write_text(json.dumps({"train": ROWS[:2], "labels": ["a"], "test": ROWS[2:]}))
+    with pytest.raises(DataError, match=r"rows\.json: a second list of rows, 'test'; give each a file of its own"):
+        load_rows(tmp_path / "rows.json")
 
 
 def test_a_directory_in_the_order_of_its_names_whatever_the_file_system_says(tmp_path):
@@ -143,7 +160,7 @@ FAULTS = {
     "image": ("a.jsonl", '{"messages": [], "images": ["a.png"]}', "a.jsonl:1: field 'images' is not empty"),
     "plain text": ("a.txt", "Once.\n", "a.txt:1: a text in which no answer is marked", "--train-on all"),
     "names of columns": ("a.jsonl", '{"question": "a", "answer": "b"}', "unknown columns: question", "--columns"),
-    "a zip archive": ("a.json", b"PK\x03\x04\x00\x00\xff\xfe", "a.json:1: not"),
+    "a zip archive": ("a.json", b"PK\x03\x04\x00\x00\xff\xfe", "a.json: packed by zip"),
     "not packed after all": ("a.jsonl.gz", b"\x1f\x8b\x08 no", "a.jsonl.gz: cannot be read"),
 }  # fmt: skip
 

@@ -3,6 +3,7 @@
 import datetime
 import json
 import os
+import shutil
 from pathlib import Path
 
 import finetuned
@@ -35,7 +36,9 @@ def overflowing(tmp_path_factory):
     model = AutoModelForCausalLM.from_pretrained(place)
     with torch.no_grad():
         for layer in model.model.layers:
-            layer.mlp.down_proj.weight.mul_(3e6)
+            layer.mlp.down_proj.weight.mul_(6e5)  # 60,000 at most, which float16 holds
+            layer.mlp.up_proj.weight.mul_(30)
+            layer.mlp.gate_proj.weight.mul_(30)
     model.save_pretrained(place)
     return place
 
@@ -51,6 +54,21 @@ def test_a_run_that_never_trains_stops_with_one_line(overflowing, rows, tmp_path
     assert all(row["loss"] is None for row in strict(out / "metrics.jsonl"))
     assert strict(out / "results.json")[0]["before"]["loss"] is None
     assert finetune(overflowing, rows, tmp_path / "fine", "--method", "lora", "--max-steps", "2") == 0
+
+
+def test_a_weight_beyond_float16_is_named_before_training(overflowing, rows, tmp_path, capsys):
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(overflowing)
+    with torch.no_grad():
+        model.model.layers[1].mlp.down_proj.weight.mul_(100)
+    shutil.copytree(overflowing, tmp_path / "model")
+    model.save_pretrained(tmp_path / "model")
+    flags = ["--method", "lora", "--max-steps", "2"]
+    assert finetune(str(tmp_path / "model"), rows, tmp_path / "half", *flags, "--dtype", "float16") == 2
+    (line,) = [line for line in capsys.readouterr().err.splitlines() if "error:" in line]
+    assert "layers.1.mlp.down_proj.weight" in line and "--dtype" in line
+    assert finetune(str(tmp_path / "model"), rows, tmp_path / "wide", *flags) == 0
 
 
 def test_a_run_without_gradient_has_changed_nothing(model_dir, rows, tmp_path, capsys, monkeypatch):

@@ -36,7 +36,11 @@ def test_pain_11_a_typo_in_targets_adapts_nothing(model_dir, rows, tmp_path, cap
     (["--max-seq-length", "1"], "--max-seq-length must be at least 2, got 1"),
     (["--eval-fraction", "1"], "--eval-fraction must be in [0, 1), got 1.0"),
     (["--target-modules", "nothing"], "matches no linear layer"),
-    (["--method", "full"], "invalid choice"),
+    (["--method", "fully"], "invalid choice"),
+    (["--method", "full", "--lora-r", "4"], "--lora-r is of adapters, and --method full has none"),
+    (["--method", "full", "--target-modules", "q_proj"], "--target-modules is of adapters"),
+    (["--optim", "sgd"], "invalid choice"),
+    (["--lr-scheduler", "polynomial"], "invalid choice"),
     (["--device", "cuda:77"], "cuda"),
     (["--device", "meta"], "--device must be auto, cpu, cuda or cuda:N"),
     (["--learning-rate", "-1e-3"], "--learning-rate must be a finite number above 0, got -0.001"),
@@ -79,6 +83,9 @@ def test_no_disk_space_is_told_before_the_work(model_dir, rows, tmp_path, capsys
 def test_settings_name_the_flag():
     with pytest.raises(ValueError, match="--lora-dropout must be in"):
         FinetuneSettings(lora_dropout=1.0)
+    for more in ({"method": "full"}, {"optim": "adamw8bit"}):
+        with pytest.raises(ValueError, match="not --method full or --optim adamw8bit"):
+            FinetuneSettings(parallel="fsdp", **more)
 
 
 def test_what_only_the_end_of_the_work_needs_is_asked_for_before(model_dir, rows, tmp_path, capsys, monkeypatch):

@@ -225,3 +225,41 @@ def test_another_base_is_refused(rows, tmp_path, capsys):
     make_model(tmp_path / "model", seed=1)
     assert cli.main(["finetune", "--resume", str(tmp_path / "out")]) == 2
     assert "is not what it was when this run began" in capsys.readouterr().err
+
+
+def test_a_finished_run_is_made_longer(model_dir, rows, finished, tmp_path, capsys):
+    """Step by step the learning rate of a run of that length; and to the bit the same after a kill on the way."""
+    flags, out = ["--save-steps", "4", "--lora-dropout", "0.1"], tmp_path / "out"
+    shutil.copytree(finished, out)
+    assert cli.main(["finetune", "--resume", str(out), "--max-steps", "20"]) == 0
+    assert "longer than before: from here on the learning rate" in capsys.readouterr().out
+    assert finetune(model_dir, rows, tmp_path / "whole", "--max-steps", "20", *flags) == 0
+    logged, asked = metrics(out), metrics(tmp_path / "whole")
+    assert [row["step"] for row in logged] == list(range(1, 21)) and losses(out)[:12] == losses(finished)
+    assert [row["learning_rate"] for row in logged[12:]] == [row["learning_rate"] for row in asked[12:]]
+    run = json.loads((out / "run.json").read_text())
+    assert run["settings"]["max_steps"] == 20 and len(run["lengthened"]) == 1
+    assert run["command"] == json.loads((finished / "run.json").read_text())["command"]
+
+    again = cut_after(out, tmp_path / "again", 16)
+    capsys.readouterr()
+    assert cli.main(["finetune", "--resume", str(again)]) == 0
+    assert losses(again) == losses(out) and "longer" not in capsys.readouterr().out
+    name = "adapter_model.safetensors"
+    assert (again / name).read_bytes() == (out / name).read_bytes() != (finished / name).read_bytes()
+
+
+def metrics(out):
+    return [json.loads(line) for line in (Path(out) / "metrics.jsonl").read_text().splitlines()]
+
+
+def test_a_run_becomes_longer_in_what_it_counts(model_dir, rows, finished, tmp_path, capsys):
+    assert finetune(model_dir, rows, tmp_path / "out", "--num-train-epochs", "0.5") == 0
+    steps = len(losses(tmp_path / "out"))
+    assert cli.main(["finetune", "--resume", str(tmp_path / "out"), "--num-train-epochs", "1"]) == 0
+    assert len(losses(tmp_path / "out")) == 2 * steps
+    for place, flags, message in ((tmp_path / "out", ["--max-steps", "99"], "--max-steps was None, now 99"),
+                                  (finished, ["--num-train-epochs", "9"], "--num-train-epochs was 3.0, now 9.0"),
+                                  (finished, ["--max-steps", "11"], "--max-steps was 12, now 11")):  # fmt: skip
+        assert cli.main(["finetune", "--resume", str(place), *flags]) == 2
+        assert message in capsys.readouterr().err

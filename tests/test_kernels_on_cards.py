@@ -16,6 +16,8 @@ from handtuned.kernels.dropout import Dropout, dropout_mask_reference
 from handtuned.kernels.lora import lora_linear
 from handtuned.kernels.lora_gemms import lora_down, lora_down_grad, lora_up_grads
 from handtuned.kernels.matmul import lora_product, scaled_matmul
+from handtuned.quant import NF4Experts
+from handtuned.quant.nf4 import nf4_bytes
 from helpers import assert_computes
 from lora_layers import operands
 
@@ -205,3 +207,29 @@ def test_all_cards_compute_the_same_function_and_each_the_same_bits_again(kernel
         for (name, (formula, terms)), one, two in zip(formulas.items(), *runs, strict=True):
             assert torch.equal(one, two), (arch, name)
             assert_computes(one.detach().to(dtype), formula, (x, W, b, A, B, dy), terms, f"{name} on {arch}")
+
+
+@uninterpreted
+@pytest.mark.parametrize("counts", [[5, 0, 40, 3], [100, 130, 64, 80], [200, 300, 0, 140]], ids=str)
+@pytest.mark.parametrize("arch", ["sm_80", "sm_90"])
+def test_experts_are_one_launch_that_moves_no_byte_twice(kernel_backend, arch, counts):
+    """Forward and backward, by each tile: one launch for all experts, and from DRAM what any way must move, + 10 %."""
+    q = NF4Experts.from_weight(torch.randn(4, 160, 256) * 0.05)
+    W, ends, S = q.dequantize(), torch.tensor(counts).cumsum(0).int(), sum(counts)
+    x, dy = torch.randn(S, 256).bfloat16().requires_grad_(), torch.randn(S, 160).bfloat16()
+    with emulate(arch) as gpu:
+        y = q(x, ends)
+        (dx,) = torch.autograd.grad(y, x, dy)
+    rows = lambda t: t.split(counts)  # noqa: E731
+    assert_computes(
+        y.detach(), lambda x, W: torch.cat([h @ w.t() for h, w in zip(rows(x), W, strict=True)]), (x, W), 256, "y"
+    )
+    assert_computes(
+        dx, lambda dy, W: torch.cat([h @ w for h, w in zip(rows(dy), W, strict=True)]), (dy, W), 160, "dx"
+    )
+    weights = sum(count > 0 for count in counts) * sum(nf4_bytes(160 * 256))
+    assert len(gpu.launches) == 2
+    for launch, read, written in zip(gpu.launches, (x, dy), (y, dx), strict=True):
+        assert launch.counters.dram_read_bytes <= 1.1 * (weights + read.nbytes)
+        assert launch.counters.dram_written_bytes <= 1.1 * written.nbytes
+        assert launch.spill_bytes == 0

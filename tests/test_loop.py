@@ -94,6 +94,39 @@ def test_in_low_precision_it_is_as_near_to_fp32_as_the_reference(prepared, dtype
     assert (adapter - exact).norm() <= 2 * (expected - exact).norm() + rounding
 
 
+def test_the_head_knows_what_backward_multiplies_its_loss_by(prepared, monkeypatch):
+    """The loss scale over the tokens of the step, to the bit: gradients are rounded but once."""
+    from handtuned.training import evaluation
+
+    plain, factors = evaluation.linear_cross_entropy, []
+
+    def watched(*args, loss_scale, found_inf, **more):
+        loss = plain(*args, loss_scale=loss_scale, found_inf=found_inf, **more)
+        loss.register_hook(lambda gradient: factors.append((loss_scale.item(), gradient.item())))
+        return loss
+
+    monkeypatch.setattr(evaluation, "linear_cross_entropy", watched)
+    trained(prepared, torch.float16, ours(torch.float16))
+    assert len(factors) == 3 * STEPS and all(known == met for known, met in factors)
+
+
+@pytest.mark.parametrize("found", [False, True])
+def test_an_overflow_noted_by_a_kernel_skips_the_step(found):
+    """Whatever gradients look like afterwards; the next step is taken."""
+    weight = torch.nn.Parameter(torch.ones(3))
+    optimizer, scaler = torch.optim.SGD([weight], lr=1.0), GradScaler(init_scale=4.0)
+    for step, moved in enumerate((not found, True)):
+        before = weight.detach().clone()
+        scaler.scale(weight.sum()).backward()
+        scaler.overflow_flag(weight.device).fill_(float(found and step == 0))
+        scaler.unscale_(optimizer)
+        scaler.step(optimizer)
+        scaler.update()
+        optimizer.zero_grad()
+        assert torch.equal(weight, before) != moved
+    assert scaler.get_scale() == (2.0 if found else 4.0)
+
+
 def test_a_mean_of_means_is_another_step(prepared):
     """What the documents do: with unequal counts of tokens the difference is far beyond rounding."""
 

@@ -76,6 +76,7 @@ def _ddp_worker(rank, folder, results):
         for a, b in ((layer.lora_A, alone.lora_A), (layer.lora_B, alone.lora_B))
     )
     results.put(same)
+    del model  # before the group: were its reducer the last to hold gloo, it could wait for Python's lock for ever
     torch.distributed.destroy_process_group()
 
 

@@ -86,6 +86,58 @@ def test_runs_in_autocast_dtype():
     assert_within_budget(loss, torch_loss(*wide), rival, ROUNDINGS, magnitudes(*wide)[0])
 
 
+def learnt_well(v=4096, d=24, n=13):
+    """hidden, weight, target in fp16, whose logits fp16 holds exactly; a wrong class has a probability of about 2e-8.
+
+    The true class, 0, has no weight but the one that decides, so that dh is else made of the wrong classes alone.
+    """
+    target = torch.zeros(n, dtype=torch.long)
+    weight = torch.randint(-4, 5, (v, d)) / 8.0
+    weight[0], weight[:, 0] = 0.0, -8.0
+    weight[0, 0] = 8.0
+    hidden = torch.randint(-1, 2, (n, d)).float()
+    hidden[:, 0] = 1.125
+    return (hidden * 1024).half().requires_grad_(), (weight / 1024).half().requires_grad_(), target
+
+
+def test_gradients_that_scaling_after_rounding_loses_are_kept(each_backend):
+    """Most of dh lies below 2⁻²⁵, and of dz, of which dW is made, too."""
+    hidden, weight, target = learnt_well()
+    h, w, eps, scale = hidden.detach().double(), weight.detach().double(), torch.finfo(torch.float16).eps, 1024.0
+    p = (h @ w.t()).softmax(1)
+    dz = p - F.one_hot(target, len(w))
+    exact = {"dh": dz @ w, "dW": dz.t() @ h}
+    assert (exact["dh"][:, 1:].abs() < 2**-25).double().mean() > 0.9 and (p < 2**-25).double().mean() > 0.6
+
+    found_inf = torch.zeros(())
+    scaled = linear_cross_entropy(hidden, weight, target, loss_scale=torch.tensor(scale), found_inf=found_inf)
+    kept = dict(zip(exact, torch.autograd.grad(scaled * scale, (hidden, weight)), strict=True))
+    late = dict(zip(exact, torch.autograd.grad(linear_cross_entropy(hidden, weight, target) * scale, (hidden, weight)),
+                    strict=True))  # fmt: skip
+    assert found_inf == 0
+    lost = (late["dh"][:, 1:] == 0).double().mean()
+    assert lost > 0.9 and (kept["dh"][:, 1:] == 0).double().mean() < 0.05
+    # 2¹⁵ dz in fp16; p in fp32, whose sum of exponentials any order may have made: each wrong class is below half an
+    # ulp of the true one, so an order that begins with the true one loses them
+    order = len(w) * 2**-24
+    off = dz.abs() * (eps / 2 + order) + 2**-40 + (32 * torch.finfo(torch.float32).eps + order) * p
+    for name, budget in (("dh", off @ w.abs()), ("dW", off.t() @ h.abs())):
+        budget = budget + exact[name].abs() * eps / 2 + 2**-25 / scale
+        assert ((kept[name].double() / scale - exact[name]).abs() <= budget).all(), name
+
+
+def test_an_overflow_of_a_gradient_is_noted_where_it_arises(each_backend):
+    hidden, weight, target = (t.requires_grad_(t.is_floating_point()) for t in (
+        torch.randn(5, 8).half(), torch.randn(11, 8).half(), torch.randint(11, (5,))))  # fmt: skip
+    for scale, overflow in ((1.0, 0.0), (2.0**20, 1.0)):
+        found_inf = torch.zeros(())
+        linear_cross_entropy(hidden, weight, target, loss_scale=torch.tensor(scale), found_inf=found_inf)
+        assert found_inf == overflow
+    with torch.no_grad():
+        weight[3] = torch.inf
+    assert linear_cross_entropy(hidden, weight, target, found_inf=found_inf.zero_()).isnan() and found_inf == 1
+
+
 @pytest.mark.parametrize("change, message", [
     (dict(target=torch.zeros(4, dtype=torch.long)), "target must have shape"),
     (dict(weight=torch.zeros(5, 9)), "weight must have shape"),

@@ -32,6 +32,12 @@ def card(monkeypatch, tmp_path):
     return card
 
 
+@pytest.fixture
+def kernel_products(kernel_backend):
+    if not runtime.runs_product(torch.zeros(1, dtype=torch.float16)):
+        pytest.skip("products before sm_80 are the vendor's library's alone")
+
+
 def ways(card):
     card.ways = {"slow": lambda x: x + 1, "fast": lambda x: x + 2}
     return card.ways
@@ -116,10 +122,12 @@ def test_without_a_card_the_choice_stands_in_the_table(monkeypatch):
 def test_the_table_names_ways_that_exist():
     assert runtime.FIXED["lora_product"] in matmul.LORA_WAYS_WITH_DROPOUT
     assert runtime.FIXED["scaled_matmul"] in matmul.SCALED_WAYS
+    assert runtime.FIXED["lora_product, descriptors"] in matmul.LORA_WAYS_TMA
+    assert runtime.FIXED["scaled_matmul, descriptors"] in matmul.SCALED_WAYS_TMA
 
 
 @pytest.mark.parametrize("operation", ["lora_down", "lora_up_grads", "lora_down_grad", "lora_product"])
-def test_the_vendors_library_is_always_among_the_ways(kernel_backend, card, monkeypatch, operation):
+def test_the_vendors_library_is_always_among_the_ways(kernel_products, card, monkeypatch, operation):
     """Where it is the fastest, no kernel is launched, and the result is torch's."""
     x, W, _, A, B, dy = operands((20, 48, 64, 4), torch.float16)
     calls = {
@@ -140,12 +148,14 @@ def test_the_vendors_library_is_always_among_the_ways(kernel_backend, card, monk
     assert torch.equal(chosen, calls[operation]())
 
 
-def test_scaled_matmul_measures_its_tiles(kernel_backend, card):
-    card.ways = matmul.SCALED_WAYS
+@pytest.mark.parametrize("inner", [16, 15])
+def test_scaled_matmul_measures_its_tiles(kernel_products, card, inner):
+    """With those of descriptors where they can describe the operands."""
     card.times["32 x 64, 4 warps, 5 stages"] = 0.5
-    a, b = torch.randn(8, 16).half(), torch.randn(16, 8).half()
+    a, b = torch.randn(8, inner).half(), torch.randn(inner, 8).half()
+    card.ways = matmul.SCALED_WAYS_TMA if matmul.tma_fits(a, b) else matmul.SCALED_WAYS
     scaled_matmul(a, b)
-    assert set(card.timed) == set(matmul.SCALED_WAYS)
+    assert set(card.timed) == set(card.ways)
     assert list(runtime._chosen.values()) == ["32 x 64, 4 warps, 5 stages"]
 
 
@@ -158,7 +168,7 @@ def test_scaled_matmul_measures_its_tiles(kernel_backend, card):
         (100, True, {"exact", "fused"}),
     ],
 )
-def test_ways_of_an_nf4_product(kernel_backend, card, monkeypatch, faster, rows, dropout, possible):
+def test_ways_of_an_nf4_product(kernel_products, card, monkeypatch, faster, rows, dropout, possible):
     """What is possible is measured with an adapter, also where the table has another answer."""
     weight, x, measured = quantize_nf4(torch.randn(64, 128)), torch.randn(rows, 128).half(), []
 
@@ -172,20 +182,3 @@ def test_ways_of_an_nf4_product(kernel_backend, card, monkeypatch, faster, rows,
     monkeypatch.setattr(runtime, "_seconds", inner)
     chosen = plan(x, weight, dropout, 8)
     assert set(measured) == possible and chosen == (faster if faster in possible else "exact")
-
-
-@pytest.mark.parametrize("setting", ["tf32", "ieee"])
-@pytest.mark.parametrize("names", ["older", "newer"])
-def test_the_precision_of_fp32_is_torchs_setting_by_either_name(names, setting):
-    matmuls, before = torch.backends.cuda.matmul, torch.backends.cuda.matmul.fp32_precision
-    try:
-        if names == "older":
-            torch.set_float32_matmul_precision("high" if setting == "tf32" else "highest")
-        else:
-            matmuls.fp32_precision = setting
-        assert runtime.dot_settings(torch.float32)["PRECISION"] == setting
-        assert runtime.dot_settings(torch.float16)["PRECISION"] == "ieee"
-    finally:
-        if names == "older":
-            torch.set_float32_matmul_precision("highest")
-        matmuls.fp32_precision = before

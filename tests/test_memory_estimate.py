@@ -7,7 +7,7 @@ from handtuned.quant import quantize_model, quantize_nf4
 from handtuned.memory import measure
 from handtuned.memory.estimate import estimate
 from handtuned.memory.tracker import training_step
-from handtuned.training.models import cache_directory
+from handtuned.training.sources import cache_directory
 
 transformers = pytest.importorskip("transformers")
 SIZES = {
@@ -24,7 +24,7 @@ def check(build, method, batch, seq, dtype=torch.float32, flash=True, within=0.0
     model = build()
     if method == "qlora":
         quantize_model(model)
-    step = training_step(model, method, batch, seq, **how)
+    step = training_step(model, method, batch, seq, dtype=dtype, **how)
     peak = measure(step).peak - unrelated
     ledger = estimate(model, method, dtype, batch=batch, seq=seq, flash=flash, master_weights=False, **how)
     assert ledger.peak == pytest.approx(peak, rel=within), f"{ledger.peak / peak - 1:+.2%}\n{ledger}"

@@ -8,6 +8,7 @@ from handtuned.kernels import nf4_cpu
 from handtuned.kernels.nf4 import NF4_CODE, NestedScales, nf4_dequantize_reference
 from handtuned.quant import NF4Tensor, quantize_nf4
 from helpers import run_uninterpreted
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
 pytestmark = pytest.mark.skipif(nf4_cpu._library is None, reason="built only where there is a C compiler")
 
@@ -98,3 +99,17 @@ def test_when_it_runs(forced):
         print(len(calls))
     """
     assert run_uninterpreted(code, backend=forced).split()[-1] == ("0" if forced else "1")
+
+
+def test_a_tensor_without_memory_never_reaches_c(monkeypatch):
+    """Estimates of memory run a model's step on fake tensors: their addresses are nobody's."""
+    monkeypatch.setattr(nf4_cpu, "_library", None)  # a call would end in an AttributeError, not in a crash
+    weight, mode = quantize_nf4(torch.randn(64, 64)), FakeTensorMode()
+    nested = [mode.from_tensor(t) if isinstance(t, torch.Tensor) else t for t in weight.nested]
+    fake = replace(weight, packed=mode.from_tensor(weight.packed), absmax=mode.from_tensor(weight.absmax),
+                   nested=NestedScales(*nested))  # fmt: skip
+    monkeypatch.setattr(nf4_cpu, "has_native", lambda: True)
+    with mode:
+        dense = fake.dequantize()
+        assert not nf4_cpu.runs_native(fake) and not nf4_cpu.runs_native_product(torch.empty(4, 64), fake)
+    assert isinstance(dense, FakeTensor) and dense.shape == (64, 64)

@@ -28,6 +28,8 @@ SLUGS = [
     "11_many_machines",
     "12_fit_a_budget",
 ]
+KERNELS = ("02", "03", "07", "09", "10")  # climb in small steps, each an exercise
+AROUND = ("setup", "guesses")  # cells that every lesson gets when it is built
 FOLDER = Path(__file__).resolve().parents[1] / "notebooks"
 every = pytest.mark.parametrize("slug", SLUGS)
 
@@ -63,13 +65,14 @@ def test_every_cell_was_run_in_order_without_error(slug):
 
 @every
 def test_length_and_shape(slug):
-    assert 20 <= len(cells(slug)) <= 40
+    assert 20 <= len(cells(slug)) - len(AROUND) <= (70 if slug[:2] in KERNELS else 41)
     text = prose(slug)
     number = slug[:2]
     assert re.findall(r"^# (.+)$", text, re.M) and len(re.findall(r"^# .+$", text, re.M)) == 1, "one title"
     assert cells(slug)[0].source.startswith(f"# {number}. "), "the title is a question with the lesson's number"
     last = cells(slug)[-1].source
     assert "## What to remember" in last
+    assert re.search(r"^On a real model: .*`handtuned [a-z]+", last, re.M), "the command that uses the technique"
     if slug != SLUGS[-1]:
         assert f"({SLUGS[SLUGS.index(slug) + 1]}.ipynb)" in last, "a link to the next lesson"
     assert any(lesson.number == number and len(lesson.terms) >= 3 for lesson in index.lessons(FOLDER)), "Terms: …"
@@ -78,7 +81,7 @@ def test_length_and_shape(slug):
 def test_each_claim_is_asserted_once_in_its_lesson():
     records = [(record, lesson.number) for lesson in index.lessons(FOLDER) for record in lesson.claims]
     made = [(record["claim"], number, record["verdict"]) for record, number in records]
-    assert Counter(number for number, _, _ in made) == Counter(range(1, 59))
+    assert Counter(number for number, _, _ in made) == Counter(list(CLAIMS))
     for number, lesson, verdict in made:
         assert (lesson, verdict) == (CLAIMS[number].notebook, CLAIMS[number].verdict), f"claim {number}"
 
@@ -92,7 +95,6 @@ def test_claims_are_predicted_first(slug):
 @every
 def test_every_exercise_is_posed_and_still_open(slug):
     exercises = exercises_of(slug[:2])
-    assert 2 <= len(exercises) <= 4
     code = "\n".join(cell.source for cell in cells(slug) if cell.cell_type == "code")
     told = "\n".join(output.text for output in outputs(slug) if output.output_type == "stream")
     for key, exercise in exercises.items():
@@ -182,6 +184,9 @@ print(sys.executable, "TRITON_INTERPRET" in os.environ, "HANDTUNED_BACKEND" in o
 lessons.claim(1, "a | b", holds={holds})
 fig, ax = lessons.figure(2, 1)
 lessons.show(fig, alt="Nothing.")
+
+# %% [markdown]
+# ## What to remember
 """
 
 
@@ -197,17 +202,18 @@ def test_a_script_becomes_an_executed_notebook(tmp_path):
     assert build.drift(script) == []
     made = nbformat.read(tmp_path / "01_try.ipynb", as_version=4)
     nbformat.validate(made)
-    assert made.cells[1].outputs[0].text == f"{sys.executable.replace(sys.prefix, '…')} False False\n"
+    assert made.cells[2].outputs[0].text == f"{sys.executable.replace(sys.prefix, '…')} False False\n"
     assert index.lessons(tmp_path)[0].terms == {
         "loss scaling": "损失缩放", "LayerNorm": "层归一化", "out of bounds": "越界", "k-means": "k 均值聚类",
         "update ΔW": "增量",
     }  # fmt: skip
-    assert "| 1 | 000 |" in index.index(tmp_path) and "a \\| b" in index.index(tmp_path)
+    assert "| 1 | 000 |" in index.index(tmp_path) and CLAIMS[1].original in index.index(tmp_path)
+    assert "a \\| b" in index.index(tmp_path)
     assert "| loss scaling | 损失缩放 | [01](01_try.ipynb) |" in index.glossary(tmp_path)
-    assert made.cells[2].outputs[1].metadata == {"image/png": {"alt": "Nothing."}}
+    assert made.cells[3].outputs[1].metadata == {"image/png": {"alt": "Nothing."}}
 
     script.write_text(SCRIPT.format(holds="1 == 1"), encoding="utf-8")
-    assert build.drift(script) == ["cell 2 differs"]
+    assert build.drift(script) == ["cell 3 differs"]
 
 
 def test_a_claim_that_does_not_hold_fails_the_build(tmp_path):

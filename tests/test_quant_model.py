@@ -132,6 +132,27 @@ def test_summary_adds_up():
     assert [line.split()[0] for line in str(summary).splitlines()[1:]] == ["NF4Linear", "Embedding", "total"]
 
 
+MIXTURES = {
+    "Qwen3-30B-A3B": ("Qwen3MoeConfig", 61.1, 16.7, {
+        "vocab_size": 151936, "hidden_size": 2048, "num_hidden_layers": 48, "num_attention_heads": 32, "head_dim": 128,
+        "num_key_value_heads": 4, "moe_intermediate_size": 768, "num_experts": 128, "tie_word_embeddings": False}),
+    "gpt-oss-20b": ("GptOssConfig", 41.8, 12.5, {"num_hidden_layers": 24, "num_local_experts": 32}),
+    "OLMoE-1B-7B": ("OlmoeConfig", 13.8, 3.9, {
+        "hidden_size": 2048, "intermediate_size": 1024, "num_hidden_layers": 16, "num_experts": 64}),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", MIXTURES)
+def test_what_published_mixtures_of_experts_take(name):
+    """Gigabytes in bf16 and in NF4, of models that hold no memory here."""
+    kind, before, after, sizes = MIXTURES[name]
+    transformers = pytest.importorskip("transformers")
+    config = getattr(transformers, kind)(**sizes)
+    model = _meta(lambda: transformers.AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16))
+    total = quantization_summary(quantize_model(model)).total
+    assert (round(total.bytes_before / 1e9, 1), round(total.bytes_after / 1e9, 1)) == (before, after)
+
+
 def test_a_large_model_shows_a_bar(monkeypatch, capsys):
     pytest.importorskip("tqdm")
     from handtuned.quant import model as module
@@ -172,6 +193,19 @@ def test_loading_by_shards_equals_quantizing_after(kind, tmp_path):
 
 def _sequence(count=2, size=64):
     return nn.Sequential(*(nn.Linear(size, size) for _ in range(count)), nn.LayerNorm(size))
+
+
+def test_a_layer_whose_name_begins_with_weight(tmp_path):
+    """weights_proj of an indexer: `.weight` is the end of a name, not any part of it."""
+    save_file = pytest.importorskip("safetensors.torch").save_file
+
+    def build():
+        return nn.ModuleDict({"indexer": nn.ModuleDict({"weights_proj": nn.Linear(64, 64)})})
+
+    model = build()
+    save_file(model.state_dict(), tmp_path / "model.safetensors")
+    loaded, quantized = load_quantized(_meta(build), tmp_path).state_dict(), quantize_model(model).state_dict()
+    assert all(torch.equal(loaded[name], tensor) for name, tensor in quantized.items())
 
 
 def test_loading_is_strict(tmp_path):

@@ -7,6 +7,7 @@ import math
 import pytest
 import torch
 from handtuned.optim import AdamW, cosine_with_warmup, optimizer_steps
+from handtuned.optim.schedule import schedule_with_warmup
 
 
 def optimizer_with(*rates):
@@ -43,6 +44,24 @@ def test_equal_to_transformers_but_for_the_first_update(total, ratio, min_lr):
     assert ours[1:] == pytest.approx(theirs[1:], rel=1e-12, abs=1e-18)
     if ratio > 0:
         assert theirs[0] == 0 and ours[0] > 0
+
+
+@pytest.mark.parametrize("total", [1, 2, 63])
+@pytest.mark.parametrize("ratio", [0.0, 0.1, 1.0])
+@pytest.mark.parametrize("decay, theirs", [("linear", "linear"), ("constant", "constant_with_warmup")])
+def test_the_other_decays_are_transformers_but_for_the_first_update(total, ratio, decay, theirs):
+    transformers = pytest.importorskip("transformers")
+    optimizers = optimizer_with(0.1), optimizer_with(0.1)
+    theirs = transformers.get_scheduler(theirs, optimizers[1], math.ceil(ratio * total), total)
+    ours = run(optimizers[0], schedule_with_warmup(optimizers[0], decay, total, ratio), total + 3)
+    assert ours[1:] == pytest.approx(run(optimizers[1], theirs, total + 3)[1:], rel=1e-12, abs=1e-18)
+    assert ours[0] > 0
+
+
+def test_the_line_ends_at_the_floor():
+    optimizer = optimizer_with(0.1)
+    rates = run(optimizer, schedule_with_warmup(optimizer, "linear", 10, 0.0, min_lr=0.02), 12)
+    assert rates == pytest.approx([*(0.1 - 0.008 * k for k in range(10)), 0.02, 0.02])
 
 
 @pytest.mark.parametrize("ratio", [0.0, 0.001, 0.1, 1.0])
@@ -139,6 +158,8 @@ def test_bad_arguments_are_named(arguments, error, name):
         cosine_with_warmup(optimizer_with(0.1), **arguments)
 
 
-def test_bad_counts_are_named():
+def test_bad_counts_and_decays_are_named():
+    with pytest.raises(ValueError, match="decay must be one of cosine, linear, constant, got 'polynomial'"):
+        schedule_with_warmup(optimizer_with(0.1), "polynomial", 10)
     with pytest.raises(ValueError, match="batch_size"):
         optimizer_steps(10, 0)

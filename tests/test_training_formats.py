@@ -240,7 +240,23 @@ def test_what_is_not_to_be_learnt_is_left_out_and_counted(tmp_path):
                             "rows left out, as their label is false or their answers have weight 0: 2"]  # fmt: skip
 
 
+def test_the_last_answer_alone_decides_where_it_alone_is_learnt(tmp_path):
+    rows = [{"messages": [*said("u", "a", "v"), {"role": "assistant", "content": "b", "weight": weight}]}
+            for weight in (0, 1)]  # fmt: skip
+    loaded = load_rows(write(tmp_path / "rows.jsonl", *rows), train_on="last")
+    assert len(loaded.rows) == 1 and loaded.notes[-1].endswith("weight 0: 1")
+    assert len(load_rows(tmp_path / "rows.jsonl").rows) == 2
+
+
 @pytest.mark.parametrize("row, reason", {
+    "a key twice in arguments": (
+        {"conversations": [{"from": "human", "value": "u"},
+                           {"from": "function_call", "value": '{"name": "f", "arguments": [{"a": 1, "a": 2}]}'}]},
+        "function_call is ambiguous: the key 'a' stands twice"),
+    "a key twice in a list of lists": ('{"prompt": "u", "completion": "a", "x": [[{"a": 1, "a": 2}]]}',
+                                       "the key 'a' stands twice in an object"),
+    "a key twice in messages": ({"messages": '[{"role": "user", "content": "u", "content": "v"}]'}, "stands twice"),
+    "thousands of digits": ('{"prompt": "u", "completion": "a", "id": %s}' % ("9" * 5000), "Exceeds the limit"),
     "weight": ({"messages": [said("u")[0], {**said("u", "a")[1], "weight": 0.5}]}, "field 'weight' must be 0 or 1"),
     "history": ({"instruction": "u", "output": "a", "history": ["q", "a"]}, "a list of [request, answer] pairs"),
     "call": ({"conversations": [{"from": "human", "value": "u"}, {"from": "function_call", "value": "dim()"}]},

@@ -69,8 +69,8 @@ def test_logits_and_gradients_equal_transformers_llama(changes):
 
 @pytest.mark.model
 def test_logits_equal_smollm2():
-    models = pytest.importorskip("handtuned.training.models")
-    directory = models.cache_directory() / "SmolLM2-135M-Instruct"
+    sources = pytest.importorskip("handtuned.training.sources")
+    directory = sources.cache_directory() / "SmolLM2-135M-Instruct"
     if not directory.is_dir():
         pytest.skip("SmolLM2 is not in the cache")
     theirs = transformers.AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32).eval()

@@ -30,6 +30,8 @@ def study(base, directory, *words):
 
 
 def test_a_study_ends_no_worse_than_it_began_and_can_be_gone_on_with(base, tmp_path, capsys):
+    from safetensors import safe_open
+
     result = study(base, tmp_path / "a", "--trials", "4")
     said = capsys.readouterr().out
     assert result["best"]["loss"] <= result["first"]["loss"]
@@ -40,6 +42,9 @@ def test_a_study_ends_no_worse_than_it_began_and_can_be_gone_on_with(base, tmp_p
         assert part in said
     assert (tmp_path / "a" / "pareto.png").read_bytes().startswith(b"\x89PNG")
     assert (tmp_path / "a" / "best" / "adapter_model.safetensors").exists()
+    with safe_open(tmp_path / "a" / "best" / "adapter_model.safetensors", "pt") as file:
+        trained = sum(file.get_tensor(name).numel() for name in file.keys())  # noqa: SIM118
+    assert result["best"]["bytes"] == 16 * trained, "themselves, gradients and AdamW's moments in FP32"
     for row in result["trials"]:
         assert row["steps"] == 4 if row["state"] == "complete" else row["steps"] < 4
 
@@ -130,6 +135,7 @@ def test_targets_are_those_that_the_model_has():
         (["--eval-fraction", "0"], "needs at least 2 held-out rows"),
         (["--lora-r", "0"], "--lora-r must be at least 1"),
         (["--parallel", "ddp"], "--parallel must be none"),
+        (["--method", "full"], "--method must be qlora or lora"),
         (["--search", "rank"], "invalid choice"),
         (["--target-modules", "q_prj"], "q_prj"),
     ],

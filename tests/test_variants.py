@@ -1,6 +1,7 @@
 """rsLoRA, LoRA+, LoRA-FA, PiSSA and LoftQ, each against peft."""
 
 import copy
+import json
 
 import pytest
 import torch
@@ -228,3 +229,21 @@ def test_variants_need_an_adapter_that_is_not_merged(call):
         call(llama())
     with pytest.raises(ValueError, match="merged"):
         call(merge_lora(adapted(llama())))
+
+
+def test_the_benchmark_runs_each_variant_by_its_flags_and_goes_on_where_it_stopped(tmp_path, capsys):
+    import variants
+    from tiny import make_model
+
+    record = tmp_path / "variants.json"
+    words = ["--model", make_model(tmp_path / "model", max_position_embeddings=512), "--record", str(record),
+             "--steps", "2", "--rows", "2", "--held-out", "4"]  # fmt: skip
+    variants.main([*words, "--seeds", "1", "--only", "LoRA", "LoftQ on NF4"])
+    first = json.loads(record.read_text())
+    variants.main([*words, "--seeds", "2"])
+    (runs,) = json.loads(record.read_text()).values()
+    assert set(runs) == set(variants.VARIANTS) and all(len(seeds) == 2 for seeds in runs.values())
+    assert all(runs[name]["0"] == run["0"] for name, run in next(iter(first.values())).items())
+    assert len({run["0"]["loss"] for run in runs.values()}) == len(runs), "no two variants are the same"
+    page = (tmp_path / "variants.md").read_text()
+    assert all(f"| {name} | 2 |" in page for name in variants.VARIANTS)

@@ -7,7 +7,7 @@ from handtuned.nn import LoRALinear, apply_lora_to_model, disable_lora, lora_par
 from handtuned.nn.lora import lora_layers
 from handtuned.nn.multi import adapters_by_row
 from handtuned.nn.variants import dora_init, pissa_init
-from handtuned.quant import quantize_model
+from handtuned.quant import NF4Linear
 from torch import nn
 
 
@@ -91,7 +91,7 @@ def test_a_weight_that_is_read_is_the_adapter_s(how, init, outer):
 
 @pytest.mark.parametrize("init", [None, dora_init], ids=["lora", "dora"])
 def test_an_nf4_base_is_read_dense(init):
-    reads, calls = twins("linear", init, base=lambda m: quantize_model(m, skip=()))
+    reads, calls = twins("linear", init, base=lambda m: m.set_submodule("proj", NF4Linear.from_linear(m.proj)) or m)
     x = torch.randn(3, 8)
     torch.testing.assert_close(reads(x), calls(x))
     assert reads.proj.weight.dtype == torch.uint8

@@ -29,9 +29,10 @@ TWO = (
     "checkpointed_models",
     "parameters_begin_as_rank_0s",
     "a_rank_without_any_gradient",
+    "8_bit_blocks_are_as_alone",
 )
 FOUR = ("5_steps_to_rounding", "the_same_batch_equals_one_process", "load_from_another_world_size",
-        "bytes_a_rank", "elements_a_step")  # fmt: skip
+        "bytes_a_rank", "elements_a_step", "8_bit_blocks_are_as_alone")  # fmt: skip
 
 
 @pytest.fixture(scope="module")

@@ -2,22 +2,21 @@
 
     python -m handtuned.datasets.make        # rewrites handtuned/datasets/*.jsonl, byte for byte
 
-Every command has sentence templates of its own for training and others for the held-out
-file, so a good held-out score means that new phrasings are understood; a few slot values
-(rooms, cities, tasks …) occur only in the held-out file. A request has exactly one right
-answer: the command and then its slots in a fixed order, as compact JSON, every value copied
-from the request. Exact match is therefore a fair metric.
+Every command has sentence templates of its own for training and others for the held-out file, so a good held-out score
+means that new phrasings are understood; a few slot values (rooms, cities, tasks …) occur only in the held-out file. A
+request has exactly one right answer: the command and then its slots in a fixed order, as compact JSON, every value
+copied from the request. Exact match is therefore a fair metric.
 
-`{slot}` stands for a value, `[slot=value]` at the end of a template fixes one that the
-sentence says in other words.
+`{slot}` stands for a value, `[slot=value]` at the end of a template fixes one that the sentence says in other words.
 """
 
 import itertools
 import json
-import os
 import random
 import re
 from pathlib import Path
+
+from ..nn.files import whole_file
 
 SEED = 0
 SYSTEM = "Answer with one JSON command."
@@ -285,10 +284,8 @@ COMMANDS = {
 def slot_values(slot: str) -> tuple[list, list]:
     """The values of a slot for both files, and those for the held-out file alone; numbers as integers."""
     common, _, held_out = SLOTS[slot].partition("/")
-    return tuple(
-        [int(value) if value.isdigit() else value for value in map(str.strip, values.split(",")) if value]
-        for values in (common, held_out)
-    )
+    return tuple([int(value) if value.isdigit() else value for value in map(str.strip, values.split(",")) if value]
+                 for values in (common, held_out))  # fmt: skip
 
 
 def sentences(block: str) -> list[tuple[str, dict[str, str]]]:
@@ -303,14 +300,10 @@ def sentences(block: str) -> list[tuple[str, dict[str, str]]]:
 def make_row(command: str, text: str, keys: dict[str, str], values: dict[str, object]) -> dict:
     """One chat row; `values` holds the value of every slot."""
     request = text.format(**values)
+    asked = request[0].upper() + request[1:]
     answer = {"command": command.split()[0], **{key: values[slot] for key, slot in keys.items()}}
-    return {
-        "messages": [
-            {"role": "system", "content": SYSTEM},
-            {"role": "user", "content": request[0].upper() + request[1:]},
-            {"role": "assistant", "content": json.dumps(answer, separators=(",", ":"))},
-        ]
-    }
+    return {"messages": [{"role": "system", "content": SYSTEM}, {"role": "user", "content": asked},
+                         {"role": "assistant", "content": json.dumps(answer, separators=(",", ":"))}]}  # fmt: skip
 
 
 def make_rows(split: str, seed: int = SEED) -> list[dict]:
@@ -335,13 +328,12 @@ def make_rows(split: str, seed: int = SEED) -> list[dict]:
 
 
 def write(directory: Path) -> None:
-    """Write `home_train.jsonl` and `home_eval.jsonl`, each to a temporary name first."""
+    """Write `home_train.jsonl` and `home_eval.jsonl`, each whole or not at all."""
     for split in ("train", "eval"):
         path = directory / f"home_{split}.jsonl"
         lines = "".join(json.dumps(row) + "\n" for row in make_rows(split))
-        temporary = path.with_suffix(".tmp")
-        temporary.write_bytes(lines.encode())
-        os.replace(temporary, path)
+        with whole_file(path) as temporary:
+            temporary.write_bytes(lines.encode())
         print(f"{path}: {lines.count(chr(10))} rows")
 
 

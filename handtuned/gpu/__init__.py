@@ -10,7 +10,6 @@
 """
 
 from .emulator import KernelFault
-from .process import emulate_process
-from .session import Emulator, LaunchRecord, emulate
+from .session import Emulator, LaunchRecord, emulate, emulate_process
 
 __all__ = ["Emulator", "KernelFault", "LaunchRecord", "emulate", "emulate_process"]

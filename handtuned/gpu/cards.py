@@ -5,9 +5,9 @@ own number; the smallest counts:
 
     blocks = min(most blocks, most warps / warps, registers / allocated registers, shared / allocated shared)
 
-Limits: CUDA C++ Programming Guide 13, "Technical Specifications per Compute Capability". Allocation: registers go
-to a warp in units of 256, shared memory to a block in units of 128 bytes (256 on sm_75), with 1 KiB
-reserved for each block since sm_80 (CUDA Occupancy Calculator).
+Limits: CUDA C++ Programming Guide 13, "Technical Specifications per Compute Capability". Allocation: registers go to a
+warp in units of 256, shared memory to a block in units of 128 bytes (256 on sm_75), with 1 KiB reserved for each block
+since sm_80 (CUDA Occupancy Calculator).
 """
 
 from dataclasses import dataclass
@@ -59,12 +59,7 @@ class Occupancy:
 
 
 def occupancy(arch: str, threads: int, registers: int, shared_bytes: int) -> Occupancy:
-    """How many blocks fit on one multiprocessor of an `arch` (key of ARCHS).
-
-    Args:
-        threads, shared_bytes: of a block.
-        registers: of a thread.
-    """
+    """How many blocks fit on one multiprocessor of an `arch` (key of ARCHS); registers are those of a thread."""
     has = ARCHS[arch]
     warps = -(-threads // 32)
     per_warp = -(-registers * 32 // 256) * 256
@@ -81,34 +76,21 @@ def occupancy(arch: str, threads: int, registers: int, shared_bytes: int) -> Occ
 
 @dataclass(frozen=True)
 class Gpu:
-    """One card.
-
-    Attributes:
-        clock: boost clock, Hz; of an H100 and H200 the one that the tensor rate follows from (1.98 GHz for FP32).
-        bandwidth: of memory, bytes per second.
-        tensor: dense FP16 with FP32 accumulation, FLOPs per second.
-        tensor_per_clock: the same per multiprocessor and clock; clock × multiprocessors × this is `tensor`.
-        source: where the figures are published.
-    """
+    """One card."""
 
     name: str
     arch: str
     multiprocessors: int
-    clock: float
-    bandwidth: float
-    tensor: float
-    tensor_per_clock: int
-    source: str
+    clock: float  # boost clock, Hz; of an H100 and H200 the one that `tensor` follows from (1.98 GHz for FP32)
+    bandwidth: float  # of memory, bytes per second
+    tensor: float  # dense FP16 with FP32 accumulation, FLOPs per second
+    tensor_per_clock: int  # the same per multiprocessor and clock; clock × multiprocessors × this is `tensor`
+    source: str  # where the figures are published
 
     def __str__(self) -> str:
         units = f"{self.multiprocessors} multiprocessors, {self.clock / 1e9:.2f} GHz"
         rates = f"{self.bandwidth / 1e9:.0f} GB/s, {self.tensor / 1e12:.0f} TFLOP/s dense FP16"
         return f"{self.name}: {units}, {rates} ({self.source})"
-
-    @property
-    def issue(self) -> float:
-        """Warp instructions per second: four schedulers in a multiprocessor, one instruction per clock each."""
-        return self.multiprocessors * 4 * self.clock
 
 
 GPUS = (

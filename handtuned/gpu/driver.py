@@ -15,6 +15,7 @@ import gc
 import hashlib
 import inspect
 import json
+import math
 import re
 import subprocess
 import tempfile
@@ -40,27 +41,21 @@ from .emulator.tma import encoded
 from .emulator.types import f32_to_bf16
 
 WRITTEN_FOR = ("3.6", "3.7")
-_SCALARS = {
-    "i1": np.uint8, "i8": np.int8, "i16": np.int16, "i32": np.int32, "i64": np.int64, "u1": np.uint8, "u8": np.uint8,
-    "u16": np.uint16, "u32": np.uint32, "u64": np.uint64, "fp16": np.float16, "fp32": np.float32, "f32": np.float32,
-    "fp64": np.float64,
-}  # fmt: skip
+_SCALARS = {"i1": np.uint8, "i8": np.int8, "i16": np.int16, "i32": np.int32, "i64": np.int64, "u1": np.uint8,
+            "u8": np.uint8, "u16": np.uint16, "u32": np.uint32, "u64": np.uint64, "fp16": np.float16,
+            "fp32": np.float32, "f32": np.float32, "fp64": np.float64}  # fmt: skip
 
 
 def check_version():
     if not triton.__version__.startswith(WRITTEN_FOR):
-        raise RuntimeError(
-            f"the emulator takes Triton's own interfaces and is written for versions {' and '.join(WRITTEN_FOR)}; this "
-            f"is {triton.__version__}. handtuned/gpu/driver.py holds all that may have changed"
-        )
+        raise RuntimeError("the emulator takes Triton's own interfaces and is written for versions "
+                           f"{' and '.join(WRITTEN_FOR)}; this is {triton.__version__}. handtuned/gpu/driver.py holds "
+                           "all that may have changed")  # fmt: skip
 
 
 def _flat(signature, values, maps):
-    """(Triton type, value) of each argument that is passed at run time; tuples are passed element by element.
-
-    Args:
-        maps: what the compiler says of each TensorDescriptor, where it becomes a tensor map.
-    """
+    """(Triton type, value) of each argument that is passed at run time; tuples are passed element by element. `maps`:
+    what the compiler says of each TensorDescriptor, where it becomes a tensor map."""
     for kind, value in zip(signature, values, strict=True):
         if isinstance(kind, tuple):
             yield from _flat(kind, value, maps)
@@ -132,7 +127,7 @@ class _Launcher:
                 values.append(_bits(kind, value))
             if kind.startswith(("*", "reached")) and value is not None:
                 tensors.append(getattr(value, "base", value) if not isinstance(value, torch.Tensor) else value)
-        programs = grid[0] * grid[1] * grid[2]
+        programs = math.prod(grid)
         for size in (meta.global_scratch_size, meta.profile_scratch_size):
             scratch = torch.empty(programs * size + 128, dtype=torch.uint8)  # 128: TMA descriptors are aligned so
             values.append(np.array([[scratch.data_ptr() + -scratch.data_ptr() % 128]], np.uint64))
@@ -143,41 +138,17 @@ class _Launcher:
         launch = Launch(machine, dict(zip(names, values, strict=True)), grid, memory, meta.shared)
         ids = self.driver.chosen(programs if machine.executes else 0)
         if not machine.executes:
-            warnings.warn(
-                f"{meta.name} uses tcgen05, the tensor cores of {self.driver.arch}, which are not emulated: it was "
-                "compiled and counted, each instruction once, but not run, and its outputs were not written",
-                stacklevel=2,
-            )
+            warnings.warn(f"{meta.name} uses tcgen05, the tensor cores of {self.driver.arch}, which are not emulated: "
+                          "it was compiled and counted, each instruction once, but not run, and its outputs were not "
+                          "written", stacklevel=2)  # fmt: skip
             counters = launch.count_statically()
         else:
             counters = launch.run(ids) if len(ids) else Counters()
         self.driver.ran(launch, self.src, meta, len(ids), counters)
 
 
-class _Utils:
-    """Loads "machine code", which is PTX here."""
-
-    def __init__(self, arch):
-        self.arch, self.machines = arch, {}
-
-    def load_binary(self, name, code, shared, device):
-        machine = self.machines.get(code)
-        if machine is None:
-            # Triton 3.6 leaves the fence between cp.async and wgmma away, on every kernel; 3.7 writes it
-            strict = not triton.__version__.startswith("3.6")
-            machine = self.machines[code] = Machine(parse(code.decode()), copies_need_fence=strict)
-            machine.ptx = code.decode()
-        registers, spills, most_threads = 0, 0, 1024
-        return machine, machine, registers, spills, most_threads
-
-    def get_device_properties(self, device):
-        arch = cards.ARCHS[self.arch]
-        shared = cards.shared_per_program(self.arch)
-        return {"max_shared_mem": shared, "multiprocessor_count": 1, "warpSize": 32, "max_num_regs": arch.registers}
-
-
 class EmulatedDriver(DriverBase):
-    """What Triton takes for the GPU.
+    """What Triton takes for the GPU. The "machine code" that it loads is PTX.
 
     Args:
         arch: "sm_90".
@@ -190,7 +161,7 @@ class EmulatedDriver(DriverBase):
     def __init__(self, arch, unwritten, ran, programs=None, every_tile=False):
         self.arch, self.unwritten, self.programs, self.every_tile = arch, unwritten, programs, every_tile
         self.launched, self.only_compile, self._ran = 0, False, ran
-        self.utils, self.launcher_cls = _Utils(arch), _Launcher
+        self.utils, self.launcher_cls, self.machines = self, _Launcher, {}  # machine code → Machine
 
     def ran(self, *launch):
         self.launched += 1
@@ -200,6 +171,19 @@ class EmulatedDriver(DriverBase):
         """Numbers of the programs to execute, spread over the grid."""
         some = programs if self.programs is None else min(self.programs, programs)
         return np.linspace(0, programs - 1, some).astype(np.int64) if some else np.empty(0, np.int64)
+
+    def load_binary(self, name, code, shared, device):
+        machine = self.machines.get(code)
+        if machine is None:
+            # Triton 3.6 leaves the fence between cp.async and wgmma away, on every kernel; 3.7 writes it
+            strict = not triton.__version__.startswith("3.6")
+            machine = self.machines[code] = Machine(parse(code.decode()), copies_need_fence=strict)
+            machine.ptx = code.decode()
+        return machine, machine, 0, 0, 1024  # registers, spills, most threads
+
+    def get_device_properties(self, device):
+        return {"max_shared_mem": cards.shared_per_program(self.arch), "multiprocessor_count": 1, "warpSize": 32,
+                "max_num_regs": cards.ARCHS[self.arch].registers}  # fmt: skip
 
     @classmethod
     def is_active(cls):
@@ -270,10 +254,8 @@ def _take_ptx(*args):
 
 
 def _refuse(self, *args, **kwargs):
-    raise RuntimeError(
-        f"the kernel {self.fn.__name__} was decorated while TRITON_INTERPRET=1 was set, so it cannot be compiled. "
-        "Unset TRITON_INTERPRET before the module that holds it is imported"
-    )
+    raise RuntimeError(f"the kernel {self.fn.__name__} was decorated while TRITON_INTERPRET=1 was set, so it cannot be "
+                       "compiled. Unset TRITON_INTERPRET before the module that holds it is imported")  # fmt: skip
 
 
 def _fresh_tuners(saved=()):

@@ -38,21 +38,13 @@ class Loop:
 
 @dataclass(frozen=True)
 class MachineCode:
-    """Counts taken from a disassembly (static: each instruction once).
+    """Counts taken from a disassembly (static: each instruction once)."""
 
-    Attributes:
-        instructions: up to the last EXIT, without padding and compiler subroutines.
-        memory: (kind, bits a thread moves) → how many, for example ("store global", 128) → 4.
-        tensor_core: family → how many ("mma.sync", "wgmma", "tcgen05").
-        opcodes: leading opcode → how many.
-        loops: outermost first.
-    """
-
-    instructions: int
-    memory: Counter
-    tensor_core: Counter
-    opcodes: Counter
-    loops: tuple[Loop, ...]
+    instructions: int  # up to the last EXIT, without padding and compiler subroutines
+    memory: Counter  # (kind, bits a thread moves) → how many, for example ("store global", 128) → 4
+    tensor_core: Counter  # family → how many ("mma.sync", "wgmma", "tcgen05")
+    opcodes: Counter  # leading opcode → how many
+    loops: tuple[Loop, ...]  # outermost first
 
     def widths(self, kind: str) -> dict[int, int]:
         """Bits → count of the accesses of one kind, for example `widths("store global")`."""
@@ -89,18 +81,13 @@ def read_machine_code(sass: str) -> MachineCode:
         target = _TARGET.search(operands)
         start = labels.get(target[1]) if target and opcode.startswith("BRA") else None
         if start is not None and start < i:
-            body = code[start : i + 1]
-            loops.append((start, i, sum(op.split(".")[0] in TENSOR_CORE for op, _ in body)))
+            loops.append((start, i, sum(op.split(".")[0] in TENSOR_CORE for op, _ in code[start : i + 1])))
     loops.sort(key=lambda loop: (loop[0], -loop[1]))
     depths = [sum(a <= start and end <= b for a, b, _ in loops[:at]) for at, (start, end, _) in enumerate(loops)]
 
-    opcodes = Counter(opcode.split(".")[0] for opcode, _ in code if opcode != "NOP")
-    memory, tensor_core = Counter(), Counter()
-    for opcode, _ in code:
-        head = opcode.split(".")[0]
-        if head in MEMORY:
-            memory[MEMORY[head], _bits(opcode)] += 1
-        if head in TENSOR_CORE:
-            tensor_core[TENSOR_CORE[head]] += 1
+    heads = [(opcode.split(".")[0], opcode) for opcode, _ in code if opcode != "NOP"]
+    opcodes = Counter(head for head, _ in heads)
+    memory = Counter((MEMORY[head], _bits(opcode)) for head, opcode in heads if head in MEMORY)
+    tensor_core = Counter(TENSOR_CORE[head] for head, _ in heads if head in TENSOR_CORE)
     found = tuple(Loop(end - start + 1, n, depth) for (start, end, n), depth in zip(loops, depths, strict=True))
     return MachineCode(sum(opcodes.values()), memory, tensor_core, opcodes, found)

@@ -8,8 +8,10 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Published:
-    """One measurement: `reached` of `peak`, in the same unit."""
+    """One measurement: `reached` of `peak`, in the same unit; "" for any architecture."""
 
+    arch: str
+    kind: str
     what: str
     gpu: str
     reached: float
@@ -24,31 +26,21 @@ class Published:
         return f"{self.share:.0%} of its peak, {self.gpu}: {self.what} ({self.source})"
 
 
-_TRITON = "https://github.com/triton-lang/triton"
+_PULL, _ISSUE = (f"https://github.com/triton-lang/triton/{part}" for part in ("pull/5461", "issues/"))
+_PYPTX, _MIKAMIRAI = "https://pyptx.dev/performance/", "https://mikamirai.com/blog/gpu-memory-bandwidth/"
 
-# Every source was read. Triton's fp8 figures are of 8192² × 4096; in fp16, the same source
-# says, descriptors gain 13 % over pointers.
-PUBLISHED = {
-    ("sm_90", "wgmma"): (
-        Published("Triton, pointers, fp8", "H100", 1208.9e12, 1979e12, f"{_TRITON}/pull/5461"),
-        Published("Triton, pointers, persistent, fp8", "H100", 1285.4e12, 1979e12, f"{_TRITON}/pull/5461"),
-    ),
-    ("sm_90", "wgmma, TMA"): (
-        Published("Triton, descriptors, persistent, fp8", "H100", 1330.7e12, 1979e12, f"{_TRITON}/pull/5461"),
-        Published("Triton, maps of the host, persistent, fp8", "H100", 1347.3e12, 1979e12, f"{_TRITON}/pull/5461"),
-    ),
-    ("sm_100", "tcgen05"): (
-        Published("hand-written, 4096³ bf16", "B200", 1194e12, 2250e12, "https://pyptx.dev/performance/"),
-        Published("hand-written, 8192³ bf16", "B200", 1240e12, 2250e12, "https://pyptx.dev/performance/"),
-    ),
-    ("", "mma.sync"): (
-        Published("Triton 3.5.1, 2432³ fp16", "A100", 168.2e12, 312e12, f"{_TRITON}/issues/6523"),
-        Published("Triton 3.7.1, tensor pipe busy, 2048³ fp16", "RTX 4060", 0.957, 1.0, f"{_TRITON}/issues/10851"),
-    ),
-    ("", "memory"): (
-        Published("coalesced loads", "H100", 2.8e12, 3.352e12, "https://mikamirai.com/blog/gpu-memory-bandwidth/"),
-    ),
-}  # fmt: skip
+# All sources were read. Triton's fp8 figures are of 8192² × 4096; in fp16, it says, descriptors gain 13 %.
+PUBLISHED = (
+    Published("sm_90", "wgmma", "Triton, pointers, fp8", "H100", 1208.9e12, 1979e12, _PULL),
+    Published("sm_90", "wgmma", "Triton, pointers, persistent, fp8", "H100", 1285.4e12, 1979e12, _PULL),
+    Published("sm_90", "wgmma, TMA", "Triton, descriptors, persistent, fp8", "H100", 1330.7e12, 1979e12, _PULL),
+    Published("sm_90", "wgmma, TMA", "Triton, maps of the host, persistent, fp8", "H100", 1347.3e12, 1979e12, _PULL),
+    Published("sm_100", "tcgen05", "hand-written, 4096³ bf16", "B200", 1194e12, 2250e12, _PYPTX),
+    Published("sm_100", "tcgen05", "hand-written, 8192³ bf16", "B200", 1240e12, 2250e12, _PYPTX),
+    Published("", "mma.sync", "Triton 3.5.1, 2432³ fp16", "A100", 168.2e12, 312e12, _ISSUE + "6523"),
+    Published("", "mma.sync", "Triton 3.7.1, tensor pipe busy, 2048³ fp16", "RTX 4060", 0.957, 1.0, _ISSUE + "10851"),
+    Published("", "memory", "coalesced loads", "H100", 2.8e12, 3.352e12, _MIKAMIRAI),
+)  # fmt: skip
 
 # (pessimistic, optimistic): around the figures above, which are of large square products and long streams. Where one
 # end has no figure, it is a guess.
@@ -75,4 +67,4 @@ def share(arch: str, kind: str) -> tuple[float, float]:
 
 def published(arch: str) -> list[str]:
     """Lines for a report: what was reached on an architecture, or on any."""
-    return [f"{kind}: {one}" for (where, kind), found in PUBLISHED.items() if where in ("", arch) for one in found]
+    return [f"{one.kind}: {one}" for one in PUBLISHED if one.arch in ("", arch)]

@@ -18,11 +18,11 @@ _LONGEST = 32  # characters of a kernel's name
 
 def amount(n: float) -> str:
     """1234567 → "1.2 M"."""
-    for unit in ("", " k", " M", " G"):
-        if abs(n) < 1000 or unit == " G":
-            return f"{n:.0f}{unit}" if not unit else f"{n:.1f}{unit}"
+    for unit in ("", " k", " M"):
+        if abs(n) < 1000:
+            return f"{n:.1f}{unit}" if unit else f"{n:.0f}"
         n /= 1000
-    return ""
+    return f"{n:.1f} G"
 
 
 def _each(traffic) -> tuple[str, str]:
@@ -32,44 +32,30 @@ def _each(traffic) -> tuple[str, str]:
     return f"{traffic.cost / traffic.requests:.1f}", f"{traffic.least / traffic.requests:.1f}"
 
 
-def _short(name):
-    return name if len(name) <= _LONGEST else name[: _LONGEST - 1] + "…"
-
-
-def _work(name, launches, total):
-    shared = max(launch.shared_bytes for launch in launches)
-    return (
-        _short(name), str(len(launches)), amount(sum(launch.programs for launch in launches)), str(launches[0].warps),
-        f"{shared / 1024:.1f} KiB" if shared else "–", amount(total.warp_instructions), amount(total.tensor_flops),
-        amount(total.barriers), amount(total.divergent_branches),
-    )  # fmt: skip
-
-
-def _memory(name, total):
-    return (
-        _short(name), *_each(total.global_loads), *_each(total.global_stores), *_each(total.shared),
-        f"{amount(total.dram_read_bytes)}B", f"{amount(total.dram_written_bytes)}B",
-    )  # fmt: skip
-
-
 def _columns(rows):
     """Rows of cells, the first to the left, the others to the right."""
     widths = [max(len(row[c]) for row in rows) for c in range(len(rows[0]))]
-    return [
-        "  ".join([row[0].ljust(widths[0]), *(cell.rjust(w) for cell, w in zip(row[1:], widths[1:], strict=True))])
-        for row in rows
-    ]
+    return ["  ".join([row[0].ljust(widths[0]), *(cell.rjust(w) for cell, w in zip(row[1:], widths[1:], strict=True))])
+            for row in rows]  # fmt: skip
 
 
 def table(gpu) -> str:
     """All kernels of an emulator: what they did, then what it cost in memory."""
-    kernels = [(name, launches, gpu.counters(name)) for name, launches in gpu.by_kernel().items()]
-    if not kernels:
+    if not gpu.launches:
         return f"{gpu.arch}, emulated: no kernel was launched"
-    work = _columns([_WORK, *(_work(name, launches, total) for name, launches, total in kernels)])
-    memory = _columns([_MEMORY, *(_memory(name, total) for name, _, total in kernels)])
+    work, memory = [_WORK], [_MEMORY]
+    for name in dict.fromkeys(launch.name for launch in gpu.launches):
+        launches, total = gpu.of_kernel(name), gpu.counters(name)
+        name = name if len(name) <= _LONGEST else name[: _LONGEST - 1] + "…"
+        shared = max(launch.shared_bytes for launch in launches)
+        work.append((name, str(len(launches)), amount(sum(launch.programs for launch in launches)),
+                     str(launches[0].warps), f"{shared / 1024:.1f} KiB" if shared else "–",
+                     amount(total.warp_instructions), amount(total.tensor_flops), amount(total.barriers),
+                     amount(total.divergent_branches)))  # fmt: skip
+        memory.append((name, *_each(total.global_loads), *_each(total.global_stores), *_each(total.shared),
+                       f"{amount(total.dram_read_bytes)}B", f"{amount(total.dram_written_bytes)}B"))  # fmt: skip
     launched = f"{gpu.arch}, emulated: {len(gpu.launches)} launch{'es' if len(gpu.launches) > 1 else ''}"
-    return "\n".join([launched, "", *work, "", *memory, "", _NOTES])
+    return "\n".join([launched, "", *_columns(work), "", *_columns(memory), "", _NOTES])
 
 
 def _with_least(traffic) -> str:
@@ -83,19 +69,13 @@ def _with_least(traffic) -> str:
 def _costs(counters) -> tuple:
     if counters is None:
         return ("", "", "", "", "")
-    return (
-        amount(counters.warp_instructions), _with_least(counters.global_loads), _with_least(counters.global_stores),
-        _with_least(counters.shared), amount(counters.barriers) if counters.barriers else "",
-    )  # fmt: skip
+    return (amount(counters.warp_instructions), _with_least(counters.global_loads), _with_least(counters.global_stores),
+            _with_least(counters.shared), amount(counters.barriers) if counters.barriers else "")  # fmt: skip
 
 
 def source_listing(counters, file, lines, first) -> str:
-    """The lines of a function, then those of the functions that it calls, each with its costs.
-
-    Args:
-        counters: of the kernel.
-        file, lines, first: the source lines of the kernel and the number of the first.
-    """
+    """The lines of a kernel in `file`, the first of this number, then those of the functions that it calls, each with
+    its costs."""
     heads = [("instruc-", "sectors", "sectors", "wave-", "bar-", ""),
              ("tions", "a load", "a store", "fronts", "riers", "line")]  # fmt: skip
     rows = [(*_costs(counters.lines.get((file, n))), f"{n:4}  {text.rstrip()}") for n, text in enumerate(lines, first)]

@@ -21,9 +21,10 @@ from pathlib import Path
 
 from ..harness.timing import OURS
 from .cards import GPUS, Gpu
-from .examine import Launched, Xray
+from .examine import Xray
 from .operations import Size
 from .published import CLOCKS_BETWEEN, START, share
+from .session import LaunchRecord
 
 ASSUMES = """\
 Predictions are a model, not measurements. Each is a range between shares of the published peaks that others have
@@ -60,7 +61,7 @@ class Prediction:
         return largest if max(getattr(self, largest)) >= min(self.seconds) else "launch"
 
 
-def tensor_kind(launch: Launched) -> str:
+def tensor_kind(launch: LaunchRecord) -> str:
     """Of `published.SHARES`; "" where no tensor core is used."""
     families = launch.code.tensor_core
     if not families:
@@ -70,12 +71,12 @@ def tensor_kind(launch: Launched) -> str:
     return f"{kind}, TMA" if with_tma else kind
 
 
-def _launch_times(launch: Launched, gpu: Gpu, good: int, flops: int) -> dict[str, float]:
+def _launch_times(launch: LaunchRecord, gpu: Gpu, good: int, flops: int) -> dict[str, float]:
     """Seconds of one kernel; good 0: pessimistic, 1: optimistic; flops: of one that was not executed."""
     uneven = math.ceil(launch.programs / gpu.multiprocessors) * gpu.multiprocessors / launch.programs
     kind = tensor_kind(launch)
     rate = gpu.tensor * (share(gpu.arch, kind)[good] if kind else 1.0)
-    if not launch.executed:
+    if not launch.sampled:
         return {"tensor": flops / rate * uneven, "shared": 0.0, "issue": 0.0}
     waiting = -(-launch.programs // gpu.multiprocessors) * launch.threads // 32  # warps that a multiprocessor is given
     resident = min(launch.occupancy.warps, waiting)

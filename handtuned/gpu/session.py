@@ -1,8 +1,10 @@
-"""`emulate`: inside it, Triton kernels launched on CPU tensors run as GPU code."""
+"""`emulate`: inside it, or in a whole process, Triton kernels launched on CPU tensors run as GPU code."""
 
+import atexit
 import contextlib
 import inspect
-from collections import defaultdict
+import math
+import os
 from dataclasses import dataclass, field
 from functools import cached_property
 
@@ -13,36 +15,25 @@ from ..kernels import runtime
 from . import cards
 from .emulator.counters import Counters
 from .emulator.memory import Unwritten
+from .emulator.parse import parse
+from .machine_code import MachineCode, read_machine_code
 from .report import source_listing, table
 
 
 @dataclass
 class LaunchRecord:
-    """One launch of a kernel.
-
-    Attributes:
-        name: of the kernel.
-        arch: "sm_90".
-        grid: programs in x, y, z.
-        sampled: how many of them ran; the counters are theirs.
-        warps: of a program.
-        shared_bytes: of a program.
-        counters: what it did; where tcgen05 is used, every instruction counted once (see `executed`).
-        function: the Python function that was compiled.
-        ptx: its machine code.
-        constants: values of its constexpr arguments.
-    """
+    """One launch of a kernel."""
 
     name: str
-    arch: str
-    grid: tuple
-    sampled: int
-    warps: int
+    arch: str  # "sm_90"
+    grid: tuple  # programs in x, y, z
+    sampled: int  # how many of them ran; the counters are theirs
+    warps: int  # of a program, as are the bytes
     shared_bytes: int
-    counters: Counters
-    function: object = field(repr=False)
+    counters: Counters  # what it did; where tcgen05 is used, every instruction counted once (see `executed`)
+    function: object = field(repr=False)  # of Python, that was compiled
     ptx: str = field(repr=False)
-    constants: dict = field(repr=False)
+    constants: dict = field(repr=False)  # values of its constexpr arguments
     metadata: object = field(repr=False)
 
     @property
@@ -52,7 +43,37 @@ class LaunchRecord:
 
     @property
     def programs(self) -> int:
-        return self.grid[0] * self.grid[1] * self.grid[2]
+        return math.prod(self.grid)
+
+    @property
+    def threads(self) -> int:
+        """Of a program."""
+        return 32 * self.warps
+
+    @property
+    def scale(self) -> float:
+        """The launch is so many times what ran and was counted; 0: nothing ran."""
+        return self.programs / self.sampled if self.sampled else 0.0
+
+    @property
+    def tile(self) -> str:
+        """Of a tuned product's kernel: "128 x 256, 8 warps, 3 stages"."""
+        rows, columns = (self.constants[f"BLOCK_{side}"] for side in "MN")
+        return f"{rows} x {columns}, {self.warps} warps, {self.metadata.num_stages} stages"
+
+    @cached_property
+    def code(self) -> MachineCode:
+        return read_machine_code(self.sass)
+
+    @cached_property
+    def ptx_instructions(self) -> int:
+        """Static count, as `code.instructions` is that of the machine code."""
+        return len(parse(self.ptx).code)
+
+    @property
+    def warp_instructions(self) -> float:
+        """Machine instructions of all warps: PTX instructions executed, in the proportion of the static counts."""
+        return self.counters.warp_instructions * self.scale * self.code.instructions / self.ptx_instructions
 
     @cached_property
     def _assigned(self):
@@ -75,42 +96,34 @@ class LaunchRecord:
         """The disassembly."""
         return self._assigned[2]
 
-    @property
+    @cached_property
     def occupancy(self):
         """Programs and warps that one multiprocessor holds at once, and what allows no more (`cards.Occupancy`)."""
-        return cards.occupancy(self.arch, 32 * self.warps, self.registers, self.shared_bytes)
+        return cards.occupancy(self.arch, self.threads, self.registers, self.shared_bytes)
 
 
 class Emulator:
-    """What `emulate` gives.
-
-    Attributes:
-        arch: "sm_90".
-        launches: a LaunchRecord each, in order.
-    """
+    """What `emulate` gives: `launches`, a LaunchRecord each, in order; `arch`, "sm_90"."""
 
     def __init__(self, arch: str):
         self.arch, self.launches = arch, []
 
     def _ran(self, launch, src, metadata, sampled, counters):
         constants = {src.fn.arg_names[at[0]]: value for at, value in src.constants.items() if len(at) == 1}
-        self.launches.append(
-            LaunchRecord(
-                metadata.name, self.arch, launch.grid, sampled, metadata.num_warps, metadata.shared,
-                counters, src.fn.fn, launch.machine.ptx, constants, metadata,
-            )
-        )  # fmt: skip
+        made = metadata.name, self.arch, launch.grid, sampled, metadata.num_warps, metadata.shared, counters
+        self.launches.append(LaunchRecord(*made, src.fn.fn, launch.machine.ptx, constants, metadata))
 
     def counters(self, kernel: str) -> Counters:
         """The sum over all launches of a kernel, lines included."""
         total = Counters()
-        for launch in self._of(kernel):
+        for launch in self.of_kernel(kernel):
             total.add(launch.counters)
             for place, line in launch.counters.lines.items():
                 total.lines.setdefault(place, Counters()).add(line)
         return total
 
-    def _of(self, kernel):
+    def of_kernel(self, kernel) -> list[LaunchRecord]:
+        """The launches of a kernel, given by its name or as the @triton.jit function."""
         name = kernel if isinstance(kernel, str) else getattr(kernel, "__name__", None) or kernel.fn.__name__
         found = [launch for launch in self.launches if launch.name == name]
         if not found:
@@ -119,30 +132,16 @@ class Emulator:
         return found
 
     def source(self, kernel) -> str:
-        """The kernel's lines with what each cost beside it.
-
-        Args:
-            kernel: its name, or the @triton.jit function.
-        """
-        launches = self._of(kernel)
-        function = launches[0].function
-        lines, first = inspect.getsourcelines(function)
-        return source_listing(self.counters(launches[0].name), inspect.getsourcefile(function), lines, first)
-
-    def by_kernel(self):
-        """name → its launches, in the order of the first ones."""
-        groups = defaultdict(list)
-        for launch in self.launches:
-            groups[launch.name].append(launch)
-        return dict(groups)
+        """The kernel's lines with what each cost beside it; `kernel`: its name, or the @triton.jit function."""
+        function = self.of_kernel(kernel)[0].function
+        return source_listing(self.counters(kernel), inspect.getsourcefile(function), *inspect.getsourcelines(function))
 
     def __str__(self):
         return table(self)
 
 
-_MAKES_EMPTY = {
-    torch.empty, torch.empty_like, torch.empty_strided, torch.Tensor.new_empty, torch.Tensor.new_empty_strided,
-}  # fmt: skip
+_MAKES_EMPTY = {torch.empty, torch.empty_like, torch.empty_strided, torch.Tensor.new_empty,
+                torch.Tensor.new_empty_strided}  # fmt: skip
 
 
 class _WatchEmpty(TorchFunctionMode):
@@ -174,17 +173,15 @@ def emulate(arch: str = "sm_90", programs: int | None = None, every_tile: bool =
     Yields:
         Emulator: its `launches`, `print(gpu)`, `gpu.source(kernel)`.
 
-    Raises:
-        ValueError: an unknown architecture.
-        RuntimeError: another version of Triton; or (at the launch) a kernel decorated under TRITON_INTERPRET=1.
-        KernelFault: at a launch, where the kernel does what a GPU would hide.
-        triton.OutOfResources: at a launch that needs more shared memory than the card has.
+    ValueError: an unknown architecture.
+    RuntimeError: another version of Triton; or (at the launch) a kernel decorated under TRITON_INTERPRET=1.
+    KernelFault: at a launch, where the kernel does what a GPU would hide.
+    triton.OutOfResources: at a launch that needs more shared memory than the card has.
     """
     cards.number(arch)
     from .driver import EmulatedDriver, installed
 
-    unwritten = Unwritten()
-    gpu = Emulator(arch)
+    unwritten, gpu = Unwritten(), Emulator(arch)
     before = runtime.emulated_arch, runtime.every_way
     watch = _WatchEmpty(unwritten) if programs is None else contextlib.nullcontext()
     with installed(EmulatedDriver(arch, unwritten, gpu._ran, programs, every_tile)), watch:
@@ -193,3 +190,16 @@ def emulate(arch: str = "sm_90", programs: int | None = None, every_tile: bool =
             yield gpu
         finally:
             runtime.emulated_arch, runtime.every_way = before
+
+
+_stack = contextlib.ExitStack()
+_gpu: Emulator | None = None
+
+
+def emulate_process(arch: str | None = None) -> Emulator:
+    """Emulate `arch` (default: what HANDTUNED_BACKEND says) until the process ends; a second call gives the same."""
+    global _gpu
+    if _gpu is None:
+        _gpu = _stack.enter_context(emulate(arch or os.environ["HANDTUNED_BACKEND"]))
+        atexit.register(_stack.close)
+    return _gpu

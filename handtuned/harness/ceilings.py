@@ -25,8 +25,7 @@ class Ceilings:
     def _rate(self, name: str, work: float, call) -> float:
         """`work` divided by the seconds of the shortest of several turns."""
         call()
-        rounds = 5 if self.quick else 11
-        taken = take_turns({"": [call]}, rounds, self.device, share=time.monotonic() + 5.0)[""]
+        taken = take_turns({"": [call]}, 5 if self.quick else 11, self.device, share=time.monotonic() + 5.0)[""]
         self.found[name] = work / taken["min"]
         return self.found[name]
 

@@ -94,8 +94,7 @@ def run_benchmarks(args: argparse.Namespace, names: list[str]) -> Iterator[tuple
         ("records", (benchmark, records, ceilings measured so far)); on a GPU also ("clocks", (benchmark, nvidia-smi's
         answer)) at the end of a benchmark, and last ("lost", benchmark) if an error has made the GPU unusable.
 
-    Raises:
-        ValueError: an unknown device, or kernels are interpreted.
+    ValueError: an unknown device, or kernels are interpreted.
     """
     device = choose_device(args.device)
     if backend(torch.empty(0, device=device)) == "interpreter":

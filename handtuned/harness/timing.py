@@ -29,31 +29,20 @@ SLEEP_CYCLES = 2e9  # of a GPU's clock in a second, roughly: only sets how long 
 
 @dataclass
 class Case:
-    """One thing to compute, and who computes it.
+    """One thing to compute, and who computes it."""
 
-    Attributes:
-        name: for people; with its sizes.
-        inputs: makes one set of random inputs.
-        providers: name → function of one input set that returns the callable to time. The first is ours. Another's
-            name is made of library names ("peft + bitsandbytes"); those not asked for or not installed are left out.
-        check: from one input set, a function of (name, result) that raises when the result is wrong.
-        bytes, flops: the least that any implementation must move and compute; the floor follows from them.
-        footprint: bytes of one input set (0: `bytes`), which decides how many sets make up more than the cache.
-        dtype: of products.
-        size: the problem's sizes, for example {"M": 512, "N": 4096, "K": 4096, "rank": 16}.
-        kernel: beginning of the name under which `handtuned xray` knows the kernel, if it is only one.
-    """
-
-    name: str
-    inputs: Callable[[], Any]
+    name: str  # for people; with its sizes
+    inputs: Callable[[], Any]  # makes one set of random inputs
+    # Name → function of one input set that returns the callable to time. The first is ours. Another's name is made of
+    # library names ("peft + bitsandbytes"); those not asked for or not installed are left out.
     providers: dict[str, Callable[[Any], Callable[[], object]]]
-    check: Callable[[Any], Callable[[str, object], None]]
-    bytes: int = 0
+    check: Callable[[Any], Callable[[str, object], None]]  # of one input set: (name, result) → raises if it is wrong
+    bytes: int = 0  # the least that any implementation must move, as with FLOPs; the floor follows from them
     flops: int = 0
-    footprint: int = 0
-    dtype: torch.dtype = torch.float32
-    size: dict[str, int] = field(default_factory=dict)
-    kernel: str = ""
+    footprint: int = 0  # bytes of one input set (0: `bytes`), which decides how many sets make up more than the cache
+    dtype: torch.dtype = torch.float32  # of products
+    size: dict[str, int] = field(default_factory=dict)  # such as {"M": 512, "N": 4096, "K": 4096, "rank": 16}
+    kernel: str = ""  # beginning of the name under which `handtuned xray` knows the kernel, if it is only one
 
 
 def libraries(name: str) -> set[str]:
@@ -109,10 +98,8 @@ def summary(seconds: list[float]) -> dict[str, float]:
     return {"median": statistics.median(ordered), "p20": p20, "p80": p80, "min": ordered[0], "max": ordered[-1]}
 
 
-def take_turns(
-    runs: dict[str, list[Callable]], rounds: int, device: torch.device, share: float = math.inf,
-    deadline: float = math.inf, least: float = 2e-3,
-) -> dict[str, dict[str, float]]:  # fmt: skip
+def take_turns(runs: dict[str, list[Callable]], rounds: int, device: torch.device, share: float = math.inf,
+               deadline: float = math.inf, least: float = 2e-3) -> dict[str, dict[str, float]]:  # fmt: skip
     """Time providers in turn, each going round its own list of callables (one for each input set).
 
     Args:
@@ -122,9 +109,8 @@ def take_turns(
         deadline: moment from which on no round is begun.
         least: seconds that a turn lasts at least; short calls are repeated (at most 50 times).
 
-    Returns:
-        name → `summary` of the seconds per call, and "host" (median seconds of the host), "rounds", "calls" (in a
-        turn). Empty if the deadline was over before a first round.
+    Returns name → `summary` of the seconds per call, and "host" (median seconds of the host), "rounds", "calls" (in a
+    turn). Empty if the deadline was over before a first round.
     """
     endless = {name: itertools.cycle(calls) for name, calls in runs.items()}
     counts, queued = {}, {}
@@ -143,12 +129,9 @@ def take_turns(
             several = list(itertools.islice(calls, counts[name]))
             seconds, host = turn(device, several, queued[name] * len(several))
             turns[name].append((seconds, queued[name] if host is None else host))
-    return {
-        name: summary([seconds for seconds, _ in taken])
-        | {"host": statistics.median(host for _, host in taken), "rounds": len(taken), "calls": counts[name]}
-        for name, taken in turns.items()
-        if taken
-    }
+    return {name: summary([seconds for seconds, _ in taken])
+            | {"host": statistics.median(host for _, host in taken), "rounds": len(taken), "calls": counts[name]}
+            for name, taken in turns.items() if taken}  # fmt: skip
 
 
 def compare(providers: dict[str, Callable[[], object]], device: str = "cpu") -> dict[str, dict[str, float]]:
@@ -174,28 +157,24 @@ def cut_short(record: dict) -> list[str]:
     return [f"{rounds} of {record['asked']} rounds: {TIME_UP}"] if 0 < rounds < record.get("asked", 0) else []
 
 
-def run_case(
-    case: Case, device: torch.device, against: Iterable[str] = RIVALS, rounds: int = 15, share: float = math.inf,
-    deadline: float = math.inf,
-) -> dict:  # fmt: skip
+def run_case(case: Case, device: torch.device, against: Iterable[str] = RIVALS, rounds: int = 15,
+             share: float = math.inf, deadline: float = math.inf) -> dict:  # fmt: skip
     """Check and time one case whose inputs lie on `device`, against those of the `RIVALS` that are wanted.
 
     `rounds`, `share`, `deadline`: as for `take_turns`; past the deadline no provider is prepared or checked either.
 
-    Returns:
-        A record, ready for JSON: the case's name, sizes and work; "sets" of inputs and whether they are larger than
-        the cache ("cold"); "contestants", provider → times and "ratio" (its median over ours; above 1: ours is
-        faster); "skipped", name → why (not installed, no time); "failed", name → the error or what was wrong with the
-        result; "asked", the rounds asked for: a provider's "rounds" are fewer where the time was up.
+    Returns a record, ready for JSON: the case's name, sizes and work; "sets" of inputs and whether they are larger than
+    the cache ("cold"); "contestants", provider → times and "ratio" (its median over ours; above 1: ours is faster);
+    "skipped", name → why (not installed, no time); "failed", name → the error or what was wrong with the result;
+    "asked", the rounds asked for: a provider's "rounds" are fewer where the time was up.
     """
     footprint, cache = case.footprint or case.bytes, cache_bytes(device)
     count = min(MOST_SETS, max(1, math.ceil(2 * cache / max(footprint, 1))))
     skipped, failed, runs, times = {}, {}, {}, {}
-    record = {
-        "name": case.name, "size": case.size, "dtype": str(case.dtype).removeprefix("torch."), "kernel": case.kernel,
-        "bytes": case.bytes, "flops": case.flops, "sets": count, "cold": count * footprint > cache, "asked": rounds,
-        "contestants": times, "skipped": skipped, "failed": failed,
-    }  # fmt: skip
+    record = {"name": case.name, "size": case.size, "dtype": str(case.dtype).removeprefix("torch."),
+              "kernel": case.kernel, "bytes": case.bytes, "flops": case.flops, "sets": count,
+              "cold": count * footprint > cache, "asked": rounds, "contestants": times, "skipped": skipped,
+              "failed": failed}  # fmt: skip
     try:
         sets = [case.inputs() for _ in range(count)]
         check = case.check(sets[0])

@@ -19,11 +19,8 @@ def korthikanti(batch: int, seq: int, hidden: int, heads: int, layers: int, flas
 def analyze_lora_params(d: int, k: int, rank: int) -> dict[str, float]:
     """Print and return how many parameters LoRA trains for a d × k weight: (d + k)·rank against d·k.
 
-    Returns:
-        {"original": d·k, "lora": (d + k)·rank, "ratio": per cent of the original, "reduction": 100 − ratio}.
-
-    Raises:
-        ValueError: a size below 1.
+    Returns {"original": d·k, "lora": (d + k)·rank, "ratio": per cent of the original, "reduction": 100 − ratio}.
+    ValueError: a size below 1.
     """
     _at_least_one(d=d, k=k, rank=rank)
     original, lora = d * k, (d + k) * rank
@@ -34,22 +31,15 @@ def analyze_lora_params(d: int, k: int, rank: int) -> dict[str, float]:
     return {"original": original, "lora": lora, "ratio": ratio, "reduction": 100 - ratio}
 
 
-def analyze_memory_savings(
-    num_layers: int, hidden_size: int, seq_len: int, batch_size: int, num_heads: int | None = None
-) -> dict[str, int]:
+def analyze_memory_savings(num_layers: int, hidden_size: int, seq_len: int, batch_size: int,
+                           num_heads: int | None = None) -> dict[str, int]:  # fmt: skip
     """Print and return the activation bytes of a 16-bit GPT: all kept, a checkpoint in every layer, √n groups.
 
     Counted as `korthikanti` does. A checkpoint is 2·s·b·h bytes, and the inside of one group is there while it is
     recomputed. (The documents' version leaves out the heads, takes elements for bytes, and multiplies a layer by √n.)
+    Attention heads are of width 128 by default.
 
-    Args:
-        num_heads: attention heads; by default of width 128.
-
-    Returns:
-        {"standard": bytes, "every layer": bytes, "sqrt": bytes}.
-
-    Raises:
-        ValueError: a size below 1.
+    Returns {"standard": bytes, "every layer": bytes, "sqrt": bytes}. ValueError: a size below 1.
     """
     heads = max(1, hidden_size // 128) if num_heads is None else num_heads
     _at_least_one(num_layers=num_layers, hidden_size=hidden_size, seq_len=seq_len, batch_size=batch_size,
@@ -57,11 +47,8 @@ def analyze_memory_savings(
     inside = korthikanti(batch_size, seq_len, hidden_size, heads, 1)
     boundary = 2 * batch_size * seq_len * hidden_size
     groups = round(math.sqrt(num_layers))
-    savings = {
-        "standard": num_layers * inside,
-        "every layer": num_layers * boundary + inside,
-        "sqrt": groups * boundary + math.ceil(num_layers / groups) * inside,
-    }
+    savings = {"standard": num_layers * inside, "every layer": num_layers * boundary + inside,
+               "sqrt": groups * boundary + math.ceil(num_layers / groups) * inside}  # fmt: skip
     print(f"{num_layers} layers, hidden {hidden_size}, {heads} heads, {batch_size} × {seq_len} tokens, 16 bits")
     for name, count in savings.items():
         print(f"{name:12} {both(count):>26}  {100 * (1 - count / savings['standard']):5.1f} % saved")

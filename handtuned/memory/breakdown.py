@@ -1,6 +1,6 @@
 """The memory breakdown of a training step: what takes how many bytes, and when they are there."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import NamedTuple
 
 GB, GIB = 10**9, 2**30
@@ -24,6 +24,8 @@ class Breakdown:
     parameters: int
     trainable: int  # how many of them are trained
     host: int = 0  # bytes in the host's memory
+    flops: int = 0  # of a step, on one device
+    layers: dict[str, float] = field(default_factory=dict)  # that can be recomputed: path → bytes freed per FLOP
     notes: tuple[str, ...] = ()  # what is worth knowing
 
     STATES = ("weights", "quantization constants", "adapters", "gradients", "optimizer state", "master weights")

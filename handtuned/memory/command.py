@@ -2,91 +2,97 @@
 
 import argparse
 import contextlib
-import re
+import dataclasses
 
 import torch
 
-from ..training.models import choose_device, choose_dtype, load_base
+from ..training.loading import load_base
+from ..training.models import choose_device, choose_dtype
+from ..training.settings import FinetuneSettings, add_flags, parse_size
 from .analyses import korthikanti
-from .breakdown import GB, GIB, both
+from .breakdown import both
 from .estimate import DTYPES, METHODS, MOMENTS, estimate
-from .model_shapes import shape_of
+from .fit import arguments, choose
+from .model_shapes import config_of, shape_of
 from .recommend import recommend
 from .tracker import Measurement, measure, training_step
 
-UNITS = {"GB": GB, "G": GB, "GIB": GIB, "MB": 10**6, "MIB": 2**20}
+OWN = ("model", "method", "dtype", "optim", "offload", "per_device_train_batch_size", "max_seq_length", "data")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The flags of `handtuned memory`, named as those of `finetune`."""
-    on_off = argparse.BooleanOptionalAction
+    """All flags of `finetune`, but for the data's, and what is asked about them."""
     parser.add_argument("--model", "--model-name-or-path", default="smollm2",
-                        help="a preset (smollm2, qwen2.5-1.5b, llama-3-8b, 7b …), a model directory, or a number such "
-                        "as 7e9 (default: smollm2)")  # fmt: skip
+                        help="a preset (smollm2, qwen2.5-1.5b, llama-3-8b, 7b …), a model directory, a hub name, or a "
+                        "number such as 7e9 (default: smollm2)")  # fmt: skip
     parser.add_argument("--method", choices=METHODS, default="qlora", help="(default: qlora)")
     parser.add_argument("--dtype", choices=("auto", *DTYPES), default="auto",
                         help="of weights and computation (default: as finetune; bfloat16 with --gpu)")  # fmt: skip
-    parser.add_argument("--optimizer", choices=tuple(MOMENTS), default="adamw", help="(default: adamw)")
+    parser.add_argument("--optimizer", "--optim", choices=tuple(MOMENTS), default="adamw", help="(default: adamw)")
     parser.add_argument("--batch", "--batch-size", "--per-device-train-batch-size", type=int, default=8,
                         help="rows in one forward pass (default: 8)")  # fmt: skip
     parser.add_argument("--seq", "--max-seq-length", type=int, default=512, help="tokens in a row (default: 512)")
-    parser.add_argument("--gradient-accumulation-steps", type=int, default=1, help="(default: 1)")
-    parser.add_argument("--gradient-checkpointing", dest="checkpoint", action=on_off, default=False,
-                        help="a checkpoint in every layer")  # fmt: skip
-    parser.add_argument("--flash", action=on_off, default=True, help="fused attention (default: on)")
+    parser.add_argument("--flash", action=argparse.BooleanOptionalAction, default=True,
+                        help="fused attention (default: on)")  # fmt: skip
     parser.add_argument("--logits", choices=("chunked", "full"), default="chunked",
                         help="full: all logits at once, as transformers does (default: chunked)")  # fmt: skip
-    parser.add_argument("--lora-r", "--r", type=int, default=8, help="rank of the adapters (default: 8)")
-    parser.add_argument("--target-modules", nargs="+", default=["all-linear"], help="(default: all-linear)")
-    parser.add_argument("--zero", type=int, choices=(0, 1, 2, 3), default=0, help="ZeRO stage (default: 0)")
+    parser.add_argument("--zero", type=int, choices=(0, 1, 2, 3), help="ZeRO stage (default: 0)")
     parser.add_argument("--gpus", "--world-size", dest="world_size", metavar="GPUS", type=int, default=1,
                         help="devices (default: 1)")  # fmt: skip
-    parser.add_argument("--offload", action=on_off, default=False, help="optimizer state and gradients on the host")
+    parser.add_argument("--offload", action=argparse.BooleanOptionalAction, default=False,
+                        help="optimizer state and gradients on the host")  # fmt: skip
     parser.add_argument("--gpu", metavar="SIZE", help="memory of one device (24GB, 80GiB): what would make it fit?")
     parser.add_argument("--measure", action="store_true", help="also load the model, run a step and count (one device)")
+    add_flags(parser, leave=OWN)
 
 
 def run(args: argparse.Namespace) -> int:
-    budget = parse_size(args.gpu) if args.gpu else None
-    settings = {name: value for name, value in vars(args).items() if name not in ("gpu", "measure")}
-    if args.dtype == "auto":
+    budget = parse_size("gpu", args.gpu) if args.gpu else None
+    typed = vars(args)
+    own = {name: typed[name] for name in ("method", "optimizer", "batch", "seq", "offload", "flash", "logits")}
+    names = {item.name for item in dataclasses.fields(FinetuneSettings)} - set(OWN)
+    settings = FinetuneSettings(**{name: value for name, value in typed.items() if name in names})
+    dtype = args.dtype
+    if dtype == "auto":
         chosen = torch.bfloat16 if budget else choose_dtype("auto", choose_device("auto"))
-        settings["dtype"] = str(chosen).removeprefix("torch.")
-    targets = tuple(part for word in args.target_modules for part in word.split(","))
+        dtype = str(chosen).removeprefix("torch.")
+    wanted = arguments(settings, dtype, args.world_size) | own | {"model": args.model, "world_size": args.world_size}
+    if args.zero is not None:
+        wanted["zero"] = args.zero
     with contextlib.suppress(ValueError):
-        settings["model"] = float(args.model)
-    settings["target_modules"] = "all-linear" if targets == ("all-linear",) else targets
-    settings["accumulation_steps"] = settings.pop("gradient_accumulation_steps")
-    breakdown, shape = estimate(**settings), shape_of(settings["model"])
+        wanted["model"] = float(args.model)
+    if settings.memory_budget:
+        def price(rows, recomputed):
+            passes = wanted["accumulation_steps"] * (args.batch // rows)
+            return estimate(**wanted | {"batch": rows, "checkpoint": recomputed, "accumulation_steps": passes})
+
+        plan = choose(parse_size("memory_budget", settings.memory_budget), args.batch, price, wanted["checkpoint"])
+        print(f"{plan}\n")
+        wanted |= {"checkpoint": plan.recomputed, "batch": plan.rows,
+                   "accumulation_steps": wanted["accumulation_steps"] * (args.batch // plan.rows)}  # fmt: skip
+    breakdown, shape = estimate(**wanted), shape_of(wanted["model"])
     print(breakdown)
-    if shape.layers:
-        sizes = (args.batch, args.seq, shape.hidden, shape.heads, shape.layers)
+    if shape is None or shape.layers:
+        config = config_of(shape or wanted["model"])[1].get_text_config()
+        sizes = args.batch, args.seq, config.hidden_size, config.num_attention_heads, config.num_hidden_layers
         scores, fused = (both(korthikanti(*sizes, flash=flash)) for flash in (False, True))
         print("rule of thumb for activations (Korthikanti et al., a 16-bit GPT with dropout): "
               f"{scores} with attention scores, {fused} without")  # fmt: skip
     if args.measure:
-        measured = _measured(settings, args.model)
+        measured = _measured(wanted)
         print(f"measured: {measured}\nthe estimate is off by {100 * (breakdown.peak / measured.peak - 1):+.1f} %")
     if budget:
-        print(f"\n{recommend(settings, budget)}")
+        print(f"\n{recommend(wanted, budget)}")
     return 0
 
 
-def _measured(settings: dict, model: str) -> Measurement:
-    if settings["world_size"] > 1 or settings["offload"] or not settings["flash"]:
-        raise ValueError("--measure runs on one device, with fused attention, without offload")
-    if settings["method"] == "full" and settings["dtype"] != "float32":
+def _measured(wanted: dict) -> Measurement:
+    if wanted["world_size"] > 1 or wanted["offload"] or not wanted["flash"] or wanted["optimizer"] != "adamw":
+        raise ValueError("--measure runs on one device, with fused attention and AdamW, without offload")
+    if wanted["method"] == "full" and wanted["dtype"] != "float32":
         raise ValueError("--measure trains full models in float32; add --dtype float32")
-    place = choose_device("auto")
-    loaded, _ = load_base(model, settings["method"], getattr(torch, settings["dtype"]), place)
-    names = ("method", "batch", "seq", "checkpoint", "logits", "lora_r", "target_modules", "accumulation_steps")
-    return measure(training_step(loaded, **{name: settings[name] for name in names}), device=place.type)
-
-
-def parse_size(text: str) -> int:
-    """ "24GB" (or "24", "24G") is 24 · 10⁹ bytes, "24GiB" 24 · 2³⁰; anything else, or no bytes at all, a ValueError."""
-    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([a-zA-Z]*)\s*", text)
-    unit = UNITS.get((match[2] or "GB").upper()) if match else None
-    if unit is None or float(match[1]) == 0:
-        raise ValueError(f"--gpu must be a size such as 24GB or 80GiB, got {text!r}")
-    return int(float(match[1]) * unit)
+    place, dtype = choose_device("auto"), getattr(torch, wanted["dtype"])
+    loaded, _ = load_base(wanted["model"], wanted["method"], dtype, place, wanted["skip"], wanted["trust_remote_code"])
+    names = ("method", "batch", "seq", "checkpoint", "logits", "accumulation_steps", "adapt")
+    step = training_step(loaded, dtype=dtype, **{name: wanted[name] for name in names})
+    return measure(step, device=place.type)

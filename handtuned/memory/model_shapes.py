@@ -1,13 +1,12 @@
-"""The sizes of a decoder, from a config, a model, a well-known name, or a bare number of parameters."""
+"""The config of a model, from a directory, a model, a well-known name; or a bare number of parameters."""
 
-import json
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from types import SimpleNamespace
 
-LLAMA_FAMILY = ("llama", "mistral", "qwen2")
+from ..training.loading import one_line
+
 PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 
 
@@ -27,25 +26,22 @@ class Shape:
     qkv_bias: bool = False  # q, k and v have biases (Qwen2)
     rounded: int | None = None  # count this many parameters instead of the true number ("7B" as in 7 · 10⁹)
 
-    @property
-    def q_size(self) -> int:
-        return self.heads * self.head_dim
+    def config(self):
+        """The transformers config of a model of this shape."""
+        from transformers import LlamaConfig, Qwen2Config
 
-    @property
-    def kv_size(self) -> int:
-        return self.kv_heads * self.head_dim
+        kind = Qwen2Config if self.qkv_bias else LlamaConfig
+        return kind(vocab_size=self.vocab, hidden_size=self.hidden, intermediate_size=self.intermediate,
+                    head_dim=self.head_dim, num_hidden_layers=self.layers, num_attention_heads=self.heads,
+                    num_key_value_heads=self.kv_heads, tie_word_embeddings=self.tied)  # fmt: skip
 
     @property
     def linears(self) -> dict[str, tuple[int, int]]:
         """Projection → (outputs, inputs), of one layer."""
-        h, q, kv, inner = self.hidden, self.q_size, self.kv_size, self.intermediate
+        h, inner = self.hidden, self.intermediate
+        q, kv = self.heads * self.head_dim, self.kv_heads * self.head_dim
         sizes = ((q, h), (kv, h), (kv, h), (h, q), (inner, h), (inner, h), (h, inner))
         return dict(zip(PROJECTIONS, sizes, strict=True)) if self.layers else {}
-
-    @property
-    def layer_parameters(self) -> int:
-        biases = (self.q_size + 2 * self.kv_size) * self.qkv_bias
-        return sum(out * into for out, into in self.linears.values()) + biases + 2 * self.hidden
 
     @property
     def table_parameters(self) -> int:
@@ -56,33 +52,33 @@ class Shape:
     def parameters(self) -> int:
         if self.rounded is not None:
             return self.rounded
-        return self.layers * self.layer_parameters + (1 if self.tied else 2) * self.table_parameters + self.hidden
+        biases = sum(out for out, _ in [*self.linears.values()][:3]) * self.qkv_bias
+        layer = sum(out * into for out, into in self.linears.values()) + biases + 2 * self.hidden
+        return self.layers * layer + (1 if self.tied else 2) * self.table_parameters + self.hidden
 
 
-_KNOWN = (
-    Shape("smollm2-135m", 30, 576, 9, 3, 64, 1536, 49152, tied=True),
-    Shape("smollm2-360m", 32, 960, 15, 5, 64, 2560, 49152, tied=True),
-    Shape("smollm2-1.7b", 24, 2048, 32, 32, 64, 8192, 49152, tied=True),
-    Shape("tinyllama-1.1b", 22, 2048, 32, 4, 64, 5632, 32000),
-    Shape("qwen2.5-0.5b", 24, 896, 14, 2, 64, 4864, 151936, tied=True, qkv_bias=True),
-    Shape("qwen2.5-1.5b", 28, 1536, 12, 2, 128, 8960, 151936, tied=True, qkv_bias=True),
-    Shape("qwen2.5-3b", 36, 2048, 16, 2, 128, 11008, 151936, tied=True, qkv_bias=True),
-    Shape("qwen2.5-7b", 28, 3584, 28, 4, 128, 18944, 152064, qkv_bias=True),
-    Shape("qwen1.5-7b", 32, 4096, 32, 32, 128, 11008, 151936, qkv_bias=True),
-    Shape("qwen2.5-14b", 48, 5120, 40, 8, 128, 13824, 152064, qkv_bias=True),
-    Shape("qwen2.5-32b", 64, 5120, 40, 8, 128, 27648, 152064, qkv_bias=True),
-    Shape("qwen2.5-72b", 80, 8192, 64, 8, 128, 29568, 152064, qkv_bias=True),
-    Shape("llama-3.2-1b", 16, 2048, 32, 8, 64, 8192, 128256, tied=True),
-    Shape("llama-3.2-3b", 28, 3072, 24, 8, 128, 8192, 128256, tied=True),
-    Shape("llama-3-8b", 32, 4096, 32, 8, 128, 14336, 128256),
-    Shape("llama-3-70b", 80, 8192, 64, 8, 128, 28672, 128256),
-    Shape("llama-7b", 32, 4096, 32, 32, 128, 11008, 32000),
-    Shape("llama-13b", 40, 5120, 40, 40, 128, 13824, 32000),
-    Shape("llama-33b", 60, 6656, 52, 52, 128, 17920, 32000),
-    Shape("llama-65b", 80, 8192, 64, 64, 128, 22016, 32000),
-    Shape("llama-2-70b", 80, 8192, 64, 8, 128, 28672, 32000),
-    Shape("mistral-7b", 32, 4096, 32, 8, 128, 14336, 32000),
-)  # fmt: skip
+_KNOWN = (Shape("smollm2-135m", 30, 576, 9, 3, 64, 1536, 49152, tied=True),
+          Shape("smollm2-360m", 32, 960, 15, 5, 64, 2560, 49152, tied=True),
+          Shape("smollm2-1.7b", 24, 2048, 32, 32, 64, 8192, 49152, tied=True),
+          Shape("tinyllama-1.1b", 22, 2048, 32, 4, 64, 5632, 32000),
+          Shape("qwen2.5-0.5b", 24, 896, 14, 2, 64, 4864, 151936, tied=True, qkv_bias=True),
+          Shape("qwen2.5-1.5b", 28, 1536, 12, 2, 128, 8960, 151936, tied=True, qkv_bias=True),
+          Shape("qwen2.5-3b", 36, 2048, 16, 2, 128, 11008, 151936, tied=True, qkv_bias=True),
+          Shape("qwen2.5-7b", 28, 3584, 28, 4, 128, 18944, 152064, qkv_bias=True),
+          Shape("qwen1.5-7b", 32, 4096, 32, 32, 128, 11008, 151936, qkv_bias=True),
+          Shape("qwen2.5-14b", 48, 5120, 40, 8, 128, 13824, 152064, qkv_bias=True),
+          Shape("qwen2.5-32b", 64, 5120, 40, 8, 128, 27648, 152064, qkv_bias=True),
+          Shape("qwen2.5-72b", 80, 8192, 64, 8, 128, 29568, 152064, qkv_bias=True),
+          Shape("llama-3.2-1b", 16, 2048, 32, 8, 64, 8192, 128256, tied=True),
+          Shape("llama-3.2-3b", 28, 3072, 24, 8, 128, 8192, 128256, tied=True),
+          Shape("llama-3-8b", 32, 4096, 32, 8, 128, 14336, 128256),
+          Shape("llama-3-70b", 80, 8192, 64, 8, 128, 28672, 128256),
+          Shape("llama-7b", 32, 4096, 32, 32, 128, 11008, 32000),
+          Shape("llama-13b", 40, 5120, 40, 40, 128, 13824, 32000),
+          Shape("llama-33b", 60, 6656, 52, 52, 128, 17920, 32000),
+          Shape("llama-65b", 80, 8192, 64, 64, 128, 22016, 32000),
+          Shape("llama-2-70b", 80, 8192, 64, 8, 128, 28672, 32000),
+          Shape("mistral-7b", 32, 4096, 32, 8, 128, 14336, 32000))  # fmt: skip
 
 PRESETS = {shape.name: shape for shape in _KNOWN}
 PRESETS["smollm2"] = PRESETS["smollm2-135m"]
@@ -91,13 +87,10 @@ for _name, _like in (("7b", "llama-7b"), ("13b", "llama-13b"), ("65b", "llama-65
     PRESETS[_name] = replace(PRESETS[_like], name=_name, rounded=int(_name[:-1]) * 10**9)
 
 
-def shape_of(model) -> Shape:
-    """The sizes of a `Shape`, a preset's name, a directory with a config.json, a transformers config (as an object or
-    a dict), a module with such a `config`, or a number of parameters.
+def shape_of(model) -> Shape | None:
+    """The `Shape` of a preset's name or a number of parameters; None of what has a config of its own.
 
-    Raises:
-        ValueError: an unknown name, or an architecture other than the Llama family's.
-        TypeError: anything else.
+    ValueError: a name that is unknown and no directory with a config.json, or a number out of range.
     """
     if isinstance(model, Shape):
         return model
@@ -108,31 +101,35 @@ def shape_of(model) -> Shape:
     if isinstance(model, str):
         if model.lower() in PRESETS:
             return PRESETS[model.lower()]
-        file = Path(model).expanduser() / "config.json"
-        if file.is_file():
-            return replace(shape_of(json.loads(file.read_text(encoding="utf-8"))), name=model)
         if match := re.fullmatch(r"([\d.]+)\s*([mb])", model.lower()):
             return shape_of(float(match[1]) * {"m": 1e6, "b": 1e9}[match[2]])
-        raise ValueError(f"no model directory and no preset is called {model!r}; presets: {', '.join(PRESETS)}")
-    config = SimpleNamespace(**model) if isinstance(model, Mapping) else getattr(model, "config", model)
-    kind = getattr(config, "model_type", None)
-    if kind is None and not hasattr(config, "num_hidden_layers") and not isinstance(model, Mapping):
-        raise TypeError(
-            f"model must be a model, a config, a name or a number of parameters, got {type(model).__name__}"
-        )
-    if kind not in LLAMA_FAMILY:
-        raise ValueError(f"memory can be estimated for decoders of the Llama family ({', '.join(LLAMA_FAMILY)}), got "
-                         f"a config of type {kind!r}; memory.measure works for any model")  # fmt: skip
-    heads = config.num_attention_heads
-    return Shape(
-        name=getattr(config, "_name_or_path", "") or kind,
-        layers=config.num_hidden_layers,
-        hidden=config.hidden_size,
-        heads=heads,
-        kv_heads=getattr(config, "num_key_value_heads", None) or heads,
-        head_dim=getattr(config, "head_dim", None) or config.hidden_size // heads,
-        intermediate=config.intermediate_size,
-        vocab=config.vocab_size,
-        tied=bool(getattr(config, "tie_word_embeddings", False)),
-        qkv_bias=kind == "qwen2" or bool(getattr(config, "attention_bias", False)),
-    )
+        place = Path(model).expanduser()
+        if "/" not in model and not (place.is_file() or (place / "config.json").is_file()):
+            raise ValueError(f"no model directory and no preset is called {model!r}; presets: {', '.join(PRESETS)}")
+    return None
+
+
+def config_of(model, trust_remote_code: bool = False):
+    """(name, transformers config) of a `Shape`, a directory with a config.json, a GGUF file, a hub name, a config (as
+    an object or a dict), or a module with such a `config`. ValueError: a config that transformers does not know;
+    TypeError: anything else."""
+    from transformers import AutoConfig
+
+    if isinstance(model, Shape):
+        return model.name, model.config()
+    if isinstance(model, str):
+        place, told = Path(model).expanduser(), {"trust_remote_code": trust_remote_code}
+        if place.suffix == ".gguf":
+            place, told["gguf_file"] = place.parent, place.name
+        with one_line(f"--model {model}"):
+            config = AutoConfig.from_pretrained(str(place), **told)
+        vars(config).pop("quantization_config", None)  # estimated as it is trained: dense, or in NF4
+        return model, config
+    if isinstance(model, Mapping):
+        rest = {key: value for key, value in model.items() if key != "model_type"}
+        return model.get("model_type"), AutoConfig.for_model(model.get("model_type"), **rest)
+    config = getattr(model, "config", model)
+    if not hasattr(config, "model_type"):
+        raise TypeError("model must be a model, a config, a name or a number of parameters, got "
+                        f"{type(model).__name__}")  # fmt: skip
+    return getattr(config, "_name_or_path", "") or config.model_type, config

@@ -12,10 +12,8 @@ from .model_shapes import shape_of
 
 
 def techniques(settings: dict, host: bool = True) -> dict[str, dict]:
-    """Name → change of `estimate`'s arguments of everything that could still be done, what costs least first.
-
-    `host`: whether the host's memory may be used.
-    """
+    """Name → change of `estimate`'s arguments of everything that could still be done, what costs least first. `host`:
+    whether the host's memory may be used."""
     rows = settings["batch"] * settings["accumulation_steps"]
     ladder = [
         ("loss in chunks", {"logits": "chunked"}),
@@ -26,27 +24,24 @@ def techniques(settings: dict, host: bool = True) -> dict[str, dict]:
     ]
     if settings["world_size"] > 1:
         stages = [(1, False), (2, False), (2, True), (3, False), (3, True)]
-        ladder += [
-            (f"ZeRO-{stage}" + " with offload" * offload, {"zero": stage, "offload": offload})
-            for stage, offload in stages
-            if (stage, offload) > (settings["zero"], settings["offload"]) and (host or not offload)
-        ]
+        ladder += [(f"ZeRO-{stage}" + " with offload" * offload, {"zero": stage, "offload": offload})
+                   for stage, offload in stages
+                   if (stage, offload) > (settings["zero"], settings["offload"]) and (host or not offload)]  # fmt: skip
     elif host:
         ladder.append(("optimizer offload", {"offload": True}))
-    if shape_of(settings["model"]).layers:
+    shape = shape_of(settings["model"])
+    if shape is None or shape.layers:
         further = {"full": ("LoRA", "QLoRA"), "lora": ("QLoRA",), "qlora": ()}[settings["method"]]
         ladder += [(name, {"method": name.lower()}) for name in further]
     return {name: change for name, change in ladder if any(settings[key] != value for key, value in change.items())}
 
 
-def fit(
-    settings: dict, budget: int, host: bool = True
-) -> tuple[list[tuple[str, Breakdown]], list[str], Breakdown | None]:
+def fit(settings: dict, budget: int,
+        host: bool = True) -> tuple[list[tuple[str, Breakdown]], list[str], Breakdown | None]:  # fmt: skip
     """Add technique after technique until the peak is within `budget` bytes; then leave out what was not needed.
 
-    Returns:
-        (every technique tried, with the breakdown once it had been added; the names of those needed; their
-        breakdown, or None if all together do not fit).
+    Returns (every technique tried, with the breakdown once it had been added; the names of those needed; their
+    breakdown, or None if all together do not fit).
     """
     changes, tried, chosen = techniques(settings, host), [], []
 

@@ -4,13 +4,15 @@ On a CPU every live tensor storage is counted (`nn.live_memory`); on a GPU the c
 """
 
 import gc
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
 
 from ..nn import apply_lora_to_model
+from ..nn.checkpoint_layers import checkpoint_layers
 from ..nn.live_memory import LiveMemory
 from ..optim import AdamW
 from ..training.evaluation import CausalLM
@@ -39,15 +41,11 @@ class Measurement:
 def measure(function: Callable, *args, device: str | None = None, keep_history: bool = False, **kwargs) -> Measurement:
     """Run `function(*args, **kwargs)` and find the most memory that was in use by tensors.
 
-    On a CPU every live tensor storage counts once however many views it has, from those that were there
-    before to the last temporary; that slows the run down by some microseconds per operation.
+    On a CPU every live tensor storage counts once however many views it has, from those that were there before to the
+    last temporary; that slows the run down by some microseconds per operation. `device` is "cpu" or "cuda", by default
+    the GPU if CUDA is in use in this process; `keep_history`: also keep the course of it (CPU only), for a picture.
 
-    Args:
-        device: "cpu" or "cuda"; by default the GPU if CUDA is in use in this process.
-        keep_history: also keep the course of it (CPU only), for a picture.
-
-    Raises:
-        ValueError: another device, or a history of a GPU.
+    ValueError: another device, or a history of a GPU.
     """
     device = device or ("cuda" if torch.cuda.is_initialized() else "cpu")
     if device == "cpu":
@@ -67,33 +65,37 @@ def measure(function: Callable, *args, device: str | None = None, keep_history: 
     return Measurement(before, torch.cuda.max_memory_allocated(), torch.cuda.memory_allocated(), result)
 
 
-def training_step(
-    model, method: str, batch: int, seq: int, checkpoint: bool = False, logits: str = "chunked", lora_r: int = 8,
-    target_modules="all-linear", accumulation_steps: int = 1,
-) -> Callable[[], None]:  # fmt: skip
+def loss_of(lm: CausalLM, batch: dict[str, torch.Tensor], dtype: torch.dtype, logits: str = "chunked") -> torch.Tensor:
+    """The loss of a batch per token, as `finetune` computes it; or, with "full" logits, as transformers does."""
+    with torch.autocast(lm.device.type, dtype=dtype, enabled=dtype != torch.float32):
+        if logits == "full":
+            return lm.model(**batch, use_cache=False).loss
+        return lm.loss(batch) / batch["labels"].numel()
+
+
+def training_step(model, method: str, batch: int, seq: int, checkpoint: bool | Collection[str] = False,
+                  logits: str = "chunked", lora_r: int = 8, target_modules="all-linear", accumulation_steps: int = 1,
+                  dtype: torch.dtype = torch.float32, adapt: Callable | None = None) -> Callable[[], None]:  # fmt: skip
     """A function that does one step on random tokens: forward, loss, backward, AdamW.
 
     It has run once when it is returned, so that AdamW's state is there. `model` is a transformers causal LM, its
-    linears in NF4 if the method is "qlora", and is changed; the rest is as for `estimate`.
+    linears in NF4 if the method is "qlora", and is changed; `dtype` is that of the computation, by autocast; the rest
+    is as for `estimate`.
     """
     model.requires_grad_(method == "full")
     if method != "full":
-        apply_lora_to_model(model, lora_r, 16.0, target_modules)
+        (adapt or partial(apply_lora_to_model, rank=lora_r, target_modules=target_modules))(model)
     parameters = [p for p in model.parameters() if p.requires_grad]
     if checkpoint:
-        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-    tokens = torch.randint(0, model.config.vocab_size, (batch, seq), device=parameters[0].device)
-    chunked = CausalLM(model, tokens[:1, :8])
-    optimizer = AdamW(parameters, lr=1e-5)
+        checkpoint_layers(model, None if checkpoint is True else checkpoint)
+    vocabulary = model.config.get_text_config().vocab_size
+    tokens = torch.randint(0, vocabulary, (batch, seq), device=parameters[0].device)
+    lm, optimizer = CausalLM(model, tokens[:1, :8]), AdamW(parameters, lr=1e-5)
     model.train()
 
     def step() -> None:
         for _ in range(accumulation_steps):
-            if logits == "full":
-                loss = model(input_ids=tokens, labels=tokens, use_cache=False).loss
-            else:
-                loss = chunked.loss({"input_ids": tokens, "labels": tokens}) / tokens.numel()
-            loss.backward()
+            loss_of(lm, {"input_ids": tokens, "labels": tokens}, dtype, logits).backward()
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
 

@@ -1,14 +1,14 @@
 """A run's directory, and the `checkpoint-N` in it: all that a run needs to go on as if it had never stopped.
 
-    adapter_model.safetensors, adapter_config.json     the adapter (PEFT's format)
+    adapter_model.safetensors, adapter_config.json     the adapter (PEFT's format); or, trained whole, the model
     handtuned.json                                     the base that it belongs to, and how that was loaded
-    optimizer.safetensors                              AdamW's moments
+    optimizer.safetensors                              AdamW's moments, and what it steps: "master", in FP32
     rng.safetensors                                    torch's generators (CPU, and in a run alone each GPU)
     state.json                                         step, schedule, loss scale, parameter groups, machine
 
-The data order needs no file: it is a function of seed and step. A checkpoint is
-written under a temporary name and renamed, so a `checkpoint-N` that exists is whole.
-All tensors in it are whole too, whatever number of ranks wrote or reads it.
+The data order needs no file: it is a function of seed and step. A checkpoint is written under a temporary name and
+renamed, so a `checkpoint-N` that exists is whole. All tensors in it are whole too, whatever number of ranks wrote or
+reads it.
 """
 
 import json
@@ -21,24 +21,26 @@ import torch
 
 from ..kernels import backend
 from ..kernels.nf4_cpu import has_native
-from ..nn.files import whole_directory, write_json, write_safetensors
-from ..nn.inject import lora_layers, lora_parameters
+from ..nn.adapter_file import read_adapter_tensors
+from ..nn.files import in_use, whole_directory, write_json, write_safetensors
+from ..nn.inject import lora_layers
+from ..nn.parameters import file_prefixes
 from . import logging
-from .distributed import World, local, part, whole, whole_adapter
-from .models import Base, save_with_record
-from .settings import FinetuneSettings, in_use, next_output_dir, resumed
+from .models import Base
+from .saving import save_with_record
+from .settings import FinetuneSettings, next_output_dir, resumed
+from .world import World
 
 # Variables that hold torch's libraries down to fewer instructions or other sums than the processor has.
 INSTRUCTION_LIMITS = ("MKL_CBWR", "MKL_ENABLE_INSTRUCTIONS", "ONEDNN_MAX_CPU_ISA")
 
 
-def settings_and_checkpoint(
-    resume: str | None, typed: dict, fresh: FinetuneSettings, ranks: int
-) -> tuple[FinetuneSettings, Path | None]:
+def settings_and_checkpoint(resume: str | None, typed: dict, fresh: FinetuneSettings,
+                            ranks: int) -> tuple[FinetuneSettings, Path | None]:  # fmt: skip
     """Settings with a directory that is free, or those of the run to be resumed and the checkpoint that was named.
 
     With --output-dir DIR --resume, a run that never began starts afresh. Another number of ranks than before shares
-    out the same rows per step.
+    out the same rows per step. Of --max-steps, or the epochs where a run counts these, there may be more than before.
 
     Args:
         resume: what follows --resume, "" for nothing; None when it was not typed.
@@ -62,7 +64,10 @@ def settings_and_checkpoint(
         fresh.output_dir = str(directory)
         return fresh, None
     run = _read(directory)
-    settings = resumed("run", typed, run["settings"], output_dir=str(directory), parallel=fresh.parallel)
+    counted = "max_steps" if run["settings"]["max_steps"] else "num_train_epochs"
+    more = {counted: typed[counted]} if typed.get(counted, 0) > run["settings"][counted] else {}
+    settings = resumed("run", typed, run, output_dir=str(directory),
+                       parallel=fresh.parallel, offload=fresh.offload, **more)  # fmt: skip
     micro = settings.per_device_train_batch_size
     rows, odd = divmod(micro * settings.gradient_accumulation_steps * run["marks"].get("ranks", 1), ranks)
     if odd:
@@ -81,8 +86,8 @@ def begin(directory: Path, settings: dict, base: Base, training) -> dict:
     with world.shared_errors():
         if world.main:
             place = next(place for place in (directory.absolute(), *directory.absolute().parents) if place.exists())
-            trainable, free = sum(p.numel() for p in lora_parameters(base.model)), shutil.disk_usage(place).free
-            needed = trainable * 4 * 3 * (settings["save_total_limit"] + 2)  # fp32: the adapter and two moments
+            free = shutil.disk_usage(place).free
+            needed = training.elements * 4 * 4 * (settings["save_total_limit"] + 2)  # fp32: parameter twice, moments
             if free < needed:
                 raise ValueError(f"no disk space for {directory}: {free / 1e6:.0f} MB free, {needed / 1e6:.0f} MB "
                                  "needed")  # fmt: skip
@@ -92,17 +97,28 @@ def begin(directory: Path, settings: dict, base: Base, training) -> dict:
             marks = base.marks | {"ranks": world.size}
             if (directory / "run.json").exists():
                 _check_marks(directory, settings["model"], marks)
+                _lengthen(directory / "run.json", {name: settings[name] for name in ("max_steps", "num_train_epochs")})
             else:
                 logging.write_run(directory, settings, marks)
     return world.broadcast(json.loads(path.read_text(encoding="utf-8")) if world.main and path.exists() else {})
 
 
 def _check_marks(directory: Path, model: str, marks: dict[str, str | int]) -> None:
-    known, what = _read(directory)["marks"], {"base": f"base model ({model})", "data": "training data"}
+    known = _read(directory)["marks"]
+    what = {"base": f"base model ({model})", "data": "training data", "adapter": "adapter of --init-adapter"}
     for name in what.keys() & changed_marks(known, marks):
         raise ValueError(f"{directory}: the {what[name]} is not what it was when this run began")
     if known["base"] != marks["base"]:
         print("the scales of the 4-bit base are rounded differently than when this run began")
+
+
+def _lengthen(path: Path, length: dict[str, float | None]) -> None:
+    """Note in `run.json` that the run shall be longer, so that it goes on to the new end after the next kill, too."""
+    run = json.loads(path.read_text(encoding="utf-8"))
+    if run["settings"] != (settings := run["settings"] | length):
+        print("longer than before: from here on the learning rate is that of a run of the new length")
+        commands = [*run.get("lengthened", ()), logging.command_line()]
+        write_json(path, run | {"settings": settings, "lengthened": commands})
 
 
 def changed_marks(before: dict, now: dict) -> list[str]:
@@ -132,7 +148,7 @@ def _read(directory: Path) -> dict:
     path = directory / "run.json"
     try:
         run = json.loads(path.read_text(encoding="utf-8"))
-        return {"settings": {**run["settings"]}, "marks": {**run["marks"]}}
+        return {"settings": {**run["settings"]}, "marks": {**run["marks"]}, "paths": {**run.get("paths", {})}}
     except (ValueError, KeyError, TypeError) as error:
         raise ValueError(f"{path} is damaged: {type(error).__name__}: {error}") from None
 
@@ -147,25 +163,20 @@ def _step(checkpoint: Path) -> int:
     return int(checkpoint.name.rsplit("-", 1)[1])
 
 
-def save_checkpoint(directory: Path, step: int, training, keep: int, record: dict) -> Path:
-    """Write `checkpoint-<step>` and delete all but the newest `keep`. All ranks call it, the main one writes.
-
-    Args:
-        training: a `loop.Training`.
-        record: what is written beside the adapter (`models.Base.record`).
-    """
-    model, world = training.lm.model, training.world
-    path = directory / f"checkpoint-{step}"
-    state, parameters = training.optimizer.state_dict(), list(lora_parameters(model))
-    moments = {
-        f"{index}.{key}": whole(torch.as_tensor(value), like=parameters[index])
-        for index, entry in state["state"].items()
-        for key, value in entry.items()
-    }
-    with whole_adapter(model):
+def save_checkpoint(directory: Path, step: int, training, keep: int, base: Base) -> Path:
+    """Write `checkpoint-<step>` of a `loop.Training` of the base's model and delete all but the newest `keep`. All
+    ranks call it, the main one writes."""
+    model, world, path = training.lm.model, training.world, directory / f"checkpoint-{step}"
+    state, moments = training.optimizer.state_dict(), {}
+    for index, (tensor, parameter) in enumerate(_trained(training)):
+        for key, value in (state["state"].get(index, {}) | {"master": tensor}).items():
+            whole = world.whole(key, torch.as_tensor(value), parameter)
+            if world.main:
+                moments[f"{index}.{key}"] = whole
+    with world.gathered(model):
         if world.main and not path.exists():
             with whole_directory(path) as temporary:
-                save_with_record(model, temporary, record)
+                save_with_record(base, temporary)
                 write_safetensors(temporary / "optimizer.safetensors", moments)
                 write_safetensors(temporary / "rng.safetensors", _generators(world))
                 write_json(temporary / "state.json", {
@@ -181,35 +192,41 @@ def load_checkpoint(path: Path, training) -> int:
 
     On another kind of machine the run goes on, and a printed line names what will change its bits.
 
-    Raises:
-        ValueError: the checkpoint does not fit the model or lacks a part.
+    ValueError: the checkpoint does not fit the model or lacks a part.
     """
     from safetensors import SafetensorError
     from safetensors.torch import load_file
 
+    world = training.world
     try:
         progress = json.loads((path / "state.json").read_text(encoding="utf-8"))
-        moments, generators, adapter = (
-            load_file(path / f"{name}.safetensors") for name in ("optimizer", "rng", "adapter_model")
-        )
-    except (OSError, ValueError, SafetensorError) as error:
+        moments, generators = (load_file(path / f"{name}.safetensors") for name in ("optimizer", "rng"))
+        trained = [(*both, moments.pop(f"{i}.master")) for i, both in enumerate(_trained(training))]
+        layers = [*lora_layers(training.lm.model)]
+        saved = read_adapter_tensors(path).layers if layers else {}
+        prefixes = file_prefixes(training.lm.model, dict(layers))
+    except (OSError, ValueError, KeyError, SafetensorError) as error:
         raise ValueError(f"{path} is not a whole checkpoint: {error}") from error
-    model = training.lm.model
-    with torch.no_grad():  # into the parameters that the optimizer holds
-        for name, layer in lora_layers(model):
-            for own in ("lora_A", "lora_B"):
-                parameter = getattr(layer, own)
-                local(parameter).copy_(part(adapter[f"base_model.model.{name}.{own}.weight"], like=parameter))
-    parameters = list(lora_parameters(model))
     state: dict[int, dict] = {}
     for name, value in moments.items():
         index, key = name.split(".", 1)
-        state.setdefault(int(index), {})[key] = part(value, like=parameters[int(index)]).clone()
+        state.setdefault(int(index), {})[key] = world.part(key, value, trained[int(index)][1])
+    with torch.no_grad():  # into the tensors that the optimizer holds, the parameters, and what is not trained of LoRA
+        for tensor, parameter, master in trained:
+            tensor.copy_(world.part("master", master, parameter))
+            world.load(parameter, master)
+        for name, layer in layers:
+            for own, value in layer.parts(saved[prefixes[name]]).items():
+                if not getattr(layer, own).requires_grad:
+                    world.load(getattr(layer, own), value)
     training.optimizer.load_state_dict({"state": state, "param_groups": progress["param_groups"]})
-    training.schedule.load_state_dict(progress["schedule"])
+    schedule, at = training.schedule, progress["schedule"]["last_epoch"]
+    rates = [peak * share(at) for peak, share in zip(schedule.base_lrs, schedule.lr_lambdas, strict=True)]
+    length = {"lr_lambdas": schedule.state_dict()["lr_lambdas"], "_last_lr": rates}  # the run's, not the checkpoint's
+    schedule.load_state_dict(progress["schedule"] | length)
     training.scaler.load_state_dict(progress["scaler"])
     torch.set_rng_state(generators["cpu"])
-    for name in _generators(training.world).keys() & generators.keys() - {"cpu"}:
+    for name in _generators(world).keys() & generators.keys() - {"cpu"}:
         torch.cuda.set_rng_state(generators[name], int(name.removeprefix("cuda")))
     here = machine(training.lm.device)
     before = progress.get("machine", here)  # version 0.1.0 did not record it
@@ -217,6 +234,13 @@ def load_checkpoint(path: Path, training) -> int:
     if changed:
         print(f"not bit-equal from here on to a run that was never stopped: {'; '.join(changed)}")
     return progress["step"]
+
+
+def _trained(training) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    """(what the optimizer steps: the parameter, its master or this rank's shard; the parameter), in its order."""
+    held = [tensor for group in training.optimizer.param_groups for tensor in group["params"]]
+    parameters = dict(training.lm.model.named_parameters())
+    return [(tensor, parameters[name]) for name, tensor in zip(training.names, held, strict=True)]
 
 
 def machine(device: torch.device) -> dict[str, str | int | bool]:

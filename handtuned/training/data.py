@@ -82,12 +82,11 @@ def repeated(chats: Sequence[tuple[Chat, float]], seed: int) -> list[Chat]:
             for _ in range(int(weight) + (draw < weight % 1))]  # fmt: skip
 
 
-def encode_chats(
-    train: Sequence[Chat], held_out: Sequence[Chat], tokenizer, settings: FinetuneSettings
-) -> tuple[EncodedRows, EncodedRows]:
+def encode_chats(train: Sequence[Chat], held_out: Sequence[Chat], tokenizer,
+                 settings: FinetuneSettings) -> tuple[EncodedRows, EncodedRows]:  # fmt: skip
     """Both parts as token ids and labels; prints what was cut or dropped."""
     encoded = []
-    limits = settings.max_seq_length, settings.skip_bad_rows, settings.train_on
+    limits = settings.max_seq_length, settings.skip_bad_rows, settings.train_on, settings.drop_long_rows
     for name, rows in (("training", train), ("held-out", held_out)):
         try:
             part = encode_rows(rows, tokenizer, *limits) if rows else EncodedRows()
@@ -126,23 +125,27 @@ def split(rows: Sequence, eval_fraction: float, seed: int) -> tuple[list, list]:
 
 def context_length(model) -> int | None:
     """How many tokens a model can look back on; None: no limit is known."""
-    return getattr(model.config, "max_position_embeddings", None)
+    config = model.config.get_text_config() if hasattr(model.config, "get_text_config") else model.config
+    longest = getattr(config, "max_position_embeddings", None)
+    return longest if longest and longest > 0 else None  # XLNet says -1
 
 
-def encode_rows(
-    rows: Sequence[Chat], tokenizer, max_seq_length: int, skip_bad_rows: bool = False, train_on: str = "answers"
-) -> EncodedRows:
+def encode_rows(rows: Sequence[Chat], tokenizer, max_seq_length: int, skip_bad_rows: bool = False,
+                train_on: str = "answers", drop_long_rows: bool = False) -> EncodedRows:  # fmt: skip
     """Encode chats; a row of more than `max_seq_length` tokens is cut at its end, or dropped if no answer is left.
 
     Args:
+        drop_long_rows: drop it in any case.
         skip_bad_rows: leave out and list what `encode` refuses, instead of raising at the first.
         train_on: as for `encode`.
 
-    Raises:
-        DataError: a row that `encode` refuses, named by its place in the file, or nothing left to learn from.
+    DataError: a row that `encode` refuses, named by its place in the file, or nothing left to learn from.
     """
+    from tqdm import tqdm
+
     examples, kept, refused, dropped = [], [], [], 0
-    for number, row in enumerate(rows, start=1):
+    bar = tqdm(rows, desc="encoding", unit="row", dynamic_ncols=True, leave=False, delay=2)  # s
+    for number, row in enumerate(bar, start=1):
         try:
             example = encode(row, tokenizer, max_seq_length, train_on)
         except DataError as error:
@@ -151,15 +154,14 @@ def encode_rows(
                 raise DataError(reason) from None
             refused.append(reason)
             continue
-        if example.answer_tokens == 0:
+        if example.answer_tokens == 0 or (drop_long_rows and example.cut):
             dropped += 1
             continue
         examples.append(example)
         kept.append(row)
     if not examples:
-        reason = f"each of the {len(rows)} rows is too long for max_seq_length {max_seq_length} tokens"
-        if refused:
-            reason = f"no usable row among {len(rows)}; {refused[0]}"
+        reason = f"no usable row among {len(rows)}; {refused[0]}" if refused else (
+            f"each of the {len(rows)} rows is too long for max_seq_length {max_seq_length} tokens")  # fmt: skip
         raise DataError(f"nothing to learn: {reason if rows else 'no rows'}")
     counts = {
         f"rows truncated to max_seq_length {max_seq_length} tokens": sum(example.cut > 0 for example in examples),
@@ -174,27 +176,50 @@ def encode_rows(
     return EncodedRows(examples, kept, notes)
 
 
-def collate(examples: Sequence[Example], pad_id: int, device: torch.device | str = "cpu") -> dict[str, torch.Tensor]:
-    """Pad examples on the right: input_ids and labels, both int64 (batch, longest); padding has label -100."""
+def collate(examples: Sequence[Example], pad_id: int, device: torch.device | str = "cpu",
+            bins: list[list[int]] | None = None) -> dict[str, torch.Tensor]:  # fmt: skip
+    """Pad examples on the right: input_ids and labels, both int64 (batch, longest); padding has label -100.
 
-    def padded(name: str, value: int) -> torch.Tensor:
-        rows = [torch.from_numpy(getattr(example, name)).long() for example in examples]
+    With `bins`, which examples share a sequence, there are position_ids too, that begin anew with each example.
+    """
+    bins = bins or [[row] for row in range(len(examples))]
+
+    def padded(arrays: list[np.ndarray], value: int) -> torch.Tensor:
+        rows = [torch.from_numpy(np.concatenate([arrays[row] for row in shared])).long() for shared in bins]
         return pad_sequence(rows, batch_first=True, padding_value=value).to(device)
 
-    return {"input_ids": padded("input_ids", pad_id), "labels": padded("labels", IGNORE_INDEX)}
+    batch = {"input_ids": padded([example.input_ids for example in examples], pad_id),
+             "labels": padded([example.labels for example in examples], IGNORE_INDEX)}  # fmt: skip
+    if max(map(len, bins)) > 1:
+        batch["position_ids"] = padded([np.arange(len(example.labels)) for example in examples], 0)
+    return batch
 
 
-def batch_indices(step: int, n: int, batch_size: int, seed: int) -> list[int]:
+MEGABATCH = 50  # batches among which --group-by-length sorts, as transformers' Trainer does
+
+
+def batch_indices(step: int, n: int, batch_size: int, seed: int, lengths: Sequence[int] | None = None) -> list[int]:
     """Which of `n` examples make up batch number `step` (from 0), a pure function of its arguments.
 
     Every epoch is a shuffle of its own in which each example comes once. The epochs follow one
     another without a gap: a batch at the end of one goes on into the next, so all batches are full.
+
+    With `lengths` a batch holds examples of like length: they are sorted within `MEGABATCH` batches, shortest first,
+    and these batches, full ones, are shuffled again.
     """
     indices = []
     position, stop = step * batch_size, (step + 1) * batch_size
     while position < stop:
         epoch, offset = divmod(position, n)
-        shuffled = np.random.default_rng([seed, epoch]).permutation(n)
+        rng = np.random.default_rng([seed, epoch])
+        shuffled = rng.permutation(n)
+        if lengths is not None:
+            first = -epoch * n % batch_size  # those before complete the last batch of the epoch before
+            full = shuffled[first : n - (n - first) % batch_size]
+            for at in range(0, len(full), MEGABATCH * batch_size):
+                among = full[at : at + MEGABATCH * batch_size]
+                order = among[np.argsort(np.take(lengths, among), kind="stable")].reshape(-1, batch_size)
+                among[:] = rng.permutation(order).ravel()
         indices += shuffled[offset : offset + stop - position].tolist()
         position = step * batch_size + len(indices)
     return indices

@@ -1,31 +1,33 @@
-"""Several processes train one adapter: all that the training loop knows of the others.
+"""Several processes train one model: all that the training loop knows of the others.
 
-    torchrun --nproc-per-node N -m handtuned finetune --parallel ddp|fsdp …
+    torchrun --nproc-per-node N -m handtuned finetune --parallel ddp|zero1|zero2|zero3|fsdp …
 
 Each process (rank) takes every Nth forward pass of a step, and gradients are summed before the step.
 
-    ddp    every rank holds the whole model; one all-reduce per step, over the adapter's gradients.
-           Bytes that a rank sends: about 2 A, A the bytes of the adapter. Memory: as one process.
-    fsdp   every rank holds 1/N of each block's weights, 4-bit codes included, and of the adapter, its
-           gradients and moments. A block's weights are gathered before it runs, forward and backward, and
-           dropped behind it. Bytes received: 2 W per forward and backward pass, W the bytes of the weights.
+    ddp      every rank holds the whole model; one all-reduce per step, over the trained parameters' gradients.
+             Bytes that a rank sends: about 2 A, A the bytes of what is trained. Memory: as one process.
+    zero1-3  `optim/zero.py`: optimizer state is cut among the ranks, from stage 2 on gradients too, under stage 3
+             weights as well, 4-bit codes included. With --offload what only the optimizer needs is in host memory.
+             A process that torchrun has not started is a world of one rank.
+    fsdp     torch's stage 3: every rank holds 1/N of each block's weights, 4-bit codes included, and of what is
+             trained, its gradients and moments. A block's weights are gathered before it runs, forward and backward,
+             and dropped behind it. Bytes received: 2 W per forward and backward pass, W the bytes of the weights.
 
-The engine is torch's: `DistributedDataParallel`, `fully_shard` (FSDP2), gloo on a CPU and NCCL on GPUs. Both average
-gradients over ranks; a rank's loss is multiplied by N, so that the average is the sum. FSDP2 makes every parameter a
+DDP and FSDP are torch's `DistributedDataParallel` and `fully_shard` (FSDP2); gloo on a CPU and NCCL on GPUs. They
+average gradients over ranks, so a rank's loss is multiplied by N there; ours sums them. FSDP2 makes every parameter a
 `DTensor`: the whole shape, one rank's piece, the codes of an NF4 weight (uint8) included; scales (3 % of the bytes)
-stay whole. The optimizer is given the shards as plain tensors, since AdamW looks at one element at a time; clipping
-and files see whole ones, by the functions at the end.
+stay whole, under ZeRO too. FSDP's optimizer is given the shards as plain tensors, since AdamW looks at one element at a
+time; clipping and files see whole ones.
 """
 
 import contextlib
 import gc
 import os
 import signal
-import socket
+import sys
 import warnings
 from collections.abc import Iterator
 
-import numpy as np
 import torch
 import torch.distributed as dist
 from torch import nn
@@ -35,8 +37,10 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.nn.parallel import DistributedDataParallel
 
 from ..nn.inject import lora_layers, lora_parameters
-from .models import choose_device
-from .rank_failure import FailureDetector, is_lost_connection
+from ..optim import ZeroOptimizer
+from ..optim.zero_state import cut_entry, gather_entry
+from .rank_failure import is_lost_connection
+from .world import World, local
 
 
 class _Wrapped(nn.Module):
@@ -50,121 +54,101 @@ class _Wrapped(nn.Module):
         return work()
 
 
-class World:
-    """The ranks that train together, seen from one of them. A process alone (mode "none") exchanges nothing.
+class DDPWorld(World):
+    """torch's DistributedDataParallel."""
 
-    Every method but `note_signal` is called by all ranks in the same order.
+    averages, syncs_each_pass = True, False
 
-    Attributes:
-        mode: "none", "ddp" or "fsdp".
-        rank, size: this process, and how many there are; local_rank: this process on its machine.
-        main: whether this rank prints and writes files.
-        stopping: this process has been asked to stop (SIGTERM).
-    """
+    def make_optimizer(self, model, device, groups, kind, offload):
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", FutureWarning)  # torch 2.13 has another name for this, 2.11 not yet
+            self.wrapped = DistributedDataParallel(_Wrapped(model), broadcast_buffers=False,
+                                                   gradient_as_bucket_view=True)  # else they are there twice
+        return kind(groups)
 
-    def __init__(self, mode: str = "none", rank: int = 0, size: int = 1, local_rank: int = 0, store=None):
-        self.mode, self.rank, self.size, self.local_rank = mode, rank, size, local_rank
-        self.main, self.stopping, self.wrapped = rank == 0, False, None
-        self.failures = FailureDetector(store, rank, self.gather((socket.gethostname(), os.getpid())))
+    def run(self, work, sync=True):
+        if not torch.is_grad_enabled():
+            return work()
+        with contextlib.nullcontext() if sync else self.wrapped.no_sync():
+            return self.wrapped(work)
 
-    def gather(self, value) -> list:
-        """`value` of every rank, by rank."""
-        if self.mode == "none":
-            return [value]
-        values = [None] * self.size
-        dist.all_gather_object(values, value)
-        return values
 
-    def broadcast(self, value):
-        """The main rank's `value`."""
-        if self.mode == "none":
-            return value
-        holder = [value]
-        dist.broadcast_object_list(holder, src=0, device=torch.device("cpu"))
-        return holder[0]
+class ZeroWorld(World):
+    """Our ZeroOptimizer. The loop steps its inner optimizer, of this rank's shards."""
 
-    def sum(self, value: float) -> float:
-        """The sum over ranks of a number."""
-        if self.mode == "none":
-            return value
-        total = torch.tensor(value, dtype=torch.float64)
-        dist.all_reduce(total)
-        return total.item()
+    def __init__(self, mode: str, *place):
+        super().__init__(mode, *place)
+        self.stage = int(mode.removeprefix("zero"))
+        # From stage 2 on there is no room for full gradients.
+        self.cuts_weights, self.syncs_each_pass = self.stage == 3, self.stage > 1
 
-    @contextlib.contextmanager
-    def shared_errors(self) -> Iterator[None]:
-        """Bad input found within, on any rank, ends all ranks and is printed once. No exchange may happen within.
+    def make_optimizer(self, model, device, groups, kind, offload):
+        if offload and device.type == "cpu":
+            print("note: --offload saves nothing on a CPU: the device's memory is the host's", file=sys.stderr)
+        self.wrapped = ZeroOptimizer(groups, kind, self.stage, offload, model=model, device=device, summing=True)
+        model.to(device)  # the buffers
+        self.shards = {shard.param: shard for shard in self.wrapped.shards}
+        self.counting = self.wrapped.inner.register_step_post_hook(lambda *_: self._count(last=True))
+        return self.wrapped.inner
 
-        Raises:
-            ValueError and the like: on one rank.
-            SystemExit: with code 2 on the others.
-        """
-        if self.mode == "none":
-            yield
-            return
-        error = None
-        try:
-            yield
-        except (ValueError, TypeError, OSError, ModuleNotFoundError) as caught:
-            error = caught
-        messages = self.gather(error and str(error))
-        failed = [rank for rank, text in enumerate(messages) if text is not None]
-        if failed and self.rank != failed[0]:
-            raise SystemExit(2)
-        if failed:
-            raise error if len(set(messages)) == 1 else ValueError(f"rank {self.rank}: {error}") from error
+    def masters(self, model, optimizer):
+        return self.wrapped
 
-    def check_equal(self, values: dict[str, object]) -> None:
-        """Refuse to go on unless every rank has the same values: ValueError on the main rank, SystemExit on others."""
-        everyone = self.gather(values)
-        for name, ours in everyone[0].items():
-            for rank, theirs in enumerate(everyone):
-                if theirs[name] == ours:
-                    continue
-                if not self.main:
-                    raise SystemExit(2)
-                raise ValueError(
-                    f"ranks must have the same {name}: rank 0 has {ours!r}, rank {rank} has {theirs[name]!r}"
-                )
+    def run(self, work, sync=True):
+        self.wrapped.reduction.syncing = sync
+        return work()
+
+    def collect_gradients(self, masters, scaler):
+        if self.counting:
+            self._count()
+        masters.collect_gradients()
+
+    def _count(self, last: bool = False) -> None:
+        """In the first step: after backward passes, and at the end, when optimizer state is there."""
+        now = self.wrapped.bytes_held()
+        self.held = {kind: max(count, self.held.get(kind, 0)) for kind, count in now.items()}
+        if last:
+            self.counting = self.counting.remove()
+
+    def clip_gradients(self, parameters, max_norm):
+        return self.wrapped.clip_grad_norm_(max_norm)
+
+    def whole(self, key, value, parameter):
+        return gather_entry(self.wrapped, self.shards[parameter], key, value)
+
+    def part(self, key, value, parameter):
+        return cut_entry(self.wrapped, self.shards[parameter], key, value)
+
+    def load(self, parameter, tensor):
+        if self.cuts_weights and (shard := self.shards.get(parameter)):
+            parameter, tensor = shard.owned, tensor.flatten()[shard.start : shard.stop]
+        parameter.copy_(tensor)
 
     @contextlib.contextmanager
-    def quiet(self) -> Iterator[None]:
-        """Only the main rank prints and draws progress bars; errors that leave the block are seen by all."""
-        if self.main:
-            yield
-            return
-        with open(os.devnull, "w") as nowhere, contextlib.redirect_stdout(nowhere), contextlib.redirect_stderr(nowhere):
-            yield
+    def gathered(self, model):
+        empty, frozen = {}, {parameter for parameter in lora_parameters(model) if not parameter.requires_grad}
+        shards = self.wrapped.trained + [shard for shard in self.wrapped.shards if shard.param in frozen]
+        for shard in shards if self.cuts_weights else ():
+            flat = next(self.wrapped.group.gather_whole([shard.owned], [shard.numel]))
+            empty[shard] = shard.param.data
+            if self.main:  # in host memory: a device may not have room for all of them
+                shard.param.data = flat.view(shard.shape).cpu()
+        yield
+        for shard, data in empty.items():
+            shard.param.data = data
 
-    def command(self) -> str:
-        """What starts `finetune` on as many ranks."""
-        if self.mode == "none":
-            return "handtuned finetune"
-        here = int(os.environ.get("LOCAL_WORLD_SIZE", self.size))
-        machines = f"--nnodes {self.size // here} " if here < self.size else ""
-        return f"torchrun {machines}--nproc-per-node {here} -m handtuned finetune --parallel {self.mode}"
+    def weight_bytes(self, model):
+        return self.wrapped.bytes_held()["parameters"]
 
-    def device(self, device: str) -> torch.device:
-        """Where this rank computes: `auto` and `cuda` mean the GPU of its own number."""
-        chosen, gpus = choose_device(device), torch.cuda.device_count()
-        if self.mode == "none" or chosen.type != "cuda":
-            return chosen
-        if chosen.index is not None and self.size > 1:
-            raise ValueError(f"--device {device} names one GPU for {self.size} ranks; leave it at auto")
-        if self.local_rank >= gpus:
-            raise ValueError(f"local rank {self.local_rank} has no GPU, there are {gpus}; give torchrun a lower "
-                             "--nproc-per-node")  # fmt: skip
-        torch.cuda.set_device(self.local_rank)
-        return torch.device("cuda", self.local_rank)
 
-    def wrap(self, model: nn.Module, device: torch.device) -> list[torch.Tensor]:
-        """Make ready for training on `device`; returns the tensors to optimize: parameters, or this rank's shards."""
-        if self.mode == "ddp":
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore", FutureWarning)  # torch 2.13 has another name for this, 2.11 not yet
-                self.wrapped = DistributedDataParallel(_Wrapped(model), broadcast_buffers=False)
-        if self.mode != "fsdp":
-            return list(lora_parameters(model))
+class FSDPWorld(World):
+    """torch's fully_shard."""
+
+    averages, cuts_weights, syncs_each_pass = True, True, False
+
+    def make_optimizer(self, model, device, groups, kind, offload):
+        names = {parameter: name for name, parameter in model.named_parameters()}
+        groups = [group | {"params": [names[parameter] for parameter in group["params"]]} for group in groups]
         mesh = init_device_mesh(device.type, (self.size,))
         try:
             for block in blocks(model):
@@ -173,88 +157,86 @@ class World:
         except RuntimeError as error:
             if "floating point dtype" not in str(error):
                 raise
-            raise ValueError(
-                f"torch {torch.__version__} shards floating-point weights only: --parallel fsdp over a base in NF4 "
-                "needs torch 2.13; here use --parallel ddp, or --method lora"
-            ) from None
-        self.parameters = list(lora_parameters(model))
-        self.shards = [local(p).detach().requires_grad_() for p in self.parameters]
-        return self.shards
+            raise ValueError(f"torch {torch.__version__} shards floating-point weights only: --parallel fsdp over a "
+                             "base in NF4 needs torch 2.13; here use --parallel ddp, or --method lora") from None
+        parameters = dict(model.named_parameters())
+        self.shards = {}
+        for group in groups:
+            owners = [parameters[name] for name in group["params"]]
+            group["params"] = [local(parameter).detach().requires_grad_() for parameter in owners]
+            self.shards |= dict(zip(owners, group["params"], strict=True))
+        return kind(groups)
 
-    def run(self, work, sync: bool = True):
-        """Do `work`, which calls the model; with `sync`, its backward pass exchanges gradients."""
-        if self.mode == "none":
-            return work()
-        if self.mode == "ddp":
-            if not torch.is_grad_enabled():
-                return work()
-            with contextlib.nullcontext() if sync else self.wrapped.no_sync():
-                return self.wrapped(work)
+    def run(self, work, sync=True):
         self.wrapped.set_requires_gradient_sync(sync)
         result = self.wrapped(work)
         if not torch.is_grad_enabled():
             self.wrapped.reshard()  # else the backward pass does it
         return result
 
-    @torch.no_grad()
-    def evaluate(self, work):
-        """Do `work` without gradients."""
-        return self.run(work)
-
-    def collect_gradients(self, scaler) -> None:
-        """After the last backward pass of a step: hand the optimizer's tensors their gradients.
-
-        An overflow may lie in the shard of one rank only; all must skip the step.
-        """
-        if self.mode != "fsdp":
-            return
-        for shard, parameter in zip(self.shards, self.parameters, strict=True):
+    def collect_gradients(self, masters, scaler):
+        for parameter, shard in self.shards.items():
             shard.grad, parameter.grad = local(parameter.grad), None
-        if scaler.is_enabled() and self.sum(any(not shard.grad.isfinite().all() for shard in self.shards)):
-            for shard in self.shards:
-                shard.grad.fill_(torch.inf)
+        gradients = [shard.grad for shard in self.shards.values() if shard.grad is not None]
+        if scaler.is_enabled() and self.sum(any(not gradient.isfinite().all() for gradient in gradients)):
+            for gradient in gradients:
+                gradient.fill_(torch.inf)
 
-    def clip_gradients(self, parameters: list[torch.Tensor], max_norm: float) -> torch.Tensor:
-        """Scale the gradients so that their joint L2 norm is at most `max_norm`; returns the norm before."""
-        if self.mode != "fsdp":
-            return torch.nn.utils.clip_grad_norm_(parameters, max_norm)
+    def clip_gradients(self, parameters, max_norm):
         norm = torch.nn.utils.get_total_norm([shard.grad for shard in parameters])
         norm = torch.tensor(self.sum(norm.item() ** 2) ** 0.5, dtype=norm.dtype, device=norm.device)
         torch.nn.utils.clip_grads_with_norm_(parameters, max_norm, norm)
         return norm
 
-    def seed(self, *numbers: int) -> None:
-        """Make dropout a function of these numbers, whichever rank draws it. A process alone keeps its own stream."""
-        if self.mode != "none":
-            torch.manual_seed(int(np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0]))
+    @torch.no_grad()
+    def whole(self, key, value, parameter):
+        if not isinstance(parameter, DTensor) or value.shape != local(parameter).shape:
+            return value
+        where = parameter.device_mesh, parameter.placements
+        return DTensor.from_local(value, *where, shape=parameter.shape, stride=parameter.stride()).full_tensor()
 
-    def note_signal(self, number, frame) -> None:
-        """torchrun sends SIGTERM to the others when one rank has died; so does a scheduler that wants the machine."""
-        self.stopping = True
-        self.failures.report("")
+    @torch.no_grad()
+    def part(self, key, value, parameter):
+        if not isinstance(parameter, DTensor) or value.shape != parameter.shape:
+            return value
+        value = value.to(local(parameter).device)
+        return distribute_tensor(value, parameter.device_mesh, parameter.placements, src_data_rank=None).to_local()
+
+    def load(self, parameter, tensor):
+        local(parameter).copy_(self.part("", tensor, parameter))
+
+    @contextlib.contextmanager
+    def gathered(self, model):
+        own = {*lora_parameters(model)}
+        every = ((module, name, p) for module in model.modules() for name, p in module.named_parameters(recurse=False))
+        kept = [entry for entry in every if entry[2] in own and isinstance(entry[2], DTensor)]
+        for module, name, parameter in kept:
+            setattr(module, name, nn.Parameter(self.whole(name, local(parameter), parameter), requires_grad=False))
+        yield
+        for module, name, parameter in kept:
+            setattr(module, name, parameter)
 
 
 @contextlib.contextmanager
 def start(mode: str, device: str) -> Iterator[World]:
-    """Join the ranks that torchrun has started, for the length of the block.
+    """Join the ranks that torchrun has started, for the length of the block. `mode` is `--parallel`; `device`,
+    `--device`, decides between gloo and NCCL.
 
-    Args:
-        mode: `--parallel`.
-        device: `--device`, which decides between gloo and NCCL.
-
-    Raises:
-        ValueError: `mode` does not fit the way this process was started.
-        RankFailure: within the block, the connection to another rank was lost.
+    ValueError: `mode` does not fit the way this process was started.
+    RankFailure: within the block, the connection to another rank was lost.
     """
-    if mode == "none":
+    kind = {"none": World, "ddp": DDPWorld, "fsdp": FSDPWorld}.get(mode, ZeroWorld)
+    started = {"RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"} <= os.environ.keys()
+    if mode == "none" or (kind is ZeroWorld and not started):
         size = int(os.environ.get("WORLD_SIZE", "1"))
         if size > 1 and os.environ.get("RANK", "0") != "0":
             raise SystemExit(2)
         if size > 1:
-            raise ValueError(f"torchrun has started {size} processes: say --parallel ddp or --parallel fsdp")
-        yield World()
+            raise ValueError(f"torchrun has started {size} processes: say --parallel ddp or --parallel fsdp, or "
+                             "zero1, zero2, zero3")  # fmt: skip
+        yield kind(mode)
         return
-    if not {"RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"} <= os.environ.keys():
+    if not started:
         raise ValueError(f"--parallel {mode} needs several processes: torchrun --nproc-per-node 2 -m handtuned "
                          f"finetune --parallel {mode} …")  # fmt: skip
     store, rank, size = next(dist.rendezvous("env://"))
@@ -262,7 +244,7 @@ def start(mode: str, device: str) -> Iterator[World]:
     store = dist.PrefixStore(f"attempt-{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
     gpus = torch.cuda.is_available() and device != "cpu"
     dist.init_process_group("cpu:gloo,cuda:nccl" if gpus else "gloo", store=store, rank=rank, world_size=size)
-    world = World(mode, rank, size, int(os.environ["LOCAL_RANK"]), dist.PrefixStore("handtuned", store))
+    world = kind(mode, rank, size, int(os.environ["LOCAL_RANK"]), dist.PrefixStore("handtuned", store))
     before = signal.signal(signal.SIGTERM, world.note_signal)
     try:
         yield world
@@ -288,46 +270,3 @@ def blocks(model: nn.Module) -> list[nn.Module]:
     inside = {id(part) for block in found for part in list(block.modules())[1:]}
     outer = [block for block in found if id(block) not in inside]
     return [block for block in outer if any(id(part) in with_adapter for part in block.modules())]
-
-
-def local(tensor: torch.Tensor) -> torch.Tensor:
-    """This rank's shard, over the same memory; a tensor that is not sharded is its own."""
-    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
-
-
-@torch.no_grad()
-def whole(shard: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
-    """The whole tensor of which every rank gives its shard, cut as `like` is. All ranks call it."""
-    if not isinstance(like, DTensor) or shard.shape != local(like).shape:
-        return shard
-    where = like.device_mesh, like.placements
-    return DTensor.from_local(shard, *where, shape=like.shape, stride=like.stride()).full_tensor()
-
-
-@torch.no_grad()
-def part(tensor: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
-    """This rank's shard of a whole tensor, cut as `like` is."""
-    if not isinstance(like, DTensor) or tensor.shape != like.shape:
-        return tensor
-    tensor = tensor.to(local(like).device)
-    return distribute_tensor(tensor, like.device_mesh, like.placements, src_data_rank=None).to_local()
-
-
-@contextlib.contextmanager
-def whole_adapter(model: nn.Module) -> Iterator[None]:
-    """Within, every adapter parameter of the model is whole on every rank. All ranks call it."""
-    every = ((layer, name, getattr(layer, name)) for _, layer in lora_layers(model) for name in ("lora_A", "lora_B"))
-    kept = [entry for entry in every if isinstance(entry[2], DTensor)]
-    for layer, name, parameter in kept:
-        setattr(layer, name, nn.Parameter(whole(local(parameter), parameter), requires_grad=False))
-    try:
-        yield
-    finally:
-        for layer, name, parameter in kept:
-            setattr(layer, name, parameter)
-
-
-def weight_bytes(model: nn.Module) -> int:
-    """Bytes of parameters and buffers that this rank holds."""
-    tensors = {id(t): local(t) for t in (*model.parameters(), *model.buffers())}
-    return sum(t.numel() * t.element_size() for t in tensors.values())

@@ -18,6 +18,7 @@ the whole chat and in the chat up to this turn alike.
 
 import contextlib
 import datetime
+import functools
 import json
 import re
 from dataclasses import dataclass
@@ -52,7 +53,7 @@ class Example:
     labels: np.ndarray  # the id itself where it is learnt, else -100
     cut: int = 0  # tokens beyond max_seq_length that were left off at the end
     follows_prompt: bool = True  # answers follow, token by token, the prompts that `encode_prompt` gives
-    hides_reasoning: bool = False  # the template leaves out reasoning_content of a turn
+    hides_reasoning: bool = False  # the template leaves out the thinking of a turn
 
     @property
     def answer_tokens(self) -> int:
@@ -76,7 +77,8 @@ def encode_prompt(chat: Chat, tokenizer) -> list[int]:
 def decode_answer(ids: list[int], chat: Chat, tokenizer) -> str:
     """What a model has answered to a chat, without special tokens and the white space that the template adds."""
     text = tokenizer.decode(ids, skip_special_tokens=True)
-    first = next((t for t in tokenizer.convert_ids_to_tokens(ids) if t not in tokenizer.all_special_tokens), "")
+    tokens = filter(None, tokenizer.convert_ids_to_tokens(ids))  # an embedding may have more rows than there are tokens
+    first = next((token for token in tokens if token not in tokenizer.all_special_tokens), "")
     if first.startswith("▁") and not text.startswith(" "):  # sentencepiece shows no space before a whole text
         text = f" {text}"
     _, before, behind = _prompt(chat, tokenizer)
@@ -113,11 +115,13 @@ def encode(chat: Chat, tokenizer, max_seq_length: int | None = None, train_on: s
         learnt, follows, text = np.ones(len(ids) + 1, dtype=bool), True, chat[0]["content"]
     else:
         text = _render(chat, tokenizer)
-        _check_all_is_shown(chat, text, tokenizer)
         turns = [turn for turn, message in enumerate(chat) if message["role"] == "assistant"]
-        answers = {turn: _answer(chat, turn, text, tokenizer) for turn in turns[-1 if train_on == "last" else 0 :]}
+        found = turns[-1 if train_on == "last" else 0 :]
+        _check_all_is_shown(chat, found, text, tokenizer)
+        answers = {turn: _answer(chat, turn, text, tokenizer) for turn in found}
         ids, offsets, apart = _tokenize(text, [answer[:2] for answer in answers.values()], tokenizer)
-        learnt = np.zeros(len(ids) + 1, dtype=bool)
+        learnt = np.full(len(ids) + 1, train_on == "all")
+        learnt[-1] = False
         for turn, (start, stop, end, _) in answers.items():
             first, last = np.searchsorted(offsets[:, 0], [start, stop])
             ends = [at + 1 for at in range(last, len(ids)) if offsets[at, 1] <= end and _is_special(ids[at], tokenizer)]
@@ -125,12 +129,11 @@ def encode(chat: Chat, tokenizer, max_seq_length: int | None = None, train_on: s
                 last = np.searchsorted(offsets[:, 0], len(text[:end].rstrip()))
             if not ends and turn == turns[-1]:
                 last = len(ids) + 1  # with an end of sequence
-            if chat[turn].get("weight") != 0:
-                learnt[first : ends[-1] if ends else last] = True
+            elif "tool_calls" not in chat[turn]:  # without what the template opens behind it
+                ends = [at for number, at in enumerate(ends) if at == ends[0] + number]
+            learnt[first : ends[-1] if ends else last] = chat[turn].get("weight") != 0
         *before, (*_, prompt) = answers.values()
         follows = apart and ids[:first] == _tokenize(prompt, [answer[:2] for answer in before], tokenizer)[0]
-        if train_on == "all":
-            learnt[:-1] = True
     if learnt[-1] and tokenizer.eos_token_id is not None and not (ids and _is_special(ids[-1], tokenizer)):
         ids = [*ids, tokenizer.eos_token_id]
     learnt[0] = False  # nothing precedes the first token, so nothing can predict it
@@ -138,7 +141,9 @@ def encode(chat: Chat, tokenizer, max_seq_length: int | None = None, train_on: s
         raise DataError("the chat template leaves no answer to learn")
     kept = np.array(ids[:max_seq_length], dtype=np.int32)
     labels = np.where(learnt[: len(kept)], kept, IGNORE_INDEX).astype(np.int32)
-    hidden = any(message.get("reasoning_content", "").strip() not in text for message in chat)
+    thoughts = (turn.get("reasoning_content") or turn["content"].rpartition("</think>")[0].rpartition("<think>")[2]
+                for turn in chat)  # fmt: skip
+    hidden = any(thought.strip() not in text for thought in thoughts)
     return Example(kept, labels, len(ids) - len(kept), follows, hidden)
 
 
@@ -183,22 +188,30 @@ def _render(chat: Chat, tokenizer, **options) -> str:
     else:
         if not any(value and str(value) in text for value in arguments):  # an object as Python writes it
             return text
-    return write([message | {"tool_calls": [_with_text(call) for call in message["tool_calls"]]}
+
+    def with_text(call: dict) -> dict:
+        return _call(call, arguments=json.dumps(call["function"]["arguments"], ensure_ascii=False))
+
+    return write([message | {"tool_calls": [with_text(call) for call in message["tool_calls"]]}
                   if "tool_calls" in message else message for message in chat])  # fmt: skip
 
 
-def _with_text(call: dict) -> dict:
-    arguments = json.dumps(call["function"]["arguments"], ensure_ascii=False)
-    return call | {"function": call["function"] | {"arguments": arguments}}
+def _call(call: dict, **changed) -> dict:
+    """A tool call of another name or other arguments."""
+    return call | {"function": call["function"] | changed}
+
+
+def _changed(chat: Chat, turn: int, **fields) -> Chat:
+    """The chat with other fields in one message."""
+    return Chat([*chat[:turn], chat[turn] | fields, *chat[turn + 1 :]], getattr(chat, "tools", None))
 
 
 def _marked(chat: Chat, turn: int, mark: str) -> Chat:
     """The chat with a mark in place of what a message says, and CALL for the names of its calls."""
-    message = dict(chat[turn])
-    message["content"] = mark if message["content"] or mark == SHOWN else ""
-    if "tool_calls" in message:
-        message["tool_calls"] = [c | {"function": c["function"] | {"name": CALL}} for c in message["tool_calls"]]
-    return Chat([*chat[:turn], message, *chat[turn + 1 :]], getattr(chat, "tools", None))
+    fields = {"content": mark if chat[turn]["content"] or mark == SHOWN else ""}
+    if "tool_calls" in chat[turn]:
+        fields["tool_calls"] = [_call(call, name=CALL) for call in chat[turn]["tool_calls"]]
+    return _changed(chat, turn, **fields)
 
 
 def _behind(marks: str, text: str, what: str) -> str:
@@ -246,9 +259,9 @@ def _answer(chat: Chat, turn: int, text: str, tokenizer) -> tuple[int, int, int,
         lost += "; --train-on last learns the last answer alone"
     marked = _marked(chat, turn, ANSWER)
     whole, calls = _render(marked, tokenizer), len(chat[turn].get("tool_calls", ()))
-    if whole.count(CALL) < calls:
-        raise DataError(f"message {turn + 1}: the chat template does not show its tool calls")
     behind = _behind(ANSWER + CALL, whole, lost)
+    if calls and chat[turn]["content"] and ANSWER not in whole:
+        raise DataError(f"{_hidden(chat, turn)} beside its tool calls: leave it out")
     last = turn == len(chat) - 1
     alone = behind if last else _behind(ANSWER + CALL, _render(marked[: turn + 1], tokenizer), lost)
     opening = _prompt_end(chat[:turn], tokenizer)
@@ -268,14 +281,26 @@ def _common(one: str, other: str) -> int:
     return next((at for at, (a, b) in pairs if a != b), min(len(one), len(other)))
 
 
-def _check_all_is_shown(chat: Chat, text: str, tokenizer) -> None:
-    """Many templates leave tools out in silence; then the model would learn to call what it never saw."""
+def _check_all_is_shown(chat: Chat, found: list[int], text: str, tokenizer) -> None:
+    """Many templates leave something out in silence. `_answer` sees it of the turns in `found` and their prompts."""
     if getattr(chat, "tools", None) and _render(Chat(chat), tokenizer) == text:
         raise DataError("the chat template does not show the tools")
     for turn, message in enumerate(chat):
-        checked = message["role"] == "assistant" or chat[turn + 1]["role"] == "assistant"  # by `_answer`
-        if message["content"] and not checked:
+        calls = message.get("tool_calls", ())
+        if calls and _render(_marked(chat, turn, ANSWER), tokenizer).count(CALL) < len(calls):
+            raise DataError(f"message {turn + 1}: the chat template does not show its tool calls")
+        for at, call in enumerate(calls):
+            if call["function"]["arguments"] and _without_arguments(chat, turn, at, tokenizer) == text:
+                raise DataError(f"message {turn + 1}: the chat template does not show the arguments of its tool calls")
+        if message["content"] and message["role"] != "assistant" and turn + 1 not in found:
             _behind(SHOWN, _render(_marked(chat, turn, SHOWN), tokenizer), _hidden(chat, turn))
+
+
+def _without_arguments(chat: Chat, turn: int, at: int, tokenizer) -> str:
+    calls = [_call(c, arguments={}) if i == at else c for i, c in enumerate(chat[turn]["tool_calls"])]
+    with contextlib.suppress(DataError):
+        return _render(_changed(chat, turn, tool_calls=calls), tokenizer)
+    return ""  # a template that asks for them shows them
 
 
 def _hidden(chat: Chat, turn: int) -> str:
@@ -290,9 +315,8 @@ def _tokenize(text: str, answers: list[tuple[int, int]], tokenizer) -> tuple[lis
     """
 
     def piece(at: int, to: int, guard: str = ""):
-        encoded = tokenizer(guard + text[at:to], add_special_tokens=False, return_offsets_mapping=True)
-        places = np.array(encoded["offset_mapping"], dtype=int).reshape(-1, 2) + at - len(guard)
-        return encoded["input_ids"][bool(guard) :], places[bool(guard) :]
+        ids, places = _tokens(guard + text[at:to], tokenizer)
+        return ids[bool(guard) :], places[bool(guard) :] + at - len(guard)
 
     ids, offsets = piece(0, len(text))
     cuts = []
@@ -310,6 +334,13 @@ def _tokenize(text: str, answers: list[tuple[int, int]], tokenizer) -> tuple[lis
         if tokenizer.decode(joined, skip_special_tokens=False) == whole:
             return joined, np.concatenate([offsets for _, offsets in pieces]), True
     return ids, offsets, False
+
+
+@functools.lru_cache(maxsize=16)  # a row's prompts are met twice: as its beginning, and as what `generate` will see
+def _tokens(text: str, tokenizer) -> tuple[list[int], np.ndarray]:
+    """Token ids, and (tokens, 2) character offsets."""
+    encoded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, return_attention_mask=False)
+    return encoded["input_ids"], np.array(encoded["offset_mapping"], dtype=int).reshape(-1, 2)
 
 
 def _is_special(token: int, tokenizer) -> bool:

@@ -25,6 +25,24 @@ def evaluating(model):
     model.train(training)
 
 
+class HeadLoss(torch.nn.Module):
+    """The output head and the loss in one: a module, as what cuts weights makes them whole for a module's call."""
+
+    reads_submodules = True  # asked for by ZeRO-3
+
+    def __init__(self, head: torch.nn.Linear | None):
+        super().__init__()
+        self.head = head
+
+    def forward(self, hidden, target, **scaling):
+        return linear_cross_entropy(hidden, self.head.weight, target, self.head.bias, **scaling)
+
+
+def base_of(model) -> torch.nn.Module | None:
+    """What makes the hidden states, also where the class gives its checkpoints another prefix (Llama 4)."""
+    return model.base_model if model.base_model is not model else getattr(model, "model", None)
+
+
 class CausalLM:
     """Runs a transformers causal LM so that only answer tokens meet the vocabulary.
 
@@ -32,45 +50,52 @@ class CausalLM:
     positions alone (`nn/loss.py`). A model that does more (soft-capped or scaled logits) is found out by comparing both
     ways on `sample`, (1, T) token ids, once, and gets its full logits.
 
+    Under loss scaling in fp16 the head's gradients are rounded with the scale in them: the loop sets `loss_scale` and
+    `found_inf` (see `linear_cross_entropy`).
+
     Batches are right-padded and carry no attention mask: with causal attention nothing to the left of a pad token can
     see it, and pad positions have label −100.
     """
 
     def __init__(self, model, sample):
         self.model, self.device = model, next(model.parameters()).device
-        self.head, head = None, model.get_output_embeddings()
-        if isinstance(head, torch.nn.Linear):
-            sample = torch.as_tensor(sample).long().to(self.device)
-            with evaluating(model):
-                logits, split = model(input_ids=sample, use_cache=False).logits, head(self._body(sample))
-            if logits.shape == split.shape and torch.allclose(logits.float(), split.float(), rtol=1e-3, atol=1e-3):
-                self.head = head
+        self.loss_scale = self.found_inf = None
+        head = model.get_output_embeddings()
+        plain = isinstance(head, torch.nn.Linear) and base_of(model) is not None
+        self.head = head if plain and self._only_applies(head, torch.as_tensor(sample).long().to(self.device)) else None
+        self.head_loss = HeadLoss(self.head)
 
-    def _body(self, input_ids: torch.Tensor) -> torch.Tensor:
-        return self.model.base_model(input_ids=input_ids, use_cache=False).last_hidden_state
+    def _only_applies(self, head: torch.nn.Linear, sample: torch.Tensor) -> bool:
+        with evaluating(self.model):
+            logits, hidden = self.model(input_ids=sample, use_cache=False).logits, self._body(sample)
+            split = head(hidden) if hidden.shape[-1] == head.in_features else hidden
+        return logits.shape == split.shape and torch.allclose(logits.float(), split.float(), rtol=1e-3, atol=1e-3)
 
-    def _logits(self, input_ids: torch.Tensor, kept: torch.Tensor) -> torch.Tensor:
+    def _body(self, input_ids: torch.Tensor, **positions: torch.Tensor) -> torch.Tensor:
+        hidden = base_of(self.model)(input_ids=input_ids, use_cache=False, **positions).last_hidden_state
+        if torch.is_autocast_enabled(hidden.device.type):
+            return hidden
+        return hidden.to(self.model.get_output_embeddings().weight.dtype)  # residuals may be in fp32 (Mamba 2)
+
+    def _logits(self, kept: torch.Tensor, **inputs: torch.Tensor) -> torch.Tensor:
         """(kept positions, vocabulary), fp32; `kept` is (B, T−1) bool."""
         if self.head is None:
-            return self.model(input_ids=input_ids, use_cache=False).logits[:, :-1][kept].float()
-        return self.head(self._body(input_ids)[:, :-1][kept]).float()
+            return self.model(use_cache=False, **inputs).logits[:, :-1][kept].float()
+        return self.head(self._body(**inputs)[:, :-1][kept]).float()
 
     def loss(self, batch: dict[str, torch.Tensor]) -> torch.Tensor:
-        """Sum of cross-entropies over the answer tokens of one right-padded batch, a scalar in fp32."""
+        """Sum of cross-entropies over the answer tokens of one batch of `data.collate`, a scalar in fp32."""
         target = batch["labels"][:, 1:]
+        inputs = {name: tensor for name, tensor in batch.items() if name != "labels"}
         if self.head is None:
             kept = target != IGNORE_INDEX
-            return F.cross_entropy(self._logits(batch["input_ids"], kept), target[kept], reduction="sum")
-        hidden = self._body(batch["input_ids"])[:, :-1]
-        return linear_cross_entropy(hidden, self.head.weight, target, bias=self.head.bias)
+            return F.cross_entropy(self._logits(kept, **inputs), target[kept], reduction="sum")
+        hidden = self._body(**inputs)[:, :-1]
+        return self.head_loss(hidden, target, loss_scale=self.loss_scale, found_inf=self.found_inf)
 
     def sums(self, examples: list[data.Example], bar=None, batch_size: int = 8) -> list[float]:
-        """[loss, answer tokens, right tokens, right rows, rows], summed over examples; what `rates` divides.
-
-        Args:
-            bar: a progress bar, advanced by rows.
-            batch_size: rows in one forward pass; rows of like length go together.
-        """
+        """[loss, answer tokens, right tokens, right rows, rows], summed over examples; what `rates` divides. Rows of
+        like length go together, `batch_size` in one forward pass; a progress `bar` is advanced by rows."""
         by_length = sorted(examples, key=lambda example: len(example.input_ids))
         totals = [0, 0, 0, 0, len(examples)]
         for at in range(0, len(by_length), batch_size):
@@ -79,7 +104,7 @@ class CausalLM:
             target = batch["labels"][:, 1:]
             kept = target != IGNORE_INDEX
             with evaluating(self.model):
-                logits = self._logits(batch["input_ids"], kept)
+                logits = self._logits(kept, input_ids=batch["input_ids"])
             right = ~kept
             right[kept] = logits.argmax(dim=1) == target[kept]
             loss = F.cross_entropy(logits, target[kept], reduction="sum")
@@ -111,11 +136,8 @@ def generate(model, tokenizer, chats: list[list[dict]], max_new_tokens: int = 48
         max_new_tokens: longest answer; also none beyond the model's context.
         sampling: further arguments of transformers' `generate`, such as `do_sample`, `temperature`.
 
-    Returns:
-        The new text of each chat, without special tokens.
-
-    Raises:
-        ValueError: a prompt that fills the model's context.
+    Returns the new text of each chat, without special tokens.
+    ValueError: a prompt that fills the model's context.
     """
     device = next(model.parameters()).device
     prompts = [data.encode_prompt(chat, tokenizer) for chat in chats]
@@ -128,9 +150,12 @@ def generate(model, tokenizer, chats: list[list[dict]], max_new_tokens: int = 48
     options = {"do_sample": False, "eos_token_id": end_tokens(model, tokenizer), **sampling}
     if not options["do_sample"]:
         options.update(temperature=None, top_p=None, top_k=None)
+    options.update(pad_token_id=pad, max_new_tokens=min(max_new_tokens, context - width))
     with evaluating(model):
-        out = model.generate(input_ids=ids, attention_mask=mask, pad_token_id=pad,
-                             max_new_tokens=min(max_new_tokens, context - width), **options)  # fmt: skip
+        try:
+            out = model.generate(input_ids=ids, attention_mask=mask, **options)
+        except (AttributeError, LookupError, TypeError, ValueError):  # some models have no cache that works
+            out = model.generate(input_ids=ids, attention_mask=mask, use_cache=False, **options)
     return [data.decode_answer(row[width:].tolist(), chat, tokenizer) for chat, row in zip(chats, out, strict=True)]
 
 
@@ -142,13 +167,8 @@ def end_tokens(model, tokenizer) -> list[int] | None:
 
 
 def evaluate(world, lm: CausalLM, tokenizer, held_out: data.EncodedRows, results: dict, when: str) -> None:
-    """Score the held-out rows and answer the first of them; both go into `results`.
-
-    Args:
-        world: the ranks that share the work (`distributed.World`).
-        results: gets `when`: scores or None, and in "answers" one dict per prompt with `when`: the model's answer.
-        when: "before" or "after" training.
-    """
+    """Score the held-out rows and answer the first of them, `when` "before" or "after" training. `results` gets
+    `when`: scores or None, and in "answers" one dict per prompt with `when`: the model's answer."""
     scores = score(world, lm, held_out.examples, f"held-out, {when:6}")
     results[when] = scores and finite(scores)
     whole = (chat for chat, example in zip(held_out.rows, held_out.examples, strict=True)
@@ -158,7 +178,7 @@ def evaluate(world, lm: CausalLM, tokenizer, held_out: data.EncodedRows, results
     answers = results.setdefault("answers", texts)
     if shown:
         # Ranks that share a model must make the same forward passes, even where one has answered already.
-        in_step = {"synced_gpus": True} if world.mode == "fsdp" else {}
+        in_step = {"synced_gpus": True} if world.cuts_weights and world.size > 1 else {}
         prompts = [chat[:-1] for chat in shown]
         written = world.evaluate(lambda: generate(lm.model, tokenizer, prompts, **in_step))
         for entry, answer in zip(answers, written, strict=True):
@@ -183,9 +203,8 @@ def score(world, lm: CausalLM, held_out: list[data.Example], what: str) -> dict 
 def share_out(rows: list, rank: int, size: int) -> tuple[list, list, bool]:
     """Share out rows so that all ranks make equally many forward passes, as FSDP needs.
 
-    Returns:
-        this rank's rows, the same number for each rank; one row more, where they do not come out even;
-        and whether that row counts here (else another rank counts it, and this one only runs it in step).
+    Returns this rank's rows, the same number for each rank; one row more, where they do not come out even; and whether
+    that row counts here (else another rank counts it, and this one only runs it in step).
     """
     even = len(rows) - len(rows) % size
     rest = rows[even:]

@@ -24,6 +24,7 @@ MOST_ROW = 2**24  # characters
 MOST_DOCUMENT = 2**28
 BOMB = 2**22, 100  # unpacked bytes from which on the ratio of unpacked to packed ones is looked at, and its limit
 TABLES = {".csv": ",", ".tsv": "\t"}
+UNREAD = {b"BZh": "bzip2", b"\xfd7zXZ\0": "xz", b"PK\3\4": "zip", b"7z\xbc\xaf": "7-Zip"}
 SUFFIXES = {".json", ".jsonl", ".ndjson", ".txt", ".parquet", ".arrow", *TABLES}
 # An object that is no row itself but holds a list of rows, behind numbers and texts at most.
 WRAPPED = re.compile(
@@ -111,6 +112,8 @@ def _read(file: io.BufferedReader, name: str, suffix: str) -> Iterator[Place]:
 
         file = io.BufferedReader(_Unpacked(file, pyarrow.CompressedInputStream(file, "zstd"), name))
     start = file.peek(4096)[:4096]
+    if packer := next((packer for mark, packer in UNREAD.items() if start.startswith(mark)), None):
+        raise DataError(f"{name}: packed by {packer}, which is not read; unpack it, or use gzip or zstd")
     if start[:4] == b"PAR1" or start[:6] == b"ARROW1" or suffix in (".parquet", ".arrow"):
         yield from _columns(file, name, parquet=start[:4] == b"PAR1" or suffix == ".parquet")
         return
@@ -183,8 +186,8 @@ def _table(text: io.TextIOWrapper, name: str, delimiter: str) -> Iterator[Place]
     csv.field_size_limit(MOST_ROW)
     lines = (line for _, line in _lines(text, name))
     header = next(lines, "")
-    if delimiter == "," and "," not in header and ";" in header:
-        delimiter = ";"
+    if delimiter == ",":  # spreadsheets write others, too
+        delimiter = next((mark for mark in ",;\t|" if mark in header), ",")
     table = csv.DictReader(itertools.chain([header], lines), delimiter=delimiter, strict=True)
     try:
         columns = table.fieldnames or []
@@ -206,8 +209,22 @@ def _once(pairs: list[tuple[str, object]]) -> dict | DataError:
     if len(found) < len(pairs):
         names = [key for key, _ in pairs]
         return DataError(f"the key {next(key for key in names if names.count(key) > 1)!r} stands twice in an object")
-    inside = (part for value in found.values() for part in (value if isinstance(value, list) else [value]))
-    return next((part for part in inside if isinstance(part, DataError)), found)
+    return next(filter(None, map(_fault, found.values())), found)
+
+
+def _fault(value: object) -> DataError | None:
+    """The error that stands in a value for an object, in lists too."""
+    if isinstance(value, list):
+        return next(filter(None, map(_fault, value)), None)
+    return value if isinstance(value, DataError) else None
+
+
+def decode_json(text: str) -> object:
+    """The value that JSON text holds. DataError for a key that stands twice in an object, ValueError for bad JSON."""
+    value = DECODER.decode(text)
+    if fault := _fault(value):
+        raise fault
+    return value
 
 
 DECODER = json.JSONDecoder(object_pairs_hook=_once)
@@ -233,8 +250,8 @@ def _json_lines(text: io.TextIOWrapper, name: str) -> Iterator[Place]:
                     return
                 lines = itertools.chain([following] if following else [], lines)
             # The decoder's line counts within the row, and would contradict the file's.
-            reason = f"{error.msg}, column {error.colno}" if hasattr(error, "colno") else "nested too deeply"
-            yield place, DataError(f"not valid JSON: {reason}")
+            column = f", column {error.colno}" if hasattr(error, "colno") else ""
+            yield place, DataError(f"not valid JSON: {_why(error)}{column}")
 
 
 def _document(text: str, name: str) -> Iterator[Place]:
@@ -245,7 +262,11 @@ def _document(text: str, name: str) -> Iterator[Place]:
         position = yield from _elements(text, wrapper.end() if wrapper else position, name)
         if wrapper:  # what else the object holds must be valid too
             rest = "{" + text[position:].lstrip(" \r\n\t,")
-            text, position = rest, _decode(rest, 0, name)[1]
+            others, position = _decode(rest, 0, name)
+            text = rest
+            for key in others if isinstance(others, dict) else ():
+                if isinstance(others[key], list) and others[key] and isinstance(others[key][0], dict):
+                    raise DataError(f"{name}: a second list of rows, {key!r}; give each a file of its own")
         if text[position:].strip():
             raise DataError(f"{name}: not valid JSON: text after the end of the list")
         return
@@ -287,10 +308,17 @@ def _decode(text: str, position: int, place: str) -> tuple[object, int]:
         except (ValueError, RecursionError) as error:
             if size >= MOST_ROW or len(piece) < size or isinstance(error, RecursionError):
                 at = position + getattr(error, "pos", 0)
-                reason = f"{getattr(error, 'msg', 'nested too deeply')}, column {at - text.rfind(chr(10), 0, at)}"
+                reason = f"{_why(error)}, column {at - text.rfind(chr(10), 0, at)}"
                 # Where one row is broken nobody knows where the next begins, so this is never skipped.
                 raise DataError(f"{place}: not valid JSON: {reason}") from None
         size *= 2
+
+
+def _why(error: Exception) -> str:
+    """What stops the decoder: bad JSON, depth, or a number of thousands of digits."""
+    if isinstance(error, RecursionError):
+        return "nested too deeply"
+    return getattr(error, "msg", str(error).partition(";")[0])
 
 
 def _after_space(text: str, position: int) -> int:

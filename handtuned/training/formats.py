@@ -12,14 +12,13 @@ All become a chat: an optional system message, then user and assistant in turn, 
 skipped rows and unread columns are listed for the caller to announce.
 """
 
-import contextlib
 import json
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from .files import DataError, read_places
+from .files import DataError, decode_json, read_places
 
 ROLES = {
     "system": "system developer",
@@ -94,7 +93,8 @@ def load_rows(
                 raise DataError(skipped[0]) from None
             continue
         ignored |= unread
-        if all(message.get("weight") == 0 for message in chat if message["role"] in ("assistant", "text")):
+        answers = [message for message in chat if message["role"] in ("assistant", "text")]
+        if all(answer.get("weight") == 0 for answer in answers[-1 if train_on == "last" else 0 :]):
             unlearnt += 1
             continue
         chat.where = where
@@ -116,6 +116,7 @@ def _as_chat(row: object, columns: Mapping[str, str], train_on: str) -> tuple[Ch
         if name not in row:
             raise DataError(f"field {name!r} is missing, which --columns takes for {column}")
     hidden = (row.keys() & columns.keys()) - set(columns.values())  # a column of the name that another one takes
+    row = {name: None if value != value else value for name, value in row.items()}  # pandas writes NaN for none
     others = {name: value for name, value in row.items() if name not in {*columns, *columns.values()}}
     row = others | {column: row[name] for column, name in columns.items()}
     for name in MEDIA:
@@ -161,9 +162,8 @@ def _as_chat(row: object, columns: Mapping[str, str], train_on: str) -> tuple[Ch
 def _turns(row: dict, name: str) -> list[dict]:
     """A list of messages; some data sets hold it as JSON text."""
     turns = row[name]
-    if isinstance(turns, str):
-        with contextlib.suppress(ValueError):
-            turns = json.loads(turns)
+    if isinstance(turns, str) and turns.lstrip().startswith("["):
+        turns = _parsed(turns, f"field {name!r} is")
     if not isinstance(turns, list) or not turns:
         raise DataError(f"field {name!r} must be a list with at least one message")
     for number, turn in enumerate(turns, start=1):
@@ -195,8 +195,12 @@ def _text(fields: dict, name: str) -> str:
 def _parsed(value: object, what: str) -> object:
     """What some data sets hold as JSON text."""
     try:
-        return json.loads(value) if isinstance(value, str) else value
-    except ValueError as error:
+        value = decode_json(value) if isinstance(value, str) else value
+        json.dumps(value, allow_nan=False)  # not so NaN, and dates of a Parquet file
+        return value
+    except DataError as error:
+        raise DataError(f"{what} ambiguous: {error}") from None
+    except (TypeError, ValueError) as error:
         raise DataError(f"{what} not valid JSON: {error}") from None
 
 
@@ -280,6 +284,9 @@ def _tool_calls(message: dict, role: str) -> list[dict] | None:
         function = _function(call)
         if not function:
             raise DataError("field 'tool_calls' must hold calls with a function name")
+        others = function.keys() - {"name", "arguments", "type", "id", "index"}
+        if others and "arguments" not in function:
+            raise DataError(f"the call of {function['name']} has {min(others)!r}, expected 'arguments'")
         # OpenAI writes them as text; templates want the object
         arguments = _parsed(function.get("arguments", {}), f"the arguments of {function['name']} are")
         if not isinstance(arguments, dict):

@@ -16,10 +16,10 @@ from pathlib import Path
 import torch
 
 from .. import __version__
-from ..nn import LoRALinear, lora_parameters
+from ..nn import LoRALinear
 from ..nn.files import whole_file, write_json
 from ..quant import quantization_summary
-from .settings import FinetuneSettings
+from .settings import FinetuneSettings, absolute
 
 PACKAGES = ("torch", "triton", "transformers", "tokenizers", "safetensors", "numpy")
 
@@ -114,34 +114,28 @@ class Reporter:
     """Hands each logged row to TensorBoard or Weights & Biases, through their own libraries."""
 
     def __init__(self, kind: str, directory: Path, settings: dict):
-        self.kind = kind
+        self._write, self.close = lambda numbers, step: None, lambda: None
         if kind == "tensorboard":
             from torch.utils.tensorboard import SummaryWriter
 
-            self.sink = SummaryWriter(str(directory / "tensorboard"))
+            sink = SummaryWriter(str(directory / "tensorboard"))
+            self._write = lambda numbers, step: [sink.add_scalar(*number, step) for number in numbers.items()]
+            self.close = sink.close
         elif kind == "wandb":
             import wandb
 
-            self.sink = wandb.init(project="handtuned", dir=str(directory), config=settings)
+            sink = wandb.init(project="handtuned", dir=str(directory), config=settings)
+            self._write, self.close = sink.log, sink.finish
 
     def log(self, row: dict) -> None:
-        numbers = {f"train/{key}": value for key, value in row.items() if key != "step"}
-        if self.kind == "tensorboard":
-            for name, value in numbers.items():
-                self.sink.add_scalar(name, value, row["step"])
-        elif self.kind == "wandb":
-            self.sink.log(numbers, step=row["step"])
-
-    def close(self) -> None:
-        if self.kind != "none":
-            self.sink.close() if self.kind == "tensorboard" else self.sink.finish()
+        self._write({f"train/{key}": value for key, value in row.items() if key != "step"}, step=row["step"])
 
 
 def write_run(directory: Path, settings: dict, marks: dict[str, str]) -> None:
     """`run.json`: the exact command, all settings, versions, and the marks of base model and data."""
     machine = f"{platform.system()} {platform.machine()}"
-    write_json(directory / "run.json", {"command": command_line(), "settings": settings, "versions": versions(),
-                                        "machine": machine, "marks": marks})  # fmt: skip
+    write_json(directory / "run.json", {"command": command_line(), "settings": settings, "paths": absolute(settings),
+                                        "versions": versions(), "machine": machine, "marks": marks})  # fmt: skip
 
 
 def megabytes(count: float) -> str:
@@ -150,17 +144,19 @@ def megabytes(count: float) -> str:
 
 def plan(settings: FinetuneSettings, base, total: int) -> str:
     """The run in a few lines: parameters, bytes before and after quantization, data, steps (`models.Base`)."""
-    trainable = sum(p.numel() for p in lora_parameters(base.model))
+    trainable = sum(p.numel() for p in base.model.parameters() if p.requires_grad)
     layers = sum(isinstance(module, LoRALinear) for module in base.model.modules())
     kept = [row for row in quantization_summary(base.model).rows if row.kind != "LoRALinear"]
     parameters = sum(row.parameters for row in kept)
     before, after = megabytes(sum(row.bytes_before for row in kept)), megabytes(sum(row.bytes_after for row in kept))
+    what = f"{settings.adapter()} on {layers} layers"
+    if settings.method == "full":
+        what = "all of the model" + (", with fp32 masters" if base.dtype.itemsize == 2 else "")
     threads = f", {torch.get_num_threads()} threads" if base.device.type == "cpu" else ""
     return "\n".join([
         f"model        {settings.model}: {parameters:,} parameters",
         f"weights      {f'{before} → {after}' if settings.method == 'qlora' else f'{after}, not quantized'}",
-        f"trainable    {trainable:,} parameters ({100 * trainable / parameters:.2f} %): "
-        f"LoRA r {settings.lora_r}, alpha {settings.lora_alpha:g} on {layers} layers",
+        f"trainable    {trainable:,} parameters ({100 * trainable / parameters:.2f} %): {what}",
         f"data         {len(base.examples)} rows to learn from, {len(base.held_out.examples)} held out",
         f"steps        {total} of {settings.per_device_train_batch_size} rows × "
         f"{settings.gradient_accumulation_steps}, learning rate {settings.learning_rate:g}",
@@ -170,12 +166,8 @@ def plan(settings: FinetuneSettings, base, total: int) -> str:
 
 
 class RunLog:
-    """Follows a run step by step: a bar, and on the main rank metrics.jsonl and `--report-to`.
-
-    Args:
-        first, total: optimizer steps done already, and in the whole run.
-        main: whether this rank writes.
-    """
+    """Follows a run step by step from `first`, the optimizer steps done already: a bar, and on the main rank
+    metrics.jsonl and `--report-to`."""
 
     def __init__(self, directory: Path, first: int, total: int, settings: FinetuneSettings, main: bool):
         from tqdm import tqdm
@@ -216,13 +208,14 @@ def summary(results: dict, directory: Path) -> str:
     for entry in results["answers"]:
         lines += ["", *(f"{part:9} {_short(entry[part])}" for part in ("prompt", "expected", "before", "after"))]
     prompt = _short(results["answers"][0]["prompt"]) if results["answers"] else "…"
+    kind = "adapter" if (directory / "adapter_config.json").exists() else "model"
     return "\n".join([
         *lines,
         "",
         f"peak memory  {megabytes(results['peak_memory_bytes'])}",
         f"time         {results['seconds']:.0f} s",
-        f"adapter      {directory}",
-        f'talk to it   handtuned generate --adapter {directory} "{prompt}"',
+        f"{kind:12} {directory}",
+        f'talk to it   handtuned generate --{kind} {directory} "{prompt}"',
     ])
 
 

@@ -6,6 +6,9 @@ Accumulation, loss scaling and clipping have to be done in one order:
     every micro-batch   loss · scale / tokens of the whole step  → backward: gradients add up, still scaled
     once per step       unscale → clip → step (skipped after an overflow) → update the scale
 
+A model that is trained whole in 16 bits has FP32 masters in the optimizer (`amp.MasterWeights`): gradients go to them
+after each backward pass, and the step ends with the masters rounded into the model.
+
 The study documents' `loss = mean(batch) / accumulation_steps` weighs a token in a short micro-batch more. Here each
 micro-batch's *sum* is divided by the answer tokens of the whole step, so that 1 × 8 rows, 8 × 1 rows and 2 ranks of
 4 × 1 rows give the same gradient.
@@ -16,22 +19,26 @@ import math
 import signal
 import sys
 import time
-from collections.abc import Iterable, Iterator
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from types import SimpleNamespace
 
 import torch
 import torch.nn.functional as F
 
-from ..amp import GradScaler
+from ..amp import GradScaler, MasterWeights
 from ..nn.loss import IGNORE_INDEX
-from ..optim import AdamW, cosine_with_warmup
+from ..nn.variants import lora_plus_groups
+from ..optim import AdamW, AdamW8bit, ZeroOptimizer
 from ..optim.accumulate import TokenMean
+from ..optim.schedule import schedule_with_warmup
 from .data import Example, batch_indices, collate
-from .distributed import World
 from .evaluation import CausalLM
 from .models import Base
+from .packing import packer
 from .settings import FinetuneSettings
+from .world import World
 
 
 def train_step_reference(model, batches: list, optimizer, scaler, max_grad_norm: float, dtype: torch.dtype) -> float:
@@ -41,8 +48,7 @@ def train_step_reference(model, batches: list, optimizer, scaler, max_grad_norm:
         batches: (token ids, labels) pairs, each (rows, length), right-padded; a label of -100 is not learnt.
         dtype: of the computation, by autocast.
 
-    Returns:
-        the loss per answer token.
+    Returns the loss per answer token.
     """
     tokens = sum((labels[:, 1:] != IGNORE_INDEX).sum() for _, labels in batches)
     total = 0.0
@@ -60,9 +66,8 @@ def train_step_reference(model, batches: list, optimizer, scaler, max_grad_norm:
     return total
 
 
-def train_step(
-    training: "Training", batches: Iterable, answer_tokens: int, max_grad_norm: float
-) -> tuple[float, float]:
+def train_step(training: "Training", batches: Iterable, answer_tokens: int,
+               max_grad_norm: float) -> tuple[float, float]:  # fmt: skip
     """The same on several ranks, with a loss that looks at answer tokens alone, a schedule, and a check for NaN.
 
     Args:
@@ -70,25 +75,30 @@ def train_step(
         answer_tokens: of all micro-batches of all ranks.
         max_grad_norm: the gradient's L2 norm is clipped to this; 0 leaves it alone.
 
-    Returns:
-        (loss in nats per answer token, gradient norm before clipping), over all ranks.
-
-    Raises:
-        Diverged: before a step that would make every weight NaN. (Loss scaling skips such a step instead.)
+    Returns (loss in nats per answer token, gradient norm before clipping), over all ranks.
+    Diverged: before a step that would make every weight NaN. (Loss scaling skips such a step instead.)
     """
     lm, optimizer, scaler, world = training.lm, training.optimizer, training.scaler, training.world
-    mean = TokenMean(answer_tokens / world.size)  # gradients are averaged over ranks
+    mean, masters = TokenMean(answer_tokens / (world.size if world.averages else 1)), training.masters
+    lm.loss_scale = scaler.scale(torch.ones((), device=lm.device)) / mean.expected
+    lm.found_inf = scaler.overflow_flag(lm.device)
     for batch, last in batches:
+        sync = last or world.syncs_each_pass
         with torch.autocast(lm.device.type, dtype=training.dtype, enabled=training.dtype != torch.float32):
-            loss = world.run(lambda batch=batch: lm.loss(batch), sync=last)  # summed over answer tokens
+            loss = world.run(lambda batch=batch: lm.loss(batch), sync=sync)  # summed over answer tokens
         scaler.scale(mean.part(loss)).backward()
+        if sync:
+            world.collect_gradients(masters, scaler)
 
-    idle = [name for name, p in lm.model.named_parameters() if p.requires_grad and p.grad is None]
-    if idle:  # what has not met the loss would silently stay as it is
-        raise ValueError(f"{len(idle)} trainable parameters got no gradient, the first is {idle[0]}")
-    world.collect_gradients(scaler)
-    scaler.unscale_(optimizer)
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    idle = [pair for pair in zip(training.names, parameters, strict=True) if pair[1].grad is None]
+    if len(idle) == len(parameters):
+        raise ValueError(f"none of {len(idle)} trainable parameters got a gradient, the first is {idle[0][0]}")
+    if idle:  # these rows are too short for it, or took other experts
+        warnings.warn(f"{len(idle)} trainable parameters met no row of a step, the first is {idle[0][0]}", stacklevel=1)
+        for _, parameter in idle:
+            parameter.grad = torch.zeros_like(parameter)
+    scaler.unscale_(optimizer)
     grad_norm = world.clip_gradients(parameters, max_grad_norm or math.inf).item()
     loss = world.sum(mean.loss_sum.item()) / answer_tokens
     if not scaler.is_enabled() and not (math.isfinite(loss) and math.isfinite(grad_norm)):
@@ -99,6 +109,7 @@ def train_step(
     skipped = scaler.get_scale() < scale  # after an overflow; so is its place in the schedule
     training.skipped = training.skipped + 1 if skipped else 0
     if not skipped:
+        masters.write_back()
         training.schedule.step()
         training.moved = training.moved or grad_norm > 0
     optimizer.zero_grad(set_to_none=True)
@@ -117,7 +128,7 @@ class Diverged(ValueError):
 
 @dataclass
 class Training:
-    """A model with adapters, and all that changes while it is trained."""
+    """A model whose adapters, or all of it, are trained, and all that changes meanwhile."""
 
     lm: CausalLM
     optimizer: torch.optim.Optimizer
@@ -125,8 +136,16 @@ class Training:
     scaler: GradScaler
     dtype: torch.dtype = torch.float32  # of the computation
     world: World = field(default_factory=World)
+    layout: Callable[[Sequence[Example]], list[list[int]] | None] = lambda rows: None  # which rows share a sequence
     skipped: int = 0  # the latest steps in a row that overflowed
-    moved: bool = False  # a step has changed the adapters
+    moved: bool = False  # a step has changed the parameters
+    elements: int = 0  # of the trained parameters
+    names: list[str] | None = None  # of what the optimizer holds, in its order (default: as in the model)
+    masters: MasterWeights | ZeroOptimizer = field(init=False)  # in place of 16-bit parameters
+
+    def __post_init__(self):
+        self.names = self.names or [name for name, p in self.lm.model.named_parameters() if p.requires_grad]
+        self.masters = self.world.masters(self.lm.model, self.optimizer)
 
 
 def optimizer_steps(settings: FinetuneSettings, rows: int, ranks: int) -> int:
@@ -136,21 +155,28 @@ def optimizer_steps(settings: FinetuneSettings, rows: int, ranks: int) -> int:
 
 
 def prepare(base: Base, settings: FinetuneSettings, total: int, world: World | None = None) -> Training:
-    """Optimizer, schedule over `total` steps and loss scaler for the adapters of a model.
+    """Optimizer, schedule over `total` steps and loss scaler for the parameters of a model that are to be trained.
 
     Under `world` it is wrapped for training among its ranks (default: this process alone).
     """
     world = world or World()
-    parameters = world.wrap(base.model, base.device)
-    optimizer = AdamW(parameters, lr=settings.learning_rate, weight_decay=settings.weight_decay)
-    schedule = cosine_with_warmup(optimizer, total, settings.warmup_ratio)
+    layout = packer(base.model, settings.max_seq_length) if settings.packing else Training.layout
+    trained = {p: name for name, p in base.model.named_parameters() if p.requires_grad}
+    elements, rate, decay = sum(p.numel() for p in trained), settings.learning_rate, settings.weight_decay
+    groups = [{"params": [*trained], "lr": rate, "weight_decay": decay}]
+    if settings.loraplus_lr_ratio:
+        groups = lora_plus_groups(base.model, rate, settings.loraplus_lr_ratio, decay)
+    names = [trained[parameter] for group in groups for parameter in group["params"]]
+    optimizer_class = {"adamw": AdamW, "adamw8bit": AdamW8bit}[settings.optim]
+    optimizer = world.make_optimizer(base.model, base.device, groups, optimizer_class, settings.offload)
+    schedule = schedule_with_warmup(optimizer, settings.lr_scheduler, total, settings.warmup_ratio)
     lm = world.evaluate(lambda: CausalLM(base.model, base.examples[0].input_ids[None, :8]))
-    return Training(lm, optimizer, schedule, GradScaler(enabled=base.dtype == torch.float16), base.dtype, world)
+    scaler = GradScaler(enabled=base.dtype == torch.float16)
+    return Training(lm, optimizer, schedule, scaler, base.dtype, world, elements=elements, names=names, layout=layout)
 
 
-def train(
-    training: Training, examples: list[Example], total: int, settings: FinetuneSettings, first: int = 0
-) -> Iterator[dict]:
+def train(training: Training, examples: list[Example], total: int, settings: FinetuneSettings,
+          first: int = 0) -> Iterator[dict]:  # fmt: skip
     """Train until `total` optimizer steps are done; yields the measurements of each.
 
     Args:
@@ -161,13 +187,14 @@ def train(
     training.lm.model.train()
     world, size, seed = training.world, settings.per_device_train_batch_size, settings.seed
     rows_per_step = size * settings.gradient_accumulation_steps * world.size
+    lengths = [len(example.input_ids) for example in examples] if settings.group_by_length else None
     training.moved = training.schedule.last_epoch > 0
     for step in range(first, total):
         started = time.perf_counter()
-        rows = [examples[i] for i in batch_indices(step, len(examples), rows_per_step, seed)]
+        rows = [examples[i] for i in batch_indices(step, len(examples), rows_per_step, seed, lengths)]
         answer_tokens = sum(row.answer_tokens for row in rows)  # of all ranks: each knows the whole batch
         learning_rate = training.schedule.get_last_lr()[0]
-        batches = _micro_batches(rows, size, training.lm.device, world, (seed, step))
+        batches = _micro_batches(rows, size, training, (seed, step))
         try:
             loss, grad_norm = train_step(training, batches, answer_tokens, settings.max_grad_norm)
         except Diverged as error:
@@ -175,16 +202,13 @@ def train(
                 raise Diverged(f"step {step + 1}: {error}: training cannot go on; {_advice(training)}") from None
         tokens = sum(len(row.input_ids) for row in rows)
         if step + 1 == total and not training.moved:
+            what = "model" if settings.method == "full" else "adapters"
             with world.shared_errors():
-                raise Diverged(
-                    f"step {total}: no step has changed the adapters (loss {loss:g}, gradient {grad_norm:g}, loss "
-                    f"scale {training.scaler.get_scale():g}); {_advice(training)}"
-                )
-        yield {
-            "step": step + 1, "epoch": round((step + 1) * rows_per_step / len(examples), 4), "loss": loss,
-            "learning_rate": learning_rate, "grad_norm": grad_norm, "answer_tokens": answer_tokens,
-            "tokens_per_second": round(tokens / (time.perf_counter() - started), 1),
-        }  # fmt: skip
+                raise Diverged(f"step {total}: no step has changed the {what} (loss {loss:g}, gradient {grad_norm:g}, "
+                               f"loss scale {training.scaler.get_scale():g}); {_advice(training)}")  # fmt: skip
+        yield {"step": step + 1, "epoch": round((step + 1) * rows_per_step / len(examples), 4), "loss": loss,
+               "learning_rate": learning_rate, "grad_norm": grad_norm, "answer_tokens": answer_tokens,
+               "tokens_per_second": round(tokens / (time.perf_counter() - started), 1)}  # fmt: skip
 
 
 def _advice(training: Training) -> str:
@@ -194,12 +218,13 @@ def _advice(training: Training) -> str:
     return f"{lower} is what most often helps"
 
 
-def _micro_batches(rows: list[Example], size: int, device: torch.device, world: World, seed: tuple) -> Iterator:
+def _micro_batches(rows: list[Example], size: int, training: Training, seed: tuple) -> Iterator:
     """(micro-batch, whether it is the last) of this rank, every `world.size`th of the step's."""
-    mine = range(0, len(rows), size)[world.rank :: world.size]
+    mine = range(0, len(rows), size)[training.world.rank :: training.world.size]
     for at in mine:
-        world.seed(*seed, at)
-        yield collate(rows[at : at + size], 0, device), at == mine[-1]
+        training.world.seed(*seed, at)
+        some = rows[at : at + size]
+        yield collate(some, 0, training.lm.device, training.layout(some)), at == mine[-1]
 
 
 @contextlib.contextmanager
@@ -209,7 +234,7 @@ def stop_after_step(world: World) -> Iterator[SimpleNamespace]:
     Not so under torchrun, which passes on a Ctrl-C that has reached its processes already, and where
     `World.note_signal` looks after SIGTERM.
     """
-    stop, alone = SimpleNamespace(wished=False), world.mode == "none"
+    stop, alone = SimpleNamespace(wished=False), world.alone
 
     def note(number, frame):
         if stop.wished and alone:

@@ -32,13 +32,8 @@ def is_lost_connection(error: Exception) -> bool:
 
 
 class FailureDetector:
-    """One rank's part in finding out who is lost.
-
-    Args:
-        store: shared by all ranks; None for a rank alone, which is never called.
-        rank: this one.
-        addresses: (host name, process id) of every rank.
-    """
+    """One rank's part in finding out who is lost. `store` is shared by all ranks, None for a rank alone, which is never
+    called; `addresses`: (host name, process id) of each."""
 
     def __init__(self, store: dist.Store | None, rank: int, addresses: list[tuple[str, int]]):
         self.store, self.rank, self.addresses = store, rank, addresses
@@ -51,8 +46,7 @@ class FailureDetector:
     def diagnose(self) -> RankFailure:
         """Wait until every other rank has answered or is dead; returns what happened."""
         self.report("")
-        deadline = time.monotonic() + TIMEOUT
-        words: dict[int, str] = {}
+        deadline, words = time.monotonic() + TIMEOUT, {}  # rank → what it has said
         silent, dead = set(range(len(self.addresses))) - {self.rank}, set()
         try:
             while silent != dead and time.monotonic() < deadline:

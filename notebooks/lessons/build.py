@@ -1,7 +1,9 @@
 """Turn a lesson's script into an executed notebook, and see that the two belong together.
 
 `notebooks/NN_slug.py` (jupytext's py:percent) is the source. `build` writes `NN_slug.ipynb` with the
-outputs of a fresh kernel; `check` runs the source again and writes nothing.
+outputs of a fresh kernel, and of the same run `zh/NN_slug.ipynb` with the Chinese text (paired.py);
+`text` writes both anew from changed texts over the outputs that are there; `check` runs the source again
+and writes nothing.
 """
 
 import os
@@ -10,7 +12,10 @@ import sys
 import tempfile
 from pathlib import Path
 
-CELL_SECONDS = 120
+from . import course, paired, record
+from .exercise import exercises_of
+
+CELL_SECONDS = 900  # a hung cell ends; lesson 00 fine-tunes for a minute or two, on a slow machine for several
 _UNSET = ("HANDTUNED_BACKEND", "TRITON_INTERPRET")
 # tqdm looks for widgets; the interpreter's numpy remarks on every infinity, which a lesson may be about.
 _QUIET = "ignore:IProgress not found,ignore::RuntimeWarning:triton.runtime.interpreter"
@@ -48,33 +53,63 @@ def sources(folder: Path, lessons=()) -> list[Path]:
 
 
 def read(script: Path):
-    """The notebook that a script describes, not executed, with stable cell ids and bare metadata."""
+    """The notebook that a script describes, not executed, with stable cell ids and bare metadata.
+
+    What stands around every lesson is added: the line below the title, the cell that sets up Colab, the reader's
+    guesses, what the commands at its end printed, papers.
+    """
     import jupytext
+    from nbformat.v4 import new_code_cell
 
     notebook = jupytext.read(script)
     notebook.metadata = type(notebook.metadata)(
         kernelspec={"display_name": "Python 3", "language": "python", "name": "python3"},
         language_info={"name": "python"},
     )
+    lesson = script.name[:2]
     for number, cell in enumerate(notebook.cells):
-        cell["id"] = f"{script.name[:2]}-{number:02d}"
+        cell["id"] = f"{lesson}-{number:02d}"
         cell["metadata"] = {}
+    notebook.cells.insert(1, new_code_cell(course.SETUP, id=f"{lesson}-setup"))
+    notebook.cells.insert(-1, new_code_cell(course.GUESSES.format(number=lesson), id=f"{lesson}-guesses"))
     notebook.nbformat, notebook.nbformat_minor = 4, 5
+    course.dress(notebook, script.stem, "en", takes(script), paired.text_file(script).exists(), record.printed(script))
     return notebook
 
 
+def takes(script: Path) -> int:
+    """Minutes that a lesson takes."""
+    return course.minutes(script.name[:2], paired.english(script), len(exercises_of(script.name[:2])))
+
+
 def drift(script: Path) -> list[str]:
-    """How the committed notebook differs from its script: empty if it does not.
+    """How the committed notebooks differ from their sources: empty if they do not.
 
     Raises:
         FileNotFoundError: there is no notebook beside the script.
     """
     import nbformat
 
-    mine, theirs = read(script).cells, nbformat.read(script.with_suffix(".ipynb"), as_version=4).cells
-    found = [] if len(mine) == len(theirs) else [f"{len(mine)} cells in the script, {len(theirs)} in the notebook"]
-    for number, (ours, other) in enumerate(zip(mine, theirs, strict=False)):
-        if ours.cell_type != other.cell_type or ours.source.strip() != other.source.strip():
+    made = nbformat.read(script.with_suffix(".ipynb"), as_version=4)
+    found = _differences(read(script), made)
+    if not paired.text_file(script).exists():
+        return found
+    if wrong := paired.trouble(script):
+        return found + wrong
+    if not paired.notebook_file(script).exists():
+        return [*found, "the Chinese notebook has not been written"]
+    theirs, ours = nbformat.read(paired.notebook_file(script), as_version=4), in_chinese(made, script)
+    if not found and theirs != ours:
+        found = _differences(ours, theirs) or ["its outputs are of another run"]
+        found = [f"in Chinese: {line}" for line in found]
+    return found
+
+
+def _differences(ours, theirs) -> list[str]:
+    mine, other = ours.cells, theirs.cells
+    found = [] if len(mine) == len(other) else [f"{len(mine)} cells in the source, {len(other)} in the notebook"]
+    for number, (one, two) in enumerate(zip(mine, other, strict=False)):
+        if one.cell_type != two.cell_type or one.source.strip() != two.source.strip():
             found.append(f"cell {number} differs")
     return found
 
@@ -84,7 +119,7 @@ def execute(script: Path):
 
     Raises:
         nbclient.exceptions.CellExecutionError: a cell failed.
-        nbclient.exceptions.CellTimeoutError: a cell took more than 120 s.
+        nbclient.exceptions.CellTimeoutError: a cell took more than `CELL_SECONDS`.
     """
     from jupyter_client.kernelspec import KernelSpec
     from jupyter_client.manager import AsyncKernelManager
@@ -102,7 +137,7 @@ def execute(script: Path):
     checkout = str(script.parent.parent)
     notebook = read(script)
     environment = {name: value for name, value in os.environ.items() if name not in _UNSET}
-    # A reader's own IPython settings stay out of it.
+    # A reader's own IPython settings and guesses stay out of it.
     with tempfile.TemporaryDirectory() as settings:
         client = NotebookClient(
             notebook,
@@ -111,7 +146,12 @@ def execute(script: Path):
             resources={"metadata": {"path": str(script.parent)}},
             record_timing=False,
         )
-        environment |= {"IPYTHONDIR": settings, "MPLBACKEND": "agg", "PYTHONWARNINGS": _QUIET}
+        environment |= {
+            "IPYTHONDIR": settings,
+            "MPLBACKEND": "agg",
+            "PYTHONWARNINGS": _QUIET,
+            "XDG_DATA_HOME": settings,
+        }
         client.execute(env=environment)
     for cell in notebook.cells:
         cell["metadata"] = {}
@@ -143,14 +183,78 @@ def _normalized(output, checkout: str):
     return output
 
 
-def build(script: Path) -> Path:
-    """Execute a script and write the notebook beside it."""
+def in_chinese(notebook, script: Path):
+    """An executed notebook with the Chinese text: the same code, outputs and ids.
+
+    Raises:
+        ValueError: the Chinese text is not of this English one.
+    """
+    chinese = paired.translated(notebook, script)
+    course.dress(chinese, script.stem, "zh", takes(script), True, record.printed(script))
+    return chinese
+
+
+def copies(script: Path) -> list[Path]:
+    """Write a lesson without outputs into `mine/` and `mine/zh/`, to be worked in; what is there already stays.
+
+    Returns:
+        the copies that were written.
+    """
+    notebook, mine = read(script), script.parent / "mine"
+    targets = {mine / f"{script.stem}.ipynb": notebook}
+    if paired.text_file(script).exists():
+        targets[mine / "zh" / f"{script.stem}.ipynb"] = in_chinese(notebook, script)
+    new = {target: content for target, content in targets.items() if not target.exists()}
+    for target, content in new.items():
+        target.parent.mkdir(parents=True, exist_ok=True)
+        write(content, target)
+    return list(new)
+
+
+def build(script: Path) -> list[Path]:
+    """Execute a script and write the notebook beside it, and the Chinese one where there is a Chinese text.
+
+    Raises:
+        ValueError: the Chinese text is not of this English one; before anything is run.
+    """
+    if paired.text_file(script).exists() and (wrong := paired.trouble(script)):
+        raise ValueError("\n  ".join(wrong))
+    return _write(execute(script), script)
+
+
+def text(script: Path) -> list[Path]:
+    """Write both notebooks with the texts of today over the outputs of their last run.
+
+    Raises:
+        FileNotFoundError: there is no notebook yet.
+        ValueError: the code has changed since it was run, or the Chinese text is not of this English one.
+    """
     import nbformat
 
-    notebook = execute(script)
-    target = script.with_suffix(".ipynb")
+    fresh, made = read(script), nbformat.read(script.with_suffix(".ipynb"), as_version=4)
+    code = [[cell for cell in notebook.cells if cell.cell_type == "code"] for notebook in (fresh, made)]
+    # The first sets up Colab, and does nothing where lessons are built.
+    if [cell.source for cell in code[0][1:]] != [cell.source for cell in code[1][1:]]:
+        raise ValueError(f"{script.stem}: the code has changed since it was run; build it")
+    for cell, run in zip(*code, strict=True):
+        cell["outputs"], cell["execution_count"] = run.outputs, run.execution_count
+    return _write(fresh, script)
+
+
+def _write(notebook, script: Path) -> list[Path]:
+    targets = {script.with_suffix(".ipynb"): notebook}
+    if paired.text_file(script).exists():
+        targets[paired.notebook_file(script)] = in_chinese(notebook, script)
+    for target, content in targets.items():
+        write(content, target)
+    return list(targets)
+
+
+def write(notebook, target: Path) -> None:
+    """Write a notebook whole or not at all."""
+    import nbformat
+
     with tempfile.NamedTemporaryFile("w", dir=target.parent, suffix=".part", delete=False, encoding="utf-8") as file:
         nbformat.write(notebook, file)
     os.chmod(file.name, 0o644)
     os.replace(file.name, target)
-    return target

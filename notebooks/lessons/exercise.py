@@ -5,10 +5,13 @@ The exercises of lesson NN live in `exercises/eNN.py` as `EXERCISES = {"NN.1": E
 answers fail, and a wrong answer's message says what is wrong with it.
 """
 
-import traceback
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from importlib import import_module
+
+from .places import line_of
+
+STUB = "This is still the stub: write your answer in its place."
 
 
 class WrongAnswer(AssertionError):
@@ -23,7 +26,7 @@ class Exercise:
         title: a few words.
         specification: what to write, as the notebook tells it.
         stub: what stands in the notebook: raises NotImplementedError, or returns something useless.
-        checker: called with the reader's answer; raises `WrongAnswer`; may return what it tried, in words.
+        checker: called with the reader's answer; raises `WrongAnswer`, or returns what it tried, in words.
         solution: an answer that passes.
         wrong: name → (a typical wrong answer, a phrase that its message must contain).
         hints: from gentle to nearly the solution.
@@ -32,7 +35,7 @@ class Exercise:
     title: str
     specification: str
     stub: Callable
-    checker: Callable[[Callable], str | None]
+    checker: Callable[[Callable], str]
     solution: Callable
     wrong: Mapping[str, tuple[Callable, str]]
     hints: tuple[str, ...]
@@ -53,7 +56,7 @@ def exercises_of(lesson: str) -> dict[str, Exercise]:
     return module.EXERCISES
 
 
-def _find(key: str) -> Exercise:
+def find(key: str) -> Exercise:
     exercises = exercises_of(key.partition(".")[0])
     if key not in exercises:
         raise ValueError(f"key must be one of {', '.join(exercises)}, got {key!r}")
@@ -69,8 +72,12 @@ def check(key: str, candidate: Callable) -> bool:
     Raises:
         ValueError: no such exercise.
     """
-    exercise = _find(key)
+    from .reader import tried
+
+    exercise = find(key)
     right, message = verdict(exercise, candidate)
+    if STUB not in message:
+        tried(key, right)
     print(f"{key} {exercise.title}: {message}")
     if not right and exercise.hints:
         more = f'  (more: lessons.hint("{key}", 2))' if len(exercise.hints) > 1 else ""
@@ -87,17 +94,10 @@ def verdict(exercise: Exercise, candidate: Callable) -> tuple[bool, str]:
     except WrongAnswer as wrong:
         return False, f"not yet. {wrong}"
     except NotImplementedError:
-        return False, "not yet. This is still the stub: write your answer in its place."
+        return False, f"not yet. {STUB}"
     except Exception as error:
-        return False, f"not yet. {type(error).__name__}: {error}{_where(error, candidate)}"
-    return True, f"right. {tried}" if tried else "right."
-
-
-def _where(error: Exception, candidate: Callable) -> str:
-    """The last line of the reader's own code that the error came through."""
-    file = getattr(getattr(candidate, "__code__", None), "co_filename", None)
-    lines = [frame for frame in traceback.extract_tb(error.__traceback__) if frame.filename == file]
-    return f" (line {lines[-1].lineno}: {lines[-1].line})" if lines else ""
+        return False, f"not yet. {type(error).__name__}: {error}{line_of(error)}"
+    return True, f"right. {tried}"
 
 
 def hint(key: str, n: int = 1) -> None:
@@ -106,7 +106,7 @@ def hint(key: str, n: int = 1) -> None:
     Raises:
         ValueError: no such exercise or hint.
     """
-    hints = _find(key).hints
+    hints = find(key).hints
     if not 1 <= n <= len(hints):
         raise ValueError(f"n must be 1…{len(hints)}, got {n}")
     print(f"Hint {n} of {len(hints)}: {hints[n - 1]}")

@@ -4,7 +4,10 @@ import re
 from dataclasses import dataclass
 from pathlib import Path
 
-from .claims import CLAIMS, DOCUMENTS, MIMETYPE
+from . import build, paired
+from .claims import CLAIMS, DOCUMENTS, MIMETYPE, VERDICTS
+from .course import level
+from .exercise import exercises_of
 
 
 @dataclass(frozen=True)
@@ -41,6 +44,14 @@ def lessons(folder: Path) -> list[Lesson]:
     return found
 
 
+def chinese_title(path: Path) -> str:
+    """Of a Chinese notebook: its first heading without the lesson's number."""
+    import nbformat
+
+    heading = re.search(r"^# (?:\d\d[.．、]? *)?(.+)$", nbformat.read(path, as_version=4).cells[0].source, re.M)
+    return heading.group(1) if heading else path.stem
+
+
 def _terms(opening: str) -> dict[str, str]:
     line = re.search(r"^Terms: (.+)$", opening, re.M)
     # The Chinese part begins at the first Chinese character, or at a lone sign before it ("4 位量化").
@@ -57,33 +68,56 @@ def index(folder: Path) -> str:
         "",
         "<!-- Written by `python -m handtuned.lessons index`; edit lessons/index.py instead. -->",
         "",
-        "`make lessons` installs what is needed and opens them; `make check-lessons` runs them all.",
-        "Nothing needs a GPU.",
+        "`make lessons` installs what is needed and opens copies without outputs, in `notebooks/mine/`; your work",
+        "there is never overwritten. `make check-lessons` runs all lessons. Nothing needs a GPU.",
+        "A lesson asks for your guess before it measures; `lessons.guesses()` sets all of them beside the results,",
+        "`lessons.progress()` says what you have solved, `lessons.solution(key)` shows a reference answer once you",
+        "have tried.",
+        "Minutes are for reading, at 150 words a minute, and for the exercises.",
         "Each `.py` is the source of the `.ipynb` beside it, which holds the outputs and can be read here.",
         "Terms in English and Chinese: [GLOSSARY.md](GLOSSARY.md).",
         "",
-        "| | lesson | claims tested |",
-        "|---|---|---|",
+        "Lessons 02, 03, 07, 09 and 10 are a ladder: in small steps, each an exercise with a checker, you write",
+        "the three kernels that the course is named for, wrap them in autograd Functions, and train layers with them.",
+        "A checker counts what your kernel launches, reads and writes, lets torch compute nothing, and looks for",
+        "races in the emulator. `lessons.step(kernel, grid, …)` goes through a launch line by line;",
+        '`lessons.profile(kernel, grid, …, card="A100")` counts sectors, wavefronts and the tensor cores\' share.',
+        "",
+        "| | lesson | 中文 | minutes | | exercises | claims tested |",
+        "|---|---|---|---|---|---|---|",
     ]
     for lesson in course:
         numbers = ", ".join(str(record["claim"]) for record in lesson.claims) or "–"
-        lines.append(f"| {lesson.number} | [{lesson.title}]({lesson.path.name}) | {numbers} |")
+        exercises = len(exercises_of(lesson.number))
+        chinese = paired.notebook_file(lesson.path)
+        link = f"[{chinese_title(chinese)}](zh/{chinese.name})" if chinese.exists() else "–"
+        name, takes = f"[{lesson.title}]({lesson.path.name})", build.takes(lesson.path.with_suffix(".py"))
+        cells = (lesson.number, name, link, takes, level(lesson.number), exercises, numbers)
+        lines.append("| " + " | ".join(map(str, cells)) + " |")
     lines += [
         "",
         "## What the notes claim, and what came out",
         "",
         "The course follows five study documents: "
         + ", ".join(f"{key} *{name}*" for key, name in DOCUMENTS.items())
-        + ". Each claim is measured and asserted in one lesson. *Imprecise* means right in part or under conditions.",
+        + ". Each claim is measured and asserted in one lesson.",
         "",
-        "| claim | from | the notes say | lesson | verdict | measured |",
-        "|---|---|---|---|---|---|",
+        "| verdict | means | claims |",
+        "|---|---|---|",
+    ]
+    for verdict, meaning in VERDICTS.items():
+        lines.append(f"| {verdict} | {meaning} | {sum(entry.verdict == verdict for entry in CLAIMS.values())} |")
+    lines += [
+        "",
+        "| claim | from | the notes say | in their words | lesson | verdict | measured |",
+        "|---|---|---|---|---|---|---|",
     ]
     names = {lesson.number: lesson.path.name for lesson in course}
     for number, entry in CLAIMS.items():
         lesson, figures = measured.get(number, (None, "–"))
         where = f"[{entry.notebook}]({names[entry.notebook]})" if lesson else entry.notebook
-        cells = [str(number), ", ".join(entry.documents), entry.says, where, entry.verdict, figures]
+        said = [entry.says, entry.original, where]
+        cells = [str(number), ", ".join(entry.documents), *said, entry.verdict, figures]
         lines.append("| " + " | ".join(_cell(cell) for cell in cells) + " |")
     return "\n".join(lines) + "\n"
 

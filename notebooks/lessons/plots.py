@@ -110,6 +110,27 @@ def bars(ax, labels, values, unit: str = "", accent: int | None = None, form: st
     ax.tick_params(axis="y", length=0)
 
 
+def dots(ax, labels, values, accent: int | None = None, form: str = "{:,.3g}") -> None:
+    """Values that are far from zero, as dots with their figures, first label on top: a dot needs no axis from zero.
+
+    Args:
+        labels, values: of equal length.
+        accent: index of the dot to stress.
+        form: how a figure is written.
+    """
+    for place, value in enumerate(values):
+        stressed = place == accent
+        ax.plot(value, place, "D" if stressed else "o", color=ACCENT if stressed else GREYS[0])
+        ax.annotate(form.format(value), (value, place), (7, 0), textcoords="offset points", va="center", fontsize=8,
+                    bbox={"facecolor": "white", "edgecolor": "none", "pad": 0.8})  # fmt: skip
+    ax.set_yticks(range(len(labels)), labels)
+    ax.invert_yaxis()
+    ax.grid(axis="y")
+    ax.margins(x=0.18, y=0.08)
+    ax.spines["left"].set_visible(False)
+    ax.tick_params(axis="y", length=0)
+
+
 def stacked(ax, labels, parts: dict, unit: str = "", form: str = "{:,.3g}") -> None:
     """Horizontal bars that consist of parts, with a legend and the sum beside each.
 

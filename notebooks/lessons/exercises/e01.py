@@ -89,6 +89,8 @@ def _fate_with(zero, infinity, normal):
 
 def _check_fate(fate):
     cases = [1.0, -0.5, 1e-5, 6e-5, 7e-5, 4e-8, -4e-8, 2e-8, 2.0**-25, 0.0, 60000.0, 65519.0, 65520.0, -1e6]
+    tiny = 2.0**-14 - 2.0**-25  # half-way between the largest subnormal number and the smallest normal one
+    cases += [6.102e-5, tiny, tiny * (1 - 1e-6), -tiny, 2.0**-25 * (1 + 1e-6), 65520.0 * (1 - 1e-6)]
     for x in cases:
         size = torch.tensor(x, dtype=torch.float64).half().abs().item()
         want = "normal" if size >= 2.0**-14 else "subnormal"
@@ -103,8 +105,11 @@ def _check_fate(fate):
         elif want == "zero" or got == "zero":
             told = "The smallest number is 2^-24 = 5.96e-8; what lies above half of it rounds up to it, not to zero."
         else:
-            told = "The smallest normal number is 2^-14 = 6.1e-5; smaller ones are subnormal, not lost."
-        raise WrongAnswer(f"fate({x:g}) is {got!r}, expected {want!r}. {told}")
+            told = (
+                "The smallest normal number is 2^-14 = 6.1035e-5, and what lies half-way to it or beyond, from "
+                "2^-14 - 2^-25 = 6.1005e-5 on, rounds up to it; smaller ones are subnormal, not lost."
+            )
+        raise WrongAnswer(f"fate({x:.8g}) is {got!r}, expected {want!r}. {told}")
     return f"tried {len(cases)} numbers around both ends"
 
 
@@ -181,10 +186,13 @@ EXERCISES = {
             "lost below 6e-8": (_fate_with(2.0**-24, 65520, 2.0**-14), "rounds up to it, not to zero"),
             "full at 65504": (_fate_with(2.0**-25, 65504.5, 2.0**-14), "round down to it"),
             "no subnormals": (_fate_with(2.0**-14, 65520, 2.0**-14), "not to zero"),
+            "normal from 2^-14 on": (_fate_with(2.0**-25, 65520, 2.0**-14), "rounds up to it; smaller"),
         },
         hints=(
             "Rounding goes to the nearest number, so each border lies half-way between two numbers.",
-            "Zero ends at half of the smallest number; a tie goes to zero. Infinity begins at 65520.",
+            "Zero ends at half of the smallest number; a tie goes to zero. Infinity begins at 65520, half-way between "
+            "65504 and the number that would follow.",
+            "Normal begins where x rounds to 2^-14: half-way from the largest subnormal, 2^-14 - 2^-24, ties included.",
         ),
     ),
     "01.3": Exercise(

@@ -3,8 +3,11 @@
 import torch
 
 from ...kernels.runtime import tl, triton
-from ..canaries import check_canaries, check_reads, guarded, need_interpreter, no_holes, watched_loads
-from ..exercise import Exercise, WrongAnswer, expect, expect_close
+from ..canaries import guarded
+from ..emulated import seen_there, without_faults
+from ..exercise import Exercise, expect, expect_close
+from ..watch import launched
+from . import e02_tiles
 
 BLOCK = 64
 
@@ -35,20 +38,13 @@ def _axpy(masked=True, spread=True, rounded_up=True):
 
 
 def _check_axpy(axpy):
-    need_interpreter()
     sizes = (64, 1, 63, 65, 1000)
     for n in sizes:
-        x, y = guarded(n, values=torch.randn(n)), guarded(n, values=torch.randn(n))
-        out = guarded(n)
-        with watched_loads() as loads:
-            axpy(3.0, x, y, out)
-        check_canaries(f"out (N = {n})", out)
-        no_holes(f"out (N = {n})", out)
+        x, y, out = guarded(n, values=torch.randn(n)), guarded(n, values=torch.randn(n)), guarded(n)
+        launched(axpy, 3.0, x, y, out, inputs={"x": x, "y": y}, outputs={"out": out}, what=f"N = {n}")
         expect_close(out, 3.0 * x + y, f"out for N = {n}", rtol=1e-5, atol=1e-6, hint="a multiplies x, not y.")
-        for name, tensor in (("x", x), ("y", y)):
-            check_canaries(name, tensor)
-            check_reads(f"{name} (N = {n})", tensor, loads)
-    return f"tried N = {', '.join(map(str, sizes))}, with canaries on both sides of every tensor"
+    gpu = without_faults(lambda: axpy(3.0, torch.randn(1000), torch.randn(1000), torch.empty(1000)))
+    return f"tried N = {', '.join(map(str, sizes))}, with canaries on both sides of every tensor{seen_there(gpu)}"
 
 
 # 02.2
@@ -80,16 +76,12 @@ def _silu_backward(form=0):
 
 
 def _check_silu(silu_backward):
-    need_interpreter()
     for n, dtype in ((64, torch.float32), (37, torch.float32), (130, torch.float16)):
         x = guarded(n, dtype, values=torch.linspace(-12, 12, n))
         dy = guarded(n, dtype, values=torch.randn(n))
         dx = guarded(n, dtype)
-        with watched_loads() as loads:
-            silu_backward(x, dy, dx)
-        what = f"dx (N = {n}, {str(dtype).removeprefix('torch.')})"
-        check_canaries(what, dx)
-        no_holes(what, dx)
+        case = f"N = {n}, {str(dtype).removeprefix('torch.')}"
+        launched(silu_backward, x, dy, dx, inputs={"x": x, "dy": dy}, outputs={"dx": dx}, what=case)
         leaf, upstream = x.detach().double().cpu().requires_grad_(), dy.double().cpu()
         torch.nn.functional.silu(leaf).backward(upstream)
         s = torch.sigmoid(leaf.detach())
@@ -105,68 +97,64 @@ def _check_silu(silu_backward):
         for message, value in mistakes.items():
             if torch.allclose(dx.double().cpu(), value, rtol=1e-3, atol=1e-5):
                 told = message
-        expect_close(dx, leaf.grad.to(dtype).to(dx.device), what, **tolerance, hint=told)
-        for name, tensor in (("x", x), ("dy", dy)):
-            check_reads(f"{name} (N = {n})", tensor, loads)
-    return "tried 64 and 37 values of fp32 and 130 of fp16, from -12 to 12"
+        expect_close(dx, leaf.grad.to(dtype).to(dx.device), f"dx ({case})", **tolerance, hint=told)
+    gpu = without_faults(lambda: silu_backward(torch.randn(130), torch.randn(130), torch.empty(130)))
+    return f"tried 64 and 37 values of fp32 and 130 of fp16, from -12 to 12{seen_there(gpu)}"
 
 
 # 02.3
 
 
 @triton.jit
-def _softmax_kernel(x_ptr, out_ptr, N, stride_xm, BLOCK: tl.constexpr, SHIFT: tl.constexpr, OTHER: tl.constexpr):
+def _softmax_kernel(
+    x_ptr, out_ptr, N, stride_xm, BLOCK: tl.constexpr, SHIFT: tl.constexpr, OTHER: tl.constexpr, ZEROED: tl.constexpr
+):
     row = tl.program_id(0)
     offs = tl.arange(0, BLOCK)
     x = tl.load(x_ptr + row * stride_xm + offs, mask=offs < N, other=OTHER)
     if SHIFT:
         x = x - tl.max(x, axis=0)
     e = tl.exp(x)
+    if ZEROED:
+        e = tl.where(offs < N, e, 0.0)
     tl.store(out_ptr + row * N + offs, e / tl.sum(e, axis=0), mask=offs < N)
 
 
-def _softmax(shift=True, other=float("-inf"), strided=True):
+def _softmax(shift=True, other=float("-inf"), strided=True, zeroed=False):
     def softmax(x, out):
         M, N = x.shape
-        stride = x.stride(0) if strided else N
-        _softmax_kernel[(M,)](x, out, N, stride, BLOCK=triton.next_power_of_2(N), SHIFT=shift, OTHER=other)
+        block = triton.next_power_of_2(N)
+        _softmax_kernel[(M,)](
+            x, out, N, x.stride(0) if strided else N, BLOCK=block, SHIFT=shift, OTHER=other, ZEROED=zeroed
+        )
 
     return softmax
 
 
 def _check_softmax(softmax):
-    need_interpreter()
     generator = torch.Generator().manual_seed(0)
     cases = {
-        "3 rows of 8 values": (torch.randn(3, 8, generator=generator), 8),
-        "2 rows of 5 values, all below -1": (torch.randn(2, 5, generator=generator) - 8, 5),
-        "4 rows of 7 values around 200": (200 + torch.randn(4, 7, generator=generator), 7),
-        "3 rows of 6 values, every row 10 apart in memory": (torch.randn(3, 6, generator=generator), 10),
-    }
-    for name, (values, stride) in cases.items():
-        M, N = values.shape
-        whole = guarded((M, stride))
-        x = whole[:, :N].copy_(values)
-        out = guarded((M, N))
-        with watched_loads() as loads:
-            softmax(x, out)
-        try:
-            check_canaries(f"out ({name})", out)
-        except WrongAnswer as caught:
-            gaps = " Or did you store with x's stride? out is contiguous: its rows begin at row * N."
-            raise WrongAnswer(f"{caught}{gaps if stride != N else ''}") from None
+        "3 rows of 8 values": (8, 0, 8, ""),
+        "2 rows of 5 values, all below -1": (5, -8, 5, ""),
+        "4 rows of 7 values around 200": (7, 200, 7, "exp(200) overflows. Subtract the row's maximum first."),
+        "4 rows of 7 values around -200": (
+            7, -200, 7, "What lies beyond the end of a row takes part in the maximum: with 0 for it the maximum is 0, "
+            "every exponential 0, and 0 / 0 is NaN. Load it as -inf.",
+        ),
+        "3 rows of 6 values, every row 10 apart in memory": (
+            6, 0, 10, "A row of x begins at row * x.stride(0), not at row * N; out is contiguous: its rows begin at "
+            "row * N.",
+        ),
+    }  # fmt: skip
+    for name, (N, middle, stride, hint) in cases.items():
+        M = int(name[0])
+        x, out = guarded((M, stride))[:, :N].copy_(middle + torch.randn(M, N, generator=generator)), guarded((M, N))
         want = torch.softmax(x, dim=1)
-        if "200" in name:
-            expect(
-                torch.isfinite(out).all().item(),
-                f"{name}: out holds {out[0, 0].item()}, because exp(200) overflows. Subtract the row's maximum first.",
-            )
-        if stride != N:
-            expect(
-                not torch.isnan(out).any().item() and torch.allclose(out, want, rtol=1e-4, atol=1e-6),
-                f"{name}: row 0 may be right, the others are not. A row begins at row * x.stride(0), not at row * N.",
-            )
-        no_holes(f"out ({name})", out)
+        launched(softmax, x, out, inputs={"x": x}, outputs={"out": out}, what=name, hint=hint)
+        expect(
+            stride == N or torch.allclose(out, want, rtol=1e-4, atol=1e-6),
+            f"{name}: row 0 may be right, the others are not. {hint}",
+        )
         sums = out.sum(1)
         expect(
             torch.allclose(sums, torch.ones_like(sums), atol=1e-4),
@@ -174,8 +162,8 @@ def _check_softmax(softmax):
             "in the sum: load it as -inf, so that its exponential is 0.",
         )
         expect_close(out, want, f"out for {name}", rtol=1e-4, atol=1e-6)
-        check_reads(f"x ({name})", whole, loads)
-    return f"tried {len(cases)} shapes, one with gaps between the rows, one with large values"
+    gpu = without_faults(lambda: softmax(torch.randn(4, 10)[:, :6], torch.empty(4, 6)))
+    return f"tried {len(cases)} shapes, one with gaps between the rows, two with large values{seen_there(gpu)}"
 
 
 EXERCISES = {
@@ -186,9 +174,9 @@ EXERCISES = {
         checker=_check_axpy,
         solution=_axpy(),
         wrong={
-            "no mask": (_axpy(masked=False), "written past its end"),
-            "grid rounded down": (_axpy(rounded_up=False), "either no program wrote there"),
-            "every program the same block": (_axpy(spread=False), "look at the grid"),
+            "no mask": (_axpy(masked=False), "read past its end"),
+            "grid rounded down": (_axpy(rounded_up=False), "Does the grid have enough programs"),
+            "every program the same block": (_axpy(spread=False), "each its own block"),
         },
         hints=(
             "Copy the add kernel. What changes is one argument and one line.",
@@ -220,6 +208,7 @@ EXERCISES = {
         wrong={
             "no maximum": (_softmax(shift=False), "Subtract the row's maximum"),
             "padding counts": (_softmax(other=0.0), "load it as -inf"),
+            "padding in the maximum": (_softmax(other=0.0, zeroed=True), "takes part in the maximum"),
             "no stride": (_softmax(strided=False), "x.stride(0)"),
         },
         hints=(
@@ -228,4 +217,5 @@ EXERCISES = {
             "Subtract tl.max(x, axis=0), take tl.exp, divide by tl.sum.",
         ),
     ),
+    **e02_tiles.EXERCISES,
 }

@@ -3,8 +3,11 @@
 import torch
 
 from ...kernels.runtime import tl, triton
-from ..canaries import check_canaries, check_reads, guarded, need_interpreter, watched_loads
+from ..canaries import guarded
+from ..emulated import seen_there, without_faults
 from ..exercise import Exercise, expect, expect_close
+from ..watch import launched
+from . import e03_product
 
 BLOCK = 64
 
@@ -70,11 +73,12 @@ def _check_next_scale(next_scale):
 # 03.2
 
 
-def _step(w, loss, scale, max_norm, lr, clip_first=False, skip=True, unscale=True):
-    w.grad = None
+def _step(w, loss, scale, max_norm, lr, clip_first=False, bad=lambda g: not g.isfinite().all(), unscale=True, clear=1):
+    if clear:
+        w.grad = None
     (loss * scale).backward()
     grad = w.grad
-    if skip and not torch.isfinite(grad).all():
+    if bad(grad):
         return False
     if clip_first:
         grad = grad * torch.clamp(max_norm / (grad.norm() + 1e-6), max=1.0)
@@ -111,13 +115,24 @@ def _check_step(step):
         told = "Its length is right, its direction is not: go against the gradient, w -= lr * gradient."
         expect_close(w.detach(), downhill, f"w after the step, for a gradient of norm {norm}", atol=1e-4, hint=told)
         expect(bool(done), "step returns False (or None) although it moved the weights.")
-    w = torch.ones(4, requires_grad=True)
-    done = step(w, (w * torch.tensor([1.0, float("inf"), 1.0, 1.0])).sum(), 1024.0, 1.0, 0.1)
-    expect(
-        torch.equal(w.detach(), torch.ones(4)) and not done,
-        f"A gradient was infinite, and the weights became {w.detach().tolist()}. Skip the step and return False.",
-    )
-    return "tried a short gradient, a long one, and an infinite one"
+        step(w, (w * direction).sum() * norm, 1024.0, 1.0, 0.1)
+        told = "backward adds to w.grad, where the last step's gradient still lay: clear it."
+        expect_close(w.detach(), 2 * downhill, f"w after a second step, norm {norm}", atol=2e-4, hint=told)
+    for bad in (float("inf"), float("-inf"), float("nan")):
+        w = torch.ones(4, requires_grad=True)
+        done = step(w, (w * torch.tensor([1.0, bad, 1.0, 1.0])).sum(), 1024.0, 1.0, 0.1)
+        expect(
+            torch.equal(w.detach(), torch.ones(4)) and not done,
+            f"A gradient held {bad}, and the weights became {w.detach().tolist()}, the answer was {done}. Skip "
+            "the step and return False: inf, -inf and NaN are all not finite.",
+        )
+        done = step(w, (w * torch.tensor([0.5, 0.0, 0.0, 0.0])).sum(), 1024.0, 1.0, 0.1)
+        expect(
+            bool(done) and torch.allclose(w.detach(), torch.tensor([0.95, 1.0, 1.0, 1.0]), atol=1e-4),
+            f"The step after a skipped one must be an ordinary one; w became {w.detach().tolist()}. w.grad still holds "
+            f"the {bad}: clear it.",
+        )
+    return "tried a short gradient and a long one, two steps each, and inf, -inf and NaN, with a good step after each"
 
 
 # 03.3
@@ -138,6 +153,8 @@ def _unscale_kernel(grad_ptr, inv_scale, flag_ptr, N, BLOCK: tl.constexpr, FORM:
         bad = tl.max(tl.where(tl.abs(grad) < float("inf"), 0, 1), axis=0)
     if FORM == 3:
         tl.store(flag_ptr, bad.to(tl.float32))
+    elif FORM == 4:
+        tl.store(flag_ptr, tl.maximum(tl.load(flag_ptr), bad.to(tl.float32)))
     else:
         tl.store(flag_ptr, 1.0, mask=bad != 0)
 
@@ -151,7 +168,6 @@ def _unscale(form=0):
 
 
 def _check_unscale(unscale):
-    need_interpreter()
     cases = (
         (64, None, "nothing"),
         (100, None, "nothing"),
@@ -162,8 +178,8 @@ def _check_unscale(unscale):
         (65, None, "nothing new"),
     )
     told = {
-        "nothing": "No gradient is bad here. Does your program look at elements beyond the end? There lie NaNs: "
-        "mask the load, with a harmless value for other.",
+        "nothing": "No gradient is bad here. Does your program look at elements beyond the end? Mask the load, with a "
+        "harmless value for other.",
         "a NaN": "NaN counts as well. A comparison with NaN is always false: ask whether |g| < inf holds.",
         "an infinity in the first block": "A later program must not write 0 over the 1 of an earlier one: store 1 only "
         "where something bad was seen, and nothing otherwise.",
@@ -176,17 +192,18 @@ def _check_unscale(unscale):
             values[bad[0]] = bad[1]
         before = float(what == "nothing new")
         grad, flag = guarded(n, values=values), guarded(1, values=torch.tensor([before]))
-        with watched_loads() as loads:
-            unscale(grad, 8.0, flag)
-        check_canaries(f"grad (N = {n})", grad)
-        check_canaries("found_inf", flag)
+        launched(unscale, grad, 8.0, flag, changed={"grad": grad, "found_inf": flag}, what=f"N = {n}")
         found, want = flag.item(), max(before, float(bad is not None))
-        expect(
-            found == want, f"N = {n} with {what} to find: found_inf is {found:g}, expected {want:g}. {told[what]}"
-        )
+        expect(found == want, f"N = {n} with {what} to find: found_inf is {found:g}, expected {want:g}. {told[what]}")
         expect_close(grad.cpu(), values / 8.0, f"grad for N = {n}", rtol=1e-6, hint="Multiply by 1 / scale, in place.")
-        check_reads(f"grad (N = {n})", grad, loads)
-    return f"tried {len(cases)} gradients, with infinities and NaN in several places"
+
+    def call():
+        grad = torch.randn(1000)
+        grad[3] = float("inf")
+        unscale(grad, 8.0, torch.zeros(1))
+
+    gpu = without_faults(call)
+    return f"tried {len(cases)} gradients, with infinities and NaN in several places{seen_there(gpu)}"
 
 
 EXERCISES = {
@@ -215,7 +232,9 @@ EXERCISES = {
         wrong={
             "clips scaled gradients": (lambda *a: _step(*a, clip_first=True), "unscale first"),
             "never unscales": (lambda *a: _step(*a, unscale=False), "still scaled"),
-            "never skips": (lambda *a: _step(*a, skip=False), "Skip the step"),
+            "never skips": (lambda *a: _step(*a, bad=lambda g: False), "Skip the step"),
+            "looks for infinity alone": (lambda *a: _step(*a, bad=lambda g: g.isinf().any()), "held nan"),
+            "never clears": (lambda *a: _step(*a, clear=0), "clear it"),
         },
         hints=(
             "(loss * scale).backward() fills w.grad. Look at it before you use it.",
@@ -229,9 +248,10 @@ EXERCISES = {
         checker=_check_unscale,
         solution=_unscale(),
         wrong={
-            "unmasked load": (_unscale(1), "beyond the end"),
+            "unmasked load": (_unscale(1), "read past its end"),
             "forgets NaN": (_unscale(2), "NaN counts as well"),
             "later programs overwrite": (_unscale(3), "must not write 0"),
+            "reads the flag and writes it back": (_unscale(4), "a GPU need not. race"),
         },
         hints=(
             "Start from the SiLU kernel of lesson 02; load and store the same pointer.",
@@ -239,4 +259,5 @@ EXERCISES = {
             "tl.store(flag_ptr, 1.0, mask=bad != 0) writes only if it must.",
         ),
     ),
+    **e03_product.EXERCISES,
 }

@@ -25,9 +25,14 @@ def _check_states(candidate):
     for total, trained, itemsize, masters, what in cases:
         expected, got = _states(total, trained, itemsize, masters), candidate(total, trained, itemsize, masters)
         if got != expected:
-            raise WrongAnswer(
-                f"{what}: states({total}, {trained}, {itemsize}, {masters}) must be {expected} bytes, got {got}"
+            why = (
+                f"{itemsize} for each of {total} weights; for each of {trained} trained ones {itemsize} of gradient, "
+                f"two moments of {4 if masters else itemsize}{', 4 of master weight' if masters else ''}"
             )
+            raise WrongAnswer(
+                f"{what}: states({total}, {trained}, {itemsize}, {masters}) must be {expected} bytes, got {got}: {why}"
+            )
+    return f"tried {len(cases)} runs: FP32, 16 bits with and without masters, an adapter, and no training"
 
 
 def _kept_bytes(function, *inputs):
@@ -83,9 +88,10 @@ def _check_kept_bytes(candidate):
     linear = nn.Linear(5, 7)
     parameters = candidate(lambda x: linear(x + 1).relu(), x)
     if parameters != 60 + 84:
+        view = " Linear saves a transposed view of its weight, which is no leaf itself; its ._base is the parameter."
         raise WrongAnswer(
             "linear keeps its input (60 bytes) and its weight, relu its result (84 bytes); the weight is a parameter "
-            f"that was there before, so 144 bytes are kept, got {parameters}"
+            f"that was there before, so 144 bytes are kept, got {parameters}.{view if parameters == 284 else ''}"
         )
     views = candidate(lambda x: (y := (x + 1).exp()) * y.view(5, 3).view(3, 5), x)
     if views != 60:
@@ -93,6 +99,7 @@ def _check_kept_bytes(candidate):
             "the result of exp is saved three times here, twice through views; it is one storage of 60 bytes, "
             f"got {views}"
         )
+    return "tried floats and doubles, a parameter saved as a view, and one storage saved three times"
 
 
 def _chunked_loss(hidden, weight, target, chunk):
@@ -145,12 +152,16 @@ def _check_chunked_loss(candidate):
             f"the loss is right, but {live.peak_added:,} bytes were alive at once; one chunk of logits has {one:,}, "
             f"all logits {rows * words * 4:,}"
         )
+    return f"tried a tail, labels of −100, a whole chunk of them; {live.peak_added:,} bytes alive at once"
 
 
 def _compare_loss(got, hidden, weight, target, what):
     expected = F.cross_entropy(hidden.double() @ weight.double().T, target).item()
     if abs(float(got) - expected) > 1e-4 * expected:
-        raise WrongAnswer(f"{what}: the mean over labels other than −100 is {expected:.4f}, got {float(got):.4f}")
+        told = "Sum over all chunks, and divide once by the number of labels that are not −100."
+        raise WrongAnswer(
+            f"{what}: the mean over labels other than −100 is {expected:.4f}, got {float(got):.4f}. {told}"
+        )
 
 
 def _not_written(*args):

@@ -21,7 +21,9 @@ def _best_groups(layers, boundary, inside):
 
 
 def _check_best_groups(candidate):
-    for layers, boundary, inside in ((32, 2, 114), (16, 1, 1), (9, 1, 1), (12, 3, 1), (1, 1, 5)):
+    cases = [(32, 2, 114), (16, 1, 1), (9, 1, 1), (12, 3, 1), (1, 1, 5), (20, 1, 3)]
+    cases += [(layers, b, i) for layers in (7, 13, 24, 31) for b in (1, 2, 5) for i in (1, 3, 10, 60)]
+    for layers, boundary, inside in cases:
         got = candidate(layers, boundary, inside)
         if not isinstance(got, Integral) or not 1 <= got <= layers:
             raise WrongAnswer(f"{layers} layers can be cut into 1 to {layers} groups, got {got!r}")
@@ -30,8 +32,10 @@ def _check_best_groups(candidate):
         if found != least:
             raise WrongAnswer(
                 f"{layers} layers with boundary {boundary} and inside {inside}: {got} groups peak at {found} "
-                f"(the largest has {math.ceil(layers / got)} layers), but {least} is possible"
+                f"(the largest has {math.ceil(layers / got)} layers), but {least} is possible. No formula rounds its "
+                "way to it: compare all numbers of groups"
             )
+    return f"tried {len(cases)} stacks, from 1 to 32 layers; any number of groups with the least peak is right"
 
 
 class _MyCheckpoint(torch.autograd.Function):
@@ -115,6 +119,7 @@ def _check_my_checkpoint(candidate):
         raise WrongAnswer(
             f"{live.added:,} bytes stay after forward, the result has {out.nbytes:,}: the inside of func was kept"
         )
+    return "tried a module of two inputs without and with dropout: result, gradients, random numbers, bytes kept"
 
 
 def _groups(layers, groups):
@@ -188,6 +193,7 @@ def _check_run_in_groups(candidate):
                 f"{what}: backward ran groups of {lengths} layers again; there must be {groups}, and their lengths may "
                 "differ by at most one"
             )
+    return "tried 5 stacks, tails among them: result, gradients, bytes kept, and which layers ran again"
 
 
 def _not_written(*args):
@@ -204,6 +210,7 @@ EXERCISES = {
         wrong={
             "always √n": (lambda n, b, i: round(math.sqrt(n)), "32 layers"),
             "always every layer": (lambda n, b, i: n, "16 layers"),
+            "a rounded root": (lambda n, b, i: max(1, min(n, round(math.sqrt(n * i / b)))), "20 layers"),
             "rounded down": (lambda n, b, i: min(range(1, n + 1), key=lambda k: k * b + n // k * i), "the largest has"),
         },
         hints=(

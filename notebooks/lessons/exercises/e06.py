@@ -72,7 +72,11 @@ def _compare(model, candidate, micro_batches, what):
     if not torch.allclose(found, wanted, rtol=1e-6, atol=1e-9):
         ratio = (found.norm() / wanted.norm()).item()
         off = ((found - wanted).norm() / wanted.norm()).item()
-        raise WrongAnswer(f"{what}: the gradient is off by {off:.0%} (its norm is {ratio:.2f} of the true one)")
+        told = "Every token that is not −100 weighs the same: sum the losses, divide by the count of all micro-batches."
+        if what == "a gradient was left over from before":
+            told = "backward adds to .grad: clear it first."
+        told = f"(its norm is {ratio:.2f} of the true one). {told}"
+        raise WrongAnswer(f"{what}: the gradient is off by {off:.0%} {told}")
     if loss is None or abs(float(loss) - expected.item()) > 1e-6:
         raise WrongAnswer(f"{what}: the gradient is right, but the mean loss is {expected.item():.4f}, got {loss}")
 
@@ -92,6 +96,7 @@ def _check_accumulate(candidate):
     only_prompt = [batch(2, 6), batch(2, 6, prompt=6), batch(1, 3)]
     _compare(model, candidate, only_prompt, "one micro-batch has only labels of −100")
     _compare(model, candidate, [batch(2, 5), batch(2, 5)], "a gradient was left over from before")
+    return "tried equal and unequal micro-batches, prompts, one that is all prompt, and an old gradient"
 
 
 def _train_epoch(model, optimizer, batches, accumulation_steps, max_norm):
@@ -156,7 +161,9 @@ def _check_train_epoch(candidate):
             wanted = ", ".join(f"{norm:.4f}" for norm in updates[0])
             late = [i for i, (mine, theirs) in enumerate(zip(*updates, strict=True)) if theirs > 1.5 * mine]
             stale = " Was .grad cleared before the first backward?" if len(late) == 1 and late[0] == 0 else ""
-            raise WrongAnswer(f"{what}: the updates' gradient norms must be {wanted}; they are {norms}.{stale}")
+            told = "Divide by the batches of this update, and clip the whole sum once."
+            raise WrongAnswer(f"{what}: the updates' gradient norms must be {wanted}; they are {norms}. {told}{stale}")
+    return "tried whole parts, a tail of one batch, and clipping, each with an old gradient"
 
 
 def _rate(k, total, warmup):
@@ -172,7 +179,15 @@ def _check_rate(candidate):
             if got is None or not math.isclose(got, wanted, abs_tol=1e-9):
                 where = "the very first update" if k == 0 else "during warmup" if k < warmup else "after warmup"
                 where = "past the end" if k >= total else where
-                raise WrongAnswer(f"{where}: rate({k}, total={total}, warmup={warmup}) must be {wanted:.4f}, got {got}")
+                told = {
+                    "the very first update": "at rate 0 it would be a no-op, so it takes half a step of the warmup",
+                    "during warmup": "it rises by 1 / warmup for each update",
+                    "after warmup": "0.5 · (1 + cos(π · progress)), and progress begins at 0 where the warmup ends",
+                    "past the end": "the rate stays 0; cos would rise again",
+                }[where]
+                case = f"rate({k}, total={total}, warmup={warmup})"
+                raise WrongAnswer(f"{where}: {case} must be {wanted:.4f}, got {got}: {told}")
+    return "tried 4 schedules at every update and past the end, one without and one with nothing but warmup"
 
 
 def _from_zero(k, total, warmup):

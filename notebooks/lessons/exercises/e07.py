@@ -6,8 +6,11 @@ import torch.nn.functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
 from ...kernels.runtime import tl, triton
-from ..canaries import check_canaries, check_reads, guarded, need_interpreter, no_holes, watched_loads
+from ..canaries import guarded
+from ..emulated import seen_there, without_faults
 from ..exercise import Exercise, WrongAnswer, expect, expect_close
+from ..watch import launched
+from . import e07_kernels, e07_layer
 
 # 07.1
 
@@ -57,7 +60,9 @@ def check_best_rank_r(candidate):
                 why = " The singular values are missing: BA must be UΣVᵀ, not UVᵀ."
             elif np.allclose(B @ A, (U[:, -r:] * sigma[-r:]) @ Vt[-r:]):
                 why = " You kept the smallest singular values; numpy sorts them from the largest down."
-            raise WrongAnswer(f"{m} × {n}, r = {r}: ‖M − BA‖ is {error:.4f}, the best is {best:.4f}.{why}")
+            raise WrongAnswer(
+                f"{m} × {n}, r = {r}: ‖M − BA‖ is {error:.4f}, the best is {best:.4f} ({error - best:.1e} less).{why}"
+            )
     return "Tall, wide and square matrices; every error equals that of the singular values cut off."
 
 
@@ -131,88 +136,44 @@ def down_stub(x, A, S):
 
 
 @triton.jit
-def _down_kernel(x_ptr, a_ptr, s_ptr, K, R, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr):
+def _down_kernel(x_ptr, a_ptr, s_ptr, K, R, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr, FORM: tl.constexpr):
     m = tl.program_id(0)
     offs_r = tl.arange(0, BLOCK_R)
+    in_r = offs_r < R
     acc = tl.zeros([BLOCK_R], dtype=tl.float32)
     for k in range(0, K, BLOCK_K):
         offs_k = k + tl.arange(0, BLOCK_K)
-        x = tl.load(x_ptr + m * K + offs_k, mask=offs_k < K, other=0.0)
-        a_mask = (offs_r[:, None] < R) & (offs_k[None, :] < K)
+        in_k = offs_k < K if FORM != 1 else offs_k >= 0
+        x = tl.load(x_ptr + m * K + offs_k, mask=in_k, other=0.0)
+        a_mask = in_r[:, None] & in_k[None, :]
         a = tl.load(a_ptr + offs_r[:, None] * K + offs_k[None, :], mask=a_mask, other=0.0)
-        acc += tl.sum(a * x[None, :], axis=1)
-    tl.store(s_ptr + m * R + offs_r, acc, mask=offs_r < R)
+        part = tl.sum(a * x[None, :], axis=1)
+        acc = part if FORM == 2 else acc + part
+    tl.store(s_ptr + m * R + offs_r, acc, mask=in_r if FORM != 3 else offs_r >= 0)
 
 
-def _launcher(kernel):
+def _down(form=0):
     def down(x, A, S):
         (M, K), R = x.shape, A.shape[0]
-        kernel[(M,)](x, A, S, K, R, BLOCK_K=32, BLOCK_R=triton.next_power_of_2(R))
+        _down_kernel[(M,)](x, A, S, K, R, BLOCK_K=32, BLOCK_R=triton.next_power_of_2(R), FORM=form)
 
     return down
 
 
-@triton.jit
-def _unmasked_k_kernel(x_ptr, a_ptr, s_ptr, K, R, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr):
-    m = tl.program_id(0)
-    offs_r = tl.arange(0, BLOCK_R)
-    acc = tl.zeros([BLOCK_R], dtype=tl.float32)
-    for k in range(0, K, BLOCK_K):
-        offs_k = k + tl.arange(0, BLOCK_K)
-        x = tl.load(x_ptr + m * K + offs_k)
-        a = tl.load(a_ptr + offs_r[:, None] * K + offs_k[None, :], mask=(offs_r < R)[:, None], other=0.0)
-        acc += tl.sum(a * x[None, :], axis=1)
-    tl.store(s_ptr + m * R + offs_r, acc, mask=offs_r < R)
-
-
-@triton.jit
-def _last_tile_kernel(x_ptr, a_ptr, s_ptr, K, R, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr):
-    m = tl.program_id(0)
-    offs_r = tl.arange(0, BLOCK_R)
-    acc = tl.zeros([BLOCK_R], dtype=tl.float32)
-    for k in range(0, K, BLOCK_K):
-        offs_k = k + tl.arange(0, BLOCK_K)
-        x = tl.load(x_ptr + m * K + offs_k, mask=offs_k < K, other=0.0)
-        a_mask = (offs_r[:, None] < R) & (offs_k[None, :] < K)
-        a = tl.load(a_ptr + offs_r[:, None] * K + offs_k[None, :], mask=a_mask, other=0.0)
-        acc = tl.sum(a * x[None, :], axis=1)
-    tl.store(s_ptr + m * R + offs_r, acc, mask=offs_r < R)
-
-
-@triton.jit
-def _unmasked_store_kernel(x_ptr, a_ptr, s_ptr, K, R, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr):
-    m = tl.program_id(0)
-    offs_r = tl.arange(0, BLOCK_R)
-    acc = tl.zeros([BLOCK_R], dtype=tl.float32)
-    for k in range(0, K, BLOCK_K):
-        offs_k = k + tl.arange(0, BLOCK_K)
-        x = tl.load(x_ptr + m * K + offs_k, mask=offs_k < K, other=0.0)
-        a_mask = (offs_r[:, None] < R) & (offs_k[None, :] < K)
-        a = tl.load(a_ptr + offs_r[:, None] * K + offs_k[None, :], mask=a_mask, other=0.0)
-        acc += tl.sum(a * x[None, :], axis=1)
-    tl.store(s_ptr + m * R + offs_r, acc)
-
-
 def check_down(candidate):
-    need_interpreter()
     generator = torch.Generator().manual_seed(6)
     for M, K, R in ((7, 64, 8), (1, 1, 1), (3, 33, 5), (2, 100, 3)):
         x_values, a_values = torch.randn(M, K, generator=generator), torch.randn(R, K, generator=generator)
         x, A, S = guarded((M, K), values=x_values), guarded((R, K), values=a_values), guarded((M, R))
-        with watched_loads() as loads:
-            candidate(x, A, S)
         what = f"x {M} × {K}, r = {R}"
-        for name, tensor in (("S", S), ("x", x), ("A", A)):
-            check_canaries(f"{what}: {name}", tensor)
-        no_holes(f"{what}: S", S)
+        launched(candidate, x, A, S, inputs={"x": x, "A": A}, outputs={"S": S}, what=what, torch_may=("sum",))
         want = x_values @ a_values.t()
         hint = ""
         if K > 1 and torch.allclose(S.cpu(), x_values[:, K // 2 :] @ a_values[:, K // 2 :].t(), atol=1e-4):
             hint = "Only the last tile of K is in it: add each tile's part to the accumulator."
         expect_close(S.cpu(), want, f"S ({what})", rtol=1e-4, atol=1e-4, hint=hint)
-        check_reads(f"{what}: x", x, loads)
-        check_reads(f"{what}: A", A, loads)
-    return "Four shapes between canaries, with tails in K and in r; nothing outside was touched."
+    gpu = without_faults(lambda: candidate(torch.randn(3, 33), torch.randn(5, 33), torch.empty(3, 5)))
+    return f"Four shapes between canaries, with tails in K and in r{seen_there(gpu)}."
 
 
 # 07.4
@@ -310,11 +271,11 @@ EXERCISES = {
         specification="down(x, A, S): launch your Triton kernel so that S (M, r) = x Aᵀ; x (M, K), A (r, K), all fp32.",
         stub=down_stub,
         checker=check_down,
-        solution=_launcher(_down_kernel),
+        solution=_down(),
         wrong={
-            "no mask along K": (_launcher(_unmasked_k_kernel), "read past the end"),
-            "only the last tile": (_launcher(_last_tile_kernel), "last tile of K"),
-            "no mask on the store": (_launcher(_unmasked_store_kernel), "past its end"),
+            "no mask along K": (_down(1), "read past its end"),
+            "only the last tile": (_down(2), "last tile of K"),
+            "no mask on the store": (_down(3), "past its end"),
         },
         hints=(
             "One program per row is enough: m = tl.program_id(0), the grid is (M,). BLOCK_R must be a power of two: "
@@ -341,4 +302,6 @@ EXERCISES = {
             "From dS come dA = dSᵀ x and the second part of dx, dS A.",
         ),
     ),
+    **e07_kernels.EXERCISES,
+    **e07_layer.EXERCISES,
 }

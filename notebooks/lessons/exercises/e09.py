@@ -5,8 +5,11 @@ import torch
 
 from ...kernels.nf4 import NF4_CODE
 from ...kernels.runtime import tl, triton
-from ..canaries import check_canaries, check_reads, guarded, need_interpreter, no_holes, watched_loads
+from ..canaries import guarded
+from ..emulated import seen_there, without_faults
 from ..exercise import Exercise, WrongAnswer, expect, expect_close
+from ..watch import launched
+from . import e09_kernels
 
 LEVELS = NF4_CODE.numpy()
 
@@ -141,80 +144,41 @@ def dequantize_stub(packed, absmax, levels, out, block_size):
 
 
 @triton.jit
-def _dequantize_kernel(packed_ptr, absmax_ptr, levels_ptr, out_ptr, N, block_size, BLOCK: tl.constexpr):
+def _dequantize_kernel(
+    packed_ptr, absmax_ptr, levels_ptr, out_ptr, N, block_size, BLOCK: tl.constexpr, FORM: tl.constexpr
+):
     offs = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    inside = offs < N
+    inside = offs < N if FORM != 1 else offs >= 0
     byte = tl.load(packed_ptr + offs // 2, mask=inside, other=0).to(tl.int32)
-    code = tl.where(offs % 2 == 0, byte >> 4, byte & 15)
+    first = offs % 2 == (1 if FORM == 2 else 0)
+    code = tl.where(first, byte >> 4, byte & 15)
     level = tl.load(levels_ptr + code)
-    scale = tl.load(absmax_ptr + offs // block_size, mask=inside, other=0.0)
+    scale = tl.load(absmax_ptr + (offs // 2 if FORM == 3 else offs) // block_size, mask=inside, other=0.0)
     tl.store(out_ptr + offs, level * scale, mask=inside)
 
 
-def dequantize(packed, absmax, levels, out, block_size):
-    N = out.numel()
-    _dequantize_kernel[(triton.cdiv(N, 128),)](packed, absmax, levels, out, N, block_size, BLOCK=128)
+def _dequantize(form=0):
+    def dequantize(packed, absmax, levels, out, block_size):
+        N = out.numel()
+        grid = (triton.cdiv(N, 128),)
+        _dequantize_kernel[grid](packed, absmax, levels, out, N, block_size, BLOCK=128, FORM=form)
 
-
-@triton.jit
-def _nibbles_swapped_kernel(packed_ptr, absmax_ptr, levels_ptr, out_ptr, N, block_size, BLOCK: tl.constexpr):
-    offs = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    inside = offs < N
-    byte = tl.load(packed_ptr + offs // 2, mask=inside, other=0).to(tl.int32)
-    code = tl.where(offs % 2 == 0, byte & 15, byte >> 4)
-    scale = tl.load(absmax_ptr + offs // block_size, mask=inside, other=0.0)
-    tl.store(out_ptr + offs, tl.load(levels_ptr + code) * scale, mask=inside)
-
-
-def _nibbles_swapped(packed, absmax, levels, out, block_size):
-    N = out.numel()
-    _nibbles_swapped_kernel[(triton.cdiv(N, 128),)](packed, absmax, levels, out, N, block_size, BLOCK=128)
-
-
-@triton.jit
-def _unmasked_kernel(packed_ptr, absmax_ptr, levels_ptr, out_ptr, block_size, BLOCK: tl.constexpr):
-    offs = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    byte = tl.load(packed_ptr + offs // 2).to(tl.int32)
-    code = tl.where(offs % 2 == 0, byte >> 4, byte & 15)
-    tl.store(out_ptr + offs, tl.load(levels_ptr + code) * tl.load(absmax_ptr + offs // block_size))
-
-
-def _unmasked(packed, absmax, levels, out, block_size):
-    _unmasked_kernel[(triton.cdiv(out.numel(), 128),)](packed, absmax, levels, out, block_size, BLOCK=128)
-
-
-@triton.jit
-def _scale_by_byte_kernel(packed_ptr, absmax_ptr, levels_ptr, out_ptr, N, block_size, BLOCK: tl.constexpr):
-    offs = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    inside = offs < N
-    byte = tl.load(packed_ptr + offs // 2, mask=inside, other=0).to(tl.int32)
-    code = tl.where(offs % 2 == 0, byte >> 4, byte & 15)
-    scale = tl.load(absmax_ptr + offs // 2 // block_size, mask=inside, other=0.0)
-    tl.store(out_ptr + offs, tl.load(levels_ptr + code) * scale, mask=inside)
-
-
-def _scale_by_byte(packed, absmax, levels, out, block_size):
-    N = out.numel()
-    _scale_by_byte_kernel[(triton.cdiv(N, 128),)](packed, absmax, levels, out, N, block_size, BLOCK=128)
+    return dequantize
 
 
 def check_dequantize(candidate):
-    need_interpreter()
     rng = np.random.default_rng(12)
     for count, block_size in ((1, 32), (64, 64), (63, 32), (65, 32), (1000, 64)):
         codes = rng.integers(0, 16, size=count).astype(np.uint8)
         scales = rng.uniform(0.5, 2.0, size=-(-count // block_size)).astype(np.float32)
-        packed_values = torch.from_numpy(pack(codes))
-        packed = guarded(len(packed_values), torch.uint8, packed_values)
-        absmax = guarded(len(scales), torch.float32, torch.from_numpy(scales))
-        levels = guarded(16, torch.float32, NF4_CODE)
-        out = guarded(count)
-        with watched_loads() as loads:
-            candidate(packed, absmax, levels, out, block_size)
-        what = f"{count} values, block_size {block_size}"
-        for name, tensor in (("out", out), ("packed", packed), ("absmax", absmax), ("levels", levels)):
-            check_canaries(f"{what}: {name}", tensor)
-        no_holes(f"{what}: out", out)
+        bytes_ = torch.from_numpy(pack(codes))
+        given = {
+            "packed": guarded(len(bytes_), torch.uint8, bytes_),
+            "absmax": guarded(len(scales), torch.float32, torch.from_numpy(scales)),
+            "levels": guarded(16, torch.float32, NF4_CODE),
+        }
+        out, what = guarded(count), f"{count} values, block_size {block_size}"
+        launched(candidate, *given.values(), out, block_size, inputs=given, outputs={"out": out}, what=what)
         got, of_block = out.cpu().numpy(), np.repeat(scales, block_size)[:count]
         want = LEVELS[codes] * of_block
         hint = ""
@@ -225,9 +189,12 @@ def check_dequantize(candidate):
         elif np.allclose(np.abs(got) > 0, np.abs(want) > 0) and np.allclose(np.sign(got), np.sign(want)):
             hint = "Only the scales are wrong: value i has absmax[i // block_size], counted in values, not bytes."
         expect_close(got, want, f"out ({what})", rtol=1e-6, hint=hint)
-        for name, tensor in (("packed", packed), ("absmax", absmax), ("levels", levels)):
-            check_reads(f"{what}: {name}", tensor, loads)
-    return "1, 63, 64, 65 and 1000 values between canaries, two block sizes; nothing outside was touched."
+
+    def call():
+        packed = torch.randint(0, 256, (50,), dtype=torch.uint8)
+        candidate(packed, torch.rand(4), NF4_CODE.clone(), torch.empty(99), 32)
+
+    return f"1, 63, 64, 65 and 1000 values between canaries, two block sizes{seen_there(without_faults(call))}."
 
 
 EXERCISES = {
@@ -273,11 +240,11 @@ EXERCISES = {
         ),
         stub=dequantize_stub,
         checker=check_dequantize,
-        solution=dequantize,
+        solution=_dequantize(),
         wrong={
-            "nibbles exchanged": (_nibbles_swapped, "high nibble"),
-            "no masks": (_unmasked, "past its end"),
-            "scale by byte": (_scale_by_byte, "absmax[i // block_size]"),
+            "nibbles exchanged": (_dequantize(2), "high nibble"),
+            "no masks": (_dequantize(1), "past its end"),
+            "scale by byte": (_dequantize(3), "absmax[i // block_size]"),
         },
         hints=(
             "A program makes BLOCK values: offs = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK), inside = offs < N.",
@@ -286,4 +253,5 @@ EXERCISES = {
             "tl.load(levels_ptr + code) looks the level up; store with mask=inside; grid: (triton.cdiv(N, BLOCK),).",
         ),
     ),
+    **e09_kernels.EXERCISES,
 }

@@ -1,6 +1,9 @@
 """Lesson 11: shards."""
 
+from contextlib import nullcontext
+
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from ..exercise import Exercise, WrongAnswer, expect_close
 
@@ -36,7 +39,10 @@ def _check_bytes_per_rank(candidate):
                 if got is None or abs(got - wanted) > 1e-6 * wanted:
                     what = f"stage {stage}" + (" with offload" if offload else "")
                     what += f", {parameters:,} parameters on {ranks} ranks"
-                    raise WrongAnswer(f"{what}: {wanted:g} bytes, got {got}")
+                    cut = ["nothing", "the 12 of Adam", "those and the 2 of gradients", "all 16"][stage]
+                    told = f"of 2 + 2 + 12 per parameter the ranks share {cut}"
+                    told += "; with offload only weights are on the device" if offload else ""
+                    raise WrongAnswer(f"{what}: {wanted:g} bytes, got {got}: {told}")
     return "stages 0 to 3, with and without offload, on 1, 3 and 8 ranks"
 
 
@@ -105,8 +111,34 @@ def _own_gradient(weights, gradients, momenta, lr, beta):
     return torch.cat(new)
 
 
+def _momenta_gathered(weights, gradients, momenta, lr, beta):
+    whole = beta * torch.cat(momenta) + sum(gradients) / len(gradients)
+    for mine, piece in zip(momenta, whole.chunk(len(momenta)), strict=True):
+        mine.copy_(piece)
+    return weights - lr * whole
+
+
 def _momentum_not_kept(weights, gradients, momenta, lr, beta):
     return _zero_step(weights, gradients, [m.clone() for m in momenta], lr, beta)
+
+
+class _NoWhole(TorchDispatchMode):
+    """Raises where an operation makes one tensor of all ranks' momenta, old or new, whatever their factor."""
+
+    def __init__(self, *wholes, what):
+        super().__init__()
+        self.wholes, self.what = wholes, what
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        made = func(*args, **(kwargs or {}))
+        if isinstance(made, torch.Tensor) and made.numel() == self.wholes[0].numel():
+            for whole in self.wholes:
+                if abs(made.flatten() @ whole) > (1 - 1e-9) * made.norm() * whole.norm():
+                    raise WrongAnswer(
+                        f"{self.what}: the momenta of all ranks were gathered into one tensor of {whole.numel()}. "
+                        "Then a rank needs the memory that ZeRO saves: only new weights are gathered."
+                    )
+        return made
 
 
 def _check_zero_step(candidate):
@@ -123,12 +155,17 @@ def _check_zero_step(candidate):
                 gradients = [same.clone() for _ in range(ranks)]
             what = f"{ranks} ranks, step {step + 1}" + (" (all ranks have the same gradient)" if step == 0 else "")
             given = [g.clone() for g in gradients]
-            weights["ours"] = candidate(weights["ours"], given, momenta["ours"], 0.1, 0.9)
+            old = torch.cat(momenta["theirs"])
             weights["theirs"] = _zero_step(weights["theirs"], gradients, momenta["theirs"], 0.1, 0.9)
+            wholes = (old, torch.cat(momenta["theirs"]))
+            with _NoWhole(*wholes, what=what) if step else nullcontext():  # in step 1 momentum and gradient are one
+                weights["ours"] = candidate(weights["ours"], given, momenta["ours"], 0.1, 0.9)
             kept = f"{what}: the momentum of rank 0"
-            expect_close(weights["ours"], weights["theirs"], f"{what}: the weights", rtol=1e-9, atol=1e-12)
-            expect_close(momenta["ours"][0], momenta["theirs"][0], kept, rtol=1e-9, atol=1e-12)
-    return "2 and 3 ranks, 4 steps each"
+            hint = "A rank's momentum takes the mean of all ranks' gradients in its own piece."
+            expect_close(weights["ours"], weights["theirs"], f"{what}: the weights", rtol=1e-9, atol=1e-12, hint=hint)
+            hint = "It is kept from step to step: change momenta[rank] in place."
+            expect_close(momenta["ours"][0], momenta["theirs"][0], kept, rtol=1e-9, atol=1e-12, hint=hint)
+    return "tried 2 and 3 ranks, 4 steps each; no rank's momentum met another's"
 
 
 def _not_written(*args):
@@ -176,6 +213,7 @@ EXERCISES = {
             "sum for mean": (_sum_for_mean, "all ranks have the same gradient"),
             "own gradient only": (_own_gradient, "step 2: the weights"),
             "momentum not kept": (_momentum_not_kept, "the momentum of rank 0"),
+            "momenta in one tensor": (_momenta_gathered, "gathered into one tensor"),
         },
         hints=(
             "The mean of the ranks' gradients, cut into pieces, is what a reduce-scatter leaves on them.",

@@ -3,6 +3,7 @@
 import math
 
 from ..exercise import Exercise, WrongAnswer
+from . import e12_capstone
 
 
 def _pareto(points):
@@ -22,7 +23,9 @@ def _check_pareto(candidate):
     for what, points in cases.items():
         wanted, got = _pareto(points), candidate(list(points))
         if got is None or [tuple(p) for p in got] != wanted:
-            raise WrongAnswer(f"{what}: of {points} the front is {wanted}, got {got}")
+            told = "A point goes if another has no more bytes and no more loss, and less of one of them."
+            raise WrongAnswer(f"{what}: of {points} the front is {wanted}, got {got}. {told}")
+    return f"tried {len(cases)} sets: {', '.join(cases)}"
 
 
 def _choose(budget, runs):
@@ -51,6 +54,7 @@ def _check_choose(candidate):
             raise WrongAnswer(f"budget {budget}: {why}; got ValueError: {error}") from None
         if got != wanted:
             raise WrongAnswer(f"budget {budget}: {why}; expected {wanted!r}, got {got!r}")
+    return "tried 6 budgets, from more than enough to nothing fits"
 
 
 def _halving(settings, evaluate, steps):
@@ -110,7 +114,8 @@ def _check_halving(candidate):
             f"7 settings: {rounds} evaluations were expected with 10, 20 and 40 steps (7, then 4, then 2), got {made}"
         )
     if got != wanted:
-        raise WrongAnswer(f"the setting left must be {wanted}, got {got}")
+        raise WrongAnswer(f"the setting left must be {wanted}, which has the least loss of the last round, got {got}")
+    return "tried 7 settings whose fast starters are not the best: 7, 4, then 2 evaluations, with steps doubled"
 
 
 def _not_written(*args):
@@ -195,4 +200,5 @@ EXERCISES = {
             "math.ceil(len(alive) / 2) are kept.",
         ),
     ),
+    **e12_capstone.EXERCISES,
 }

@@ -1,0 +1,196 @@
+"""Loading a base model: from any source, quantized while it is read, and refused where it is not what it seems.
+
+transformers fills what a checkpoint lacks with random numbers, and takes an encoder for a decoder, with a warning at
+most; both train, and to nothing. Here each is an error that names the tensors or the fault.
+"""
+
+import contextlib
+import re
+from collections.abc import Sequence
+
+import torch
+
+from ..nn.adapter_file import listed
+from ..quant import load_quantized, quantize_model
+from ..quant.experts import dequantize_experts
+from .sources import Source, find, resolve
+
+# Tokens of pictures and sounds, which the tokenizer of a text model may share with its multimodal sisters.
+OTHER_MODALITIES = re.compile("image|audio|video|vision", re.IGNORECASE)
+
+
+def load_base(model: str, method: str = "lora", dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu",
+              skip: Sequence[str] = (), trust_remote_code: bool = False, requantize: bool = False):  # fmt: skip
+    """Load a causal LM and its tokenizer, its linears quantized to NF4 when `method` is "qlora".
+
+    Args:
+        model: `smollm2`, a directory, a GGUF file, or a hub name.
+        method: "qlora" packs every linear but the output head into NF4 with double quantization, if it is not in NF4
+            already; any other takes the weights as they are, decoded where they are quantized.
+        dtype: of the weights that are not quantized, and of the computation.
+        skip: layers that "qlora" leaves dense, as for `quantize_model`.
+        trust_remote_code: whether code that the model brings along may run.
+        requantize: whether "qlora" makes NF4 of experts in MXFP4, which it else keeps in their bytes.
+
+    Returns (model, tokenizer), on `device`, in eval mode, with every parameter frozen.
+    ValueError: whatever keeps it from being loaded, in one line.
+    """
+    from transformers import AutoTokenizer
+
+    place = resolve(model)
+    with one_line(f"--model {model}"):
+        source = find(place)
+    told = {"trust_remote_code": trust_remote_code}
+    if source.weights[0].suffix == ".gguf":
+        told["gguf_file"] = source.weights[0].name
+    with one_line(f"--model {model}, tokenizer"):
+        tokenizer = AutoTokenizer.from_pretrained(source.directory, **told)
+    with one_line(f"--model {model}"):
+        skip = ("lm_head", *skip)
+        loaded = _read(source, method == "qlora", dtype, device, skip, told, requantize).requires_grad_(False)
+        if method == "qlora":
+            quantize_model(loaded, (*skip, *other_parts(loaded)))  # leaves alone what is quantized already
+        # To the tokens of a GGUF file transformers adds its own.
+        _check(loaded, {} if "gguf_file" in told else tokenizer.get_vocab())
+    return loaded.to(device).eval(), tokenizer
+
+
+@contextlib.contextmanager
+def one_line(what: str):
+    """Make any exception a ValueError of one line that begins with `what`; too little memory stays what it is.
+
+    What transformers would print on the way, such as its table of missing tensors, is left out.
+    """
+    from transformers.utils import logging
+
+    verbosity = logging.get_verbosity()
+    logging.set_verbosity_error()
+    try:
+        yield
+    except Exception as error:
+        if is_out_of_memory(error):
+            raise
+        raise ValueError(f"{what}: {reason(error)}") from error
+    finally:
+        logging.set_verbosity(verbosity)
+
+
+def is_out_of_memory(error: Exception) -> bool:
+    """On a GPU torch has a class for it; on a CPU there is the text alone."""
+    known = type(error).__name__ in ("OutOfMemoryError", "MemoryError")
+    return known or "not enough memory" in str(error) or "can't allocate memory" in str(error)
+
+
+def reason(error: Exception) -> str:
+    """An exception of any library in one short line."""
+    if "trust_remote_code" in str(error):
+        return ("it brings code of its own (auto_map in its config.json), which would run on this machine; read that, "
+                "then add --trust-remote-code")  # fmt: skip
+    kind = "" if isinstance(error, (ValueError, OSError, ImportError)) else f"{type(error).__name__}: "
+    return kind + (str(error).strip().splitlines() or ["no reason given"])[0][:500]
+
+
+def auto_class(config) -> str:
+    """The name of the transformers class that builds the model: all of it, where there is more than the text part."""
+    from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES as MULTIMODAL
+
+    whole = MULTIMODAL.get(config.model_type)
+    named = (getattr(config, "architectures", None) or [whole])[0]
+    return "AutoModelForImageTextToText" if whole and named == whole else "AutoModelForCausalLM"
+
+
+def _read(source: Source, quantize: bool, dtype: torch.dtype, device, skip, told: dict,
+          requantize: bool) -> torch.nn.Module:  # fmt: skip
+    """The model with all that the files hold, and nothing else."""
+    import transformers
+
+    config = transformers.AutoConfig.from_pretrained(source.directory, **told)
+    kind, quantized = getattr(transformers, auto_class(config)), source.quantized
+    in_nf4 = quantized.get("load_in_4bit") and quantized.get("bnb_4bit_quant_type") == "nf4"
+    model, more = None, {"dtype": dtype, "output_loading_info": True, "ignore_mismatched_sizes": True, **told}
+    in_mxfp4, of_shards = quantized.get("quant_method") == "mxfp4", source.weights[0].suffix == ".safetensors"
+    if in_mxfp4 or (quantize and (in_nf4 or not quantized) and of_shards):
+        skip = skip if quantize else None
+        model = _read_in_shards(source, kind, config, dtype, device, skip, told["trust_remote_code"], requantize)
+        if model is not None and not quantize:
+            dequantize_experts(model, dtype)
+    if model is None:
+        if "gguf_file" not in told:
+            more["config"] = config
+        elif hasattr(transformers, "GgufConfig"):
+            more["quantization_config"] = transformers.GgufConfig(dequantize=True)
+        if quantized.get("quant_method") == "fp8":
+            config.quantization_config["dequantize"] = True
+        model, found = kind.from_pretrained(source.directory, **more)
+        wrong = {what: [name if isinstance(name, str) else name[0] for name in found[f"{what}_keys"]]
+                 for what in ("missing", "unexpected", "mismatched")}  # fmt: skip
+        if any(wrong.values()):
+            raise ValueError("the files must hold the model's tensors, and no others: "
+                             + "; ".join(f"{what}: {listed(names)}" for what, names in wrong.items() if names))
+        if hasattr(model, "hf_quantizer"):
+            model = model.dequantize(dtype)
+        if quantized:
+            model._weight_conversions = None  # saving goes by the architecture's own and does not quantize again
+    for part in (model.config, model.config.get_text_config()):
+        vars(part).pop("quantization_config", None)  # the weights are so no longer
+    return model
+
+
+def _read_in_shards(source: Source, kind, config, dtype: torch.dtype, device, skip, trust, requantize):
+    """The model quantized while it is read, so that it never stands in memory unquantized; `skip` None: as it is.
+
+    None where the files' tensors do not become the model's: transformers says what is missing.
+    """
+    from transformers import GenerationConfig
+
+    with torch.device("meta"):
+        model = kind.from_config(config, dtype=dtype, trust_remote_code=trust)
+    skip = None if skip is None else (*skip, *other_parts(model))
+    try:
+        load_quantized(model, source.weights, skip=skip, dtype=dtype, device=device, requantize=requantize)
+    except ValueError:
+        return None
+    with contextlib.suppress(OSError):  # there is no such file
+        model.generation_config = GenerationConfig.from_pretrained(source.directory)
+    return model
+
+
+def other_parts(model: torch.nn.Module) -> list[str]:
+    """Paths of what a multimodal model has beside its text: "qlora" keeps it dense, so that a merge gives it back."""
+    config = getattr(model, "config", None)
+    if config is None or config.get_text_config() is config:
+        return []
+    text = model.get_decoder()
+    steps = next((path for path, module in model.named_modules() if module is text), "").split(".")
+    parts = []
+    for depth, step in enumerate(steps):
+        above = ".".join(steps[:depth])
+        beside = [name for name, _ in model.get_submodule(above).named_children() if name != step]
+        parts += [f"{above}.{name}".lstrip(".") for name in beside]
+    return [part for part in parts if model.get_submodule(part) is not model.get_output_embeddings()]
+
+
+def _check(model: torch.nn.Module, vocabulary: dict[str, int]) -> None:
+    for name, parameter in model.named_parameters():
+        if parameter.is_floating_point() and not torch.isfinite(parameter).all():
+            wider = "" if parameter.dtype != torch.float16 else ", in float16; --dtype float32 may hold them"
+            raise ValueError(f"{name} holds NaN or infinite values{wider}")
+    rows = len(model.get_input_embeddings().weight)
+    beyond = [token for token, number in vocabulary.items() if number >= rows and not OTHER_MODALITIES.search(token)]
+    if beyond:
+        raise ValueError(f"its tokenizer has tokens beyond the {rows} rows of its embedding: {listed(beyond)}; resize "
+                         "the embedding and save the model, or take the tokenizer that belongs to it")  # fmt: skip
+
+
+@torch.no_grad()
+def check_causal(model: torch.nn.Module, tokens, name: str) -> None:
+    """Raise ValueError if a change of the last of `tokens`, (T,), reaches the logits before it, as in an encoder."""
+    ids = torch.as_tensor(tokens, dtype=torch.long, device=next(model.parameters()).device)[None]
+    other = ids.clone()
+    other[0, -1] = ids[0, 0] if ids[0, 0] != ids[0, -1] else abs(ids[0, -1] - 1)
+    with one_line(f"--model {name}: a forward pass fails"):
+        one, two = (model(input_ids=rows, use_cache=False).logits[0].float() for rows in (ids, other))
+    before, last = ((one - two)[part].norm() for part in (slice(-1), slice(-1, None)))
+    if before > last * torch.finfo(model.dtype).eps ** 0.5:
+        raise ValueError(f"--model {name}: {type(model).__name__} is no causal language model: a token changes the "
+                         "logits of those before it")  # fmt: skip

@@ -1,0 +1,328 @@
+"""Who really computed? A reader's answer runs while every launch, load and store of Triton's interpreter is noted.
+
+A kernel exercise is answered by a kernel. So torch may allocate, view and copy, and nothing else; the inputs must be
+read by a kernel and every element of the outputs written by one. An address that lies in none of a launch's tensors
+stops it at once, with the kernel's own line: neither a GPU nor the interpreter would say a word.
+
+On a GPU without the interpreter launches are counted and torch is refused; the canaries around the tensors do the rest.
+"""
+
+import contextlib
+
+import numpy as np
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from ..kernels.runtime import HAS_TRITON, INTERPRETED
+from .canaries import check_canaries, no_holes
+from .exercise import WrongAnswer, expect
+from .places import own_line
+from .spans import Span, addresses_of, home
+
+# What is no view and computes nothing.
+_HARMLESS = {
+    "empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided", "zeros", "zeros_like", "new_zeros",
+    "ones", "ones_like", "new_ones", "full", "full_like", "new_full", "scalar_tensor", "arange", "zero_", "fill_",
+    "clone", "copy_", "_to_copy", "contiguous", "set_", "lift_fresh", "_local_scalar_dense", "resize_",
+    "is_same_size", "constant_pad_nd", "cat", "stack",
+}  # fmt: skip
+
+
+class _OnlyMemory(TorchDispatchMode):
+    """Refuses arithmetic of torch, but for what is `also` allowed."""
+
+    def __init__(self, watch, also):
+        super().__init__()
+        self.watch, self.also = watch, also
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        name, kwargs = func._schema.name.partition("::")[2], kwargs or {}
+        view = any(r.alias_info is not None and not r.alias_info.is_write for r in func._schema.returns)
+        if not (self.watch.inside or view or name in _HARMLESS or name in self.also):
+            raise WrongAnswer(
+                f"torch itself computes here ({name}{own_line()}). Let the kernel do it: around it torch may "
+                "allocate, view and copy, and nothing else."
+            )
+        made = func(*args, **kwargs)
+        if not self.watch.inside and not view and isinstance(made, torch.Tensor):
+            sources = [t for t in tree_leaves((args, kwargs)) if isinstance(t, torch.Tensor) and t is not made]
+            self.watch.copied(sources, made)
+        return made
+
+
+class Watch:
+    """What happened.
+
+    Attributes:
+        launches: names of the kernels, in order.
+        loads, stores: elements that kernels read and wrote, every repetition counted.
+        dots: tl.dot, of all programs.
+    """
+
+    def __init__(self, named, kept):
+        self.launches, self.loads, self.stores, self.dots, self.inside = [], 0, 0, 0, False
+        self.named, self.spans = [Span(name, tensor) for name, tensor in named.items()], []
+        self.kept = [span for span in self.named if span.name in kept]
+        self.copies = {home(span.tensor): {span.name} for span in self.named}  # memory → whose copy lies there
+        self.made = set()  # memory that kernels wrote, and copies of it
+        self.used = set()  # names of what kernels read, themselves or a copy
+
+    def read(self, name: str) -> bool:
+        """Whether a kernel read from this tensor."""
+        return any(span.read.any() for span in self.named if span.name == name)
+
+    def copied(self, sources, target):
+        """torch made `target`, or filled it, from `sources`."""
+        for source in sources:
+            self.copies.setdefault(home(target), set()).update(self.copies.get(home(source), ()))
+        if any(home(source) in self.made for source in sources):
+            self.made.add(home(target))
+            for span in self.named:
+                span.mark(span.written, addresses_of(target), target.element_size())
+                span.left = span.now()
+
+    def begin(self, kernel, tensors):
+        self.launches.append(kernel)
+        for span in self.kept:
+            if span.now() != span.left:
+                raise WrongAnswer(
+                    f"{span.name} was changed before the launch of {kernel}, and by no kernel: leave it as it is."
+                )
+        names = {span.start: span.name for span in self.named}
+        self.spans = [Span(names.get(t.data_ptr(), name), t) for name, t in tensors.items() if t.numel()]
+        self.inside = True
+
+    def end(self):
+        self.inside, self.spans = False, []
+        for span in self.named:
+            span.left = span.now()
+
+    def access(self, pointers, mask, width, reading):
+        """Note a load or store of a block; raise WrongAnswer where it leaves the launch's tensors."""
+        addresses = np.atleast_1d(pointers).astype(np.int64)
+        addresses = addresses[np.broadcast_to(np.atleast_1d(mask).astype(bool), addresses.shape)]
+        if not addresses.size:
+            return
+        self.loads, self.stores = self.loads + reading * addresses.size, self.stores + (not reading) * addresses.size
+        outside = np.logical_and.reduce([~span.holds(addresses, width) for span in self.spans] or [addresses != 0])
+        if outside.any():
+            self._outside(addresses[outside], reading)
+        for span in self.named:
+            span.mark(span.read if reading else span.written, addresses, width)
+        for span in self.spans:
+            if span.holds(addresses, width).any():
+                place = home(span.tensor)
+                self.used |= self.copies.get(place, set()) if reading else set()
+                self.made |= set() if reading else {place}
+
+    def _outside(self, addresses, reading):
+        far = [(min(abs(a - s.start), abs(a - s.start - s.bytes)), s) for a in addresses[[0, -1]] for s in self.spans]
+        did = "read" if reading else "written"
+        if not far:
+            raise WrongAnswer(f"Memory was {did} in a launch that was given no tensor{own_line()}.")
+        span = min(far, key=lambda entry: entry[0])[1]
+        index = (addresses - span.start) // span.size
+        past = addresses.max() >= span.start + span.bytes
+        side, at = ("past its end", index.max()) if past else ("before its beginning", index.min())
+        from triton.runtime.interpreter import interpreter_builder
+
+        place = zip(interpreter_builder.grid_idx, interpreter_builder.grid_dim, strict=True)
+        program = ", ".join(str(i) for i, programs in place if programs > 1)
+        raise WrongAnswer(
+            f"{span.name} was {did} {side}: element {int(at)} of {span.bytes // span.size}, by program "
+            f"{program or 0}{own_line()}. What hangs over is masked in "
+            f"{'loads' if reading else 'stores'} too: mask=…"
+        )
+
+
+@contextlib.contextmanager
+def watching(watch: Watch, torch_may=()):
+    """Note in `watch` what kernels do inside."""
+    if not INTERPRETED:
+        from triton import JITFunction
+
+        with patched(JITFunction, "run", _counting(watch)), _OnlyMemory(watch, torch_may):
+            yield watch
+        return
+    import triton
+    from triton.runtime.errors import InterpreterError
+    from triton.runtime.interpreter import GridExecutor, InterpretedFunction, InterpreterBuilder, _get_np_dtype
+
+    def launch(real):
+        def __call__(self, *args, **constants):
+            if not callable(self.grid) and not isinstance(self.grid, tuple):
+                raise WrongAnswer(f"The grid is a tuple, {self.fn.__name__}[(programs,)](…), got {self.grid!r}.")
+            named = dict(zip(self.arg_names, args, strict=False)) | constants
+            tensors = {name: getattr(value, "base", value) for name, value in named.items()}
+            tensors = {name: value for name, value in tensors.items() if isinstance(value, torch.Tensor)}
+            watch.begin(self.fn.__name__, tensors)
+            try:
+                return real(self, *args, **constants)
+            finally:
+                watch.end()
+
+        return __call__
+
+    def without_grid(real):
+        def __call__(self, *args, **constants):
+            if not watch.inside:
+                name = self.fn.__name__
+                raise WrongAnswer(f"{name} was called without a grid: a launch is {name}[(programs,)](…){own_line()}.")
+            try:
+                return real(self, *args, **constants)
+            except InterpreterError as wrapped:  # by a function that the kernel calls
+                raise wrapped.__cause__ from None
+
+        return __call__
+
+    def width(ptrs):
+        return _get_np_dtype(ptrs.get_element_ty()).itemsize
+
+    def load(real):
+        def create_masked_load(self, ptrs, mask, *rest):
+            watch.access(ptrs.data, mask.data, width(ptrs), True)
+            return real(self, ptrs, mask, *rest)
+
+        return create_masked_load
+
+    def store(real):
+        def create_masked_store(self, ptrs, value, mask, *rest):
+            watch.access(ptrs.data, mask.data, width(ptrs), False)
+            return real(self, ptrs, value, mask, *rest)
+
+        return create_masked_store
+
+    def atomic(real):
+        def create_atomic_rmw(self, op, ptr, val, mask, *rest):
+            for reading in (True, False):
+                watch.access(ptr.data, mask.data, width(ptr), reading)
+            return real(self, op, ptr, val, mask, *rest)
+
+        return create_atomic_rmw
+
+    def dot(real):
+        def create_dot(self, *operands):
+            watch.dots += 1
+            return real(self, *operands)
+
+        return create_dot
+
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(triton.knobs.compilation.scope())
+        triton.knobs.compilation.front_end_debugging = True  # errors come as they are, not wrapped
+        stack.enter_context(patched(GridExecutor, "__call__", launch))
+        stack.enter_context(patched(InterpretedFunction, "__call__", without_grid))
+        for name, wrap in (("load", load), ("store", store)):
+            stack.enter_context(patched(InterpreterBuilder, f"create_masked_{name}", wrap))
+        stack.enter_context(patched(InterpreterBuilder, "create_atomic_rmw", atomic))
+        stack.enter_context(patched(InterpreterBuilder, "create_dot", dot))
+        stack.enter_context(_OnlyMemory(watch, torch_may))
+        yield watch
+
+
+def _counting(watch):
+    def wrap(real):
+        def run(self, *args, **settings):
+            watch.launches.append(self.__name__)
+            watch.inside = True
+            try:
+                return real(self, *args, **settings)
+            finally:
+                watch.inside = False
+
+        return run
+
+    return wrap
+
+
+@contextlib.contextmanager
+def patched(owner, name, wrap):
+    """`owner.name` is `wrap` of itself inside."""
+    real = getattr(owner, name)
+    setattr(owner, name, wrap(real))
+    try:
+        yield
+    finally:
+        setattr(owner, name, real)
+
+
+def launched(
+    candidate, *args, inputs=None, outputs=None, changed=None, what: str = "", hint: str = "", torch_may=()
+) -> Watch:
+    """Call `candidate(*args)`, an answer to a kernel exercise, and make sure that kernels did the work.
+
+    Args:
+        inputs: name → tensor that a kernel must read and nobody may change.
+        outputs: name → tensor of which kernels must write every element; floats must not be NaN afterwards.
+        changed: name → tensor that kernels read and write in place, in part or in whole.
+        what: the case that is tried, for messages.
+        hint: what is said after them.
+        torch_may: names of torch's operations that are allowed beside those that only move memory: "sum".
+
+    Raises:
+        WrongAnswer: with the reason; where it can be told, with the kernel's own line.
+    """
+    need_interpreter()
+    inputs, outputs, changed = inputs or {}, outputs or {}, changed or {}
+    watch = Watch(inputs | outputs | changed, {*inputs, *changed})
+    case = f" ({what})" if what else ""
+    try:
+        with watching(watch, torch_may):
+            candidate(*args)
+        if not watch.launches:
+            raise WrongAnswer(
+                "No kernel was launched: the answer is a @triton.jit kernel and a function that launches it."
+            )
+        for span in watch.named:
+            check_canaries(f"{span.name}{case}", span.tensor)
+            if INTERPRETED:
+                unused = span.name in inputs and span.bytes and span.name not in watch.used
+                expect(not unused, f"No kernel read {span.name}{case}: how can the result depend on it?")
+                _by_kernels_alone(span, span.name in inputs, span.name in outputs, case)
+        for name, tensor in outputs.items():
+            if tensor.dtype.is_floating_point:
+                no_holes(f"{name}{case}", tensor)
+    except WrongAnswer as wrong:
+        raise WrongAnswer(f"{wrong} {hint}" if hint else str(wrong)) from None
+    return watch
+
+
+def _by_kernels_alone(span, is_input, is_output, case):
+    if is_input and span.written.any():
+        raise WrongAnswer(f"{span.name}{case} was written to, but it is an input.")
+    if span.now() != span.left:
+        raise WrongAnswer(f"{span.name}{case} was changed after the last launch, and not by a kernel.")
+    unwritten = ~span.elements(span.written)
+    if is_output and unwritten.any():
+        raise WrongAnswer(
+            f"{span.name}{case}: no program wrote element {np.argwhere(unwritten)[0].tolist()} ({int(unwritten.sum())} "
+            f"of {unwritten.size} elements were not written by a kernel). Does the grid have enough programs, and each "
+            "its own block? Look at the grid."
+        )
+
+
+def watched(call, where: str):
+    """`call()`, a pass of an autograd Function: kernels compute, torch allocates, views and copies.
+
+    Raises:
+        WrongAnswer: torch computed, or no kernel was launched.
+    """
+    need_interpreter()
+    with watching(Watch({}, ())) as watch:
+        made = call()
+    if not watch.launches:
+        raise WrongAnswer(f"The {where} pass launched no kernel.")
+    return made
+
+
+def need_interpreter() -> None:
+    """Refuse to check a kernel where none can run.
+
+    Raises:
+        WrongAnswer: no GPU, and `TRITON_INTERPRET` was not set before the imports.
+    """
+    if not HAS_TRITON:
+        raise WrongAnswer("Triton is not installed on this machine, so no kernel can run.")
+    if not INTERPRETED and not torch.cuda.is_available():
+        raise WrongAnswer('There is no GPU: set os.environ["TRITON_INTERPRET"] = "1" in the first cell and restart.')
