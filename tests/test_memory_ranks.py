@@ -18,7 +18,8 @@ class Alive(LiveMemory):
     most = 0
     def __torch_dispatch__(self, *operation):  # ZeRO-3 empties storages, which no operation shows
         result = super().__torch_dispatch__(*operation)
-        storages = [reference() for _, reference, _ in self._storages.values()]
+        known = list(self._storages.values())  # at once: a thread that communicates may let go of one meanwhile
+        storages = [reference() for _, reference, _ in known]
         self.most = max(self.most, sum(storage.nbytes() for storage in storages if storage is not None))
         return result
 
