@@ -26,7 +26,7 @@
 #
 # * A lesson asks one question. Before each measurement you are asked for a guess: stop there, and write it down. A wrong guess is worth more than a right one. The lesson then sets the result beside it, and `lessons.guesses()` shows all of yours.
 # * Ideas come first on four numbers, then as a few lines of PyTorch, then as the version in the library, whose source is shown.
-# * The course follows five Chinese study documents, called "000" to "004" here. They make 70 claims. Each is measured in one lesson, and a cell puts what the notes say beside what we measure. Some claims turn out wrong. You learn most from those.
+# * The course follows five Chinese study documents, called "000" to "004" here. They make 70 claims. Each is tested in one lesson, and a cell puts what the notes say beside what we measure. Some claims turn out wrong. You learn most from those.
 # * Every lesson has exercises. A checker runs your answer and tells you what is wrong with it. `lessons.hint` and `lessons.solution` help where you are stuck, and `lessons.progress()` shows how far you are.
 #
 # Run the cells from top to bottom. A lesson needs nothing from the one before: each starts in a fresh Python.
@@ -71,7 +71,7 @@ except ValueError as error:
 # %% [markdown]
 # It trains for 30 steps, each on 4 examples: a minute or two of one core's work. (Where the seconds below are more, the machine had other work to do.)
 #
-# **Write down your guess:** 8 requests are kept out of the training. How many per cent of them does the model answer letter by letter, before and after?
+# **Write down your guess:** 8 requests are kept out of the training. What percentage of them does the model answer to the letter, before and after?
 
 # %%
 lessons.guess("00.a", "how many per cent of 8 new requests are answered letter by letter, before and after 30 steps?")
@@ -103,7 +103,7 @@ lessons.measured("00.a", f"{exact[0]:g} % and {exact[1]:g} %")
 assert exact[1] > exact[0]
 
 # %% [markdown]
-# Look at the answers "before" and "after" at the end. The model knew English, but nothing of this house; after 120 examples it answers in the form that was asked for, and mostly rightly. Meanwhile its own numbers were stored in 4 bits each, and not one of them changed: what was learnt is a file of some ten megabytes beside them.
+# Look at the answers "before" and "after" at the end. The model knew English, but nothing of this house; after 120 examples it answers in the form that was asked for, and mostly right. Meanwhile most of its own numbers were stored in 4 bits each, and not one of them changed: what was learnt is a file of some ten megabytes beside them.
 #
 # How that works is the rest of the course. What the lines at the top say comes back below, in "The main job".
 
@@ -325,7 +325,7 @@ lessons.measured("00.d", f"{uniform:.2f}, {loss[0]:.2f}, {loss[1]:.2f}")
 assert loss[1] < loss[0] / 2 < uniform / 4
 
 # %% [markdown]
-# What was there before training is worth most of the way: a model that speaks English already has a far better guess than a uniform one. The run's directory holds the adapter and a record of each step:
+# Most of the way was done before training began: a model that speaks English guesses far better than a uniform one. The run's directory holds the adapter and a record of each step:
 
 # %%
 if fetched:

@@ -509,7 +509,7 @@ assert torch.equal(transposed, x.t()) and counted.sectors_per_store == 32
 # %% [markdown]
 # ## Exercise 02.7: a transposition within 16 sectors
 #
-# Write `transpose(x, out)`, out (N, M) = xᵀ for any M and N, such that neither a load nor a store takes more than 16 sectors a request. (Not 4? A thread that has four neighbours moves 16 bytes at once, and 32 of them ask for 16 sectors, all of them used. The profile's brackets say when fewer would do.)
+# Write `transpose(x, out)`, out (N, M) = xᵀ for any M and N, such that neither a load nor a store takes more than 16 sectors per request. (Not 4? A thread that has four neighbours moves 16 bytes at once, and 32 of them ask for 16 sectors, all of them used. The profile's brackets say when fewer would do.)
 
 
 # %%
@@ -551,7 +551,7 @@ assert torch.equal(turned, tiles.transpose(1, 2)) and counted.wavefronts > 4
 #
 # ## Exercise 02.8: a transposition within 2 wavefronts
 #
-# Write `transpose_tiles(x, out)`: out[t] = x[t]ᵀ for x (T, 32, 32), through shared memory, with at most 2 wavefronts a request and 16 sectors a load and a store. You may begin with the kernel above. Which element lies at which place of the block is yours to choose: what if row $r$ keeps its element of column $c$ at place $32 r + (c \oplus r)$? (`c ^ r` exchanges the columns of a row among themselves, in each row differently.)
+# Write `transpose_tiles(x, out)`: out[t] = x[t]ᵀ for x (T, 32, 32), through shared memory, with at most 2 wavefronts per request and 16 sectors per load and per store. You may begin with the kernel above. Which element lies at which place of the block is yours to choose: what if row $r$ keeps its element of column $c$ at place $32 r + (c \oplus r)$? (`c ^ r` exchanges the columns of a row among themselves, in each row differently.)
 
 
 # %%

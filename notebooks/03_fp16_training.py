@@ -662,4 +662,4 @@ lessons.claim(
 #
 # On a real model: `handtuned finetune --method full --dtype float16` computes in FP16 from FP32 masters, with loss scaling; `--dtype bfloat16` needs none.
 #
-# Next: [04. Where does the memory go?](04_where_memory_goes.ipynb)
+# Next: [04. Where does memory go?](04_where_memory_goes.ipynb)

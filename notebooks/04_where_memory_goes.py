@@ -19,7 +19,7 @@
 #
 # The claims examined here come from document 001 (efficient training) and document 002 (efficient network training).
 #
-# Terms: model states 模型状态, parameter 参数, gradient 梯度, optimizer state 优化器状态, activation 激活值, peak memory 峰值显存, logits 输出层分数, sequence length 上下文长度
+# Terms: model states 模型状态, parameter 参数, gradient 梯度, optimizer state 优化器状态, activation 激活值, peak memory 峰值显存, logits 输出层分数, sequence length 序列长度, context length 上下文长度
 
 # %%
 from dataclasses import replace
@@ -327,7 +327,7 @@ lessons.claim(
 # %% [markdown]
 # The scores grow with the *square* of the sequence. Fused attention (Flash attention and its kin) computes them in tiles and keeps none; torch's `scaled_dot_product_attention` does so wherever it can.
 #
-# **Write down your guess:** for 512 tokens and 4 heads, how many times as many bytes does attention by hand keep for backward as the fused one? And 001 says that the activations of a 7B model take 10–50 GB with one row of 2048 tokens: how many are it, with and without fused attention?
+# **Write down your guess:** for 512 tokens and 4 heads, how many times as many bytes does attention by hand keep for backward as the fused one? And 001 says that the activations of a 7B model take 10–50 GB with one row of 2048 tokens: how many GB is it, with and without fused attention?
 
 # %%
 lessons.guess("04.d", "512 tokens, 4 heads: how many times as many bytes does attention by hand keep?")

@@ -15,7 +15,7 @@
 #
 # Fine-tuning turns a weight matrix W into W + ΔW. Training ΔW in full costs 16 bytes for each of its numbers
 # (lesson [04](04_where_memory_goes.ipynb)). LoRA, low-rank adaptation, writes ΔW as a product of two thin matrices
-# and trains only those. This lesson asks when that can work, builds the layer number by number, and tests twelve
+# and trains only those. This lesson asks when that can work, builds the layer number by number, and tests fourteen
 # sentences of the study documents.
 #
 # You need: a little torch, the words *gradient* and *optimizer*, and for section 7 what a Triton program is
@@ -66,7 +66,7 @@ np.set_printoptions(precision=3, suppress=True)
 # matrix of rank r that is nearest to the original, in the sense of summed squares (Eckart and Young, 1936). What is
 # lost is known in advance: the error is √(σ²ᵣ₊₁ + σ²ᵣ₊₂ + …).
 #
-# **Write down your guess.** For a 5 × 3 matrix, what shapes have U and V? 000 says that U is n × n and V is m × n.
+# **Write down your guess.** For a 5 × 3 matrix, what shapes do U and V have? 000 says that U is n × n and V is m × n.
 
 # %%
 lessons.guess("07.a", "for a 5 × 3 matrix, what shapes have U and V?")
@@ -732,7 +732,7 @@ source(lora._forward)
 # from 003's three lines? **Write down your guess**, and the smallest value of SiLU.
 #
 # 003 also says that this block, SwiGLU, does better than one with GELU, ReLU or SiLU, for three reasons: the gate, the
-# product with a second projection, and SiLU itself, smooth and with an answer below zero. **Write down your guess**:
+# product with a second projection, and SiLU itself, smooth and not zero below zero. **Write down your guess**:
 # which of them do comparisons at equal size bear out?
 
 # %%
@@ -879,4 +879,4 @@ claim(
 #
 # On a real model: `handtuned finetune --method lora`, or every parameter with `--method full`.
 #
-# Next: [08 How does LoRA live in a model?](08_lora_in_a_model.ipynb)
+# Next: [08. How does LoRA live in a model?](08_lora_in_a_model.ipynb)

@@ -756,4 +756,4 @@ else:
 #
 # On a real model: `handtuned finetune --method lora --target-modules q_proj v_proj`, then `handtuned merge --adapter handtuned-out/run-1 --out merged`.
 #
-# Next: [09 How do 4 bits hold a weight?](09_four_bits.ipynb)
+# Next: [09. How do 4 bits hold a weight?](09_four_bits.ipynb)

@@ -15,7 +15,7 @@
 #
 # Four bits have 16 patterns. So a weight stored in 4 bits is one of 16 numbers, and everything depends on *which* 16
 # and on how they are scaled to the weights at hand. This lesson builds two such schemes by hand, looks at where NF4's
-# odd levels come from, halves the cost of the scales once more, reads the kernel that undoes it all, and ends with the
+# odd levels come from, cuts the cost of the scales to about a quarter, reads the kernel that undoes it all, and ends with the
 # study documents' last question: what has this to do with product quantization?
 #
 # Some words. To **quantize** is to round to a small set of levels; a level's number is its **code**; the table of
@@ -25,7 +25,7 @@
 # You need lesson [02](02_writing_a_kernel.ipynb) for the kernel words. The documents: 003 (QLoRA diary), 004 (LoRA
 # lesson).
 #
-# Terms: quantization 量化, codebook 码本, scale 缩放因子, zero point 零点, block 分块, double quantization 双重量化, NF4 (4-bit NormalFloat) 4 位正态浮点, product quantization 乘积量化, k-means k 均值聚类
+# Terms: quantization 量化, codebook 码本, scale 缩放因子, zero point 零点, quantization block 量化块, double quantization 双重量化, NF4 (4-bit NormalFloat) 4 位正态浮点, product quantization 乘积量化, k-means k 均值聚类
 
 # %%
 import os
@@ -424,7 +424,7 @@ lessons.check("09.3", dequantize);
 #
 # This is the third kernel that the course is about. The scales come as 8-bit codes themselves, and are decoded in the kernel, never written out (section 4):
 #
-# $$\\mathrm{scale}_j = \\mathrm{table}[c_j] \\cdot \\mathrm{constant}[\\lfloor j / \\mathit{nested\\_block} \\rfloor] + \\mathrm{offset}$$
+# $$\mathrm{scale}_j = \mathrm{table}[c_j] \cdot \mathrm{constant}[\lfloor j / \mathit{nested\_block} \rfloor] + \mathrm{offset}$$
 #
 # Write `dequantize_nested(packed, codes, constants, table, offset, levels, out, block_size, nested_block)`: `codes` is uint8, one for each block; `table` holds 256 fp32 values; `offset` has one element.
 
@@ -458,7 +458,7 @@ def quantize(x, levels, packed, absmax, block_size):
 lessons.check("09.5", quantize);
 
 # %% [markdown]
-# **The last rung.** The library's kernels compute the same, to the bit. Beyond yours, dequantize writes 16 bytes a thread and looks codes up in 16 banks of shared memory that never collide (section 7, and 02.8); quantize searches no 15 borders: 32 cells hold one border at most, so two look-ups replace the search; it takes its maximum over the *bits*, so that NaN cannot hide. What that is worth, counted in the emulator on 65,536 values:
+# **The last rung.** The library's kernels compute the same, to the bit. Beyond yours, dequantize writes 16 bytes per thread and looks codes up in 16 banks of shared memory that never collide (section 7, and 02.8); quantize searches no 15 borders: 32 cells hold one border at most, so two look-ups replace the search; it takes its maximum over the *bits*, so that NaN cannot hide. What that is worth, counted in the emulator on 65,536 values:
 
 # %%
 from handtuned.kernels import nf4_quantize as library
@@ -598,4 +598,4 @@ claim(
 #
 # On a real model: `handtuned finetune` packs all linear layers into NF4 with double quantization first, and says what that saves.
 #
-# Next: [10 How does QLoRA train through 4 bits?](10_qlora.ipynb)
+# Next: [10. How does QLoRA train through 4 bits?](10_qlora.ipynb)

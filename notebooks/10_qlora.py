@@ -456,8 +456,8 @@ lessons.check("10.4", QLoRA.apply);
 # %% [markdown]
 # ## 8. One row at a time: the kernel
 #
-# Generating text multiplies one row x by every weight. Then the time is that of reading W, and reading codes is four times
-# cheaper than reading fp16. With many rows, on a GPU, a dense W pays: it is made once and used by all. In between, tiles of W
+# Generating text multiplies one row x by every weight. Then the time is that of reading W, and reading codes costs about
+# a quarter of reading fp16. With many rows, on a GPU, a dense W pays: it is made once and used by all. In between, tiles of W
 # are decoded beside the tensor cores ("fused"). On a GPU the library measures the possible ways once for each kind of size
 # and keeps the fastest; elsewhere a table decides by the number of rows M (CPUs have their own way, see below):
 
@@ -568,4 +568,4 @@ else:
 #
 # On a real model: `handtuned finetune --method qlora`.
 #
-# Next: [11 How do many machines share one model?](11_many_machines.ipynb)
+# Next: [11. How do many machines share one model?](11_many_machines.ipynb)

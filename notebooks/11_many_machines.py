@@ -13,7 +13,7 @@
 # %% [markdown]
 # # 11. How do many machines share one model?
 #
-# Eight GPUs that each hold the whole model, the whole optimizer and an eighth of the batch: that is data parallelism, and seven eighths of its memory are copies. *ZeRO* cuts the copies away, one kind after the other. In this lesson two processes on your machine train one model in six ways. They learn the same to the bit, and you count the bytes that each holds and the numbers that each sends.
+# Eight GPUs that each hold the whole model, the whole optimizer and an eighth of the batch: that is data parallelism, and seven eighths of its memory are copies. *ZeRO* cuts the copies away, one kind after the other. In this lesson two processes on your machine train one model in seven ways. They learn the same to the bit, and you count the bytes that each holds and the numbers that each sends.
 #
 # You need [lesson 04](04_where_memory_goes.ipynb) (16 bytes per parameter) and [lesson 06](06_faking_a_big_batch.ipynb) (the gradient of a batch in parts). The claims come from document 002 (efficient network training).
 #

@@ -15,7 +15,7 @@
 #
 # You have a model, a task and a number of bytes. What do you do? This lesson puts the course together: full fine-tuning, LoRA and QLoRA on one small model, measured in bytes and in loss; the question of the rank, on which the documents contradict themselves; and a search that chooses the settings for you within a budget.
 #
-# You need [lesson 04](04_where_memory_goes.ipynb) (where memory goes), [08](08_lora_in_a_model.ipynb) (LoRA) and [10](10_qlora.ipynb) (QLoRA). The claims come from documents 001 (efficient training), 003 (QLoRA diary) and 004 (LoRA lesson).
+# You need [lesson 04](04_where_memory_goes.ipynb) (where memory goes), [08](08_lora_in_a_model.ipynb) (LoRA) and [10](10_qlora.ipynb) (QLoRA). The claims come from all five documents.
 #
 # Terms: full fine-tuning 全量微调, rank 秩, hyperparameter 超参数, search 搜索, AutoML 自动机器学习, held-out 留出集, Pareto front 帕累托前沿
 
@@ -73,7 +73,7 @@ for name, settings in {
 # The base model learns to turn the spoken requests that ship with the package into JSON commands. Then it is fine-tuned on two new tasks, on the same requests:
 #
 # - **backwards:** the fields of the command in reverse order. Nothing new to know, only another order.
-# - **cipher:** every word of the command is replaced by another one, by a fixed table of some hundred words. All of the table has to be learnt.
+# - **cipher:** every word of the command is replaced by another one, by a fixed table, some 160 words in all. All of the table has to be learnt.
 #
 # Rows are cut into training, validation (for choosing) and test (looked at once, at the end).
 
@@ -340,7 +340,7 @@ lessons.claim(
 )
 
 # %% [markdown]
-# Why do the tasks differ? Reversing the fields is one rule, the same for every word: a change of a few directions. The table has a separate entry for each word, so the update must act on hundreds of directions independently, and a product of rank 4 has four ([lesson 07](07_low_rank_updates.ipynb)). When you fine-tune, ask which of the two your task resembles: a new form for what the model knows, or new facts.
+# Why do the tasks differ? Reversing the fields is one rule, the same for every word: a change of a few directions. The table has a separate entry for each word, so the update must act in many directions independently, and a product of rank 4 has four ([lesson 07](07_low_rank_updates.ipynb)). When you fine-tune, ask which of the two your task resembles: a new form for what the model knows, or new facts.
 #
 # ## Let a search choose
 #

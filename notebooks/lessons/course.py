@@ -106,12 +106,12 @@ _WORDS = {
     "en": {"levels": ("easy", "medium", "hard"), "badge": "Open in Colab", "minutes": "about {} minutes",
            "other": "中文", "papers": "Papers", "then": "Read next", "stop": ".", "comma": "; ",
            "real": "On a real model: ",
-           "ran": "Cut down to a minute or two and run once, on a machine with other work to do (so its times are no "
-                  "measurement; … marks lines left out):"},
+           "ran": "Cut short and run once, on a machine with other work to do (so its times are no measurement; … "
+                  "marks lines left out):"},
     "zh": {"levels": ("容易", "中等", "较难"), "badge": "在 Colab 中打开", "minutes": "约 {} 分钟", "other": "English",
            "papers": "论文", "then": "接着读", "stop": "。", "comma": "；",
            "real": "在真实模型上：",
-           "ran": "缩减到一两分钟、运行一次的输出（机器同时还有别的工作，所以其中的时间不算测量；“…”表示略去的行）："},
+           "ran": "以下是缩短后运行一次的输出（机器当时还有别的工作，所以其中的时间不算测量；“…”表示略去的行）："},
 }  # fmt: skip
 
 
