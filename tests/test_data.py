@@ -1,5 +1,8 @@
 """Chats → examples → batches."""
 
+import dataclasses
+import os
+
 import numpy as np
 import pytest
 import torch
@@ -213,6 +216,23 @@ class TestEncoding:
             f"rows dropped, too long for max_seq_length {first_answer + 1} tokens: 1",
         ]
         assert data.encode_rows(rows[:3], tokenizer, 1000).notes == []
+
+    @pytest.mark.parametrize("cores", [1, 2])
+    def test_many_rows_are_shared_out_among_the_cores(self, cores, monkeypatch):
+        template = "{% if messages[0]['content'] == 'bad' %}{{ raise_exception('no') }}{% endif %}" + CHATML
+        tokenizer, rows, encode = make_tokenizer(template), [CHAT, AS_CHAT] * 100, data.encode
+        rows[150] = [{"role": "user", "content": "bad"}, AS_CHAT[1]]
+        monkeypatch.setattr(data, "encode", lambda *args: dataclasses.replace(encode(*args), cut=os.getpid()))
+        monkeypatch.setattr(data.os, "sched_getaffinity", lambda process: set(range(cores)))
+        alone = data.encode_rows(rows, tokenizer, 1000, skip_bad_rows=True)
+        monkeypatch.setattr(data, "MANY_ROWS", 200)
+        shared = data.encode_rows(rows, tokenizer, 1000, skip_bad_rows=True)
+        assert (shared.rows, shared.notes) == (alone.rows, alone.notes) and "row 151" in alone.notes[-1]
+        assert data.digest(shared.examples) == data.digest(alone.examples)
+        assert {example.cut for example in alone.examples} == {os.getpid()}
+        assert (os.getpid() in {example.cut for example in shared.examples}) == (cores == 1)
+        with pytest.raises(DataError, match="row 151: the chat template refuses this chat"):
+            data.encode_rows(rows, tokenizer, 1000)
 
     def test_pain_19_nothing_left_to_learn_is_an_error(self):
         tokenizer = make_tokenizer(CHATML)

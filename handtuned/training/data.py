@@ -4,8 +4,12 @@ The order of batches is a pure function of the step: a resumed run has no positi
 """
 
 import hashlib
+import multiprocessing
+import os
 import re
-from collections.abc import Sequence
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -143,15 +147,19 @@ def encode_rows(rows: Sequence[Chat], tokenizer, max_seq_length: int, skip_bad_r
     """
     from tqdm import tqdm
 
+    def encoded(at: int) -> Example | DataError:
+        try:
+            return encode(rows[at], tokenizer, max_seq_length, train_on)
+        except DataError as error:
+            return error
+
     examples, kept, refused, dropped = [], [], [], 0
     bar = tqdm(rows, desc="encoding", unit="row", dynamic_ncols=True, leave=False, delay=2)  # s
-    for number, row in enumerate(bar, start=1):
-        try:
-            example = encode(row, tokenizer, max_seq_length, train_on)
-        except DataError as error:
-            reason = f"{getattr(row, 'where', None) or f'row {number}'}: {error}"
+    for number, (row, example) in enumerate(zip(bar, _on_all_cores(encoded, len(rows)), strict=True), start=1):
+        if isinstance(example, DataError):
+            reason = f"{getattr(row, 'where', None) or f'row {number}'}: {example}"
             if not skip_bad_rows:
-                raise DataError(reason) from None
+                raise DataError(reason)
             refused.append(reason)
             continue
         if example.answer_tokens == 0 or (drop_long_rows and example.cut):
@@ -174,6 +182,33 @@ def encode_rows(rows: Sequence[Chat], tokenizer, max_seq_length: int, skip_bad_r
     if refused:
         notes.append(f"bad rows skipped: {len(refused)}, the first: {'; '.join(refused[:3])}")
     return EncodedRows(examples, kept, notes)
+
+
+MANY_ROWS = 4000  # fewer are done before processes have started
+
+
+def _on_all_cores(function: Callable, count: int) -> Iterator:
+    """`function(0)` … `function(count - 1)`, in order. Where they are many, forked processes share them, which have all
+    that the function refers to and send back only what it returns."""
+    cores = 1
+    if sys.platform == "linux":
+        cores = len(os.sched_getaffinity(0)) // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    if count < MANY_ROWS or cores < 2:
+        yield from map(function, range(count))
+        return
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # else tokenizers warns of each fork
+    fork = multiprocessing.get_context("fork")
+    with ProcessPoolExecutor(cores, fork, initializer=_remember, initargs=(function,)) as pool:
+        yield from pool.map(_call_remembered, range(count), chunksize=64)
+
+
+def _remember(function: Callable) -> None:
+    global _remembered
+    _remembered = function
+
+
+def _call_remembered(at: int):
+    return _remembered(at)
 
 
 def collate(examples: Sequence[Example], pad_id: int, device: torch.device | str = "cpu",
