@@ -3,6 +3,7 @@
 import argparse
 import contextlib
 import dataclasses
+import gc
 
 import torch
 
@@ -97,7 +98,10 @@ def _measured(wanted: dict, place: torch.device) -> Measurement:
     if not isinstance(wanted["model"], str):
         raise ValueError(f"--measure must have a model to load, got {wanted['model']:g} parameters")
     dtype = getattr(torch, wanted["dtype"])
+    gc.collect()
+    others = measure(lambda: None, device=place.type).before  # tensors of this process that are not of the step
     loaded, _ = load_base(wanted["model"], wanted["method"], dtype, place, wanted["skip"], wanted["trust_remote_code"])
     names = ("method", "optimizer", "batch", "seq", "checkpoint", "logits", "accumulation_steps", "adapt")
     step = training_step(loaded, dtype=dtype, **{name: wanted[name] for name in names})
-    return measure(step, device=place.type)
+    found = measure(step, device=place.type)
+    return dataclasses.replace(found, before=found.before - others, peak=found.peak - others)

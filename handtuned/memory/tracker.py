@@ -17,6 +17,7 @@ from ..nn.checkpoint_layers import checkpoint_layers
 from ..nn.live_memory import LiveMemory
 from ..training.evaluation import CausalLM
 from ..training.loop import OPTIMIZERS
+from ..training.models import train_whole
 from .breakdown import both, size
 
 
@@ -80,12 +81,14 @@ def training_step(model, method: str, batch: int, seq: int, checkpoint: bool | C
                   optimizer: str = "adamw") -> Callable[[], None]:  # fmt: skip
     """A function that does one step on random tokens: forward, loss, backward, optimizer; in 16 bits with FP32 masters.
 
-    It has run once when it is returned, so that the optimizer's state is there. `model` is a transformers causal LM, its
-    linears in NF4 if the method is "qlora", and is changed; `dtype` is that of the computation, by autocast; the rest
-    is as for `estimate`.
+    It has run once when it is returned, so that the optimizer's state is there. `model` is a transformers causal LM,
+    its linears in NF4 if the method is "qlora", and is changed; `dtype` is that of the computation, by autocast; the
+    rest is as for `estimate`.
     """
-    model.requires_grad_(method == "full")
-    if method != "full":
+    model.requires_grad_(False)
+    if method == "full":
+        train_whole(model)
+    else:
         (adapt or partial(apply_lora_to_model, rank=lora_r, target_modules=target_modules))(model)
     parameters = [p for p in model.parameters() if p.requires_grad]
     if checkpoint:
