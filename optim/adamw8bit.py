@@ -133,6 +133,9 @@ class AdamW8bit(torch.optim.Optimizer):
             step = state["step"] = torch.zeros((), dtype=torch.float32, device=param.device)
         whole = getattr(param, "whole_elements", param.numel())  # ZeroOptimizer's shards know those of the whole tensor
         if self.block_of(whole, group["min_elements"]) == 1:
+            if state.keys() >= ENCODED.keys():  # by another `min_elements`
+                decoded = _decoded(*(state.pop(key) for key in ENCODED))
+                state.update(zip(WIDE, (moment.view(param.shape) for moment in decoded), strict=True))
             for key in WIDE:
                 state.setdefault(key, torch.zeros_like(param, dtype=torch.float32))
             _update(group, param, param.grad, *(state[key] for key in WIDE), step)
@@ -150,8 +153,7 @@ class AdamW8bit(torch.optim.Optimizer):
                 zeros = torch.zeros(end - at, dtype=torch.float32, device=param.device)
                 moments = [wide[key][at:end] if wide else zeros.clone() for key in WIDE]
             else:
-                moments = [dequantize_blocks(*parts[:2], signed=True), dequantize_blocks(*parts[2:], signed=False)]
-                moments[1].square_()
+                moments = _decoded(*parts)
             _update(group, flat[at:end], grad[at:end], *moments, count)
             new = *quantize_blocks(moments[0], True), *quantize_blocks(rounded_sqrt(moments[1]), False)
             for part, value in zip(parts, new, strict=True):
@@ -159,6 +161,11 @@ class AdamW8bit(torch.optim.Optimizer):
         step.add_(1)
         if flat.data_ptr() != param.data_ptr():  # not contiguous
             param.copy_(flat.view(param.shape))
+
+
+def _decoded(levels, scale, root_levels, root_scale) -> tuple[torch.Tensor, torch.Tensor]:
+    """Both moments, (n,) float32 each."""
+    return dequantize_blocks(levels, scale, True), dequantize_blocks(root_levels, root_scale, False).square_()
 
 
 def _update(group: dict, param: torch.Tensor, grad: torch.Tensor, exp_avg, exp_avg_sq, step) -> None:

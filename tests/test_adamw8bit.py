@@ -194,3 +194,18 @@ def test_what_a_step_takes_is_bounded(monkeypatch):
     with LiveMemory("cpu") as memory:
         optimizer.step()
     assert memory.peak_added < 1.2 * adamw8bit.BYTES_WHILE_STEPPING * 2**15, "of one piece in four"
+
+
+@pytest.mark.parametrize(("before", "after"), [(0, 10**9), (10**9, 0)])
+def test_another_min_elements_takes_the_moments_over(before, after):
+    param = torch.nn.Parameter(torch.randn(40, 30))
+    param.grad = torch.randn(40, 30)
+    optimizer = AdamW8bit([param], min_elements=before)
+    optimizer.step()
+    optimizer.param_groups[0]["min_elements"] = after
+    optimizer.step()
+    state, g = optimizer.state[param], param.grad
+    assert state.keys() == ({"step", "exp_avg", "exp_avg_sq"} if after else {"step", *adamw8bit.ENCODED})
+    moments = (state["exp_avg"], state["exp_avg_sq"]) if after else adamw8bit._decoded(*list(state.values())[1:])
+    for moment, beta, each in zip(moments, (0.9, 0.999), (g, g * g), strict=True):
+        assert (moment.view(g.shape) - (1 - beta**2) * each).norm() < 0.02 * ((1 - beta**2) * each).norm()
