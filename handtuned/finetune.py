@@ -110,6 +110,10 @@ def finetune(settings: FinetuneSettings, world: World | None = None, checkpoint:
         rows = logging.Metrics(directory / "metrics.jsonl").rows()
         logging.draw_loss(rows, directory / "loss.png", f"{Path(settings.model).name}, {settings.method}")
     print(logging.summary(results, directory))
+    lost = [results[when] and results[when]["loss"] is None for when in ("before", "after")]
+    if lost == [False, True]:  # by the last step: what each before it did was seen in the next
+        raise loop.Diverged("the loss on held-out rows is not finite after the last step; a lower --learning-rate than "
+                            f"{settings.learning_rate:g} is what most often helps")  # fmt: skip
     return results
 
 

@@ -118,7 +118,7 @@ def check_fit(model: nn.Module, config: AdapterConfig, tensors: AdapterTensors, 
     settings = {path: values[names.get(path, path)] for path in layers} | joined.settings
     for path, layer in layers.items():
         _check_layer(path, layer, settings[path][0], config.use_dora, tensors.layers[path], held.get(path), name)
-    base = _tensors_of(layers)
+    base = _tensors_of(layers) if tensors.base else {}
     for key, tensor in tensors.base.items():
         own = base.get(key)
         if own is None:

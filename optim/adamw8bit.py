@@ -7,8 +7,9 @@ below. Large values get a relative precision of about 1 %, and values a million 
 
 The first moment uses signed levels. Of the second, the root is stored, with unsigned ones: its small values stand in
 the update's denominator, and the root halves the decades that they span. No v > 0 is stored as zero (down to 1e-24 of
-its block's largest), which would turn the division by √v + ε into one by ε alone. A step decodes one tensor's moments
-to FP32, updates as `AdamW` does, and encodes them again. Bytes per parameter: 2 + 2·4/256 = 2.03.
+its block's largest), which would turn the division by √v + ε into one by ε alone. A step decodes the moments to FP32,
+updates as `AdamW` does, and encodes them again, a piece of a tensor after the other, or those of an embedding table
+alone would take more than all the 8-bit moments. Bytes per parameter: 2 + 2·4/256 = 2.03.
 """
 
 from functools import lru_cache
@@ -23,6 +24,9 @@ from .adamw import MOMENTS, check_last_group, step_function
 BLOCK_SIZE = 256
 # State that is flat: key → elements of the parameter per entry.
 ENCODED = {"exp_avg_levels": 1, "exp_avg_scale": BLOCK_SIZE, "exp_avg_sq_levels": 1, "exp_avg_sq_scale": BLOCK_SIZE}
+WIDE = "exp_avg", "exp_avg_sq"
+PIECE = 2**20  # elements that are updated at once, a multiple of the block
+BYTES_WHILE_STEPPING = 20  # per element of a piece, most at once on a CPU
 _levels = lru_cache(dynamic_map)
 HALF_RANGE = 2.0**15  # a block's largest value in FP16: as far from overflow as small ones from underflow
 
@@ -124,36 +128,51 @@ class AdamW8bit(torch.optim.Optimizer):
     def _step_one(self, group: dict, param: torch.Tensor) -> None:
         if param.grad.is_sparse:
             raise RuntimeError("AdamW8bit does not support sparse gradients")
-        state = self.state[param]
-        if not state:
-            state["step"] = torch.zeros((), dtype=torch.float32, device=param.device)
-            state["exp_avg"], state["exp_avg_sq"] = (torch.zeros_like(param, dtype=torch.float32) for _ in range(2))
-        exp_avg, exp_avg_sq = self._load(state, param)
-        # Moments and arithmetic are FP32; a 16-bit parameter receives the result rounded.
-        wide = param if param.dtype == torch.float32 else param.float()
-        tensors = [wide], [param.grad.to(wide.dtype)], [exp_avg], [exp_avg_sq], [state["step"]], [None]
-        rates = float(group["lr"]), group["betas"], group["eps"], group["weight_decay"], group["maximize"]
-        step_function(wide)([ParamGroup(*tensors, *rates)])
-        if wide is not param:
-            param.copy_(wide)
+        state, step = self.state[param], self.state[param].get("step")
+        if step is None:
+            step = state["step"] = torch.zeros((), dtype=torch.float32, device=param.device)
         whole = getattr(param, "whole_elements", param.numel())  # ZeroOptimizer's shards know those of the whole tensor
-        self._store(state, exp_avg, exp_avg_sq, self.block_of(whole, group["min_elements"]) == 1)
-
-    @staticmethod
-    def _load(state: dict, param: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        if "exp_avg" in state:
-            return state["exp_avg"], state["exp_avg_sq"]
-        exp_avg = dequantize_blocks(state["exp_avg_levels"], state["exp_avg_scale"], signed=True)
-        root = dequantize_blocks(state["exp_avg_sq_levels"], state["exp_avg_sq_scale"], signed=False)
-        return exp_avg.view(param.shape), root.square_().view(param.shape)
-
-    @staticmethod
-    def _store(state: dict, exp_avg: torch.Tensor, exp_avg_sq: torch.Tensor, small: bool) -> None:
-        for key in state.keys() - {"step"}:
-            del state[key]
-        if small:
-            state["exp_avg"], state["exp_avg_sq"] = exp_avg, exp_avg_sq
+        if self.block_of(whole, group["min_elements"]) == 1:
+            if state.keys() >= ENCODED.keys():  # by another `min_elements`
+                decoded = _decoded(*(state.pop(key) for key in ENCODED))
+                state.update(zip(WIDE, (moment.view(param.shape) for moment in decoded), strict=True))
+            for key in WIDE:
+                state.setdefault(key, torch.zeros_like(param, dtype=torch.float32))
+            _update(group, param, param.grad, *(state[key] for key in WIDE), step)
             return
-        state["exp_avg_levels"], state["exp_avg_scale"] = quantize_blocks(exp_avg, signed=True)
-        root = rounded_sqrt(exp_avg_sq)
-        state["exp_avg_sq_levels"], state["exp_avg_sq_scale"] = quantize_blocks(root, signed=False)
+        wide = {key: state.pop(key).reshape(-1) for key in WIDE if key in state}  # AdamW's, to be encoded
+        first = not state.keys() >= ENCODED.keys()
+        for key, block in ENCODED.items() if first else ():
+            dtype = torch.uint8 if block == 1 else torch.float32
+            state[key] = torch.empty(-(-param.numel() // block), dtype=dtype, device=param.device)
+        flat, grad = param.reshape(-1), param.grad.reshape(-1)
+        for at in range(0, flat.numel(), PIECE):
+            end, count = min(at + PIECE, flat.numel()), step.clone()
+            parts = [state[key][at // block : -(-end // block)] for key, block in ENCODED.items()]
+            if first:
+                zeros = torch.zeros(end - at, dtype=torch.float32, device=param.device)
+                moments = [wide[key][at:end] if wide else zeros.clone() for key in WIDE]
+            else:
+                moments = _decoded(*parts)
+            _update(group, flat[at:end], grad[at:end], *moments, count)
+            new = *quantize_blocks(moments[0], True), *quantize_blocks(rounded_sqrt(moments[1]), False)
+            for part, value in zip(parts, new, strict=True):
+                part.copy_(value)
+        step.add_(1)
+        if flat.data_ptr() != param.data_ptr():  # not contiguous
+            param.copy_(flat.view(param.shape))
+
+
+def _decoded(levels, scale, root_levels, root_scale) -> tuple[torch.Tensor, torch.Tensor]:
+    """Both moments, (n,) float32 each."""
+    return dequantize_blocks(levels, scale, True), dequantize_blocks(root_levels, root_scale, False).square_()
+
+
+def _update(group: dict, param: torch.Tensor, grad: torch.Tensor, exp_avg, exp_avg_sq, step) -> None:
+    """Moments and arithmetic are FP32; a 16-bit parameter receives the result rounded."""
+    wide = param.float()
+    tensors = [wide], [grad.to(wide.dtype)], [exp_avg], [exp_avg_sq], [step], [None]
+    rates = float(group["lr"]), group["betas"], group["eps"], group["weight_decay"], group["maximize"]
+    step_function(wide)([ParamGroup(*tensors, *rates)])
+    if wide is not param:
+        param.copy_(wide)

@@ -5,7 +5,8 @@ import copy
 import pytest
 import torch
 import torch.nn.functional as F
-from handtuned.optim import AdamW, AdamW8bit
+from handtuned.nn.live_memory import LiveMemory
+from handtuned.optim import AdamW, AdamW8bit, adamw8bit
 from handtuned.optim.adamw8bit import dequantize_blocks, quantize_blocks, quantize_blocks_reference
 from handtuned.quant import dynamic_map
 
@@ -164,3 +165,47 @@ def test_closure_and_errors():
     embedding(torch.tensor([1])).sum().backward()
     with pytest.raises(RuntimeError, match="sparse"):
         AdamW8bit(embedding.parameters()).step()
+
+
+def test_a_large_tensor_is_stepped_in_pieces_and_to_the_same_bits(monkeypatch):
+    """Its FP32 moments are never there at once; a tensor that is not contiguous is stepped as one that is."""
+    made = []
+    for piece, turned in ((2**20, False), (512, False), (512, True)):
+        monkeypatch.setattr(adamw8bit, "PIECE", piece)
+        torch.manual_seed(0)
+        param, grads = torch.randn(90, 70), torch.randn(3, 90, 70)
+        param = torch.nn.Parameter(param.t().contiguous().t() if turned else param)
+        optimizer = adamw8bit.AdamW8bit([param], lr=0.1)
+        for grad in grads:
+            param.grad = grad
+            optimizer.step()
+        assert optimizer.state[param]["step"] == 3
+        state = optimizer.state[param].values()
+        made.append(torch.cat([param.detach().flatten(), *(value.flatten().float() for value in state)]))
+    assert torch.equal(made[0], made[1]) and torch.equal(made[1], made[2])
+
+
+def test_what_a_step_takes_is_bounded(monkeypatch):
+    monkeypatch.setattr(adamw8bit, "PIECE", 2**15)
+    param = torch.nn.Parameter(torch.zeros(2**17))
+    optimizer = adamw8bit.AdamW8bit([param])
+    param.grad = torch.ones_like(param)
+    optimizer.step()
+    with LiveMemory("cpu") as memory:
+        optimizer.step()
+    assert memory.peak_added < 1.2 * adamw8bit.BYTES_WHILE_STEPPING * 2**15, "of one piece in four"
+
+
+@pytest.mark.parametrize(("before", "after"), [(0, 10**9), (10**9, 0)])
+def test_another_min_elements_takes_the_moments_over(before, after):
+    param = torch.nn.Parameter(torch.randn(40, 30))
+    param.grad = torch.randn(40, 30)
+    optimizer = AdamW8bit([param], min_elements=before)
+    optimizer.step()
+    optimizer.param_groups[0]["min_elements"] = after
+    optimizer.step()
+    state, g = optimizer.state[param], param.grad
+    assert state.keys() == ({"step", "exp_avg", "exp_avg_sq"} if after else {"step", *adamw8bit.ENCODED})
+    moments = (state["exp_avg"], state["exp_avg_sq"]) if after else adamw8bit._decoded(*list(state.values())[1:])
+    for moment, beta, each in zip(moments, (0.9, 0.999), (g, g * g), strict=True):
+        assert (moment.view(g.shape) - (1 - beta**2) * each).norm() < 0.02 * ((1 - beta**2) * each).norm()

@@ -180,3 +180,18 @@ def test_a_generation_config_that_transformers_would_not_save_is_mended(rows, tm
     assert finetune(place, rows, tmp_path / "out", "--method", "full", "--max-steps", "1") == 0
     assert "generation_config.json, which transformers would not save as it is" in capsys.readouterr().out
     assert (tmp_path / "out" / "model.safetensors").exists()
+
+
+def test_a_vision_tower_is_left_as_it_is(tmp_path):
+    """No row reaches it, and weight decay alone would wear it away."""
+    import tiny_architectures
+    from safetensors.torch import load_file
+
+    tiny_architectures.make("qwen3_vl", tmp_path / "model")
+    rows = tiny_architectures.write_rows(tmp_path / "rows.jsonl")
+    flags = ["--method", "full", "--max-steps", "2", "--weight-decay", "0.1"]
+    with pytest.warns(UserWarning, match=r"--method full leaves out model.visual with 50.7% of the parameters"):
+        assert finetune(str(tmp_path / "model"), rows, tmp_path / "out", *flags) == 0
+    before, after = (load_file(tmp_path / place / "model.safetensors") for place in ("model", "out"))
+    moved = {name for name in before if not torch.equal(before[name], after[name])}
+    assert moved and moved <= {name for name in before if "language_model" in name}

@@ -49,6 +49,9 @@ def test_pain_11_a_typo_in_targets_adapts_nothing(model_dir, rows, tmp_path, cap
     (["--rank-pattern", "q_proj=1.5"], "--rank-pattern must be of the form NAME=NUMBER, got q_proj=1.5"),
     (["--rank-pattern", "q_porj=4"], "rank_pattern or alpha_pattern: 'q_porj' fits none"),
     (["--alpha-pattern", "q_proj=x"], "--alpha-pattern must be of the form"),
+    (["--alpha-pattern", "q_proj=0"], "--alpha-pattern must give finite numbers above 0, got q_proj=0"),
+    (["--requantize"], "--requantize is for experts in MXFP4, and the files hold none"),
+    (["--requantize", "--method", "lora"], "--requantize makes NF4 under --method qlora, got --method lora"),
     (["--exclude-modules", "w1"], "exclude_modules: ['w1'] fits none"),
     (["--layers-to-transform", "9"], "layers_to_transform: [9] fits none"),
     (["--layers-to-transform", "x"], "--layers-to-transform"),
@@ -104,6 +107,12 @@ def test_a_loss_that_is_no_number_stops_the_run_before_the_weights_are_lost(mode
     assert "step 2: the loss is nan" in capsys.readouterr().err
     (line,) = (out / "metrics.jsonl").read_text().splitlines()
     assert json.loads(line, parse_constant=pytest.fail)["step"] == 1
+
+
+def test_a_model_that_the_last_step_broke_is_no_success(model_dir, rows, tmp_path, capsys):
+    out = tmp_path / "out"
+    assert finetune(model_dir, rows, out, "--max-steps", "1", "--learning-rate", "1e30") == 2
+    assert "not finite after the last step; a lower --learning-rate than 1e+30" in capsys.readouterr().err
 
 
 def test_metrics_are_json_when_loss_scaling_skips_a_step(tmp_path):

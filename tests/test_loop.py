@@ -127,6 +127,16 @@ def test_an_overflow_noted_by_a_kernel_skips_the_step(found):
     assert scaler.get_scale() == (2.0 if found else 4.0)
 
 
+@pytest.mark.parametrize(("kind", "plain"), [("gemma2", False), ("llama", True), ("qwen3", True)])
+def test_a_soft_cap_is_seen_before_the_logits_are_large(kind, plain):
+    """A young model's logits pass it unchanged; those that it learns would not."""
+    from tiny_architectures import config_of
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_config(config_of(kind))
+    assert (CausalLM(model, torch.arange(4, 12)[None]).head is not None) == plain
+
+
 def test_a_mean_of_means_is_another_step(prepared):
     """What the documents do: with unequal counts of tokens the difference is far beyond rounding."""
 

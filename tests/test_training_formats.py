@@ -32,6 +32,7 @@ BAD_ROWS = {
     "no object": ('"text"', "a row must be a JSON object, got str"),
     "unknown columns": ({"question": "?", "answer": "!"}, "unknown columns: question, answer"),
     "no columns": ({}, "unknown columns: none"),
+    "known column without content": ({"prompt": float("nan"), "completion": "!"}, "field 'prompt' is empty"),
     "no output": ({"instruction": "Add."}, "field 'output' is missing"),
     "no completion": ({"prompt": "Add."}, "field 'completion' is missing"),
     "number": ({"prompt": "Add.", "completion": 3}, "field 'completion' must be text, got int"),

@@ -3,10 +3,12 @@
 import argparse
 import contextlib
 import dataclasses
+import gc
 
 import torch
 
 from ..training.loading import load_base
+from ..training.loop import OPTIMIZERS
 from ..training.models import choose_device, choose_dtype
 from ..training.settings import FinetuneSettings, add_flags, parse_size
 from .analyses import korthikanti
@@ -51,13 +53,16 @@ def run(args: argparse.Namespace) -> int:
     typed = vars(args)
     own = {name: typed[name] for name in ("method", "optimizer", "batch", "seq", "offload", "flash", "logits")}
     names = {item.name for item in dataclasses.fields(FinetuneSettings)} - set(OWN)
-    settings = FinetuneSettings(**{name: value for name, value in typed.items() if name in names})
+    given = {name: value for name, value in typed.items() if name in names}
+    settings = FinetuneSettings(**given, method=args.method)
     dtype = args.dtype
     if dtype == "auto":
-        chosen = torch.bfloat16 if budget else choose_dtype("auto", choose_device("auto"))
+        chosen = torch.bfloat16 if budget else choose_dtype("auto", choose_device(settings.device))
         dtype = str(chosen).removeprefix("torch.")
     wanted = arguments(settings, dtype, args.world_size) | own | {"model": args.model, "world_size": args.world_size}
     if args.zero is not None:
+        if args.zero != wanted["zero"] and "parallel" in typed:
+            raise ValueError(f"--zero {args.zero} is another stage than --parallel {settings.parallel}; leave one out")
         wanted["zero"] = args.zero
     with contextlib.suppress(ValueError):
         wanted["model"] = float(args.model)
@@ -79,20 +84,24 @@ def run(args: argparse.Namespace) -> int:
         print("rule of thumb for activations (Korthikanti et al., a 16-bit GPT with dropout): "
               f"{scores} with attention scores, {fused} without")  # fmt: skip
     if args.measure:
-        measured = _measured(wanted)
+        measured = _measured(wanted, choose_device(settings.device))
         print(f"measured: {measured}\nthe estimate is off by {100 * (breakdown.peak / measured.peak - 1):+.1f} %")
     if budget:
         print(f"\n{recommend(wanted, budget)}")
     return 0
 
 
-def _measured(wanted: dict) -> Measurement:
-    if wanted["world_size"] > 1 or wanted["offload"] or not wanted["flash"] or wanted["optimizer"] != "adamw":
-        raise ValueError("--measure runs on one device, with fused attention and AdamW, without offload")
-    if wanted["method"] == "full" and wanted["dtype"] != "float32":
-        raise ValueError("--measure trains full models in float32; add --dtype float32")
-    place, dtype = choose_device("auto"), getattr(torch, wanted["dtype"])
+def _measured(wanted: dict, place: torch.device) -> Measurement:
+    if wanted["world_size"] > 1 or wanted["offload"] or not wanted["flash"] or wanted["optimizer"] not in OPTIMIZERS:
+        raise ValueError(f"--measure runs on one device, with fused attention and {' or '.join(OPTIMIZERS)}, without "
+                         "offload")  # fmt: skip
+    if not isinstance(wanted["model"], str):
+        raise ValueError(f"--measure must have a model to load, got {wanted['model']:g} parameters")
+    dtype = getattr(torch, wanted["dtype"])
+    gc.collect()
+    others = measure(lambda: None, device=place.type).before  # tensors of this process that are not of the step
     loaded, _ = load_base(wanted["model"], wanted["method"], dtype, place, wanted["skip"], wanted["trust_remote_code"])
-    names = ("method", "batch", "seq", "checkpoint", "logits", "accumulation_steps", "adapt")
+    names = ("method", "optimizer", "batch", "seq", "checkpoint", "logits", "accumulation_steps", "adapt")
     step = training_step(loaded, dtype=dtype, **{name: wanted[name] for name in names})
-    return measure(step, device=place.type)
+    found = measure(step, device=place.type)
+    return dataclasses.replace(found, before=found.before - others, peak=found.peak - others)

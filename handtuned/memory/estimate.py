@@ -31,9 +31,10 @@ from ..nn import apply_lora_to_model
 from ..nn.checkpoint_layers import repeated_layers
 from ..nn.loss import IGNORE_INDEX
 from ..optim import ZeroOptimizer
-from ..optim.adamw8bit import BLOCK_SIZE
+from ..optim.adamw8bit import BLOCK_SIZE, BYTES_WHILE_STEPPING, PIECE
 from ..quant import NF4Linear
 from ..quant.linear import FrozenNF4
+from ..training.models import train_whole
 from .breakdown import Breakdown, Component
 from .dry_run import Part, dry_step
 from .fake import SizesOnly, build
@@ -155,7 +156,10 @@ def estimate(model, method: str = "full", dtype: torch.dtype | str = torch.float
                                           if name != "gradients"}))  # fmt: skip
     # The masters are stepped with FP32 gradients: in the 16-bit ones' place, or beside them for a rank's shard.
     wide = math.ceil(4 * trained / world_size) if zero else states["gradients"]
-    step = states | {"buffers": wide * (masters and not offload)}
+    if optimizer == "adamw8bit":
+        piece = min(PIECE, math.ceil(run.largest_trained / (world_size if zero else 1)))
+        wide = wide * masters + BYTES_WHILE_STEPPING * piece
+    step = states | {"buffers": wide * ((masters or optimizer == "adamw8bit") and not offload)}
     courses.append(("optimizer step", {name: np.array([size]) for name, size in step.items()}))
 
     title += f", {method}, {name}, {optimizer}"
@@ -201,6 +205,7 @@ class Run:
     constants: int = 0
     parameters: int = 0
     trained: int = 0
+    largest_trained: int = 0
     largest_packed: int = 0  # bytes of the largest NF4 weight where it is made dense
     largest_gathered: int = 0  # bytes of the largest layer, or of the embedding table
     parts: tuple[Part, ...] = ()
@@ -243,8 +248,9 @@ def run_dry(setup: Setup, checkpoint: bool | int = False) -> Run:
         model = build(setup.config, dtype, setup.method == "qlora", setup.skip, setup.flash, setup.trust_remote_code)
         weights = list(model.parameters())
         packed = [module for module in model.modules() if isinstance(module, FrozenNF4)]
-        model.requires_grad_(setup.method == "full")
-        if setup.method != "full":
+        if setup.method == "full":
+            train_whole(model)
+        else:
             setup.adapt(model)
         layers = repeated_layers(model)
         if not isinstance(checkpoint, bool):
@@ -255,7 +261,7 @@ def run_dry(setup: Setup, checkpoint: bool | int = False) -> Run:
         ids = torch.zeros((setup.batch, setup.seq), dtype=torch.long)
         place = torch.arange(setup.batch * (setup.seq - 1)).view(setup.batch, setup.seq - 1)
         labels = F.pad(torch.where(place < setup.labelled, 0, IGNORE_INDEX), (1, 0), value=IGNORE_INDEX)
-        trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+        sizes = [p.numel() for p in model.parameters() if p.requires_grad]
         # A CPU multiplies with the codes as they are; who asks about 16 bits has a GPU in mind.
         dense = dtype.itemsize == 2 or any(plan(torch.empty((ids.numel(), m.in_features)), m.quantized) not in ON_CPU
                                            for m in packed if isinstance(m, NF4Linear))  # fmt: skip
@@ -264,7 +270,8 @@ def run_dry(setup: Setup, checkpoint: bool | int = False) -> Run:
         weights=sum(p.nbytes for p in weights),
         constants=sum(b.nbytes for m in packed for name, b in m.named_buffers() if name != "nested_code"),
         parameters=sum(p.numel() for p in weights) + sum(m.quantized.shape.numel() - m.weight.numel() for m in packed),
-        trained=trained,
+        trained=sum(sizes),
+        largest_trained=max(sizes, default=0),
         largest_packed=max((m.quantized.shape[-2:].numel() * dtype.itemsize for m in packed if dense), default=0),
         largest_gathered=gathered,
         parts=tuple(trace.parts()),

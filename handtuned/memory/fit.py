@@ -7,6 +7,7 @@ for each choice (`estimate`), and the choice is run once in earnest and measured
 comes off the budget, and the choice is made again.
 """
 
+import contextlib
 import dataclasses
 import json
 from collections.abc import Callable, Sequence
@@ -15,6 +16,8 @@ from functools import partial
 from pathlib import Path
 
 import torch
+from torch._subclasses.fake_tensor import FakeTensor
+from torch.utils._python_dispatch import _disable_current_modes
 
 from ..nn.checkpoint_layers import checkpoint_layers
 from ..training.data import Example, batch_indices, collate
@@ -73,15 +76,27 @@ def choose(budget: int, asked_rows: int, price: Callable[[int, tuple[str, ...]],
 
 def arguments(settings: FinetuneSettings, dtype: torch.dtype, ranks: int = 1) -> dict:
     """What `estimate` is to be told of a run with these settings, besides the model."""
-    stage = int(settings.parallel[-1]) if settings.parallel.startswith("zero") else 0
+    stage = 3 if settings.parallel == "fsdp" else int(settings.parallel[-1]) if "zero" in settings.parallel else 0
     start = "default"  # another start has the same bytes, and would need the base's numbers
     plain = dataclasses.replace(settings, gradient_checkpointing=False, memory_budget=None, init_lora_weights=start)
     return {"method": settings.method, "dtype": dtype, "optimizer": settings.optim,
             "batch": settings.per_device_train_batch_size, "seq": settings.max_seq_length,
             "checkpoint": settings.gradient_checkpointing, "accumulation_steps": settings.gradient_accumulation_steps,
             "zero": stage, "world_size": ranks, "offload": settings.offload,
-            "adapt": partial(add_adapters, settings=plain), "skip": settings.skip_modules or (),
+            "adapt": partial(adapt, settings=plain), "skip": settings.skip_modules or (),
             "trust_remote_code": settings.trust_remote_code}  # fmt: skip
+
+
+def adapt(model: torch.nn.Module, settings: FinetuneSettings) -> None:
+    """`add_adapters`, on fake tensors too: an adapter's file is read where tensors are real, and its sizes are kept."""
+    fake = any(isinstance(parameter, FakeTensor) for parameter in model.parameters())
+    with _disable_current_modes() if fake and settings.init_adapter else contextlib.nullcontext():
+        add_adapters(model, settings)
+    for module in model.modules() if fake else ():
+        for name, parameter in module._parameters.items():
+            if parameter is not None and not isinstance(parameter, FakeTensor):
+                sizes = torch.empty(parameter.shape, dtype=parameter.dtype)
+                module._parameters[name] = torch.nn.Parameter(sizes, parameter.requires_grad)
 
 
 def fit(settings: FinetuneSettings, base: Base, training, total: int, directory: Path):

@@ -11,11 +11,13 @@ from typing import Any
 
 import torch
 
+from ..amp import MasterWeights
 from ..nn import apply_lora_to_model
 from ..nn.checkpoint_layers import checkpoint_layers
 from ..nn.live_memory import LiveMemory
-from ..optim import AdamW
 from ..training.evaluation import CausalLM
+from ..training.loop import OPTIMIZERS
+from ..training.models import train_whole
 from .breakdown import both, size
 
 
@@ -75,29 +77,35 @@ def loss_of(lm: CausalLM, batch: dict[str, torch.Tensor], dtype: torch.dtype, lo
 
 def training_step(model, method: str, batch: int, seq: int, checkpoint: bool | Collection[str] = False,
                   logits: str = "chunked", lora_r: int = 8, target_modules="all-linear", accumulation_steps: int = 1,
-                  dtype: torch.dtype = torch.float32, adapt: Callable | None = None) -> Callable[[], None]:  # fmt: skip
-    """A function that does one step on random tokens: forward, loss, backward, AdamW.
+                  dtype: torch.dtype = torch.float32, adapt: Callable | None = None,
+                  optimizer: str = "adamw") -> Callable[[], None]:  # fmt: skip
+    """A function that does one step on random tokens: forward, loss, backward, optimizer; in 16 bits with FP32 masters.
 
-    It has run once when it is returned, so that AdamW's state is there. `model` is a transformers causal LM, its
-    linears in NF4 if the method is "qlora", and is changed; `dtype` is that of the computation, by autocast; the rest
-    is as for `estimate`.
+    It has run once when it is returned, so that the optimizer's state is there. `model` is a transformers causal LM,
+    its linears in NF4 if the method is "qlora", and is changed; `dtype` is that of the computation, by autocast; the
+    rest is as for `estimate`.
     """
-    model.requires_grad_(method == "full")
-    if method != "full":
+    model.requires_grad_(False)
+    if method == "full":
+        train_whole(model)
+    else:
         (adapt or partial(apply_lora_to_model, rank=lora_r, target_modules=target_modules))(model)
     parameters = [p for p in model.parameters() if p.requires_grad]
     if checkpoint:
         checkpoint_layers(model, None if checkpoint is True else checkpoint)
     vocabulary = model.config.get_text_config().vocab_size
     tokens = torch.randint(0, vocabulary, (batch, seq), device=parameters[0].device)
-    lm, optimizer = CausalLM(model, tokens[:1, :8]), AdamW(parameters, lr=1e-5)
+    lm, stepped = CausalLM(model, tokens[:1, :8]), OPTIMIZERS[optimizer](parameters, lr=1e-5)
+    masters = MasterWeights(model, stepped)
     model.train()
 
     def step() -> None:
         for _ in range(accumulation_steps):
             loss_of(lm, {"input_ids": tokens, "labels": tokens}, dtype, logits).backward()
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
+            masters.collect_gradients()
+        stepped.step()
+        masters.write_back()
+        stepped.zero_grad(set_to_none=True)
 
     step()
     return step

@@ -13,6 +13,7 @@ from .formats import as_text
 from .logging import finite
 
 SHOWN_PROMPTS = 3
+LARGE = 256.0  # a logit that no soft cap lets pass
 
 
 @contextlib.contextmanager
@@ -48,7 +49,8 @@ class CausalLM:
 
     Most models are a body and a plain linear head, logits = head(body(tokens)); then the head is applied to the answer
     positions alone (`nn/loss.py`). A model that does more (soft-capped or scaled logits) is found out by comparing both
-    ways on `sample`, (1, T) token ids, once, and gets its full logits.
+    ways on `sample`, (1, T) token ids, once, and gets its full logits. The head's output is made large for that, as a
+    soft cap leaves the small logits of a young model as they are.
 
     Under loss scaling in fp16 the head's gradients are rounded with the scale in them: the loop sets `loss_scale` and
     `found_inf` (see `linear_cross_entropy`).
@@ -67,9 +69,18 @@ class CausalLM:
 
     def _only_applies(self, head: torch.nn.Linear, sample: torch.Tensor) -> bool:
         with evaluating(self.model):
-            logits, hidden = self.model(input_ids=sample, use_cache=False).logits, self._body(sample)
+            hidden = self._body(sample)
             split = head(hidden) if hidden.shape[-1] == head.in_features else hidden
-        return logits.shape == split.shape and torch.allclose(logits.float(), split.float(), rtol=1e-3, atol=1e-3)
+            largest = split.abs().max().item()
+            more = 2.0 ** max(0, round(math.log2(LARGE / largest))) if 0 < largest < LARGE else 1.0
+            handle = head.register_forward_hook(lambda module, inputs, output: output * more)
+            try:
+                logits = self.model(input_ids=sample, use_cache=False).logits
+            finally:
+                handle.remove()
+        if logits.shape != split.shape:
+            return False
+        return torch.allclose(logits.float(), split.float() * more, rtol=1e-3, atol=1e-3 * min(more, LARGE))
 
     def _body(self, input_ids: torch.Tensor, **positions: torch.Tensor) -> torch.Tensor:
         hidden = base_of(self.model)(input_ids=input_ids, use_cache=False, **positions).last_hidden_state

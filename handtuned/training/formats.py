@@ -149,7 +149,9 @@ def _as_chat(row: object, columns: Mapping[str, str], train_on: str) -> tuple[Ch
             many = isinstance(row.get(name), list)
             turns += _turns(row, name) if many else [{"role": role, "content": _text(row, name)}]
     else:
-        raise DataError(f"unknown columns: {', '.join(map(str, row)) or 'none'}; {EXPECTED}")
+        empty = next((name for name in FORMS if name in row), None)
+        unknown = f"unknown columns: {', '.join(map(str, row)) or 'none'}; {EXPECTED}"
+        raise DataError(f"field {empty!r} is empty" if empty else unknown)
     chat = Chat(_messages(turns), _tools(row.get("tools")))
     if form == "prompt" and str(row.get("label")).lower() == "false":
         chat = Chat([message | {"weight": 0} for message in chat])

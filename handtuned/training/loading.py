@@ -107,6 +107,8 @@ def _read(source: Source, quantize: bool, dtype: torch.dtype, device, skip, told
     config = transformers.AutoConfig.from_pretrained(source.directory, **told)
     kind, quantized = getattr(transformers, auto_class(config)), source.quantized
     in_nf4 = quantized.get("load_in_4bit") and quantized.get("bnb_4bit_quant_type") == "nf4"
+    if requantize and quantized.get("quant_method") != "mxfp4":
+        raise ValueError("--requantize is for experts in MXFP4, and the files hold none")
     model, more = None, {"dtype": dtype, "output_loading_info": True, "ignore_mismatched_sizes": True, **told}
     in_mxfp4, of_shards = quantized.get("quant_method") == "mxfp4", source.weights[0].suffix == ".safetensors"
     if in_mxfp4 or (quantize and (in_nf4 or not quantized) and of_shards):

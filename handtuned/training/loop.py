@@ -148,6 +148,9 @@ class Training:
         self.masters = self.world.masters(self.lm.model, self.optimizer)
 
 
+OPTIMIZERS = {"adamw": AdamW, "adamw8bit": AdamW8bit}
+
+
 def optimizer_steps(settings: FinetuneSettings, rows: int, ranks: int) -> int:
     """How many the settings ask for."""
     rows_per_step = settings.per_device_train_batch_size * settings.gradient_accumulation_steps * ranks
@@ -167,8 +170,7 @@ def prepare(base: Base, settings: FinetuneSettings, total: int, world: World | N
     if settings.loraplus_lr_ratio:
         groups = lora_plus_groups(base.model, rate, settings.loraplus_lr_ratio, decay)
     names = [trained[parameter] for group in groups for parameter in group["params"]]
-    optimizer_class = {"adamw": AdamW, "adamw8bit": AdamW8bit}[settings.optim]
-    optimizer = world.make_optimizer(base.model, base.device, groups, optimizer_class, settings.offload)
+    optimizer = world.make_optimizer(base.model, base.device, groups, OPTIMIZERS[settings.optim], settings.offload)
     schedule = schedule_with_warmup(optimizer, settings.lr_scheduler, total, settings.warmup_ratio)
     lm = world.evaluate(lambda: CausalLM(base.model, base.examples[0].input_ids[None, :8]))
     scaler = GradScaler(enabled=base.dtype == torch.float16)

@@ -5,6 +5,7 @@ import hashlib
 import json
 import re
 import sys
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,7 +24,7 @@ from ..nn.multi import linear_layers
 from ..nn.peft_rules import unloadable
 from .data import EncodedRows, context_length, digest, encode_chats, load_chats, shared_system_prompt
 from .encoding import Example
-from .loading import check_causal, load_base
+from .loading import check_causal, load_base, other_parts
 from .logging import versions
 from .settings import DTYPES, METHODS, FinetuneSettings
 from .sources import located
@@ -135,7 +136,7 @@ def add_adapters(model: torch.nn.Module, settings: FinetuneSettings) -> None:
         packed = [name for name, parameter in model.named_parameters() if not parameter.is_floating_point()]
         if packed:
             raise ValueError(f"--method full trains every parameter, and {packed[0]} of {settings.model} is quantized")
-        model.requires_grad_(True)
+        train_whole(model)
     elif settings.init_adapter:
         load_adapter(model, settings.init_adapter, trainable=True)
     else:
@@ -150,6 +151,17 @@ def add_adapters(model: torch.nn.Module, settings: FinetuneSettings) -> None:
         variants.freeze_A(model)
     if settings.gradient_checkpointing:
         checkpoint_layers(model)
+
+
+def train_whole(model: torch.nn.Module) -> None:
+    """Every parameter but those beside the text: no row reaches these, and weight decay alone would change them."""
+    model.requires_grad_(True)
+    others = [model.get_submodule(part).requires_grad_(False) for part in other_parts(model)]
+    if others:
+        kept, whole = (sum(p.numel() for module in modules for p in module.parameters())
+                       for modules in (others, [model]))  # fmt: skip
+        warnings.warn(f"--method full leaves out {', '.join(other_parts(model))} with {kept / whole:.1%} of the "
+                      "parameters, which text does not train", stacklevel=2)  # fmt: skip
 
 
 def _initialize(model: torch.nn.Module, settings: FinetuneSettings) -> None:

@@ -126,6 +126,8 @@ class FinetuneSettings:
             setattr(self, name, words and tuple(part for word in words for part in word.split(",") if part))
         if self.skip_modules is not None and self.method != "qlora":
             raise ValueError(f"--skip-modules leaves layers dense under --method qlora, got --method {self.method}")
+        if self.requantize and self.method != "qlora":
+            raise ValueError(f"--requantize makes NF4 under --method qlora, got --method {self.method}")
         self.choices()
         if self.data is not None and not isinstance(self.data, str):
             self.data = tuple(self.data) if len(self.data) > 1 else self.data[0]
@@ -213,9 +215,12 @@ def _pattern(name: str, pairs, kind: type) -> dict | None:
     """NAME=NUMBER … → name → number."""
     try:
         split = [pair.rpartition("=") for pair in pairs or ()]
-        return {key: kind(number) for key, _, number in split} or None
+        numbers = {key: kind(number) for key, _, number in split}
     except ValueError:
         raise ValueError(f"{flag(name)} must be of the form NAME=NUMBER, got {' '.join(pairs)}") from None
+    if not all(0 < number < math.inf for number in numbers.values()):
+        raise ValueError(f"{flag(name)} must give finite numbers above 0, got {' '.join(pairs)}")
+    return numbers or None
 
 
 def flag(name: str) -> str:

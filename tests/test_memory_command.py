@@ -1,0 +1,67 @@
+"""`handtuned memory` with the flags of `finetune`: what it says beside what `--measure` counts, and what it refuses."""
+
+import re
+
+import pytest
+from finetuned import finetune
+from tiny import make_model, write_rows
+
+from handtuned import cli
+
+pytest.importorskip("transformers")
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+    """A model that is larger than the tables of the optimizer, and an adapter of it."""
+    place = tmp_path_factory.mktemp("memory")
+    model, rows = make_model(place / "model", hidden_size=256, intermediate_size=512), write_rows(place / "rows.jsonl")
+    assert finetune(model, rows, place / "adapter", "--max-steps", "1", "--lora-r", "12", "--use-dora") == 0
+    return place
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [
+        "--method full --dtype bfloat16",
+        "--method full --dtype float16 --optim adamw8bit --gradient-accumulation-steps 2",
+        "--method lora --init-lora-weights pissa",
+        "--init-adapter ADAPTER",
+        "--init-adapter ADAPTER --method lora --lora-fa --gradient-checkpointing",
+    ],
+)
+def test_within_5_percent_of_what_is_measured(place, capsys, flags):
+    words = ["--batch", "4", "--seq", "64", "--measure", *flags.replace("ADAPTER", str(place / "adapter")).split()]
+    assert cli.main(["memory", "--model", str(place / "model"), *words]) == 0
+    off = re.search(r"off by (\S+) %", capsys.readouterr().out)[1]
+    assert abs(float(off)) < 5
+
+
+def test_a_budget_goes_with_an_adapter_to_start_from(place, tmp_path, capsys):
+    flags = ["--max-steps", "1", "--init-adapter", str(place / "adapter"), "--memory-budget", "100MB"]
+    assert finetune(str(place / "model"), str(place / "rows.jsonl"), tmp_path / "out", *flags) == 0
+    assert "0 of 2 layers recomputed" in capsys.readouterr().out
+
+
+def test_fsdp_is_priced_as_zero_3(place, capsys):
+    said = []
+    for flags in (["--parallel", "fsdp"], ["--zero", "3"]):
+        assert cli.main(["memory", "--model", str(place / "model"), "--gpus", "4", *flags]) == 0
+        said.append(capsys.readouterr().out)
+    assert said[0] == said[1] and "ZeRO-3 over 4" in said[0]
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        ("--method full --lora-r 4", "--lora-r is of adapters, and --method full has none"),
+        ("--method lora --skip-modules q_proj", "--skip-modules leaves layers dense under --method qlora"),
+        ("--zero 1 --parallel zero2", "--zero 1 is another stage than --parallel zero2"),
+        ("--device cuda:77 --measure", "--device cuda:77: this machine has"),
+        ("--optim sgd --measure", "adamw or adamw8bit"),
+        ("--model 7e9 --method full --measure", "--measure must have a model to load"),
+    ],
+)
+def test_what_finetune_refuses_is_refused(place, capsys, flags, message):
+    assert cli.main(["memory", "--model", str(place / "model"), *flags.split()]) == 2
+    assert message in capsys.readouterr().err
