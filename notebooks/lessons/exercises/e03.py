@@ -5,7 +5,7 @@ import torch
 from ...kernels.runtime import tl, triton
 from ..canaries import guarded
 from ..emulated import seen_there, without_faults
-from ..exercise import Exercise, expect, expect_close
+from ..exercise import Exercise, expect, expect_close, number
 from ..watch import launched
 from . import e03_product
 
@@ -51,7 +51,9 @@ def _check_next_scale(next_scale):
         for overflow in [False] * 3 + [True] + [False] * 9 + [True, True] + [False] * 5:
             want = _next_scale(scale, run, overflow, interval)
             got = next_scale(scale, run, overflow, interval)
-            expect(isinstance(got, tuple) and len(got) == 2, f"Return (scale, run), got {got!r}.")
+            two = isinstance(got, (tuple, list)) and len(got) == 2
+            expect(two, f"Return two numbers, (scale, run), got {got!r}.")
+            got = number(got[0], "scale"), number(got[1], "run")
             if overflow:
                 told = ("An overflow halves the scale.", "An overflow sets the run to 0: steps count only in a row.")
             elif run + 1 == interval:
@@ -62,7 +64,7 @@ def _check_next_scale(next_scale):
             else:
                 told = ("A good step in the middle of a run leaves the scale.", "A good step makes the run one longer.")
             expect(
-                tuple(got) == want,
+                got == want,
                 f"next_scale({scale:g}, {run}, {overflow}, {interval}) is {got}, expected {want}. "
                 + told[got[0] == want[0]],
             )
@@ -99,7 +101,7 @@ def _check_step(step):
         done = step(w, (w * direction).sum() * norm, 1024.0, 1.0, 0.1)
         moved = (w.detach().norm() / 0.1).item()
         want = min(norm, 1.0)
-        told = "Unscale, then clip, then step."
+        told = "Unscale, then clip, then step." if moved else "w has not moved: change it in place."
         if abs(moved - 1 / 1024) < 1e-4:
             told = "The gradient was clipped while it was still scaled: unscale first."
         elif abs(moved - 1.0) < 1e-3 and want != 1.0:
@@ -171,6 +173,9 @@ def _check_unscale(unscale):
     cases = (
         (64, None, "nothing"),
         (100, None, "nothing"),
+        (100, (0, 3e38), "two of the largest finite numbers"),
+        (1000, (777, float("inf")), "an infinity"),
+        (130, (2, float("inf")), "several infinities"),
         (130, (3, float("inf")), "an infinity in the first block"),
         (130, (129, float("-inf")), "an infinity in the last block"),
         (70, (69, float("nan")), "a NaN"),
@@ -184,16 +189,21 @@ def _check_unscale(unscale):
         "an infinity in the first block": "A later program must not write 0 over the 1 of an earlier one: store 1 only "
         "where something bad was seen, and nothing otherwise.",
         "an infinity in the last block": "Minus infinity counts as well.",
+        "two of the largest finite numbers": "They are finite, though their sum is not: look at each by itself.",
+        "an infinity": "Does the grid have enough programs for all of grad?",
+        "several infinities": "The flag is 1, however many there are and however many programs see one.",
         "nothing new": "It was 1 before, from another tensor. If nothing is bad here, leave it as it is.",
     }
     for n, bad, what in cases:
         values = torch.randn(n)
         if bad is not None:
             values[bad[0]] = bad[1]
+        if what in ("two of the largest finite numbers", "several infinities"):
+            values[bad[0] + 1] = bad[1]
         before = float(what == "nothing new")
         grad, flag = guarded(n, values=values), guarded(1, values=torch.tensor([before]))
         launched(unscale, grad, 8.0, flag, changed={"grad": grad, "found_inf": flag}, what=f"N = {n}")
-        found, want = flag.item(), max(before, float(bad is not None))
+        found, want = flag.item(), max(before, float(not values.isfinite().all()))
         expect(found == want, f"N = {n} with {what} to find: found_inf is {found:g}, expected {want:g}. {told[what]}")
         expect_close(grad.cpu(), values / 8.0, f"grad for N = {n}", rtol=1e-6, hint="Multiply by 1 / scale, in place.")
 

@@ -1,5 +1,7 @@
 """The top of lesson 07's ladder: a LoRA layer made of its kernels."""
 
+import functools
+
 import torch
 
 from ..canaries import place
@@ -64,16 +66,17 @@ def _reference(x, W, A, B, scale):
 
 
 def _check_layer(lora):
-    for M, K, N, R in ((33, 20, 17, 3), (7, 40, 24, 5)):
+    for M, K, N, R in ((33, 20, 17, 3), (7, 40, 24, 20)):
         what = f"x {M} × {K}, W {N} × {K}, r = {R}"
         x, W, A, B = (torch.randn(size).to(place()) for size in ((M, K), (N, K), (R, K), (N, R)))
         leaves = [t.requires_grad_() for t in (x, A, B)]
-        y = watched(lambda: lora(x, W, A, B, 0.5), "forward")  # noqa: B023 called at once
+        y = watched(lambda: lora(x, W, A, B, 0.5), "forward", "y")  # noqa: B023 called at once
         want = _reference(x, W, A, B, 0.5)
         expect_close(y, want, f"y ({what})", rtol=1e-4, atol=1e-3, hint="S = x Aᵀ, then the fused product.")
         expect(y.requires_grad, "y has no gradient: call YourFunction.apply(x, W, A, B, scale).")
         dy = torch.randn(M, N).to(place())
-        got = watched(lambda: torch.autograd.grad(y, leaves, dy), "backward")  # noqa: B023 called at once
+        backward = functools.partial(torch.autograd.grad, y, leaves, dy, allow_unused=True)
+        got = watched(backward, "backward", "dx", "dA", "dB")
         wanted = torch.autograd.grad(want, leaves, dy)
         for name, mine, theirs, formula in zip(
             ("dx", "dA", "dB"), got, wanted, ("dx = dy W + dS A", "dA = dSᵀ x", "dB = scale · dyᵀ S"), strict=True

@@ -2,7 +2,7 @@
 
 import math
 
-from ..exercise import Exercise, WrongAnswer
+from ..exercise import Exercise, WrongAnswer, expect, unchanged
 from . import e12_capstone
 
 
@@ -21,8 +21,12 @@ def _check_pareto(candidate):
         "none": [],
     }
     for what, points in cases.items():
-        wanted, got = _pareto(points), candidate(list(points))
-        if got is None or [tuple(p) for p in got] != wanted:
+        wanted = _pareto(points)
+        with unchanged(points=points):
+            got = candidate(points)
+        pairs = isinstance(got, (list, tuple)) and all(isinstance(p, (list, tuple)) and len(p) == 2 for p in got)
+        expect(pairs, f"{what}: return a list of points, (bytes, loss), got {got!r}.")
+        if [tuple(p) for p in got] != wanted:
             told = "A point goes if another has no more bytes and no more loss, and less of one of them."
             raise WrongAnswer(f"{what}: of {points} the front is {wanted}, got {got}. {told}")
     return f"tried {len(cases)} sets: {', '.join(cases)}"
@@ -47,9 +51,9 @@ def _check_choose(candidate):
         (15, "LoRA fits in its last moment, but not in its fullest"),
         (5, "nothing fits: None"),
     ):
-        copies = {name: (loss, dict(moments)) for name, (loss, moments) in runs.items()}
         try:
-            wanted, got = _choose(budget, runs), candidate(budget, copies)
+            with unchanged(runs=runs):
+                wanted, got = _choose(budget, runs), candidate(budget, runs)
         except ValueError as error:
             raise WrongAnswer(f"budget {budget}: {why}; got ValueError: {error}") from None
         if got != wanted:
@@ -104,7 +108,9 @@ def _check_halving(candidate):
         return setting + head_start[setting] / steps
 
     wanted = _halving(settings, record, 10)
-    got = candidate(list(settings), evaluate, 10)
+    given = list(settings)
+    with unchanged(settings=given):
+        got = candidate(given, evaluate, 10)
     rounds = [sum(1 for _, steps in expected_calls if steps == s) for s in (10, 20, 40)]
     made = [sum(1 for _, steps in called if steps == s) for s in (10, 20, 40)]
     if got in (0.4, 0.6, 0.7):
