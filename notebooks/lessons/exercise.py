@@ -16,6 +16,7 @@ from .places import line_of
 
 STUB = "This is still the stub: write your answer in its place."
 NEAR = "Nearly: every value is right to two or three digits. Is something rounded to 16 bits on the way?"
+NEARER = "Nearly: every value is right to five digits or more. Is something rounded to 32 bits on the way?"
 
 
 class WrongAnswer(AssertionError):
@@ -180,7 +181,7 @@ def expect_close(got, want, what: str, rtol: float = 0.0, atol: float = 0.0, hin
         what: what is compared, for the message: "the gradient of x".
         rtol, atol: as in `torch.allclose`; exact by default. NaN equals NaN.
         hint: added to the message.
-        near: added instead where a result of 32 bits is right to about three digits.
+        near: added instead where a result is right to about three digits, and should be to more.
 
     Raises:
         WrongAnswer: they differ.
@@ -200,12 +201,16 @@ def expect_close(got, want, what: str, rtol: float = 0.0, atol: float = 0.0, hin
     )
     if isinstance(got, torch.Tensor) and isinstance(want, torch.Tensor):
         expect(mine.dtype == theirs.dtype, f"{what} has dtype {mine.dtype}, expected {theirs.dtype}.{tail}")
+    wide = theirs.dtype == torch.float64 and theirs.dim() > 0
     mine, theirs = mine.detach().double().cpu(), theirs.detach().double().cpu()
     bad = ~torch.isclose(mine, theirs, rtol=rtol, atol=atol, equal_nan=True)
     if not bad.any():
         return
-    if bad.numel() > 1 and max(rtol, atol) < 2**-10 and (mine - theirs).abs().max() <= 2**-9 * theirs.abs().max():
+    off = (mine - theirs).abs().max() / theirs.abs().max()
+    if mine.dim() and max(rtol, atol) < 2**-10 and 2**-17 < off <= 2**-9:
         tail = f" {near}"
+    elif wide and off <= 2**-17:
+        tail = f" {NEARER}"
     place = bad.nonzero()[0]
     index = tuple(place.tolist())
     where = f" at {list(index)}" if index else ""

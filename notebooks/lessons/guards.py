@@ -9,8 +9,8 @@ from collections import Counter
 from .exercise import WrongAnswer
 from .places import own, told
 
-MOST_LINES = 20_000  # of one call
-UNCOUNTED = 30.0  # seconds
+MOST_STEPS = 1_000_000  # of one call: instructions of Python
+UNCOUNTED = 20.0  # seconds
 
 
 @contextlib.contextmanager
@@ -43,9 +43,9 @@ def untuned():
 
 @contextlib.contextmanager
 def ending():
-    """Stop whoever runs more than MOST_LINES lines of the reader's code in one call.
+    """Stop whoever runs more than MOST_STEPS in one call of the reader's code.
 
-    To count lines slows Python down: it begins after UNCOUNTED seconds of the processor's time. Not counted is where
+    To count them slows Python down: it begins after UNCOUNTED seconds of the processor's time. Not counted is where
     the system has no such alarm, outside of the main thread, and what a debugger steps through.
 
     Raises:
@@ -55,19 +55,20 @@ def ending():
     if not main or not hasattr(signal, "setitimer") or sys.gettrace() is not None:
         yield
         return
-    lines = Counter()
+    steps = Counter()
 
     def trace(frame, event, arg):
+        frame.f_trace_opcodes = own(frame)
         return count if own(frame) else None
 
     def count(frame, event, arg):
         if event == "return":
-            lines.pop(frame, None)
-            return count
-        lines[frame] += 1
-        if lines[frame] > MOST_LINES:
+            steps.pop(frame, None)
+        elif event == "opcode":
+            steps[frame] += 1
+        if steps[frame] > MOST_STEPS:
             raise WrongAnswer(
-                f"{frame.f_code.co_name} does not end: one call ran more than {MOST_LINES:,} lines and was stopped"
+                f"{frame.f_code.co_name} does not end: one call was stopped after {MOST_STEPS:,} steps"
                 f"{told(frame.f_code.co_filename, frame.f_lineno)}. Which line of the loop makes its condition false?"
             )
         return count

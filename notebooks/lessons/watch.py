@@ -293,7 +293,7 @@ def watched(call, where: str, *names):
         raise WrongAnswer(f"The {where} pass launched no kernel.")
     several = made if isinstance(made, (tuple, list)) else (made,)
     told = ", ".join("None" if t is None else type(t).__name__ for t in several)
-    wanted = f"The {where} pass should return {' and '.join(names)}, got {told}."
+    wanted = f"The {where} pass should return {', '.join(names)}, got {told}."
     expect(len(several) == len(names) and all(isinstance(t, torch.Tensor) for t in several), wanted)
     for name, tensor in zip(names, several, strict=True):
         by_kernels(watch, name, tensor)

@@ -94,15 +94,17 @@ def _step(w, loss, scale, max_norm, lr, clip_first=False, bad=lambda g: not g.is
 
 
 def _check_step(step):
-    for norm in (0.5, 3.0):
+    for norm, scale, max_norm, lr in ((0.5, 1024.0, 1.0, 0.1), (3.0, 1024.0, 1.0, 0.1), (3.0, 64.0, 2.0, 0.02)):
         torch.manual_seed(1)
         direction = torch.nn.functional.normalize(torch.randn(8), dim=0)
         w = torch.zeros(8, requires_grad=True)
-        done = step(w, (w * direction).sum() * norm, 1024.0, 1.0, 0.1)
-        moved = (w.detach().norm() / 0.1).item()
-        want = min(norm, 1.0)
+        done = step(w, (w * direction).sum() * norm, scale, max_norm, lr)
+        moved = (w.detach().norm() / lr).item()
+        want = min(norm, max_norm)
         told = "Unscale, then clip, then step." if moved else "w has not moved: change it in place."
-        if abs(moved - 1 / 1024) < 1e-4:
+        if scale == 64:
+            told = "Only now scale is 64, max_norm 2 and lr 0.02: are other numbers written into your function?"
+        elif abs(moved - 1 / 1024) < 1e-4:
             told = "The gradient was clipped while it was still scaled: unscale first."
         elif abs(moved - 1.0) < 1e-3 and want != 1.0:
             told = (
@@ -113,11 +115,11 @@ def _check_step(step):
             told = "It was not clipped."
         what = f"the length of the step over lr, for a gradient of norm {norm}"
         expect_close(moved, want, what, atol=1e-3, hint=told)
-        downhill = -0.1 * want * direction
+        downhill = -lr * want * direction
         told = "Its length is right, its direction is not: go against the gradient, w -= lr * gradient."
         expect_close(w.detach(), downhill, f"w after the step, for a gradient of norm {norm}", atol=1e-4, hint=told)
         expect(bool(done), "step returns False (or None) although it moved the weights.")
-        step(w, (w * direction).sum() * norm, 1024.0, 1.0, 0.1)
+        step(w, (w * direction).sum() * norm, scale, max_norm, lr)
         told = "backward adds to w.grad, where the last step's gradient still lay: clear it."
         expect_close(w.detach(), 2 * downhill, f"w after a second step, norm {norm}", atol=2e-4, hint=told)
     for bad in (float("inf"), float("-inf"), float("nan")):

@@ -68,24 +68,29 @@ def _close_product(got, a, b, scale, what, hint=""):
     want = scale * (a.double() @ b.double())
     summed = scale * (a.double().abs() @ b.double().abs()).max().item()
     close = {"rtol": 2**-10, "atol": 2**-24 + a.shape[1] * 2**-24 * summed}
+    if (got.double() - want).abs().max() < 2**-8 * want.abs().max():
+        hint = "Nearly: only c is rounded to FP16. The accumulator stays FP32 from tile to tile; the scale comes last."
     expect_close(got.double(), want.half().double(), what, **close, hint=hint)
 
 
 def _check_product(scaled_product):
     cases = {
-        "16 × 16 × 16": ((16, 16, 16), 1.0, 1.0),
-        "33 × 20 × 17": ((33, 20, 17), 1.0, 4.0),
-        "1 × 70 × 5": ((1, 70, 5), 1.0, 0.5),
-        "70 × 150 × 20": ((70, 150, 20), 1.0, 0.5),
-        "products of 1e-8": ((20, 8, 18), 1e-4, 16384.0),
+        "16 × 16 × 16": ((16, 16, 16), 1.0, 1.0, 1.0),
+        "33 × 20 × 17": ((33, 20, 17), 1.0, 1.0, 4.0),
+        "1 × 70 × 5": ((1, 70, 5), 1.0, 1.0, 0.5),
+        "70 × 150 × 20": ((70, 150, 20), 1.0, 1.0, 0.7),
+        "products of 1e-8": ((20, 8, 18), 1e-4, 1e-4, 16384.0),
+        "a of hundreds, b of thousandths": ((20, 8, 18), 300.0, 1e-3, 1024.0),
     }
-    for what, (size, small, scale) in cases.items():
-        a, b = _operands(*size, small, small)
+    for what, (size, size_a, size_b, scale) in cases.items():
+        a, b = _operands(*size, size_a, size_b)
         c, flag = guarded((size[0], size[2]), torch.float16), guarded(1, values=torch.zeros(1))
-        _run(scaled_product, a, b, scale, c, flag, what)
+        _run(scaled_product, a, b, scale, c, flag, what, hint="" if size_a <= 1 else "Scale the FP32 accumulator.")
         hint = "c = scale · a b, the sum over all of K."
-        if small < 1:
+        if size_a < 1:
             hint = "Multiply the FP32 accumulator by the scale, then round: 1e-8 alone is 0 in FP16."
+        elif size_a > 1:
+            hint = "Multiply the FP32 accumulator by the scale, not an operand: a · scale overflows in FP16."
         _close_product(c, a, b, scale, f"c ({what})", hint)
         expect(flag.item() == 0, f"{what}: every entry of c is finite, but found_inf is {flag.item():g}.")
     a, b = _operands(18, 33, 20)
@@ -116,10 +121,10 @@ def _check_product(scaled_product):
     return f"{tried}{seen_there(without_faults(call))}"
 
 
-def _run(scaled_product, a, b, scale, c, flag, what, holes=False):
+def _run(scaled_product, a, b, scale, c, flag, what, holes=False, hint=""):
     tensors = {"inputs": {"a": a, "b": b}, "changed": {"found_inf": flag}}
     tensors["changed" if holes else "outputs"] = {"c": c} | (tensors["changed"] if holes else {})
-    watch = launched(scaled_product, a, b, scale, c, flag, **tensors, what=what)
+    watch = launched(scaled_product, a, b, scale, c, flag, **tensors, what=what, hint=hint)
     expect(watch.dots > 0 or not watch.loads, "No tl.dot was used: it is what reaches the tensor cores.")
 
 

@@ -216,8 +216,13 @@ def check_lora_gradients(candidate):
         leaves = [t.clone().requires_grad_() for t in (x, A, B)]
         y = leaves[0] @ W.t() + s * (leaves[0] @ leaves[1].t()) @ leaves[2].t()
         wanted = torch.autograd.grad(y, leaves, dy)
-        with unchanged(x=x, dy=dy, W=W, A=A, B=B):
-            got = candidate(x, dy, W, A, B, s)
+        with unchanged(x=x, dy=dy, W=W, A=A, B=B), torch.no_grad():
+            try:
+                got = candidate(x, dy, W, A, B, s)
+            except RuntimeError as error:
+                if "does not require grad" not in str(error):
+                    raise
+                raise WrongAnswer("Without autograd: write each gradient as a product, as in hint 1.") from None
         expect(isinstance(got, (tuple, list)) and len(got) == 3, "Return three tensors: (dx, dA, dB).")
         low_rank = s * dy @ B @ A
         for name, mine, theirs in zip(("dx", "dA", "dB"), got, wanted, strict=True):

@@ -102,6 +102,7 @@ def _check_fused(fused_forward):
                 0.5 * (base + low_rank),
             ),
             ("The scale is missing.", base + low_rank),
+            ("Only 16 of r are in S Bᵀ: BLOCK_R is r or more.", base + 0.5 * S[:, :16] @ B[:, :16].t()),
         ):
             if torch.allclose(y, value, rtol=1e-4, atol=1e-4):
                 hint = mistake

@@ -17,6 +17,7 @@ def _check_pareto(candidate):
         "a staircase with one point behind it": [(4, 1.0), (1, 4.0), (2, 2.0), (3, 3.0)],
         "two of equal bytes": [(1, 4.0), (2, 2.0), (2, 3.0), (5, 1.0)],
         "two of equal loss": [(1, 4.0), (2, 2.0), (3, 2.0)],
+        "a long front": [(i, 50.0 - i * i + 9 * (i % 3 == 2)) for i in (3, 1, 7, 2, 9, 5, 4, 8, 6, 10, 11, 12)],
         "a single point": [(7, 7.0)],
         "none": [],
     }
@@ -39,9 +40,9 @@ def _choose(budget, runs):
 
 def _check_choose(candidate):
     runs = {
-        "full": (0.10, {"loss": 60, "backward": 70, "optimizer step": 112}),
         "LoRA": (0.20, {"loss": 20, "backward": 18, "optimizer step": 15}),
         "QLoRA": (0.30, {"loss": 11, "backward": 12, "optimizer step": 5}),
+        "full": (0.10, {"loss": 60, "backward": 70, "optimizer step": 112}),
     }
     for budget, why in (
         (200, "everything fits"),
