@@ -114,12 +114,12 @@ def _check_halving(candidate):
         got = candidate(given, evaluate, 10)
     rounds = [sum(1 for _, steps in expected_calls if steps == s) for s in (10, 20, 40)]
     made = [sum(1 for _, steps in called if steps == s) for s in (10, 20, 40)]
-    if got in (0.4, 0.6, 0.7):
-        raise WrongAnswer(f"the setting that is left, {got}, has one of the largest losses: keep the better half")
     if made != rounds:
         raise WrongAnswer(
             f"7 settings: {rounds} evaluations were expected with 10, 20 and 40 steps (7, then 4, then 2), got {made}"
         )
+    if got in (0.4, 0.6, 0.7):
+        raise WrongAnswer(f"the setting that is left, {got}, has one of the largest losses: keep the better half")
     if got != wanted:
         raise WrongAnswer(f"the setting left must be {wanted}, which has the least loss of the last round, got {got}")
     return "tried 7 settings whose fast starters are not the best: 7, 4, then 2 evaluations, with steps doubled"
