@@ -142,12 +142,11 @@ def _check_chunked_loss(candidate):
     hidden = torch.randn(rows, width, generator=generator)
     weight = torch.randn(words, width, generator=generator)
     target = torch.randint(0, words, (rows,), generator=generator)
-    with torch.no_grad(), unchanged(hidden=hidden, weight=weight):
-        given = hidden, weight, target
-        _compare_loss(candidate(*given, chunk), *given, "67 rows in chunks of 10 (the last has 7)")
+    with torch.no_grad():
+        _compare_loss(candidate, hidden, weight, target, chunk, "67 rows in chunks of 10 (the last has 7)")
         target[: chunk + 3] = -100
         target[40:44] = -100
-        _compare_loss(candidate(*given, chunk), *given, "some labels are −100, a whole chunk among them")
+        _compare_loss(candidate, hidden, weight, target, chunk, "some labels are −100, a whole chunk among them")
         with LiveMemory("cpu", scan=False) as live:
             candidate(hidden, weight, target, chunk)
     one = chunk * words * 4
@@ -159,7 +158,9 @@ def _check_chunked_loss(candidate):
     return f"tried a tail, labels of −100, a whole chunk of them; {live.peak_added:,} bytes alive at once"
 
 
-def _compare_loss(got, hidden, weight, target, what):
+def _compare_loss(candidate, hidden, weight, target, chunk, what):
+    with unchanged(hidden=hidden, weight=weight, target=target):
+        got = candidate(hidden, weight, target, chunk)
     expected = F.cross_entropy(hidden.double() @ weight.double().T, target).item()
     got = number(got, f"{what}: the mean loss")
     if not abs(got - expected) <= 1e-4 * expected:
