@@ -130,6 +130,13 @@ def product(form, long=16):
     return matmul
 
 
+def one_short(a, b, c):
+    """Ends at K - 1: wrong where a single element is left for the last tile."""
+    (M, K), N = a.shape, b.shape[1]
+    grid = (triton.cdiv(M, 16), triton.cdiv(N, 16), max(1, triton.cdiv(K - 1, 16)))
+    product_kernel[grid](a, b, c.zero_(), M, N, K, B=16, BK=16, FORM=0)
+
+
 def in_one_tile(a, b, c):
     product(2, max(16, triton.next_power_of_2(a.shape[1])))(a, b, c)
 
@@ -279,6 +286,14 @@ def down(form, widest=None):
         down_kernel[(triton.cdiv(len(x), 16),)](x, A, S, *x.shape, len(A), BR=block_r, FORM=form)
 
     return launch
+
+
+class Contiguous(LoRA):
+    """Takes the rows of dy to lie one after the other."""
+
+    @staticmethod
+    def backward(ctx, dy):
+        return LoRA.backward(ctx, dy.as_strided(dy.shape, (dy.shape[1], 1)))
 
 
 class OneMissing(LoRA):

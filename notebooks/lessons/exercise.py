@@ -107,7 +107,8 @@ def verdict(exercise: Exercise, candidate: Callable) -> tuple[bool, str]:
         if isinstance(error, NotImplementedError) and not str(error):
             return False, f"not yet. {STUB}"
         asked = f". No line of yours raises this. Does it take and return what it should? {exercise.specification}"
-        return False, f"not yet. {type(error).__name__}: {error}{line_of(error) or asked}"
+        said = f": {error}" if str(error) else ""
+        return False, f"not yet. {type(error).__name__}{said}{line_of(error) or asked}"
     return True, f"right. {tried}"
 
 

@@ -64,8 +64,8 @@ def ending():
     def count(frame, event, arg):
         if event == "return":
             steps.pop(frame, None)
-        elif event == "opcode":
-            steps[frame] += 1
+            return count
+        steps[frame] += 1
         in_kernel = frame.f_back is not None and "triton" in frame.f_back.f_globals.get("__name__", "")
         if steps[frame] > (MOST_STEPS // 10 if in_kernel else MOST_STEPS):
             raise WrongAnswer(

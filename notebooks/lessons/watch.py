@@ -116,7 +116,7 @@ def watching(watch: Watch, torch_may=(), torch_moves=True):
     if not INTERPRETED:
         from triton import JITFunction
 
-        with patched(JITFunction, "run", _counting(watch)), OnlyMemory(watch, torch_may, torch_moves):
+        with untuned(), patched(JITFunction, "run", _counting(watch)), OnlyMemory(watch, torch_may, torch_moves):
             yield watch
         return
     import triton
