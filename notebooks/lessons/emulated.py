@@ -11,6 +11,7 @@ import types
 
 from ..kernels.runtime import HAS_TRITON, INTERPRETED
 from .exercise import WrongAnswer
+from .guards import untuned
 from .places import told
 
 FAULTS = {
@@ -50,7 +51,7 @@ def emulated(card: str = "A100"):
 
     arch, forced = arch_of(card), os.environ.pop("HANDTUNED_BACKEND", None)  # or the library would run its references
     try:
-        with emulate(arch) as gpu, _twins() if INTERPRETED else contextlib.nullcontext():
+        with emulate(arch) as gpu, untuned(), _twins() if INTERPRETED else contextlib.nullcontext():
             yield gpu
     finally:
         if forced is not None:

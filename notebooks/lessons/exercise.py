@@ -5,13 +5,18 @@ The exercises of lesson NN live in `exercises/eNN.py` as `EXERCISES = {"NN.1": E
 answers fail, and a wrong answer's message says what is wrong with it.
 """
 
+import contextlib
+import copy
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from importlib import import_module
+from numbers import Real
 
 from .places import line_of
 
 STUB = "This is still the stub: write your answer in its place."
+NEAR = "Nearly: every value is right to two or three digits. Is something rounded to 16 bits on the way?"
+NEARER = "Nearly: every value is right to five digits or more. Is something rounded to 32 bits on the way?"
 
 
 class WrongAnswer(AssertionError):
@@ -87,16 +92,23 @@ def check(key: str, candidate: Callable) -> bool:
 
 def verdict(exercise: Exercise, candidate: Callable) -> tuple[bool, str]:
     """Whether an answer is right, and the message that the reader gets."""
+    from .guards import ending
+
     if not callable(candidate):
         return False, f"not yet. Pass the function itself, not {type(candidate).__name__}: check(key, my_function)"
+    if hasattr(candidate, "arg_names"):
+        return False, "not yet. Pass the function that launches your kernel, not the kernel: check(key, my_function)"
     try:
-        tried = exercise.checker(candidate)
+        with ending():
+            tried = exercise.checker(candidate)
     except WrongAnswer as wrong:
         return False, f"not yet. {wrong}"
-    except NotImplementedError:
-        return False, f"not yet. {STUB}"
     except Exception as error:
-        return False, f"not yet. {type(error).__name__}: {error}{line_of(error)}"
+        if isinstance(error, NotImplementedError) and not str(error):
+            return False, f"not yet. {STUB}"
+        asked = f". No line of yours raises this. Does it take and return what it should? {exercise.specification}"
+        said = f": {error}" if str(error) else ""
+        return False, f"not yet. {type(error).__name__}{said}{line_of(error) or asked}"
     return True, f"right. {tried}"
 
 
@@ -118,7 +130,51 @@ def expect(condition: bool, message: str) -> None:
         raise WrongAnswer(message)
 
 
-def expect_close(got, want, what: str, rtol: float = 0.0, atol: float = 0.0, hint: str = "") -> None:
+def number(got, what: str, of: str = "number") -> float | int:
+    """An answer that is to be one number: Python's, numpy's, or a tensor or array of a single value.
+
+    Raises:
+        WrongAnswer: it is not.
+    """
+    with contextlib.suppress(AttributeError, TypeError, ValueError, RuntimeError):
+        got = got.item()
+    if isinstance(got, bool) or not isinstance(got, Real):
+        told = "None: does your function return it?" if got is None else f"{got!r}."
+        raise WrongAnswer(f"{what} should be one {of}, got {told}")
+    return got
+
+
+@contextlib.contextmanager
+def unchanged(**given):
+    """Refuse an answer that changes what it was given: tensors, arrays, numbers, or lists and dicts of them.
+
+    Raises:
+        WrongAnswer: with the argument's name.
+    """
+    before = {name: copy.deepcopy(_leaves(value)) for name, value in given.items()}
+    yield
+    for name, value in given.items():
+        now, old = _leaves(value), before[name]
+        same = len(now) == len(old) and all(map(_same, now, old))
+        expect(same, f"{name} is not what it was: your function changes what it was given. Work on a copy.")
+
+
+def _leaves(value):
+    from torch.utils._pytree import tree_leaves
+
+    return [leaf.detach() if hasattr(leaf, "detach") else leaf for leaf in tree_leaves(value)]
+
+
+def _same(one, other):
+    import torch
+
+    if not hasattr(one, "shape"):
+        return one == other
+    one, other = torch.as_tensor(one), torch.as_tensor(other)
+    return one.shape == other.shape and torch.allclose(one, other, 0, 0, equal_nan=True)
+
+
+def expect_close(got, want, what: str, rtol: float = 0.0, atol: float = 0.0, hint: str = "", near: str = NEAR) -> None:
     """Compare an answer with what it should be and print the first difference.
 
     Args:
@@ -126,6 +182,7 @@ def expect_close(got, want, what: str, rtol: float = 0.0, atol: float = 0.0, hin
         what: what is compared, for the message: "the gradient of x".
         rtol, atol: as in `torch.allclose`; exact by default. NaN equals NaN.
         hint: added to the message.
+        near: added instead where a result is right to about three digits, and should be to more.
 
     Raises:
         WrongAnswer: they differ.
@@ -138,16 +195,23 @@ def expect_close(got, want, what: str, rtol: float = 0.0, atol: float = 0.0, hin
     except (TypeError, ValueError, RuntimeError):
         raise WrongAnswer(f"{what} should be a number or tensor, got {type(got).__name__}.") from None
     tail = f" {hint}" if hint else ""
+    expect(not mine.is_complex(), f"{what} should be real, got {mine.dtype}.")
     expect(
         mine.shape == theirs.shape,
         f"{what} has the shape {tuple(mine.shape)}, expected {tuple(theirs.shape)}.{tail}",
     )
     if isinstance(got, torch.Tensor) and isinstance(want, torch.Tensor):
         expect(mine.dtype == theirs.dtype, f"{what} has dtype {mine.dtype}, expected {theirs.dtype}.{tail}")
+    wide = theirs.dtype == torch.float64 and theirs.dim() > 0
     mine, theirs = mine.detach().double().cpu(), theirs.detach().double().cpu()
     bad = ~torch.isclose(mine, theirs, rtol=rtol, atol=atol, equal_nan=True)
     if not bad.any():
         return
+    off = (mine - theirs).abs().max() / theirs.abs().max()
+    if mine.dim() and max(rtol, atol) < 2**-10 and 2**-17 < off <= 2**-9:
+        tail = f" {near}"
+    elif wide and off <= 2**-17:
+        tail = f" {NEARER}"
     place = bad.nonzero()[0]
     index = tuple(place.tolist())
     where = f" at {list(index)}" if index else ""

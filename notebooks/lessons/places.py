@@ -1,11 +1,11 @@
-"""Which line of the reader's own code is meant: the innermost that is neither Triton's, torch's nor the lessons'."""
+"""Which line of the reader's own code is meant: the innermost that is neither Triton's, torch's nor this package's."""
 
 import linecache
 import os
 import sys
 
 _LESSONS = os.path.dirname(os.path.abspath(__file__)) + os.sep
-_EXERCISES = os.path.join(_LESSONS, "exercises", "")
+_PACKAGE = __name__.partition(".")[0] + "."
 _PYTHON = os.path.dirname(os.__file__) + os.sep
 
 
@@ -13,7 +13,7 @@ def own_line() -> str:
     """Of the code that runs now: ', line 3: `x = tl.load(x_ptr)`', or nothing."""
     frame = sys._getframe(1)
     while frame is not None and not _is_verdict(frame):
-        if _own(frame):
+        if own(frame):
             return told(frame.f_code.co_filename, frame.f_lineno)
         frame = frame.f_back
     return ""
@@ -24,7 +24,7 @@ def line_of(error: BaseException) -> str:
     found = ""
     trace = error.__traceback__
     while trace is not None:
-        if _own(trace.tb_frame):
+        if own(trace.tb_frame):
             found = told(trace.tb_frame.f_code.co_filename, trace.tb_lineno)
         trace = trace.tb_next
     return (line_of(error.__cause__) if error.__cause__ else "") or found
@@ -36,12 +36,12 @@ def told(file: str, line: int) -> str:
     return f", line {line}: `{text}`" if text else f", line {line}"
 
 
-def _own(frame) -> bool:
+def own(frame) -> bool:
+    """Whether a frame is the reader's."""
     file = frame.f_code.co_filename
-    if file.startswith(_EXERCISES):
-        return not frame.f_code.co_name.lstrip("_").startswith(("check", "<lambda>"))
-    libraries = f"{os.sep}site-packages{os.sep}" in file or file.startswith((_LESSONS, _PYTHON, "<frozen"))
-    return not libraries
+    if frame.f_globals.get("__name__", "").startswith(_PACKAGE):
+        return False
+    return not (f"{os.sep}site-packages{os.sep}" in file or file.startswith((_PYTHON, "<frozen")))
 
 
 def _is_verdict(frame) -> bool:

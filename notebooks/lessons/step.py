@@ -16,9 +16,9 @@ import numpy as np
 import torch
 
 from ..kernels.runtime import HAS_TRITON, INTERPRETED
+from .guards import patched
 from .notebook import display
 from .places import line_of
-from .watch import patched
 
 SHOWN = 16  # values of a block; of more, the first and the last
 

@@ -11,44 +11,14 @@ import contextlib
 
 import numpy as np
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
 from ..kernels.runtime import HAS_TRITON, INTERPRETED
 from .canaries import check_canaries, no_holes
 from .exercise import WrongAnswer, expect
+from .guards import patched, untuned
+from .only_memory import OnlyMemory
 from .places import own_line
 from .spans import Span, addresses_of, home
-
-# What is no view and computes nothing.
-_HARMLESS = {
-    "empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided", "zeros", "zeros_like", "new_zeros",
-    "ones", "ones_like", "new_ones", "full", "full_like", "new_full", "scalar_tensor", "arange", "zero_", "fill_",
-    "clone", "copy_", "_to_copy", "contiguous", "set_", "lift_fresh", "_local_scalar_dense", "resize_",
-    "is_same_size", "constant_pad_nd", "cat", "stack",
-}  # fmt: skip
-
-
-class _OnlyMemory(TorchDispatchMode):
-    """Refuses arithmetic of torch, but for what is `also` allowed."""
-
-    def __init__(self, watch, also):
-        super().__init__()
-        self.watch, self.also = watch, also
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        name, kwargs = func._schema.name.partition("::")[2], kwargs or {}
-        view = any(r.alias_info is not None and not r.alias_info.is_write for r in func._schema.returns)
-        if not (self.watch.inside or view or name in _HARMLESS or name in self.also):
-            raise WrongAnswer(
-                f"torch itself computes here ({name}{own_line()}). Let the kernel do it: around it torch may "
-                "allocate, view and copy, and nothing else."
-            )
-        made = func(*args, **kwargs)
-        if not self.watch.inside and not view and isinstance(made, torch.Tensor):
-            sources = [t for t in tree_leaves((args, kwargs)) if isinstance(t, torch.Tensor) and t is not made]
-            self.watch.copied(sources, made)
-        return made
 
 
 class Watch:
@@ -71,6 +41,10 @@ class Watch:
     def read(self, name: str) -> bool:
         """Whether a kernel read from this tensor."""
         return any(span.read.any() for span in self.named if span.name == name)
+
+    def has(self, tensors) -> bool:
+        """Whether one of these holds what the kernel was given or has made."""
+        return any(home(tensor) in self.copies or home(tensor) in self.made for tensor in tensors)
 
     def copied(self, sources, target):
         """torch made `target`, or filled it, from `sources`."""
@@ -137,12 +111,12 @@ class Watch:
 
 
 @contextlib.contextmanager
-def watching(watch: Watch, torch_may=()):
+def watching(watch: Watch, torch_may=(), torch_moves=True):
     """Note in `watch` what kernels do inside."""
     if not INTERPRETED:
         from triton import JITFunction
 
-        with patched(JITFunction, "run", _counting(watch)), _OnlyMemory(watch, torch_may):
+        with untuned(), patched(JITFunction, "run", _counting(watch)), OnlyMemory(watch, torch_may, torch_moves):
             yield watch
         return
     import triton
@@ -180,16 +154,16 @@ def watching(watch: Watch, torch_may=()):
         return _get_np_dtype(ptrs.get_element_ty()).itemsize
 
     def load(real):
-        def create_masked_load(self, ptrs, mask, *rest):
+        def create_masked_load(self, ptrs, mask, *rest, **named):
             watch.access(ptrs.data, mask.data, width(ptrs), True)
-            return real(self, ptrs, mask, *rest)
+            return real(self, ptrs, mask, *rest, **named)
 
         return create_masked_load
 
     def store(real):
-        def create_masked_store(self, ptrs, value, mask, *rest):
+        def create_masked_store(self, ptrs, value, mask, *rest, **named):
             watch.access(ptrs.data, mask.data, width(ptrs), False)
-            return real(self, ptrs, value, mask, *rest)
+            return real(self, ptrs, value, mask, *rest, **named)
 
         return create_masked_store
 
@@ -200,6 +174,14 @@ def watching(watch: Watch, torch_may=()):
             return real(self, op, ptr, val, mask, *rest)
 
         return create_atomic_rmw
+
+    def compare(real):
+        def create_atomic_cas(self, ptr, *rest):
+            for reading in (True, False):
+                watch.access(ptr.data, np.ones_like(ptr.data, bool), width(ptr), reading)
+            return real(self, ptr, *rest)
+
+        return create_atomic_cas
 
     def dot(real):
         def create_dot(self, *operands):
@@ -216,8 +198,10 @@ def watching(watch: Watch, torch_may=()):
         for name, wrap in (("load", load), ("store", store)):
             stack.enter_context(patched(InterpreterBuilder, f"create_masked_{name}", wrap))
         stack.enter_context(patched(InterpreterBuilder, "create_atomic_rmw", atomic))
+        stack.enter_context(patched(InterpreterBuilder, "create_atomic_cas", compare))
         stack.enter_context(patched(InterpreterBuilder, "create_dot", dot))
-        stack.enter_context(_OnlyMemory(watch, torch_may))
+        stack.enter_context(untuned())
+        stack.enter_context(OnlyMemory(watch, torch_may, torch_moves))
         yield watch
 
 
@@ -236,19 +220,8 @@ def _counting(watch):
     return wrap
 
 
-@contextlib.contextmanager
-def patched(owner, name, wrap):
-    """`owner.name` is `wrap` of itself inside."""
-    real = getattr(owner, name)
-    setattr(owner, name, wrap(real))
-    try:
-        yield
-    finally:
-        setattr(owner, name, real)
-
-
 def launched(
-    candidate, *args, inputs=None, outputs=None, changed=None, what: str = "", hint: str = "", torch_may=()
+    candidate, *args, inputs=None, outputs=None, changed=None, what="", hint="", torch_may=(), torch_moves=True
 ) -> Watch:
     """Call `candidate(*args)`, an answer to a kernel exercise, and make sure that kernels did the work.
 
@@ -259,6 +232,7 @@ def launched(
         what: the case that is tried, for messages.
         hint: what is said after them.
         torch_may: names of torch's operations that are allowed beside those that only move memory: "sum".
+        torch_moves: whether torch may copy inputs and what kernels made.
 
     Raises:
         WrongAnswer: with the reason; where it can be told, with the kernel's own line.
@@ -268,7 +242,7 @@ def launched(
     watch = Watch(inputs | outputs | changed, {*inputs, *changed})
     case = f" ({what})" if what else ""
     try:
-        with watching(watch, torch_may):
+        with watching(watch, torch_may, torch_moves):
             candidate(*args)
         if not watch.launches:
             raise WrongAnswer(
@@ -302,18 +276,38 @@ def _by_kernels_alone(span, is_input, is_output, case):
         )
 
 
-def watched(call, where: str):
+def watched(call, where: str, *names):
     """`call()`, a pass of an autograd Function: kernels compute, torch allocates, views and copies.
 
+    Args:
+        where: "forward" or "backward".
+        names: of the tensors that it returns and kernels must have made.
+
     Raises:
-        WrongAnswer: torch computed, or no kernel was launched.
+        WrongAnswer: torch computed, no kernel was launched, or another number of tensors was returned.
     """
     need_interpreter()
     with watching(Watch({}, ())) as watch:
         made = call()
     if not watch.launches:
         raise WrongAnswer(f"The {where} pass launched no kernel.")
+    several = made if isinstance(made, (tuple, list)) else (made,)
+    told = ", ".join("None" if t is None else type(t).__name__ for t in several)
+    wanted = f"The {where} pass should return {', '.join(names)}, got {told}."
+    expect(len(several) == len(names) and all(isinstance(t, torch.Tensor) for t in several), wanted)
+    for name, tensor in zip(names, several, strict=True):
+        by_kernels(watch, name, tensor)
     return made
+
+
+def by_kernels(watch: Watch, name: str, tensor: torch.Tensor) -> None:
+    """Make sure that a returned tensor lies in memory that kernels wrote; a flag may stay as it was.
+
+    Raises:
+        WrongAnswer: it does not.
+    """
+    written = not INTERPRETED or tensor.numel() == 1 or home(tensor) in watch.made
+    expect(written, f"No kernel wrote {name}: its values were made in another way.")
 
 
 def need_interpreter() -> None:

@@ -1,6 +1,6 @@
 """Lesson 00: units, and the model states of a training step."""
 
-from ..exercise import Exercise, expect, expect_close
+from ..exercise import Exercise, expect, expect_close, number
 
 
 def _gib_stub(count):
@@ -9,7 +9,7 @@ def _gib_stub(count):
 
 def _check_gib(gib):
     for count, want in ((2**30, 1.0), (28_000_000_000, 28e9 / 2**30), (2**29, 0.5), (0, 0.0)):
-        got = gib(count)
+        got = number(gib(count), f"gib({count:,})")
         expect_close(got, want, f"gib({count:,})", rtol=1e-9, hint=_gib_mistake(got, count))
     return "tried 28 GB, whole and half a GiB, and nothing"
 
@@ -41,10 +41,10 @@ def _check_states(states):
         ("nothing is trained", (1000, 0, 2)),
     )
     for name, (parameters, trainable, weight_bytes) in cases:
-        got, want = states(parameters, trainable, weight_bytes), _states(parameters, trainable, weight_bytes)
+        want = _states(parameters, trainable, weight_bytes)
+        got = number(states(parameters, trainable, weight_bytes), "What states returns", "number of bytes")
         if got == want:
             continue
-        expect(isinstance(got, (int, float)), f"states must return one number of bytes, got {got!r}.")
         if got == weight_bytes * parameters + 8 * trainable:
             told = "The gradients are missing: one number for each trainable parameter."
         elif got == (2 * weight_bytes + 8) * parameters:

@@ -4,7 +4,7 @@ import math
 
 import torch
 
-from ..exercise import Exercise, WrongAnswer, expect
+from ..exercise import Exercise, WrongAnswer, expect, number
 
 
 def _decode_stub(bits):
@@ -57,9 +57,10 @@ def _check_decode(decode):
         for bits in patterns:
             want = torch.tensor(bits, dtype=torch.uint16).view(torch.float16).item()
             try:
-                got = float(decode(bits))
-            except (OverflowError, TypeError) as error:
+                got = decode(bits)
+            except OverflowError as error:
                 raise WrongAnswer(f"decode(0x{bits:04x}), {kind}: {error}. {told[kind]}") from None
+            got = float(number(got, f"decode(0x{bits:04x})"))
             same = got == want or (math.isnan(got) and math.isnan(want))
             why = "The highest bit is the sign." if got == -want else told[kind]
             expect(same, f"decode(0x{bits:04x}) is {got:.6g}, expected {want:.6g}, {kind}. {why}")
@@ -96,6 +97,8 @@ def _check_fate(fate):
         want = "normal" if size >= 2.0**-14 else "subnormal"
         want = "zero" if size == 0 else "infinity" if math.isinf(size) else want
         got = fate(x)
+        kinds = ("zero", "subnormal", "normal", "infinity")
+        expect(isinstance(got, str) and got in kinds, f"fate({x:.8g}) is {got!r}: return one of {', '.join(kinds)}.")
         if got == want:
             continue
         if x < 0 and fate(-x) == want:
@@ -126,10 +129,9 @@ def _fp16(w: float, x: float, y: float, scale: float) -> tuple[float, float]:
 
 def _check_example(example):
     answer = example()
-    expect(
-        isinstance(answer, tuple) and len(answer) == 4, f"Return a tuple (w, x, y, scale), got {type(answer).__name__}."
-    )
-    w, x, y, scale = map(float, answer)
+    four = isinstance(answer, (tuple, list)) and len(answer) == 4
+    expect(four, f"Return four numbers, (w, x, y, scale), got {answer!r}.")
+    w, x, y, scale = (float(number(value, name)) for value, name in zip(answer, ("w", "x", "y", "scale"), strict=True))
     true = (w * x - y) * x
     expect(true != 0, "The true gradient is 0: nothing is there to be lost.")
     residual, plain = _fp16(w, x, y, 1.0)

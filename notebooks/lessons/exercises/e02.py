@@ -38,11 +38,13 @@ def _axpy(masked=True, spread=True, rounded_up=True):
 
 
 def _check_axpy(axpy):
-    sizes = (64, 1, 63, 65, 1000)
-    for n in sizes:
+    sizes = {64: 3.0, 1: 3.0, 63: -0.5, 65: 3.0, 1000: 0.25, 5000: 3.0}
+    for n, a in sizes.items():
         x, y, out = guarded(n, values=torch.randn(n)), guarded(n, values=torch.randn(n)), guarded(n)
-        launched(axpy, 3.0, x, y, out, inputs={"x": x, "y": y}, outputs={"out": out}, what=f"N = {n}")
-        expect_close(out, 3.0 * x + y, f"out for N = {n}", rtol=1e-5, atol=1e-6, hint="a multiplies x, not y.")
+        launched(axpy, a, x, y, out, inputs={"x": x, "y": y}, outputs={"out": out}, what=f"N = {n}")
+        exchanged = torch.allclose(out, x + a * y, rtol=1e-5, atol=1e-6)
+        hint = "a multiplies x, not y." if exchanged else f"Here a is {a}."
+        expect_close(out, a * x + y, f"out for N = {n}", rtol=1e-5, atol=1e-6, hint=hint)
     gpu = without_faults(lambda: axpy(3.0, torch.randn(1000), torch.randn(1000), torch.empty(1000)))
     return f"tried N = {', '.join(map(str, sizes))}, with canaries on both sides of every tensor{seen_there(gpu)}"
 
@@ -76,7 +78,7 @@ def _silu_backward(form=0):
 
 
 def _check_silu(silu_backward):
-    for n, dtype in ((64, torch.float32), (37, torch.float32), (130, torch.float16)):
+    for n, dtype in ((64, torch.float32), (37, torch.float32), (130, torch.float16), (1000, torch.float32)):
         x = guarded(n, dtype, values=torch.linspace(-12, 12, n))
         dy = guarded(n, dtype, values=torch.randn(n))
         dx = guarded(n, dtype)
@@ -99,7 +101,7 @@ def _check_silu(silu_backward):
                 told = message
         expect_close(dx, leaf.grad.to(dtype).to(dx.device), f"dx ({case})", **tolerance, hint=told)
     gpu = without_faults(lambda: silu_backward(torch.randn(130), torch.randn(130), torch.empty(130)))
-    return f"tried 64 and 37 values of fp32 and 130 of fp16, from -12 to 12{seen_there(gpu)}"
+    return f"tried 64, 37 and 1000 values of fp32 and 130 of fp16, from -12 to 12{seen_there(gpu)}"
 
 
 # 02.3
@@ -136,6 +138,7 @@ def _check_softmax(softmax):
     cases = {
         "3 rows of 8 values": (8, 0, 8, ""),
         "2 rows of 5 values, all below -1": (5, -8, 5, ""),
+        "9 rows of 130 values": (130, 0, 130, "One program per row; BLOCK is a power of two and N or more."),
         "4 rows of 7 values around 200": (7, 200, 7, "exp(200) overflows. Subtract the row's maximum first."),
         "4 rows of 7 values around -200": (
             7, -200, 7, "What lies beyond the end of a row takes part in the maximum: with 0 for it the maximum is 0, "

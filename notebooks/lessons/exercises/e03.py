@@ -5,7 +5,7 @@ import torch
 from ...kernels.runtime import tl, triton
 from ..canaries import guarded
 from ..emulated import seen_there, without_faults
-from ..exercise import Exercise, expect, expect_close
+from ..exercise import Exercise, expect, expect_close, number
 from ..watch import launched
 from . import e03_product
 
@@ -51,7 +51,9 @@ def _check_next_scale(next_scale):
         for overflow in [False] * 3 + [True] + [False] * 9 + [True, True] + [False] * 5:
             want = _next_scale(scale, run, overflow, interval)
             got = next_scale(scale, run, overflow, interval)
-            expect(isinstance(got, tuple) and len(got) == 2, f"Return (scale, run), got {got!r}.")
+            two = isinstance(got, (tuple, list)) and len(got) == 2
+            expect(two, f"Return two numbers, (scale, run), got {got!r}.")
+            got = number(got[0], "scale"), number(got[1], "run")
             if overflow:
                 told = ("An overflow halves the scale.", "An overflow sets the run to 0: steps count only in a row.")
             elif run + 1 == interval:
@@ -62,7 +64,7 @@ def _check_next_scale(next_scale):
             else:
                 told = ("A good step in the middle of a run leaves the scale.", "A good step makes the run one longer.")
             expect(
-                tuple(got) == want,
+                got == want,
                 f"next_scale({scale:g}, {run}, {overflow}, {interval}) is {got}, expected {want}. "
                 + told[got[0] == want[0]],
             )
@@ -92,15 +94,17 @@ def _step(w, loss, scale, max_norm, lr, clip_first=False, bad=lambda g: not g.is
 
 
 def _check_step(step):
-    for norm in (0.5, 3.0):
+    for norm, scale, max_norm, lr in ((0.5, 1024.0, 1.0, 0.1), (3.0, 1024.0, 1.0, 0.1), (3.0, 64.0, 2.0, 0.02)):
         torch.manual_seed(1)
         direction = torch.nn.functional.normalize(torch.randn(8), dim=0)
         w = torch.zeros(8, requires_grad=True)
-        done = step(w, (w * direction).sum() * norm, 1024.0, 1.0, 0.1)
-        moved = (w.detach().norm() / 0.1).item()
-        want = min(norm, 1.0)
-        told = "Unscale, then clip, then step."
-        if abs(moved - 1 / 1024) < 1e-4:
+        done = step(w, (w * direction).sum() * norm, scale, max_norm, lr)
+        moved = (w.detach().norm() / lr).item()
+        want = min(norm, max_norm)
+        told = "Unscale, then clip, then step." if moved else "w has not moved: change it in place."
+        if scale == 64:
+            told = "Only now scale is 64, max_norm 2 and lr 0.02: are other numbers written into your function?"
+        elif abs(moved - 1 / 1024) < 1e-4:
             told = "The gradient was clipped while it was still scaled: unscale first."
         elif abs(moved - 1.0) < 1e-3 and want != 1.0:
             told = (
@@ -111,11 +115,11 @@ def _check_step(step):
             told = "It was not clipped."
         what = f"the length of the step over lr, for a gradient of norm {norm}"
         expect_close(moved, want, what, atol=1e-3, hint=told)
-        downhill = -0.1 * want * direction
+        downhill = -lr * want * direction
         told = "Its length is right, its direction is not: go against the gradient, w -= lr * gradient."
         expect_close(w.detach(), downhill, f"w after the step, for a gradient of norm {norm}", atol=1e-4, hint=told)
         expect(bool(done), "step returns False (or None) although it moved the weights.")
-        step(w, (w * direction).sum() * norm, 1024.0, 1.0, 0.1)
+        step(w, (w * direction).sum() * norm, scale, max_norm, lr)
         told = "backward adds to w.grad, where the last step's gradient still lay: clear it."
         expect_close(w.detach(), 2 * downhill, f"w after a second step, norm {norm}", atol=2e-4, hint=told)
     for bad in (float("inf"), float("-inf"), float("nan")):
@@ -174,6 +178,9 @@ def _check_unscale(unscale):
         (130, (3, float("inf")), "an infinity in the first block"),
         (130, (129, float("-inf")), "an infinity in the last block"),
         (70, (69, float("nan")), "a NaN"),
+        (100, (0, 3e38), "two of the largest finite numbers"),
+        (1000, (777, float("inf")), "an infinity"),
+        (130, (2, float("inf")), "several infinities"),
         (1, None, "nothing"),
         (65, None, "nothing new"),
     )
@@ -184,16 +191,21 @@ def _check_unscale(unscale):
         "an infinity in the first block": "A later program must not write 0 over the 1 of an earlier one: store 1 only "
         "where something bad was seen, and nothing otherwise.",
         "an infinity in the last block": "Minus infinity counts as well.",
+        "two of the largest finite numbers": "They are finite, though their sum is not: look at each by itself.",
+        "an infinity": "Does the grid have enough programs for all of grad?",
+        "several infinities": "The flag is 1, however many there are and however many programs see one.",
         "nothing new": "It was 1 before, from another tensor. If nothing is bad here, leave it as it is.",
     }
     for n, bad, what in cases:
         values = torch.randn(n)
         if bad is not None:
             values[bad[0]] = bad[1]
+        if what in ("two of the largest finite numbers", "several infinities"):
+            values[bad[0] + 1] = bad[1]
         before = float(what == "nothing new")
         grad, flag = guarded(n, values=values), guarded(1, values=torch.tensor([before]))
         launched(unscale, grad, 8.0, flag, changed={"grad": grad, "found_inf": flag}, what=f"N = {n}")
-        found, want = flag.item(), max(before, float(bad is not None))
+        found, want = flag.item(), max(before, float(not values.isfinite().all()))
         expect(found == want, f"N = {n} with {what} to find: found_inf is {found:g}, expected {want:g}. {told[what]}")
         expect_close(grad.cpu(), values / 8.0, f"grad for N = {n}", rtol=1e-6, hint="Multiply by 1 / scale, in place.")
 

@@ -1,11 +1,13 @@
 """Lesson 03's ladder: the loss-scaled FP16 product with its flag, and its backward pass."""
 
+import functools
+
 import torch
 
 from ...kernels.runtime import tl, triton
 from ..canaries import guarded, place
 from ..emulated import seen_there, without_faults
-from ..exercise import Exercise, expect, expect_close
+from ..exercise import Exercise, expect, expect_close, unchanged
 from ..watch import launched, watched
 
 BLOCK = 16
@@ -66,23 +68,29 @@ def _close_product(got, a, b, scale, what, hint=""):
     want = scale * (a.double() @ b.double())
     summed = scale * (a.double().abs() @ b.double().abs()).max().item()
     close = {"rtol": 2**-10, "atol": 2**-24 + a.shape[1] * 2**-24 * summed}
+    if (got.double() - want).abs().max() < 2**-8 * want.abs().max():
+        hint = "Nearly: only c is rounded to FP16. The accumulator stays FP32 from tile to tile; the scale comes last."
     expect_close(got.double(), want.half().double(), what, **close, hint=hint)
 
 
 def _check_product(scaled_product):
     cases = {
-        "16 × 16 × 16": ((16, 16, 16), 1.0, 1.0),
-        "33 × 20 × 17": ((33, 20, 17), 1.0, 4.0),
-        "1 × 70 × 5": ((1, 70, 5), 1.0, 0.5),
-        "products of 1e-8": ((20, 8, 18), 1e-4, 16384.0),
+        "16 × 16 × 16": ((16, 16, 16), 1.0, 1.0, 1.0),
+        "33 × 20 × 17": ((33, 20, 17), 1.0, 1.0, 4.0),
+        "1 × 65 × 5": ((1, 65, 5), 1.0, 1.0, 0.5),
+        "70 × 150 × 20": ((70, 150, 20), 1.0, 1.0, 0.7),
+        "products of 1e-8": ((20, 8, 18), 1e-4, 1e-4, 16384.0),
+        "a of hundreds, b of thousandths": ((20, 8, 18), 300.0, 1e-3, 1024.0),
     }
-    for what, (size, small, scale) in cases.items():
-        a, b = _operands(*size, small, small)
+    for what, (size, size_a, size_b, scale) in cases.items():
+        a, b = _operands(*size, size_a, size_b)
         c, flag = guarded((size[0], size[2]), torch.float16), guarded(1, values=torch.zeros(1))
-        _run(scaled_product, a, b, scale, c, flag, what)
+        _run(scaled_product, a, b, scale, c, flag, what, hint="" if size_a <= 1 else "Scale the FP32 accumulator.")
         hint = "c = scale · a b, the sum over all of K."
-        if small < 1:
+        if size_a < 1:
             hint = "Multiply the FP32 accumulator by the scale, then round: 1e-8 alone is 0 in FP16."
+        elif size_a > 1:
+            hint = "Multiply the FP32 accumulator by the scale, not an operand: a · scale overflows in FP16."
         _close_product(c, a, b, scale, f"c ({what})", hint)
         expect(flag.item() == 0, f"{what}: every entry of c is finite, but found_inf is {flag.item():g}.")
     a, b = _operands(18, 33, 20)
@@ -113,10 +121,10 @@ def _check_product(scaled_product):
     return f"{tried}{seen_there(without_faults(call))}"
 
 
-def _run(scaled_product, a, b, scale, c, flag, what, holes=False):
+def _run(scaled_product, a, b, scale, c, flag, what, holes=False, hint=""):
     tensors = {"inputs": {"a": a, "b": b}, "changed": {"found_inf": flag}}
     tensors["changed" if holes else "outputs"] = {"c": c} | (tensors["changed"] if holes else {})
-    watch = launched(scaled_product, a, b, scale, c, flag, **tensors, what=what)
+    watch = launched(scaled_product, a, b, scale, c, flag, **tensors, what=what, hint=hint)
     expect(watch.dots > 0 or not watch.loads, "No tl.dot was used: it is what reaches the tensor cores.")
 
 
@@ -170,19 +178,20 @@ def _check_function(scaled_matmul):
     for M, K, N, scale in ((33, 20, 17, 8.0), (16, 16, 16, 1.0)):
         what = f"a {M} × {K}, b {K} × {N}, scale {scale:g}"
         a, b = (torch.randn(size).half().to(place()).requires_grad_() for size in ((M, K), (K, N)))
-        c, _ = watched(lambda: scaled_matmul(a, b, scale), "forward")  # noqa: B023 called at once
+        dc = (0.1 * torch.randn(N, M)).half().to(place()).t()
+        with unchanged(a=a, b=b):
+            c, _ = watched(lambda: scaled_matmul(a, b, scale), "forward", "c", "found_inf")  # noqa: B023 called at once
         _close_product(c.detach(), a.detach(), b.detach(), scale, f"c ({what})")
-        dc = (0.1 * torch.randn(M, N)).half().to(place())
         expect(c.requires_grad, "c has no gradient: call YourFunction.apply(a, b, scale).")
-        da, db = watched(lambda: torch.autograd.grad(c, (a, b), dc), "backward")  # noqa: B023 called at once
+        backward = functools.partial(torch.autograd.grad, c, (a, b), dc, allow_unused=True)
+        with unchanged(a=a, b=b, dc=dc):
+            da, db = watched(backward, "backward", "da", "db")
         for name, got, left, right in (("da", da, dc, b.t()), ("db", db, a.t(), dc)):
             shape = f"da = s·dc bᵀ is {M} × {K}, db = s·aᵀ dc is {K} × {N}."
-            hint = shape
-            if got is not None and got.shape == (left.shape[0], right.shape[1]) and scale != 1:
+            hint = f"{shape} dc is a transposed view: use both of its strides."
+            if scale != 1:
                 hint += " Is the scale in both?"
-            expect(
-                got is not None and got.shape == (left.shape[0], right.shape[1]), f"{name} has the wrong shape. {shape}"
-            )
+            expect(got.shape == (left.shape[0], right.shape[1]), f"{name} has the wrong shape. {shape}")
             _close_product(got, left.detach(), right.detach(), scale, f"{name} ({what})", hint)
 
     def call():

@@ -6,7 +6,7 @@ from torch import nn
 from torch.autograd.graph import saved_tensors_hooks
 
 from ...nn.live_memory import LiveMemory
-from ..exercise import Exercise, WrongAnswer
+from ..exercise import Exercise, WrongAnswer, number, unchanged
 
 
 def _states(total, trained, itemsize, masters):
@@ -23,7 +23,8 @@ def _check_states(candidate):
         (1000, 0, 4, False, "nothing is trained"),
     ]
     for total, trained, itemsize, masters, what in cases:
-        expected, got = _states(total, trained, itemsize, masters), candidate(total, trained, itemsize, masters)
+        expected = _states(total, trained, itemsize, masters)
+        got = number(candidate(total, trained, itemsize, masters), f"{what}: the answer", "number of bytes")
         if got != expected:
             why = (
                 f"{itemsize} for each of {total} weights; for each of {trained} trained ones {itemsize} of gradient, "
@@ -77,23 +78,26 @@ def _is_parameter(tensor):
 
 
 def _check_kept_bytes(candidate):
+    def kept(function, *inputs):
+        return number(candidate(function, *inputs), "What kept_bytes returns", "number of bytes")
+
     torch.manual_seed(0)
     x = torch.randn(3, 5, requires_grad=True)
-    single = candidate(lambda x: (x + 1).exp(), x)
+    single = kept(lambda x: (x + 1).exp(), x)
     if single != 60:
         raise WrongAnswer(f"exp keeps its result, 3 × 5 floats of 4 bytes = 60 bytes, got {single}")
-    wide = candidate(lambda x: (x + 1).exp(), x.detach().double().requires_grad_())
+    wide = kept(lambda x: (x + 1).exp(), x.detach().double().requires_grad_())
     if wide != 120:
         raise WrongAnswer(f"a float64 value has 8 bytes: exp of 3 × 5 of them keeps 120 bytes, got {wide}")
     linear = nn.Linear(5, 7)
-    parameters = candidate(lambda x: linear(x + 1).relu(), x)
+    parameters = kept(lambda x: linear(x + 1).relu(), x)
     if parameters != 60 + 84:
         view = " Linear saves a transposed view of its weight, which is no leaf itself; its ._base is the parameter."
         raise WrongAnswer(
             "linear keeps its input (60 bytes) and its weight, relu its result (84 bytes); the weight is a parameter "
             f"that was there before, so 144 bytes are kept, got {parameters}.{view if parameters == 284 else ''}"
         )
-    views = candidate(lambda x: (y := (x + 1).exp()) * y.view(5, 3).view(3, 5), x)
+    views = kept(lambda x: (y := (x + 1).exp()) * y.view(5, 3).view(3, 5), x)
     if views != 60:
         raise WrongAnswer(
             "the result of exp is saved three times here, twice through views; it is one storage of 60 bytes, "
@@ -139,11 +143,10 @@ def _check_chunked_loss(candidate):
     weight = torch.randn(words, width, generator=generator)
     target = torch.randint(0, words, (rows,), generator=generator)
     with torch.no_grad():
-        given = hidden, weight, target
-        _compare_loss(candidate(*given, chunk), *given, "67 rows in chunks of 10 (the last has 7)")
+        _compare_loss(candidate, hidden, weight, target, chunk, "67 rows in chunks of 10 (the last has 7)")
         target[: chunk + 3] = -100
         target[40:44] = -100
-        _compare_loss(candidate(*given, chunk), *given, "some labels are −100, a whole chunk among them")
+        _compare_loss(candidate, hidden, weight, target, chunk, "some labels are −100, a whole chunk among them")
         with LiveMemory("cpu", scan=False) as live:
             candidate(hidden, weight, target, chunk)
     one = chunk * words * 4
@@ -155,13 +158,14 @@ def _check_chunked_loss(candidate):
     return f"tried a tail, labels of −100, a whole chunk of them; {live.peak_added:,} bytes alive at once"
 
 
-def _compare_loss(got, hidden, weight, target, what):
+def _compare_loss(candidate, hidden, weight, target, chunk, what):
+    with unchanged(hidden=hidden, weight=weight, target=target):
+        got = candidate(hidden, weight, target, chunk)
     expected = F.cross_entropy(hidden.double() @ weight.double().T, target).item()
-    if abs(float(got) - expected) > 1e-4 * expected:
+    got = number(got, f"{what}: the mean loss")
+    if not abs(got - expected) <= 1e-4 * expected:
         told = "Sum over all chunks, and divide once by the number of labels that are not −100."
-        raise WrongAnswer(
-            f"{what}: the mean over labels other than −100 is {expected:.4f}, got {float(got):.4f}. {told}"
-        )
+        raise WrongAnswer(f"{what}: the mean over labels other than −100 is {expected:.4f}, got {got:.4f}. {told}")
 
 
 def _not_written(*args):

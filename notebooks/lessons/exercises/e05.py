@@ -9,7 +9,7 @@ from torch import nn
 
 from ...nn.checkpoint import checkpoint, manual_checkpoint_forward
 from ...nn.live_memory import LiveMemory
-from ..exercise import Exercise, WrongAnswer
+from ..exercise import Exercise, WrongAnswer, expect
 
 
 def _peak(layers, groups, boundary, inside):
@@ -77,6 +77,9 @@ def _gradients(run, module, inputs):
     inputs = [x.detach().requires_grad_() for x in inputs]
     torch.manual_seed(5)
     out = run(module, *inputs)
+    tensor = isinstance(out, torch.Tensor)
+    expect(tensor, f"The result of func, a tensor, should be returned, got {'None' if out is None else type(out)}.")
+    expect(out.requires_grad, "The result has no gradient: apply an autograd Function, .apply(func, *args).")
     torch.rand(2)  # someone draws between forward and backward
     out.square().sum().backward()
     return out.detach(), [t.grad for t in (*inputs, *module.parameters())], torch.rand(3)
@@ -169,6 +172,7 @@ def _check_run_in_groups(candidate):
         wanted = torch.autograd.grad(expected.square().sum(), [x, *layers.parameters()])
         with LiveMemory("cpu", scan=False) as live:
             got = candidate(layers, x, groups)
+        expect(isinstance(got, torch.Tensor), f"{what}: return the last layer's result, a tensor, got {type(got)}.")
         if got.shape != expected.shape or not torch.equal(got, expected):
             raise WrongAnswer(f"{what}: the result differs from running all {count} layers one after the other")
         small = 2**14  # generator states

@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from ..exercise import Exercise, WrongAnswer
+from ..exercise import Exercise, WrongAnswer, number, unchanged
 
 
 def _accumulate(model, micro_batches):
@@ -65,7 +65,8 @@ def _compare(model, candidate, micro_batches, what):
     wanted = _gradient(model).clone()
     if what != "a gradient was left over from before":
         model.zero_grad()
-    loss = candidate(model, micro_batches)
+    with unchanged(micro_batches=micro_batches):
+        loss = candidate(model, micro_batches)
     if any(p.grad is None for p in model.parameters()):
         raise WrongAnswer(f"{what}: a parameter has no gradient afterwards")
     found = _gradient(model)
@@ -77,7 +78,8 @@ def _compare(model, candidate, micro_batches, what):
             told = "backward adds to .grad: clear it first."
         told = f"(its norm is {ratio:.2f} of the true one). {told}"
         raise WrongAnswer(f"{what}: the gradient is off by {off:.0%} {told}")
-    if loss is None or abs(float(loss) - expected.item()) > 1e-6:
+    loss = number(loss, f"{what}: the gradient is right, but the mean loss")
+    if not abs(loss - expected.item()) <= 1e-6:
         raise WrongAnswer(f"{what}: the gradient is right, but the mean loss is {expected.item():.4f}, got {loss}")
 
 
@@ -116,9 +118,9 @@ def _tail_dropped(model, optimizer, batches, accumulation_steps, max_norm):
 
 def _tail_too_small(model, optimizer, batches, accumulation_steps, max_norm):
     optimizer.zero_grad()
-    for number, (inputs, labels) in enumerate(batches, start=1):
+    for i, (inputs, labels) in enumerate(batches, start=1):
         (F.cross_entropy(model(inputs), labels) / accumulation_steps).backward()
-        if number % accumulation_steps == 0 or number == len(batches):
+        if i % accumulation_steps == 0 or i == len(batches):
             torch.nn.utils.clip_grad_norm_(model.parameters(), max_norm)
             optimizer.step()
             optimizer.zero_grad()
@@ -175,8 +177,8 @@ def _rate(k, total, warmup):
 def _check_rate(candidate):
     for total, warmup in ((45, 5), (10, 0), (7, 7), (100, 1)):
         for k in (*range(total), total, total + 3, total + 40):
-            wanted, got = _rate(k, total, warmup), candidate(k, total, warmup)
-            if got is None or not math.isclose(got, wanted, abs_tol=1e-9):
+            wanted, got = _rate(k, total, warmup), number(candidate(k, total, warmup), f"rate({k}, {total}, {warmup})")
+            if not math.isclose(got, wanted, abs_tol=1e-9):
                 where = "the very first update" if k == 0 else "during warmup" if k < warmup else "after warmup"
                 where = "past the end" if k >= total else where
                 told = {

@@ -8,7 +8,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from ...kernels.runtime import tl, triton
 from ..canaries import guarded
 from ..emulated import seen_there, without_faults
-from ..exercise import Exercise, WrongAnswer, expect, expect_close
+from ..exercise import Exercise, WrongAnswer, expect, expect_close, unchanged
 from ..watch import launched
 from . import e07_kernels, e07_layer
 
@@ -43,7 +43,8 @@ def check_best_rank_r(candidate):
     rng = np.random.default_rng(3)
     for m, n, r in ((7, 5, 2), (5, 7, 3), (6, 6, 1), (4, 9, 4)):
         M = rng.normal(size=(m, n))
-        answer = candidate(M.copy(), r)
+        with unchanged(M=M):
+            answer = candidate(M, r)
         two = isinstance(answer, (tuple, list)) and len(answer) == 2
         expect(two, "Return the two factors, (B, A), not their product.")
         B, A = map(np.asarray, answer)
@@ -102,7 +103,8 @@ def check_lora_forward(candidate):
         bias = torch.randn(outputs, generator=generator) if biased else None
         where = f"x of shape {tuple(x.shape)}, r = {r}, alpha = {alpha}, {'a' if biased else 'no'} bias"
         try:
-            y = candidate(x, W, bias, A, B, alpha)
+            with unchanged(x=x, W=W, A=A, B=B, bias=bias):
+                y = candidate(x, W, bias, A, B, alpha)
         except TypeError as error:
             if biased:
                 raise
@@ -116,7 +118,7 @@ def check_lora_forward(candidate):
         elif torch.is_tensor(y) and y.shape == want.shape:
             hint = "The low-rank part is (alpha / r) · x Aᵀ Bᵀ, and r is the number of A's rows."
         expect_close(y, want, f"The output for {where}", rtol=1e-4, atol=1e-4, hint=hint)
-    x, W, A, B = (torch.empty(*size, device="meta") for size in ((64, 256), (512, 256), (4, 256), (512, 4)))
+    x, W, A, B = (torch.randn(*size) for size in ((64, 256), (512, 256), (4, 256), (512, 4)))
     with FlopCounterMode(display=False) as counter:
         candidate(x, W, None, A, B, 8.0)
     used, needed = counter.get_total_flops(), 2 * 64 * 512 * 256 + 2 * 64 * 4 * (256 + 512)
@@ -162,7 +164,7 @@ def _down(form=0):
 
 def check_down(candidate):
     generator = torch.Generator().manual_seed(6)
-    for M, K, R in ((7, 64, 8), (1, 1, 1), (3, 33, 5), (2, 100, 3)):
+    for M, K, R in ((7, 64, 8), (1, 1, 1), (3, 33, 5), (2, 100, 3), (20, 150, 20)):
         x_values, a_values = torch.randn(M, K, generator=generator), torch.randn(R, K, generator=generator)
         x, A, S = guarded((M, K), values=x_values), guarded((R, K), values=a_values), guarded((M, R))
         what = f"x {M} × {K}, r = {R}"
@@ -173,7 +175,7 @@ def check_down(candidate):
             hint = "Only the last tile of K is in it: add each tile's part to the accumulator."
         expect_close(S.cpu(), want, f"S ({what})", rtol=1e-4, atol=1e-4, hint=hint)
     gpu = without_faults(lambda: candidate(torch.randn(3, 33), torch.randn(5, 33), torch.empty(3, 5)))
-    return f"Four shapes between canaries, with tails in K and in r{seen_there(gpu)}."
+    return f"Five shapes between canaries, with tails in K and in r{seen_there(gpu)}."
 
 
 # 07.4
@@ -214,7 +216,13 @@ def check_lora_gradients(candidate):
         leaves = [t.clone().requires_grad_() for t in (x, A, B)]
         y = leaves[0] @ W.t() + s * (leaves[0] @ leaves[1].t()) @ leaves[2].t()
         wanted = torch.autograd.grad(y, leaves, dy)
-        got = candidate(x, dy, W, A, B, s)
+        with unchanged(x=x, dy=dy, W=W, A=A, B=B), torch.no_grad():
+            try:
+                got = candidate(x, dy, W, A, B, s)
+            except RuntimeError as error:
+                if "does not require grad" not in str(error):
+                    raise
+                raise WrongAnswer("Without autograd: write each gradient as a product, as in hint 1.") from None
         expect(isinstance(got, (tuple, list)) and len(got) == 3, "Return three tensors: (dx, dA, dB).")
         low_rank = s * dy @ B @ A
         for name, mine, theirs in zip(("dx", "dA", "dB"), got, wanted, strict=True):

@@ -75,7 +75,13 @@ def _add_kernel(y_ptr, z_ptr, scale, N, BLOCK: tl.constexpr):
 
 
 def _check_fused(fused_forward):
-    for M, K, N, R, turned in ((16, 16, 16, 16, 0), (33, 20, 17, 3, 0), (1, 70, 5, 1, 0), (18, 33, 20, 8, 1)):
+    for M, K, N, R, turned in (
+        (16, 16, 16, 16, 0),
+        (33, 20, 17, 3, 0),
+        (1, 65, 5, 1, 0),
+        (18, 33, 20, 8, 1),
+        (70, 150, 20, 20, 0),
+    ):
         what = f"x {M} × {K}, W {N} × {K}, r = {R}" + (", all of them transposed views" if turned else "")
         shapes = {"x": (M, K), "W": (N, K), "S": (M, R), "B": (N, R)}
         given = {
@@ -96,6 +102,7 @@ def _check_fused(fused_forward):
                 0.5 * (base + low_rank),
             ),
             ("The scale is missing.", base + low_rank),
+            ("Only 16 of r are in S Bᵀ: BLOCK_R is r or more.", base + 0.5 * S[:, :16] @ B[:, :16].t()),
         ):
             if torch.allclose(y, value, rtol=1e-4, atol=1e-4):
                 hint = mistake
@@ -112,7 +119,7 @@ def _check_fused(fused_forward):
         x, W, S, B = (torch.randn(size) for size in ((33, 20), (17, 20), (33, 3), (17, 3)))
         fused_forward(x, W, S, B, 0.5, torch.empty(33, 17))
 
-    return f"tried 4 shapes with tails, one of transposed views; y is written once{seen_there(without_faults(call))}"
+    return f"tried 5 shapes with tails, one of transposed views; y is written once{seen_there(without_faults(call))}"
 
 
 # 07.6
@@ -173,7 +180,7 @@ def _racing(dy, S, B, scale, dS, dB):
 
 
 def _check_up_grads(candidate):
-    for M, N, R in ((16, 16, 16), (33, 20, 3), (5, 70, 1)):
+    for M, N, R in ((16, 16, 16), (33, 20, 3), (5, 65, 1), (70, 150, 5)):
         sizes, what = {"dy": (M, N), "S": (M, R), "B": (N, R)}, f"dy {M} × {N}, r = {R}"
         given = {name: guarded(size, values=torch.randn(size)) for name, size in sizes.items()}
         (dy, S, B), dS, dB = given.values(), guarded((M, R)), guarded((N, R))
@@ -191,7 +198,7 @@ def _check_up_grads(candidate):
         dy, S, B = torch.randn(33, 20), torch.randn(33, 3), torch.randn(20, 3)
         candidate(dy, S, B, 0.5, torch.empty(33, 3), torch.empty(20, 3))
 
-    return f"tried 3 shapes with tails in M, N and r{seen_there(without_faults(call))}"
+    return f"tried 4 shapes with tails in M, N and r{seen_there(without_faults(call))}"
 
 
 EXERCISES = {

@@ -1,10 +1,12 @@
 """The top of lesson 07's ladder: a LoRA layer made of its kernels."""
 
+import functools
+
 import torch
 
 from ..canaries import place
 from ..emulated import seen_there, without_faults
-from ..exercise import Exercise, expect, expect_close
+from ..exercise import Exercise, expect, expect_close, unchanged
 from ..watch import watched
 from .e07_kernels import base_and_low_rank, skinny_product, up_grads
 
@@ -64,21 +66,26 @@ def _reference(x, W, A, B, scale):
 
 
 def _check_layer(lora):
-    for M, K, N, R in ((33, 20, 17, 3), (7, 40, 24, 5)):
+    for M, K, N, R in ((33, 20, 17, 3), (7, 40, 24, 20)):
         what = f"x {M} × {K}, W {N} × {K}, r = {R}"
         x, W, A, B = (torch.randn(size).to(place()) for size in ((M, K), (N, K), (R, K), (N, R)))
         leaves = [t.requires_grad_() for t in (x, A, B)]
-        y = watched(lambda: lora(x, W, A, B, 0.5), "forward")  # noqa: B023 called at once
+        with unchanged(x=x, W=W, A=A, B=B):
+            y = watched(lambda: lora(x, W, A, B, 0.5), "forward", "y")  # noqa: B023 called at once
         want = _reference(x, W, A, B, 0.5)
         expect_close(y, want, f"y ({what})", rtol=1e-4, atol=1e-3, hint="S = x Aᵀ, then the fused product.")
         expect(y.requires_grad, "y has no gradient: call YourFunction.apply(x, W, A, B, scale).")
-        dy = torch.randn(M, N).to(place())
-        got = watched(lambda: torch.autograd.grad(y, leaves, dy), "backward")  # noqa: B023 called at once
+        dy = torch.randn(N, M).to(place()).t()
+        backward = functools.partial(torch.autograd.grad, y, leaves, dy, allow_unused=True)
+        with unchanged(x=x, W=W, A=A, B=B, dy=dy):
+            got = watched(backward, "backward", "dx", "dA", "dB")
         wanted = torch.autograd.grad(want, leaves, dy)
         for name, mine, theirs, formula in zip(
             ("dx", "dA", "dB"), got, wanted, ("dx = dy W + dS A", "dA = dSᵀ x", "dB = scale · dyᵀ S"), strict=True
         ):
-            expect_close(mine, theirs, f"{name} ({what})", rtol=1e-4, atol=1e-3, hint=f"{formula}.")
+            expect_close(
+                mine, theirs, f"{name} ({what})", rtol=1e-4, atol=1e-3, hint=f"{formula}. dy is a transposed view."
+            )
 
     def call():
         x, W, A, B = (torch.randn(size) for size in ((33, 20), (17, 20), (3, 20), (17, 3)))

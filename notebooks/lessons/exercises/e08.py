@@ -5,7 +5,7 @@ import torch.nn.functional as F
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from ..exercise import Exercise, WrongAnswer, expect, expect_close
+from ..exercise import Exercise, WrongAnswer, expect, expect_close, unchanged
 
 # 08.1
 
@@ -43,8 +43,11 @@ def _last_word(paths, target):
 
 def check_select(candidate):
     for target in ("q_proj", "self_attn.q_proj", "o_proj", "proj", "model.layers.0.self_attn.o_proj"):
-        got, want = candidate(list(PATHS), target), select(PATHS, target)
-        expect(isinstance(got, list), f"Return a list of paths, got {type(got).__name__}.")
+        paths, want = list(PATHS), select(PATHS, target)
+        with unchanged(paths=paths):
+            got = candidate(paths, target)
+        listed = isinstance(got, (list, tuple)) and all(isinstance(path, str) for path in got)
+        expect(listed, f"Return a list of paths, got {got!r}.")
         extra, missing = [p for p in got if p not in want], [p for p in want if p not in got]
         if extra:
             alike = "the path does not end in it"
@@ -54,7 +57,7 @@ def check_select(candidate):
         if missing:
             why = " A target may have several components." if "." in target else ""
             raise WrongAnswer(f"target {target!r} must select {missing[0]!r}.{why}")
-        expect(got == want, f"target {target!r}: keep the order of the paths and name each once; got {got}.")
+        expect(list(got) == want, f"target {target!r}: keep the order of the paths and name each once; got {got}.")
     return "Names, several components, whole paths, and names that only look alike."
 
 
@@ -126,6 +129,8 @@ def check_mergeable(candidate):
     W, bias = linear.weight.detach().clone(), linear.bias.detach().clone()
     delta = B @ A
     layer = candidate(linear, A, B, scaling)
+    lacks = [name for name in ("__call__", "merge", "unmerge") if not hasattr(layer, name)]
+    expect(not lacks, f"What Mergeable(linear, A, B, scaling) makes has no {', '.join(lacks)}: check the class itself.")
     want = F.linear(x, W + scaling * delta, bias)
     close = {"rtol": 1e-4, "atol": 1e-4}
     expect_close(layer(x), want, "Before merging, the output", **close)
@@ -211,7 +216,9 @@ def check_forward_rows(candidate):
     W = draw(7, 9)
     for names in (["a", "b", None, "a", "b"], ["b"], ["a", "a"], [None, "b", None]):
         x = draw(len(names), 3, 9)
-        got, want = candidate(x.clone(), W.clone(), adapters, list(names)), _merge_for_each(x, W, adapters, names)
+        want = _merge_for_each(x, W, adapters, names)
+        with unchanged(x=x, W=W, adapters=adapters, names=names):
+            got = candidate(x, W, adapters, names)
         hint = ""
         if torch.is_tensor(got) and got.shape == want.shape:
             wrong = [name for name, mine, theirs in zip(names, got, want, strict=True)

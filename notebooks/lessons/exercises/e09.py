@@ -7,7 +7,7 @@ from ...kernels.nf4 import NF4_CODE
 from ...kernels.runtime import tl, triton
 from ..canaries import guarded
 from ..emulated import seen_there, without_faults
-from ..exercise import Exercise, WrongAnswer, expect, expect_close
+from ..exercise import Exercise, WrongAnswer, expect, expect_close, number, unchanged
 from ..watch import launched
 from . import e09_kernels
 
@@ -56,9 +56,11 @@ def check_quantize_block(candidate):
         "64 zeros": np.zeros(64, dtype=np.float32),
     }
     for name, x in blocks.items():
-        answer = candidate(x.copy(), LEVELS.copy())
+        levels = LEVELS.copy()
+        with unchanged(x=x, levels=levels):
+            answer = candidate(x, levels)
         expect(isinstance(answer, (tuple, list)) and len(answer) == 2, "Return two things: (codes, absmax).")
-        codes, absmax = np.asarray(answer[0]), float(answer[1])
+        codes, absmax = np.asarray(answer[0]), number(answer[1], f"{name}: absmax")
         expect(codes.dtype == np.uint8, f"{name}: the codes must be uint8, got {codes.dtype}.")
         expect(codes.shape == x.shape, f"{name}: one code for each value, got shape {codes.shape}.")
         expect(
@@ -116,7 +118,8 @@ def check_pack(candidate):
     for count in (2, 1, 64, 65, 1000):
         codes = rng.integers(0, 16, size=count).astype(np.uint8)
         codes[-1] = 12
-        got, want = np.asarray(candidate(codes.copy())), pack(codes)
+        with unchanged(codes=codes):
+            got, want = np.asarray(candidate(codes)), pack(codes)
         expect(got.dtype == np.uint8, f"The bytes must be uint8, got {got.dtype}.")
         expect(
             got.shape == want.shape,
@@ -168,7 +171,7 @@ def _dequantize(form=0):
 
 def check_dequantize(candidate):
     rng = np.random.default_rng(12)
-    for count, block_size in ((1, 32), (64, 64), (63, 32), (65, 32), (1000, 64)):
+    for count, block_size in ((1, 32), (64, 64), (63, 32), (65, 32), (1000, 64), (5000, 32)):
         codes = rng.integers(0, 16, size=count).astype(np.uint8)
         scales = rng.uniform(0.5, 2.0, size=-(-count // block_size)).astype(np.float32)
         bytes_ = torch.from_numpy(pack(codes))
@@ -194,7 +197,7 @@ def check_dequantize(candidate):
         packed = torch.randint(0, 256, (50,), dtype=torch.uint8)
         candidate(packed, torch.rand(4), NF4_CODE.clone(), torch.empty(99), 32)
 
-    return f"1, 63, 64, 65 and 1000 values between canaries, two block sizes{seen_there(without_faults(call))}."
+    return f"1, 63, 64, 65, 1000 and 5000 values between canaries, two block sizes{seen_there(without_faults(call))}."
 
 
 EXERCISES = {

@@ -7,7 +7,7 @@ import torch.nn.functional as F
 
 from ...nn.live_memory import LiveMemory
 from ...quant import quantize_nf4
-from ..exercise import Exercise, WrongAnswer, expect, expect_close
+from ..exercise import Exercise, WrongAnswer, expect, expect_close, number, unchanged
 from . import e10_layer
 
 # 10.1
@@ -118,8 +118,8 @@ def check_qlora_bytes(candidate):
         (1_310_195_712, 233_528_832, 9_232_384, "a whole model"),
     )
     for linear, other, adapter, what in cases:
-        got, want = candidate(linear, other, adapter), qlora_bytes(linear, other, adapter)
-        expect(isinstance(got, (int, float)), f"qlora_bytes must return one number of bytes, got {got!r}.")
+        got = number(candidate(linear, other, adapter), "What qlora_bytes returns", "number of bytes")
+        want = qlora_bytes(linear, other, adapter)
         if got != want:
             raise WrongAnswer(
                 f"qlora_bytes(linear={linear:,}, other={other:,}, adapter={adapter:,}) gives {got:,}, expected "
@@ -160,18 +160,17 @@ def check_merge_error(candidate):
     for rows, columns, size in ((64, 128, 0.02), (96, 64, 0.2), (33, 65, 0.005)):
         q = quantize_nf4(torch.randn(rows, columns, generator=generator))
         delta = torch.randn(rows, columns, generator=generator) * size
-        want, got = merge_error(q, delta), candidate(q, delta)
-        got = got.item() if torch.is_tensor(got) and got.numel() == 1 else got
-        hint = ""
-        if isinstance(got, float):
-            if abs(got - _relative_to_weight(q, delta)) < 1e-6:
-                hint = "Divide by ‖ΔW‖: beside ‖W‖ every error looks small."
-            elif abs(got - _against_old_weight(q, delta)) < 1e-6:
-                hint = "Compare with W + ΔW, what the merge should have been, not with W."
-            elif abs(got - _rounded_to_16_bits(q, delta)) < 1e-6:
-                hint = "The merged weight must be quantized to NF4 again."
-            elif abs(got - want) < 0.01 * want:
-                hint = "Nearly. Quantize as q is: blocks of 64 and double quantization, quantize_nf4's defaults."
+        want, hint = merge_error(q, delta), ""
+        with unchanged(delta=delta, packed=q.packed, absmax=q.absmax):
+            got = number(candidate(q, delta), "The error")
+        if abs(got - _relative_to_weight(q, delta)) < 1e-6:
+            hint = "Divide by ‖ΔW‖: beside ‖W‖ every error looks small."
+        elif abs(got - _against_old_weight(q, delta)) < 1e-6:
+            hint = "Compare with W + ΔW, what the merge should have been, not with W."
+        elif abs(got - _rounded_to_16_bits(q, delta)) < 1e-6:
+            hint = "The merged weight must be quantized to NF4 again."
+        elif abs(got - want) < 0.01 * want:
+            hint = "Nearly. Quantize as q is: blocks of 64 and double quantization, quantize_nf4's defaults."
         expect_close(got, want, f"The error for ‖ΔW‖ / ‖W‖ ≈ {size}", rtol=1e-4, hint=hint)
     return "Three sizes of ΔW, from a fifth of the weights to a 200th."
 

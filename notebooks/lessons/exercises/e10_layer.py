@@ -1,5 +1,6 @@
 """Lesson 10's ladder: a QLoRA layer out of the kernels of lessons 07 and 09."""
 
+import functools
 import gc
 
 import torch
@@ -9,8 +10,8 @@ from ...nn.live_memory import LiveMemory
 from ...quant import quantize_nf4
 from ..canaries import guarded, place
 from ..emulated import seen_there, without_faults
-from ..exercise import Exercise, expect, expect_close
-from ..watch import launched, watched
+from ..exercise import Exercise, expect, expect_close, unchanged
+from ..watch import by_kernels, launched, watched
 from .e07_kernels import base_and_low_rank, skinny_product, up_grads
 from .e09_kernels import dequantize_nested
 
@@ -80,14 +81,19 @@ def _check_qlora(qlora):
         what = f"x {M} × {K}, W {N} × {K} in NF4, r = {R}"
         x, q, A, B = _layer(M, K, N, R)
         leaves, dense, made = [t.requires_grad_() for t in (x, A, B)], q.dequantize(), []
-        launched(lambda: made.append(qlora(x, q, A, B, 0.5)), inputs={"q.packed": q.packed}, what=what)  # noqa: B023
+        with unchanged(x=x, A=A, B=B):
+            watch = launched(lambda: made.append(qlora(x, q, A, B, 0.5)), inputs={"q.packed": q.packed}, what=what)  # noqa: B023
         want = _reference(x, dense, A, B, 0.5)
+        expect(isinstance(made[0], torch.Tensor), f"Return y, a tensor, got {type(made[0]).__name__}.")
+        by_kernels(watch, "y", made[0])
         expect_close(made[0], want, f"y ({what})", rtol=1e-4, atol=1e-3, hint="y = x Wᵀ + scale · (x Aᵀ) Bᵀ.")
         expect(made[0].requires_grad, "y has no gradient: call YourFunction.apply(x, q, A, B, scale).")
-        dy = torch.randn(M, N).to(place())
-        got = watched(lambda: torch.autograd.grad(made[0], leaves, dy), "backward")  # noqa: B023
+        dy = torch.randn(N, M).to(place()).t()
+        backward = functools.partial(torch.autograd.grad, made[0], leaves, dy, allow_unused=True)
+        with unchanged(x=x, A=A, B=B, dy=dy, packed=q.packed):
+            got = watched(backward, "backward", "dx", "dA", "dB")
         for name, mine, theirs in zip(("dx", "dA", "dB"), got, torch.autograd.grad(want, leaves, dy), strict=True):
-            hint = "As in 07.7, with W dequantized once more."
+            hint = "As in 07.7, with W dequantized once more; dy is a transposed view."
             expect_close(mine, theirs, f"{name} ({what})", rtol=1e-4, atol=1e-3, hint=hint)
     kept, bytes_of_dense = _kept(qlora)
     expect(

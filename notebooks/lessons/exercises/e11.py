@@ -5,7 +5,7 @@ from contextlib import nullcontext
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from ..exercise import Exercise, WrongAnswer, expect_close
+from ..exercise import Exercise, WrongAnswer, expect, expect_close, number
 
 
 def _bytes_per_rank(parameters, ranks, stage, offload):
@@ -35,8 +35,8 @@ def _check_bytes_per_rank(candidate):
         for stage in (0, 1, 2, 3):
             for parameters, ranks in ((7 * 10**9, 8), (24, 1), (66, 3)):
                 case = parameters, ranks, stage, offload
-                wanted, got = _bytes_per_rank(*case), candidate(*case)
-                if got is None or abs(got - wanted) > 1e-6 * wanted:
+                wanted, got = _bytes_per_rank(*case), number(candidate(*case), "The answer", "number of bytes")
+                if not abs(got - wanted) <= 1e-6 * wanted:
                     what = f"stage {stage}" + (" with offload" if offload else "")
                     what += f", {parameters:,} parameters on {ranks} ranks"
                     cut = ["nothing", "the 12 of Adam", "those and the 2 of gradients", "all 16"][stage]
@@ -70,8 +70,8 @@ def _check_shards(candidate):
     for elements, ranks in ((8, 2), (10, 4), (7, 3), (2, 4), (1, 8), (0, 2), (65, 1)):
         wanted, got = _shards(elements, ranks), candidate(elements, ranks)
         what = f"{elements} elements on {ranks} ranks"
-        if got is None or len(got) != ranks:
-            raise WrongAnswer(f"{what}: one (start, stop) per rank is expected, got {got}")
+        listed = isinstance(got, (list, tuple)) and len(got) == ranks
+        expect(listed, f"{what}: a list of one (start, stop) per rank is expected, got {got}")
         if not all(isinstance(piece, (tuple, list)) and len(piece) == 2 for piece in got):
             raise WrongAnswer(f"{what}: each piece is a pair (start, stop), got {got}")
         got = [tuple(piece) for piece in got]

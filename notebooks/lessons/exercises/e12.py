@@ -2,7 +2,7 @@
 
 import math
 
-from ..exercise import Exercise, WrongAnswer
+from ..exercise import Exercise, WrongAnswer, expect, unchanged
 from . import e12_capstone
 
 
@@ -17,12 +17,17 @@ def _check_pareto(candidate):
         "a staircase with one point behind it": [(4, 1.0), (1, 4.0), (2, 2.0), (3, 3.0)],
         "two of equal bytes": [(1, 4.0), (2, 2.0), (2, 3.0), (5, 1.0)],
         "two of equal loss": [(1, 4.0), (2, 2.0), (3, 2.0)],
+        "a long front": [(i, 50.0 - i * i + 9 * (i % 3 == 2)) for i in (3, 1, 7, 2, 9, 5, 4, 8, 6, 10, 11, 12)],
         "a single point": [(7, 7.0)],
         "none": [],
     }
     for what, points in cases.items():
-        wanted, got = _pareto(points), candidate(list(points))
-        if got is None or [tuple(p) for p in got] != wanted:
+        wanted = _pareto(points)
+        with unchanged(points=points):
+            got = candidate(points)
+        pairs = isinstance(got, (list, tuple)) and all(isinstance(p, (list, tuple)) and len(p) == 2 for p in got)
+        expect(pairs, f"{what}: return a list of points, (bytes, loss), got {got!r}.")
+        if [tuple(p) for p in got] != wanted:
             told = "A point goes if another has no more bytes and no more loss, and less of one of them."
             raise WrongAnswer(f"{what}: of {points} the front is {wanted}, got {got}. {told}")
     return f"tried {len(cases)} sets: {', '.join(cases)}"
@@ -35,9 +40,9 @@ def _choose(budget, runs):
 
 def _check_choose(candidate):
     runs = {
-        "full": (0.10, {"loss": 60, "backward": 70, "optimizer step": 112}),
         "LoRA": (0.20, {"loss": 20, "backward": 18, "optimizer step": 15}),
         "QLoRA": (0.30, {"loss": 11, "backward": 12, "optimizer step": 5}),
+        "full": (0.10, {"loss": 60, "backward": 70, "optimizer step": 112}),
     }
     for budget, why in (
         (200, "everything fits"),
@@ -47,9 +52,9 @@ def _check_choose(candidate):
         (15, "LoRA fits in its last moment, but not in its fullest"),
         (5, "nothing fits: None"),
     ):
-        copies = {name: (loss, dict(moments)) for name, (loss, moments) in runs.items()}
         try:
-            wanted, got = _choose(budget, runs), candidate(budget, copies)
+            with unchanged(runs=runs):
+                wanted, got = _choose(budget, runs), candidate(budget, runs)
         except ValueError as error:
             raise WrongAnswer(f"budget {budget}: {why}; got ValueError: {error}") from None
         if got != wanted:
@@ -104,15 +109,17 @@ def _check_halving(candidate):
         return setting + head_start[setting] / steps
 
     wanted = _halving(settings, record, 10)
-    got = candidate(list(settings), evaluate, 10)
+    given = list(settings)
+    with unchanged(settings=given):
+        got = candidate(given, evaluate, 10)
     rounds = [sum(1 for _, steps in expected_calls if steps == s) for s in (10, 20, 40)]
     made = [sum(1 for _, steps in called if steps == s) for s in (10, 20, 40)]
-    if got in (0.4, 0.6, 0.7):
-        raise WrongAnswer(f"the setting that is left, {got}, has one of the largest losses: keep the better half")
     if made != rounds:
         raise WrongAnswer(
             f"7 settings: {rounds} evaluations were expected with 10, 20 and 40 steps (7, then 4, then 2), got {made}"
         )
+    if got in (0.4, 0.6, 0.7):
+        raise WrongAnswer(f"the setting that is left, {got}, has one of the largest losses: keep the better half")
     if got != wanted:
         raise WrongAnswer(f"the setting left must be {wanted}, which has the least loss of the last round, got {got}")
     return "tried 7 settings whose fast starters are not the best: 7, 4, then 2 evaluations, with steps doubled"
