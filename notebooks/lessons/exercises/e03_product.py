@@ -69,7 +69,7 @@ def _close_product(got, a, b, scale, what, hint=""):
     summed = scale * (a.double().abs() @ b.double().abs()).max().item()
     close = {"rtol": 2**-10, "atol": 2**-24 + a.shape[1] * 2**-24 * summed}
     if (got.double() - want).abs().max() < 2**-8 * want.abs().max():
-        hint = "Nearly: only c is rounded to FP16. The accumulator stays FP32 from tile to tile; the scale comes last."
+        hint = "Nearly: only c is rounded to FP16. The accumulator stays FP32 from tile to tile; scale it, then round."
     expect_close(got.double(), want.half().double(), what, **close, hint=hint)
 
 
