@@ -26,7 +26,7 @@ def check(build, method, batch, seq, dtype=torch.float32, flash=True, within=0.0
         quantize_model(model)
     step = training_step(model, method, batch, seq, dtype=dtype, **how)
     peak = measure(step).peak - unrelated
-    ledger = estimate(model, method, dtype, batch=batch, seq=seq, flash=flash, master_weights=False, **how)
+    ledger = estimate(model, method, dtype, batch=batch, seq=seq, flash=flash, **how)
     assert ledger.peak == pytest.approx(peak, rel=within), f"{ledger.peak / peak - 1:+.2%}\n{ledger}"
 
 

@@ -21,7 +21,7 @@ def check(model, dtype=torch.float32, paths=None, ranks=1, **flags):
     settings = FinetuneSettings(**{"per_device_train_batch_size": 2, "max_seq_length": 48} | flags)
     wanted = arguments(settings, dtype, ranks) | {"checkpoint": paths or settings.gradient_checkpointing}
     quantize_nf4(torch.randn(64, 64)).dequantize()  # makes the tables that the whole process shares
-    found = estimate(model, **wanted, master_weights=False)
+    found = estimate(model, **wanted)
     unrelated = measure(lambda: None).before - sum(p.nbytes for p in model.parameters())
     if settings.method == "qlora":
         quantize_model(model)
