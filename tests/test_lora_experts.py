@@ -14,6 +14,7 @@ from handtuned.nn.parameters import LoRAExperts, LoRAWeight
 from handtuned.nn.variants import dora_init, pissa_init
 from handtuned.quant import NF4Experts, quantize_model
 from handtuned.quant.experts import dequantize_experts
+from helpers import assert_same_function
 from test_quant_experts import IDS, KINDS, build
 
 peft = pytest.importorskip("peft")
@@ -21,6 +22,7 @@ safetensors = pytest.importorskip("safetensors.torch")
 pytestmark = pytest.mark.filterwarnings("ignore")
 each_kind = pytest.mark.parametrize("kind", KINDS)
 EXPERTS = {"jetmoe": ["input_linear.weight", "output_linear.weight"]}
+LONGEST = 2 * 7 * 128  # terms of the longest chain of sums: 2 layers with 7 products each
 FAMILY = ("mixtral", "qwen3_moe", "olmoe", "deepseek_v3", "glm4_moe", "qwen3_next")  # where PEFT's all-linear reaches
 
 
@@ -52,11 +54,11 @@ def logits(model):
 
 
 def assert_equal_logits(ours, theirs, base):
-    """Within rounding of fp32, seen against what the adapter does."""
+    """Within rounding of fp32, which is far below what the adapter does."""
     each = (ours, theirs, base)
     ours, theirs, base = (logits(one) if isinstance(one, torch.nn.Module) else one for one in each)
     assert (theirs - base).norm() > 1e-3 * base.norm()
-    assert (ours - theirs).norm() <= 2e-6 * theirs.norm()
+    assert_same_function(ours, theirs, "logits", terms=LONGEST)
 
 
 @each_kind
