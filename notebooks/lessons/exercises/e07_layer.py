@@ -109,10 +109,15 @@ def _trained(lora, steps=15):
     torch.manual_seed(4)
     x, W, update = torch.randn(32, 24), torch.randn(20, 24) / 5, torch.randn(20, 2) @ torch.randn(2, 24) / 5
     x, W, update, A, B = (t.to(place()) for t in (x, W, update, torch.randn(2, 24) / 5, torch.zeros(20, 2)))
-    A, B = torch.nn.Parameter(A), torch.nn.Parameter(B)
+    return losses_of(lora, x, W, A, B, x @ (W + update).t(), steps)
+
+
+def losses_of(layer, x, W, A, B, target, steps):
+    """Losses of `layer(x, W, A, B, 1.0)` while Adam trains copies of A and B."""
+    A, B = (torch.nn.Parameter(t.detach().clone()) for t in (A, B))
     optimizer, losses = torch.optim.Adam([A, B], lr=0.1), []
     for _ in range(steps):
-        loss = (lora(x, W, A, B, 1.0) - x @ (W + update).t()).square().mean()
+        loss = (layer(x, W, A, B, 1.0) - target).square().mean()
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()

@@ -13,6 +13,7 @@ from ..emulated import seen_there, without_faults
 from ..exercise import Exercise, expect, expect_close, unchanged
 from ..watch import by_kernels, launched, watched
 from .e07_kernels import base_and_low_rank, skinny_product, up_grads
+from .e07_layer import losses_of
 from .e09_kernels import dequantize_nested
 
 
@@ -139,15 +140,7 @@ def _trained(qlora, x, q, A, B, steps=12):
     """Losses of a layer in NF4 that lacks an update of rank 2."""
     torch.manual_seed(5)
     target = _reference(x, q.dequantize(), torch.randn_like(A), torch.randn_like(B) / 5, 1.0).detach()
-    A, B = torch.nn.Parameter(A.detach().clone()), torch.nn.Parameter(torch.zeros_like(B))
-    optimizer, losses = torch.optim.Adam([A, B], lr=0.1), []
-    for _ in range(steps):
-        loss = (qlora(x.detach(), q, A, B, 1.0) - target).square().mean()
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-        losses.append(loss.item())
-    return losses
+    return losses_of(qlora, x.detach(), q, A, torch.zeros_like(B), target, steps)
 
 
 EXERCISES = {
