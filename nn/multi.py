@@ -17,7 +17,7 @@ from torch import nn
 from ..quant.experts import dequantize_experts
 from .base_layer import base_forward, is_adaptable
 from .lora import LoRALinear, autocast_input, lora_layers
-from .names import may_save_whole, named_modules, replace
+from .names import StandsFor, may_save_whole, named_modules, replace
 from .parameters import LoRAWeight, kind_for
 
 SETTINGS = ("rank", "lora_alpha", "scaling", "lora_dropout")
@@ -50,7 +50,7 @@ def _hold(module: nn.Module, contents: dict) -> None:
             setattr(module, name, value)
 
 
-class ModuleToSave(nn.Module):
+class ModuleToSave(StandsFor):
     """A module that adapters replace whole (PEFT's `modules_to_save`): the original, and a copy for each adapter.
 
     `adapter` is the name of the copy in use (None: the original is); `enabled` False puts the original in use.
@@ -66,14 +66,6 @@ class ModuleToSave(nn.Module):
     @property
     def current(self) -> nn.Module:
         return self.copies[self.adapter] if self.enabled and self.adapter is not None else self.base_layer
-
-    def __getattr__(self, name):
-        try:
-            return super().__getattr__(name)
-        except AttributeError:
-            if name.startswith("__") or "_modules" not in vars(self):  # while it is copied or read from a file
-                raise
-            return getattr(self.current, name)
 
     def __setattr__(self, name, value):
         own = name in ("base_layer", "copies", "adapter", "enabled", "training", "forward") or name.startswith("_")

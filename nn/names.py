@@ -8,6 +8,18 @@ PARALLEL = nn.DataParallel, nn.parallel.DistributedDataParallel
 WRAPPERS = {"_orig_mod", "_checkpoint_wrapped_module", "_fsdp_wrapped_module"}
 
 
+class StandsFor(nn.Module):
+    """Stands in the place of another module, `current`: what it does not have itself is read from there."""
+
+    def __getattr__(self, name):
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            if name.startswith("__") or "_modules" not in vars(self):  # while it is copied or read from a file
+                raise
+            return getattr(self.current, name)
+
+
 def unwrapped(model: nn.Module) -> nn.Module:
     """The module inside torch.compile's and data parallelism's wrappers."""
     while isinstance(model, PARALLEL) or hasattr(model, "_orig_mod"):

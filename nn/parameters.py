@@ -12,10 +12,10 @@ from torch.func import functional_call
 from ..quant.experts import DenseExperts, FusedExperts, adopt, expert_weights, grouped_linear, projections
 from .base_layer import is_adaptable
 from .lora import LoRALinear, autocast_input
-from .names import named_modules
+from .names import StandsFor, named_modules
 
 
-class LoRAWeight(LoRALinear):
+class LoRAWeight(StandsFor, LoRALinear):
     """Wraps a module with a `weight` (out, in) that it uses as it likes, such as a router, and adapts that."""
 
     def __init__(self, module, rank=8, lora_alpha=16.0, lora_dropout=0.0):
@@ -27,13 +27,9 @@ class LoRAWeight(LoRALinear):
     def fits(module) -> bool:
         return not is_adaptable(module)
 
-    def __getattr__(self, name):
-        try:
-            return super().__getattr__(name)
-        except AttributeError:
-            if name.startswith("__") or "_modules" not in vars(self):  # while it is copied or read from a file
-                raise
-            return getattr(super().__getattr__("base_layer"), name)
+    @property
+    def current(self):
+        return self._modules["base_layer"]
 
     def forward(self, *args, **kwargs):
         """What the module gives with W + ΔW."""
