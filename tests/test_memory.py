@@ -12,9 +12,10 @@ from torch import nn
 
 from handtuned.memory import analyze_lora_params, analyze_memory_savings, korthikanti, measure
 from handtuned.memory.estimate import estimate
+from handtuned.memory.fit import arguments
 from handtuned.memory.model_shapes import PRESETS, Shape, shape_of
 from handtuned.memory.recommend import fit, recommend
-from handtuned.training.settings import parse_size
+from handtuned.training.settings import FinetuneSettings, parse_size
 
 GB, GIB = 10**9, 2**30
 
@@ -296,6 +297,15 @@ def test_the_command(monkeypatch):
     assert "30.60 GB = 28.50 GiB with attention scores, 9.13 GB = 8.50 GiB without" in done.stdout  # 002's "28.5 G"
     bad = command("--gpu", "much")
     assert bad.returncode == 2 and bad.stderr.strip().endswith("a size such as 24GB, 500MB or 80GiB, got 'much'")
+
+
+@pytest.mark.parametrize("method", ["lora", "qlora"])
+def test_adapters_priced_in_place_of_full_training(method):
+    """What is advised to a run of `--method full` has the bytes of a run with that method."""
+    asked, own = (arguments(FinetuneSettings(method=start), torch.bfloat16) for start in ("full", method))
+    advised = estimate(**asked | {"model": "smollm2", "method": method, "seq": 64})
+    assert 0 < advised.trainable < 0.1 * advised.parameters
+    assert advised.lines == estimate(**own | {"model": "smollm2", "seq": 64}).lines
 
 
 def test_sizes_of_devices():

@@ -78,7 +78,8 @@ def arguments(settings: FinetuneSettings, dtype: torch.dtype, ranks: int = 1) ->
     """What `estimate` is to be told of a run with these settings, besides the model."""
     stage = 3 if settings.parallel == "fsdp" else int(settings.parallel[-1]) if "zero" in settings.parallel else 0
     start = "default"  # another start has the same bytes, and would need the base's numbers
-    plain = dataclasses.replace(settings, gradient_checkpointing=False, memory_budget=None, init_lora_weights=start)
+    plain = dataclasses.replace(settings, gradient_checkpointing=False, memory_budget=None, init_lora_weights=start,
+                                method="lora" if settings.method == "full" else settings.method)  # if asked for later
     return {"method": settings.method, "dtype": dtype, "optimizer": settings.optim,
             "batch": settings.per_device_train_batch_size, "seq": settings.max_seq_length,
             "checkpoint": settings.gradient_checkpointing, "accumulation_steps": settings.gradient_accumulation_steps,
