@@ -50,6 +50,13 @@ def test_within_5_percent_where_some_layers_are_recomputed(kind, count):
     check(model, paths=list(repeated_layers(model))[-count:], method="lora")
 
 
+def test_the_input_of_the_first_layer_is_kept_by_its_plan_alone():
+    config = transformers.LlamaConfig(vocab_size=99, hidden_size=128, intermediate_size=192, num_hidden_layers=2,
+                                      num_attention_heads=4, tie_word_embeddings=True)  # fmt: skip
+    model = transformers.LlamaForCausalLM(config)
+    check(model, paths=["model.layers.0"], method="lora", per_device_train_batch_size=4, max_seq_length=64)
+
+
 @pytest.mark.parametrize(
     "flags",
     [

@@ -151,15 +151,20 @@ class Trace(LiveMemory):
                 kind = PREFIX + ("attention scores" if scores and kind == "attention" else kind)
             self.labels.setdefault(number, kind)
         names = {*self.labels.values(), "gradients", "buffers"}
-        changes = {name: np.zeros(len(self.events), dtype=np.int64) for name in names}
+        changes, given = ({name: np.zeros(len(self.events), dtype=np.int64) for name in names} for _ in range(2))
+        _, (begun, _, _, first), *others = self.marks
         for index, (number, difference) in enumerate(self.events):
             if number in self.labels:  # else it was there before
-                changes[self.labels[number]][index] = difference
+                # The embeddings go when the body returns, unless the plan of the first layer keeps them.
+                early = number in self.made and self.made[number][0] < begun and others[0][0] <= index < loss
+                (given if early else changes)[self.labels[number]][index] = difference
         ends = [*self.marks[1:], (len(self.events), self.flops, "", None)]
         parts = []
         for (start, flops, what, layer), (stop, after, _, _) in zip(self.marks, ends, strict=True):
             rows = {component: row[start:stop] for component, row in changes.items()}
             layers = self.stands_for.get(layer, [layer])
+            if what == "loss":
+                parts.append(Part(what, first, 0, given))
             for each in reversed(layers) if what == "backward of" else layers:
                 parts.append(Part(f"{what} {each}" if each else what, each, after - flops, rows))
         return parts
