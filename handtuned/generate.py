@@ -22,6 +22,8 @@ def run(args) -> int:
         raise ValueError(f"--max-new-tokens must be at least 1, got {args.max_new_tokens}")
     if not 0 <= args.temperature < float("inf"):
         raise ValueError(f"--temperature must be 0 or above, got {args.temperature}")
+    if not 0 <= args.seed < 2**63:
+        raise ValueError(f"--seed must be in [0, 2^63), got {args.seed}")
     prompts = args.prompt or [line.rstrip("\r\n") for line in sys.stdin if line.strip()]
     if not prompts:
         raise ValueError("no prompt: give one as an argument or on standard input")

@@ -68,13 +68,13 @@ def _parameters(model: nn.Module, names: Collection[str], usual: Collection[str]
     known = {parameter_name(path, module): path for path, module in modules.items()}
     for name in names:
         if not ending_in(known, [name]):
-            others = ", ".join(sorted({_last_two(full) for full in known}))
+            others = ", ".join(sorted({last_two(full) for full in known}))
             raise ValueError(f"target_parameters: {name!r} is no parameter that can be adapted; those are {others}")
     chosen = {known[name] for name in ending_in(known, [*names, *usual])}
     return {path: module for path, module in modules.items() if path in chosen}
 
 
-def _last_two(name: str) -> str:
+def last_two(name: str) -> str:
     return ".".join(name.split(".")[-2:])
 
 
@@ -153,7 +153,7 @@ def _say_what_is_left_out(model: nn.Module, heads: tuple[str, ...], read: set[st
 def _say_which_experts_are_left_out(model: nn.Module, found: Collection[str]) -> None:
     experts = {path: m for path, m in parameter_targets(model).items() if isinstance(m, FusedExperts)}
     left = {path: m.shape.numel() for path, m in experts.items() if path not in found}
-    names, layers = sorted({_last_two(path) for path in left}), {path.rpartition(".")[0] for path in experts}
+    names, layers = sorted({last_two(path) for path in left}), {path.rpartition(".")[0] for path in experts}
     left |= {path: count for path, (_, count) in dense_experts(model).items() if path not in layers}
     if left:
         part = f"{sum(left.values()) / quantization_summary(model).total.parameters:.1%} of the parameters"

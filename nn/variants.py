@@ -18,6 +18,7 @@ from .base_layer import dense_weight
 from .lora import LoRALinear, operands
 from .multi import active_layers, lora_parameters
 from .parameters import LoRAWeight
+from .targets import last_two
 
 
 def use_rslora(model: nn.Module) -> None:
@@ -91,9 +92,7 @@ def pissa_init(model: nn.Module, iterations: int | None = None) -> None:
 
     Source: Meng et al. 2024, "PiSSA", section 3.
     """
-    for path, layer in active_layers(model):
-        if isinstance(layer, LoRAWeight):
-            raise ValueError(f"{path!r} is no linear layer, which pissa_init needs")
+    for path, layer in _linear_only(model, "PiSSA"):
         if isinstance(layer.base_layer, NF4Linear):
             raise ValueError(f"{path!r} is quantized; pissa_init needs dense weights (for NF4 there is loftq_init)")
     for _, layer in active_layers(model):
@@ -199,13 +198,17 @@ def dora_init(model: nn.Module) -> None:
 
     At the start the model computes what it did before. Source: see `DoRALinear`.
     """
-    for path, layer in active_layers(model):
-        if isinstance(layer, LoRAWeight):
-            raise ValueError(f"{path!r} is no linear layer, which dora_init needs")
-    for _, layer in active_layers(model):
+    for _, layer in _linear_only(model, "DoRA"):
         moved = LoRALinear.delta(layer).add_(dense_weight(layer.base_layer))
         _become(layer, DoRALinear)
         layer.lora_magnitude = nn.Parameter(moved.norm(dim=1).to(layer.lora_A.dtype))
+
+
+def _linear_only(model: nn.Module, technique: str) -> list[tuple[str, LoRALinear]]:
+    layers = list(active_layers(model))
+    if others := {last_two(path) for path, layer in layers if isinstance(layer, LoRAWeight)}:
+        raise ValueError(f"{technique} is for linear layers; leave out by exclude_modules: {' '.join(sorted(others))}")
+    return layers
 
 
 def _become(layer: LoRALinear, kind: type) -> None:

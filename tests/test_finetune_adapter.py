@@ -186,6 +186,12 @@ def test_prompts_beyond_the_context(tmp_path, rows, capsys):
     assert "no room for an answer in the model's context of 64" in capsys.readouterr().err
 
 
+def test_generate_refuses_a_seed_out_of_range(finished, capsys):
+    for seed in ("-1", str(2**63)):
+        assert cli.main(["generate", "--adapter", str(finished), "--seed", seed, "w1"]) == 2
+        assert f"--seed must be in [0, 2^63), got {seed}" in capsys.readouterr().err
+
+
 def test_generate_in_a_pipe(finished):
     """Answers on stdout and nothing else; a reader that goes away, or an alphabet without é, is no error."""
     words = [sys.executable, "-m", "handtuned", "generate", "--adapter", str(finished), "--device", "cpu",
