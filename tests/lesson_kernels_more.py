@@ -180,10 +180,10 @@ def unscale_kernel(grad_ptr, inverse, flag_ptr, N, BLOCK: tl.constexpr, FORM: tl
         tl.store(flag_ptr, 1.0, (tl.abs(total) < float("inf")) == 0)
 
 
-def unscale(form, programs=None):
+def unscale(form, programs=None, block=64, warps=4):
     def launch(grad, scale, found_inf):
-        grid = (programs or triton.cdiv(grad.numel(), 64),)
-        unscale_kernel[grid](grad, 1 / scale, found_inf, grad.numel(), BLOCK=64, FORM=form)
+        grid = (programs or triton.cdiv(grad.numel(), block),)
+        unscale_kernel[grid](grad, 1 / scale, found_inf, grad.numel(), BLOCK=block, FORM=form, num_warps=warps)
 
     return launch
 

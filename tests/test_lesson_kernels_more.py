@@ -52,6 +52,7 @@ def test_a_right_answer_of_unusual_shape_passes(key):
         ("02.6", more.product(2, 128), "acc collects one tl.dot for each tile of K"),
         ("02.7", more.turned_by_torch, "torch itself moves the elements here (clone, line"),
         ("03.3", more.unscale(0, programs=3), "Does the grid have enough programs"),
+        ("03.3", more.unscale(0, block=32), "lies in several of them at once"),
         ("03.3", more.unscale(1), "The flag is 1, however many"),
         ("03.3", more.unscale(2), "They are finite, though their sum is not"),
         ("03.4", more.scaled(1), "The accumulator stays FP32 from tile to tile"),

@@ -17,6 +17,9 @@ from .places import told
 FAULTS = {
     "race": "Programs run in any order and at the same time: what one of them writes, no other may read or write in "
     "the same launch, unless by an atomic.",
+    "another warp": "The warps of a program run each at its own pace, and a block of fewer elements than they have "
+    "threads (128, if num_warps does not say otherwise) lies in several of them at once. Take a larger block or "
+    "num_warps=1, or write into another tensor.",
     "conflicting writes": "Programs run in any order, so whoever comes last wins: let only one of them write there.",
     "out of bounds": "Mask what hangs over.",
     "never written": "Memory of torch.empty holds anything. A load with a mask needs other=… where its value is used.",
@@ -146,9 +149,10 @@ def without_faults(call, card: str = "A100"):
             call()
         return gpu
     except KernelFault as fault:
+        which = "another warp" if "another warp" in fault.detail else fault.kind
         raise WrongAnswer(
             f"The interpreter, which runs one program after the other, gets it right; a GPU need not. {fault.kind}: "
-            f"{fault.detail}{told(fault.file, fault.line)}. {FAULTS.get(fault.kind, '')}"
+            f"{fault.detail}{told(fault.file, fault.line)}. {FAULTS.get(which, '')}"
         ) from None
     except triton.CompilationError as error:
         raise WrongAnswer(f"The interpreter runs it, but Triton cannot compile it for a GPU: {error}") from None

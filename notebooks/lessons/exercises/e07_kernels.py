@@ -162,6 +162,12 @@ def _one_alone(dy, S, B, scale, dS, dB):
     skinny_product(dy, B, scale, dS)
 
 
+def _sixteen(dy, S, B, scale, dS, dB):
+    for left, right, out in ((dy, B, dS), (dy.t(), S, dB)):
+        (P, Q), R, strides = left.shape, right.shape[1], (*left.stride(), *right.stride())
+        _skinny_kernel[(triton.cdiv(P, BLOCK),)](left, right, out, scale, P, Q, R, *strides, BLOCK=BLOCK, BLOCK_R=16)
+
+
 @triton.jit
 def _racing_kernel(dy_ptr, s_ptr, db_ptr, scale, N, R, BLOCK_N: tl.constexpr, BLOCK_R: tl.constexpr):
     """A program for each row, which adds its part of dB to what lies there."""
@@ -180,7 +186,7 @@ def _racing(dy, S, B, scale, dS, dB):
 
 
 def _check_up_grads(candidate):
-    for M, N, R in ((16, 16, 16), (33, 20, 3), (5, 65, 1), (70, 150, 5)):
+    for M, N, R in ((16, 16, 16), (33, 20, 3), (5, 65, 1), (70, 150, 5), (20, 33, 17)):
         sizes, what = {"dy": (M, N), "S": (M, R), "B": (N, R)}, f"dy {M} × {N}, r = {R}"
         given = {name: guarded(size, values=torch.randn(size)) for name, size in sizes.items()}
         (dy, S, B), dS, dB = given.values(), guarded((M, R)), guarded((N, R))
@@ -198,7 +204,7 @@ def _check_up_grads(candidate):
         dy, S, B = torch.randn(33, 20), torch.randn(33, 3), torch.randn(20, 3)
         candidate(dy, S, B, 0.5, torch.empty(33, 3), torch.empty(20, 3))
 
-    return f"tried 4 shapes with tails in M, N and r{seen_there(without_faults(call))}"
+    return f"tried 5 shapes with tails in M, N and r{seen_there(without_faults(call))}"
 
 
 EXERCISES = {
@@ -230,6 +236,7 @@ EXERCISES = {
         wrong={
             "scale in one of them": (_scale_once, "The scale is missing"),
             "dB forgotten": (_one_alone, "No kernel read S"),
+            "r of 16 at most": (_sixteen, "no program wrote element [0, 16]"),
             "programs add to one place": (_racing, "a GPU need not. race"),
         },
         hints=(
