@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from handtuned.nn.live_memory import LiveMemory
 from handtuned.quant import quantize_model, quantize_nf4
 
 from handtuned.memory import measure
@@ -20,12 +21,13 @@ SIZES = {
 
 def check(build, method, batch, seq, dtype=torch.float32, flash=True, within=0.05, **how):
     quantize_nf4(torch.randn(64, 64)).dequantize()  # makes the tables that the whole process shares
-    unrelated = measure(lambda: None).before
+    with LiveMemory() as others:
+        pass
     model = build()
     if method == "qlora":
         quantize_model(model)
     step = training_step(model, method, batch, seq, dtype=dtype, **how)
-    peak = measure(step).peak - unrelated
+    peak = measure(step).peak - others.before - others.added  # of what is not the step's, what has not died since
     ledger = estimate(model, method, dtype, batch=batch, seq=seq, flash=flash, **how)
     assert ledger.peak == pytest.approx(peak, rel=within), f"{ledger.peak / peak - 1:+.2%}\n{ledger}"
 

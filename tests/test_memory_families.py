@@ -3,6 +3,7 @@
 import pytest
 import torch
 from handtuned.nn.checkpoint_layers import repeated_layers
+from handtuned.nn.live_memory import LiveMemory
 from handtuned.quant import quantize_model, quantize_nf4
 from test_checkpoint_layers import KINDS, model_of
 
@@ -22,12 +23,15 @@ def check(model, dtype=torch.float32, paths=None, ranks=1, **flags):
     wanted = arguments(settings, dtype, ranks) | {"checkpoint": paths or settings.gradient_checkpointing}
     quantize_nf4(torch.randn(64, 64)).dequantize()  # makes the tables that the whole process shares
     found = estimate(model, **wanted)
-    unrelated = measure(lambda: None).before - sum(p.nbytes for p in model.parameters())
+    with LiveMemory() as there:
+        pass
+    own = {id(p.untyped_storage()) for p in model.parameters()}
+    others = [(size, alive) for key, (size, alive, _) in there._storages.items() if key not in own]
     if settings.method == "qlora":
         quantize_model(model)
     names = ("method", "batch", "seq", "checkpoint", "accumulation_steps", "adapt")
     step = training_step(model, dtype=dtype, **{name: wanted[name] for name in names})
-    peak = measure(step).peak - unrelated
+    peak = measure(step).peak - sum(size for size, alive in others if alive() is not None)
     assert found.peak == pytest.approx(peak, rel=WITHIN), f"{found.peak / peak - 1:+.2%}\n{found}"
     return found
 

@@ -3,10 +3,10 @@
 import argparse
 import contextlib
 import dataclasses
-import gc
 
 import torch
 
+from ..nn.live_memory import LiveMemory
 from ..training.loading import load_base
 from ..training.loop import OPTIMIZERS
 from ..training.models import choose_device, choose_dtype
@@ -98,10 +98,11 @@ def _measured(wanted: dict, place: torch.device) -> Measurement:
     if not isinstance(wanted["model"], str):
         raise ValueError(f"--measure must have a model to load, got {wanted['model']:g} parameters")
     dtype = getattr(torch, wanted["dtype"])
-    gc.collect()
-    others = measure(lambda: None, device=place.type).before  # tensors of this process that are not of the step
+    with LiveMemory(place.type) as others:  # tensors of this process that are not of the step
+        pass
     loaded, _ = load_base(wanted["model"], wanted["method"], dtype, place, wanted["skip"], wanted["trust_remote_code"])
     names = ("method", "optimizer", "batch", "seq", "checkpoint", "logits", "accumulation_steps", "adapt")
     step = training_step(loaded, dtype=dtype, **{name: wanted[name] for name in names})
     found = measure(step, device=place.type)
-    return dataclasses.replace(found, before=found.before - others, peak=found.peak - others)
+    there = others.before + others.added  # of them, what has not died since
+    return dataclasses.replace(found, before=found.before - there, peak=found.peak - there)
