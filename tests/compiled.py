@@ -19,7 +19,9 @@ import triton
 from handtuned.gpu import KernelFault, emulate
 
 INTERPRETED = bool(triton.knobs.runtime.interpret)
-ALL = ("sm_75", "sm_80", "sm_86", "sm_89", "sm_90", "sm_120")
+# What differs in PTX between the others is little: they are for --slow.
+ALL = [pytest.param(arch, marks=() if arch in ("sm_75", "sm_90", "sm_120") else pytest.mark.slow)
+       for arch in ("sm_75", "sm_80", "sm_86", "sm_89", "sm_90", "sm_120")]  # fmt: skip
 compiled = pytest.mark.skipif(INTERPRETED, reason="kernels are interpreted here")
 
 

@@ -62,6 +62,7 @@ def timed(tmp_path, monkeypatch, capsys):
         monkeypatch.setattr(module, "time", clock)
     stay_in_this_process(monkeypatch)
     monkeypatch.setattr(runner, "Ceilings", NoCeilings)
+    monkeypatch.setattr(runner, "gc", types.SimpleNamespace(collect=lambda: None))  # nothing here takes memory
 
     def command(scripts, *words):
         for name, text in scripts.items():

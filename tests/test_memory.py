@@ -17,6 +17,7 @@ from handtuned.memory.model_shapes import PRESETS, Shape, shape_of
 from handtuned.memory.recommend import fit, recommend
 from handtuned.training.settings import FinetuneSettings, parse_size
 
+transformers = pytest.importorskip("transformers")
 GB, GIB = 10**9, 2**30
 
 
@@ -75,7 +76,6 @@ class TestShapes:
         assert {name: PRESETS[name].parameters for name in published} == published
 
     def test_a_config_a_model_and_a_directory_agree(self, tmp_path):
-        transformers = pytest.importorskip("transformers")
         config = transformers.Qwen2Config(
             vocab_size=99, hidden_size=32, intermediate_size=64, num_hidden_layers=3, num_attention_heads=4,
             num_key_value_heads=2, tie_word_embeddings=True,
@@ -116,9 +116,10 @@ def test_nf4_bytes_are_those_of_an_nf4_tensor(sizes, nested):
 
 class TestEstimate:
     def test_a_checkpoint_in_every_layer_beats_root_n_groups(self):
-        peaks = {k: estimate("llama-7b", "qlora", "bfloat16", batch=4, seq=2048, checkpoint=k).peak
-                 for k in (False, True, 6)}  # fmt: skip
-        assert peaks[True] < peaks[6] < peaks[False]
+        config = transformers.LlamaConfig(num_hidden_layers=16)  # of the sizes of llama-7b
+        peaks = {k: estimate(config, "qlora", "bfloat16", batch=4, seq=2048, checkpoint=k).peak
+                 for k in (False, True, 4)}  # fmt: skip
+        assert peaks[True] < peaks[4] < peaks[False]
 
     def test_eager_attention_costs_the_scores(self):
         flash, eager = (estimate("llama-7b", "lora", "bfloat16", seq=2048, flash=f) for f in (True, False))
@@ -131,9 +132,10 @@ class TestEstimate:
         assert some.trainable == 30 * 8 * (576 + 576 + 576 + 192)
 
     def test_the_peak_is_the_sum_of_its_lines(self):
+        config = transformers.LlamaConfig(vocab_size=256, hidden_size=64, intermediate_size=192, num_hidden_layers=7)
         for method in ("full", "lora", "qlora"):
             for checkpoint in (False, True, 5):
-                ledger = estimate("smollm2", method, batch=2, seq=100, checkpoint=checkpoint)
+                ledger = estimate(config, method, batch=2, seq=100, checkpoint=checkpoint)
                 assert (
                     sum(line.at_peak for line in ledger.lines.values()) == ledger.peak == max(ledger.moments.values())
                 )
@@ -277,8 +279,7 @@ class TestRecommend:
         assert [name for name, _ in tried][-2:] == ["ZeRO-1", "ZeRO-2"]
 
     def test_nothing_is_enough(self):
-        assert fit(SETTINGS, GB)[2] is None
-        assert "nothing of this is enough" in recommend({**SETTINGS, "model": "65b"}, GB)
+        assert "nothing of this is enough" in recommend(SETTINGS, GB)
 
     def test_a_bare_number_of_parameters(self):
         assert "LoRA" not in str(fit({**SETTINGS, "model": 7e9}, GB)[1])
