@@ -83,7 +83,7 @@ class MixedPrecisionTrainer(GradientAccumulationTrainer):
             self.masters.collect_gradients()
 
     def _step(self) -> None:
-        masters = self.masters
-        self._stepped = super()._step(**(masters.step_arguments() if masters else {}))
-        if masters is not None and self._stepped:
-            masters.write_back()
+        written = self.masters.step_arguments() if self.masters else {}  # by the step itself, if it can
+        self._stepped = super()._step(**written)
+        if self.masters is not None and self._stepped and not written:
+            self.masters.write_back()

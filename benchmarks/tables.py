@@ -60,7 +60,7 @@ def _rows(record: dict) -> list[str]:
 
 def _training(record: dict) -> list[str]:
     lines = ["", f"{record['name']}:", ""]
-    lines += ["| | tokens a second | peak memory | loss of the steps |", "|---|---|---|---|"]
+    lines += ["| | tokens per second | peak memory | loss of the steps |", "|---|---|---|---|"]
     for name, taken in record["contestants"].items():
         losses = ", ".join(f"{loss:.3f}" for loss in taken["losses"])
         lines.append(f"| {name} | {taken['tokens_per_second']:.0f} | {taken['peak_bytes'] / 1e6:,.0f} MB | {losses} |")

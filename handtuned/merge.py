@@ -7,7 +7,6 @@ instead (`--onto original`) gives a model that nobody has trained.
 """
 
 import os
-import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -22,10 +21,10 @@ from .nn.merge import merge_and_unload, merge_errors
 from .quant import NF4Linear
 from .quant.experts import dequantize_experts
 from .training import data
-from .training.evaluation import CausalLM, end_tokens
+from .training.evaluation import CausalLM
 from .training.loading import auto_class, load_base, one_line, reason
 from .training.models import add_adapter_flags, choose_device, is_whole, load_with_adapter
-from .training.saving import mend_generation_config
+from .training.saving import write_plain
 from .training.settings import column_names
 
 PROBE_ROWS = 32
@@ -79,14 +78,9 @@ def run(args) -> int:
         load_adapter(model, args.adapter)
     model = to_plain_model(model, getattr(torch, args.save_dtype))
     after = _errand("the loss of the merged model", lambda: _loss(model, probe))
-    model.generation_config.eos_token_id = end_tokens(model, tokenizer)  # other programs stop there too
-    mend_generation_config(model.generation_config)
     with whole_directory(out) as temporary:
         with one_line("the merged model cannot be saved"):
-            model.save_pretrained(temporary)
-            tokenizer.save_pretrained(temporary)
-        for path in Path(model.config.name_or_path).glob("*processor*.json"):  # of pictures and sounds
-            shutil.copy(path, temporary)
+            write_plain(model, tokenizer, temporary)
         ids = list(probe[0].input_ids if probe else tokenizer("The capital of France is Paris.")["input_ids"]) or [0, 1]
         apart = _read_back(model, ids[:COMPARED_TOKENS], temporary, args.trust_remote_code)
     if before is not None and after is not None:

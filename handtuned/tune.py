@@ -9,20 +9,22 @@ their score of the winner is not flattered by the choice.
 """
 
 import argparse
+import contextlib
 import dataclasses
 import gc
 import json
 import math
 import shlex
 import time
+import warnings
 from pathlib import Path
 
 import torch
 
 from .nn.files import in_use, write_json
 from .nn.merge import unload
-from .nn.multi import linear_layers
 from .nn.peft_rules import all_linear_parameters
+from .nn.targets import select
 from .training import logging, loop
 from .training import trials as reports
 from .training.checkpoints import changed_marks
@@ -39,7 +41,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_flags(parser)
     parser.add_argument("--trials", type=int, default=16, help="settings to try (default: 16)")
     parser.add_argument("--minutes", type=float, help="begin no new trial after this time (default: no limit)")
-    parser.add_argument("--search", nargs="+", default=list(SEARCHED), choices=SEARCHED, metavar="NAME",
+    parser.add_argument("--search", nargs="+", choices=SEARCHED, metavar="NAME",
                         type=lambda name: name.replace("-", "_"),
                         help=f"what to search over (default: {' '.join(SEARCHED)})")  # fmt: skip
     parser.add_argument("--resume", action="store_true", help="go on with the study in --output-dir")
@@ -68,11 +70,13 @@ def run(args) -> int:
             raise ValueError(f"--resume: {directory} holds no study (no tune.json)")
         saved = json.loads(record.read_text(encoding="utf-8"))
         settings = resumed("study", typed, saved, output_dir=str(directory))
+        if args.search not in (None, saved["search"]):
+            raise ValueError(f"--resume goes on with the study's own --search {' '.join(saved['search'])}")
         args.search = saved["search"]
     elif in_use(directory):
         raise ValueError(f"--output-dir {directory} is not empty; name a new one, or go on with --resume")
     try:
-        tune(settings, args.trials, args.minutes, tuple(args.search))
+        tune(settings, args.trials, args.minutes, tuple(args.search or SEARCHED))
     except KeyboardInterrupt:
         again = shlex.join(["--output-dir", settings.output_dir, "--trials", str(args.trials), "--resume"])
         print(f"\nstopped; go on with: handtuned tune {again}")
@@ -121,7 +125,7 @@ def tune(settings: FinetuneSettings, trials: int, minutes: float | None = None, 
     done = sum(t.state.is_finished() and (t.state.name != "FAIL" or "failed" in t.user_attrs) for t in study.trials)
     # The seed depends on how many there are: a resumed study goes its own way, but the same one each time.
     study.sampler = optuna.samplers.TPESampler(seed=settings.seed + done, n_startup_trials=5)
-    print(f"{trials - done} trials of up to {steps} steps, judged after {', '.join(map(str, runner.rungs))}; "
+    print(f"{max(0, trials - done)} trials of up to {steps} steps, judged after {', '.join(map(str, runner.rungs))}; "
           f"{len(runner.choosing)} held-out rows choose, {len(runner.untouched)} are kept for the verdict")  # fmt: skip
     if trials > done:
         study.optimize(runner.run, n_trials=trials - done, timeout=None if minutes is None else 60 * minutes,
@@ -158,7 +162,6 @@ class Space:
     """What may be searched, around the settings that a study starts from."""
 
     def __init__(self, settings: FinetuneSettings, search, model):
-        names = {path.rsplit(".", 1)[-1] for path in linear_layers(model)}
         target, rate = settings.target_modules, settings.learning_rate
         self.search, self.rates = search, (rate / 10, rate * 10)
         # lora_alpha is searched as a multiple of the rank: the scale of the update.
@@ -168,7 +171,7 @@ class Space:
         around = {
             "lora_r": {2, 4, 8, 16, 32},
             "lora_alpha": {0.5, 1.0, 2.0, 4.0},
-            "target_modules": {t for t in TARGETS if t == "all-linear" or names.issuperset(t.split(","))},
+            "target_modules": {targets for targets in TARGETS if _fits(model, targets, settings)},
             "lora_dropout": {0.0} if settings.target_parameters or all_linear_parameters(model) else {0.0, 0.05, 0.1},
         }
         self.choices = {name: sorted({self.start[name], *values}) for name, values in around.items()}
@@ -183,6 +186,15 @@ class Space:
                 picked[name] = trial.suggest_categorical(name, self.choices[name])
         picked["lora_alpha"] *= picked["lora_r"]
         return dataclasses.replace(settings, **picked | {"target_modules": (picked["target_modules"],)})
+
+
+def _fits(model, targets: str, settings: FinetuneSettings) -> bool:
+    """Whether a model has these targets, and they go with what else is chosen (layers left out, ranks by pattern)."""
+    words = targets if targets == "all-linear" else targets.split(",")
+    with contextlib.suppress(ValueError), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return bool(select(model, words, settings.lora_r, settings.lora_alpha, settings.choices()))
+    return False
 
 
 class TrialRunner:
@@ -203,13 +215,13 @@ class TrialRunner:
 
     def run(self, trial) -> float:
         """One trial: its loss on the choosing rows. optuna.TrialPruned: it is stopped early; Diverged: it ran out of
-        memory, or its loss is not finite."""
+        memory, its loss is not finite, or its settings do not go together."""
         import optuna
 
         settings, model = self.space.suggest(trial, self.settings), self.base.model
-        add_adapters(model, settings)
         trial.set_user_attr("settings", {name: getattr(settings, name) for name in SEARCHED})
         try:
+            add_adapters(model, settings)
             training = loop.prepare(self.base, settings, settings.max_steps)
             loss = self._train(trial, settings, training)
             trial.set_user_attr("untouched", logging.finite(training.lm.score(self.untouched)))
@@ -217,10 +229,11 @@ class TrialRunner:
             if all(loss < other.value for other in finished):
                 save_with_record(self.base, Path(settings.output_dir) / "best")
             return loss
-        except (loop.Diverged, RuntimeError, MemoryError) as error:
-            failed = loop.Diverged("out of memory") if is_out_of_memory(error) else error
-            if isinstance(failed, loop.Diverged):
-                trial.set_user_attr("failed", str(failed))
+        except (ValueError, RuntimeError, MemoryError) as error:
+            if not isinstance(error, ValueError) and not is_out_of_memory(error):
+                raise
+            failed = loop.Diverged("out of memory" if is_out_of_memory(error) else str(error))
+            trial.set_user_attr("failed", str(failed))
             raise failed from None
         finally:
             unload(model)

@@ -220,8 +220,11 @@ def _last(path: str) -> str:
     return path.rpartition(".")[2]
 
 
-def _targets(model, paths: set[str]) -> list[str]:
-    """The layers' last names if they select these layers and no others; else the whole paths."""
-    names = {_last(path) for path in paths}
-    chosen = {path for path in multi.outer_modules(model) if _last(path) in names}
-    return sorted(names if chosen == paths else paths)
+def _targets(model, paths: set[str]) -> list[str] | str:
+    """The layers' last names if they select these layers and no others; else the whole paths, as an expression where
+    one is the end of another's."""
+    names, outer = {_last(path) for path in paths}, multi.outer_modules(model)
+    if {path for path in outer if _last(path) in names} == paths:
+        return sorted(names)
+    alone = multi.ending_in(outer, paths) == paths
+    return sorted(paths) if alone else "|".join(map(re.escape, sorted(paths)))

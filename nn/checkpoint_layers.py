@@ -4,6 +4,7 @@ A decoder repeats one block; each block becomes a checkpoint of its own by a new
 wrappers and FSDP, which act where a module is called, stay outside of the checkpoint and run once.
 """
 
+import functools
 from collections.abc import Collection
 
 import torch
@@ -59,11 +60,13 @@ def checkpoint_layers(model: nn.Module, paths: Collection[str] | None = None) ->
 
 
 def _checkpointed(layer: nn.Module, forward):
-    def run(*args, **kwargs):
-        if not (layer.training and torch.is_grad_enabled()):
-            return forward(*args, **kwargs)
-        no_cache = {name: None for name in CACHES if name in kwargs}
-        return checkpoint(forward, *args, **kwargs | no_cache)
-
+    run = functools.partial(_run, layer, forward)  # no closure, which a copy of the model would share
     run.within = forward
     return run
+
+
+def _run(layer: nn.Module, forward, /, *args, **kwargs):
+    if not (layer.training and torch.is_grad_enabled()):
+        return forward(*args, **kwargs)
+    no_cache = {name: None for name in CACHES if name in kwargs}
+    return checkpoint(forward, *args, **kwargs | no_cache)

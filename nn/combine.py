@@ -57,7 +57,7 @@ def add_weighted_adapter(model: nn.Module, adapters: Sequence[str], weights: Seq
     rank = svd_rank or max(A.shape[0] for held in pairs.values() for A, _ in held)
     made = {}
     for path, held in pairs.items():
-        if combination_type == "linear" or len(adapters) == 1:
+        if combination_type == "linear" or (len(adapters) == 1 and not svd_rank):
             A, B = sum(A for A, _ in held), sum(B for _, B in held)
         else:
             A, B = torch.cat([A for A, _ in held]), torch.cat([B for _, B in held], dim=1)

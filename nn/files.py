@@ -70,11 +70,15 @@ def write_json(path: Path, value: object) -> None:
 
 def write_safetensors(path: Path, tensors: Mapping[str, torch.Tensor]) -> None:
     """Write named tensors in safetensors format (metadata `{"format": "pt"}`), whole or not at all."""
+    from safetensors import SafetensorError
     from safetensors.torch import save_file
 
     ready = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
     with whole_file(path) as temporary:
         temporary.touch()
         mode = temporary.stat().st_mode
-        save_file(ready, temporary, metadata={"format": "pt"})
+        try:
+            save_file(ready, temporary, metadata={"format": "pt"})
+        except SafetensorError as error:  # a full disk, say
+            raise OSError(f"{path} cannot be written: {error}") from error
         temporary.chmod(mode)  # safetensors lets the owner alone read what it writes, whatever the umask

@@ -6,13 +6,14 @@ from collections.abc import Sequence
 
 from torch import nn
 
+from ..quant.model import new_heads
 from ..quant.readers import listed
 from . import multi
 from .lora import LoRALinear, check_settings, lora_layers
 from .multi import active_adapter, lora_parameters
-from .names import may_save_whole, replace, train_only
+from .names import may_save_whole, replace, train_only, unwrapped
 from .parameters import kind_for, place
-from .targets import is_all_linear, new_heads, select, share
+from .targets import is_all_linear, select, share
 from .text_path import idle_layers
 
 Targets = Sequence[str] | str | None
@@ -88,7 +89,7 @@ def _put_in(model, name: str, settings: tuple, target_modules, choices: dict, tr
         multi.activate(module, name)
     train_only(model, trained)
     if is_all_linear(target_modules):
-        multi.save_modules(model, new_heads(model))
+        multi.save_modules(model, new_heads(unwrapped(model)))
     may_save_whole(model, False)
     return model
 

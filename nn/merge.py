@@ -16,7 +16,7 @@ from .base_layer import dense_weight
 from .inject import required_lora_layers
 from .lora import LoRALinear
 from .multi import ModuleToSave, active_layers, modules_with_adapters, take_out
-from .names import named_modules, replace
+from .names import may_save_whole, named_modules, replace
 from .variants import leading_factors
 
 REFIT_ROUNDS = 5
@@ -134,7 +134,8 @@ def merge_into_nf4(model: nn.Module, method: str) -> MergeErrors:
     - "refit": like LoftQ, quantize and refit A and B (of the same rank) to what quantizing lost, in turns. The layer
       keeps an adapter: for a large ΔW one of corrections, for a small one ΔW itself, as rounding W + ΔW gave W back.
 
-    ValueError: no NF4 layer with an adapter, an unknown method, or a DoRA or PiSSA adapter with "refit".
+    ValueError: no NF4 layer with an adapter, another adapter on the same weights, an unknown method, or a DoRA or PiSSA
+    adapter with "refit".
     """
     if method not in ("requantize", "refit"):
         raise ValueError(f"method must be 'requantize' or 'refit', got {method!r}")
@@ -144,6 +145,8 @@ def merge_into_nf4(model: nn.Module, method: str) -> MergeErrors:
     for path, layer in layers.items():
         if method == "refit" and layer.PARTS != LoRALinear.PARTS:
             raise ValueError(f"{path!r}: only plain LoRA can be refitted")
+    if others := sorted({name for layer in layers.values() for name in layer.resting}):
+        raise ValueError(f"the weights under the adapters {', '.join(others)} would change; delete these first")
     errors = MergeErrors({path: _errors(layer) for path, layer in layers.items()})
     for layer in layers.values():
         if method == "requantize":
@@ -154,6 +157,7 @@ def merge_into_nf4(model: nn.Module, method: str) -> MergeErrors:
             with torch.no_grad():
                 layer.lora_A.copy_(A)
                 layer.lora_B.copy_(B)
+    may_save_whole(model, not modules_with_adapters(model))
     return errors
 
 

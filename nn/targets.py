@@ -10,6 +10,7 @@ from torch import nn
 
 from ..quant import quantization_summary
 from ..quant.experts import FusedExperts, dense_experts
+from ..quant.model import new_heads
 from ..quant.readers import listed, weights_read
 from . import peft_rules
 from .adapter_config import chosen_settings, full_matches, matching
@@ -34,9 +35,10 @@ def select(model: nn.Module, target_modules, rank: int, lora_alpha: float, choic
     config = chosen_settings(r=rank, lora_alpha=lora_alpha, **choices)
     if config.layers_pattern and config.layers_to_transform is None:
         raise ValueError("layers_pattern needs layers_to_transform")
-    found = _select(model, target_modules, bool(config.target_parameters))
+    linear = _select(model, target_modules, bool(config.target_parameters))
     usual = peft_rules.all_linear_parameters(model) if is_all_linear(target_modules) else ()
-    found |= _parameters(model, config.target_parameters or (), usual)
+    parameters = _parameters(model, config.target_parameters or (), usual)
+    found, names = linear | parameters, {path: parameter_name(path, module) for path, module in parameters.items()}
     patterns = {**config.rank_pattern, **config.alpha_pattern}
     if is_all_linear(target_modules):
         _say_which_experts_are_left_out(model, found)
@@ -45,7 +47,8 @@ def select(model: nn.Module, target_modules, rank: int, lora_alpha: float, choic
             config = dataclasses.replace(config, rank_pattern={**config.rank_pattern, **ranks},
                                          alpha_pattern={**config.alpha_pattern, **alphas})  # fmt: skip
     kept, excluded = config.narrowed(found, target_modules), matching(config.exclude_modules or [], found)
-    matches = full_matches([rf"(?:.*\.)?(?:{pattern})" for pattern in patterns], kept - excluded)
+    chosen = {path: names.get(path, path) for path in kept - excluded}  # patterns are for the parameter's name
+    matches = full_matches([rf"(?:.*\.)?(?:{pattern})" for pattern in patterns], chosen.values())
     for name, value, fitting in (
         ("layers_to_transform", config.layers_to_transform, kept),
         ("exclude_modules", config.exclude_modules, excluded),
@@ -53,9 +56,23 @@ def select(model: nn.Module, target_modules, rank: int, lora_alpha: float, choic
     ):
         if value not in (None, []) and not fitting:
             raise ValueError(f"{name}: {value!r} fits none of the layers that target_modules selects")
-    if not kept - excluded:
+    _check_each(model, config)
+    if not chosen:
         raise ValueError(f"exclude_modules {config.exclude_modules!r} leaves none of the layers that are selected")
-    return {path: module for path, module in found.items() if path in kept - excluded}, config.settings(kept - excluded)
+    values = config.settings(chosen.values())
+    return ({path: module for path, module in found.items() if path in chosen},
+            {path: values[name] for path, name in chosen.items()})  # fmt: skip
+
+
+def _check_each(model: nn.Module, config) -> None:
+    """That each name and number of a list is there in the model, if not among the selected layers."""
+    numbers, left_out = config.layers_to_transform, config.exclude_modules
+    for number in numbers if isinstance(numbers, list) else ():
+        if not dataclasses.replace(config, layers_to_transform=[number]).narrowed(linear_layers(model), None):
+            raise ValueError(f"layers_to_transform: {numbers!r}: {number} fits none of the layers")
+    for name in left_out if isinstance(left_out, (list, tuple)) else ():
+        if not ending_in({*dict(named_modules(model, remove_duplicate=False)), *parameter_targets(model)}, [name]):
+            raise ValueError(f"exclude_modules: {name!r} fits none of the model's modules")
 
 
 def is_all_linear(target_modules) -> bool:
@@ -88,7 +105,7 @@ def _select(model: nn.Module, target_modules, may_be_none: bool) -> dict[str, nn
         if target_modules is None:
             raise ValueError(f"target_modules=None: nothing is usual for {type(model).__name__}{available}")
     if is_all_linear(target_modules):
-        heads = tuple(f"{head}." for head in new_heads(model))
+        heads = tuple(f"{head}." for head in new_heads(unwrapped(model)))
         selected = set(linear_layers(model)) - output_heads(model, linear)
         selected = {path for path in selected if not f"{path}.".startswith(heads)}
         read = weights_read(model, selected)
@@ -122,16 +139,6 @@ def _select(model: nn.Module, target_modules, may_be_none: bool) -> dict[str, nn
     for name in selected - linear_layers(model).keys():
         raise ValueError(f"{name!r}: nn.MultiheadAttention reads this weight itself and would bypass the adapter")
     return {name: module for name, module in linear.items() if name in selected}
-
-
-def new_heads(model: nn.Module) -> list[str]:
-    """What a transformers model has beside its base model, if that makes no logits over a vocabulary: a new head."""
-    model = unwrapped(model)
-    base = getattr(model, "base_model", model)
-    if base is model or not hasattr(model, "get_output_embeddings") or model.get_output_embeddings() is not None:
-        return []
-    heads = {name: child for name, child in model.named_children() if child is not base}
-    return [name for name, head in heads.items() if next(head.parameters(), None) is not None]
 
 
 def _say_what_is_left_out(model: nn.Module, heads: tuple[str, ...], read: set[str], idle: set[str]) -> None:

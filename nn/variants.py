@@ -14,6 +14,7 @@ from torch import nn
 
 from ..kernels.lora import lora_linear
 from ..quant import NF4Linear
+from ..quant.readers import listed
 from .base_layer import dense_weight
 from .lora import LoRALinear, operands
 from .multi import active_layers, lora_parameters
@@ -34,8 +35,8 @@ def lora_plus_groups(model: nn.Module, lr: float, ratio: float = 16.0, weight_de
     """Parameter groups for any optimizer, with a learning rate of lr · ratio for B and lr for the rest.
 
     A meets inputs of width `in` and B meets S of width r, so with equal rates A moves the output far less than B could;
-    the paper finds a ratio of about 16. Modules trained whole learn at `lr`; DoRA's magnitudes at B's rate and, as
-    vectors, without weight decay.
+    the paper finds a ratio of about 16. Modules trained whole learn at `lr`, but for their vectors, which like DoRA's
+    magnitudes learn at B's rate without weight decay, as in PEFT.
 
     Source: Hayou et al. 2024, "LoRA+: Efficient Low Rank Adaptation of Large Models", section 4.
     """
@@ -196,12 +197,17 @@ class DoRAPiSSALinear(DoRALinear, PiSSALinear):
 def dora_init(model: nn.Module) -> None:
     """DoRA: give every adapter a trainable magnitude m, (out,), starting at the row lengths of W + s·BA.
 
-    At the start the model computes what it did before. Source: see `DoRALinear`.
+    At the start the model computes what it did before. ValueError: a row of zeros, which has no direction. Source: see
+    `DoRALinear`.
     """
-    for _, layer in _linear_only(model, "DoRA"):
-        moved = LoRALinear.delta(layer).add_(dense_weight(layer.base_layer))
+    layers = dict(_linear_only(model, "DoRA"))
+    norms = {path: LoRALinear.delta(layer).add_(dense_weight(layer.base_layer)).norm(dim=1)
+             for path, layer in layers.items()}  # fmt: skip
+    if zeros := [path for path, norm in norms.items() if not norm.all()]:
+        raise ValueError(f"DoRA: rows of zeros have no direction; leave out by exclude_modules: {listed(zeros)}")
+    for path, layer in layers.items():
         _become(layer, DoRALinear)
-        layer.lora_magnitude = nn.Parameter(moved.norm(dim=1).to(layer.lora_A.dtype))
+        layer.lora_magnitude = nn.Parameter(norms[path].to(layer.lora_A.dtype))
 
 
 def _linear_only(model: nn.Module, technique: str) -> list[tuple[str, LoRALinear]]:

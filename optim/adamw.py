@@ -89,8 +89,7 @@ class AdamW(torch.optim.Optimizer):
 
     def load_state_dict(self, state_dict: dict) -> None:
         """Load a copy of this class's or torch.optim.AdamW's state dict. ValueError: that of another optimizer."""
-        for group in state_dict["param_groups"]:
-            _check_group(group)
+        check_loaded_groups(state_dict["param_groups"], "AdamW")
         for state in state_dict["state"].values():
             if state and not state.keys() >= MOMENTS:
                 raise ValueError(f"state_dict must hold {', '.join(sorted(MOMENTS))}, got {', '.join(map(str, state))}")
@@ -177,6 +176,14 @@ def check_last_group(optimizer: torch.optim.Optimizer) -> None:
     except (TypeError, ValueError):
         del optimizer.param_groups[-1]
         raise
+
+
+def check_loaded_groups(groups: list[dict], name: str) -> None:
+    """Refuse the groups of a state dict that are another optimizer's than `name`'s, or out of range."""
+    for group in groups:
+        if missing := {"lr", "betas", "eps", "weight_decay"} - group.keys():
+            raise ValueError(f"state_dict must be of {name}, got a group without {', '.join(sorted(missing))}")
+        _check_group(group)
 
 
 def _check_group(group: dict, *flags: str) -> None:

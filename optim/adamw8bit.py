@@ -19,7 +19,7 @@ import torch.nn.functional as F
 
 from ..kernels.adamw import ParamGroup, rounded_sqrt
 from ..quant.codebooks import dynamic_map
-from .adamw import MOMENTS, check_last_group, step_function
+from .adamw import MOMENTS, check_last_group, check_loaded_groups, step_function
 
 BLOCK_SIZE = 256
 # State that is flat: key → elements of the parameter per entry.
@@ -73,8 +73,8 @@ def dequantize_blocks(levels: torch.Tensor, scale: torch.Tensor, signed: bool) -
 class AdamW8bit(torch.optim.Optimizer):
     """AdamW whose moments take 2 bytes per parameter.
 
-    Arguments and errors as for `AdamW`. Tensors of fewer than `min_elements` keep FP32 moments; they are few bytes, and
-    often the delicate ones (norms, biases).
+    Arguments and errors as for `AdamW`, but that `fused` is taken for torch's sake alone. Tensors of fewer than
+    `min_elements` keep FP32 moments; they are few bytes, and often the delicate ones (norms, biases).
     """
 
     encoded = ENCODED  # asked for by ZeroOptimizer, as is `block_of`
@@ -86,7 +86,7 @@ class AdamW8bit(torch.optim.Optimizer):
 
     def __init__(
         self, params, lr=1e-3, betas=(0.9, 0.999), eps=1e-8, weight_decay=1e-2, amsgrad=False, *, min_elements=4096,
-        maximize=False, foreach=None, capturable=False, differentiable=False,
+        maximize=False, foreach=None, fused=None, capturable=False, differentiable=False,
     ):  # fmt: skip
         rates = {"lr": lr, "betas": tuple(betas), "eps": eps, "weight_decay": weight_decay, "maximize": maximize}
         flags = {"amsgrad": amsgrad, "foreach": foreach, "capturable": capturable, "differentiable": differentiable}
@@ -104,6 +104,7 @@ class AdamW8bit(torch.optim.Optimizer):
     def load_state_dict(self, state_dict: dict) -> None:
         """Load a copy of this class's state dict, or of AdamW's, whose moments the next step encodes; unlike the base
         class, tensors keep their dtypes. ValueError: that of another optimizer."""
+        check_loaded_groups(state_dict["param_groups"], "AdamW8bit or AdamW")
         for state in state_dict["state"].values():
             if state and not state.keys() >= MOMENTS and not state.keys() >= {"step", *ENCODED}:
                 raise ValueError(f"state_dict must be of AdamW8bit or AdamW, got state {', '.join(map(str, state))}")

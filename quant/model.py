@@ -37,13 +37,13 @@ def quantize_model(
     """Replace every `nn.Linear` that is not skipped by an NF4Linear, and the fused expert weights of transformers'
     mixtures of experts by NF4Experts, in place, one after the other.
 
-    Left alone besides `skip`: an output layer (what a Hugging Face model calls its output embeddings, and
-    any layer that shares its weight with an `nn.Embedding`), layers that a Hugging Face class wants in fp32,
-    subclasses of nn.Linear (but Falcon's), and layers whose weight the model's code reads instead of calling
-    them (a warning names those). GPT-2's `Conv1D` is a linear layer with its weight transposed and is quantized
-    too. Layers that are NF4 already stay as they are, so calling again changes nothing. A model on the meta device
-    stays there, ready for `load_quantized`. Expert weights that transformers' experts interface does not reach stay
-    dense, and a warning gives their share.
+    Left alone besides `skip`: an output layer (what a Hugging Face model calls its output embeddings, and any layer
+    that shares its weight with an `nn.Embedding`), the new head of a classifier, layers that a Hugging Face class wants
+    in fp32, subclasses of nn.Linear (but Falcon's), and layers whose weight the model's code reads instead of calling
+    them (a warning names those). GPT-2's `Conv1D` is a linear layer with its weight transposed and is quantized too.
+    Layers that are NF4 already stay as they are, so calling again changes nothing. A model on the meta device stays
+    there, ready for `load_quantized`. Expert weights that transformers' experts interface does not reach stay dense,
+    and a warning gives their share.
 
     Args:
         skip: layers to leave, by path or by consecutive parts of one: "lm_head", "mlp.down_proj" (in every
@@ -102,14 +102,25 @@ def linear_layers(model: nn.Module, skip: Sequence[str]) -> tuple[list[tuple[str
     keep = {id(module.weight) for module in paths.values() if isinstance(module, nn.Embedding)}
     output = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
     keep |= {id(output), id(getattr(output, "weight", None))}
+    heads = tuple(f"{head}." for head in new_heads(model))
     layers = {
         path: module
         for path, module in paths.items()
         if path and is_linear(module) and not keep & {id(module), id(module.weight)}
-        if not _skipped(model, path, skip)
+        if not _skipped(model, path, skip) and not f"{path}.".startswith(heads)
     }
     read = {path: layers.pop(path) for path in sorted(weights_read(model, layers))}
     return list(layers.items()), read
+
+
+def new_heads(model: nn.Module) -> list[str]:
+    """What a transformers model has beside its base model, if that makes no logits over a vocabulary: a new head, which
+    is trained whole."""
+    base = getattr(model, "base_model", model)
+    if base is model or not hasattr(model, "get_output_embeddings") or model.get_output_embeddings() is not None:
+        return []
+    heads = {name: child for name, child in model.named_children() if child is not base}
+    return [name for name, head in heads.items() if next(head.parameters(), None) is not None]
 
 
 def _experts(model: nn.Module, skip: Sequence[str]) -> list[tuple[str, nn.Module]]:

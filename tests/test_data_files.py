@@ -136,6 +136,14 @@ def test_several_files_with_weights(tmp_path, capsys):
     assert FinetuneSettings(data=(files[0],)).data == files[0]
 
 
+def test_no_more_rows_are_held_out_than_are_scored(tmp_path):
+    rows = [{"messages": [{"role": "user", "content": f"a{number}"}, CHATS[0][1]]} for number in range(24)]
+    (tmp_path / "a.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    settings = FinetuneSettings(data=f"{tmp_path}/a.jsonl", eval_fraction=0.5, eval_samples=3)
+    train, held_out, _ = data.load_chats(settings)
+    assert (len(train), len(held_out)) == (21, 3)
+
+
 def test_duplicates_and_rows_that_are_held_out_too_are_told(tmp_path, capsys):
     (tmp_path / "train.jsonl").write_text(TEXTS["rows.jsonl"] + TEXTS["rows.jsonl"].splitlines()[0])
     (tmp_path / "held.jsonl").write_text(TEXTS["rows.jsonl"].splitlines()[0])

@@ -17,6 +17,7 @@ from tiny import make_model
 
 from handtuned import cli, merge
 from handtuned.training.models import load_with_adapter, training_record
+from handtuned.training.saving import mend_generation_config
 
 transformers = pytest.importorskip("transformers")
 
@@ -126,7 +127,7 @@ GENERATION = {
 def test_a_generation_config_is_mended_as_little_as_it_must_be(tmp_path, capsys, written, kept):
     config = transformers.GenerationConfig(**written)
     config.eos_token_id = [0, 9]
-    merge.mend_generation_config(config)
+    mend_generation_config(config)
     config.save_pretrained(tmp_path)
     saved = json.loads((tmp_path / "generation_config.json").read_text())
     assert kept.items() <= saved.items() and saved["eos_token_id"] == [0, 9]

@@ -23,7 +23,7 @@ OWN = ("model", "method", "dtype", "optim", "offload", "per_device_train_batch_s
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """All flags of `finetune`, but for the data's, and what is asked about them."""
+    """All flags of `finetune` but --data and --resume, and what is asked about them."""
     parser.add_argument("--model", "--model-name-or-path", default="smollm2",
                         help="a preset (smollm2, qwen2.5-1.5b, llama-3-8b, 7b …), a model directory, a hub name, or a "
                         "number such as 7e9 (default: smollm2)")  # fmt: skip

@@ -87,7 +87,9 @@ def begin(directory: Path, settings: dict, base: Base, training) -> dict:
         if world.main:
             place = next(place for place in (directory.absolute(), *directory.absolute().parents) if place.exists())
             free = shutil.disk_usage(place).free
-            needed = training.elements * 4 * 4 * (settings["save_total_limit"] + 2)  # fp32: parameter twice, moments
+            there = min(len(checkpoints(directory)), settings["save_total_limit"])
+            # In fp32: the parameter twice, and moments.
+            needed = training.elements * 4 * 4 * (settings["save_total_limit"] + 2 - there)
             if free < needed:
                 raise ValueError(f"no disk space for {directory}: {free / 1e6:.0f} MB free, {needed / 1e6:.0f} MB "
                                  "needed")  # fmt: skip
@@ -105,7 +107,8 @@ def begin(directory: Path, settings: dict, base: Base, training) -> dict:
 
 def _check_marks(directory: Path, model: str, marks: dict[str, str | int]) -> None:
     known = _read(directory)["marks"]
-    what = {"base": f"base model ({model})", "data": "training data", "adapter": "adapter of --init-adapter"}
+    what = {"base": f"base model ({model})", "data": "training data", "held_out": "held-out data",
+            "adapter": "adapter of --init-adapter"}  # fmt: skip
     for name in what.keys() & changed_marks(known, marks):
         raise ValueError(f"{directory}: the {what[name]} is not what it was when this run began")
     if known["base"] != marks["base"]:
@@ -127,7 +130,8 @@ def changed_marks(before: dict, now: dict) -> list[str]:
     "codes" alone decides about a base in NF4: its scales may be rounded differently on another kind of CPU.
     """
     same_codes = "codes" in before and before["codes"] == now["codes"]
-    names = [name for name in now if name != "codes" and before.get(name) != now[name]]
+    older = {"held_out": now.get("held_out")} | before  # which had no such mark
+    names = [name for name in now if name != "codes" and older.get(name) != now[name]]
     return [name for name in names if name != "base" or not same_codes]
 
 

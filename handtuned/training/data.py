@@ -61,7 +61,7 @@ def load_chats(settings: FinetuneSettings) -> tuple[list[Chat], list[Chat], str 
     if eval_path:
         held_out = read(eval_path, 1.0)
     else:
-        chats, held_out = split(chats, settings.eval_fraction, settings.seed)
+        chats, held_out = split(chats, settings.eval_fraction, settings.seed, settings.eval_samples)
     train, held_out = repeated(chats, settings.seed), [chat for chat, _ in held_out][: settings.eval_samples]
     texts, others = [repr((chat, chat.tools)) for chat, _ in chats], {repr((chat, chat.tools)) for chat in held_out}
     for what, count in (("duplicate training rows", len(texts) - len(set(texts))),
@@ -93,7 +93,7 @@ def encode_chats(train: Sequence[Chat], held_out: Sequence[Chat], tokenizer,
     limits = settings.max_seq_length, settings.skip_bad_rows, settings.train_on, settings.drop_long_rows
     for name, rows in (("training", train), ("held-out", held_out)):
         try:
-            part = encode_rows(rows, tokenizer, *limits) if rows else EncodedRows()
+            part = encode_rows(rows, tokenizer, *limits) if rows or name == "training" else EncodedRows()
         except DataError as error:
             raise DataError(f"{name} rows: {error}") from None
         for note in part.notes:
@@ -110,16 +110,16 @@ def digest(examples: Sequence[Example]) -> str:
     return found.hexdigest()
 
 
-def split(rows: Sequence, eval_fraction: float, seed: int) -> tuple[list, list]:
+def split(rows: Sequence, eval_fraction: float, seed: int, most: int | None = None) -> tuple[list, list]:
     """Training rows and held-out rows, each in the order of the file; the same seed gives the same split.
 
-    A fraction above 0 holds out at least one row and leaves at least one; 0 holds out none.
+    A fraction above 0 holds out at least one row, `most` at most, and leaves at least one; 0 holds out none.
     """
     if eval_fraction == 0:
         return list(rows), []
     if len(rows) < 2:
         raise DataError(f"holding out rows needs at least 2 rows, got {len(rows)}; --eval-fraction 0 holds out none")
-    count = min(max(1, round(len(rows) * eval_fraction)), len(rows) - 1)
+    count = min(max(1, round(len(rows) * eval_fraction)), len(rows) - 1, most or len(rows))
     held_out = set(np.random.default_rng(seed).permutation(len(rows))[:count].tolist())
     parts = [], []
     for index, row in enumerate(rows):

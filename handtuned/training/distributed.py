@@ -62,8 +62,10 @@ class DDPWorld(World):
     def make_optimizer(self, model, device, groups, kind, offload):
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", FutureWarning)  # torch 2.13 has another name for this, 2.11 not yet
+            # Gradients are views of the buckets, or they would be there twice. Rows may be too short for a layer.
             self.wrapped = DistributedDataParallel(_Wrapped(model), broadcast_buffers=False,
-                                                   gradient_as_bucket_view=True)  # else they are there twice
+                                                   gradient_as_bucket_view=True, find_unused_parameters=True)
+        warnings.filterwarnings("ignore", "find_unused_parameters=True was specified")  # where all are used
         return kind(groups)
 
     def run(self, work, sync=True):

@@ -155,7 +155,7 @@ def generate(model, tokenizer, chats: list[list[dict]], max_new_tokens: int = 48
     width, context = max(map(len, prompts)), data.context_length(model) or math.inf
     if width >= context:
         raise ValueError(f"a prompt of {width} tokens leaves no room for an answer in the model's context of {context}")
-    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
+    pad = next((token for token in (tokenizer.pad_token_id, tokenizer.eos_token_id) if token is not None), 0)
     ids = torch.tensor([[pad] * (width - len(prompt)) + prompt for prompt in prompts], device=device)
     mask = torch.tensor([[0] * (width - len(prompt)) + [1] * len(prompt) for prompt in prompts], device=device)
     options = {"do_sample": False, "eos_token_id": end_tokens(model, tokenizer), **sampling}

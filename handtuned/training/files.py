@@ -105,6 +105,8 @@ class _Unpacked(io.RawIOBase):
 
 def _read(file: io.BufferedReader, name: str, suffix: str) -> Iterator[Place]:
     start = file.peek(8)
+    if start[:2] == b"\x1f\x8b" or start[:4] == b"\x28\xb5\x2f\xfd":  # a pipe does not say how much has been read
+        file = file if file.seekable() else io.BytesIO(file.read())
     if start[:2] == b"\x1f\x8b":
         file = io.BufferedReader(_Unpacked(file, gzip.GzipFile(fileobj=file), name))
     elif start[:4] == b"\x28\xb5\x2f\xfd":

@@ -19,6 +19,7 @@ from .. import __version__
 from ..nn import LoRALinear
 from ..nn.files import whole_file, write_json
 from ..quant import quantization_summary
+from .loading import one_line
 from .settings import FinetuneSettings, absolute
 
 PACKAGES = ("torch", "triton", "transformers", "tokenizers", "safetensors", "numpy")
@@ -119,12 +120,18 @@ class Reporter:
             from torch.utils.tensorboard import SummaryWriter
 
             sink = SummaryWriter(str(directory / "tensorboard"))
-            self._write = lambda numbers, step: [sink.add_scalar(*number, step) for number in numbers.items()]
-            self.close = sink.close
+
+            def write(numbers: dict, step: int) -> None:
+                for number in numbers.items():
+                    sink.add_scalar(*number, step)
+                sink.flush()  # it would wait for minutes, and a run that is stopped does not close it
+
+            self._write, self.close = write, sink.close
         elif kind == "wandb":
             import wandb
 
-            sink = wandb.init(project="handtuned", dir=str(directory), config=settings)
+            with one_line("--report-to wandb"):
+                sink = wandb.init(project="handtuned", dir=str(directory), config=settings)
             self._write, self.close = sink.log, sink.finish
 
     def log(self, row: dict) -> None:

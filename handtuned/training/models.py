@@ -97,6 +97,7 @@ def load_base_and_rows(settings: FinetuneSettings, device: torch.device, place: 
     if device.type == "cpu" and dtype.itemsize == 2 and not fast:
         print(f"note: --dtype {settings.dtype} is slower than float32 on this CPU", file=sys.stderr)
     chats, eval_chats, eval_file = load_chats(settings)
+    eval_file = None if eval_file == "-" else eval_file  # which later commands cannot read again
     told = settings.skip_modules or (), settings.trust_remote_code, settings.requantize
     model, tokenizer = load_base(settings.model, settings.method, dtype, place, *told)
     context, longest = context_length(model), settings.max_seq_length
@@ -105,7 +106,8 @@ def load_base_and_rows(settings: FinetuneSettings, device: torch.device, place: 
     learnt, held_out = encode_chats(chats, eval_chats, tokenizer, settings)
     examples = learnt.examples
     check_causal(model, examples[0].input_ids[:CHECKED_TOKENS], settings.model)
-    marks = {"base": fingerprint(model), "codes": fingerprint(model, scales=False), "data": digest(examples)} | start
+    marks = {"base": fingerprint(model), "codes": fingerprint(model, scales=False), "data": digest(examples),
+             "held_out": digest(held_out.examples)} | start  # fmt: skip
     if start:
         _check_base(training_record(settings.init_adapter), marks["base"])
     record = {"model": settings.model, "method": settings.method, "dtype": str(dtype).removeprefix("torch."),

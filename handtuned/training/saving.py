@@ -1,6 +1,7 @@
 """What a run leaves for later commands: the adapter, or the model trained whole, and the record of its training."""
 
 import os
+import shutil
 import tempfile
 from pathlib import Path
 
@@ -28,12 +29,9 @@ def save_model(model: torch.nn.Module, tokenizer, directory: Path) -> None:
 
     ValueError: a weight is not finite, or was read back with other values; or transformers cannot save it.
     """
-    model.generation_config.eos_token_id = end_tokens(model, tokenizer)  # other programs stop there too
-    mend_generation_config(model.generation_config)
     place = tempfile.TemporaryDirectory(dir=directory, prefix=".", suffix=".tmp")
     with one_line("the model cannot be saved"), place as temporary:
-        model.save_pretrained(temporary)
-        tokenizer.save_pretrained(temporary)
+        write_plain(model, tokenizer, temporary)
         with torch.random.fork_rng():  # nor must reading move the generators of a run
             read = type(model).from_pretrained(temporary, dtype=model.dtype)
         for name, parameter in model.named_parameters():
@@ -45,6 +43,16 @@ def save_model(model: torch.nn.Module, tokenizer, directory: Path) -> None:
         for path in Path(temporary).iterdir():
             path.chmod(mode)  # safetensors lets the owner alone read what it writes
             os.replace(path, directory / path.name)
+
+
+def write_plain(model: torch.nn.Module, tokenizer, directory: str | Path) -> None:
+    """What transformers loads: the model, its tokenizer, the files of its processor, and how it generates."""
+    model.generation_config.eos_token_id = end_tokens(model, tokenizer)  # other programs stop there too
+    mend_generation_config(model.generation_config)
+    model.save_pretrained(directory)
+    tokenizer.save_pretrained(directory)
+    for path in Path(model.config.name_or_path).glob("*processor*.json"):  # of pictures and sounds
+        shutil.copy(path, directory)
 
 
 def mend_generation_config(config) -> None:

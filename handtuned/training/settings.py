@@ -161,7 +161,8 @@ class FinetuneSettings:
         """The same settings with the values that depend on the task filled in."""
         shipped = self.data is None
         rate = self.learning_rate or (1e-3 if shipped else 2e-4) / (10 if self.method == "full" else 1)
-        return dataclasses.replace(self, learning_rate=rate, max_steps=self.max_steps or (80 if shipped else None))
+        counted = not shipped or self.num_train_epochs != type(self).num_train_epochs  # in epochs
+        return dataclasses.replace(self, learning_rate=rate, max_steps=self.max_steps or (None if counted else 80))
 
     def choices(self) -> dict:
         """What `apply_lora_to_model` takes beside the targets."""
@@ -262,7 +263,8 @@ def resumed(what: str, typed: dict, record: dict, **free) -> FinetuneSettings:
     """
     saved = dict(record["settings"])
     saved |= {name: located(place) or saved.get(name) for name, place in record.get("paths", {}).items()}
-    now = {name: getattr(FinetuneSettings(**{name: value}), name) for name, value in typed.items() if name not in free}
+    fresh = FinetuneSettings(**typed)
+    now = {name: getattr(fresh, name) for name in typed if name not in free}
     plain = {name: list(value) if isinstance(value, tuple) else value for name, value in now.items() if name in saved}
     changed = [f"{flag(name)} was {saved[name]}, now {now[name]}" for name in plain
                if (located(plain[name]) or plain[name]) != (located(saved[name]) or saved[name])]  # fmt: skip

@@ -78,7 +78,7 @@ def index(folder: Path) -> str:
         "Terms in English and Chinese: [GLOSSARY.md](GLOSSARY.md).",
         "",
         "Lessons 02, 03, 07, 09 and 10 are a ladder: in small steps, each an exercise with a checker, you write",
-        "the three kernels that the course is named for, wrap them in autograd Functions, and train layers with them.",
+        "three kernels, wrap them in autograd Functions, and train layers with them.",
         "A checker counts what your kernel launches, reads and writes, lets torch compute nothing, and looks for",
         "races in the emulator. `lessons.step(kernel, grid, …)` goes through a launch line by line;",
         '`lessons.profile(kernel, grid, …, card="A100")` counts sectors, wavefronts and the tensor cores\' share.',
