@@ -103,7 +103,7 @@ class _LoRALinear(torch.autograd.Function):
         threshold = threshold_of(dropout_p) if dropout_p else 0
         seed = new_seed(x.device) if threshold else None
         scale = scaling * 65536 / (65536 - threshold)
-        ctx.way = plan(rows, weight, threshold > 0, A.shape[0])
+        ctx.way, bias = plan(rows, weight, threshold > 0, A.shape[0]), None if bias is None else bias.contiguous()
         if traced(rows):
             y, S = _forward_op(rows, *flatten(weight), bias, A, B, scale, seed, threshold, ctx.way)
         else:

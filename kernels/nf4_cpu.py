@@ -139,7 +139,7 @@ def nf4_product_native(
     pairs = LEVEL == AVX512_BF16 and dtype == torch.bfloat16 and K % 64 == 0 and weight.block_size >= 64
     native = torch.bfloat16 if pairs else torch.float32
     level = LEVEL if pairs else min(LEVEL, AVX512)
-    y = torch.empty((M, N if transposed else K), dtype=native)
+    y = torch.empty((M, N if transposed else K), dtype=native, device="cpu")
     x = x.to(native) if x.stride(1) == 1 else x.to(native).contiguous()
     adapter = None, None, 0, 0, 0
     if S is not None:
@@ -147,7 +147,7 @@ def nf4_product_native(
         strides = low.stride() if transposed else (low.stride(1), low.stride(0))
         adapter = S.data_ptr(), low.data_ptr(), S.shape[1], *strides
     bias = None if bias is None else bias.to(dtype).to(native).contiguous()
-    unzipped = torch.empty((min(M, BATCH), K), dtype=native) if transposed else None
+    unzipped = torch.empty((min(M, BATCH), K), dtype=native, device="cpu") if transposed else None
     w = _weight(weight, levels)
     _library.handtuned_nf4_product(
         ctypes.byref(w), N, K, transposed, level, _ROUNDED[dtype], x.data_ptr(), x.stride(0), M,

@@ -105,7 +105,7 @@ def _fused_kernel(
         tile -= tl.sum(tl.where(experts < expert, tiles, 0), 0)
         first_m = tl.sum(tl.where(experts == expert, starts, 0), 0) + tile * BLOCK_M
         M = tl.sum(tl.where(experts == expert, ends, 0), 0)
-        blocks = N * (K // 64) // (BLOCK_SIZE // 64)
+        blocks = tl.cdiv(N * (K // 64), BLOCK_SIZE // 64)  # of an expert; the last may be cut short
         words_ptr += expert.to(tl.int64) * N * (K // 8)
         absmax_ptr += expert.to(tl.int64) * blocks
         if nested_code_ptr is not None:

@@ -160,7 +160,7 @@ def plan(x: torch.Tensor, weight: torch.Tensor | NF4Weight, dropout: bool = Fals
     if not runs_kernel(x):
         exact = "tiled" if x.is_cpu and x.dtype.itemsize == 2 else "exact"
         return "native" if runs_native_product(x, weight) else exact
-    if K == 0 or K % 64 or weight.block_size % 64:
+    if M == 0 or K == 0 or K % 64 or weight.block_size % 64:
         return "exact"
     tensor_cores, rows, ways = runs_product(x), "", ["exact"]
     if (tensor_cores and M <= 16) or M <= 4:
@@ -174,8 +174,9 @@ def plan(x: torch.Tensor, weight: torch.Tensor | NF4Weight, dropout: bool = Fals
         rows = ", from 1024 rows, without dropout" if M >= 1024 else rows
 
     def product(way, x):
+        rows = x if x.shape[1] == K else x.new_ones(M, K)  # for x W, of which x is (M, N), the same is chosen
         S, A, B = x.new_ones(M, rank), x.new_ones(rank, K), x.new_ones(N, rank)
-        return quantized_product(way, x, weight, None, S, A, B, 1.0)
+        return quantized_product(way, rows, weight, None, S, A, B, 1.0)
 
     sizes = (block_of(M, 16, 8192), N, K, rank, dropout)
     return fastest("nf4 product" + rows, sizes, {way: partial(product, way) for way in ways}, x)
@@ -224,7 +225,7 @@ def nf4_matmul(x: torch.Tensor, weight: NF4Weight, bias: torch.Tensor | None = N
     Returns:
         (M, N), or (M, K), in x's dtype.
     """
-    way = plan(x, weight, rank=0)
+    way, bias = plan(x, weight, rank=0), None if bias is None else bias.contiguous()
     if way in ON_CPU:
         return _on_cpu(way, x, weight, transposed, bias)
     if way in ("stream", "fused"):  # with an adapter of rank 0

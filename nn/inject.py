@@ -6,8 +6,7 @@ from collections.abc import Sequence
 
 from torch import nn
 
-from ..quant.model import new_heads
-from ..quant.readers import listed
+from ..quant.readers import listed, new_heads
 from . import multi
 from .lora import LoRALinear, check_settings, lora_layers
 from .multi import active_adapter, lora_parameters

@@ -15,6 +15,7 @@ import torch
 from torch import nn
 
 from ..quant.experts import dequantize_experts
+from ..quant.linear import FrozenNF4
 from .base_layer import base_forward, is_adaptable
 from .lora import LoRALinear, autocast_input, lora_layers
 from .names import StandsFor, may_save_whole, named_modules, replace
@@ -289,7 +290,7 @@ def save_modules(model: nn.Module, names: Iterable[str]) -> None:
     Each gets a trainable copy that belongs to the adapter; the original stays in the model. A name selects the
     modules whose path ends in it, by whole components, such as "lm_head".
 
-    ValueError: no active adapter; a name that selects nothing, or something that holds an adapter.
+    ValueError: no active adapter; a name that selects nothing, or something that holds an adapter or is in 4 bits.
     """
     active = active_adapter(model)
     if active is None:
@@ -305,6 +306,8 @@ def save_modules(model: nn.Module, names: Iterable[str]) -> None:
             raise TypeError(f"{path!r} is a mere container ({type(modules[path]).__name__}); name what it holds")
         if any(isinstance(child, LoRALinear) for child in modules[path].modules()):
             raise ValueError(f"{path!r} holds a LoRA adapter and cannot be trained whole")
+        if any(isinstance(child, FrozenNF4) for child in modules[path].modules()):
+            raise ValueError(f"{path!r} is in 4 bits and cannot be trained whole; leave it out in quantize_model")
     for path in chosen:
         module = modules[path]
         if not isinstance(module, ModuleToSave):

@@ -10,8 +10,7 @@ from torch import nn
 
 from ..quant import quantization_summary
 from ..quant.experts import FusedExperts, dense_experts
-from ..quant.model import new_heads
-from ..quant.readers import listed, weights_read
+from ..quant.readers import listed, new_heads, weights_read
 from . import peft_rules
 from .adapter_config import chosen_settings, full_matches, matching
 from .multi import ModuleToSave, ending_in, linear_layers, outer_modules, outermost

@@ -46,7 +46,8 @@ class Conversion:
         converters = [entry for entry in mapping if isinstance(entry, core.WeightConverter)]
         renamings = [entry for entry in mapping if not isinstance(entry, core.WeightConverter)]
         converter_of = {pattern: converter for converter in converters for pattern in converter.source_patterns}
-        ignored = model._keys_to_ignore_on_load_unexpected or ()
+        # The last two transformers leaves out of any model.
+        ignored = (*(model._keys_to_ignore_on_load_unexpected or ()), r"rotary_emb\.inv_freq$", r"\bposition_ids$")
         facts = {"model": SimpleNamespace(get_parameter=known.__getitem__), "config": model.config}
         for key in sorted(self.names, key=core.dot_natural_key):
             name, pattern = core.rename_source_key(key, renamings, converters, model.base_model_prefix, known)

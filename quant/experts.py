@@ -12,6 +12,7 @@ Experts have no part in each other: scales, their mean and codes are one expert'
 """
 
 import re
+import sys
 from collections.abc import Callable, Iterator, Sequence
 
 import torch
@@ -41,6 +42,11 @@ class FusedExperts:
     """
 
     flipped = False
+
+    def __setstate__(self, state: dict) -> None:
+        super().__setstate__(state)
+        if "transformers" in sys.modules:  # of a model that comes from another process
+            _register()
 
     def __len__(self) -> int:
         return self.shape[0]
@@ -285,10 +291,14 @@ def adopt(layer: nn.Module, modules: dict[str, nn.Module]) -> None:
         delattr(layer, child)
         layer.add_module(child, module)
     if by_interface(layer):
-        from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
-
-        ALL_EXPERTS_FUNCTIONS.register(IMPLEMENTATION, experts_forward)
+        _register()
         layer.config._experts_implementation = IMPLEMENTATION
+
+
+def _register() -> None:
+    from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
+
+    ALL_EXPERTS_FUNCTIONS.register(IMPLEMENTATION, experts_forward)
 
 
 def quantize_experts(layer: nn.Module, options: tuple, name: str) -> None:

@@ -39,7 +39,7 @@ def _product(x, weight, bias, transposed, ends):
 
 def _watched(x: torch.Tensor) -> bool:
     """Whether the product must be one operation: to `torch.compile`, autocast, and modes such as `amp.autocast`."""
-    return traced(x) or has_torch_function((x,)) or torch.is_autocast_enabled(x.device.type)
+    return x.is_meta or traced(x) or has_torch_function((x,)) or torch.is_autocast_enabled(x.device.type)
 
 
 @torch.library.custom_op("handtuned::nf4_linear", mutates_args=())
@@ -144,9 +144,11 @@ class NF4Linear(FrozenNF4):
     @property
     def quantized(self) -> NF4Tensor:
         held, nested = self._buffers, None  # read at once: every forward pass comes by here
+        weight = self._parameters.get("weight")  # of a replica of nn.DataParallel a plain attribute
         if held["nested_absmax"] is not None:
             nested = NestedScales(held["nested_absmax"], held["nested_code"], held["nested_offset"], self.nested_block)
-        packed, shape = self._parameters["weight"].view(-1), torch.Size((self.out_features, self.in_features))
+        packed = (self.weight if weight is None else weight).view(-1)
+        shape = torch.Size((self.out_features, self.in_features))
         return NF4Tensor(packed, held["absmax"], shape, self.weight_dtype, self.block_size, nested)
 
     @quantized.setter

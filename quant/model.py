@@ -25,8 +25,9 @@ from .experts import NF4Experts, dense_experts, expert_weights, experts_layers, 
 from .linear import FrozenNF4, NF4Linear
 from .mxfp4 import MXFP4Experts
 from .nf4 import FACTS, NF4Tensor, check_block_size, quantize_nf4
-from .readers import listed, weights_read
+from .readers import listed, new_heads, weights_read
 
+WIDE = ("_keep_in_fp32_modules_strict", "_keep_in_fp32_modules")  # of a class of transformers; the latter in fp16 alone
 BAR_FROM = 250_000_000  # parameters from which a progress bar is shown
 
 
@@ -78,7 +79,8 @@ def quantize_model(
             made[id(linear)].dense_class = type(linear)
         parent, _, child = path.rpartition(".")
         setattr(model.get_submodule(parent), child, made[id(linear)])
-    if experts:  # or transformers would take codes apart as it does dense experts, when it saves the model
+    # Else transformers would take codes apart as it does dense experts, when it saves the model.
+    if experts and not hasattr(model, "dense_conversions"):
         model.dense_conversions, model._weight_conversions = getattr(model, "_weight_conversions", None), []
     left = {path: found for path, found in dense_experts(model).items() if not _skipped(model, path, skip)}
     if left and (targets or experts):
@@ -113,16 +115,6 @@ def linear_layers(model: nn.Module, skip: Sequence[str]) -> tuple[list[tuple[str
     return list(layers.items()), read
 
 
-def new_heads(model: nn.Module) -> list[str]:
-    """What a transformers model has beside its base model, if that makes no logits over a vocabulary: a new head, which
-    is trained whole."""
-    base = getattr(model, "base_model", model)
-    if base is model or not hasattr(model, "get_output_embeddings") or model.get_output_embeddings() is not None:
-        return []
-    heads = {name: child for name, child in model.named_children() if child is not base}
-    return [name for name, head in heads.items() if next(head.parameters(), None) is not None]
-
-
 def _experts(model: nn.Module, skip: Sequence[str]) -> list[tuple[str, nn.Module]]:
     """The paths and layers whose fused expert weights `quantize_model` replaces."""
     return [
@@ -133,7 +125,8 @@ def _experts(model: nn.Module, skip: Sequence[str]) -> list[tuple[str, nn.Module
 
 
 def _skipped(model: nn.Module, path: str, skip: Sequence[str]) -> bool:
-    return any(_within(path, name) for name in [*skip, *(getattr(model, "_keep_in_fp32_modules", None) or ())])
+    kept = any(_within(f"{path}.weight", name) for kind in WIDE for name in getattr(model, kind, None) or ())
+    return kept or any(_within(path, name) for name in skip)
 
 
 def _within(path: str, name: str) -> bool:
@@ -312,6 +305,9 @@ class _Target:
                 raise ValueError(f"{name} must be {tuple(old.shape)}, got {tuple(tensor.shape)}")
         is_parameter = isinstance(old, nn.Parameter)
         dtype = self.dtype if self.dtype and is_parameter and tensor.is_floating_point() else tensor.dtype
+        kinds = WIDE[: {torch.bfloat16: 1, torch.float16: 2}.get(dtype, 0) * is_parameter]
+        if any(_within(name, part) for kind in kinds for part in getattr(self.model, kind, None) or ()):
+            dtype = torch.float32
         tensor = tensor.to(self.device, dtype, copy=True)  # not a view that would keep the whole shard
         if is_parameter:
             tensor = nn.Parameter(tensor, requires_grad=old.requires_grad)

@@ -14,7 +14,8 @@ from torch import nn
 from .experts import FusedExperts, adopt, grouped_linear
 from .linear import FrozenNF4
 
-E2M1 = torch.tensor([0, 0.5, 1, 1.5, 2, 3, 4, 6, -0.0, -0.5, -1, -1.5, -2, -3, -4, -6])
+LEVELS = 0, 0.5, 1, 1.5, 2, 3, 4, 6
+E2M1 = torch.tensor([*LEVELS, *(-level for level in LEVELS)], dtype=torch.float32, device="cpu")
 
 
 def decode_mxfp4(blocks: torch.Tensor, scales: torch.Tensor, dtype: torch.dtype = torch.float32) -> torch.Tensor:

@@ -1,4 +1,4 @@
-"""Linear layers whose weight the model's own code reads in place of calling them, and which 4 bits would break there.
+"""What of a model is not for 4 bits: layers whose weight its code reads in place of calling them, and new heads.
 
 Mamba hands `self.out_proj.weight` to a fused kernel on a GPU and multiplies by `self.dt_proj.weight` itself, Gemma 3n
 clamps a weight in place, RWKV divides some by powers of two. Which layers these are stands in the source of the classes
@@ -10,7 +10,6 @@ import contextlib
 import functools
 import inspect
 import re
-import textwrap
 import types
 from collections.abc import Collection, Iterator
 
@@ -39,8 +38,9 @@ def _methods_with_weights(kind: type) -> list[ast.AST]:
         # torch's own modules stay as they are (nn.MultiheadAttention) or are asked when they run (base_layer.py)
         theirs = inspect.isfunction(method) and not method.__module__.startswith("torch.")
         if theirs and _says_weight(method.__code__):
-            with contextlib.suppress(OSError):  # no source: made at run time
-                trees.append(ast.parse(textwrap.dedent(inspect.getsource(method))))
+            with contextlib.suppress(OSError, SyntaxError):  # no source: made at run time, or edited since
+                source = inspect.getsource(method)
+                trees.append(ast.parse(f"if True:\n{source}" if source[0].isspace() else source))
     return trees
 
 
@@ -71,3 +71,13 @@ def listed(paths: Collection[str], most: int = 5) -> str:
         if len(shown) <= most:
             break
     return f"{len(paths)} layers ({', '.join(shown[:most])})"
+
+
+def new_heads(model: nn.Module) -> list[str]:
+    """What a transformers model has beside its base model, if that makes no logits over a vocabulary: a new head, which
+    is trained whole."""
+    base = getattr(model, "base_model", model)
+    if base is model or not hasattr(model, "get_output_embeddings") or model.get_output_embeddings() is not None:
+        return []
+    heads = {name: child for name, child in model.named_children() if child is not base}
+    return [name for name, head in heads.items() if next(head.parameters(), None) is not None]

@@ -29,8 +29,8 @@ class QuantizationSummary:
     @property
     def total(self) -> SummaryRow:
         """All rows added up."""
-        columns = zip(*((r.modules, r.parameters, r.bytes_before, r.bytes_after) for r in self.rows), strict=True)
-        return SummaryRow("total", *map(sum, columns))
+        columns = "modules", "parameters", "bytes_before", "bytes_after"
+        return SummaryRow("total", *(sum(getattr(row, column) for row in self.rows) for column in columns))
 
     def __str__(self) -> str:
         lines = [f"{'':24}{'modules':>8}{'parameters':>16}{'MB before':>12}{'MB now':>12}{'bytes each':>12}"]

@@ -1,5 +1,8 @@
 """Checkpoints around the layers of transformers' models: the same gradients to the bit, in less memory."""
 
+import copy
+import pickle
+
 import pytest
 import torch
 from handtuned.nn.checkpoint_layers import checkpoint_layers, repeated_layers
@@ -51,6 +54,20 @@ def test_gradients_are_equal_to_the_bit(kind):
     assert recomputed.keys() == plain.keys()
     assert all(torch.equal(recomputed[name], plain[name]) for name in plain)
     torch.testing.assert_close(gradients(model, use_cache=True), plain)
+
+
+def test_a_copy_computes_with_its_own_weights():
+    model = model_of("llama")
+    checkpoint_layers(model)
+    twin = copy.deepcopy(model)
+    with torch.no_grad():
+        for parameter in twin.parameters():
+            parameter.zero_()
+    assert not twin(torch.arange(8)[None]).logits.any()
+    gradients(twin)
+    assert all(parameter.grad is None for parameter in model.parameters())
+    checkpoint_layers(twin, ())
+    pickle.dumps(model)
 
 
 @pytest.mark.parametrize("kind", KINDS)

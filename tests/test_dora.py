@@ -3,7 +3,7 @@
 import pytest
 import torch
 from adapted_models import adapted, close, copy_values, gpt2, llama, logits, peft_layers
-from handtuned.nn import LoRALinear, lora_parameters, merge_lora, unmerge_lora
+from handtuned.nn import LoRALinear, apply_lora_to_model, lora_parameters, merge_lora, unmerge_lora
 from handtuned.nn.adapters import load_adapter, save_adapter, set_adapter
 from handtuned.nn.multi import adapters_by_row
 from handtuned.nn.variants import dora_init
@@ -27,6 +27,17 @@ def test_dora_is_peft_s(base, tmp_path):
     assert_same_function(steps(model, optimizers[0]), steps(other, optimizers[1]))
     close(logits(model), logits(other), rounded=True)
     round_trip(model, tmp_path, base)
+
+
+def test_a_row_of_zeros_is_refused():
+    """It has no direction: its gain would be 0 / 0."""
+    model = llama()
+    with torch.no_grad():
+        model.model.layers[1].self_attn.q_proj.weight[3] = 0
+    apply_lora_to_model(model, 2, target_modules=["q_proj", "v_proj"])
+    with pytest.raises(ValueError, match=r"rows of zeros have no direction.*model\.layers\.\*\.self_attn\.q_proj"):
+        dora_init(model)
+    assert not any(hasattr(module, "lora_magnitude") for module in model.modules())
 
 
 @pytest.mark.filterwarnings("ignore")

@@ -21,7 +21,9 @@ def test_tensorboard_files_hold_every_number(tmp_path):
     pytest.importorskip("tensorboard")
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-    report("tensorboard", tmp_path)
+    reporter = Reporter("tensorboard", tmp_path, {})
+    for row in ROWS:
+        reporter.log(row)  # and never closed, as where a run is stopped
     events = EventAccumulator(str(tmp_path / "tensorboard")).Reload()
     assert set(events.Tags()["scalars"]) == {"train/loss", "train/learning_rate"}
     assert [(event.step, event.value) for event in events.Scalars("train/loss")] == [(1, 2.0), (2, 1.5)]
@@ -39,6 +41,18 @@ def test_wandb_gets_settings_rows_and_an_end(tmp_path, monkeypatch):
     assert calls[0] == {"project": "handtuned", "dir": str(tmp_path), "config": {"lora_r": 8}}
     assert calls[1] == (1, {"train/loss": 2.0, "train/learning_rate": 1e-3})
     assert calls[-1] == "finished" and len(calls) == 4
+
+
+def test_wandb_without_a_key_is_one_line(tmp_path, monkeypatch):
+    class UsageError(Exception):
+        pass
+
+    def init(**options):
+        raise UsageError("api_key not configured (no-tty). Run wandb login.")
+
+    monkeypatch.setitem(sys.modules, "wandb", types.SimpleNamespace(init=init))
+    with pytest.raises(ValueError, match="--report-to wandb: UsageError: api_key not configured"):
+        report("wandb", tmp_path)
 
 
 @pytest.mark.parametrize("kind", ["tensorboard", "wandb"])

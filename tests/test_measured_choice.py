@@ -8,7 +8,7 @@ import torch
 from handtuned.kernels import lora_gemms, matmul, runtime
 from handtuned.kernels.lora_gemms import lora_down, lora_down_grad, lora_up_grads
 from handtuned.kernels.matmul import lora_product, scaled_matmul
-from handtuned.kernels.nf4_matmul import plan
+from handtuned.kernels.nf4_matmul import nf4_matmul, plan
 from handtuned.quant import quantize_nf4
 from lora_layers import operands
 
@@ -157,6 +157,15 @@ def test_scaled_matmul_measures_its_tiles(kernel_products, card, inner):
     scaled_matmul(a, b)
     assert set(card.timed) == set(card.ways)
     assert list(runtime._chosen.values()) == ["32 x 64, 4 warps, 5 stages"]
+
+
+@pytest.mark.parametrize("rows", [0, 3, 40])
+def test_a_product_with_w_itself_chooses_by_the_same_products(kernel_products, card, monkeypatch, rows):
+    """Experts that lie as (in, out) come by it in their forward pass, when nothing has been chosen yet."""
+    weight, dy, measured = quantize_nf4(torch.randn(64, 128)), torch.randn(rows, 64).half(), []
+    monkeypatch.setattr(runtime, "_seconds", lambda way, args: measured.append(way(*args)) or 1.0)
+    assert nf4_matmul(dy, weight, None, False).shape == (rows, 128)
+    assert bool(measured) == bool(rows)
 
 
 @pytest.mark.parametrize("faster", ["exact", "merged", "stream", "fused"])

@@ -55,7 +55,8 @@ def test_every_row_meets_its_expert(each_backend, device, counts, transposed, dt
 
 
 @pytest.mark.parametrize("way", EXPERTS_WAYS)
-@pytest.mark.parametrize(("block_size", "double_quant"), [(128, True), (64, False)], ids=["128", "single"])
+@pytest.mark.parametrize(("block_size", "double_quant"), [(128, True), (64, False), (2048, True)],
+                         ids=["128", "single", "last block cut short"])  # fmt: skip
 def test_every_way_gives_the_same(kernel_backend, device, way, block_size, double_quant):
     q, ends = experts(3, 40, 128, block_size, double_quant, device), ends_of([2, 0, 19], device)
     x = torch.randn(21, 128, device=device, dtype=torch.float16)

@@ -18,6 +18,7 @@ from handtuned.nn import (
 from handtuned.nn.lora import lora_layers
 from handtuned.nn.merge import merge_and_unload
 from handtuned.nn.multi import ModuleToSave, delete_adapter, save_modules
+from handtuned.quant import NF4Linear, quantize_model
 from safetensors.torch import load_file
 from torch import nn
 
@@ -43,6 +44,21 @@ def test_all_linear_trains_a_classifier_s_head_whole(kind, tmp_path):
     again = model_of(kind, auto, num_labels=3)
     load_adapter(again, tmp_path)
     torch.testing.assert_close(again(input_ids=TOKENS).logits, want)
+
+
+@pytest.mark.parametrize("kind", ["llama", "bert", "distilbert"])
+def test_a_classifier_s_head_stays_dense_in_4_bits_and_is_trained_whole(kind):
+    auto = transformers.AutoModelForSequenceClassification
+    model = quantize_model(model_of(kind, auto, num_labels=3))
+    assert not any(isinstance(m, NF4Linear) for path, m in model.named_modules() if path.startswith(tuple(HEADS[kind])))
+    apply_lora_to_model(model, 2, target_modules="all-linear")
+    assert {name.split(".")[0] for name in trained_names(model) if "lora_" not in name} == set(HEADS[kind])
+    model(input_ids=TOKENS).logits.sum().backward()
+    whole = quantize_model(model_of(kind), skip=())
+    path = next(path for path, m in whole.named_modules() if isinstance(m, NF4Linear))
+    apply_lora_to_model(whole, 2, target_modules=[path.rpartition(".")[2]], layers_to_transform=[1])
+    with pytest.raises(ValueError, match=f"'{path}' is in 4 bits and cannot be trained whole"):
+        save_modules(whole, [path])
 
 
 @pytest.mark.parametrize("auto", ["AutoModelForTokenClassification", "AutoModelForQuestionAnswering"])

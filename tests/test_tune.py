@@ -125,6 +125,32 @@ def test_targets_are_those_that_the_model_has():
 
     space = tuning.Space(FinetuneSettings(learning_rate=1e-3), reports.SEARCHED, Block())
     assert space.choices["target_modules"] == ["all-linear", "q_proj,v_proj"]
+    left_out = FinetuneSettings(learning_rate=1e-3, exclude_modules=("v_proj",), rank_pattern=("q_proj=4",))
+    space = tuning.Space(left_out, reports.SEARCHED, Block())
+    assert space.choices["target_modules"] == ["all-linear", "q_proj,v_proj"]
+
+
+def test_targets_that_do_not_go_with_what_else_is_chosen_are_not_searched(base, tmp_path, capsys, monkeypatch):
+    flags = ["--exclude-modules", "down_proj", "--search", "target-modules", "--max-steps", "1"]
+    result = study(base, tmp_path / "a", "--trials", "4", *flags)
+    searched = {row["settings"]["target_modules"] for row in result["trials"]}
+    assert searched <= {"all-linear", "gate_proj,up_proj,down_proj"}
+    words = ["tune", *base, "--output-dir", str(tmp_path / "a"), "--resume"]
+    assert main([*words, "--search", "lora-r"]) == 2
+    assert "the study's own --search target_modules" in capsys.readouterr().err
+    assert main([*words, "--trials", "2"]) == 0
+    assert "0 trials of up to" in capsys.readouterr().out
+    add, calls = tuning.add_adapters, []
+
+    def refuse(*args):  # what no list of targets foresees
+        calls.append(args)
+        if len(calls) == 3:
+            raise ValueError("DoRA is for linear layers")
+        add(*args)
+
+    monkeypatch.setattr(tuning, "add_adapters", refuse)
+    result = study(base, tmp_path / "b", "--trials", "3", "--search", "lora-r", "--max-steps", "1")
+    assert sorted(row["state"] for row in result["trials"]) == ["complete", "complete", "fail"]
 
 
 @pytest.mark.parametrize(

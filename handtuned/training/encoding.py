@@ -344,8 +344,6 @@ def _tokens(text: str, tokenizer) -> tuple[list[int], np.ndarray]:
 
 
 def _is_special(token: int, tokenizer) -> bool:
-    """Whether a token stands for no text. One for unknown words does, and may well be an answer's last."""
-    if token == tokenizer.unk_token_id != tokenizer.eos_token_id:
-        return False
-    # Not so a lone "▁" of sentencepiece, which is nothing at the start of a text.
-    return bool(tokenizer.decode([token])) and not tokenizer.decode([token], skip_special_tokens=True)
+    """Whether a token stands for no text. One for unknown words does, and the lone "▁" of sentencepiece."""
+    unknown = token == tokenizer.unk_token_id != tokenizer.eos_token_id
+    return not unknown and bool(tokenizer.decode([token])) and not tokenizer.decode([token], skip_special_tokens=True)

@@ -49,7 +49,7 @@ def load_base(model: str, method: str = "lora", dtype: torch.dtype = torch.float
         skip = ("lm_head", *skip)
         loaded = _read(source, method == "qlora", dtype, device, skip, told, requantize).requires_grad_(False)
         if method == "qlora":
-            quantize_model(loaded, (*skip, *other_parts(loaded)))  # leaves alone what is quantized already
+            quantize_model(loaded, (*skip, *left_dense(loaded, source)))  # leaves alone what is quantized already
         # To the tokens of a GGUF file transformers adds its own.
         _check(loaded, {} if "gguf_file" in told else tokenizer.get_vocab())
     return loaded.to(device).eval(), tokenizer
@@ -147,7 +147,7 @@ def _read_in_shards(source: Source, kind, config, dtype: torch.dtype, device, sk
 
     with torch.device("meta"):
         model = kind.from_config(config, dtype=dtype, trust_remote_code=trust)
-    skip = None if skip is None else (*skip, *other_parts(model))
+    skip = None if skip is None else (*skip, *left_dense(model, source))
     try:
         load_quantized(model, source.weights, skip=skip, dtype=dtype, device=device, requantize=requantize)
     except ValueError:
@@ -155,6 +155,13 @@ def _read_in_shards(source: Source, kind, config, dtype: torch.dtype, device, sk
     with contextlib.suppress(OSError):  # there is no such file
         model.generation_config = GenerationConfig.from_pretrained(source.directory)
     return model
+
+
+def left_dense(model: torch.nn.Module, source: Source) -> list[str]:
+    """What "qlora" leaves dense unasked: `other_parts`, and what bitsandbytes' files keep in 16 bits on purpose."""
+    names = source.quantized.get("llm_int8_skip_modules") or () if source.quantized.get("load_in_4bit") else ()
+    paths = [f".{path}." for path, _ in model.named_modules()]
+    return [*other_parts(model), *(name for name in names if any(f".{name}." in path for path in paths))]
 
 
 def other_parts(model: torch.nn.Module) -> list[str]:
