@@ -47,7 +47,7 @@ def test_a_full_disk_is_an_error_of_the_system(tmp_path):
 def test_a_resumed_run_needs_no_room_for_the_checkpoints_that_lie_there(tmp_path, monkeypatch):
     settings = {"save_total_limit": 2, "max_steps": 9, "num_train_epochs": 3.0, "model": "m", "data": None,
                 "eval_data": None, "init_adapter": None}  # fmt: skip
-    training, base = SimpleNamespace(world=World(), elements=1000), SimpleNamespace(marks={})
+    training, base = SimpleNamespace(world=World(), elements=1000), SimpleNamespace(marks={"base": "b"})
     free = [0]
     monkeypatch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(0, 0, free[0]))
     for step, needed in ((4, 48_000), (8, 32_000), (9, 32_000)):

@@ -225,7 +225,7 @@ def test_choices_are_peft_s(choices, tmp_path):
     ({"alpha_pattern": {"w1": 4}}, "'w1' fits none"),
     ({"layers_to_transform": [7]}, r"layers_to_transform: \[7\] fits none"),
     ({"layers_to_transform": [0, 7]}, r"layers_to_transform: \[0, 7\]: 7 fits none"),
-    ({"exclude_modules": ["lm_head"]}, "fits none"), ({"exclude_modules": ["0", "upproj"]}, "'upproj' fits none"),
+    ({"exclude_modules": ["lm_head"]}, "fits none"), ({"exclude_modules": ["0.self_attn.q_proj", "upproj"]}, "'upproj' fits none"),
     ({"exclude_modules": ["q_proj", "k_proj"]}, "leaves none"), ({"exclude_modules": ["q_proj"]}, "leaves none"),
     ({"rank_pattern": {"q_proj": 0}}, "rank_pattern must be an object of integers"),
     ({"rank_pattern": 4}, "rank_pattern must be"), ({"alpha_pattern": {"q_proj": "8"}}, "alpha_pattern must be"),

@@ -42,7 +42,7 @@ def test_shapes_on_the_meta_device():
 def test_tables_lie_in_memory_wherever_the_package_is_imported():
     code = (
         "import torch\nwith torch.device('meta'):\n    from handtuned.quant import mxfp4\n"
-        "print(mxfp4.decode_mxfp4(torch.full((1, 16), 0x21, dtype=torch.uint8), torch.full((1,), 127).byte())[:, :2])"
+        "print(mxfp4.decode_mxfp4(torch.full((1, 16), 0x21, dtype=torch.uint8), torch.full((1,), 127).byte())[:2])"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.returncode == 0 and "[0.5000, 1.0000]" in done.stdout, done.stderr
