@@ -3,10 +3,6 @@
 from ..exercise import Exercise, expect, expect_close, number
 
 
-def _gib_stub(count):
-    raise NotImplementedError
-
-
 def _check_gib(gib):
     for count, want in ((2**30, 1.0), (28_000_000_000, 28e9 / 2**30), (2**29, 0.5), (0, 0.0)):
         got = number(gib(count), f"gib({count:,})")
@@ -24,10 +20,6 @@ def _gib_mistake(got, count):
     if got == count / 2**20:
         return "That is MiB: one more factor of 1024."
     return "A GiB has 2**30 bytes."
-
-
-def _states_stub(parameters, trainable, weight_bytes):
-    raise NotImplementedError
 
 
 def _states(parameters, trainable, weight_bytes):
@@ -61,7 +53,6 @@ EXERCISES = {
     "00.1": Exercise(
         title="GB and GiB",
         specification="gib(count): the number of GiB that `count` bytes are, as a float.",
-        stub=_gib_stub,
         checker=_check_gib,
         solution=lambda count: count / 2**30,
         wrong={
@@ -74,7 +65,6 @@ EXERCISES = {
     "00.2": Exercise(
         title="The states of a model in training",
         specification="states(parameters, trainable, weight_bytes): bytes of weights, gradients and Adam's moments.",
-        stub=_states_stub,
         checker=_check_states,
         solution=_states,
         wrong={

@@ -12,10 +12,6 @@ from . import e02_tiles
 BLOCK = 64
 
 
-def _stub(*args):
-    raise NotImplementedError
-
-
 # 02.1
 
 
@@ -173,7 +169,6 @@ EXERCISES = {
     "02.1": Exercise(
         title="out = a·x + y",
         specification="axpy(a, x, y, out): launch a kernel that writes a·x + y into out; 1-dimensional, contiguous.",
-        stub=_stub,
         checker=_check_axpy,
         solution=_axpy(),
         wrong={
@@ -189,7 +184,6 @@ EXERCISES = {
     "02.2": Exercise(
         title="SiLU, backward",
         specification="silu_backward(x, dy, dx): launch a kernel that writes dL/dx, given x and dy = dL/dSiLU(x).",
-        stub=_stub,
         checker=_check_silu,
         solution=_silu_backward(),
         wrong={
@@ -205,7 +199,6 @@ EXERCISES = {
     "02.3": Exercise(
         title="Softmax of rows",
         specification="softmax(x, out): launch a kernel with one program per row; x (M, N) may have gaps between rows.",
-        stub=_stub,
         checker=_check_softmax,
         solution=_softmax(),
         wrong={

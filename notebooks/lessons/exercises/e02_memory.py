@@ -8,11 +8,6 @@ from ..emulated import without_faults
 from ..exercise import Exercise, WrongAnswer, expect, expect_close
 from ..watch import launched
 
-
-def _stub(*args):
-    raise NotImplementedError
-
-
 # 02.7
 
 
@@ -155,7 +150,6 @@ EXERCISES = {
     "02.7": Exercise(
         title="Sectors: a transposition",
         specification="transpose(x, out): out (N, M) = xᵀ, with at most 16 sectors a load and 16 a store (A100).",
-        stub=_stub,
         checker=_check_transpose,
         solution=_transpose(),
         wrong={
@@ -172,7 +166,6 @@ EXERCISES = {
     "02.8": Exercise(
         title="Wavefronts: banks",
         specification="transpose_tiles(x, out): out[t] = x[t]ᵀ for x (T, 32, 32), at most 2 wavefronts a request.",
-        stub=_stub,
         checker=_check_columns,
         solution=_columns(True),
         wrong={

@@ -9,11 +9,6 @@ from ..exercise import Exercise, expect, expect_close
 from ..watch import launched
 from . import e02_memory
 
-
-def _stub(*args):
-    raise NotImplementedError
-
-
 # 02.4
 
 
@@ -161,7 +156,6 @@ EXERCISES = {
     "02.4": Exercise(
         title="An outer sum",
         specification="outer_sum(x, y, out): out[i, j] = x[i] + y[j], one program; sizes are powers of two.",
-        stub=_stub,
         checker=_check_outer,
         solution=_outer(),
         wrong={
@@ -178,7 +172,6 @@ EXERCISES = {
     "02.5": Exercise(
         title="Masks at both edges",
         specification="scale_columns(x, w, out): out[m, n] = x[m, n] · w[n], any M, N; x may have gaps between rows.",
-        stub=_stub,
         checker=_check_scaled_rows,
         solution=_scaled_rows(),
         wrong={
@@ -195,7 +188,6 @@ EXERCISES = {
     "02.6": Exercise(
         title="A tiled product",
         specification="matmul(a, b, c): c (M, N) = a (M, K) · b (K, N); a and b FP16, c FP32; with tl.dot, any sizes.",
-        stub=_stub,
         checker=_check_product,
         solution=_product(),
         wrong={

@@ -12,10 +12,6 @@ from . import e03_product
 BLOCK = 64
 
 
-def _stub(*args):
-    raise NotImplementedError
-
-
 # 03.1
 
 
@@ -222,7 +218,6 @@ EXERCISES = {
     "03.1": Exercise(
         title="The rule of the scale",
         specification="next_scale(scale, run, overflow, interval) → (scale, run): one move of the search.",
-        stub=_stub,
         checker=_check_next_scale,
         solution=_next_scale,
         wrong={
@@ -238,7 +233,6 @@ EXERCISES = {
     "03.2": Exercise(
         title="The order of a step",
         specification="step(w, loss, scale, max_norm, lr): backward, unscale, clip, move w; skip if not finite.",
-        stub=_stub,
         checker=_check_step,
         solution=_step,
         wrong={
@@ -256,7 +250,6 @@ EXERCISES = {
     "03.3": Exercise(
         title="A kernel that unscales and looks",
         specification="unscale(grad, scale, found_inf): grad /= scale in place; found_inf becomes 1 for inf or NaN.",
-        stub=_stub,
         checker=_check_unscale,
         solution=_unscale(),
         wrong={

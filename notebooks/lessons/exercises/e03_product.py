@@ -13,10 +13,6 @@ from ..watch import launched, watched
 BLOCK = 16
 
 
-def _stub(*args):
-    raise NotImplementedError
-
-
 # 03.4
 
 
@@ -235,7 +231,6 @@ EXERCISES = {
     "03.4": Exercise(
         title="The loss-scaled product",
         specification="scaled_product(a, b, scale, c, found_inf): c = scale · a b in FP16, and a flag for overflow.",
-        stub=_stub,
         checker=_check_product,
         solution=_product(),
         wrong={
@@ -254,7 +249,6 @@ EXERCISES = {
     "03.5": Exercise(
         title="Its backward pass",
         specification="scaled_matmul(a, b, scale) → (c, found_inf): an autograd Function of your kernel, with da, db.",
-        stub=_stub,
         checker=_check_function,
         solution=ScaledMatmul.apply,
         wrong={

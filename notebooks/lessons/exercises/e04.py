@@ -168,15 +168,10 @@ def _compare_loss(candidate, hidden, weight, target, chunk, what):
         raise WrongAnswer(f"{what}: the mean over labels other than −100 is {expected:.4f}, got {got:.4f}. {told}")
 
 
-def _not_written(*args):
-    raise NotImplementedError
-
-
 EXERCISES = {
     "04.1": Exercise(
         title="The states of a training run",
         specification="states(total, trained, itemsize, masters) → bytes of all model states",
-        stub=_not_written,
         checker=_check_states,
         solution=_states,
         wrong={
@@ -192,7 +187,6 @@ EXERCISES = {
     "04.2": Exercise(
         title="What autograd keeps",
         specification="kept_bytes(function, *inputs) → bytes saved for backward; a storage counts once",
-        stub=_not_written,
         checker=_check_kept_bytes,
         solution=_kept_bytes,
         wrong={
@@ -209,7 +203,6 @@ EXERCISES = {
     "04.3": Exercise(
         title="A loss without all logits",
         specification="chunked_loss(hidden, weight, target, chunk) → mean cross-entropy over labels other than −100",
-        stub=_not_written,
         checker=_check_chunked_loss,
         solution=_chunked_loss,
         wrong={

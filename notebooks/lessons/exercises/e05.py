@@ -200,15 +200,10 @@ def _check_run_in_groups(candidate):
     return "tried 5 stacks, tails among them: result, gradients, bytes kept, and which layers ran again"
 
 
-def _not_written(*args):
-    raise NotImplementedError
-
-
 EXERCISES = {
     "05.1": Exercise(
         title="The best number of groups",
         specification="best_groups(layers, boundary, inside) → k with the least k·boundary + ceil(layers / k)·inside",
-        stub=_not_written,
         checker=_check_best_groups,
         solution=_best_groups,
         wrong={
@@ -225,7 +220,6 @@ EXERCISES = {
     "05.2": Exercise(
         title="A checkpoint that gets dropout right",
         specification="my_checkpoint(func, *args): keep nothing from inside func, recompute it in backward",
-        stub=_not_written,
         checker=_check_my_checkpoint,
         solution=_my_checkpoint,
         wrong={
@@ -241,7 +235,6 @@ EXERCISES = {
     "05.3": Exercise(
         title="Checkpoints around groups of layers",
         specification="run_in_groups(layers, x, groups): each group of layers one handtuned.nn.checkpoint",
-        stub=_not_written,
         checker=_check_run_in_groups,
         solution=_run_in_groups,
         wrong={

@@ -15,10 +15,6 @@ from . import e07_kernels, e07_layer
 # 07.1
 
 
-def best_rank_r_stub(M, r):
-    raise NotImplementedError
-
-
 def best_rank_r(M, r):
     U, sigma, Vt = np.linalg.svd(M, full_matrices=False)
     return U[:, :r] * sigma[:r], Vt[:r]
@@ -68,10 +64,6 @@ def check_best_rank_r(candidate):
 
 
 # 07.2
-
-
-def lora_forward_stub(x, W, bias, A, B, alpha):
-    raise NotImplementedError
 
 
 def lora_forward(x, W, bias, A, B, alpha):
@@ -133,10 +125,6 @@ def check_lora_forward(candidate):
 # 07.3
 
 
-def down_stub(x, A, S):
-    raise NotImplementedError
-
-
 @triton.jit
 def _down_kernel(x_ptr, a_ptr, s_ptr, K, R, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr, FORM: tl.constexpr):
     m = tl.program_id(0)
@@ -179,10 +167,6 @@ def check_down(candidate):
 
 
 # 07.4
-
-
-def lora_gradients_stub(x, dy, W, A, B, s):
-    raise NotImplementedError
 
 
 def lora_gradients(x, dy, W, A, B, s):
@@ -243,7 +227,6 @@ EXERCISES = {
     "07.1": Exercise(
         title="the best matrix of rank r",
         specification="best_rank_r(M, r) → (B, A), shapes (m, r) and (r, n), with BA nearest to M among rank r.",
-        stub=best_rank_r_stub,
         checker=check_best_rank_r,
         solution=best_rank_r,
         wrong={
@@ -260,7 +243,6 @@ EXERCISES = {
     "07.2": Exercise(
         title="LoRA's forward pass",
         specification="lora_forward(x, W, bias, A, B, alpha) → x Wᵀ + bias + (alpha / r) x Aᵀ Bᵀ; x is (…, in).",
-        stub=lora_forward_stub,
         checker=check_lora_forward,
         solution=lora_forward,
         wrong={
@@ -277,7 +259,6 @@ EXERCISES = {
     "07.3": Exercise(
         title="the skinny product as a kernel",
         specification="down(x, A, S): launch your Triton kernel so that S (M, r) = x Aᵀ; x (M, K), A (r, K), all fp32.",
-        stub=down_stub,
         checker=check_down,
         solution=_down(),
         wrong={
@@ -296,7 +277,6 @@ EXERCISES = {
     "07.4": Exercise(
         title="LoRA's gradients",
         specification="lora_gradients(x, dy, W, A, B, s) → (dx, dA, dB) of y = x Wᵀ + s (x Aᵀ) Bᵀ, without autograd.",
-        stub=lora_gradients_stub,
         checker=check_lora_gradients,
         solution=lora_gradients,
         wrong={

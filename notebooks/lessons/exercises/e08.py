@@ -21,10 +21,6 @@ PATHS = [
 ]
 
 
-def select_stub(paths, target):
-    raise NotImplementedError
-
-
 def select(paths, target):
     return [path for path in paths if f".{path}".endswith(f".{target}")]
 
@@ -62,12 +58,6 @@ def check_select(candidate):
 
 
 # 08.2
-
-
-class MergeableStub(nn.Module):
-    def __init__(self, linear, A, B, scaling):
-        super().__init__()
-        raise NotImplementedError
 
 
 class Mergeable(nn.Module):
@@ -176,10 +166,6 @@ def check_mergeable(candidate):
 # 08.3
 
 
-def forward_rows_stub(x, W, adapters, names):
-    raise NotImplementedError
-
-
 def forward_rows(x, W, adapters, names):
     y = F.linear(x, W)
     for name in set(names) - {None}:
@@ -247,7 +233,6 @@ EXERCISES = {
     "08.1": Exercise(
         title="which layers a target names",
         specification="select(paths, target) → the paths that end in target, by whole components, in order.",
-        stub=select_stub,
         checker=check_select,
         solution=select,
         wrong={
@@ -267,7 +252,6 @@ EXERCISES = {
             "class Mergeable(linear, A, B, scaling) with forward, merge and unmerge; merging twice is harmless, "
             "unmerging exact."
         ),
-        stub=MergeableStub,
         checker=check_mergeable,
         solution=Mergeable,
         wrong={
@@ -287,7 +271,6 @@ EXERCISES = {
             "forward_rows(x, W, adapters, names) → x Wᵀ with row i's own adapter added; None: none. "
             "adapters[name] = (A, B, scaling)."
         ),
-        stub=forward_rows_stub,
         checker=check_forward_rows,
         solution=forward_rows,
         wrong={

@@ -17,10 +17,6 @@ from .e07_layer import losses_of
 from .e09_kernels import dequantize_nested
 
 
-def _stub(*args):
-    raise NotImplementedError
-
-
 def _dense(q):
     constants, table, offset, nested_block = q.nested
     W = torch.empty(q.shape, device=q.packed.device)
@@ -147,7 +143,6 @@ EXERCISES = {
     "10.4": Exercise(
         title="a QLoRA layer of your kernels",
         specification="qlora(x, q, A, B, scale) → x Wᵀ + scale · (x Aᵀ) Bᵀ with W in NF4, by the kernels of 07 and 09.",
-        stub=_stub,
         checker=_check_qlora,
         solution=QLoRA.apply,
         wrong={

@@ -168,15 +168,10 @@ def _check_zero_step(candidate):
     return "tried 2 and 3 ranks, 4 steps each; no rank's momentum met another's"
 
 
-def _not_written(*args):
-    raise NotImplementedError
-
-
 EXERCISES = {
     "11.1": Exercise(
         title="Bytes per rank",
         specification="bytes_per_rank(parameters, ranks, stage, offload) → bytes of model states on one device",
-        stub=_not_written,
         checker=_check_bytes_per_rank,
         solution=_bytes_per_rank,
         wrong={
@@ -193,7 +188,6 @@ EXERCISES = {
     "11.2": Exercise(
         title="Who owns what",
         specification="shards(elements, ranks) → [(start, stop), …], ceil(elements / ranks) wide, none beyond the end",
-        stub=_not_written,
         checker=_check_shards,
         solution=_shards,
         wrong={
@@ -206,7 +200,6 @@ EXERCISES = {
     "11.3": Exercise(
         title="A step of ZeRO-1",
         specification="zero_step(weights, gradients, momenta, lr, beta) → new weights; each rank updates its own piece",
-        stub=_not_written,
         checker=_check_zero_step,
         solution=_zero_step,
         wrong={
