@@ -179,6 +179,13 @@ def _same(one, other):
     return one.shape == other.shape and torch.allclose(one, other, 0, 0, equal_nan=True)
 
 
+def alike(got, want) -> bool:
+    """Whether two tensors have one shape and dtype, so that `torch.allclose` can compare them."""
+    import torch
+
+    return torch.is_tensor(got) and (got.shape, got.dtype) == (want.shape, want.dtype)
+
+
 def expect_close(got, want, what: str, rtol: float = 0.0, atol: float = 0.0, hint: str = "", near: str = NEAR) -> None:
     """Compare an answer with what it should be and print the first difference.
 

@@ -122,6 +122,7 @@ def _check_example(example):
     w, x, y, scale = (float(number(value, name)) for value, name in zip(answer, ("w", "x", "y", "scale"), strict=True))
     true = (w * x - y) * x
     expect(true != 0, "The true gradient is 0: nothing is there to be lost.")
+    expect(scale != 0, "A scale of 0 leaves nothing of the gradient. Take a larger scale.")
     residual, plain = _fp16(w, x, y, 1.0)
     expect(
         plain == 0,

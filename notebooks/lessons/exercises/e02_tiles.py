@@ -137,7 +137,7 @@ def _check_product(matmul):
         last = K - (K - 1) % 16 - 1
         if K > 16 and torch.allclose(c.double(), a[:, last:].double() @ b[last:].double(), atol=1e-2):
             hint = "Only the last tile of K is in it: add each tile's product to the accumulator."
-        near = "Nearly: the accumulator is FP16. Let acc be tl.float32 (tl.dot gives that)."
+        near = "Nearly: the accumulator is FP16, or is rounded to FP16 for the store. Let acc be tl.float32, as c is."
         expect_close(c, wide.float(), f"c ({what})", rtol=1e-5, atol=1e-5 * K**0.5, hint=hint, near=near)
         expect(
             watch.dots > 0 or not watch.loads,

@@ -2,14 +2,13 @@
 
 import math
 from itertools import pairwise
-from numbers import Integral
 
 import torch
 from torch import nn
 
 from ...nn.checkpoint import checkpoint, manual_checkpoint_forward
 from ...nn.live_memory import LiveMemory
-from ..exercise import Exercise, WrongAnswer, expect
+from ..exercise import Exercise, WrongAnswer, expect, number
 
 
 def _peak(layers, groups, boundary, inside):
@@ -24,8 +23,8 @@ def _check_best_groups(candidate):
     cases = [(32, 2, 114), (16, 1, 1), (9, 1, 1), (12, 3, 1), (1, 1, 5), (20, 1, 3)]
     cases += [(layers, b, i) for layers in (7, 13, 24, 31) for b in (1, 2, 5) for i in (1, 3, 10, 60)]
     for layers, boundary, inside in cases:
-        got = candidate(layers, boundary, inside)
-        if not isinstance(got, Integral) or not 1 <= got <= layers:
+        got = number(candidate(layers, boundary, inside), "best_groups", "whole number")
+        if not (1 <= got <= layers and got == int(got)):
             raise WrongAnswer(f"{layers} layers can be cut into 1 to {layers} groups, got {got!r}")
         least = _peak(layers, _best_groups(layers, boundary, inside), boundary, inside)
         found = _peak(layers, got, boundary, inside)

@@ -3,12 +3,13 @@
 import numpy as np
 import torch
 import torch.nn.functional as F
+from torch.autograd.graph import saved_tensors_hooks
 from torch.utils.flop_counter import FlopCounterMode
 
 from ...kernels.runtime import tl, triton
 from ..canaries import guarded
 from ..emulated import seen_there, without_faults
-from ..exercise import Exercise, WrongAnswer, expect, expect_close, unchanged
+from ..exercise import Exercise, WrongAnswer, alike, expect, expect_close, unchanged
 from ..watch import launched
 from . import e07_kernels, e07_layer
 
@@ -103,12 +104,12 @@ def check_lora_forward(candidate):
             raise WrongAnswer(f"With bias=None: {error}. F.linear takes None for a bias.") from None
         want = lora_forward(x, W, bias, A, B, alpha)
         hint = ""
-        if torch.is_tensor(y) and y.shape == want.shape and torch.allclose(
-            y, _scaled_by_alpha(x, W, bias, A, B, alpha), atol=1e-4
-        ):  # fmt: skip
-            hint = "The factor is alpha / r, not alpha."
-        elif torch.is_tensor(y) and y.shape == want.shape:
+        if alike(y, want):
             hint = "The low-rank part is (alpha / r) · x Aᵀ Bᵀ, and r is the number of A's rows."
+            if torch.allclose(y, _scaled_by_alpha(x, W, bias, A, B, alpha), atol=1e-4):
+                hint = "The factor is alpha / r, not alpha."
+            elif biased and torch.allclose(y + bias, want, rtol=1e-4, atol=1e-4):
+                hint = "The bias is missing."
         expect_close(y, want, f"The output for {where}", rtol=1e-4, atol=1e-4, hint=hint)
     x, W, A, B = (torch.randn(*size) for size in ((64, 256), (512, 256), (4, 256), (512, 4)))
     with FlopCounterMode(display=False) as counter:
@@ -189,6 +190,11 @@ def _dB_transposed(x, dy, W, A, B, s):
     return dx, dA, dB.t()
 
 
+def _by_autograd(kept):
+    """What autograd wants to keep: nothing that is given requires a gradient, so products by hand keep nothing."""
+    raise WrongAnswer("Without autograd: write each gradient as a product, as in hint 1.") from None
+
+
 def check_lora_gradients(candidate):
     generator = torch.Generator().manual_seed(7)
     for rows, inputs, outputs, r, s in ((3, 5, 7, 2, 2.0), (1, 8, 4, 3, 0.5), (65, 6, 6, 1, 4.0)):
@@ -200,18 +206,19 @@ def check_lora_gradients(candidate):
         leaves = [t.clone().requires_grad_() for t in (x, A, B)]
         y = leaves[0] @ W.t() + s * (leaves[0] @ leaves[1].t()) @ leaves[2].t()
         wanted = torch.autograd.grad(y, leaves, dy)
-        with unchanged(x=x, dy=dy, W=W, A=A, B=B), torch.no_grad():
+        given = unchanged(x=x, dy=dy, W=W, A=A, B=B)
+        with given, torch.no_grad(), saved_tensors_hooks(_by_autograd, lambda tensor: tensor):
             try:
                 got = candidate(x, dy, W, A, B, s)
-            except RuntimeError as error:
-                if "does not require grad" not in str(error):
+            except RuntimeError as error:  # the second is of torch.func
+                if not any(said in str(error) for said in ("does not require grad", "saved tensor hooks")):
                     raise
-                raise WrongAnswer("Without autograd: write each gradient as a product, as in hint 1.") from None
+                _by_autograd(error)
         expect(isinstance(got, (tuple, list)) and len(got) == 3, "Return three tensors: (dx, dA, dB).")
         low_rank = s * dy @ B @ A
         for name, mine, theirs in zip(("dx", "dA", "dB"), got, wanted, strict=True):
             hint = ""
-            if torch.is_tensor(mine) and mine.shape == theirs.shape:
+            if alike(mine, theirs):
                 if name == "dx" and torch.allclose(mine, low_rank):
                     hint = "dx still crosses W: its first term is dy W."
                 elif name == "dx" and torch.allclose(mine, dy @ W):

@@ -5,7 +5,7 @@ import torch.nn.functional as F
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from ..exercise import Exercise, WrongAnswer, expect, expect_close, unchanged
+from ..exercise import Exercise, WrongAnswer, alike, expect, expect_close, unchanged
 
 # 08.1
 
@@ -18,6 +18,7 @@ PATHS = [
     "vision.no_proj",
     "o_proj",
     "o_proj_bias",
+    "model.layers.0.self_attn_q_proj",
 ]
 
 
@@ -127,7 +128,7 @@ def check_mergeable(candidate):
     layer.merge()
     got = layer(x)
     hint = ""
-    if got.shape == want.shape:
+    if alike(got, want):
         if torch.allclose(got, F.linear(x, W + 2 * scaling * delta, bias), **close):
             hint = "ΔW is in it twice: once in the weight and once in forward. Remember that you merged."
         elif torch.allclose(got, F.linear(x, W + delta, bias), **close):
@@ -206,7 +207,7 @@ def check_forward_rows(candidate):
         with unchanged(x=x, W=W, adapters=adapters, names=names):
             got = candidate(x, W, adapters, names)
         hint = ""
-        if torch.is_tensor(got) and got.shape == want.shape:
+        if alike(got, want):
             wrong = [name for name, mine, theirs in zip(names, got, want, strict=True)
                      if not torch.allclose(mine, theirs, atol=1e-4)]  # fmt: skip
             if wrong == [None] * len(wrong) and wrong:

@@ -29,6 +29,8 @@ def _check_pareto(candidate):
         expect(pairs, f"{what}: return a list of points, (bytes, loss), got {got!r}.")
         if [tuple(p) for p in got] != wanted:
             told = "A point goes if another has no more bytes and no more loss, and less of one of them."
+            if len(got) == len(wanted) and all(p in map(tuple, got) for p in wanted):
+                told = "These are its points: sort them by bytes."
             raise WrongAnswer(f"{what}: of {points} the front is {wanted}, got {got}. {told}")
     return f"tried {len(cases)} sets: {', '.join(cases)}"
 
