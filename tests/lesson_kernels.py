@@ -138,10 +138,13 @@ def unscale_by_atomic(grad, scale, found_inf):
 
 
 @triton.jit
-def parts_kernel(dy_ptr, s_ptr, b_ptr, ds_ptr, part_ptr, scale, M, N, R, BLOCK: tl.constexpr, BLOCK_N: tl.constexpr):
+def parts_kernel(
+    dy_ptr, s_ptr, b_ptr, ds_ptr, part_ptr, scale, M, N, R,
+    BLOCK: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_R: tl.constexpr,
+):  # fmt: skip
     """dS and a part of dB from one reading of dy: a program for each BLOCK rows."""
     p = tl.program_id(0)
-    m, n, r = p * BLOCK + tl.arange(0, BLOCK), tl.arange(0, BLOCK_N), tl.arange(0, 16)
+    m, n, r = p * BLOCK + tl.arange(0, BLOCK), tl.arange(0, BLOCK_N), tl.arange(0, BLOCK_R)
     dy = tl.load(dy_ptr + m[:, None] * N + n, mask=(m < M)[:, None] & (n < N), other=0.0) * scale
     s = tl.load(s_ptr + m[:, None] * R + r, mask=(m < M)[:, None] & (r < R), other=0.0)
     b = tl.load(b_ptr + n[:, None] * R + r, mask=(n < N)[:, None] & (r < R), other=0.0)
@@ -153,8 +156,8 @@ def in_parts(dy, S, B, scale, dS, dB):
     """As the library does it: parts of dB, then a sum in a fixed order."""
     (M, N), R = dy.shape, S.shape[1]
     parts = dB.new_empty(triton.cdiv(M, 16), N, R)
-    blocks = {"BLOCK": 16, "BLOCK_N": max(16, triton.next_power_of_2(N))}
-    parts_kernel[(len(parts),)](dy, S, B, dS, parts, scale, M, N, R, **blocks)
+    n, r = (max(16, triton.next_power_of_2(size)) for size in (N, R))
+    parts_kernel[(len(parts),)](dy, S, B, dS, parts, scale, M, N, R, BLOCK=16, BLOCK_N=n, BLOCK_R=r)
     torch.sum(parts, 0, out=dB)
 
 
