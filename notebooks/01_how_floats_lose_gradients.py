@@ -62,7 +62,7 @@ lessons.show(
 #
 # ## Decode four numbers by hand
 #
-# Take four FP16 bit patterns, cut out the fields with shifts, and put the number together. Two special cases exist at the low end. If the exponent field is 0, the hidden digit is 0 instead of 1, and the power is that of field 1. Such numbers are called **subnormal**: they fill the gap between the smallest normal number and zero, with fewer and fewer digits. At the other end, exponent field 31 means infinity (mantissa 0) or NaN, "not a number".
+# Take four FP16 bit patterns, cut out the fields with shifts, and put the number together. Two things are special at the low end: if the exponent field is 0, the hidden digit is 0 instead of 1, and the power is that of field 1. Such numbers are called **subnormal**: they fill the gap between the smallest normal number and zero, with fewer and fewer digits. At the other end, exponent field 31 means infinity (mantissa 0) or NaN, "not a number".
 
 # %%
 patterns = np.array([0x3C00, 0x2E66, 0x0001, 0xFBFF], dtype=np.uint16)
@@ -413,7 +413,7 @@ lessons.check("01.3", example);
 #
 # Documents 000 and 002 describe the idea in the same order. First: keep the weights in FP32, compute in FP16, and update the FP32 weights. Then the flaw: a gradient that has underflowed is 0 before it reaches the master weights. Then the cure: multiply the loss by a large scale $S$. By the chain rule every gradient is multiplied by $S$. Convert to FP32, divide by $S$, and update.
 #
-# We watch all three on a regression with 64 weights, whose inputs are so small that gradients lie around 4·10⁻⁹.
+# We watch all three on a regression with 64 weights, whose inputs are so small that gradients lie around 2·10⁻⁹.
 #
 # **Write down your guess:** Which of the three curves falls?
 
@@ -483,7 +483,7 @@ lessons.claim(
 # %% [markdown]
 # ## BF16: the other way to spend 16 bits
 #
-# BF16 has the exponent of FP32, so whatever FP32 can hold does not underflow in it. No scaling is needed. In exchange it has 7 mantissa bits. Document 002 reports that it "reaches the same accuracy".
+# BF16 has the exponent of FP32, so whatever is a normal number in FP32 does not underflow in it. No scaling is needed. In exchange it has 7 mantissa bits. Document 002 reports that it "reaches the same accuracy".
 #
 # **Write down your guess:** Start at 1 in BF16 and add 0.001 a thousand times. What do you get?
 

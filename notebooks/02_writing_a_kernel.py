@@ -564,7 +564,7 @@ lessons.check("02.8", transpose_tiles);
 # %% [markdown]
 # ### Registers, tensor cores, and what no counter says
 #
-# The library's product, counted on two cards. The **tensor cores' share** is the part of all floating-point operations that they do; what is left is the epilogue.
+# The library's product, counted on two cards. The **tensor cores' share** is the part of all floating-point operations that they do; what is left is done to the finished sums before they are stored (the epilogue, lesson 03).
 
 # %%
 x, W = torch.randn(128, 128).half(), torch.randn(128, 128).half()
@@ -572,7 +572,7 @@ for card in ("A100", "H100"):
     with lessons.emulated(card) as gpu:
         library.scaled_matmul(x, W)
     counted = lessons.Profile(gpu)
-    print(f"{card}: tensor cores' share {counted.tensor_share:.1%}, sectors a load {counted.sectors_per_load:.0f}, "
+    print(f"{card}: tensor cores' share {counted.tensor_share:.1%}, sectors per load {counted.sectors_per_load:.0f}, "
           f"wavefronts {counted.wavefronts:.1f}, shared memory {counted.launch.shared_bytes:,} bytes per program")  # fmt: skip
     assert counted.tensor_share > 0.9
 
@@ -580,7 +580,9 @@ for card in ("A100", "H100"):
 # The registers of a thread limit how many programs fit on a multiprocessor at once. If a program needs more than there are, values are **spilled** to main memory. What limits the last launch:
 
 # %%
-print(f"{counted.launch.registers} registers a thread, {counted.launch.spill_bytes} bytes spilled; {counted.launch.occupancy}")
+held = counted.launch.occupancy
+print(f"{counted.launch.registers} registers per thread, {counted.launch.spill_bytes} bytes spilled; a multiprocessor holds "
+      f"{held.blocks} programs at once, {held.warps} of {held.of_warps} warps, limited by: {held.limit}")  # fmt: skip
 
 # %% [markdown]
 # Which tile is fastest no counter says: latency, caches and clocks decide together. So the tile is *measured*, once for each size, on the card at hand; Triton calls it **autotuning** (`@triton.autotune`), and the library keeps its choices in a file.

@@ -346,7 +346,7 @@ big, faked = train(8, 1), train(2, 4)
 fig, ax = lessons.figure(height=2.6)
 ax.plot(range(1, 31), big, color="0.75", lw=5, linestyle="-", label="1 × 8 rows")
 ax.plot(range(1, 31), faked, color=lessons.ACCENT, linestyle="--", label="4 × 2 rows")
-ax.set(xlabel="update", ylabel="loss a character, nats")
+ax.set(xlabel="update", ylabel="loss per character, nats")
 ax.legend()
 lessons.show(fig, alt="Two loss curves over 30 updates, batch 8 at once and 4 times 2 rows, lie on each other.")
 print(f"largest difference of the losses: {np.abs(big - faked).max():.1e}, from {big[0]:.3f} down to {big[-1]:.3f}")
@@ -402,7 +402,7 @@ lessons.show(fig, alt="Learning rate over the updates that really happen: planne
 lessons.measured("06.f", f"{true_steps}, of which {min(1, math.ceil(0.1 * notes_steps) / true_steps):.0%}")
 
 # %% [markdown]
-# With the wrong count the run ends before the decay begins. Such a run does not crash. It only ends with a larger loss than it could have had, and nobody knows why.
+# With the wrong count three quarters of the run are warmup, and it ends when the decay has hardly begun. Such a run does not crash. It only ends with a larger loss than it could have had, and nobody knows why.
 #
 # The second catch: at update 0 the learning rate is 0. A whole effective batch is computed to move the weights by nothing.
 

@@ -438,7 +438,7 @@ else:
 # %% [markdown]
 # ## Exercise 11.1: Bytes per rank
 #
-# Write `bytes_per_rank(parameters, ranks, stage, offload)` for mixed precision: 2 bytes of weight, 2 of gradient, 12 of optimizer state per parameter, cut as stage 0 (DDP) to 3 says; with `offload` gradients and optimizer state are not on the device. The number of parameters is divisible by the number of ranks.
+# Write `bytes_per_rank(parameters, ranks, stage, offload)` for mixed precision: 2 bytes of weight, 2 of gradient, 12 of optimizer state per parameter, cut as stage 0 (DDP) to 3 says; with `offload` (stages 2 and 3 only: under stage 1 the whole gradient stays) gradients and optimizer state are not on the device. The number of parameters is divisible by the number of ranks.
 
 # %%
 def bytes_per_rank(parameters, ranks, stage, offload):
@@ -477,7 +477,7 @@ lessons.check("11.3", zero_step);
 # - Data parallelism averages gradients. All-reduce is reduce-scatter plus all-gather.
 # - ZeRO puts the update between the two halves: 4A + 12A/N, 2A + 14A/N, 16A/N bytes instead of 16A, and the same numbers to the bit.
 # - Stages 1 and 2 send as much as DDP. Stage 3 sends half as much again.
-# - Offload leaves 2A on the device, whatever N is; ZeRO-3 leaves 16A/N. They meet at N = 8.
+# - ZeRO-2 + offload leaves 2A on the device, whatever N is; ZeRO-3 leaves 16A/N. They meet at N = 8.
 # - No stage cuts activations: that is what checkpointing and small micro-batches are for.
 #
 # On a real model: `handtuned finetune --method full --parallel zero2 --offload` in one process, and on N ranks the same behind `torchrun --nproc-per-node N -m`, with `zero1`, `zero2` or `zero3`.

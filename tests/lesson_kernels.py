@@ -4,6 +4,7 @@ import torch
 import torch.nn.functional as F
 from handtuned.kernels.nf4 import NF4_CODE
 from handtuned.kernels.runtime import tl, triton
+from handtuned.lessons import exercises_of
 
 
 def _unpacked(packed, count):
@@ -137,10 +138,13 @@ def unscale_by_atomic(grad, scale, found_inf):
 
 
 @triton.jit
-def parts_kernel(dy_ptr, s_ptr, b_ptr, ds_ptr, part_ptr, scale, M, N, R, BLOCK: tl.constexpr, BLOCK_N: tl.constexpr):
+def parts_kernel(
+    dy_ptr, s_ptr, b_ptr, ds_ptr, part_ptr, scale, M, N, R,
+    BLOCK: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_R: tl.constexpr,
+):  # fmt: skip
     """dS and a part of dB from one reading of dy: a program for each BLOCK rows."""
     p = tl.program_id(0)
-    m, n, r = p * BLOCK + tl.arange(0, BLOCK), tl.arange(0, BLOCK_N), tl.arange(0, 16)
+    m, n, r = p * BLOCK + tl.arange(0, BLOCK), tl.arange(0, BLOCK_N), tl.arange(0, BLOCK_R)
     dy = tl.load(dy_ptr + m[:, None] * N + n, mask=(m < M)[:, None] & (n < N), other=0.0) * scale
     s = tl.load(s_ptr + m[:, None] * R + r, mask=(m < M)[:, None] & (r < R), other=0.0)
     b = tl.load(b_ptr + n[:, None] * R + r, mask=(n < N)[:, None] & (r < R), other=0.0)
@@ -152,8 +156,8 @@ def in_parts(dy, S, B, scale, dS, dB):
     """As the library does it: parts of dB, then a sum in a fixed order."""
     (M, N), R = dy.shape, S.shape[1]
     parts = dB.new_empty(triton.cdiv(M, 16), N, R)
-    blocks = {"BLOCK": 16, "BLOCK_N": max(16, triton.next_power_of_2(N))}
-    parts_kernel[(len(parts),)](dy, S, B, dS, parts, scale, M, N, R, **blocks)
+    n, r = (max(16, triton.next_power_of_2(size)) for size in (N, R))
+    parts_kernel[(len(parts),)](dy, S, B, dS, parts, scale, M, N, R, BLOCK=16, BLOCK_N=n, BLOCK_R=r)
     torch.sum(parts, 0, out=dB)
 
 
@@ -287,3 +291,43 @@ def copy_strided_kernel(x_ptr, out_ptr, N, stride_m, stride_n, BLOCK: tl.constex
 
 def copy_strided(x, out):
     copy_strided_kernel[(len(x),)](x, out, x.shape[1], *x.stride(), BLOCK=4)
+
+
+# Right for the sizes that one block holds, or nearly right.
+
+
+@triton.jit
+def pointwise_kernel(x_ptr, y_ptr, out_ptr, N, BLOCK: tl.constexpr, FORM: tl.constexpr):
+    offs = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    x, y = tl.load(x_ptr + offs, offs < N).to(tl.float32), tl.load(y_ptr + offs, offs < N).to(tl.float32)
+    s = 1 / (1 + tl.exp(-x)) if FORM == 0 else tl.exp(x) / (1 + tl.exp(x))
+    value = x.to(tl.float16) if FORM == 2 else y * s * (1 + x * (1 - s))
+    tl.store(out_ptr + offs, value, offs < N)
+
+
+def silu_backward(form, programs=None, block=64):
+    def launch(x, dy, dx):
+        pointwise_kernel[(programs or triton.cdiv(len(x), block),)](x, dy, dx, len(x), BLOCK=block, FORM=form)
+
+    return launch
+
+
+@triton.jit
+def softmax_kernel(x_ptr, out_ptr, N, stride, BLOCK: tl.constexpr, DIVIDED: tl.constexpr):
+    row, offs = tl.program_id(0), tl.arange(0, BLOCK)
+    x = tl.load(x_ptr + row * stride + offs, offs < N, -float("inf"))
+    e = tl.exp(x - tl.max(x, 0))
+    tl.store(out_ptr + row * N + offs, e / tl.sum(e, 0) if DIVIDED else e, offs < N)
+
+
+def softmax(block=None, divided=True):
+    def launch(x, out):
+        N = x.shape[1]
+        softmax_kernel[(len(x),)](x, out, N, x.stride(0), BLOCK=block or triton.next_power_of_2(N), DIVIDED=divided)
+
+    return launch
+
+
+def rounded_before_the_store(a, b, c):
+    exercises_of("02")["02.6"].solution(a, b, c)
+    pointwise_kernel[(1,)](c, c, c, c.numel(), BLOCK=triton.next_power_of_2(c.numel()), FORM=2)

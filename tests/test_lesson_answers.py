@@ -1,10 +1,12 @@
 """Checkers of exercises that ask for no kernel: right answers of every shape, wrong ones with the true reason."""
 
+import functools
 import inspect
 import re
 import struct
 import time
 
+import lesson_answers as answers
 import numpy as np
 import pytest
 import torch
@@ -12,6 +14,7 @@ import torch.nn.functional as F
 from handtuned.lessons import exercises_of, guards
 from handtuned.lessons.exercise import NEAR, NEARER, STUB, WrongAnswer, expect_close, number, unchanged, verdict
 from torch import nn
+from torch.autograd.graph import saved_tensors_hooks
 from torch.utils.checkpoint import checkpoint
 
 KEYS = [key for lesson in range(13) for key in exercises_of(f"{lesson:02d}") if key != "12.4"]  # that takes long
@@ -178,6 +181,21 @@ def row_by_row(x, W, adapters, names):
     return y
 
 
+def by_index(weights, gradients, momenta, lr, beta):
+    owner, new = torch.arange(len(weights)) // len(momenta[0]), weights.clone()
+    for rank, m in enumerate(momenta):
+        mine = owner == rank
+        m.mul_(beta).add_(sum(g[mine] for g in gradients) / len(gradients))
+        new[mine] -= lr * m
+    return new
+
+
+def whole_gradient_under_stage_1(parameters, ranks, stage, offload):
+    if offload and stage < 2:
+        return 4 * parameters
+    return solution("11.1")(parameters, ranks, stage, offload)
+
+
 RIGHT = {
     "00.2, numpy": lambda parameters, trained, bytes_: np.int64(bytes_ * parameters + (bytes_ + 8) * trained),
     "00.2, torch": lambda parameters, trained, bytes_: torch.tensor(bytes_ * parameters + (bytes_ + 8) * trained),
@@ -187,6 +205,7 @@ RIGHT = {
     "03.1": lambda *args: list(solution("03.1")(*args)),
     "03.2": clipped,
     "04.3": loss_in_numpy,
+    "05.1": lambda n, b, i: torch.tensor([k * b + -(-n // k) * i for k in range(1, n + 1)]).argmin() + 1,
     "05.2": lambda func, *args: checkpoint(func, *args, use_reentrant=False),
     "06.1": one_loss,
     "07.1": roots_shared,
@@ -198,6 +217,8 @@ RIGHT = {
     "09.1": lambda x, levels: [torch.from_numpy(solution("09.1")(x, levels)[0]), torch.tensor(np.abs(x).max())],
     "10.2": lambda *counts: np.int64(solution("10.2")(*counts)),
     "10.3": lambda q, delta: torch.tensor(solution("10.3")(q, delta)),
+    "11.1": whole_gradient_under_stage_1,
+    "11.3": by_index,
     "11.2": lambda n, ranks: tuple(map(list, solution("11.2")(n, ranks))),
     "12.1": lambda points: tuple(map(list, solution("12.1")(points))),
 }  # fmt: skip
@@ -230,26 +251,85 @@ def own_constants(w, loss, scale, max_norm, lr):
     return solution("03.2")(w, loss, 1024.0, 1.0, 0.1)
 
 
+def by_vjp(x, dy, W, A, B, s):
+    return torch.func.vjp(lambda x, A, B: x @ W.T + s * (x @ A.T) @ B.T, x, A, B)[1](dy)
+
+
+def kept_at(address, counted):
+    """kept_bytes that tells storages apart by this address of a tensor, among those that count."""
+
+    def kept_bytes(function, *inputs):
+        sizes = {}
+
+        def note(tensor):
+            if counted(tensor if tensor._base is None else tensor._base):
+                sizes[address(tensor)] = tensor.untyped_storage().nbytes()
+            return tensor
+
+        with saved_tensors_hooks(note, lambda tensor: tensor):
+            function(*inputs)
+        return sum(sizes.values())
+
+    return kept_bytes
+
+
+by_tensor = kept_at(torch.Tensor.data_ptr, lambda base: not (base.is_leaf and base.requires_grad))
+all_but_parameters = kept_at(lambda t: t.untyped_storage().data_ptr(), lambda base: not isinstance(base, nn.Parameter))
+
+
+class NothingOnceMerged(answers.Merged):
+    def merge(self):
+        super().merge()
+        self.forward = lambda x: None
+
+
+class DenseOnce(torch.autograd.Function):
+    dense = staticmethod(functools.cache(lambda q: q.dequantize()))
+
+    @staticmethod
+    def forward(ctx, x, q):
+        ctx.q = q
+        return x @ DenseOnce.dense(q).T
+
+    @staticmethod
+    def backward(ctx, dy):
+        return dy @ DenseOnce.dense(ctx.q), None
+
+
 WRONG = [
+    ("00.1", lambda count: round(count / 2**30, 6), "Do not round"),
     ("01.2", lambda x: "tiny", "return one of zero, subnormal, normal, infinity"),
+    ("01.3", lambda: [0.5, 2.0**-13, 0.0, 0.0], "A scale of 0"),
     ("03.2", own_constants, "are other numbers written into your function"),
     ("03.2", lambda *args: True, "w has not moved"),
+    ("04.2", by_tensor, "it is one storage of 60 bytes"),
+    ("04.2", all_but_parameters, "a leaf that was there before"),
     ("04.3", lambda *args: float("nan"), "got nan"),
     ("04.3", after("04.3", lambda hidden, *_: hidden.mul_(1.001)), "hidden is not what it was"),
     ("05.2", lambda func, *args: func(*args).detach(), "The result has no gradient"),
     ("06.1", after("06.1", lambda model, batches: batches[0][1].fill_(0)), "micro_batches is not what it was"),
     ("07.1", after("07.1", lambda M, r: np.copyto(M, 0)), "M is not what it was"),
     ("07.2", lambda x, W, bias, A, B, alpha: F.linear(x, W.add_(alpha / len(A) * B @ A), bias), "W is not what it was"),
+    ("07.2", lambda *args: solution("07.2")(*args).double(), "has dtype torch.float64"),
+    ("07.2", lambda x, W, bias, *rest: solution("07.2")(x, W, None, *rest), "The bias is missing"),
+    ("07.4", lambda *args: [t.float() for t in solution("07.4")(*args)], "has dtype torch.float32"),
+    ("07.4", torch.enable_grad()(by_autograd), "Without autograd"),
+    ("07.4", by_vjp, "Without autograd"),
     ("07.4", after("07.4", lambda x, dy, *_: dy.mul_(2)), "dy is not what it was"),
     ("07.4", by_autograd, "Without autograd"),
     ("07.4", lambda *args: [t.double() for t in solution("07.4")(*(torch.as_tensor(a).float() for a in args))], NEARER),
     ("08.2", lambda *args: None, "makes has no __call__, merge, unmerge"),
+    ("08.1", lambda paths, t: [p for p in paths if re.search(rf"(^|\.){t}$", p)], "self_attn_q_proj'"),
+    ("08.2", NothingOnceMerged, "does your function return it?"),
+    ("08.3", lambda *args: solution("08.3")(*args).double(), "has dtype torch.float64"),
     ("08.3", after("08.3", lambda x, W, adapters, names: adapters["b"][1].mul_(2)), "adapters is not what it was"),
     ("09.1", after("09.1", lambda x, levels: np.copyto(x, 0)), "x is not what it was"),
+    ("10.1", DenseOnce.apply, "dequantize a second time"),
     ("10.3", after("10.3", lambda q, delta: delta.mul_(2)), "delta is not what it was"),
     ("11.1", lambda *args: float("nan"), "got nan"),
     ("12.1", after("12.1", lambda points: points.sort()), "points is not what it was"),
     ("12.1", lambda points: solution("12.1")(points)[:3], "a long front"),
+    ("12.1", lambda points: solution("12.1")(points)[::-1], "sort them by bytes"),
     ("12.2", lambda b, runs: next((n for n in runs if max(runs[n][1].values()) <= b), None), "expected 'full'"),
     ("12.2", after("12.2", lambda budget, runs: runs.pop("LoRA")), "runs is not what it was"),
 ]

@@ -73,8 +73,13 @@ def test_an_unusual_right_answer_passes(key):
         ("02.1", kernels.one_element_short, "no program wrote element [63]"),
         ("02.1", kernels.into_its_input, "was written to, but it is an input"),
         ("02.1", kernels.mistyped, "line"),
+        ("02.2", kernels.silu_backward(0, programs=1, block=1024), "no program wrote element [1024]"),
+        ("02.2", kernels.silu_backward(1), "exp(x) is infinite from 89 on"),
+        ("02.3", kernels.softmax(block=1024), "BLOCK is a power of two and N or more"),
+        ("02.3", kernels.softmax(divided=False), "Divide by the sum"),
         ("02.3", kernels.before_the_beginning, "read before its beginning"),
         ("02.4", kernels.no_block, "arange"),
+        ("02.6", kernels.rounded_before_the_store, "rounded to FP16 for the store"),
     ],
 )
 def test_a_further_wrong_answer_is_refused(key, candidate, phrase):

@@ -159,7 +159,7 @@ def test_profile_counts_sectors_on_the_card_of_choice():
     assert column.launch.arch == "sm_75" and column.sectors_per_load == column.sectors_per_store == 32
     row = lessons.profile(column_kernel, (1,), x, out, STRIDE=1, BLOCK=1024, card="H100")
     assert row.launch.arch == "sm_90" and row.sectors_per_load == 4 and row.wavefronts == 0
-    assert "sectors a load           4.0" in str(row) and "def column_kernel" in row.by_line()
+    assert "sectors per load         4.0" in str(row) and "def column_kernel" in row.by_line()
 
 
 def test_profile_counts_the_tensor_cores_share():

@@ -194,8 +194,8 @@ class Profile:
         launch, counters = self.launch, self.launch.counters
         rows = {
             "programs, warps of each": f"{launch.programs}, {launch.warps}",
-            "sectors a load": f"{self.sectors_per_load:.1f}",
-            "sectors a store": f"{self.sectors_per_store:.1f}",
+            "sectors per load": f"{self.sectors_per_load:.1f}",
+            "sectors per store": f"{self.sectors_per_store:.1f}",
             "wavefronts": f"{self.wavefronts:.1f}" if counters.shared.requests else "–, no shared memory",
             "tensor cores' share": f"{self.tensor_share:.0%}",
             "from DRAM, to DRAM": f"{counters.dram_read_bytes:,} and {counters.dram_written_bytes:,} bytes",

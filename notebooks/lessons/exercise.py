@@ -23,6 +23,11 @@ class WrongAnswer(AssertionError):
     """Raised by a checker; its message tells the reader where to look."""
 
 
+def not_written(*args):
+    """What stands in a notebook before the reader has written anything."""
+    raise NotImplementedError
+
+
 @dataclass(frozen=True)
 class Exercise:
     """One exercise.
@@ -30,20 +35,20 @@ class Exercise:
     Attributes:
         title: a few words.
         specification: what to write, as the notebook tells it.
-        stub: what stands in the notebook: raises NotImplementedError, or returns something useless.
         checker: called with the reader's answer; raises `WrongAnswer`, or returns what it tried, in words.
         solution: an answer that passes.
         wrong: name → (a typical wrong answer, a phrase that its message must contain).
         hints: from gentle to nearly the solution.
+        stub: what stands in the notebook.
     """
 
     title: str
     specification: str
-    stub: Callable
     checker: Callable[[Callable], str]
     solution: Callable
     wrong: Mapping[str, tuple[Callable, str]]
     hints: tuple[str, ...]
+    stub: Callable = not_written
 
 
 def exercises_of(lesson: str) -> dict[str, Exercise]:
@@ -172,6 +177,13 @@ def _same(one, other):
         return one == other
     one, other = torch.as_tensor(one), torch.as_tensor(other)
     return one.shape == other.shape and torch.allclose(one, other, 0, 0, equal_nan=True)
+
+
+def alike(got, want) -> bool:
+    """Whether two tensors have one shape and dtype, so that `torch.allclose` can compare them."""
+    import torch
+
+    return torch.is_tensor(got) and (got.shape, got.dtype) == (want.shape, want.dtype)
 
 
 def expect_close(got, want, what: str, rtol: float = 0.0, atol: float = 0.0, hint: str = "", near: str = NEAR) -> None:

@@ -3,15 +3,11 @@
 from ..exercise import Exercise, expect, expect_close, number
 
 
-def _gib_stub(count):
-    raise NotImplementedError
-
-
 def _check_gib(gib):
-    for count, want in ((2**30, 1.0), (28_000_000_000, 28e9 / 2**30), (2**29, 0.5), (0, 0.0)):
+    for count, want in ((2**30, 1.0), (28_000_000_000, 28e9 / 2**30), (2**29, 0.5), (1234, 1234 / 2**30), (0, 0.0)):
         got = number(gib(count), f"gib({count:,})")
         expect_close(got, want, f"gib({count:,})", rtol=1e-9, hint=_gib_mistake(got, count))
-    return "tried 28 GB, whole and half a GiB, and nothing"
+    return "tried 28 GB, whole and half a GiB, 1,234 bytes and nothing"
 
 
 def _gib_mistake(got, count):
@@ -19,15 +15,11 @@ def _gib_mistake(got, count):
         return "You divided by 10**9: that gives GB, and a GiB is larger."
     if got == count // 2**30:
         return "The fraction is lost: // rounds down."
-    if got == round(count / 2**30, 1) or got == round(count / 2**30, 2):
+    if got in [round(count / 2**30, digits) for digits in range(1, 13)]:
         return "Do not round."
     if got == count / 2**20:
         return "That is MiB: one more factor of 1024."
     return "A GiB has 2**30 bytes."
-
-
-def _states_stub(parameters, trainable, weight_bytes):
-    raise NotImplementedError
 
 
 def _states(parameters, trainable, weight_bytes):
@@ -61,7 +53,6 @@ EXERCISES = {
     "00.1": Exercise(
         title="GB and GiB",
         specification="gib(count): the number of GiB that `count` bytes are, as a float.",
-        stub=_gib_stub,
         checker=_check_gib,
         solution=lambda count: count / 2**30,
         wrong={
@@ -74,7 +65,6 @@ EXERCISES = {
     "00.2": Exercise(
         title="The states of a model in training",
         specification="states(parameters, trainable, weight_bytes): bytes of weights, gradients and Adam's moments.",
-        stub=_states_stub,
         checker=_check_states,
         solution=_states,
         wrong={

@@ -7,10 +7,6 @@ import torch
 from ..exercise import Exercise, WrongAnswer, expect, number
 
 
-def _decode_stub(bits):
-    raise NotImplementedError
-
-
 def _decode(bits):
     sign, exponent, mantissa = bits >> 15, bits >> 10 & 31, bits & 1023
     if exponent == 0:
@@ -67,10 +63,6 @@ def _check_decode(decode):
     return "tried normal and subnormal numbers, zero, both infinities and NaN"
 
 
-def _fate_stub(x):
-    raise NotImplementedError
-
-
 def _fate(x):
     x = abs(x)
     if x <= 2.0**-25:
@@ -116,10 +108,6 @@ def _check_fate(fate):
     return f"tried {len(cases)} numbers around both ends"
 
 
-def _example_stub():
-    raise NotImplementedError
-
-
 def _fp16(w: float, x: float, y: float, scale: float) -> tuple[float, float]:
     """Residual w·x − y and dL/dw of L = (w·x − y)²/2, every number in FP16, dL scaled; unscaled in fp64."""
     w, x, y, s = (torch.tensor(value, dtype=torch.float64).half() for value in (w, x, y, scale))
@@ -134,6 +122,7 @@ def _check_example(example):
     w, x, y, scale = (float(number(value, name)) for value, name in zip(answer, ("w", "x", "y", "scale"), strict=True))
     true = (w * x - y) * x
     expect(true != 0, "The true gradient is 0: nothing is there to be lost.")
+    expect(scale != 0, "A scale of 0 leaves nothing of the gradient. Take a larger scale.")
     residual, plain = _fp16(w, x, y, 1.0)
     expect(
         plain == 0,
@@ -164,7 +153,6 @@ EXERCISES = {
     "01.1": Exercise(
         title="Read the bits",
         specification="decode(bits): the number that the 16 bits of an FP16 stand for, as a float.",
-        stub=_decode_stub,
         checker=_check_decode,
         solution=_decode,
         wrong={
@@ -181,7 +169,6 @@ EXERCISES = {
     "01.2": Exercise(
         title="The fate of a number",
         specification='fate(x): "zero", "subnormal", "normal" or "infinity": what x becomes in FP16.',
-        stub=_fate_stub,
         checker=_check_fate,
         solution=_fate,
         wrong={
@@ -200,7 +187,6 @@ EXERCISES = {
     "01.3": Exercise(
         title="A gradient that scaling rescues",
         specification="example(): (w, x, y, scale) such that the FP16 gradient is 0 unscaled, and right to 1 % scaled.",
-        stub=_example_stub,
         checker=_check_example,
         solution=lambda: (0.5, 2.0**-13, 0.0, 1024.0),
         wrong={

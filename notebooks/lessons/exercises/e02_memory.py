@@ -8,11 +8,6 @@ from ..emulated import without_faults
 from ..exercise import Exercise, WrongAnswer, expect, expect_close
 from ..watch import launched
 
-
-def _stub(*args):
-    raise NotImplementedError
-
-
 # 02.7
 
 
@@ -51,13 +46,13 @@ def _check_transpose(transpose):
         sectors = getattr(counted, f"global_{side}s").per_request
         expect(
             sectors <= MOST_SECTORS,
-            f"The result is right, but a {side} takes {sectors:.1f} sectors a request, and at most {MOST_SECTORS} are "
-            f"allowed: the 32 threads of a warp {side} at addresses far apart. Let a program move a tile with both "
+            f"The result is right, but a {side} takes {sectors:.1f} sectors per request, and at most {MOST_SECTORS} "
+            f"are allowed: the 32 threads of a warp {side} at addresses far apart. Let a program move a tile with both "
             "sides of 16 or more, so that rows are whole sectors on both sides.",
         )
     return (
-        f"tried 4 shapes, and counted on an A100, emulated: {counted.global_loads.per_request:.1f} sectors a load, "
-        f"{counted.global_stores.per_request:.1f} a store"
+        f"tried 4 shapes, and counted on an A100, emulated: {counted.global_loads.per_request:.1f} sectors per load, "
+        f"{counted.global_stores.per_request:.1f} per store"
     )
 
 
@@ -131,13 +126,13 @@ def _check_columns(transpose_tiles):
     loads, waves = counted.global_loads.per_request, counted.shared.per_request
     expect(
         counted.shared.requests > 0 or max(loads, counted.global_stores.per_request) <= MOST_SECTORS,
-        f"Nothing went through shared memory, so global memory pays: {loads:.1f} sectors a load, "
-        f"{counted.global_stores.per_request:.1f} a store.",
+        f"Nothing went through shared memory, so global memory pays: {loads:.1f} sectors per load, "
+        f"{counted.global_stores.per_request:.1f} per store.",
     )
     expect(
         loads <= MOST_SECTORS and counted.global_stores.per_request <= MOST_SECTORS,
-        f"Shared memory is fine, {waves:.1f} wavefronts a request, but global memory is not: {loads:.1f} sectors a "
-        f"load, {counted.global_stores.per_request:.1f} a store; at most {MOST_SECTORS}.",
+        f"Shared memory is fine, {waves:.1f} wavefronts per request, but global memory is not: {loads:.1f} sectors "
+        f"per load, {counted.global_stores.per_request:.1f} per store; at most {MOST_SECTORS}.",
     )
     expect(
         waves <= MOST_WAVEFRONTS,
@@ -146,21 +141,20 @@ def _check_columns(transpose_tiles):
         "its element of column c at place c ^ r: then a column touches every bank once.",
     )
     return (
-        f"tried 1 and 5 tiles, and counted on an A100, emulated: {waves:.1f} wavefronts a request of shared memory, "
-        f"{loads:.1f} sectors a load"
+        f"tried 1 and 5 tiles, and counted on an A100, emulated: {waves:.1f} wavefronts per request of shared memory, "
+        f"{loads:.1f} sectors per load"
     )
 
 
 EXERCISES = {
     "02.7": Exercise(
         title="Sectors: a transposition",
-        specification="transpose(x, out): out (N, M) = xᵀ, with at most 16 sectors a load and 16 a store (A100).",
-        stub=_stub,
+        specification="transpose(x, out): out (N, M) = xᵀ, with at most 16 sectors per load and per store (A100).",
         checker=_check_transpose,
         solution=_transpose(),
         wrong={
-            "a program reads a column": (_transpose(128, 1), "sectors a request"),
-            "a program reads a row": (_transpose(1, 128), "sectors a request"),
+            "a program reads a column": (_transpose(128, 1), "sectors per request"),
+            "a program reads a row": (_transpose(1, 128), "sectors per request"),
             "only another shape": (_copied, "out[n, m] = x[m, n]"),
         },
         hints=(
@@ -171,8 +165,7 @@ EXERCISES = {
     ),
     "02.8": Exercise(
         title="Wavefronts: banks",
-        specification="transpose_tiles(x, out): out[t] = x[t]ᵀ for x (T, 32, 32), at most 2 wavefronts a request.",
-        stub=_stub,
+        specification="transpose_tiles(x, out): out[t] = x[t]ᵀ for x (T, 32, 32), at most 2 wavefronts per request.",
         checker=_check_columns,
         solution=_columns(True),
         wrong={

@@ -12,10 +12,6 @@ from . import e03_product
 BLOCK = 64
 
 
-def _stub(*args):
-    raise NotImplementedError
-
-
 # 03.1
 
 
@@ -122,13 +118,14 @@ def _check_step(step):
         step(w, (w * direction).sum() * norm, scale, max_norm, lr)
         told = "backward adds to w.grad, where the last step's gradient still lay: clear it."
         expect_close(w.detach(), 2 * downhill, f"w after a second step, norm {norm}", atol=2e-4, hint=told)
-    for bad in (float("inf"), float("-inf"), float("nan")):
+    for bad in (float("inf"), float("-inf"), float("nan"), 1e37):  # 1e37 · 1024 is infinite
         w = torch.ones(4, requires_grad=True)
         done = step(w, (w * torch.tensor([1.0, bad, 1.0, 1.0])).sum(), 1024.0, 1.0, 0.1)
+        told = "Scale the loss before backward: then it is infinite. " if bad == 1e37 else ""
         expect(
             torch.equal(w.detach(), torch.ones(4)) and not done,
-            f"A gradient held {bad}, and the weights became {w.detach().tolist()}, the answer was {done}. Skip "
-            "the step and return False: inf, -inf and NaN are all not finite.",
+            f"A gradient held {bad}, to be scaled by 1024; the weights became {w.detach().tolist()}, the answer was "
+            f"{done}. {told}Skip the step and return False: inf, -inf and NaN are all not finite.",
         )
         done = step(w, (w * torch.tensor([0.5, 0.0, 0.0, 0.0])).sum(), 1024.0, 1.0, 0.1)
         expect(
@@ -136,7 +133,7 @@ def _check_step(step):
             f"The step after a skipped one must be an ordinary one; w became {w.detach().tolist()}. w.grad still holds "
             f"the {bad}: clear it.",
         )
-    return "tried a short gradient and a long one, two steps each, and inf, -inf and NaN, with a good step after each"
+    return "tried a short gradient and a long one, two steps each; inf, -inf, NaN, an overflow, a good step after each"
 
 
 # 03.3
@@ -179,7 +176,7 @@ def _check_unscale(unscale):
         (130, (129, float("-inf")), "an infinity in the last block"),
         (70, (69, float("nan")), "a NaN"),
         (100, (0, 3e38), "two of the largest finite numbers"),
-        (1000, (777, float("inf")), "an infinity"),
+        (5000, (4777, float("inf")), "an infinity"),
         (130, (2, float("inf")), "several infinities"),
         (1, None, "nothing"),
         (65, None, "nothing new"),
@@ -204,10 +201,12 @@ def _check_unscale(unscale):
             values[bad[0] + 1] = bad[1]
         before = float(what == "nothing new")
         grad, flag = guarded(n, values=values), guarded(1, values=torch.tensor([before]))
-        launched(unscale, grad, 8.0, flag, changed={"grad": grad, "found_inf": flag}, what=f"N = {n}")
+        scale = 3.0 if n % 2 else 8.0
+        launched(unscale, grad, scale, flag, changed={"grad": grad, "found_inf": flag}, what=f"N = {n}")
         found, want = flag.item(), max(before, float(not values.isfinite().all()))
         expect(found == want, f"N = {n} with {what} to find: found_inf is {found:g}, expected {want:g}. {told[what]}")
-        expect_close(grad.cpu(), values / 8.0, f"grad for N = {n}", rtol=1e-6, hint="Multiply by 1 / scale, in place.")
+        what = f"grad for N = {n}, scale = {scale:g}"
+        expect_close(grad.cpu(), values / scale, what, rtol=1e-6, hint="Multiply by 1 / scale, in place.")
 
     def call():
         grad = torch.randn(1000)
@@ -222,7 +221,6 @@ EXERCISES = {
     "03.1": Exercise(
         title="The rule of the scale",
         specification="next_scale(scale, run, overflow, interval) → (scale, run): one move of the search.",
-        stub=_stub,
         checker=_check_next_scale,
         solution=_next_scale,
         wrong={
@@ -238,11 +236,11 @@ EXERCISES = {
     "03.2": Exercise(
         title="The order of a step",
         specification="step(w, loss, scale, max_norm, lr): backward, unscale, clip, move w; skip if not finite.",
-        stub=_stub,
         checker=_check_step,
         solution=_step,
         wrong={
             "clips scaled gradients": (lambda *a: _step(*a, clip_first=True), "unscale first"),
+            "never scales": (lambda w, loss, scale, *a: _step(w, loss, 1.0, *a), "Scale the loss"),
             "never unscales": (lambda *a: _step(*a, unscale=False), "still scaled"),
             "never skips": (lambda *a: _step(*a, bad=lambda g: False), "Skip the step"),
             "looks for infinity alone": (lambda *a: _step(*a, bad=lambda g: g.isinf().any()), "held nan"),
@@ -256,7 +254,6 @@ EXERCISES = {
     "03.3": Exercise(
         title="A kernel that unscales and looks",
         specification="unscale(grad, scale, found_inf): grad /= scale in place; found_inf becomes 1 for inf or NaN.",
-        stub=_stub,
         checker=_check_unscale,
         solution=_unscale(),
         wrong={

@@ -7,14 +7,10 @@ import torch
 from ...kernels.runtime import tl, triton
 from ..canaries import guarded, place
 from ..emulated import seen_there, without_faults
-from ..exercise import Exercise, expect, expect_close, unchanged
+from ..exercise import Exercise, expect, expect_close, number, unchanged
 from ..watch import launched, watched
 
 BLOCK = 16
-
-
-def _stub(*args):
-    raise NotImplementedError
 
 
 # 03.4
@@ -94,10 +90,10 @@ def _check_product(scaled_product):
         _close_product(c, a, b, scale, f"c ({what})", hint)
         expect(flag.item() == 0, f"{what}: every entry of c is finite, but found_inf is {flag.item():g}.")
     a, b = _operands(18, 33, 20)
-    turned = guarded((33, 18), torch.float16, a.t())
+    a_t, b_t = (guarded(t.t().shape, torch.float16, t.t()) for t in (a, b))
     c, flag = guarded((18, 20), torch.float16), guarded(1, values=torch.zeros(1))
-    _run(scaled_product, turned.t(), b, 2.0, c, flag, "a is a transposed view")
-    _close_product(c, a, b, 2.0, "c, where a is a transposed view", "Use a.stride() and b.stride(), both of each.")
+    _run(scaled_product, a_t.t(), b_t.t(), 2.0, c, flag, "a and b are transposed views")
+    _close_product(c, a, b, 2.0, "c, of two transposed views", "Use a.stride() and b.stride(), both of each.")
     for what, at, value, before in (
         ("an entry of the last tile overflows with the scale", (19, 0), 300.0, 0.0),
         ("an entry of the first tile overflows with the scale", (0, 0), 300.0, 0.0),
@@ -117,7 +113,7 @@ def _check_product(scaled_product):
         a[3, 3] = float("inf")
         scaled_product(a, b, 2.0, torch.empty(40, 20, dtype=torch.float16), torch.zeros(1))
 
-    tried = "tried tails in M, N and K, a transposed view, products that underflow, overflow and NaN"
+    tried = "tried tails in M, N and K, transposed views, products that underflow, overflow and NaN"
     return f"{tried}{seen_there(without_faults(call))}"
 
 
@@ -180,8 +176,12 @@ def _check_function(scaled_matmul):
         a, b = (torch.randn(size).half().to(place()).requires_grad_() for size in ((M, K), (K, N)))
         dc = (0.1 * torch.randn(N, M)).half().to(place()).t()
         with unchanged(a=a, b=b):
-            c, _ = watched(lambda: scaled_matmul(a, b, scale), "forward", "c", "found_inf")  # noqa: B023 called at once
+            c, flag = watched(lambda: scaled_matmul(a, b, scale), "forward", "c", "found_inf")  # noqa: B023 called at once
+        expect(c.dtype == torch.float16, f"c is {c.dtype}: allocate it in FP16, as a and b are.")
         _close_product(c.detach(), a.detach(), b.detach(), scale, f"c ({what})")
+        expect(number(flag, "found_inf") == 0, "Every entry of c is finite, but found_inf is not 0.")
+        seen = number(scaled_matmul(torch.full_like(a, 60000.0), b, scale)[1], "found_inf")
+        expect(seen == 1, f"c overflows, and found_inf is {seen:g}: return the flag that the kernel was given.")
         expect(c.requires_grad, "c has no gradient: call YourFunction.apply(a, b, scale).")
         backward = functools.partial(torch.autograd.grad, c, (a, b), dc, allow_unused=True)
         with unchanged(a=a, b=b, dc=dc):
@@ -235,7 +235,6 @@ EXERCISES = {
     "03.4": Exercise(
         title="The loss-scaled product",
         specification="scaled_product(a, b, scale, c, found_inf): c = scale · a b in FP16, and a flag for overflow.",
-        stub=_stub,
         checker=_check_product,
         solution=_product(),
         wrong={
@@ -254,7 +253,6 @@ EXERCISES = {
     "03.5": Exercise(
         title="Its backward pass",
         specification="scaled_matmul(a, b, scale) → (c, found_inf): an autograd Function of your kernel, with da, db.",
-        stub=_stub,
         checker=_check_function,
         solution=ScaledMatmul.apply,
         wrong={

@@ -97,13 +97,16 @@ def _check_kept_bytes(candidate):
             "linear keeps its input (60 bytes) and its weight, relu its result (84 bytes); the weight is a parameter "
             f"that was there before, so 144 bytes are kept, got {parameters}.{view if parameters == 284 else ''}"
         )
-    views = kept(lambda x: (y := (x + 1).exp()) * y.view(5, 3).view(3, 5), x)
+    views = kept(lambda x: (y := (x + 1).exp())[1:] * y[:-1], x)
     if views != 60:
         raise WrongAnswer(
             "the result of exp is saved three times here, twice through views; it is one storage of 60 bytes, "
             f"got {views}"
         )
-    return "tried floats and doubles, a parameter saved as a view, and one storage saved three times"
+    leaf = kept(lambda x: x.square(), x)
+    if leaf != 0:
+        raise WrongAnswer(f"square keeps its input, a leaf that was there before: nothing is to be counted, got {leaf}")
+    return "tried floats and doubles, a parameter saved as a view, an input, and one storage saved three times"
 
 
 def _chunked_loss(hidden, weight, target, chunk):
@@ -168,15 +171,10 @@ def _compare_loss(candidate, hidden, weight, target, chunk, what):
         raise WrongAnswer(f"{what}: the mean over labels other than −100 is {expected:.4f}, got {got:.4f}. {told}")
 
 
-def _not_written(*args):
-    raise NotImplementedError
-
-
 EXERCISES = {
     "04.1": Exercise(
         title="The states of a training run",
         specification="states(total, trained, itemsize, masters) → bytes of all model states",
-        stub=_not_written,
         checker=_check_states,
         solution=_states,
         wrong={
@@ -192,7 +190,6 @@ EXERCISES = {
     "04.2": Exercise(
         title="What autograd keeps",
         specification="kept_bytes(function, *inputs) → bytes saved for backward; a storage counts once",
-        stub=_not_written,
         checker=_check_kept_bytes,
         solution=_kept_bytes,
         wrong={
@@ -209,7 +206,6 @@ EXERCISES = {
     "04.3": Exercise(
         title="A loss without all logits",
         specification="chunked_loss(hidden, weight, target, chunk) → mean cross-entropy over labels other than −100",
-        stub=_not_written,
         checker=_check_chunked_loss,
         solution=_chunked_loss,
         wrong={

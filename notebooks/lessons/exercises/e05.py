@@ -2,14 +2,13 @@
 
 import math
 from itertools import pairwise
-from numbers import Integral
 
 import torch
 from torch import nn
 
 from ...nn.checkpoint import checkpoint, manual_checkpoint_forward
 from ...nn.live_memory import LiveMemory
-from ..exercise import Exercise, WrongAnswer, expect
+from ..exercise import Exercise, WrongAnswer, expect, number
 
 
 def _peak(layers, groups, boundary, inside):
@@ -24,8 +23,8 @@ def _check_best_groups(candidate):
     cases = [(32, 2, 114), (16, 1, 1), (9, 1, 1), (12, 3, 1), (1, 1, 5), (20, 1, 3)]
     cases += [(layers, b, i) for layers in (7, 13, 24, 31) for b in (1, 2, 5) for i in (1, 3, 10, 60)]
     for layers, boundary, inside in cases:
-        got = candidate(layers, boundary, inside)
-        if not isinstance(got, Integral) or not 1 <= got <= layers:
+        got = number(candidate(layers, boundary, inside), "best_groups", "whole number")
+        if not (1 <= got <= layers and got == int(got)):
             raise WrongAnswer(f"{layers} layers can be cut into 1 to {layers} groups, got {got!r}")
         least = _peak(layers, _best_groups(layers, boundary, inside), boundary, inside)
         found = _peak(layers, got, boundary, inside)
@@ -200,15 +199,10 @@ def _check_run_in_groups(candidate):
     return "tried 5 stacks, tails among them: result, gradients, bytes kept, and which layers ran again"
 
 
-def _not_written(*args):
-    raise NotImplementedError
-
-
 EXERCISES = {
     "05.1": Exercise(
         title="The best number of groups",
         specification="best_groups(layers, boundary, inside) → k with the least k·boundary + ceil(layers / k)·inside",
-        stub=_not_written,
         checker=_check_best_groups,
         solution=_best_groups,
         wrong={
@@ -225,7 +219,6 @@ EXERCISES = {
     "05.2": Exercise(
         title="A checkpoint that gets dropout right",
         specification="my_checkpoint(func, *args): keep nothing from inside func, recompute it in backward",
-        stub=_not_written,
         checker=_check_my_checkpoint,
         solution=_my_checkpoint,
         wrong={
@@ -241,7 +234,6 @@ EXERCISES = {
     "05.3": Exercise(
         title="Checkpoints around groups of layers",
         specification="run_in_groups(layers, x, groups): each group of layers one handtuned.nn.checkpoint",
-        stub=_not_written,
         checker=_check_run_in_groups,
         solution=_run_in_groups,
         wrong={

@@ -206,15 +206,10 @@ def _climbs_again(k, total, warmup):
     return 0.5 * (1 + math.cos(math.pi * (k - warmup) / max(1, total - warmup)))
 
 
-def _not_written(*args):
-    raise NotImplementedError
-
-
 EXERCISES = {
     "06.1": Exercise(
         title="The gradient of all tokens",
         specification="accumulate(model, micro_batches): .grad of the mean over all labels but −100; return the mean",
-        stub=_not_written,
         checker=_check_accumulate,
         solution=_accumulate,
         wrong={
@@ -230,7 +225,6 @@ EXERCISES = {
     "06.2": Exercise(
         title="An epoch with a tail",
         specification="train_epoch(model, optimizer, batches, accumulation_steps, max_norm)",
-        stub=_not_written,
         checker=_check_train_epoch,
         solution=_train_epoch,
         wrong={
@@ -246,7 +240,6 @@ EXERCISES = {
     "06.3": Exercise(
         title="Warmup and cosine",
         specification="rate(k, total, warmup) → learning rate of update k as a share of the peak",
-        stub=_not_written,
         checker=_check_rate,
         solution=_rate,
         wrong={

@@ -3,20 +3,17 @@
 import numpy as np
 import torch
 import torch.nn.functional as F
+from torch.autograd.graph import saved_tensors_hooks
 from torch.utils.flop_counter import FlopCounterMode
 
 from ...kernels.runtime import tl, triton
 from ..canaries import guarded
 from ..emulated import seen_there, without_faults
-from ..exercise import Exercise, WrongAnswer, expect, expect_close, unchanged
+from ..exercise import Exercise, WrongAnswer, alike, expect, expect_close, unchanged
 from ..watch import launched
 from . import e07_kernels, e07_layer
 
 # 07.1
-
-
-def best_rank_r_stub(M, r):
-    raise NotImplementedError
 
 
 def best_rank_r(M, r):
@@ -70,10 +67,6 @@ def check_best_rank_r(candidate):
 # 07.2
 
 
-def lora_forward_stub(x, W, bias, A, B, alpha):
-    raise NotImplementedError
-
-
 def lora_forward(x, W, bias, A, B, alpha):
     return F.linear(x, W, bias) + alpha / A.shape[0] * F.linear(F.linear(x, A), B)
 
@@ -111,12 +104,12 @@ def check_lora_forward(candidate):
             raise WrongAnswer(f"With bias=None: {error}. F.linear takes None for a bias.") from None
         want = lora_forward(x, W, bias, A, B, alpha)
         hint = ""
-        if torch.is_tensor(y) and y.shape == want.shape and torch.allclose(
-            y, _scaled_by_alpha(x, W, bias, A, B, alpha), atol=1e-4
-        ):  # fmt: skip
-            hint = "The factor is alpha / r, not alpha."
-        elif torch.is_tensor(y) and y.shape == want.shape:
+        if alike(y, want):
             hint = "The low-rank part is (alpha / r) · x Aᵀ Bᵀ, and r is the number of A's rows."
+            if torch.allclose(y, _scaled_by_alpha(x, W, bias, A, B, alpha), atol=1e-4):
+                hint = "The factor is alpha / r, not alpha."
+            elif biased and torch.allclose(y + bias, want, rtol=1e-4, atol=1e-4):
+                hint = "The bias is missing."
         expect_close(y, want, f"The output for {where}", rtol=1e-4, atol=1e-4, hint=hint)
     x, W, A, B = (torch.randn(*size) for size in ((64, 256), (512, 256), (4, 256), (512, 4)))
     with FlopCounterMode(display=False) as counter:
@@ -131,10 +124,6 @@ def check_lora_forward(candidate):
 
 
 # 07.3
-
-
-def down_stub(x, A, S):
-    raise NotImplementedError
 
 
 @triton.jit
@@ -181,10 +170,6 @@ def check_down(candidate):
 # 07.4
 
 
-def lora_gradients_stub(x, dy, W, A, B, s):
-    raise NotImplementedError
-
-
 def lora_gradients(x, dy, W, A, B, s):
     dS = s * dy @ B
     return dy @ W + dS @ A, dS.t() @ x, s * dy.t() @ (x @ A.t())
@@ -205,6 +190,11 @@ def _dB_transposed(x, dy, W, A, B, s):
     return dx, dA, dB.t()
 
 
+def _by_autograd(kept):
+    """What autograd wants to keep: nothing that is given requires a gradient, so products by hand keep nothing."""
+    raise WrongAnswer("Without autograd: write each gradient as a product, as in hint 1.") from None
+
+
 def check_lora_gradients(candidate):
     generator = torch.Generator().manual_seed(7)
     for rows, inputs, outputs, r, s in ((3, 5, 7, 2, 2.0), (1, 8, 4, 3, 0.5), (65, 6, 6, 1, 4.0)):
@@ -216,18 +206,19 @@ def check_lora_gradients(candidate):
         leaves = [t.clone().requires_grad_() for t in (x, A, B)]
         y = leaves[0] @ W.t() + s * (leaves[0] @ leaves[1].t()) @ leaves[2].t()
         wanted = torch.autograd.grad(y, leaves, dy)
-        with unchanged(x=x, dy=dy, W=W, A=A, B=B), torch.no_grad():
+        given = unchanged(x=x, dy=dy, W=W, A=A, B=B)
+        with given, torch.no_grad(), saved_tensors_hooks(_by_autograd, lambda tensor: tensor):
             try:
                 got = candidate(x, dy, W, A, B, s)
-            except RuntimeError as error:
-                if "does not require grad" not in str(error):
+            except RuntimeError as error:  # the second is of torch.func
+                if not any(said in str(error) for said in ("does not require grad", "saved tensor hooks")):
                     raise
-                raise WrongAnswer("Without autograd: write each gradient as a product, as in hint 1.") from None
+                _by_autograd(error)
         expect(isinstance(got, (tuple, list)) and len(got) == 3, "Return three tensors: (dx, dA, dB).")
         low_rank = s * dy @ B @ A
         for name, mine, theirs in zip(("dx", "dA", "dB"), got, wanted, strict=True):
             hint = ""
-            if torch.is_tensor(mine) and mine.shape == theirs.shape:
+            if alike(mine, theirs):
                 if name == "dx" and torch.allclose(mine, low_rank):
                     hint = "dx still crosses W: its first term is dy W."
                 elif name == "dx" and torch.allclose(mine, dy @ W):
@@ -243,7 +234,6 @@ EXERCISES = {
     "07.1": Exercise(
         title="the best matrix of rank r",
         specification="best_rank_r(M, r) → (B, A), shapes (m, r) and (r, n), with BA nearest to M among rank r.",
-        stub=best_rank_r_stub,
         checker=check_best_rank_r,
         solution=best_rank_r,
         wrong={
@@ -260,7 +250,6 @@ EXERCISES = {
     "07.2": Exercise(
         title="LoRA's forward pass",
         specification="lora_forward(x, W, bias, A, B, alpha) → x Wᵀ + bias + (alpha / r) x Aᵀ Bᵀ; x is (…, in).",
-        stub=lora_forward_stub,
         checker=check_lora_forward,
         solution=lora_forward,
         wrong={
@@ -277,7 +266,6 @@ EXERCISES = {
     "07.3": Exercise(
         title="the skinny product as a kernel",
         specification="down(x, A, S): launch your Triton kernel so that S (M, r) = x Aᵀ; x (M, K), A (r, K), all fp32.",
-        stub=down_stub,
         checker=check_down,
         solution=_down(),
         wrong={
@@ -296,7 +284,6 @@ EXERCISES = {
     "07.4": Exercise(
         title="LoRA's gradients",
         specification="lora_gradients(x, dy, W, A, B, s) → (dx, dA, dB) of y = x Wᵀ + s (x Aᵀ) Bᵀ, without autograd.",
-        stub=lora_gradients_stub,
         checker=check_lora_gradients,
         solution=lora_gradients,
         wrong={

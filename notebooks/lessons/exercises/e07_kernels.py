@@ -11,10 +11,6 @@ from ..watch import launched
 BLOCK = 16
 
 
-def _stub(*args):
-    raise NotImplementedError
-
-
 # 07.5
 
 
@@ -211,7 +207,6 @@ EXERCISES = {
     "07.5": Exercise(
         title="the fused forward pass",
         specification="fused_forward(x, W, S, B, scale, y): y = x Wᵀ + scale · S Bᵀ in one kernel; any strides, fp32.",
-        stub=_stub,
         checker=_check_fused,
         solution=_fused(),
         wrong={
@@ -230,7 +225,6 @@ EXERCISES = {
     "07.6": Exercise(
         title="dS and dB",
         specification="up_grads(dy, S, B, scale, dS, dB): dS = scale · dy B (M, r), dB = scale · dyᵀ S (N, r), fp32.",
-        stub=_stub,
         checker=_check_up_grads,
         solution=up_grads,
         wrong={

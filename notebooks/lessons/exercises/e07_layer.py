@@ -11,10 +11,6 @@ from ..watch import watched
 from .e07_kernels import base_and_low_rank, skinny_product, up_grads
 
 
-def _stub(*args):
-    raise NotImplementedError
-
-
 class LoRA(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, W, A, B, scale):
@@ -129,7 +125,6 @@ EXERCISES = {
     "07.7": Exercise(
         title="a layer of your kernels",
         specification="lora(x, W, A, B, scale) → y with gradients of x, A and B: an autograd Function of your kernels.",
-        stub=_stub,
         checker=_check_layer,
         solution=LoRA.apply,
         wrong={

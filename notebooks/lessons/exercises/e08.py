@@ -5,7 +5,7 @@ import torch.nn.functional as F
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from ..exercise import Exercise, WrongAnswer, expect, expect_close, unchanged
+from ..exercise import Exercise, WrongAnswer, alike, expect, expect_close, unchanged
 
 # 08.1
 
@@ -18,11 +18,8 @@ PATHS = [
     "vision.no_proj",
     "o_proj",
     "o_proj_bias",
+    "model.layers.0.self_attn_q_proj",
 ]
-
-
-def select_stub(paths, target):
-    raise NotImplementedError
 
 
 def select(paths, target):
@@ -62,12 +59,6 @@ def check_select(candidate):
 
 
 # 08.2
-
-
-class MergeableStub(nn.Module):
-    def __init__(self, linear, A, B, scaling):
-        super().__init__()
-        raise NotImplementedError
 
 
 class Mergeable(nn.Module):
@@ -137,7 +128,7 @@ def check_mergeable(candidate):
     layer.merge()
     got = layer(x)
     hint = ""
-    if got.shape == want.shape:
+    if alike(got, want):
         if torch.allclose(got, F.linear(x, W + 2 * scaling * delta, bias), **close):
             hint = "ΔW is in it twice: once in the weight and once in forward. Remember that you merged."
         elif torch.allclose(got, F.linear(x, W + delta, bias), **close):
@@ -174,10 +165,6 @@ def check_mergeable(candidate):
 
 
 # 08.3
-
-
-def forward_rows_stub(x, W, adapters, names):
-    raise NotImplementedError
 
 
 def forward_rows(x, W, adapters, names):
@@ -220,7 +207,7 @@ def check_forward_rows(candidate):
         with unchanged(x=x, W=W, adapters=adapters, names=names):
             got = candidate(x, W, adapters, names)
         hint = ""
-        if torch.is_tensor(got) and got.shape == want.shape:
+        if alike(got, want):
             wrong = [name for name, mine, theirs in zip(names, got, want, strict=True)
                      if not torch.allclose(mine, theirs, atol=1e-4)]  # fmt: skip
             if wrong == [None] * len(wrong) and wrong:
@@ -247,7 +234,6 @@ EXERCISES = {
     "08.1": Exercise(
         title="which layers a target names",
         specification="select(paths, target) → the paths that end in target, by whole components, in order.",
-        stub=select_stub,
         checker=check_select,
         solution=select,
         wrong={
@@ -267,7 +253,6 @@ EXERCISES = {
             "class Mergeable(linear, A, B, scaling) with forward, merge and unmerge; merging twice is harmless, "
             "unmerging exact."
         ),
-        stub=MergeableStub,
         checker=check_mergeable,
         solution=Mergeable,
         wrong={
@@ -287,7 +272,6 @@ EXERCISES = {
             "forward_rows(x, W, adapters, names) → x Wᵀ with row i's own adapter added; None: none. "
             "adapters[name] = (A, B, scaling)."
         ),
-        stub=forward_rows_stub,
         checker=check_forward_rows,
         solution=forward_rows,
         wrong={

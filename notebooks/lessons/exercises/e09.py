@@ -16,10 +16,6 @@ LEVELS = NF4_CODE.numpy()
 # 09.1
 
 
-def quantize_block_stub(x, levels):
-    raise NotImplementedError
-
-
 def _nearest(scaled, levels):
     return np.abs(scaled[:, None] - levels[None, :]).argmin(axis=1).astype(np.uint8)
 
@@ -89,10 +85,6 @@ def check_quantize_block(candidate):
 # 09.2
 
 
-def pack_stub(codes):
-    raise NotImplementedError
-
-
 def pack(codes):
     codes = np.append(codes, 7) if len(codes) % 2 else codes
     return (codes[0::2] * 16 + codes[1::2]).astype(np.uint8)
@@ -140,10 +132,6 @@ def check_pack(candidate):
 
 
 # 09.3
-
-
-def dequantize_stub(packed, absmax, levels, out, block_size):
-    raise NotImplementedError
 
 
 @triton.jit
@@ -204,7 +192,6 @@ EXERCISES = {
     "09.1": Exercise(
         title="one block of NF4",
         specification="quantize_block(x, levels) → (uint8 codes, absmax): the level nearest to each x / absmax.",
-        stub=quantize_block_stub,
         checker=check_quantize_block,
         solution=quantize_block,
         wrong={
@@ -221,7 +208,6 @@ EXERCISES = {
     "09.2": Exercise(
         title="two codes per byte",
         specification="pack(codes) → uint8, the first of a pair in the high nibble; an odd count is filled up with 7.",
-        stub=pack_stub,
         checker=check_pack,
         solution=pack,
         wrong={
@@ -241,7 +227,6 @@ EXERCISES = {
             "dequantize(packed, absmax, levels, out, block_size): launch your Triton kernel so that "
             "out[i] = levels[code i] * absmax[i // block_size] for every i, and nothing else is touched."
         ),
-        stub=dequantize_stub,
         checker=check_dequantize,
         solution=_dequantize(),
         wrong={

@@ -9,11 +9,6 @@ from ..emulated import seen_there, without_faults
 from ..exercise import Exercise, WrongAnswer, expect, expect_close
 from ..watch import launched
 
-
-def _stub(*args):
-    raise NotImplementedError
-
-
 # 09.4
 
 
@@ -206,7 +201,6 @@ EXERCISES = {
             "dequantize(packed, codes, constants, table, offset, levels, out, block_size, nested_block): as 09.3, with "
             "scale[j] = table[codes[j]] * constants[j // nested_block] + offset decoded in the kernel."
         ),
-        stub=_stub,
         checker=_check_nested,
         solution=_nested(),
         wrong={
@@ -223,7 +217,6 @@ EXERCISES = {
     "09.5": Exercise(
         title="quantize",
         specification="quantize(x, levels, packed, absmax, block_size): NF4 codes of x, two a byte, and fp32 scales.",
-        stub=_stub,
         checker=_check_quantize,
         solution=_quantize(),
         wrong={

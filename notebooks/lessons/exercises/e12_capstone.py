@@ -25,10 +25,6 @@ ROWS = (
 )
 
 
-def _not_written(*args):
-    raise NotImplementedError
-
-
 # The solution.
 
 
@@ -325,7 +321,6 @@ EXERCISES = {
             "capstone(model, tokenizer, rows, budget, directory) → (answers before, after): train an adapter on rows, "
             "(question, answer), within budget bytes above the model, and save it for PEFT."
         ),
-        stub=_not_written,
         checker=_check_capstone,
         solution=_capstone,
         wrong={
