@@ -40,7 +40,7 @@ def report() -> str:
         "",
         "what runs where",
         f"  a CPU tensor   {KERNELS.get(cpu, f'the compiled Triton kernel, in the emulator of {cpu}')}"
-        + (", with NF4 decoded by compiled C" if has_native() else ""),
+        + (", with NF4 decoded by compiled C" if cpu == "torch" and has_native() else ""),
     ]
     if gpus and runtime.HAS_TRITON:
         lines.append(f"  a CUDA tensor  {KERNELS[backend(torch.empty(0, device='cuda'))]}")

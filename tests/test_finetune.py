@@ -95,7 +95,7 @@ def test_pain_17_doctor_says_what_runs_where(capsys):
 
 def test_doctor_in_an_emulated_process(monkeypatch):
     monkeypatch.setattr(doctor, "backend", lambda tensor: "sm_90")
-    assert "a CPU tensor   the compiled Triton kernel, in the emulator of sm_90" in doctor.report()
+    assert "a CPU tensor   the compiled Triton kernel, in the emulator of sm_90\n" in doctor.report()
 
 
 def test_both_spellings_and_the_ecosystems_names_work(model_dir, rows, tmp_path):
