@@ -92,6 +92,8 @@ def run(args: argparse.Namespace) -> int:
         write_json(Path(args.json), report)
     if args.plot and report["ceilings"].get("copy"):
         draw(report["ceilings"], every, report["device"]["name"], args.plot)
+    elif args.plot:
+        print(f"--plot: {args.plot} was not written, as this run measured no bandwidth")
     return int(any(name.startswith(OURS) for record in every for name in record["failed"]))
 
 

@@ -31,7 +31,7 @@ def report() -> str:
         lines.append(f"cuda:{index}        {gpu.name}, sm_{gpu.major}{gpu.minor}, {gpu.total_memory / 2**30:.1f} GiB, "
                      f"computes in {str(low).removeprefix('torch.')}")  # fmt: skip
     device = choose_device("auto")
-    dtype = choose_dtype("auto", device)
+    dtype, cpu = choose_dtype("auto", device), backend(torch.empty(0))
     lines += [] if gpus else ["GPU           none that CUDA can use"]
     lines += [
         f"Triton        {'installed' if runtime.HAS_TRITON else 'not installed: GPU kernels cannot run'}"
@@ -39,8 +39,8 @@ def report() -> str:
         f"model cache   {cache_directory()}",
         "",
         "what runs where",
-        f"  a CPU tensor   {KERNELS[backend(torch.empty(0))]}"
-        + (", with NF4 decoded by compiled C" if has_native() else ""),
+        f"  a CPU tensor   {KERNELS.get(cpu, f'the compiled Triton kernel, in the emulator of {cpu}')}"
+        + (", with NF4 decoded by compiled C" if cpu == "torch" and has_native() else ""),
     ]
     if gpus and runtime.HAS_TRITON:
         lines.append(f"  a CUDA tensor  {KERNELS[backend(torch.empty(0, device='cuda'))]}")

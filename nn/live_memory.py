@@ -25,7 +25,8 @@ class LiveMemory(TorchDispatchMode):
 
     Args:
         scan: look among all Python objects for the tensors that are there already. Without it `before` holds only
-            those that an operation reads, and the death of the others goes unnoticed.
+            those that an operation reads, and the death of the others goes unnoticed; likewise for tensors that
+            gc.freeze() has set aside.
         keep_history: note `added` after every change, in `history`.
 
     Attributes:

@@ -85,6 +85,16 @@ def test_the_command_writes_json_a_table_and_a_picture(small, capsys):
     assert "double   floor" in said and "GB/s" in said and "ceilings measured: copy" in said
 
 
+def test_a_picture_that_is_not_drawn_is_told(small, capsys):
+    (small / "bench_whole.py").write_text(
+        "def measure(device, quick, rounds, against, share, deadline):\n"
+        "    return [{'name': 'x', 'bytes': 0, 'flops': 0, 'contestants': {}, 'skipped': {}, 'failed': {}}]\n"
+    )
+    assert run("whole", "--plot", str(small / "out.png")) == 0
+    assert not (small / "out.png").exists()
+    assert "out.png was not written, as this run measured no bandwidth" in capsys.readouterr().out
+
+
 def test_without_names_all_run_and_a_wrong_result_of_ours_is_an_error(small, capsys):
     assert run() == 1
     said = capsys.readouterr().out

@@ -6,6 +6,7 @@ from ptx import element_address, run
 from test_emulator_wgmma import multiply
 
 from handtuned.gpu.emulator import KernelFault
+from handtuned.gpu.emulator.fault import Unsupported
 from handtuned.gpu.emulator.memory import Unwritten
 
 TID = """mov.u32 %r1, %tid.x;
@@ -195,6 +196,34 @@ def test_a_copy_that_was_not_waited_for():
     for most, offset in ((2, 0), (1, 1024)):
         found = fault(ASYNC.format(most=most, offset=offset), [x], shared_bytes=2048)
         check(found, "not arrived", line=13, thread=0, address=offset)
+
+
+def test_wait_all_waits_for_copies_without_a_commit():
+    x = torch.arange(128, dtype=torch.int32)
+    body = ASYNC.replace("cp.async.commit_group;", "bar.warp.sync -1;").format(most=0, offset=1024)
+    check(fault(body, [x], shared_bytes=2048), "not arrived", line=13)
+    run(body.replace("cp.async.wait_group 0;", "cp.async.wait_all;"), [x], shared_bytes=2048)
+
+
+def test_a_commit_closes_no_copies_of_other_threads():
+    """The second warp commits while the first one has a copy that it commits later."""
+    body = ASYNC.format(most=0, offset=0).splitlines()
+    body[7:11] = """setp.ge.u32 %p1, %r1, 32;
+    @%p1 bra $SECOND;
+    cp.async.cg.shared.global [%r4], [%d1], 16;
+    bra.uni $MEET;
+    $SECOND: cp.async.cg.shared.global [%r4], [%d1], 16;
+    cp.async.commit_group;
+    $MEET: cp.async.commit_group;""".splitlines()
+    run("\n".join(body), [torch.arange(256, dtype=torch.int32)], threads=64, shared_bytes=1024)
+
+
+@pytest.mark.parametrize("unknown", ["barrier.cluster.arrive.aligned;", "bar.red.popc.u32 %r3, 0, %p1;"])
+def test_an_unknown_barrier_stops_only_who_reaches_it(unknown):
+    body = f"{TID}\nsetp.ge.u32 %p1, %r1, {{}};\n@%p1 bra $OUT;\n{unknown}\n$OUT: bar.warp.sync -1;"
+    run(body.format(0), [])
+    with pytest.raises(Unsupported, match=unknown.split()[0].rstrip(";")):
+        run(body.format(1), [])
 
 
 GLOBAL = f"""{TID}

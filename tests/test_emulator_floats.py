@@ -303,3 +303,12 @@ def test_the_largest_of_three():
     values = [numbers("f32", seed).view(np.float32) for seed in range(3)]
     for op, fn in (("max", np.fmax), ("min", np.fmin), ("max.NaN", np.maximum), ("min.NaN", np.minimum)):
         assert same(apply(f"{op}.f32 d, a, b, c;", values, np.float32), fn(fn(values[0], values[1]), values[2]))
+
+
+def test_nan_as_an_integer():
+    """0, or the highest bit alone where the source is f64 or the destination has 64 bits."""
+    for of, to in (("f32", "s32"), ("f32", "u32"), ("f32", "s64"), ("f32", "u64"), ("f64", "s32"), ("f64", "u32"),
+                   ("f64", "s64"), ("f64", "u16")):  # fmt: skip
+        bits = int(to[1:])
+        got = apply(f"cvt.rzi.{to}.{of} d, a;", [np.array([np.nan, 3.0], NUMPY[of])], f"u{bits // 8}")
+        assert got.tolist() == [1 << bits - 1 if of == "f64" or bits == 64 else 0, 3]

@@ -255,3 +255,15 @@ def test_a_fault_in_a_function_that_is_called():
     x = torch.tensor([27], dtype=torch.int32)
     fault = fault_of("sm_90", lambda: count_steps[(2,)](x, torch.empty(2, dtype=torch.int32)))
     assert (fault.kind, fault.program) == ("out of bounds", 1) and np.isscalar(fault.line)
+
+
+@triton.jit
+def double(x_ptr, y_ptr, N: tl.constexpr):
+    tl.store(y_ptr + tl.arange(0, N), 2 * tl.load(x_ptr + tl.arange(0, N)))
+
+
+@compiled
+def test_clusters_are_refused():
+    x = torch.randn(256)
+    with emulate("sm_90"), pytest.raises(NotImplementedError, match="no clusters; double has num_ctas = 2"):
+        double[(1,)](x, torch.empty_like(x), 256, num_ctas=2)

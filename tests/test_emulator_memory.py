@@ -1,11 +1,15 @@
 """Loads, stores, atomics and moves in the emulator, and what it counts of them."""
 
+import gc
+
 import numpy as np
 import pytest
 import torch
 from ptx import element_address, run
+from torch._subclasses import FakeTensorMode
 
-from handtuned.gpu import KernelFault
+from handtuned.gpu import KernelFault, emulate
+from handtuned.gpu.emulator.memory import Unwritten
 
 X = torch.randint(-(2**31), 2**31 - 1, (256,), generator=torch.Generator().manual_seed(0)).to(torch.int32)
 
@@ -267,3 +271,31 @@ def test_local_memory_and_tables():
         assert third == (table[2] if thread % 4 == 2 else thread) and fourth == (-1 if thread % 4 == 3 else thread)
     with pytest.raises(KernelFault, match="out of bounds"):
         run(body.replace("[%d3];", "[%d3+16];"), [out])
+
+
+@pytest.mark.parametrize("frozen", [False, True])
+def test_a_tensor_whose_address_stands_in_a_table(frozen):
+    x = torch.arange(3, dtype=torch.int32)
+    table, out = torch.tensor([x.data_ptr()]), torch.zeros(32, dtype=torch.int32)
+    body = f"""ld.param.b64 %d1, [kernel_param_0];
+    ld.global.b64 %d2, [%d1];
+    ld.global.b32 %r3, [%d2+8];
+    {element_address(1, "%d3", 4)}
+    st.global.b32 [%d3], %r3;"""
+    if frozen:
+        gc.freeze()
+    try:
+        run(body, [table, out])
+    finally:
+        gc.unfreeze()
+    assert out.tolist() == [2] * 32
+
+
+def test_fake_tensors_have_no_memory_to_fill(monkeypatch):
+    filled = []
+    monkeypatch.setattr(Unwritten, "add", lambda self, tensor: filled.append(tensor))
+    with emulate("sm_90"):
+        with FakeTensorMode():
+            torch.nn.Linear(4, 4)
+        real = torch.empty_like(torch.nn.Parameter(torch.zeros(4)))
+    assert len(filled) == 1 and filled[0] is real

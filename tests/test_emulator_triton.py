@@ -1,5 +1,6 @@
 """Triton kernels on CPU tensors as GPU code: launched, refused, counted, their faults found."""
 
+import gc
 import os
 import subprocess
 import sys
@@ -244,6 +245,30 @@ def test_an_autotuner_takes_the_first_configuration_that_fits():
         assert gpu.launches[0].programs == wanted and len(gpu.launches) == 1
         assert_computes(c, torch.matmul, (a, a), 256)
     assert not tuned.cache
+
+
+@compiled
+def test_what_a_tuner_chooses_in_the_emulator_ends_with_it(tmp_path, monkeypatch):
+    """It reaches neither Triton's file of tuning results nor the tuner's memory, which gc.freeze() would hide."""
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
+    configs = [triton.Config({"BLOCK": size}) for size in (64, 128)]
+    tuned = triton.autotune(configs, key=["n"], cache_results=True)(total)
+    x, one = torch.ones(256), torch.zeros(1)
+    tuned.cache = known = {}
+    gc.freeze()
+    try:
+        with emulate("sm_90") as outer:
+            for _ in range(2):
+                with emulate("sm_80") as inner:
+                    tuned[lambda meta: (256 // meta["BLOCK"],)](x, one, 256)
+                tuned[lambda meta: (256 // meta["BLOCK"],)](x, one, 256)
+                assert [launch.programs for launch in inner.launches] == [4]
+            assert tuned.cache is not known and not tuned.cache_results
+    finally:
+        gc.unfreeze()
+    assert [launch.programs for launch in outer.launches] == [4, 4] and one.item() == 4 * 256
+    assert tuned.cache is known and not known and tuned.cache_results and "do_bench" not in tuned.__dict__
+    assert not list(tmp_path.rglob("*.autotune.json"))
 
 
 @compiled

@@ -27,12 +27,14 @@ X = torch.randint(-(2**31), 2**31 - 1, (64,), generator=torch.Generator().manual
     ("up", lambda i: torch.where(i >= 5, i - 5, i)),
 ])  # fmt: skip
 @pytest.mark.parametrize("constant", [True, False])
-def test_shuffle(mode, source, constant):
+@pytest.mark.parametrize("given", [5, 37])
+def test_shuffle(mode, source, constant, given):
+    """Of the lane that is given only the lowest five bits count."""
     lane = torch.arange(32)
     want = torch.cat([X[:32][source(lane)], X[32:][source(lane)]])
     clamp = 0 if mode == "up" else 31
-    by = "5" if constant else "%r30"
-    prepare = "" if constant else "mov.u32 %r31, %tid.x;\nand.b32 %r30, %r31, 0;\nadd.s32 %r30, %r30, 5;\n"
+    by = str(given) if constant else "%r30"
+    prepare = "" if constant else f"mov.u32 %r31, %tid.x;\nand.b32 %r30, %r31, 0;\nadd.s32 %r30, %r30, {given};\n"
     got = lanes(f"{prepare}shfl.sync.{mode}.b32 %r20, %r10, {by}, {clamp}, -1;", X, threads=64)
     assert got.tolist() == want.tolist()
 

@@ -4,6 +4,8 @@ import pytest
 import torch
 from ptx import run
 
+from handtuned.gpu import KernelFault
+
 KINDS = {"f16": torch.float16, "bf16": torch.bfloat16, "tf32": torch.float32, "e4m3": torch.float8_e4m3fn,
          "e5m2": torch.float8_e5m2, "s8": torch.int8}  # fmt: skip
 SWIZZLES = {128: 1, 64: 2, 32: 3}
@@ -122,3 +124,29 @@ def test_m_and_n_major(kind, span, transposed):
     body, tensors, launch, A, B = multiply(kind, 128, span, transposed)
     run(body, tensors, **launch)
     torch.testing.assert_close(result(tensors[1], 128), A.float() @ B.float().t(), rtol=1e-6, atol=1e-5)
+
+
+def test_each_warpgroup_waits_for_its_own():
+    """The second one waits while the first one has an earlier product under way, which it waits for later, or never."""
+    body, tensors, launch, A, B = multiply(n=16)
+    first = "wgmma.commit_group.sync.aligned;\n    wgmma.wait_group.sync.aligned 0;"
+    ahead, rest = body.replace("mov.u32 %r1, %tid.x;", "mov.u32 %r99, %tid.x;\nand.b32 %r1, %r99, 127;").split(
+        "setp.ne.s32 %p1, 0, 0;")  # fmt: skip
+    multiplied, stored = rest.split(first)
+    second = (multiplied + first + stored).replace("%r10", "%r11")  # registers of its own
+    both = f"""{ahead}
+    setp.ne.s32 %p1, 0, 0;
+    setp.ge.u32 %p2, %r99, 128;
+    @%p2 bra $SECOND;
+    {multiplied}
+    wgmma.commit_group.sync.aligned;
+    bra.uni $FIRST;
+    $SECOND: {second.strip()}
+    bra.uni $OUT;
+    $FIRST: {{wait}}
+    {stored}
+    $OUT: bar.warp.sync -1;"""
+    run(both.replace("{wait}", "wgmma.wait_group.sync.aligned 0;"), tensors, **launch | {"threads": 256})
+    torch.testing.assert_close(result(tensors[1], 16), A.float() @ B.float().t(), rtol=1e-6, atol=1e-5)
+    with pytest.raises(KernelFault, match="not arrived"):
+        run(both.replace("{wait}", "bar.warp.sync -1;"), tensors, **launch | {"threads": 256})

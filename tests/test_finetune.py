@@ -7,7 +7,7 @@ import pytest
 import torch
 from finetuned import finetune, losses
 
-from handtuned import cli
+from handtuned import cli, doctor
 
 pytest.importorskip("transformers")
 
@@ -91,6 +91,11 @@ def test_pain_17_doctor_says_what_runs_where(capsys):
     assert cli.main(["doctor"]) == 0
     text = capsys.readouterr().out
     assert torch.__version__ in text and "a CPU tensor" in text and "finetune" in text
+
+
+def test_doctor_in_an_emulated_process(monkeypatch):
+    monkeypatch.setattr(doctor, "backend", lambda tensor: "sm_90")
+    assert "a CPU tensor   the compiled Triton kernel, in the emulator of sm_90\n" in doctor.report()
 
 
 def test_both_spellings_and_the_ecosystems_names_work(model_dir, rows, tmp_path):

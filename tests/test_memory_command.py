@@ -1,6 +1,8 @@
 """`handtuned memory` with the flags of `finetune`: what it says beside what `--measure` counts, and what it refuses."""
 
+import json
 import re
+import shutil
 
 import pytest
 from finetuned import finetune
@@ -65,3 +67,32 @@ def test_fsdp_is_priced_as_zero_3(place, capsys):
 def test_what_finetune_refuses_is_refused(place, capsys, flags, message):
     assert cli.main(["memory", "--model", str(place / "model"), *flags.split()]) == 2
     assert message in capsys.readouterr().err
+
+
+def test_code_of_a_model_is_trusted_to_the_end(place, tmp_path, capsys):
+    from test_base_sources import CODE
+
+    shutil.copytree(place / "model", tmp_path / "own")
+    for name, source in CODE.items():
+        (tmp_path / "own" / name).write_text(source)
+    config = json.loads((tmp_path / "own" / "config.json").read_text())
+    config |= {"model_type": "own", "architectures": ["OwnModel"],
+               "auto_map": {"AutoConfig": "configuration_own.OwnConfig",
+                            "AutoModelForCausalLM": "modeling_own.OwnModel"}}  # fmt: skip
+    (tmp_path / "own" / "config.json").write_text(json.dumps(config))
+    command = ["memory", "--model", str(tmp_path / "own"), "--method", "lora", "--seq", "64"]
+    assert cli.main(command) == 2
+    assert "then add --trust-remote-code" in capsys.readouterr().err
+    assert cli.main([*command, "--trust-remote-code", "--gpu", "24GB"]) == 0
+    said = capsys.readouterr().out
+    assert "rule of thumb" in said and "24.00 GB" in said
+
+
+def test_a_model_without_attention_heads(tmp_path, capsys):
+    import transformers
+
+    transformers.MambaConfig(vocab_size=99, hidden_size=32, num_hidden_layers=2).save_pretrained(tmp_path)
+    words = ["--method", "full", "--batch", "1", "--seq", "32", "--gpu", "24GB"]
+    assert cli.main(["memory", "--model", str(tmp_path), *words]) == 0
+    said = capsys.readouterr().out
+    assert "rule of thumb" not in said and "24.00 GB" in said

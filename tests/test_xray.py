@@ -80,8 +80,15 @@ def test_loops_and_tensor_cores_are_found_and_subroutines_left_out():
 
 @pytest.mark.skipif(not runtime.INTERPRETED, reason="kernels are compiled in this process")
 def test_an_interpreted_process_says_what_to_do():
-    with pytest.raises(RuntimeError, match=r"TRITON_INTERPRET=0 handtuned xray"):
+    with pytest.raises(ValueError, match=r"TRITON_INTERPRET=0 handtuned xray"):
         examine(OPERATIONS["adamw[fp32]"], "sm_90", Size())
+
+
+@pytest.mark.skipif(not runtime.HAS_TRITON, reason="needs Triton")
+def test_the_command_in_a_process_that_cannot_compile(capsys):
+    """conftest.py has set HANDTUNED_BACKEND, and TRITON_INTERPRET where there is no GPU."""
+    assert cli.main(["xray", "adamw", "--check", "--arch", "sm_90"]) == 2
+    assert " is set" in capsys.readouterr().err
 
 
 # what fits on a multiprocessor, by hand from the limits
@@ -209,6 +216,8 @@ def results_file(folder, device="NVIDIA H200", kind="cuda", multiprocessors=132)
     content = {"device": device, "results": {"nf4": records, "lora": []}}
     (folder / "gpu.json").write_text(json.dumps(content))
     (folder / "other.json").write_text("[1, 2]")
+    (folder / "cut_short.json").write_text(json.dumps(content)[:40])
+    (folder / "no_text.json").write_bytes(b"\xff\xfe\xfd")
     return measurements(folder)
 
 

@@ -6,12 +6,12 @@ asks for registers), and its launcher runs it on CPU tensors. Specialization, pr
 shared memory and Triton's own cache work as on a card.
 
 Private interfaces used, the same in Triton 3.6 and 3.7: `triton.runtime.driver`, what a driver, its `utils` and its
-launcher are called with, `knobs.runtime.add_stages_inspection_hook`, `CompiledKernel.metadata`, the fields `cache` and
-`do_bench` of an Autotuner, `InterpretedFunction.run`, how a TensorDescriptor is passed.
+launcher are called with, `knobs.runtime.add_stages_inspection_hook`, `CompiledKernel.metadata`, the fields `cache`,
+`cache_results` and `do_bench` and the method `run` of an Autotuner, `InterpretedFunction.run`, how a TensorDescriptor
+is passed.
 """
 
 import contextlib
-import gc
 import hashlib
 import inspect
 import json
@@ -101,6 +101,9 @@ class _Launcher:
     """Runs one compiled kernel; `src` and `metadata` are what Triton's compiler left."""
 
     def __init__(self, src, metadata):
+        if getattr(metadata, "num_ctas", 1) > 1:
+            raise NotImplementedError(f"the emulator knows no clusters; {metadata.name} has num_ctas = "
+                                      f"{metadata.num_ctas}")  # fmt: skip
         self.src, self.metadata = src, metadata
 
     @property
@@ -258,16 +261,25 @@ def _refuse(self, *args, **kwargs):
                        "compiled. Unset TRITON_INTERPRET before the module that holds it is imported")  # fmt: skip
 
 
-def _fresh_tuners(saved=()):
-    """Let every Autotuner choose anew; gives what they had, or puts back what was `saved`."""
-    saved = {id(tuner): state for tuner, state in saved}
-    had = []
-    for tuner in [o for o in gc.get_objects() if issubclass(type(o), Autotuner)]:
-        had.append((tuner, (tuner.cache, tuner.__dict__.pop("do_bench", None))))
-        tuner.cache, bench = saved.get(id(tuner), ({}, None))
+def _tuned_afresh(run, had):
+    """`Autotuner.run` for the emulator: each tuner chooses anew. `had` gets what it had before, by its id."""
+
+    def tuned(self, *args, **kwargs):
+        if id(self) not in had:
+            had[id(self)] = self, self.cache, self.cache_results, self.__dict__.pop("do_bench", None)
+            self.cache, self.cache_results = {}, False  # on disk the choice would be taken for one measured on a card
+        return run(self, *args, **kwargs)
+
+    tuned.untouched = run
+    return tuned
+
+
+def _give_back(had):
+    for tuner, cache, cache_results, bench in had.values():
+        tuner.cache, tuner.cache_results = cache, cache_results
+        tuner.__dict__.pop("do_bench", None)
         if bench is not None:
             tuner.__dict__["do_bench"] = bench
-    return had
 
 
 @contextlib.contextmanager
@@ -276,15 +288,18 @@ def installed(driver: EmulatedDriver):
     check_version()
     config, runtime = triton.runtime.driver, knobs.runtime
     before, hook, run = config._active, runtime.add_stages_inspection_hook, InterpretedFunction.run
-    tuners = _fresh_tuners()
+    tuned, had = Autotuner.run, {}
     config.set_active(driver)
     runtime.add_stages_inspection_hook, InterpretedFunction.run = _take_ptx, _refuse
+    # an emulator inside another one does not run through the outer one's, which would save the inner one's choices
+    Autotuner.run = _tuned_afresh(getattr(tuned, "untouched", tuned), had)
     try:
         yield
     finally:
         config._active = before
         runtime.add_stages_inspection_hook, InterpretedFunction.run = hook, run
-        _fresh_tuners(tuners)
+        Autotuner.run = tuned
+        _give_back(had)
 
 
 def assembled(ptx: str, metadata) -> tuple[int, int, str]:

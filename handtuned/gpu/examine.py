@@ -46,16 +46,16 @@ def examine(operation: Operation, arch: str, size: Size, programs: int | None = 
 
     `programs`: how many of each launch to execute; None: all; 0: none.
 
-    RuntimeError: without Triton, or in a process where kernels are interpreted or references are forced.
-    ValueError: unknown architecture.
+    ValueError: an unknown architecture, no Triton, or a process where HANDTUNED_BACKEND or TRITON_INTERPRET decides
+    where kernels run.
     """
     if not HAS_TRITON:
-        raise RuntimeError("xray needs Triton, which is not installed")
+        raise ValueError("xray needs Triton, which is not installed")
     if INTERPRETED:
-        raise RuntimeError("TRITON_INTERPRET is set, so the kernels of this process are interpreted and cannot be "
-                           "compiled; run xray in a process without it: TRITON_INTERPRET=0 handtuned xray")  # fmt: skip
+        raise ValueError("TRITON_INTERPRET is set, so the kernels of this process are interpreted and cannot be "
+                         "compiled; run xray in a process without it: TRITON_INTERPRET=0 handtuned xray")  # fmt: skip
     if os.environ.get("HANDTUNED_BACKEND"):
-        raise RuntimeError("HANDTUNED_BACKEND is set, which decides where kernels run; xray needs it unset")
+        raise ValueError("HANDTUNED_BACKEND is set, which decides where kernels run; xray needs it unset")
     number(arch)
     call = operation.prepare(size)
     try:

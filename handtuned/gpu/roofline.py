@@ -125,7 +125,10 @@ def measurements(folder: str | Path) -> list[Measured]:
     """All GPU times of single operations in the JSON files of a folder; other files are passed over."""
     found = []
     for path in sorted(Path(folder).glob("*.json")):
-        content = json.loads(path.read_text(encoding="utf-8"))
+        try:
+            content = json.loads(path.read_text(encoding="utf-8"))
+        except ValueError:  # cut short, or not text
+            continue
         device = content.get("device", {}) if isinstance(content, dict) else {}
         if device.get("kind") == "cuda":
             for record in (record for results in content["results"].values() for record in results):

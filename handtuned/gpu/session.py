@@ -153,7 +153,7 @@ class _WatchEmpty(TorchFunctionMode):
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
         out = func(*args, **(kwargs or {}))
-        if func in _MAKES_EMPTY and isinstance(out, torch.Tensor) and not out.is_meta:
+        if func in _MAKES_EMPTY and type(out) is torch.Tensor and not out.is_meta:  # a FakeTensor has no memory
             self.unwritten.add(out)
         return out
 

@@ -78,11 +78,12 @@ def run(args: argparse.Namespace) -> int:
     breakdown, shape = estimate(**wanted), shape_of(wanted["model"])
     print(breakdown)
     if shape is None or shape.layers:
-        config = config_of(shape or wanted["model"])[1].get_text_config()
-        sizes = args.batch, args.seq, config.hidden_size, config.num_attention_heads, config.num_hidden_layers
-        scores, fused = (both(korthikanti(*sizes, flash=flash)) for flash in (False, True))
-        print("rule of thumb for activations (Korthikanti et al., a 16-bit GPT with dropout): "
-              f"{scores} with attention scores, {fused} without")  # fmt: skip
+        config = config_of(shape or wanted["model"], wanted["trust_remote_code"])[1].get_text_config()
+        if heads := getattr(config, "num_attention_heads", None):  # the rule is of attention
+            sizes = args.batch, args.seq, config.hidden_size, heads, config.num_hidden_layers
+            scores, fused = (both(korthikanti(*sizes, flash=flash)) for flash in (False, True))
+            print("rule of thumb for activations (Korthikanti et al., a 16-bit GPT with dropout): "
+                  f"{scores} with attention scores, {fused} without")  # fmt: skip
     if args.measure:
         measured = _measured(wanted, choose_device(settings.device))
         print(f"measured: {measured}\nthe estimate is off by {100 * (breakdown.peak / measured.peak - 1):+.1f} %")

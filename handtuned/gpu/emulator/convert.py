@@ -1,13 +1,14 @@
 """cvt: from one number format to another, with the rounding that the opcode names.
 
 `cvt.rni.s32.f32` reads: to s32, from f32, round to the nearest integer. Integers that do not fit are clamped, and NaN
-becomes 0; fp16 and bf16 overflow to infinity unless `.satfinite` asks for the largest finite number.
+becomes 0, or the highest bit alone where the source is f64 or the destination has 64 bits; fp16 and bf16 overflow to
+infinity unless `.satfinite` asks for the largest finite number.
 """
 
 import numpy as np
 
 from .floats import ROUNDINGS, clamp_to_one, flush, narrow
-from .types import F16, F32, F64, FP8, TYPES, U8, U16, U32, bf16_to_f32, f32_to_bf16, f32_to_f16, halves
+from .types import F16, F32, F64, FP8, TYPES, U8, U16, U32, UNSIGNED, bf16_to_f32, f32_to_bf16, f32_to_f16, halves
 
 _TO_INTEGER = {"rzi": np.trunc, "rni": np.rint, "rmi": np.floor, "rpi": np.ceil}
 _LARGEST = {"f16": 0x7BFF, "bf16": 0x7F7F}
@@ -20,13 +21,14 @@ def _read(of):
 def _float_to_integer(to, of, parts):
     rounding = _TO_INTEGER[next(m for m in parts if m in _TO_INTEGER)]
     dst, read, info = TYPES[to], _read(of), np.iinfo(TYPES[to])
+    highest_bit = UNSIGNED[dst.itemsize].type(1 << 8 * dst.itemsize - 1).view(dst)
+    of_nan = highest_bit if of == "f64" or dst.itemsize == 8 else dst.type(0)
 
     def run(a):
         x = rounding(read(a).astype(F64))
-        x = np.where(np.isnan(x), 0.0, x)
-        low, high = x <= float(info.min), x >= float(info.max)
-        inside = np.where(low | high, 0.0, x).astype(dst)
-        return np.where(low, dst.type(info.min), np.where(high, dst.type(info.max), inside))
+        nan, low, high = np.isnan(x), x <= float(info.min), x >= float(info.max)
+        inside = np.where(nan | low | high, 0.0, x).astype(dst)
+        return np.select([nan, low, high], [of_nan, dst.type(info.min), dst.type(info.max)], inside)
 
     return run
 

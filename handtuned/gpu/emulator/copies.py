@@ -48,31 +48,38 @@ class Groups:
     """Transfers in the order of their commits, for each thread its own."""
 
     def __init__(self):
-        self.open, self.closed = [], []  # transfers; (mask or None, transfers)
+        self.open, self.closed = [], []  # transfers; (mask or None, transfers, number)
         self.committed = 0
 
     def add(self, transfer: Transfer):
         self.open.append(transfer)
 
-    def commit(self, mask):
-        self.closed.append((mask, self.open))
-        self.open, self.committed = [], self.committed + 1
+    def commit(self, mask, shape):
+        """Close a group of what the threads in `mask` have issued; what others have stays open."""
+        mine, others = self.open, []
+        if mask is not None:
+            here = np.broadcast_to(mask, shape)
+            ours = [here[t.program, t.thread] for t in self.open]
+            mine, others = ([t.pick(own == wanted) for t, own in zip(self.open, ours, strict=True)
+                             if (own == wanted).any()] for wanted in (True, False))  # fmt: skip
+        self.closed.append((mask, mine, self.committed))
+        self.open, self.committed = others, self.committed + 1
 
     def wait(self, mask, most: int, shape):
         """Take out the transfers that are done when threads in `mask` have at most `most` groups left."""
-        if mask is None and all(m is None for m, _ in self.closed):
+        if mask is None and all(m is None for m, *_ in self.closed):
             done = self.closed[: max(0, len(self.closed) - most)]
             self.closed = self.closed[len(done) :]
-            return [transfer for _, transfers in done for transfer in transfers]
+            return [transfer for _, transfers, _ in done for transfer in transfers]
         mask = np.broadcast_to(True if mask is None else mask, shape)
         later, out, kept = np.zeros(shape, S64), [], []
-        for members, transfers in reversed(self.closed):
+        for members, transfers, number in reversed(self.closed):
             members = np.broadcast_to(True if members is None else members, shape)
             over = mask & members & (later >= most)
             out += [t.pick(over[t.program, t.thread]) for t in transfers]
             rest = members & ~over
             if rest.any():
-                kept.append((rest, [t.pick(rest[t.program, t.thread]) for t in transfers]))
+                kept.append((rest, [t.pick(rest[t.program, t.thread]) for t in transfers], number))
             later += members
         self.closed = kept[::-1]
         return out
@@ -81,8 +88,8 @@ class Groups:
         other = Groups()
         other.committed = self.committed
         other.open = [t.select(new) for t in self.open]
-        other.closed = [(m[keep] if m is not None and m.shape[0] > 1 else m, [t.select(new) for t in transfers])
-                        for m, transfers in self.closed]  # fmt: skip
+        other.closed = [(m[keep] if m is not None and m.shape[0] > 1 else m, [t.select(new) for t in transfers], number)
+                        for m, transfers, number in self.closed]  # fmt: skip
         return other
 
 
@@ -94,11 +101,18 @@ def copy(m, pc, i):
 
         return bulk(m, pc, i)
     if "commit_group" in parts:
-        return lambda b: b.copies.commit(b.mask)
-    if "wait_group" in parts or "wait_all" in parts:
-        most = i.args[0] if i.args else 0
-        return lambda b: _arrive(b, b.copies.wait(b.mask, most, (b.programs, b.threads)))
+        return lambda b: b.copies.commit(b.mask, (b.programs, b.threads))
+    if "wait_group" in parts:
+        return lambda b: _arrive(b, b.copies.wait(b.mask, i.args[0], (b.programs, b.threads)))
+    if "wait_all" in parts:
+        return _wait_for_all
     return _issue(m, pc, i)
+
+
+def _wait_for_all(b):
+    """Of copies without a commit, too."""
+    b.copies.commit(b.mask, (b.programs, b.threads))
+    _arrive(b, b.copies.wait(b.mask, 0, (b.programs, b.threads)))
 
 
 def _arrive(b, transfers):

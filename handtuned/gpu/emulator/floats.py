@@ -179,7 +179,7 @@ def operation16(base, parts, kind):
 
         def fn(a, b, c):
             exact = to_odd(*two_sum(a.astype(F64) * b.astype(F64), c.astype(F64)))
-            return narrow(exact, "bf16") if kind.startswith("bf16") else f32_to_f16_from64(exact)
+            return narrow(exact, "bf16") if kind.startswith("bf16") else f32_to_f16(exact)
 
         rounded = True
     else:
@@ -208,7 +208,3 @@ def operation16(base, parts, kind):
         return np.ascontiguousarray(on_bits(*[halves(a) for a in args])).view(U32)
 
     return on_pairs
-
-
-def f32_to_f16_from64(x):
-    return np.where(np.isnan(x), U16.type(0x7FFF), x.astype(F16).view(U16))

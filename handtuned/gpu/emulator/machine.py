@@ -157,10 +157,10 @@ class Machine(Registers):
         self.blocks = self._blocks()
         self.unwritten = self.fresh()
 
-    def _translate(self, pc, i):
+    def _translate(self, pc, i, how=None):
         """An unknown instruction stops the launch only where it is reached."""
         try:
-            return HANDLERS.get(i.parts[0], _arithmetic)(self, pc, i)
+            return (how or HANDLERS.get(i.parts[0], _arithmetic))(self, pc, i)
         except Unsupported as error:
             stop = error
         except (KeyError, StopIteration, ValueError, TypeError, AttributeError, IndexError) as error:
@@ -181,7 +181,8 @@ class Machine(Registers):
             last = code[after - 1]
             ends = schedule.ends_block(last)
             steps = [wgmma.touching(self, code[pc], self._translate(pc, code[pc])) for pc in range(start, after - ends)]
-            blocks[start] = Block(steps, schedule.terminator(self, after - 1, last) if ends else None, after)
+            end = self._translate(after - 1, last, schedule.terminator) if ends else None
+            blocks[start] = Block(steps, end, after)
         return blocks
 
 

@@ -104,7 +104,7 @@ def check_initialized(b, access, offsets):
 def mbarrier(m, pc, i):
     """init, inval, arrive, expect_tx; the waits end a block (`try_wait`)."""
     parts = i.parts
-    what = "arrive" if parts[1] == "arrive" else parts[1]
+    what = parts[1]
     if what not in ("init", "inval", "arrive", "expect_tx") or "noComplete" in parts:
         raise Unsupported(i)
     operands = i.args[1:] if what == "arrive" and not hasattr(i.args[0], "base") else i.args

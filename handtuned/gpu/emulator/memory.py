@@ -94,6 +94,7 @@ def spans_of(tensors, unwritten):
 
 
 def _live_tensors():
+    gc.unfreeze()  # what gc.freeze() set aside is not among the objects; this costs the collector time, nothing else
     kinds, more = set(), {torch.Tensor}
     while more:  # a look into a set is far faster than issubclass, and there are many objects
         kinds |= more

@@ -18,9 +18,10 @@ import re
 import numpy as np
 
 from .access import Access, address_of
-from .fault import KernelFault, Unsupported
+from .fault import Unsupported
 from .registers import both
 from .types import F16, F32, F64, FP8, S32, S64, TYPES, U32, small_floats
+from .warp import all_lanes_here
 
 _SHAPE = re.compile(r"m(\d+)n(\d+)k(\d+)")
 
@@ -28,16 +29,6 @@ _SHAPE = re.compile(r"m(\d+)n(\d+)k(\d+)")
 def per_warp(b, value):
     """A register as [warps, 32]."""
     return np.ascontiguousarray(np.broadcast_to(value, (b.programs, b.threads))).reshape(-1, 32)
-
-
-def need_whole_warps(b, i):
-    if b.mask is not None:
-        here = np.broadcast_to(b.mask, (b.programs, b.threads)).reshape(b.programs, -1, 32)
-        torn = here.any(-1) & ~here.all(-1)
-        if torn.any():
-            program, warp = np.argwhere(torn)[0]
-            raise KernelFault("deadlock", "an instruction of the whole warp, but threads are missing", i,
-                              b.kernel.name, int(b.ids[program]), int(warp) * 32)  # fmt: skip
 
 
 def _fragment(registers, kind):
@@ -96,7 +87,7 @@ def multiply(m, pc, i):
     flops, add = 2 * rows * columns * depth, _add_clamped if "satfinite" in i.parts else np.add
 
     def run(b):
-        need_whole_warps(b, i)
+        all_lanes_here(b, i)
         left = matrix_a([per_warp(b, r(b.values)) for r in read_a], kind)
         right = matrix_b([per_warp(b, r(b.values)) for r in read_b], kind_b)
         product = (left @ right).reshape(-1, rows // 8, 8, 4, 2)  # [n, half, g, t, pair]
@@ -113,20 +104,13 @@ def multiply(m, pc, i):
     return run
 
 
-class _Rows:
-    """The 16-byte rows that the lanes of each warp name, [warps, blocks, 8]."""
-
-    def __init__(self, b, i, address, blocks, mask):
-        lanes = np.arange(b.threads) % 32 < 8 * blocks
-        mask = both(mask, lanes[None]) if blocks < 4 else mask
-        where = np.broadcast_to(address, (b.programs, b.threads))
-        self.access = Access(b, i, where, mask, 16, whole_programs=True)
-        self.offset = b.shared.place(self.access)
-        self.blocks = blocks
-
-    def count(self, pc):
-        """A block of 8 rows costs at least one wavefront."""
-        self.access.count("shared", pc)
+def _rows(b, i, address, blocks, mask):
+    """(access, offsets) of the 16-byte rows that the lanes of each warp name, [warps, blocks, 8]."""
+    lanes = np.arange(b.threads) % 32 < 8 * blocks
+    mask = both(mask, lanes[None]) if blocks < 4 else mask
+    where = np.broadcast_to(address, (b.programs, b.threads))
+    access = Access(b, i, where, mask, 16, whole_programs=True)
+    return access, b.shared.place(access)
 
 
 def _blocks(i):
@@ -141,17 +125,17 @@ def load_matrix(m, pc, i):
     writes = [m.destination(r) for r in i.args[0]]
 
     def run(b):
-        need_whole_warps(b, i)
+        all_lanes_here(b, i)
         mask = both(b.mask, guard(b.values))
-        rows = _Rows(b, i, address(b.values), blocks, mask)
-        b.shared.check_read(rows.access, rows.offset)
-        matrices = b.shared.load(rows.access.program, rows.offset, 2, 8).reshape(-1, blocks, 8, 8)
+        access, offset = _rows(b, i, address(b.values), blocks, mask)
+        b.shared.check_read(access, offset)
+        matrices = b.shared.load(access.program, offset, 2, 8).reshape(-1, blocks, 8, 8)
         if transposed:
             matrices = matrices.swapaxes(-1, -2)
         words = np.ascontiguousarray(matrices).view(U32)  # [warps, blocks, 8, 4]: lane 4g + t
         for j, write in enumerate(writes):
             write(b, _to_threads(b, words[:, j].reshape(-1, 32), mask), mask)
-        rows.count(pc)
+        access.count("shared", pc)  # a block of 8 rows costs at least one wavefront
 
     return run
 
@@ -171,18 +155,18 @@ def store_matrix(m, pc, i):
     reads = [m.source(r, U32, i) for r in i.args[1]]
 
     def run(b):
-        need_whole_warps(b, i)
+        all_lanes_here(b, i)
         mask = both(b.mask, guard(b.values))
-        rows = _Rows(b, i, address(b.values), blocks, mask)
+        access, offset = _rows(b, i, address(b.values), blocks, mask)
         words = np.stack([per_warp(b, r(b.values)).reshape(-1, 8, 4) for r in reads], axis=1)
         if mask is not None:
             words = words[np.broadcast_to(mask, (b.programs, b.threads)).reshape(-1, 32)[:, 0]]
         matrices = np.ascontiguousarray(words).view(np.uint16)
         if transposed:
             matrices = np.ascontiguousarray(matrices.swapaxes(-1, -2))
-        b.shared.check_write(rows.access, rows.offset)
-        differ = b.shared.store(rows.access.program, rows.offset, matrices.reshape(-1, 8))
-        rows.access.fail_if("conflicting writes", "rows of a matrix are written to one address", differ)
-        rows.count(pc)
+        b.shared.check_write(access, offset)
+        differ = b.shared.store(access.program, offset, matrices.reshape(-1, 8))
+        access.fail_if("conflicting writes", "rows of a matrix are written to one address", differ)
+        access.count("shared", pc)  # a block of 8 rows costs at least one wavefront
 
     return run

@@ -166,7 +166,7 @@ def bulk(m, pc, i):
     """cp.async.bulk: tensor loads, tensor stores and the groups of these."""
     parts, guard = [part.split("::")[0] for part in i.parts], m.guard(i)
     if "commit_group" in parts:
-        return lambda b: b.bulk.commit(both(b.mask, guard(b.values)))
+        return lambda b: b.bulk.commit(both(b.mask, guard(b.values)), (b.programs, b.threads))
     if "wait_group" in parts:
         return _wait(i, guard)
     if "tensor" not in parts or parts[0] != "cp" or "im2col" in parts:

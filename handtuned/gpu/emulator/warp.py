@@ -44,6 +44,7 @@ def _members(i, operand):
 
 def _sources(mode, lane, clamp):
     """shfl: (lane read by each lane, whether it is in range); lane and clamp broadcast to [.., 32]."""
+    lane = lane & 31  # the other bits do not count
     segment = (clamp >> 8) & 31
     lowest = _LANES & segment
     highest = lowest | (clamp & 31 & ~segment)

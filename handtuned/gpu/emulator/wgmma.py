@@ -129,9 +129,9 @@ def _wait(most):
         for t in b.multiplying.wait(b.mask, most, (b.programs, b.threads)):
             pieces = t.pieces + (t.program * b.shared.writer.shape[1])[:, None]
             b.shared.finish_async_read(t.program, pieces, (0b1111 << (t.thread >> 5))[:, None])
-        done = b.multiplying.committed - len(b.multiplying.closed)
+        going_on = {b.multiplying.committed, *(number for *_, number in b.multiplying.closed)}
         for slot, value in enumerate(b.values):
-            if type(value) is InFlight and value.group < done:
+            if type(value) is InFlight and value.group not in going_on:
                 b.values[slot] = value.value
 
     return run
@@ -190,7 +190,7 @@ def wgmma(m, pc, i):
     if "fence" in i.parts:
         return _fence
     if "commit_group" in i.parts:
-        return lambda b: b.multiplying.commit(b.mask)
+        return lambda b: b.multiplying.commit(b.mask, (b.programs, b.threads))
     if "wait_group" in i.parts:
         return _wait(i.args[0])
     if "sp" in i.parts:
