@@ -200,6 +200,8 @@ class GradScaler(torch.amp.GradScaler):
                 "Attempting to unscale FP16 gradients. "
                 "Keep the parameters in float32 under autocast, or wrap the optimizer in MasterWeights."
             )
+        if any(hasattr(p.grad, "device_mesh") for p in params):
+            raise TypeError("gradients must be plain tensors, got DTensors; under FSDP use torch.amp.GradScaler")
         for param in params:
             if param.grad.is_sparse and param.grad.dtype == torch.float16:
                 # Two finite FP16 entries of one index may overflow only when they are added.

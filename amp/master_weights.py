@@ -49,6 +49,7 @@ class MasterWeights:
         self.optimizer = optimizer
         self.masters: dict[str, torch.Tensor] = {}
         self.params: dict[str, torch.nn.Parameter] = {}
+        self.versions: dict[str, int] = {}
         names = {param: name for name, param in model.named_parameters()}
         places = [(group["params"], i) for group in optimizer.param_groups for i in range(len(group["params"]))]
         for params, i in places:
@@ -60,6 +61,7 @@ class MasterWeights:
             master = param.detach().float().requires_grad_(param.requires_grad)
             params[i] = self.masters[names[param]] = master
             self.params[names[param]] = param
+            self.versions[names[param]] = param._version
             for key, value in optimizer.state.pop(param, {}).items():
                 low = isinstance(value, torch.Tensor) and value.dtype in LOW
                 optimizer.state[master][key] = value.float() if low else value
@@ -68,6 +70,9 @@ class MasterWeights:
     def collect_gradients(self) -> None:
         """After each backward pass: add the model's gradients to the masters', in FP32, and free the former."""
         for name, param in self.params.items():
+            if param._version != self.versions[name]:  # somebody has written into it; a master that rounds to it stays
+                master, self.versions[name] = self.masters[name], param._version
+                master.copy_(torch.where(master.to(param.dtype) == param, master, param.float()))
             if param.grad is not None:
                 before = self.masters[name].grad
                 self.masters[name].grad = param.grad.float() if before is None else before.add_(param.grad)
@@ -84,6 +89,7 @@ class MasterWeights:
         """Round the masters into the model."""
         if self.masters:  # a model in FP32 has none
             torch._foreach_copy_(list(self.params.values()), list(self.masters.values()))
+            self.versions = {name: param._version for name, param in self.params.items()}
 
     def state_dict(self) -> dict[str, torch.Tensor]:
         """The masters by the model's parameter names: they hold bits that the model does not."""

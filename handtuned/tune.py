@@ -119,6 +119,9 @@ def tune(settings: FinetuneSettings, trials: int, minutes: float | None = None, 
     pruner = optuna.pruners.SuccessiveHalvingPruner(min_resource=max(1, steps // 8), reduction_factor=2)
     storage = optuna.storages.JournalStorage(backend)
     study = optuna.create_study(study_name="lora", storage=storage, load_if_exists=True, pruner=pruner)
+    for name, known in (pair for trial in study.trials for pair in trial.distributions.items()):
+        if list(getattr(known, "choices", ())) not in ([], runner.space.choices.get(name)):
+            raise ValueError(f"{directory}: what {name} is chosen from is not what it was when this study began")
     if not study.trials:
         study.enqueue_trial({name: runner.space.start[name] for name in search}, user_attrs={"first": True})
     _try_again(study)

@@ -102,7 +102,7 @@ def linear_cross_entropy(
         found_inf: () fp32, set to 1 if a gradient in fp16 overflowed (`amp.GradScaler.overflow_flag`).
 
     Returns a scalar in fp32; 0 with zero gradients when every target is −100.
-    ValueError: shapes that do not fit, a target outside [0, V), or chunk below 1.
+    ValueError: shapes that do not fit, a target outside [0, V) (on a CPU), or chunk below 1.
     """
     if hidden.shape[:-1] != target.shape:
         raise ValueError(f"target must have shape {tuple(hidden.shape[:-1])}, got {tuple(target.shape)}")
@@ -123,5 +123,7 @@ def linear_cross_entropy(
     if loss_scale is not None and dtype == torch.float16:
         scale = loss_scale  # that gradients have before backward
     found_inf = flag if found_inf is None else found_inf
+    if not torch.is_grad_enabled():  # which `needs_input_grad` of a Function does not know
+        hidden, weight, bias = hidden.detach(), weight.detach(), None if bias is None else bias.detach()
     with torch.autocast(kind, enabled=False):
         return _LinearCrossEntropy.apply(hidden, weight, bias, target, dtype, chunk, scale, found_inf)

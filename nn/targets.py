@@ -66,12 +66,15 @@ def select(model: nn.Module, target_modules, rank: int, lora_alpha: float, choic
 def _check_each(model: nn.Module, config) -> None:
     """That each name and number of a list is there in the model, if not among the selected layers."""
     numbers, left_out = config.layers_to_transform, config.exclude_modules
+    linear = linear_layers(model) if isinstance(numbers, list) else ()
     for number in numbers if isinstance(numbers, list) else ():
-        if not dataclasses.replace(config, layers_to_transform=[number]).narrowed(linear_layers(model), None):
+        if not dataclasses.replace(config, layers_to_transform=[number]).narrowed(linear, None):
             raise ValueError(f"layers_to_transform: {numbers!r}: {number} fits none of the layers")
-    for name in left_out if isinstance(left_out, (list, tuple)) else ():
-        if not ending_in({*dict(named_modules(model, remove_duplicate=False)), *parameter_targets(model)}, [name]):
-            raise ValueError(f"exclude_modules: {name!r} fits none of the model's modules")
+    if isinstance(left_out, list):
+        paths = {*dict(named_modules(model, remove_duplicate=False)), *parameter_targets(model)}
+        for name in left_out:
+            if not ending_in(paths, [name]):
+                raise ValueError(f"exclude_modules: {name!r} fits none of the model's modules")
 
 
 def is_all_linear(target_modules) -> bool:

@@ -203,7 +203,7 @@ def dora_init(model: nn.Module) -> None:
     layers = dict(_linear_only(model, "DoRA"))
     norms = {path: LoRALinear.delta(layer).add_(dense_weight(layer.base_layer)).norm(dim=1)
              for path, layer in layers.items()}  # fmt: skip
-    if zeros := [path for path, norm in norms.items() if not norm.all()]:
+    if zeros := [path for path, norm in norms.items() if (norm == 0).any()]:
         raise ValueError(f"DoRA: rows of zeros have no direction; leave out by exclude_modules: {listed(zeros)}")
     for path, layer in layers.items():
         _become(layer, DoRALinear)

@@ -111,7 +111,7 @@ class GradientAccumulationTrainer:
         """Update from an incomplete batch, if there is one; returns what `train_step` would."""
         if self._micro_batches == 0:
             return False
-        for param in self._params() if self.distributed else ():  # none of its micro-batches was one that communicates
+        for param in self._used_anywhere() if self.distributed else ():  # none of its micro-batches communicated
             self._average(param.grad)
         return self._update()
 
@@ -170,6 +170,16 @@ class GradientAccumulationTrainer:
 
     def _params(self) -> list[torch.Tensor]:
         return [p for group in self.optimizer.param_groups for p in group["params"] if p.grad is not None]
+
+    def _used_anywhere(self) -> list[torch.Tensor]:
+        """The parameters with a gradient in any process, which is zero where there is none. All must call it."""
+        params = [p for group in self.optimizer.param_groups for p in group["params"] if p.requires_grad]
+        flags = torch.tensor([float(p.grad is not None) for p in params], device=params[0].device)
+        used = [p for p, share in zip(params, self._average(flags).tolist(), strict=True) if share > 0]
+        for param in used:
+            if param.grad is None:
+                param.grad = torch.zeros_like(param)
+        return used
 
     def _over_processes(self, tokens: torch.Tensor) -> torch.Tensor:
         """The mean count of all processes: DDP averages gradients, so counts are averaged alike."""

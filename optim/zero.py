@@ -74,12 +74,13 @@ class ZeroOptimizer(torch.optim.Optimizer):
             optimizer.step()
             optimizer.zero_grad()
 
-    It takes the place of DistributedDataParallel and computes the same: parameters begin as rank 0's, gradients are
-    averaged, a parameter that no rank used keeps its value. `param_groups` hold this rank's shards as flat tensors
-    with their `.grad`, so schedulers and GradScaler (torch's and ours) work as ever, and an overflow on one rank shows
-    on all. Norms and clearing need all ranks: `clip_grad_norm_` and `zero_grad` of this class. Under stage 3, where all
-    must run the same modules, a parameter is empty outside of the forward and backward of those that hold it; read or
-    load weights under `with optimizer.gathered():`.
+    It takes the place of DistributedDataParallel and computes the same: parameters begin as rank 0's (what else a
+    model holds must be equal on all ranks), gradients are averaged, a parameter that no rank used keeps its value.
+    `param_groups` hold this rank's shards as flat tensors with their `.grad`, so schedulers and GradScaler (torch's
+    and ours) work as ever, and an overflow on one rank shows on all. Norms and clearing need all ranks:
+    `clip_grad_norm_` and `zero_grad` of this class. Under stage 3, where all must run the same modules, a parameter is
+    empty outside of the forward and backward of those that hold it; read or load weights under
+    `with optimizer.gathered():`.
 
     Args:
         params: the model's parameters, or groups of them as for any optimizer, or the model. FP16 and BF16 parameters
@@ -100,7 +101,7 @@ class ZeroOptimizer(torch.optim.Optimizer):
     Raises:
         ValueError: another stage, no parameters or one given twice.
         TypeError: `optimizer_class` cannot be called, or a parameter is complex.
-        RuntimeError: from backward, a gradient is sparse.
+        RuntimeError: from backward, a gradient is sparse, or a parameter was frozen before.
     """
 
     # Elements of one reduction under stages 1 and 2: fewer leave fewer full gradients in stage 2 and are slower.
@@ -118,6 +119,8 @@ class ZeroOptimizer(torch.optim.Optimizer):
             params, model = params.parameters(), params
         super().__init__(params, {})
         whole = [param for group in self.param_groups for param in group["params"]]
+        if not whole:
+            raise ValueError("params must hold a parameter, got none")
         if len(set(whole)) < len(whole):
             raise ValueError("params must hold each parameter once, got one of them twice")
         if model is not None and stage == 3:

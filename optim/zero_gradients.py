@@ -27,6 +27,7 @@ class Reduction:
     def __init__(self, shards, stage, group, host, bucket_elements, summing):
         self.shards, self.stage, self.group, self.host = shards, stage, group, host
         self.trained = [shard for shard in shards if shard.param.requires_grad]
+        self.frozen = [shard for shard in shards if not shard.param.requires_grad]
         self.buckets = buckets(self.trained, bucket_elements)
         self.summing = summing
         self.gathering = None  # stage 3's
@@ -61,6 +62,9 @@ class Reduction:
     def _accumulated(self, shard: Shard) -> None:
         """A parameter's gradient is complete."""
         self.enter_backward()
+        if self.stage == 2 and shard in self._ready and not any(shard in bucket for bucket in self._waiting):
+            raise RuntimeError("a gradient came in two parts, the second after its sum: of a weight in two reentrant "
+                               "checkpoints; take use_reentrant=False, or stage 1 or 3")  # fmt: skip
         self._ready.add(shard)
         if self.stage == 3:
             self.gathering.release([shard])
@@ -73,10 +77,11 @@ class Reduction:
         if shard not in self._averaged:
             return
         self._averaged.remove(shard)
+        holder = self._holder(shard)
         if shard.param.grad is None:  # cleared by the model's zero_grad
-            shard.value.grad = None
+            holder.grad = None
         elif self.host is None:
-            shard.value.grad = shard.value.grad.clone()  # it was a view of the full gradient
+            holder.grad = holder.grad.clone()  # it may be a view of the full gradient
         shard.param.grad = None
 
     @torch.no_grad()
@@ -115,6 +120,9 @@ class Reduction:
 
     def end_backward(self) -> None:
         """Reduce what has not been reduced, and let it appear."""
+        if any(shard.param.requires_grad for shard in self.frozen):
+            raise RuntimeError("a parameter that was frozen when the ZeroOptimizer was made is to be trained now: what "
+                               "is cut is decided once; make a new ZeroOptimizer")  # fmt: skip
         if self.gathering:
             self.gathering.finish_backward()
         if self.syncing:

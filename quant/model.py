@@ -104,12 +104,13 @@ def linear_layers(model: nn.Module, skip: Sequence[str]) -> tuple[list[tuple[str
     keep = {id(module.weight) for module in paths.values() if isinstance(module, nn.Embedding)}
     output = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
     keep |= {id(output), id(getattr(output, "weight", None))}
-    heads = tuple(f"{head}." for head in new_heads(model))
+    whole = getattr(model, "_orig_mod", model)  # torch.compile's wrapper has the attributes of what it wraps
+    heads = {id(part) for head in new_heads(whole) for part in whole.get_submodule(head).modules()}
     layers = {
         path: module
         for path, module in paths.items()
         if path and is_linear(module) and not keep & {id(module), id(module.weight)}
-        if not _skipped(model, path, skip) and not f"{path}.".startswith(heads)
+        if not _skipped(model, path, skip) and id(module) not in heads
     }
     read = {path: layers.pop(path) for path in sorted(weights_read(model, layers))}
     return list(layers.items()), read

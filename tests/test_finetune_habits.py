@@ -31,6 +31,12 @@ model_dir, rows, finished = finetuned.model_dir, finetuned.rows, finetuned.finis
 ONE = ["--max-steps", "1", "--eval-fraction", "0"]
 
 
+def zstd(content):
+    import pyarrow
+
+    return pyarrow.compress(content, codec="zstd", asbytes=True)
+
+
 @pytest.mark.skipif(sys.platform == "win32", reason="limits of a process are POSIX's")
 def test_a_full_disk_is_an_error_of_the_system(tmp_path):
     """safetensors has an error of its own for it, which is none."""
@@ -95,25 +101,29 @@ def test_a_weight_that_takes_no_row(model_dir, rows, tmp_path, capsys):
     assert "training rows: nothing to learn: no rows" in capsys.readouterr().err
 
 
-def test_packed_rows_through_a_pipe(monkeypatch):
+@pytest.mark.parametrize("pack", [bytes, lambda rows: gzip.compress(rows, 1), zstd], ids=["plain", "gzip", "zstd"])
+def test_rows_through_a_pipe_that_begins_with_a_single_byte(monkeypatch, pack):
     """From 4 MB on the ratio of packed to unpacked bytes is looked at, and a pipe has no position."""
     line = b'{"prompt": "%06d", "completion": "' + b"b" * 60 + b'"}\n'
-    packed = gzip.compress(b"".join(line % number for number in range(50_000)), 1)
+    content = pack(b'{"rows": [' + b",".join(line % number for number in range(50_000)) + b"]}")
     reading, writing = os.pipe()
-    threading.Thread(target=lambda: (os.write(writing, packed[:1]), _write(writing, packed[1:]))).start()
-    monkeypatch.setattr(sys, "stdin", SimpleNamespace(buffer=os.fdopen(reading, "rb")))
+    os.write(writing, content[:1])
+    file = os.fdopen(reading, "rb")
+    assert len(file.peek()) == 1
+
+    def write_on():
+        with os.fdopen(writing, "wb") as pipe:
+            pipe.write(content[1:])
+
+    threading.Thread(target=write_on, daemon=True).start()
+    monkeypatch.setattr(sys, "stdin", SimpleNamespace(buffer=file))
     found = [row["prompt"] for _, row in read_places("-")]
     assert found == [f"{number:06d}" for number in range(50_000)]
 
 
-def _write(pipe: int, content: bytes) -> None:
-    with os.fdopen(pipe, "wb") as file:
-        file.write(content)
-
-
 def test_epochs_of_the_shipped_task_are_those_that_were_asked_for():
     assert FinetuneSettings().with_defaults().max_steps == 80
-    assert FinetuneSettings(num_train_epochs=1.0).with_defaults().max_steps is None
+    assert FinetuneSettings(num_train_epochs=3.0).with_defaults().max_steps is None
     assert FinetuneSettings(num_train_epochs=1.0, max_steps=7).with_defaults().max_steps == 7
 
 

@@ -28,6 +28,7 @@ def place(tmp_path_factory):
         "--method full --dtype bfloat16",
         "--method full --dtype float16 --optim adamw8bit --gradient-accumulation-steps 2",
         "--method lora --init-lora-weights pissa",
+        "--method lora --use-dora",
         "--init-adapter ADAPTER",
         "--init-adapter ADAPTER --method lora --lora-fa --gradient-checkpointing",
     ],

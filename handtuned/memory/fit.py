@@ -181,7 +181,7 @@ def _taken(training, rows: list[Example], held: bool) -> int:
     tensors = [*lm.model.parameters(), *lm.model.buffers(), *(p.grad for p in trained if p.grad is not None)]
     there = sum({id(t.untyped_storage()): t.untyped_storage().nbytes() for t in tensors}.values())
     lm.model.train()
-    with torch.random.fork_rng():
+    with torch.random.fork_rng(devices=[lm.device] if lm.device.type == "cuda" else []):
         batch = collate(rows, 0, lm.device, training.layout(rows))
         step = measure(lambda: loss_of(lm, batch, training.dtype).backward(), device=lm.device.type)
     for parameter in trained:

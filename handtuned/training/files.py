@@ -103,16 +103,35 @@ class _Unpacked(io.RawIOBase):
         return len(piece)
 
 
+class _Counted(io.RawIOBase):
+    """A pipe, which does not count by itself what has been read; its first piece is long enough to tell what it is."""
+
+    def __init__(self, pipe):
+        self.pipe, self.count = pipe, 0
+
+    def readable(self):
+        return True
+
+    def tell(self) -> int:
+        return self.count
+
+    def readinto(self, buffer) -> int:
+        piece = self.pipe.read1(len(buffer)) if self.count else self.pipe.read(min(len(buffer), 4096))
+        buffer[: len(piece)] = piece
+        self.count += len(piece)
+        return len(piece)
+
+
 def _read(file: io.BufferedReader, name: str, suffix: str) -> Iterator[Place]:
+    packed = file if file.seekable() else _Counted(file)
+    file = file if packed is file else io.BufferedReader(packed)
     start = file.peek(8)
-    if start[:2] == b"\x1f\x8b" or start[:4] == b"\x28\xb5\x2f\xfd":  # a pipe does not say how much has been read
-        file = file if file.seekable() else io.BytesIO(file.read())
     if start[:2] == b"\x1f\x8b":
-        file = io.BufferedReader(_Unpacked(file, gzip.GzipFile(fileobj=file), name))
+        file = io.BufferedReader(_Unpacked(packed, gzip.GzipFile(fileobj=file), name))
     elif start[:4] == b"\x28\xb5\x2f\xfd":
         import pyarrow
 
-        file = io.BufferedReader(_Unpacked(file, pyarrow.CompressedInputStream(file, "zstd"), name))
+        file = io.BufferedReader(_Unpacked(packed, pyarrow.CompressedInputStream(file, "zstd"), name))
     start = file.peek(4096)[:4096]
     if packer := next((packer for mark, packer in UNREAD.items() if start.startswith(mark)), None):
         raise DataError(f"{name}: packed by {packer}, which is not read; unpack it, or use gzip or zstd")

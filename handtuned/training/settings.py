@@ -92,7 +92,8 @@ class FinetuneSettings:
     max_grad_norm: float = _setting(0.3, "clip the gradient to this norm; 0 turns clipping off")
     per_device_train_batch_size: int = _setting(8, "rows in one forward pass", aliases=["--batch-size"])
     gradient_accumulation_steps: int = _setting(1, "forward passes in one optimizer step")
-    num_train_epochs: float = _setting(3.0, "passes over the data, when --max-steps is not given")
+    num_train_epochs: float | None = _setting(None, "passes over the data, without --max-steps (default: 3; on the "
+                                              "shipped task 80 steps)")  # fmt: skip
     max_steps: int | None = _setting(None, "optimizer steps (default: from the epochs; 80 for the shipped task)")
     max_seq_length: int = _setting(512, "longest row in tokens; longer ones are truncated, counted and announced")
     drop_long_rows: bool = _setting(False, "leave out longer rows instead of truncating them")
@@ -161,8 +162,9 @@ class FinetuneSettings:
         """The same settings with the values that depend on the task filled in."""
         shipped = self.data is None
         rate = self.learning_rate or (1e-3 if shipped else 2e-4) / (10 if self.method == "full" else 1)
-        counted = not shipped or self.num_train_epochs != type(self).num_train_epochs  # in epochs
-        return dataclasses.replace(self, learning_rate=rate, max_steps=self.max_steps or (None if counted else 80))
+        steps = self.max_steps or (80 if shipped and self.num_train_epochs is None else None)
+        epochs = self.num_train_epochs or 3.0
+        return dataclasses.replace(self, learning_rate=rate, max_steps=steps, num_train_epochs=epochs)
 
     def choices(self) -> dict:
         """What `apply_lora_to_model` takes beside the targets."""
