@@ -60,25 +60,21 @@ def quantize_model(
     """
     check_block_size(block_size)
     (targets, read), experts = linear_layers(model, skip), _experts(model, skip)
+    options, parameters = (block_size, double_quant, compute_dtype), sum(p.numel() for p in model.parameters())
     if targets and read:
-        share = sum(p.numel() for layer in read.values() for p in layer.parameters())
-        share /= sum(p.numel() for p in model.parameters())
+        share = sum(p.numel() for layer in read.values() for p in layer.parameters()) / parameters
         warnings.warn(f"left dense: {listed(read)} with {share:.1%} of the parameters, whose weights the model's code "
                       "reads itself", stacklevel=1)  # fmt: skip
     if not targets and not experts and not any(isinstance(module, FrozenNF4) for module in model.modules()):
         hint = "; for a single layer use NF4Linear.from_linear" if is_linear(model) else ""
         raise ValueError(f"model ({type(model).__name__}) must hold an nn.Linear that is not skipped{hint}")
     made: dict[int, NF4Linear] = {}
-    options, parameters = (block_size, double_quant, compute_dtype), sum(p.numel() for p in model.parameters())
     for path, linear in _progress([*targets, *experts], parameters):
         if (path, linear) in experts:
             quantize_experts(linear, options, path)
             continue
-        if id(linear) not in made:
-            made[id(linear)] = NF4Linear.from_linear(as_linear(linear), *options, name=path)
-            made[id(linear)].dense_class = type(linear)
-        parent, _, child = path.rpartition(".")
-        setattr(model.get_submodule(parent), child, made[id(linear)])
+        made[id(linear)] = made.get(id(linear)) or _packed(linear, options, path)
+        model.set_submodule(path, made[id(linear)])
     # Else transformers would take codes apart as it does dense experts, when it saves the model.
     if experts and not hasattr(model, "dense_conversions"):
         model.dense_conversions, model._weight_conversions = getattr(model, "_weight_conversions", None), []
@@ -89,6 +85,12 @@ def quantize_model(
         warnings.warn(f"{share:.1%} of the parameters stay dense: expert weights of {kinds}, which transformers' "
                       f"experts interface does not reach", stacklevel=2)  # fmt: skip
     return model
+
+
+def _packed(linear: nn.Module, options: tuple, path: str) -> NF4Linear:
+    layer = NF4Linear.from_linear(as_linear(linear), *options, name=path)
+    layer.dense_class = type(linear)
+    return layer
 
 
 def linear_layers(model: nn.Module, skip: Sequence[str]) -> tuple[list[tuple[str, nn.Module]], dict[str, nn.Module]]:
@@ -205,7 +207,11 @@ def load_quantized(
     conversion = Conversion(model, keys, fused, rename)
     everything = set(conversion.names.values())
     if skip is not None:
-        quantize_model(model, skip, block_size, double_quant, compute_dtype)
+        options = block_size, double_quant, compute_dtype
+        quantize_model(model, skip, *options)
+        for path, layer in [*model.named_modules()]:
+            if is_linear(layer) and f"{path}.weight.{FACTS}" in everything:  # in NF4 it is taken so
+                model.set_submodule(path, _packed(layer, options, path))
     target = _Target(model, torch.device(device), dtype)
     weights, in_mxfp4 = expert_weights(model).keys(), {}
     in_nf4: dict[str, dict[str, torch.Tensor]] = {}  # layer → what the files hold of it in NF4

@@ -7,9 +7,11 @@ import sys
 import pytest
 import torch
 import torch.nn.functional as F
+from adapted_models import model_of
 from handtuned.nn import apply_lora_to_model
 from handtuned.quant import NF4Linear, load_quantized, quantization_summary, quantize_model
 from handtuned.quant.experts import dequantize_experts
+from safetensors.torch import save_model
 from test_quant_experts import build
 from torch import nn
 
@@ -112,6 +114,26 @@ def test_what_a_class_keeps_in_fp32_stays_so(tmp_path, monkeypatch, dtype):
     ours = {name: p.dtype for name, p in model.named_parameters() if p.dtype != torch.uint8}
     assert ours == {name: theirs[name] for name in ours}
     assert ours["model.layers.0.mlp.up_proj.weight"] == torch.float32 and len(set(ours.values())) == 2
+
+
+def test_a_compiled_classifier_is_quantized_but_for_its_head():
+    model = model_of("bert", transformers.AutoModelForSequenceClassification, num_labels=3)
+    quantize_model(torch.compile(model, backend="eager"))
+    assert type(model.classifier) is nn.Linear
+    assert isinstance(model.bert.encoder.layer[0].attention.self.query, NF4Linear)
+
+
+def test_a_head_that_the_files_hold_in_4_bits_is_taken_so(tmp_path):
+    """As bitsandbytes and an earlier version wrote it."""
+    saved, auto = (model_of("bert", transformers.AutoModelForSequenceClassification, num_labels=3) for _ in range(2))
+    quantize_model(saved)
+    saved.classifier = NF4Linear.from_linear(saved.classifier)
+    save_model(saved, tmp_path / "model.safetensors")
+    with torch.device("meta"):
+        model = transformers.AutoModelForSequenceClassification.from_config(auto.config)
+    load_quantized(model, tmp_path)
+    ids = torch.tensor([[5, 6, 7, 8]])
+    assert isinstance(model.classifier, NF4Linear) and torch.equal(model.eval()(ids).logits, saved.eval()(ids).logits)
 
 
 def test_a_bias_that_is_a_slice_of_a_longer_one(kernel_backend):
