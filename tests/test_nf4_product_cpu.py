@@ -92,7 +92,7 @@ def test_nothing_is_written_beside_y(level, monkeypatch, N, M, dtype):
     q, x = quantize_nf4(torch.randn(N, 64)), torch.randn(M, 64).to(dtype)
     expected, memory, empty = _native(x, q, True), [], torch.empty
 
-    def between_canaries(shape, dtype):
+    def between_canaries(shape, dtype, device):
         count = torch.Size(shape).numel()
         memory.append(torch.full((count + 200,), 123.0, dtype=dtype))
         return memory[-1][100 : count + 100].view(shape)

@@ -110,7 +110,8 @@ def _check_marks(directory: Path, model: str, marks: dict[str, str | int]) -> No
     what = {"base": f"base model ({model})", "data": "training data", "held_out": "held-out data",
             "adapter": "adapter of --init-adapter"}  # fmt: skip
     earlier = "" if "held_out" in known else ", or was read otherwise by an earlier version"
-    for name in what.keys() & changed_marks(known, marks):
+    changed = changed_marks(known, marks)
+    for name in filter(changed.__contains__, what):
         raise ValueError(f"{directory}: the {what[name]} is not what it was when this run began{earlier}")
     if known["base"] != marks["base"]:
         print("the scales of the 4-bit base are rounded differently than when this run began")
