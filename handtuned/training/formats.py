@@ -32,7 +32,7 @@ FIELDS = {"role", "content", "from", "value", "weight", "reasoning_content"}
 TOOL_FIELDS = {"tool_calls", "tool_call_id", "name"}
 FORMS = ("messages", "conversations", "instruction", "prompt", "text")
 MEDIA = ("image", "images", "video", "videos", "audio", "audios")
-# Half of a pair, NUL, and what Unicode reserves never to be a character (encoding.py marks places with some of them).
+# Half of a pair, NUL, and what Unicode reserves never to be a character (templates.py marks places with some of them).
 NO_CHARACTER = re.compile("[\ud800-\udfff\0\ufdd0-\ufdef]")
 EXPECTED = ("expected messages, conversations, instruction (input) and output, prompt and completion, or text; "
             "--columns prompt=NAME,completion=NAME names others")  # fmt: skip
