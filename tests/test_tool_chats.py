@@ -58,6 +58,18 @@ def test_calls_and_answers_are_learnt_results_are_not():
     assert encoded(LIST, [*MESSAGES[:-1], MESSAGES[-1] | {"content": ""}]) == [two, "Done.<|im_end|>", one]
 
 
+NAMES = "(messages[:loop.index0] | selectattr('tool_calls', 'defined') | list | last).tool_calls[0].function.name"
+
+
+def test_a_result_that_names_its_call_is_not_learnt():
+    """As Gemma 4 and gpt-oss write it; nor does its name stand for a second call, which is not shown."""
+    names = TAGS.replace("'\n<tool_response>\n' +", "'\n<tool ' + " + NAMES + " + '>\n' +")
+    assert encoded(names) == encoded(TAGS)
+    once = names.replace("{{ '\n</tool_call>' }}{% endfor", "{{ '\n</tool_call>' }}{% break %}{% endfor")
+    with pytest.raises(DataError, match="message 3: the chat template does not show its tool calls"):
+        encoded(once)
+
+
 def test_rows_keep_tools_and_what_belongs_to_calls(tmp_path):
     raw_call = {**CALL, "function": {"name": "dim", "arguments": json.dumps(CALL["function"]["arguments"])}}
     raw = [{**m, "tool_calls": [raw_call] * len(m["tool_calls"])} if "tool_calls" in m else m for m in MESSAGES]

@@ -19,7 +19,7 @@ import re
 from .files import DataError
 from .formats import Chat
 
-SHOWN, ANSWER, CALL = "\ufdd0", "\ufdd1", "\ufdd2"  # ▸, ▪, and a call's name: reserved never to be characters
+SHOWN, ANSWER, CALL = "\ufdd0", "\ufdd1", "\ufdd2"  # ▸, ▪, and behind a call's name: no characters
 TODAY = datetime.date(2024, 7, 26)  # for templates that write the date: runs must not depend on the clock
 NOW = re.compile(r"strftime_now\(\s*([\"'])(.*?)\1\s*\)")
 
@@ -84,19 +84,19 @@ def _changed(chat: Chat, turn: int, **fields) -> Chat:
 
 
 def _marked(chat: Chat, turn: int, mark: str) -> Chat:
-    """The chat with a mark in place of what a message says, and CALL for the names of its calls."""
+    """The chat with a mark in place of what a message says, and CALL behind the names of its calls."""
     fields = {"content": mark if chat[turn]["content"] or mark == SHOWN else ""}
     if "tool_calls" in chat[turn]:
-        fields["tool_calls"] = [_call(call, name=CALL) for call in chat[turn]["tool_calls"]]
+        fields["tool_calls"] = [_call(call, name=call["function"]["name"] + CALL) for call in chat[turn]["tool_calls"]]
     return _changed(chat, turn, **fields)
 
 
-def _behind(marks: str, text: str, what: str) -> str:
-    """What follows the last mark in a text."""
-    found = re.split(f"[{marks}]", text)
-    if len(found) == 1:
+def _behind(marks: str, text: str, what: str, count: int = 0) -> str:
+    """What follows the last mark in a text, or its mark number `count`; a result may name its call once more."""
+    found = re.split(f"[{marks}]", text, maxsplit=count)
+    if len(found) <= max(count, 1):
         raise DataError(what)
-    return found[-1]
+    return found[-1].replace(CALL, "")
 
 
 def _prompt_end(chat: Chat, tokenizer) -> str:
@@ -136,11 +136,12 @@ def find_answer(chat: Chat, turn: int, text: str, tokenizer) -> tuple[int, int, 
         lost += "; --train-on last learns the last answer alone"
     marked = _marked(chat, turn, ANSWER)
     whole, calls = render(marked, tokenizer), len(chat[turn].get("tool_calls", ()))
-    behind = _behind(ANSWER + CALL, whole, lost)
     if calls and chat[turn]["content"] and ANSWER not in whole:
         raise DataError(f"{_hidden(chat, turn)} beside its tool calls: leave it out")
     last = turn == len(chat) - 1
-    alone = behind if last else _behind(ANSWER + CALL, render(marked[: turn + 1], tokenizer), lost)
+    written = whole if last else render(marked[: turn + 1], tokenizer)
+    count = len(re.findall(f"[{ANSWER}{CALL}]", written))
+    behind, alone = (_behind(ANSWER + CALL, part, lost, count) for part in (whole, written))
     opening = _prompt_end(chat[:turn], tokenizer)
     shared, first = _shared(_marked(marked, turn - 1, SHOWN), opening, tokenizer)
     start = re.search(f"[{ANSWER}{CALL}]", whole).start() - first + shared
@@ -159,12 +160,13 @@ def _common(one: str, other: str) -> int:
 
 
 def check_all_is_shown(chat: Chat, found: list[int], text: str, tokenizer) -> None:
-    """Many templates leave something out in silence. Of the turns in `found` and their prompts `find_answer` sees it."""
+    """Many templates hide something in silence. `find_answer` sees it of the turns in `found` and of their prompts."""
     if getattr(chat, "tools", None) and render(Chat(chat), tokenizer) == text:
         raise DataError("the chat template does not show the tools")
     for turn, message in enumerate(chat):
         calls = message.get("tool_calls", ())
-        if calls and render(_marked(chat, turn, ANSWER), tokenizer).count(CALL) < len(calls):
+        marked = _marked(chat, turn, ANSWER)  # without what follows, too: a result may name its call once more
+        if calls and any(render(part, tokenizer).count(CALL) < len(calls) for part in (marked, marked[: turn + 1])):
             raise DataError(f"message {turn + 1}: the chat template does not show its tool calls")
         for at, call in enumerate(calls):
             if call["function"]["arguments"] and _without_arguments(chat, turn, at, tokenizer) == text:
