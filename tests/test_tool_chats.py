@@ -70,6 +70,16 @@ def test_a_result_that_names_its_call_is_not_learnt():
         encoded(once)
 
 
+def test_a_last_result_that_is_closed_otherwise_is_not_learnt():
+    """As Hermes writes it: an end of line behind a result, unless it is the last message."""
+    hermes = TAGS.replace("'\n</tool_response>' }}", "'\n</tool_response>' + ('' if loop.last else '\n') }}")
+    assert encoded(hermes) == encoded(TAGS)
+    tokenizer, chat = make_tokenizer(hermes), Chat(MESSAGES[:6], TOOLS)
+    assert not data.encode(chat, tokenizer).follows_prompt
+    prompt = tokenizer.apply_chat_template(chat[:-1], tools=TOOLS, add_generation_prompt=True)["input_ids"]
+    assert data.encode_prompt(chat[:-1], tokenizer) == prompt
+
+
 def test_rows_keep_tools_and_what_belongs_to_calls(tmp_path):
     raw_call = {**CALL, "function": {"name": "dim", "arguments": json.dumps(CALL["function"]["arguments"])}}
     raw = [{**m, "tool_calls": [raw_call] * len(m["tool_calls"])} if "tool_calls" in m else m for m in MESSAGES]

@@ -105,11 +105,19 @@ def _prompt_end(chat: Chat, tokenizer) -> str:
     return _behind(SHOWN, text, _hidden(chat, len(chat) - 1))
 
 
-def _shared(marked: Chat, prompt_end: str, tokenizer) -> tuple[int, int]:
-    """Of `marked`, in which ▸ precedes an answer: (from ▸ to where the answer begins, from ▸ to its first mark)."""
-    between = render(marked, tokenizer).partition(SHOWN)[2]
-    first = re.search(f"[{ANSWER}{CALL}]", between)
-    return _common(between, prompt_end), first.start() if first else len(between)
+def _shared(text: str, asked: Chat, opening: str, tokenizer) -> tuple[str, int, int]:
+    """Of a text with ▸ for the last message of `asked` and with marks for its answer: what stands between them, how
+    much of that no answer has to write, and how much of `opening`, the end of the prompt, that is."""
+    head = re.split(f"[{ANSWER}{CALL}]", text, maxsplit=1)[0]
+    between = head.rpartition(SHOWN)[2] if SHOWN in head else ""
+    shared, closing = _common(between, opening), opening
+    if shared < len(opening):
+        with contextlib.suppress(DataError):
+            closing = render(_marked(asked, len(asked) - 1, SHOWN), tokenizer).rpartition(SHOWN)[2]
+    header = opening.removeprefix(closing)
+    if shared < len(closing) and header not in ("", opening) and (at := between.find(header, shared)) >= 0:
+        return between, at + len(header), len(opening)  # the last message of a prompt is closed otherwise
+    return between, shared, shared
 
 
 def prompt_of(chat: Chat, tokenizer) -> tuple[str, str, str]:
@@ -117,15 +125,15 @@ def prompt_of(chat: Chat, tokenizer) -> tuple[str, str, str]:
     space that the template itself writes before and behind an answer."""
     text = render(chat, tokenizer, add_generation_prompt=True)
     try:
-        end = _prompt_end(chat, tokenizer)
+        opening = _prompt_end(chat, tokenizer)
         answered = Chat([*chat, {"role": "assistant", "content": ANSWER}], getattr(chat, "tools", None))
         marked = render(_marked(answered, len(chat) - 1, SHOWN), tokenizer)
     except DataError:
         return text, "", ""
-    before, _, behind = marked.rpartition(SHOWN)[2].partition(ANSWER)
-    shared = _common(before, end)
-    before = before[shared:] if before[shared:].isspace() else ""
-    return text[: len(text) - len(end) + shared], before, behind[: len(behind) - len(behind.lstrip())]
+    between, shared, asked_for = _shared(marked, chat, opening, tokenizer)
+    before, behind = between[shared:], marked.partition(ANSWER)[2]
+    before = before if before.isspace() else ""
+    return text[: len(text) - len(opening) + asked_for], before, behind[: len(behind) - len(behind.lstrip())]
 
 
 def find_answer(chat: Chat, turn: int, text: str, tokenizer) -> tuple[int, int, int, str]:
@@ -143,14 +151,15 @@ def find_answer(chat: Chat, turn: int, text: str, tokenizer) -> tuple[int, int, 
     count = len(re.findall(f"[{ANSWER}{CALL}]", written))
     behind, alone = (_behind(ANSWER + CALL, part, lost, count) for part in (whole, written))
     opening = _prompt_end(chat[:turn], tokenizer)
-    shared, first = _shared(_marked(marked, turn - 1, SHOWN), opening, tokenizer)
-    start = re.search(f"[{ANSWER}{CALL}]", whole).start() - first + shared
+    answered = render(_marked(marked, turn - 1, SHOWN), tokenizer)
+    between, shared, asked_for = _shared(answered, chat[:turn], opening, tokenizer)
+    start = re.search(f"[{ANSWER}{CALL}]", whole).start() - len(between) + shared
     stop = len(text) - len(behind)
     end = stop + _common(behind, alone)
     if not (0 < start < max(stop, end) and text.startswith(whole[:start]) and text.endswith(behind)):
         raise DataError(lost)
     prompt = render(chat[:turn], tokenizer, add_generation_prompt=True) if last else ""
-    return start, stop, end, prompt[: len(prompt) - len(opening) + shared]
+    return start, stop, end, prompt[: len(prompt) - len(opening) + asked_for]
 
 
 def _common(one: str, other: str) -> int:
