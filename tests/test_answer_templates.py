@@ -188,8 +188,16 @@ def test_text_and_calls_of_one_answer_are_learnt_together():
 
 
 def test_what_a_template_opens_behind_every_chat_is_not_learnt():
-    tokenizer = make_tokenizer(CHATML.partition("{% if add_generation_prompt")[0] + "{{ '<|im_start|>assistant\n' }}")
-    assert learnt_texts(data.encode(TWO, tokenizer), tokenizer) == ["one" + END, "two" + END]
+    """Nor the beginning of a header that follows at once, as in the first template of Llama 3."""
+    always = CHATML.partition("{% if add_generation_prompt")[0] + "{{ '<|im_start|>assistant\n' }}"
+    for template in (always, always.replace("<|im_end|>\n", "<|im_end|>")):
+        tokenizer = make_tokenizer(template)
+        assert learnt_texts(data.encode(TWO, tokenizer), tokenizer) == ["one" + END, "two" + END]
+        assert data.end_of_turn(tokenizer) == tokenizer.eos_token_id
+    twice = chat_of(TURN, "{{ m.content + '<|im_end|>' }}{{ '<|endoftext|>' if m.role == 'assistant' }}", generate="")
+    for template in (twice, twice + GENERATE):  # both of two ends are learnt
+        tokenizer = make_tokenizer(template)
+        assert learnt_texts(data.encode(TWO[:2], tokenizer), tokenizer)[0].endswith("one<|im_end|><|endoftext|>")
 
 
 def test_the_way_out_is_named_and_works():

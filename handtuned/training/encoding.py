@@ -104,7 +104,9 @@ def encode(chat: Chat, tokenizer, max_seq_length: int | None = None, train_on: s
             if not ends and turn == turns[-1]:
                 last = len(ids) + 1  # with an end of sequence
             elif "tool_calls" not in chat[turn]:  # without what the template opens behind it
-                ends = [at for number, at in enumerate(ends) if at == ends[0] + number]
+                alike = len(ends) > 1 and ids[first - 1] == ids[-1]  # the text ends as a prompt does
+                opens = alike and render(chat, tokenizer, add_generation_prompt=True) == text
+                ends = [at for number, at in enumerate(ends[: 1 if opens else None]) if at == ends[0] + number]
             learnt[first : ends[-1] if ends else last] = chat[turn].get("weight") != 0
         *before, (*_, prompt) = answers.values()
         follows = apart and ids[:first] == _tokenize(prompt, [answer[:2] for answer in before], tokenizer)[0]
