@@ -198,6 +198,12 @@ class TestEncoding:
             assert example.labels.tolist() == [IGNORE_INDEX, *example.input_ids[1:].tolist()]
         assert tokenizer.decode(example.input_ids.tolist()) == "Done.<|im_end|>"
 
+    @pytest.mark.parametrize("bos", ["", "<|im_start|>"])
+    def test_a_text_begins_once(self, bos):
+        tokenizer = make_tokenizer(writes_bos=True)
+        example = data.encode([{"role": "text", "content": f"{bos}Done."}], tokenizer, train_on="all")
+        assert tokenizer.decode(example.input_ids.tolist()) == "<|im_start|>Done.<|im_end|>"
+
     def test_truncation_is_counted_and_announced(self):
         tokenizer = make_tokenizer(CHATML)
         full = data.encode(CHAT, tokenizer)

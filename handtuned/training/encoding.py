@@ -86,6 +86,8 @@ def encode(chat: Chat, tokenizer, max_seq_length: int | None = None, train_on: s
         raise DataError(f"{type(tokenizer).__name__} gives no character offsets; a fast tokenizer is needed")
     if chat[0]["role"] == "text":
         ids = tokenizer(chat[0]["content"])["input_ids"]
+        if len(ids) > 1 and ids[0] == ids[1] == tokenizer.bos_token_id:
+            ids = ids[1:]  # the text brings its own, as a chat template writes it
         learnt, follows, text = np.ones(len(ids) + 1, dtype=bool), True, chat[0]["content"]
     else:
         text = render(chat, tokenizer)
