@@ -150,6 +150,15 @@ def test_arguments_are_given_as_the_template_wants_them(write):
     assert json.dumps(CALL["function"]["arguments"]) in learnt and learnt.endswith(END)
 
 
+def test_a_result_that_shows_arguments_as_python_does_changes_nothing():
+    for template in ("{{ m.content }}" + CALLS, "{{ m.content }}{{ m.tool_calls | tojson if m.tool_calls }}"):
+        tokenizer = talking(template)
+        result = ROUND[2] | {"content": f"dim({CALL['function']['arguments']}) ok"}
+        learnt = [learnt_texts(data.encode(Chat([*ROUND[:2], said, ROUND[3]], TOOLS), tokenizer), tokenizer)
+                  for said in (ROUND[2], result)]  # fmt: skip
+        assert learnt[0] == learnt[1]
+
+
 @pytest.mark.parametrize("template", [CHATML, MARKED], ids=["plain", "marked"])
 def test_one_set_of_guards(template):
     """Tools or calls that are not shown, and what a template raises, of whatever class, are errors of the row."""

@@ -13,8 +13,10 @@ the whole chat and in the chat up to this turn alike.
 
 import contextlib
 import datetime
+import functools
 import json
 import re
+from collections.abc import Callable
 
 from .files import DataError
 from .formats import Chat
@@ -50,7 +52,11 @@ def render(chat: Chat, tokenizer, **options) -> str:
         template = tokenizer.get_chat_template(tools=options.get("tools"))
         options["chat_template"] = NOW.sub(lambda call: repr(TODAY.strftime(call[2])), template)
 
-    def write(messages: list[dict]) -> str:
+    def write(given: Callable) -> str:
+        calls = [[_call(call, arguments=given(call["function"]["arguments"])) for call in message.get("tool_calls", ())]
+                 for message in chat]  # fmt: skip
+        messages = [message | {"tool_calls": made} if made else message
+                    for message, made in zip(chat, calls, strict=True)]  # fmt: skip
         try:
             return tokenizer.apply_chat_template(messages, tokenize=False, **options)
         except Exception as error:  # whatever a template raises, of jinja2's or Python's own
@@ -58,19 +64,15 @@ def render(chat: Chat, tokenizer, **options) -> str:
 
     arguments = [call["function"]["arguments"] for message in chat for call in message.get("tool_calls", ())]
     try:
-        text = write(list(chat))
+        text = write(lambda given: given)
+        # An object as Python writes it? What stands there may be said elsewhere in the chat, but for a mark.
+        suspect = any(value and str(value) in text for value in arguments)
+        if not suspect or repr(CALL) not in write(lambda given: given | {CALL: 0}):
+            return text
     except DataError:
         if not arguments:
             raise
-    else:
-        if not any(value and str(value) in text for value in arguments):  # an object as Python writes it
-            return text
-
-    def with_text(call: dict) -> dict:
-        return _call(call, arguments=json.dumps(call["function"]["arguments"], ensure_ascii=False))
-
-    return write([message | {"tool_calls": [with_text(call) for call in message["tool_calls"]]}
-                  if "tool_calls" in message else message for message in chat])  # fmt: skip
+    return write(functools.partial(json.dumps, ensure_ascii=False))
 
 
 def _call(call: dict, **changed) -> dict:
