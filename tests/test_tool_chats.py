@@ -84,7 +84,9 @@ def test_rows_keep_tools_and_what_belongs_to_calls(tmp_path):
     raw_call = {**CALL, "function": {"name": "dim", "arguments": json.dumps(CALL["function"]["arguments"])}}
     raw = [{**m, "tool_calls": [raw_call] * len(m["tool_calls"])} if "tool_calls" in m else m for m in MESSAGES]
     raw[2] = {**raw[2], "content": None}
-    rows = [{"messages": raw, "tools": TOOLS}, {"messages": raw, "tools": json.dumps(TOOLS)}]
+    bare = TOOLS[0]["function"]  # as in xLAM, and as OpenAI's Responses write it
+    tools = [TOOLS, json.dumps(TOOLS), [bare], [{"type": "function"} | bare]]
+    rows = [{"messages": raw, "tools": given} for given in tools]
     loaded = load_rows(write(tmp_path / "rows.jsonl", *rows))
     assert loaded.notes == []
     for chat in loaded.rows:

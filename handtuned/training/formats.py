@@ -207,11 +207,13 @@ def _parsed(value: object, what: str) -> object:
 
 
 def _tools(tools: object) -> list[dict] | None:
-    """A list of function schemas, or None for none."""
+    """A list of function schemas, wrapped as OpenAI and servers write them, or None for none."""
     tools = _parsed(tools or None, "field 'tools' is")
     if tools and not (isinstance(tools, list) and all(map(_function, tools))):
         raise DataError("field 'tools' must be a list of function schemas, each with a name")
-    return tools or None
+    return [tool if "function" in tool else
+            {"type": "function", "function": {key: value for key, value in tool.items() if key != "type"}}
+            for tool in tools or ()] or None  # fmt: skip
 
 
 def _function(entry: object) -> dict | None:
