@@ -120,6 +120,15 @@ def test_a_template_that_leaves_results_out_is_refused():
         encoded(mute)
 
 
+def test_a_call_may_stand_in_the_text(tmp_path):
+    """As in the sets of Hermes, ToolACE and Glaive."""
+    said = '<tool_call>\n{"name": "dim"}\n</tool_call>'
+    turns = [("human", "Dim it."), ("gpt", said), ("tool", "ok"), ("gpt", "Done.")]
+    row = {"conversations": [{"from": name, "value": text} for name, text in turns]}
+    (chat,) = load_rows(write(tmp_path / "rows.jsonl", row)).rows
+    assert encoded(TAGS, chat, None) == [said + "<|im_end|>", "Done.<|im_end|>"]
+
+
 def calling(call):
     """A row that ends with this call."""
     return {"messages": [MESSAGES[1], {**MESSAGES[2], "tool_calls": [call]}]}
@@ -154,6 +163,7 @@ def calling(call):
             "message 2: the arguments of dim must be a JSON object",
         ),
         "a result nobody asked for": ({"messages": [MESSAGES[1], MESSAGES[3]]}, "message 2: role 'tool' out of order"),
+        "a result first": ({"messages": [MESSAGES[0], MESSAGES[3]]}, "message 2: role 'tool' out of order, expected user"),
         "ends with a result": ({"messages": MESSAGES[1:4]}, "the last message must be the assistant's answer"),
         "no result text": (
             {"messages": [*MESSAGES[1:3], {"role": "tool", "content": None}, MESSAGES[5]]},

@@ -269,11 +269,9 @@ def _message(message: dict, before: dict | None) -> dict:
 def _who_follows(before: dict | None) -> tuple[str, ...]:
     if before is None:
         return "system", "user"
-    if before["role"] == "tool":
-        return "tool", "assistant"
-    if before["role"] == "user":
-        return ("assistant",)
-    return ("tool", "user") if "tool_calls" in before else ("user",)
+    following = {"system": ("user",), "user": ("assistant",), "tool": ("tool", "assistant")}
+    # Behind an assistant's turn without calls, too: one may stand in its text, as in the sets of Hermes and ToolACE.
+    return following.get(before["role"], ("tool", "user"))
 
 
 def _tool_calls(message: dict, role: str) -> list[dict] | None:
