@@ -129,6 +129,19 @@ def test_a_call_may_stand_in_the_text(tmp_path):
     assert encoded(TAGS, chat, None) == [said + "<|im_end|>", "Done.<|im_end|>"]
 
 
+@pytest.mark.parametrize("arguments", [None, "", {}, "{}"])
+def test_what_may_be_empty(tmp_path, arguments):
+    """Agents write calls beside white space and without arguments, commands print nothing."""
+    call = {"function": {"name": "dim", "arguments": arguments}}
+    row = [MESSAGES[1], {"role": "assistant", "content": "\n\n", "reasoning_content": "\n", "tool_calls": [call]},
+           {"role": "tool", "content": ""}, MESSAGES[5]]  # fmt: skip
+    (chat,) = load_rows(write(tmp_path / "rows.jsonl", {"messages": row})).rows
+    read = {"type": "function", "function": {"name": "dim", "arguments": {}}}
+    assert chat == [row[0], {"role": "assistant", "content": "", "tool_calls": [read]}, *row[2:]]
+    said = '\n<tool_call>\n{"name": "dim", "arguments": {}}\n</tool_call><|im_end|>'
+    assert encoded(TAGS, chat, None) == [said, "Done.<|im_end|>"]
+
+
 def calling(call):
     """A row that ends with this call."""
     return {"messages": [MESSAGES[1], {**MESSAGES[2], "tool_calls": [call]}]}
@@ -150,6 +163,10 @@ def calling(call):
             calling({"name": "dim", "parameters": {"to": 4}}),
             "message 2: the call of dim has 'parameters', expected 'arguments'",
         ),
+        "other arguments": (
+            calling({"name": "dim", "parameters": {"to": 4}, "arguments": None}),
+            "message 2: the call of dim has 'parameters', expected 'arguments'",
+        ),
         "NaN in text": (
             calling({"name": "dim", "arguments": '{"to": NaN}'}),
             "message 2: the arguments of dim are not valid JSON",
@@ -163,7 +180,7 @@ def calling(call):
             "message 2: the arguments of dim must be a JSON object",
         ),
         "a result nobody asked for": ({"messages": [MESSAGES[1], MESSAGES[3]]}, "message 2: role 'tool' out of order"),
-        "a result first": ({"messages": [MESSAGES[0], MESSAGES[3]]}, "message 2: role 'tool' out of order, expected user"),
+        "a result first": ({"messages": [MESSAGES[0], MESSAGES[3]]}, "message 2: role 'tool' out of order"),
         "ends with a result": ({"messages": MESSAGES[1:4]}, "the last message must be the assistant's answer"),
         "no result text": (
             {"messages": [*MESSAGES[1:3], {"role": "tool", "content": None}, MESSAGES[5]]},
