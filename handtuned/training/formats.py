@@ -22,7 +22,7 @@ from .files import DataError, decode_json, read_places
 
 ROLES = {
     "system": "system developer",
-    "user": "user human",
+    "user": "user human prompter",
     "assistant": "assistant gpt chatgpt bot model bing bard function_call",
     "tool": "tool function function_response observation ipython",
 }
@@ -249,14 +249,15 @@ def _message(message: dict, before: dict | None) -> dict:
         called = _parsed(message.get(field), f"field {field!r} of a function_call is")
         message = message | {"tool_calls": called if isinstance(called, list) else [called]}
     calls = _tool_calls(message, role)
-    # Empty on purpose: a system message that switches off a template's own, and a call without text.
-    empty = not message.get(field) if calls else role == "system" and message.get(field) == ""
+    # Empty on purpose: a system message that switches off a template's own, a call without text, a result of nothing.
+    may_be = role in ("system", "tool") and message.get(field) == ""
+    empty = not str(message.get(field) or "").strip() if calls else may_be
     if empty or name == "function_call":
         content = ""
     else:
         content = _text(message, field)
     kept = {"tool_calls": calls} if calls else {}
-    if message.get("reasoning_content") and role == "assistant":
+    if str(message.get("reasoning_content") or "").strip() and role == "assistant":
         kept["reasoning_content"] = _text(message, "reasoning_content")
     if message.get("weight") is not None:
         if message["weight"] not in (0, 1):
@@ -286,11 +287,11 @@ def _tool_calls(message: dict, role: str) -> list[dict] | None:
         function = _function(call)
         if not function:
             raise DataError("field 'tool_calls' must hold calls with a function name")
-        others = function.keys() - {"name", "arguments", "type", "id", "index"}
-        if others and "arguments" not in function:
+        others, arguments = function.keys() - {"name", "arguments", "type", "id", "index"}, function.get("arguments")
+        if others and arguments is None:
             raise DataError(f"the call of {function['name']} has {min(others)!r}, expected 'arguments'")
-        # OpenAI writes them as text; templates want the object
-        arguments = _parsed(function.get("arguments", {}), f"the arguments of {function['name']} are")
+        # OpenAI writes them as text, of nothing where a function takes none; templates want the object
+        arguments = _parsed({} if arguments in (None, "") else arguments, f"the arguments of {function['name']} are")
         if not isinstance(arguments, dict):
             raise DataError(f"the arguments of {function['name']} must be a JSON object")
         plain = {"id": call["id"]} if call.get("id") else {}
