@@ -113,6 +113,20 @@ def test_what_a_model_writes_is_what_the_row_said():
             assert data.decode_answer(ids, [user("q")], tokenizer) == text
 
 
+def test_what_the_template_writes_before_an_answer_is_not_shown():
+    """Empty thinking, a part of it, a channel; thinking of the model's own is."""
+    channel = "{{ '<|endoftext|>final<|im_start|>' if m.role == 'assistant' }}"
+    for template in (chat_of(TURN, LAST_IS_EMPTY, BODY), chat_of(TURN, LAST_IS_EMPTY, BODY, generate=OPENS),
+                     chat_of(TURN, channel, BODY)):  # fmt: skip
+        tokenizer = make_tokenizer(template)
+        for text in ("Done.", "final", "<think>\nhm\n</think>\n\nDone."):
+            example = data.encode([user("q"), answer(text)], tokenizer)
+            ids = example.input_ids[example.labels != data.IGNORE_INDEX].tolist()
+            assert data.decode_answer(ids, [user("q")], tokenizer) == text
+        thought = tokenizer("<think>\nhm\n</think>\n\nDone.<|im_end|>")["input_ids"]
+        assert data.decode_answer(thought, [user("q")], tokenizer) == "<think>\nhm\n</think>\n\nDone."
+
+
 def test_a_tokenizer_that_cannot_part_prompt_and_answer_is_told():
     tokenizers, transformers = pytest.importorskip("tokenizers"), pytest.importorskip("transformers")
     vocabulary = {"<unk>": 0, "▁q": 1, "▁a:b": 2, "▁a:": 3, "▁b": 4, "</s>": 5}

@@ -49,13 +49,18 @@ def encode_prompt(chat: Chat, tokenizer) -> list[int]:
 
 
 def decode_answer(ids: list[int], chat: Chat, tokenizer) -> str:
-    """What a model has answered to a chat, without special tokens and the white space that the template adds."""
+    """What a model has answered to a chat, without special tokens and what the template itself adds: white space, a
+    channel, empty thinking."""
+    _, before, behind = prompt_of(chat, tokenizer)
+    if before.strip():  # it may hold special tokens
+        heads = range(1, min(len(ids), len(before)) + 1)
+        written = (at for at in heads if tokenizer.decode(ids[:at], skip_special_tokens=False) == before)
+        ids, before = ids[next(written, 0) :], ""
     text = tokenizer.decode(ids, skip_special_tokens=True)
     tokens = filter(None, tokenizer.convert_ids_to_tokens(ids))  # an embedding may have more rows than there are tokens
     first = next((token for token in tokens if token not in tokenizer.all_special_tokens), "")
     if first.startswith("▁") and not text.startswith(" "):  # sentencepiece shows no space before a whole text
         text = f" {text}"
-    _, before, behind = prompt_of(chat, tokenizer)
     return text.removeprefix(before).removesuffix(behind)
 
 

@@ -123,8 +123,8 @@ def _shared(text: str, asked: Chat, opening: str, tokenizer) -> tuple[str, int, 
 
 
 def prompt_of(chat: Chat, tokenizer) -> tuple[str, str, str]:
-    """The text of the prompt that is to be answered, as far as an answer without thinking shares it, and the white
-    space that the template itself writes before and behind an answer."""
+    """The text of the prompt that is to be answered, as far as an answer without thinking shares it; what the template
+    itself writes before an answer, and the white space behind it."""
     text = render(chat, tokenizer, add_generation_prompt=True)
     try:
         opening = _prompt_end(chat, tokenizer)
@@ -133,9 +133,8 @@ def prompt_of(chat: Chat, tokenizer) -> tuple[str, str, str]:
     except DataError:
         return text, "", ""
     between, shared, asked_for = _shared(marked, chat, opening, tokenizer)
-    before, behind = between[shared:], marked.partition(ANSWER)[2]
-    before = before if before.isspace() else ""
-    return text[: len(text) - len(opening) + asked_for], before, behind[: len(behind) - len(behind.lstrip())]
+    prompt, behind = text[: len(text) - len(opening) + asked_for], marked.partition(ANSWER)[2]
+    return prompt, between[shared:], behind[: len(behind) - len(behind.lstrip())]
 
 
 def find_answer(chat: Chat, turn: int, text: str, tokenizer) -> tuple[int, int, int, str]:
