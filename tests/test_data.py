@@ -176,7 +176,7 @@ class TestEncoding:
     @pytest.mark.parametrize("hidden, reason", {
         "assistant": "message 3: the chat template rewrites this chat, so its answer cannot be found; --train-on last",
         "user": "message 2: the chat template does not show it",
-        "system": "message 1: the chat template does not show it",
+        "system": "message 1: the chat template does not show it; put it at the beginning of the user's message",
     }.items())  # fmt: skip
     def test_template_that_hides_messages_is_refused(self, hidden, reason):
         template = f"{{% for m in messages %}}{{% if m['role'] != '{hidden}' %}}{{{{ m['content'] }}}}{{% endif %}}"

@@ -194,4 +194,5 @@ def _without_arguments(chat: Chat, turn: int, at: int, tokenizer) -> str:
 
 def _hidden(chat: Chat, turn: int) -> str:
     what = "the tool's result" if chat[turn]["role"] == "tool" else "it"
-    return f"message {turn + 1}: the chat template does not show {what}"
+    remedy = "; put it at the beginning of the user's message" if chat[turn]["role"] == "system" else ""
+    return f"message {turn + 1}: the chat template does not show {what}{remedy}"
