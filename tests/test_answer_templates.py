@@ -113,6 +113,20 @@ def test_what_a_model_writes_is_what_the_row_said():
             assert data.decode_answer(ids, [user("q")], tokenizer) == text
 
 
+def test_what_the_template_writes_before_an_answer_is_not_shown():
+    """Empty thinking, a part of it, a channel; thinking of the model's own is."""
+    channel = "{{ '<|endoftext|>final<|im_start|>' if m.role == 'assistant' }}"
+    for template in (chat_of(TURN, LAST_IS_EMPTY, BODY), chat_of(TURN, LAST_IS_EMPTY, BODY, generate=OPENS),
+                     chat_of(TURN, channel, BODY)):  # fmt: skip
+        tokenizer = make_tokenizer(template)
+        for text in ("Done.", "final", "<think>\nhm\n</think>\n\nDone."):
+            example = data.encode([user("q"), answer(text)], tokenizer)
+            ids = example.input_ids[example.labels != data.IGNORE_INDEX].tolist()
+            assert data.decode_answer(ids, [user("q")], tokenizer) == text
+        thought = tokenizer("<think>\nhm\n</think>\n\nDone.<|im_end|>")["input_ids"]
+        assert data.decode_answer(thought, [user("q")], tokenizer) == "<think>\nhm\n</think>\n\nDone."
+
+
 def test_a_tokenizer_that_cannot_part_prompt_and_answer_is_told():
     tokenizers, transformers = pytest.importorskip("tokenizers"), pytest.importorskip("transformers")
     vocabulary = {"<unk>": 0, "▁q": 1, "▁a:b": 2, "▁a:": 3, "▁b": 4, "</s>": 5}
@@ -148,6 +162,15 @@ def test_arguments_are_given_as_the_template_wants_them(write):
     example = data.encode(Chat(ROUND[:2], TOOLS), tokenizer)
     (learnt,) = learnt_texts(example, tokenizer)
     assert json.dumps(CALL["function"]["arguments"]) in learnt and learnt.endswith(END)
+
+
+def test_a_result_that_shows_arguments_as_python_does_changes_nothing():
+    for template in ("{{ m.content }}" + CALLS, "{{ m.content }}{{ m.tool_calls | tojson if m.tool_calls }}"):
+        tokenizer = talking(template)
+        result = ROUND[2] | {"content": f"dim({CALL['function']['arguments']}) ok"}
+        learnt = [learnt_texts(data.encode(Chat([*ROUND[:2], said, ROUND[3]], TOOLS), tokenizer), tokenizer)
+                  for said in (ROUND[2], result)]  # fmt: skip
+        assert learnt[0] == learnt[1]
 
 
 @pytest.mark.parametrize("template", [CHATML, MARKED], ids=["plain", "marked"])
@@ -188,8 +211,16 @@ def test_text_and_calls_of_one_answer_are_learnt_together():
 
 
 def test_what_a_template_opens_behind_every_chat_is_not_learnt():
-    tokenizer = make_tokenizer(CHATML.partition("{% if add_generation_prompt")[0] + "{{ '<|im_start|>assistant\n' }}")
-    assert learnt_texts(data.encode(TWO, tokenizer), tokenizer) == ["one" + END, "two" + END]
+    """Nor the beginning of a header that follows at once, as in the first template of Llama 3."""
+    always = CHATML.partition("{% if add_generation_prompt")[0] + "{{ '<|im_start|>assistant\n' }}"
+    for template in (always, always.replace("<|im_end|>\n", "<|im_end|>")):
+        tokenizer = make_tokenizer(template)
+        assert learnt_texts(data.encode(TWO, tokenizer), tokenizer) == ["one" + END, "two" + END]
+        assert data.end_of_turn(tokenizer) == tokenizer.eos_token_id
+    twice = chat_of(TURN, "{{ m.content + '<|im_end|>' }}{{ '<|endoftext|>' if m.role == 'assistant' }}", generate="")
+    for template in (twice, twice + GENERATE):  # both of two ends are learnt
+        tokenizer = make_tokenizer(template)
+        assert learnt_texts(data.encode(TWO[:2], tokenizer), tokenizer)[0].endswith("one<|im_end|><|endoftext|>")
 
 
 def test_the_way_out_is_named_and_works():

@@ -176,7 +176,7 @@ class TestEncoding:
     @pytest.mark.parametrize("hidden, reason", {
         "assistant": "message 3: the chat template rewrites this chat, so its answer cannot be found; --train-on last",
         "user": "message 2: the chat template does not show it",
-        "system": "message 1: the chat template does not show it",
+        "system": "message 1: the chat template does not show it; put it at the beginning of the user's message",
     }.items())  # fmt: skip
     def test_template_that_hides_messages_is_refused(self, hidden, reason):
         template = f"{{% for m in messages %}}{{% if m['role'] != '{hidden}' %}}{{{{ m['content'] }}}}{{% endif %}}"
@@ -197,6 +197,12 @@ class TestEncoding:
             example = data.encode(chat, tokenizer, train_on="all")
             assert example.labels.tolist() == [IGNORE_INDEX, *example.input_ids[1:].tolist()]
         assert tokenizer.decode(example.input_ids.tolist()) == "Done.<|im_end|>"
+
+    @pytest.mark.parametrize("bos", ["", "<|im_start|>"])
+    def test_a_text_begins_once(self, bos):
+        tokenizer = make_tokenizer(writes_bos=True)
+        example = data.encode([{"role": "text", "content": f"{bos}Done."}], tokenizer, train_on="all")
+        assert tokenizer.decode(example.input_ids.tolist()) == "<|im_start|>Done.<|im_end|>"
 
     def test_truncation_is_counted_and_announced(self):
         tokenizer = make_tokenizer(CHATML)

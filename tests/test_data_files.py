@@ -74,6 +74,26 @@ def test_columns_and_archives_of_arrow(tmp_path):
             load_rows(tmp_path / f"cut-{name}")
 
 
+def test_objects_of_columns_have_the_fields_of_their_own_row_only(tmp_path, monkeypatch):
+    """Else a model would learn to call a function with the arguments of all others, as null."""
+    pyarrow, parquet = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
+    rows = []
+    for name in ("to", "city"):
+        call = {"function": {"name": "f", "arguments": {name: 4}}}
+        schema = {"name": "f", "parameters": {"properties": {name: {"type": "integer"}}}}
+        answer = {"role": "assistant", "content": None, "tool_calls": [call]}
+        rows.append({"messages": [{"role": "user", "content": "q"}, answer], "tools": [{"function": schema}]})
+    (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    expected = [(chat, chat.tools) for chat in load_rows(tmp_path / "rows.jsonl").rows]
+    table = pyarrow.Table.from_pylist(rows)
+    assert table.to_pylist() != rows
+    parquet.write_table(table, tmp_path / "rows.parquet")
+    hub = types.SimpleNamespace(load_dataset=lambda name, split: table.to_pylist())
+    monkeypatch.setitem(sys.modules, "datasets", hub)
+    for source in (tmp_path / "rows.parquet", "some/rows"):
+        assert [(chat, chat.tools) for chat in load_rows(source).rows] == expected
+
+
 @pytest.mark.parametrize("name, pack", [("bzip2", bz2.compress), ("xz", lzma.compress)])
 def test_other_packers_are_named(tmp_path, name, pack):
     (tmp_path / "rows.jsonl").write_bytes(pack(TEXTS["rows.jsonl"].encode()))

@@ -58,11 +58,35 @@ def test_calls_and_answers_are_learnt_results_are_not():
     assert encoded(LIST, [*MESSAGES[:-1], MESSAGES[-1] | {"content": ""}]) == [two, "Done.<|im_end|>", one]
 
 
+NAMES = "(messages[:loop.index0] | selectattr('tool_calls', 'defined') | list | last).tool_calls[0].function.name"
+
+
+def test_a_result_that_names_its_call_is_not_learnt():
+    """As Gemma 4 and gpt-oss write it; nor does its name stand for a second call, which is not shown."""
+    names = TAGS.replace("'\n<tool_response>\n' +", "'\n<tool ' + " + NAMES + " + '>\n' +")
+    assert encoded(names) == encoded(TAGS)
+    once = names.replace("{{ '\n</tool_call>' }}{% endfor", "{{ '\n</tool_call>' }}{% break %}{% endfor")
+    with pytest.raises(DataError, match="message 3: the chat template does not show its tool calls"):
+        encoded(once)
+
+
+def test_a_last_result_that_is_closed_otherwise_is_not_learnt():
+    """As Hermes writes it: an end of line behind a result, unless it is the last message."""
+    hermes = TAGS.replace("'\n</tool_response>' }}", "'\n</tool_response>' + ('' if loop.last else '\n') }}")
+    assert encoded(hermes) == encoded(TAGS)
+    tokenizer, chat = make_tokenizer(hermes), Chat(MESSAGES[:6], TOOLS)
+    assert not data.encode(chat, tokenizer).follows_prompt
+    prompt = tokenizer.apply_chat_template(chat[:-1], tools=TOOLS, add_generation_prompt=True)["input_ids"]
+    assert data.encode_prompt(chat[:-1], tokenizer) == prompt
+
+
 def test_rows_keep_tools_and_what_belongs_to_calls(tmp_path):
     raw_call = {**CALL, "function": {"name": "dim", "arguments": json.dumps(CALL["function"]["arguments"])}}
     raw = [{**m, "tool_calls": [raw_call] * len(m["tool_calls"])} if "tool_calls" in m else m for m in MESSAGES]
     raw[2] = {**raw[2], "content": None}
-    rows = [{"messages": raw, "tools": TOOLS}, {"messages": raw, "tools": json.dumps(TOOLS)}]
+    bare = TOOLS[0]["function"]  # as in xLAM, and as OpenAI's Responses write it
+    tools = [TOOLS, json.dumps(TOOLS), [bare], [{"type": "function"} | bare]]
+    rows = [{"messages": raw, "tools": given} for given in tools]
     loaded = load_rows(write(tmp_path / "rows.jsonl", *rows))
     assert loaded.notes == []
     for chat in loaded.rows:
@@ -96,6 +120,28 @@ def test_a_template_that_leaves_results_out_is_refused():
         encoded(mute)
 
 
+def test_a_call_may_stand_in_the_text(tmp_path):
+    """As in the sets of Hermes, ToolACE and Glaive."""
+    said = '<tool_call>\n{"name": "dim"}\n</tool_call>'
+    turns = [("human", "Dim it."), ("gpt", said), ("tool", "ok"), ("gpt", "Done.")]
+    row = {"conversations": [{"from": name, "value": text} for name, text in turns]}
+    (chat,) = load_rows(write(tmp_path / "rows.jsonl", row)).rows
+    assert encoded(TAGS, chat, None) == [said + "<|im_end|>", "Done.<|im_end|>"]
+
+
+@pytest.mark.parametrize("arguments", [None, "", {}, "{}"])
+def test_what_may_be_empty(tmp_path, arguments):
+    """Agents write calls beside white space and without arguments, commands print nothing."""
+    call = {"function": {"name": "dim", "arguments": arguments}}
+    row = [MESSAGES[1], {"role": "assistant", "content": "\n\n", "reasoning_content": "\n", "tool_calls": [call]},
+           {"role": "tool", "content": ""}, MESSAGES[5]]  # fmt: skip
+    (chat,) = load_rows(write(tmp_path / "rows.jsonl", {"messages": row})).rows
+    read = {"type": "function", "function": {"name": "dim", "arguments": {}}}
+    assert chat == [row[0], {"role": "assistant", "content": "", "tool_calls": [read]}, *row[2:]]
+    said = '\n<tool_call>\n{"name": "dim", "arguments": {}}\n</tool_call><|im_end|>'
+    assert encoded(TAGS, chat, None) == [said, "Done.<|im_end|>"]
+
+
 def calling(call):
     """A row that ends with this call."""
     return {"messages": [MESSAGES[1], {**MESSAGES[2], "tool_calls": [call]}]}
@@ -117,6 +163,10 @@ def calling(call):
             calling({"name": "dim", "parameters": {"to": 4}}),
             "message 2: the call of dim has 'parameters', expected 'arguments'",
         ),
+        "other arguments": (
+            calling({"name": "dim", "parameters": {"to": 4}, "arguments": None}),
+            "message 2: the call of dim has 'parameters', expected 'arguments'",
+        ),
         "NaN in text": (
             calling({"name": "dim", "arguments": '{"to": NaN}'}),
             "message 2: the arguments of dim are not valid JSON",
@@ -130,6 +180,7 @@ def calling(call):
             "message 2: the arguments of dim must be a JSON object",
         ),
         "a result nobody asked for": ({"messages": [MESSAGES[1], MESSAGES[3]]}, "message 2: role 'tool' out of order"),
+        "a result first": ({"messages": [MESSAGES[0], MESSAGES[3]]}, "message 2: role 'tool' out of order"),
         "ends with a result": ({"messages": MESSAGES[1:4]}, "the last message must be the assistant's answer"),
         "no result text": (
             {"messages": [*MESSAGES[1:3], {"role": "tool", "content": None}, MESSAGES[5]]},

@@ -82,7 +82,7 @@ def _hub(name: str) -> Iterator[Place]:
         reason = " ".join(str(error).split())
         raise DataError(f"{name}: no such file, nor can it be had from the hub: {reason}") from None
     for number, row in enumerate(rows, start=1):
-        yield f"{name}: row {number}", row
+        yield f"{name}: row {number}", {key: _without_null(value) for key, value in row.items()}
 
 
 class _Unpacked(io.RawIOBase):
@@ -174,17 +174,22 @@ def _columns(file: io.BufferedReader, name: str, parquet: bool) -> Iterator[Plac
         batch.validate(full=True)  # else a damaged file may be read beyond its end
         for row in batch.to_pylist():
             number += 1
-            yield f"{name}: row {number}", row
+            yield f"{name}: row {number}", {key: _without_null(value) for key, value in row.items()}
+
+
+def _without_null(value: object) -> object:
+    """A value of a column. Arrow gives each object the fields of all, null where it has none."""
+    if isinstance(value, dict):
+        return {key: _without_null(part) for key, part in value.items() if part is not None}
+    return [_without_null(part) for part in value] if isinstance(value, list) else value
 
 
 def _lines(text: io.TextIOWrapper, name: str) -> Iterator[tuple[int, str]]:
     """(number, line). A string may hold U+2028 and the like, which `splitlines` would cut at."""
-    number = 1
-    while line := text.readline(MOST_ROW + 1):
+    for number, line in enumerate(iter(lambda: text.readline(MOST_ROW + 1), ""), start=1):
         if len(line) > MOST_ROW:
             raise DataError(f"{name}:{number}: a line of more than {MOST_ROW:,} characters")
         yield number, line
-        number += 1
 
 
 def _rest(text: io.TextIOWrapper, name: str, begun: str = "") -> str:
@@ -337,9 +342,8 @@ def _decode(text: str, position: int, place: str) -> tuple[object, int]:
 
 def _why(error: Exception) -> str:
     """What stops the decoder: bad JSON, depth, or a number of thousands of digits."""
-    if isinstance(error, RecursionError):
-        return "nested too deeply"
-    return getattr(error, "msg", str(error).partition(";")[0])
+    deep = isinstance(error, RecursionError)
+    return "nested too deeply" if deep else getattr(error, "msg", str(error).partition(";")[0])
 
 
 def _after_space(text: str, position: int) -> int:

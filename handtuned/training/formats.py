@@ -22,7 +22,7 @@ from .files import DataError, decode_json, read_places
 
 ROLES = {
     "system": "system developer",
-    "user": "user human",
+    "user": "user human prompter",
     "assistant": "assistant gpt chatgpt bot model bing bard function_call",
     "tool": "tool function function_response observation ipython",
 }
@@ -32,7 +32,7 @@ FIELDS = {"role", "content", "from", "value", "weight", "reasoning_content"}
 TOOL_FIELDS = {"tool_calls", "tool_call_id", "name"}
 FORMS = ("messages", "conversations", "instruction", "prompt", "text")
 MEDIA = ("image", "images", "video", "videos", "audio", "audios")
-# Half of a pair, NUL, and what Unicode reserves never to be a character (encoding.py marks places with some of them).
+# Half of a pair, NUL, and what Unicode reserves never to be a character (templates.py marks places with some of them).
 NO_CHARACTER = re.compile("[\ud800-\udfff\0\ufdd0-\ufdef]")
 EXPECTED = ("expected messages, conversations, instruction (input) and output, prompt and completion, or text; "
             "--columns prompt=NAME,completion=NAME names others")  # fmt: skip
@@ -207,11 +207,13 @@ def _parsed(value: object, what: str) -> object:
 
 
 def _tools(tools: object) -> list[dict] | None:
-    """A list of function schemas, or None for none."""
+    """A list of function schemas, wrapped as OpenAI and servers write them, or None for none."""
     tools = _parsed(tools or None, "field 'tools' is")
     if tools and not (isinstance(tools, list) and all(map(_function, tools))):
         raise DataError("field 'tools' must be a list of function schemas, each with a name")
-    return tools or None
+    return [tool if "function" in tool else
+            {"type": "function", "function": {key: value for key, value in tool.items() if key != "type"}}
+            for tool in tools or ()] or None  # fmt: skip
 
 
 def _function(entry: object) -> dict | None:
@@ -247,14 +249,15 @@ def _message(message: dict, before: dict | None) -> dict:
         called = _parsed(message.get(field), f"field {field!r} of a function_call is")
         message = message | {"tool_calls": called if isinstance(called, list) else [called]}
     calls = _tool_calls(message, role)
-    # Empty on purpose: a system message that switches off a template's own, and a call without text.
-    empty = not message.get(field) if calls else role == "system" and message.get(field) == ""
+    # Empty on purpose: a system message that switches off a template's own, a call without text, a result of nothing.
+    may_be = role in ("system", "tool") and message.get(field) == ""
+    empty = not str(message.get(field) or "").strip() if calls else may_be
     if empty or name == "function_call":
         content = ""
     else:
         content = _text(message, field)
     kept = {"tool_calls": calls} if calls else {}
-    if message.get("reasoning_content") and role == "assistant":
+    if str(message.get("reasoning_content") or "").strip() and role == "assistant":
         kept["reasoning_content"] = _text(message, "reasoning_content")
     if message.get("weight") is not None:
         if message["weight"] not in (0, 1):
@@ -267,11 +270,9 @@ def _message(message: dict, before: dict | None) -> dict:
 def _who_follows(before: dict | None) -> tuple[str, ...]:
     if before is None:
         return "system", "user"
-    if before["role"] == "tool":
-        return "tool", "assistant"
-    if before["role"] == "user":
-        return ("assistant",)
-    return ("tool", "user") if "tool_calls" in before else ("user",)
+    following = {"system": ("user",), "user": ("assistant",), "tool": ("tool", "assistant")}
+    # Behind an assistant's turn without calls, too: one may stand in its text, as in the sets of Hermes and ToolACE.
+    return following.get(before["role"], ("tool", "user"))
 
 
 def _tool_calls(message: dict, role: str) -> list[dict] | None:
@@ -286,11 +287,11 @@ def _tool_calls(message: dict, role: str) -> list[dict] | None:
         function = _function(call)
         if not function:
             raise DataError("field 'tool_calls' must hold calls with a function name")
-        others = function.keys() - {"name", "arguments", "type", "id", "index"}
-        if others and "arguments" not in function:
+        others, arguments = function.keys() - {"name", "arguments", "type", "id", "index"}, function.get("arguments")
+        if others and arguments is None:
             raise DataError(f"the call of {function['name']} has {min(others)!r}, expected 'arguments'")
-        # OpenAI writes them as text; templates want the object
-        arguments = _parsed(function.get("arguments", {}), f"the arguments of {function['name']} are")
+        # OpenAI writes them as text, of nothing where a function takes none; templates want the object
+        arguments = _parsed({} if arguments in (None, "") else arguments, f"the arguments of {function['name']} are")
         if not isinstance(arguments, dict):
             raise DataError(f"the arguments of {function['name']} must be a JSON object")
         plain = {"id": call["id"]} if call.get("id") else {}
