@@ -13,7 +13,7 @@ from tiny import make_model
 from handtuned.training.loading import load_base, other_parts
 
 transformers = pytest.importorskip("transformers")
-LAYER = "model.layers.0.mlp.down_proj"
+LAYER, KEPT = "model.layers.0.mlp.down_proj", "model.layers.1.mlp"
 
 
 @pytest.fixture(scope="module")
@@ -49,10 +49,10 @@ def test_nf4_of_bitsandbytes_is_taken_as_it_is(dense, tmp_path, method, nested):
 def test_what_bitsandbytes_files_keep_in_16_bits_stays_so(dense, tmp_path):
     """As in the dynamic 4-bit checkpoints of unsloth, which name the layers that 4 bits would hurt."""
     how = {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": True}
-    place, _ = _bitsandbytes(dense, tmp_path / "m", **how, llm_int8_skip_modules=["lm_head", "layers.1.mlp", "vision"])
+    place, _ = _bitsandbytes(dense, tmp_path / "m", **how, llm_int8_skip_modules=["lm_head", KEPT, "vision"])
     model, _ = load_base(place, "qlora")
     kept = {path for path, module in model.named_modules() if type(module) is torch.nn.Linear}
-    assert kept == {"lm_head", *(f"model.layers.1.mlp.{name}_proj" for name in ("gate", "up", "down"))}
+    assert kept == {"lm_head", *(f"{KEPT}.{name}_proj" for name in ("gate", "up", "down"))}
 
 
 @pytest.mark.parametrize("how", [{"load_in_8bit": True}, {"load_in_4bit": True, "bnb_4bit_quant_type": "fp4"}],

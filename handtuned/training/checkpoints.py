@@ -12,6 +12,7 @@ reads it.
 """
 
 import json
+import math
 import os
 import re
 import shutil
@@ -65,7 +66,7 @@ def settings_and_checkpoint(resume: str | None, typed: dict, fresh: FinetuneSett
         return fresh, None
     run = _read(directory)
     counted = "max_steps" if run["settings"]["max_steps"] else "num_train_epochs"
-    more = {counted: typed[counted]} if typed.get(counted, 0) > run["settings"][counted] else {}
+    more = {counted: typed[counted]} if typed.get(counted, 0) > (run["settings"][counted] or math.inf) else {}
     settings = resumed("run", typed, run, output_dir=str(directory),
                        parallel=fresh.parallel, offload=fresh.offload, **more)  # fmt: skip
     micro = settings.per_device_train_batch_size
