@@ -106,6 +106,14 @@ def test_nothing_is_written_beside_y(level, monkeypatch, N, M, dtype):
         assert (block[:100] == 123).all() and (block[-100:] == 123).all()
 
 
+def test_y_lies_in_memory_whatever_the_default_device(level):
+    q, x = quantize_nf4(torch.randn(40, 64)), torch.randn(5, 64)
+    expected = _native(x, q, True)
+    with torch.device("meta"):
+        y = _native(x, q, True)
+    assert y.is_cpu and torch.equal(y, expected)
+
+
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("transposed", [True, False], ids=["x Wᵀ", "x W"])
 def test_bits_depend_on_neither_threads_nor_other_rows(level, transposed, dtype):
