@@ -85,29 +85,11 @@ def _hub(name: str) -> Iterator[Place]:
         yield f"{name}: row {number}", {key: _without_null(value) for key, value in row.items()}
 
 
-class _Unpacked(io.RawIOBase):
-    """What a packed stream unpacks to, if it is no bomb."""
-
-    def __init__(self, packed, unpacked, name: str):
-        self.packed, self.unpacked, self.name, self.count = packed, unpacked, name, 0
-
-    def readable(self):
-        return True
-
-    def readinto(self, buffer) -> int:
-        piece = self.unpacked.read(len(buffer))
-        buffer[: len(piece)] = piece
-        self.count += len(piece)
-        if self.count > BOMB[0] and self.count > BOMB[1] * self.packed.tell():
-            raise DataError(f"{self.name}: unpacks to more than {BOMB[1]} times its size")
-        return len(piece)
-
-
 class _Counted(io.RawIOBase):
     """A pipe, which does not count by itself what has been read; its first piece is long enough to tell what it is."""
 
-    def __init__(self, pipe):
-        self.pipe, self.count = pipe, 0
+    def __init__(self, stream):
+        self.stream, self.count = stream, 0
 
     def readable(self):
         return True
@@ -115,11 +97,28 @@ class _Counted(io.RawIOBase):
     def tell(self) -> int:
         return self.count
 
+    def piece(self, size: int) -> bytes:
+        return self.stream.read1(size) if self.count else self.stream.read(min(size, 4096))
+
     def readinto(self, buffer) -> int:
-        piece = self.pipe.read1(len(buffer)) if self.count else self.pipe.read(min(len(buffer), 4096))
+        piece = self.piece(len(buffer))
         buffer[: len(piece)] = piece
         self.count += len(piece)
         return len(piece)
+
+
+class _Unpacked(_Counted):
+    """What a packed stream unpacks to, if it is no bomb."""
+
+    def __init__(self, packed, unpacked, name: str):
+        super().__init__(unpacked)
+        self.packed, self.name = packed, name
+
+    def piece(self, size: int) -> bytes:
+        piece = self.stream.read(size)
+        if self.count + len(piece) > max(BOMB[0], BOMB[1] * self.packed.tell()):
+            raise DataError(f"{self.name}: unpacks to more than {BOMB[1]} times its size")
+        return piece
 
 
 def _read(file: io.BufferedReader, name: str, suffix: str) -> Iterator[Place]:
@@ -186,10 +185,12 @@ def _without_null(value: object) -> object:
 
 def _lines(text: io.TextIOWrapper, name: str) -> Iterator[tuple[int, str]]:
     """(number, line). A string may hold U+2028 and the like, which `splitlines` would cut at."""
-    for number, line in enumerate(iter(lambda: text.readline(MOST_ROW + 1), ""), start=1):
+    number = 1
+    while line := text.readline(MOST_ROW + 1):
         if len(line) > MOST_ROW:
             raise DataError(f"{name}:{number}: a line of more than {MOST_ROW:,} characters")
         yield number, line
+        number += 1
 
 
 def _rest(text: io.TextIOWrapper, name: str, begun: str = "") -> str:
@@ -287,9 +288,8 @@ def _document(text: str, name: str) -> Iterator[Place]:
     if wrapper or text[position] == "[":
         position = yield from _elements(text, wrapper.end() if wrapper else position, name)
         if wrapper:  # what else the object holds must be valid too
-            rest = "{" + text[position:].lstrip(" \r\n\t,")
-            others, position = _decode(rest, 0, name)
-            text = rest
+            text = "{" + text[position:].lstrip(" \r\n\t,")
+            others, position = _decode(text, 0, name)
             for key in others if isinstance(others, dict) else ():
                 if isinstance(others[key], list) and others[key] and isinstance(others[key][0], dict):
                     raise DataError(f"{name}: a second list of rows, {key!r}; give each a file of its own")
