@@ -6,13 +6,12 @@ would have been. The largest useful S is unknown and moves, so it is searched fo
 gradient) skips the step and halves S; `growth_interval` steps *in a row* without one double it. (Micikevicius et al.
 2018, section 3.2.)
 
-`GradScaler` behaves as `torch.amp.GradScaler`, which keeps its books (`scale`, getters, state dict). Scale, run of good
-steps and overflow flag stay on the gradients' device as 0-dim tensors. With an optimizer that reads the flag there
+`GradScaler` is a `torch.amp.GradScaler` that unscales by our kernel and adapts the scale by `next_scale`. Scale, run of
+good steps and overflow flag stay on the gradients' device as 0-dim tensors. With an optimizer that reads the flag there
 (`optim.AdamW` with its kernel, or torch's `fused=True`) a step never waits for the GPU; any other needs one `.item()`.
 """
 
 from collections import defaultdict
-from dataclasses import dataclass, field
 
 import torch
 
@@ -22,8 +21,8 @@ from ..kernels.unscale import unscale_
 class GradScalerReference:
     """Document 001's GradScaler, put right: good steps count in a row, and `step` unscales by itself.
 
-        scaler.scale_loss(loss).backward()
-        scaler.step(optimizer)          # False: an overflow, skipped
+    scaler.scale_loss(loss).backward()
+    scaler.step(optimizer)          # False: an overflow, skipped
     """
 
     def __init__(self, init_scale=65536.0, growth_factor=2.0, backoff_factor=0.5, growth_interval=2000):
@@ -66,12 +65,6 @@ def next_scale(scale, good_steps, overflow, growth_factor, backoff_factor, growt
     return new, good_steps.masked_fill(due | overflow, 0)
 
 
-@dataclass
-class _OptimizerState:  # since the last `update()`
-    stage: str = "ready"  # then "unscaled", then "stepped"
-    found_inf: dict[torch.device, torch.Tensor] = field(default_factory=dict)
-
-
 class GradScaler(torch.amp.GradScaler):
     """Scales the loss, unscales the gradients, skips steps that overflowed, adapts the scale.
 
@@ -85,7 +78,7 @@ class GradScaler(torch.amp.GradScaler):
     torch.cuda.amp), init_scale=65536.0, growth_factor=2.0, backoff_factor=0.5, growth_interval=2000, enabled=True.
     `growth_factor` > 1 multiplies the scale after `growth_interval` good steps in a row, `backoff_factor` < 1 after one
     with an overflow (AssertionError otherwise, as in torch). With `enabled` False every method is a no-op and `step` a
-    plain `optimizer.step()`.
+    plain `optimizer.step()`. `unscale_` refuses FP16 gradients, where what underflowed is gone: ValueError.
     """
 
     def __init__(self, *args, device: str | torch.device = "cuda", **settings):
@@ -93,8 +86,6 @@ class GradScaler(torch.amp.GradScaler):
             device, *args = args
         torch.device(device)
         super().__init__("cpu", *args, **settings)
-        # By the optimizer itself and not its id, which a new one may get when an old one is gone.
-        self._per_optimizer_states: dict[torch.optim.Optimizer, _OptimizerState] = defaultdict(_OptimizerState)
         self._overflow_flags: dict[torch.device, torch.Tensor] = {}
 
     def overflow_flag(self, device: torch.device) -> torch.Tensor:
@@ -104,65 +95,39 @@ class GradScaler(torch.amp.GradScaler):
         """
         return self._overflow_flags.setdefault(device, torch.zeros((), dtype=torch.float32, device=device))
 
-    def unscale_(self, optimizer: torch.optim.Optimizer) -> None:
-        """Divide the optimizer's gradients by the scale, in place, and look for inf and NaN; no sync.
-
-        Raises:
-            RuntimeError: called twice, or after `step`, without an `update` between.
-            ValueError: a gradient is FP16, where what underflowed is gone.
-        """
-        if not self._enabled:
-            return
-        self._check_scale_growth_tracker("unscale_")
-        state = self._per_optimizer_states[optimizer]
-        if state.stage == "unscaled":
-            raise RuntimeError("unscale_() has already been called on this optimizer since the last update().")
-        if state.stage == "stepped":
-            raise RuntimeError("unscale_() is being called after step().")
-        # The reciprocal is rounded once, from fp64.
-        self._check_and_multiply(optimizer, self._scale.double().reciprocal().float(), allow_fp16=False)
-        state.stage = "unscaled"
+    def _unscale_grads_(self, optimizer, inv_scale, found_inf, allow_fp16) -> dict[torch.device, torch.Tensor]:
+        """For torch's `unscale_`, one launch for each dtype; returns an overflow flag per device. `allow_fp16`: only
+        look, as an optimizer unscales by itself."""
+        params = [p for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
+        if not allow_fp16 and any(p.grad.dtype == torch.float16 for p in params):
+            raise ValueError(
+                "Attempting to unscale FP16 gradients. "
+                "Keep the parameters in float32 under autocast, or wrap the optimizer in MasterWeights."
+            )
+        if any(hasattr(p.grad, "device_mesh") for p in params):
+            raise TypeError("gradients must be plain tensors, got DTensors; under FSDP use torch.amp.GradScaler")
+        # torch goes by its id, which a new one may get when this one is gone.
+        self._per_optimizer_states[id(optimizer)]["optimizer"] = optimizer
+        groups: dict[tuple[torch.device, torch.dtype], list[torch.Tensor]] = defaultdict(list)
+        for param in params:
+            if param.grad.is_sparse and param.grad.dtype == torch.float16:
+                # Two finite FP16 entries of one index may overflow only when they are added.
+                param.grad = param.grad.coalesce()
+            grad = param.grad._values() if param.grad.is_sparse else param.grad
+            groups[grad.device, grad.dtype].append(grad)
+        flags: dict[torch.device, torch.Tensor] = {}
+        for (device, _), grads in groups.items():
+            flag = flags.setdefault(device, self.overflow_flag(device).clone())
+            unscale_(grads, None if allow_fp16 else inv_scale.to(device, non_blocking=True), flag)
+        return flags
 
     def step(self, optimizer: torch.optim.Optimizer, *args, **kwargs):
-        """Unscale if `unscale_` was not called, then return `optimizer.step(*args, **kwargs)`; None if a gradient
-        overflowed.
-
-        Raises:
-            RuntimeError: called twice without an `update` between, or with a closure.
-            AssertionError: `scale` was never called, or no parameter has a gradient.
-        """
-        if not self._enabled:
-            return optimizer.step(*args, **kwargs)
-        if "closure" in kwargs:
-            raise RuntimeError("Closure use is not currently supported if GradScaler is enabled.")
-        self._check_scale_growth_tracker("step")
-        state = self._per_optimizer_states[optimizer]
-        if state.stage == "stepped":
-            raise RuntimeError("step() has already been called since the last update().")
-        if getattr(optimizer, "_step_supports_amp_scaling", False):
-            result = self._step_on_device(optimizer, state, *args, **kwargs)
-        else:
-            if state.stage == "ready":
-                self.unscale_(optimizer)
-            if not state.found_inf:
-                raise AssertionError("No inf checks were recorded for this optimizer.")
-            overflow = any(flag.item() for flag in state.found_inf.values())
-            result = None if overflow else optimizer.step(*args, **kwargs)
-        state.stage = "stepped"
-        return result
-
-    def _step_on_device(self, optimizer, state, *args, **kwargs):
-        """Hand scale and flag to an optimizer whose kernel unscales and skips by itself (torch's protocol)."""
-        grad_scale = getattr(optimizer, "grad_scale", None)
-        if state.stage == "ready":
-            self._check_and_multiply(optimizer, None, allow_fp16=True)
-            grad_scale = self._scale if grad_scale is None else self._scale * grad_scale
-        optimizer.grad_scale = grad_scale
-        optimizer.found_inf = sum(self._flags(state), torch.zeros_like(self._scale))
         try:
-            return optimizer.step(*args, **kwargs)
-        finally:
-            del optimizer.grad_scale, optimizer.found_inf
+            return super().step(optimizer, *args, **kwargs)
+        except BaseException:  # torch would leave these behind, and multiply the scales in the next step
+            for name in ("grad_scale", "found_inf"):
+                vars(optimizer).pop(name, None)
+            raise
 
     def update(self, new_scale: float | torch.Tensor | None = None) -> None:
         """Adapt the scale to this iteration, or set it to `new_scale`; call once, after every `step`.
@@ -181,40 +146,14 @@ class GradScaler(torch.amp.GradScaler):
         if new_scale is not None:
             self._scale.fill_(new_scale.reshape(()) if isinstance(new_scale, torch.Tensor) else new_scale)
         else:
-            flags = self._flags(*self._per_optimizer_states.values())
+            states = self._per_optimizer_states.values()
+            flags = [flag for state in states for flag in state["found_inf_per_device"].values()]
             if not flags:
                 raise AssertionError("No inf checks were recorded prior to update.")
             factors = self._growth_factor, self._backoff_factor, self._growth_interval
-            scale, run = next_scale(self._scale, self._growth_tracker, sum(flags) > 0, *factors)
+            overflow = sum(flag.to(self._scale.device, non_blocking=True) for flag in flags) > 0
+            scale, run = next_scale(self._scale, self._growth_tracker, overflow, *factors)
             self._scale.copy_(scale)
             self._growth_tracker.copy_(run)
         self._per_optimizer_states.clear()
         self._overflow_flags.clear()
-
-    def _check_and_multiply(self, optimizer, factor: torch.Tensor | None, allow_fp16: bool) -> None:
-        """Multiply gradients by `factor` (None: not at all) and record a flag per device; one launch for each dtype."""
-        groups: dict[tuple[torch.device, torch.dtype], list[torch.Tensor]] = defaultdict(list)
-        params = [p for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
-        if not allow_fp16 and any(p.grad.dtype == torch.float16 for p in params):
-            raise ValueError(
-                "Attempting to unscale FP16 gradients. "
-                "Keep the parameters in float32 under autocast, or wrap the optimizer in MasterWeights."
-            )
-        if any(hasattr(p.grad, "device_mesh") for p in params):
-            raise TypeError("gradients must be plain tensors, got DTensors; under FSDP use torch.amp.GradScaler")
-        for param in params:
-            if param.grad.is_sparse and param.grad.dtype == torch.float16:
-                # Two finite FP16 entries of one index may overflow only when they are added.
-                param.grad = param.grad.coalesce()
-            grad = param.grad._values() if param.grad.is_sparse else param.grad
-            groups[grad.device, grad.dtype].append(grad)
-        flags = self._per_optimizer_states[optimizer].found_inf
-        flags.clear()
-        for (device, _), grads in groups.items():
-            flag = flags.setdefault(device, self.overflow_flag(device).clone())
-            unscale_(grads, None if factor is None else factor.to(device, non_blocking=True), flag)
-
-    def _flags(self, *states: _OptimizerState) -> list[torch.Tensor]:
-        """The overflow flags of all devices, on that of the scale."""
-        flags = (flag for state in states for flag in state.found_inf.values())
-        return [flag.to(self._scale.device, non_blocking=True) for flag in flags]

@@ -213,8 +213,8 @@ class ZeroOptimizer(torch.optim.Optimizer):
         """
         loss = torch.enable_grad()(closure)() if closure else None
         self._end_backward()
-        found_inf, scale = getattr(self, "found_inf", None), getattr(self, "grad_scale", None)
-        if found_inf is not None and found_inf.item():
+        scale = getattr(self, "grad_scale", None)
+        if getattr(self, "found_inf", None):
             return loss
         for group, ours in zip(self.param_groups, self.inner.param_groups, strict=True):
             ours.update(hyperparameters(group))

@@ -139,26 +139,27 @@ class Reduction:
         """Hand the optimizer the means of this backward pass."""
         if self.host:
             self.host.wait()
-        means = [mean for mean in self._arrived.values() if mean.numel()]
-        overflow = ~torch.stack(torch._foreach_norm(means, torch.inf)).isfinite().all() if means else False
-        *used, overflow = self._on_any_rank(self._used, overflow)
         for shard, mean in self._arrived.items():
+            if (before := self._holder(shard).grad) is not None:
+                mean += before
+        sums = [total for total in self._arrived.values() if total.numel()]
+        overflow = ~torch.stack(torch._foreach_norm(sums, torch.inf)).isfinite().all() if sums else False
+        *used, overflow = self._on_any_rank(self._used, overflow)
+        for shard, total in self._arrived.items():
             if not used[shard.index]:
                 continue
-            holder = self._holder(shard)
-            if holder.grad is not None:
-                mean += holder.grad
             if self.stage == 1:
                 self._averaged.add(shard)
-                if self.host is None and mean.dtype == shard.owned.dtype:  # its place: this rank's part of the full one
+                if self.host is None and total.dtype == shard.owned.dtype:  # its place is in the full one
                     param = shard.param
                     param.grad = torch.zeros_like(param) if param.grad is None else param.grad.contiguous()
-                    mean = param.grad.view(-1)[shard.start : shard.stop].copy_(mean)
-            holder.grad = mean
-        if overflow:  # it is in one rank's shard, and a GradScaler looks at its own rank's only
-            grads = [self._holder(shard).grad for shard in self.trained if shard.value.numel()]
-            for grad in [grad for grad in grads if grad is not None][:1]:
-                grad[0] = torch.inf
+                    total = param.grad.view(-1)[shard.start : shard.stop].copy_(total)
+            self._holder(shard).grad = total
+        if overflow:  # in one rank's shard, and a GradScaler looks at its own rank's only, which may all be empty
+            grad = max((g for s in self.trained if (g := self._holder(s).grad) is not None), key=torch.numel)
+            if not grad.numel():
+                grad.data = grad.new_empty(1)
+            grad[0] = torch.inf
         self.settled = True
 
     def _holder(self, shard: Shard) -> torch.Tensor:

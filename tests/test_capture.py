@@ -98,7 +98,6 @@ def training_step(fused):
         else:
             scaler.unscale_(optimizer)
             optimizer.step(max_norm=1.0)
-            scaler._per_optimizer_states[optimizer].stage = "stepped"
         scaler.update()
 
     return step

@@ -17,6 +17,7 @@ TWO = (
     "clipping",
     "clipping_where_a_rank_owns_nothing",
     "scalers_skip_together",
+    "an_overflow_of_few_elements_is_seen_by_all",
     "fp16_parameters_with_a_scaler",
     "state_dict_is_the_whole_optimizers",
     "save_for_another_world_size",

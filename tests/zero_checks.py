@@ -2,6 +2,7 @@
 
 import contextlib
 import copy
+import itertools
 from pathlib import Path
 
 import torch
@@ -42,6 +43,7 @@ def check_5_steps_to_rounding():
 
 def check_equals_the_reference():
     """One weight that two ranks cut in halves, each rank with its own batch: the same bits as on plain lists."""
+
     def loss_on(x):
         return lambda weight: (x @ weight.view(6, 4)).square().mean()
 
@@ -161,9 +163,7 @@ def check_scalers_skip_together():
 def overflow_on_one_rank(scalers):
     race = Race()
     for step in range(6):
-        race.backward(
-            step, two_ranks(1e-5), lambda loss, who, step=step: scalers[who].scale(overflowing(loss, step))
-        )
+        race.backward(step, two_ranks(1e-5), lambda loss, who, step=step: scalers[who].scale(overflowing(loss, step)))
         before = [p.clone() for p in (*race.theirs.parameters(), *race.models[0].parameters())]
         for scaler, optimizer in zip(scalers, (*race.zeros, race.rival), strict=True):
             if step % 2:
@@ -175,6 +175,24 @@ def overflow_on_one_rank(scalers):
         after = (*race.theirs.parameters(), *race.models[0].parameters())
         assert all(torch.equal(p, q) for p, q in zip(after, before, strict=True)) == (step == 2)
     race.finish(two_ranks(1e-5))
+
+
+def check_an_overflow_of_few_elements_is_seen_by_all():
+    """A sum of two passes that overflows where each does not, and a tensor of which the last rank owns nothing."""
+    for stage, gradient in itertools.product(STAGES, ([40000.0, 1.0], [40000.0])):
+        weight = torch.nn.Parameter(torch.zeros(len(gradient), dtype=torch.float16))
+        zero = ZeroOptimizer([weight], torch.optim.SGD, stage=stage, lr=1.0)
+        scaler = GradScaler(init_scale=1.0)
+        for step in range(2):
+            for _ in range(1 + (step == 0)):
+                with zero.gathered():
+                    scaler.scale((weight * torch.tensor(gradient)).sum()).backward()
+            scaler.step(zero)
+            scaler.update()
+            zero.zero_grad()
+            assert scaler.get_scale() == 0.5
+        zero.close()
+        assert weight.tolist() == [-value for value in gradient]
 
 
 def check_fp16_parameters_with_a_scaler():
