@@ -141,20 +141,15 @@ class AdamW8bit(torch.optim.Optimizer):
                 state.setdefault(key, torch.zeros_like(param, dtype=torch.float32))
             _update(group, param, param.grad, *(state[key] for key in WIDE), step)
             return
-        wide = {key: state.pop(key).reshape(-1) for key in WIDE if key in state}  # AdamW's, to be encoded
-        first = not state.keys() >= ENCODED.keys()
-        for key, block in ENCODED.items() if first else ():
-            dtype = torch.uint8 if block == 1 else torch.float32
-            state[key] = torch.empty(-(-param.numel() // block), dtype=dtype, device=param.device)
+        wide = [state.pop(key).reshape(-1) for key in WIDE if key in state]  # AdamW's, to be encoded
+        for key, block in ENCODED.items() if not state.keys() >= ENCODED.keys() else ():
+            fill, dtype = (255, torch.uint8) if block == 1 else (0, torch.float32)  # level 1.0 times scale 0
+            state[key] = torch.full((-(-param.numel() // block),), fill, dtype=dtype, device=param.device)
         flat, grad = param.reshape(-1), param.grad.reshape(-1)
         for at in range(0, flat.numel(), PIECE):
             end, count = min(at + PIECE, flat.numel()), step.clone()
             parts = [state[key][at // block : -(-end // block)] for key, block in ENCODED.items()]
-            if first:
-                zeros = torch.zeros(end - at, dtype=torch.float32, device=param.device)
-                moments = [wide[key][at:end] if wide else zeros.clone() for key in WIDE]
-            else:
-                moments = _decoded(*parts)
+            moments = [moment[at:end] for moment in wide] or _decoded(*parts)
             _update(group, flat[at:end], grad[at:end], *moments, count)
             new = *quantize_blocks(moments[0], True), *quantize_blocks(rounded_sqrt(moments[1]), False)
             for part, value in zip(parts, new, strict=True):

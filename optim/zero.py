@@ -33,8 +33,6 @@ from .zero_gradients import Reduction
 from .zero_parameters import Gathering
 from .zero_state import hyperparameters, load_cut_state, whole_state
 
-LOW = (torch.float16, torch.bfloat16)
-
 
 def zero_reference(weights, losses, make_optimizer, stage, steps):
     """Document 002's three stages: what rank r holds is item r of a list.
@@ -126,27 +124,26 @@ class ZeroOptimizer(torch.optim.Optimizer):
         if model is not None and stage == 3:
             given = set(whole)
             whole += [param for param in model.parameters() if not param.requires_grad and param not in given]
-        self.stage, self.model, self.device = stage, model, device or whole[0].device
+        self.stage, self.model, self.device = stage, model, device if stage == 3 else None
         block_of = getattr(optimizer_class, "block_of", None)
         self.group = Collectives(block_of and partial(block_of, **kwargs))
-        self.host = Host(self.device) if offload else None
+        self.host = Host(device or whole[0].device) if offload else None
         self.shards = [self._cut(param, index) for index, param in enumerate(whole)]
         self.reduction = Reduction(self.shards, stage, self.group, self.host, self.bucket_elements, summing)
         self.trained = self.reduction.trained
-        masters = {shard.param: shard.master for shard in self.shards}
+        of = {shard.param: shard for shard in self.shards}
         self.inner = optimizer_class(
-            [hyperparameters(g) | {"params": [masters[p] for p in g["params"]]} for g in self.param_groups], **kwargs
+            [hyperparameters(g) | {"params": [of[p].master for p in g["params"]]} for g in self.param_groups], **kwargs
         )
         self.defaults, self.state = self.inner.defaults, self.inner.state
-        values = {shard.param: shard.value for shard in self.shards}
         for group, ours in zip(self.param_groups, self.inner.param_groups, strict=True):
-            group.update(hyperparameters(ours), params=[values[p] for p in group["params"]])
+            group.update(hyperparameters(ours), params=[of[p].value for p in group["params"]])
 
-        self._hooks = self.reduction.hooks()
+        hooks = self.reduction.hooks()
         if stage == 3:
             self.reduction.gathering = Gathering(self.shards, self.group, self.reduction, model)
-            self._hooks += self.reduction.gathering.hooks()
-        weakref.finalize(self, _remove, self._hooks)
+            hooks += self.reduction.gathering.hooks()
+        self._remove_hooks = weakref.finalize(self, lambda: [hook.remove() for hook in hooks])
 
     def add_param_group(self, param_group: dict) -> None:
         if hasattr(self, "inner"):
@@ -158,7 +155,7 @@ class ZeroOptimizer(torch.optim.Optimizer):
         if param.is_complex():
             raise TypeError(f"params must be real, got {param.dtype}")
         shape, (start, stop) = param.shape, self.group.bounds(param.numel())
-        param.data = param.data.to(self.device if self.stage == 3 else param.device).contiguous()
+        param.data = param.data.to(device=self.device).contiguous()
         self.group.broadcast(param.data)
         owned = param.detach().view(-1)[start:stop]
         if self.stage == 3:
@@ -167,7 +164,7 @@ class ZeroOptimizer(torch.optim.Optimizer):
         value = self.host.fetch(owned) if self.host and param.requires_grad else owned
         if self.host:
             self.host.wait()
-        master = value.float() if param.requires_grad and value.dtype in LOW else value
+        master = value.float() if param.requires_grad and value.itemsize == 2 else value
         master.whole_elements = shape.numel()
         return Shard(param, index, shape, start, stop, owned, value, master, param._version)
 
@@ -306,7 +303,7 @@ class ZeroOptimizer(torch.optim.Optimizer):
 
     def close(self) -> None:
         """Leave a plain model: whole parameters, and no hooks. All ranks must call it."""
-        _remove(self._hooks)
+        self._remove_hooks()
         if self.reduction.gathering:
             self.reduction.gathering.gather(self.shards)
 
@@ -342,9 +339,3 @@ class ZeroOptimizer(torch.optim.Optimizer):
         """Load what `state_dict` or the inner optimizer's own returned, which has no masters; each rank takes its part.
         ValueError: other groups, or as `state_dict`."""
         load_cut_state(self, state_dict)
-
-
-def _remove(hooks: list) -> None:
-    for hook in hooks:
-        hook.remove()
-    hooks.clear()

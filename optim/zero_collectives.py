@@ -90,11 +90,11 @@ class Collectives:
         for columns, numel in zip(rows.split(widths, dim=1), numels, strict=True):
             yield columns.reshape(-1)[:numel]
 
-    def all_reduce(self, tensor: torch.Tensor, op=dist.ReduceOp.SUM) -> torch.Tensor:
-        """In place; used for a few flags and norms only."""
+    def all_reduce(self, tensor: torch.Tensor) -> torch.Tensor:
+        """The ranks' maximum, in place; used for a few flags only."""
         self._count("all-reduce", tensor.numel())
         if self.size > 1:
-            dist.all_reduce(tensor, op=op)
+            dist.all_reduce(tensor, dist.ReduceOp.MAX)
         return tensor
 
     def broadcast(self, tensor: torch.Tensor) -> None:

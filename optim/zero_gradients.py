@@ -15,7 +15,6 @@ touch the others), and whether any gradient overflowed.
 import weakref
 
 import torch
-import torch.distributed as dist
 
 from .zero_collectives import Shard, alike, buckets
 
@@ -171,7 +170,7 @@ class Reduction:
         flags[list(indices)] = 1
         flags = flags.to(self.shards[0].param.device)
         flags[-1] = overflow
-        return self.group.all_reduce(flags, dist.ReduceOp.MAX).tolist()
+        return self.group.all_reduce(flags).tolist()
 
     def release_full_gradients(self) -> None:
         """Of those that have been reduced keep this rank's part only."""

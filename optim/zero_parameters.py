@@ -43,7 +43,6 @@ class Gathering:
         self.reduction = weakref.proxy(reduction)
         self.by_param = {shard.param: shard for shard in shards}
         self.full: dict[Shard, torch.Tensor] = {}  # of the whole shape, with memory only while it is whole
-        self.empty: dict[Shard, torch.Tensor] = {}
         self.whole: set[Shard] = set()
         self.held = False  # all of them, for a while
         self.users = dict.fromkeys(shards, 0)  # running forward calls
@@ -54,7 +53,6 @@ class Gathering:
         for shard in shards:
             self.full[shard] = shard.owned.new_empty(shard.shape)
             self.full[shard].untyped_storage().resize_(0)
-            self.empty[shard] = shard.param.data
 
     def hooks(self) -> list:
         me = weakref.ref(self)
@@ -78,7 +76,7 @@ class Gathering:
         """Give back the memory of parameters that no running forward call uses."""
         for shard in shards:
             if shard in self.whole and self.users[shard] == 0 and not self.held:
-                shard.param.data = self.empty[shard]
+                shard.param.data = shard.owned.new_empty(0)
                 self.full[shard].untyped_storage().resize_(0)
                 self.whole.remove(shard)
 

@@ -113,6 +113,12 @@ def test_a_parameter_given_twice_and_later_groups_are_refused():
         zero.add_param_group({"params": [nn.Parameter(torch.zeros(1))]})
 
 
+def test_stage_3_cuts_parameters_where_they_are():
+    weights = [nn.Parameter(torch.zeros(3, device=device)) for device in ("cpu", "meta")]
+    ZeroOptimizer(weights, torch.optim.SGD, stage=3).close()
+    assert [weight.device.type for weight in weights] == ["cpu", "meta"]
+
+
 def test_sparse_gradients_are_refused():
     embedding = nn.Embedding(5, 3, sparse=True)
     ZeroOptimizer(embedding.parameters(), torch.optim.SGD)
