@@ -93,7 +93,8 @@ class GradScaler(torch.amp.GradScaler):
 
         For kernels that multiply by the scale themselves and see what overflows, such as `scaled_matmul`.
         """
-        return self._overflow_flags.setdefault(device, torch.zeros((), dtype=torch.float32, device=device))
+        flag = torch.zeros((), dtype=torch.float32, device=device)
+        return self._overflow_flags.setdefault(flag.device, flag)  # "cuda" is cuda:0, too
 
     def _unscale_grads_(self, optimizer, inv_scale, found_inf, allow_fp16) -> dict[torch.device, torch.Tensor]:
         """For torch's `unscale_`, one launch for each dtype; returns an overflow flag per device. `allow_fp16`: only

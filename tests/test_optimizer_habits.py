@@ -244,6 +244,15 @@ def test_grad_scaler_refuses_other_names(wrong):
         GradScaler("cuda", 64.0, 3.0, 0.25, 7, True, 1)
 
 
+def test_an_overflow_flag_has_any_name_of_its_device():
+    p, scaler = torch.nn.Parameter(torch.ones(3)), GradScaler(init_scale=4.0)
+    scaler.scale(p.sum()).backward()
+    scaler.overflow_flag("cpu").fill_(1.0)
+    scaler.step(torch.optim.SGD([p]))
+    scaler.update()
+    assert (p == 1).all() and scaler.get_scale() == 2.0
+
+
 @pytest.mark.parametrize("make", [AdamW, AdamW8bit, lambda g, **k: ZeroOptimizer(g, AdamW, **k),
                                   lambda g, **k: AdamW(g, fused=True, **k)])  # fmt: skip
 @pytest.mark.parametrize("first", [True, False])
