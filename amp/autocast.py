@@ -123,10 +123,9 @@ class autocast(ContextDecorator, TorchFunctionMode):
             target = cast_dtype(getattr(func, "__name__", ""), dtypes, self.dtype)
             if target is not None:
                 # Of `lora_linear` x alone, as under torch.autocast: the adapter stays FP32 inside.
-                kept = args[1:] if func.__name__ == "lora_linear" else ()
-                cast = args[: len(args) - len(kept)], kwargs
-                args, kwargs = tree_map_only(torch.Tensor, lambda x: self._cast(x, target), cast)
-                args = (*args, *kept)
+                count = 1 if func.__name__ == "lora_linear" else len(args)
+                cast, kwargs = tree_map_only(torch.Tensor, lambda x: self._cast(x, target), (args[:count], kwargs))
+                args = (*cast, *args[count:])
         return func(*args, **kwargs)
 
     def _cast(self, x: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:

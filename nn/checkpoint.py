@@ -93,11 +93,11 @@ def checkpoint(func: Callable, *args, preserve_rng_state: bool = True, use_reent
             raise ValueError(f"{name} must be torch's default, got {value!r}")
     if determinism_check not in ("default", "none"):
         raise ValueError(f"determinism_check must be 'default' or 'none', got {determinism_check!r}")
+    if not torch.is_grad_enabled():
+        return func(*args, **kwargs)
     if torch.compiler.is_compiling():  # the compiler knows torch's own, which computes the same
         options = {"use_reentrant": False, "preserve_rng_state": preserve_rng_state}
         return torch.utils.checkpoint.checkpoint(func, *args, **options, **kwargs)
-    if not torch.is_grad_enabled():
-        return func(*args, **kwargs)
     return _Region(func, preserve_rng_state, determinism_check == "default", early_stop).run(args, kwargs)
 
 

@@ -85,14 +85,13 @@ def checkpoint_sequential(functions, x, segments: str | int | Plan = "sqrt", bud
         raise ValueError("functions must hold at least one function, got none")
     if budget is not None and segments != "auto":
         raise ValueError(f'budget needs segments="auto", got segments={segments!r}')
-    if not torch.is_grad_enabled():
-        parts = (Segment(0, len(functions), recompute=False),)
-    elif isinstance(segments, Plan):
+    if isinstance(segments, Plan):
         parts = segments.segments
         if parts[-1].stop != len(functions):
             raise ValueError(f"segments is a plan for {parts[-1].stop} functions, got {len(functions)} functions")
     elif segments == "auto":
-        parts = _remembered_plan(functions, x, budget).segments
+        measured = torch.is_grad_enabled()
+        parts = _remembered_plan(functions, x, budget).segments if measured else split_evenly(len(functions), 1)
     elif segments == "sqrt":
         parts = split_evenly(len(functions), round(len(functions) ** 0.5))
     elif type(segments) is not int:

@@ -39,9 +39,7 @@ class Collectives:
 
     def __init__(self, block_of=None):
         self.block_of = block_of or (lambda numel: 1)
-        initialized = dist.is_available() and dist.is_initialized()
-        self.rank = dist.get_rank() if initialized else 0
-        self.size = dist.get_world_size() if initialized else 1
+        self.rank, self.size = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
         self.traffic: Counter[str] = Counter()
         self.calls: Counter[str] = Counter()
 

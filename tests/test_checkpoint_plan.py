@@ -265,8 +265,9 @@ def test_even_segments_cover_all_and_differ_by_at_most_one(layers, k):
     ],
     ids=lambda v: str(v)[:30],
 )
-def test_bad_arguments_are_named(how, error, message):
-    with pytest.raises(error, match=message):
+@pytest.mark.parametrize("learning", [True, False])
+def test_bad_arguments_are_named(how, error, message, learning):
+    with pytest.raises(error, match=message), torch.set_grad_enabled(learning):
         checkpoint_sequential([torch.sin] * 3, torch.randn(2, requires_grad=True), **how)
 
 
