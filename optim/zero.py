@@ -213,6 +213,9 @@ class ZeroOptimizer(torch.optim.Optimizer):
         scale = getattr(self, "grad_scale", None)
         if getattr(self, "found_inf", None):
             return loss
+        for shard in self.trained:
+            if shard.value.grad is not None and not shard.value.numel():  # it may hold the flag of an overflow
+                shard.value.grad = torch.zeros_like(shard.value)
         for group, ours in zip(self.param_groups, self.inner.param_groups, strict=True):
             ours.update(hyperparameters(group))
         moved = [shard for shard in self.trained if shard.value.grad is not None]
