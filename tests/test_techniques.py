@@ -29,7 +29,7 @@ MEMORY = "memory --method lora --measure --seq 16 --batch 1 --gpu 8GB"
 
 TECHNIQUES = [  # lesson, technique, command ({adapter} is what QLORA leaves), what it calls in the library
     ("03", "autocast", HALF, "torch.amp.autocast_mode.autocast.__enter__"),
-    ("03", "loss scaling", HALF, "amp.GradScaler.unscale_"),
+    ("03", "loss scaling", HALF, "amp.GradScaler._unscale_grads_"),
     ("03", "adapting the loss scale", HALF, "amp.grad_scaler.next_scale"),
     ("03", "a product that scales before it rounds", HALF, "kernels.matmul.scaled_matmul"),
     ("03", "FP32 masters: gradients", FULL, "amp.MasterWeights.collect_gradients"),
