@@ -10,8 +10,9 @@ from torch import nn
 from torch.func import functional_call
 
 from ..quant.experts import DenseExperts, FusedExperts, adopt, expert_weights, grouped_linear, projections
+from ..quant.linear import autocast_input
 from .base_layer import is_adaptable
-from .lora import LoRALinear, autocast_input
+from .lora import LoRALinear
 from .names import StandsFor, named_modules
 
 

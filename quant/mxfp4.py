@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from .experts import FusedExperts, adopt, grouped_linear
-from .linear import FrozenNF4
+from .linear import FrozenNF4, autocast_input
 
 LEVELS = 0, 0.5, 1, 1.5, 2, 3, 4, 6
 E2M1 = torch.tensor([*LEVELS, *(-level for level in LEVELS)], dtype=torch.float32, device="cpu")
@@ -69,7 +69,7 @@ class MXFP4Experts(FusedExperts, FrozenNF4):
 
     def forward(self, x: torch.Tensor, ends: torch.Tensor) -> torch.Tensor:
         """x (S, in), rows sorted by expert, and where those of each end, (E,) → (S, out), same dtype as x."""
-        return _Product.apply(self._cast(x)[0], self, ends, True)
+        return _Product.apply(autocast_input(x), self, ends, True)
 
 
 class _Product(torch.autograd.Function):

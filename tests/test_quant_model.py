@@ -113,6 +113,8 @@ def test_errors_name_model_and_layer():
         quantize_model(nn.Linear(4, 4))
     with pytest.raises(ValueError, match="block_size"):
         quantize_model(nn.Sequential(nn.Linear(4, 4)), block_size=3)
+    with pytest.raises(TypeError, match=r"compute_dtype must be a floating-point .* or None, got 'bfloat16'"):
+        quantize_model(nn.Sequential(nn.Linear(4, 4)), compute_dtype="bfloat16")
     model = nn.Sequential(nn.Linear(64, 64), nn.Sequential(nn.Linear(64, 64)))
     model[1][0].weight.data[0, :3] = float("nan")
     with pytest.raises(ValueError, match=r"1\.0\.weight must be finite, got 3 NaN"):
