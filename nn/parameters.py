@@ -55,10 +55,6 @@ class LoRAExperts(FusedExperts, LoRAWeight):
         lora_B: Parameter (out, rank E).
     """
 
-    @staticmethod
-    def fits(module) -> bool:
-        return isinstance(module, FusedExperts)
-
     @property
     def flipped(self) -> bool:
         return self.base_layer.flipped

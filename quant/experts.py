@@ -30,7 +30,6 @@ IMPLEMENTATION = "nf4"  # in transformers' ALL_EXPERTS_FUNCTIONS
 FUSED = "gate_up_proj", "down_proj"
 OWN_LOOP = {"Llama4TextExperts": FUSED, "LongcatFlashExperts": FUSED, "Step3p7Experts": FUSED,
             "JetMoeParallelExperts": ("weight",)}  # fmt: skip
-TRANSPOSED = ("Llama4TextExperts",)
 
 
 class FusedExperts:
@@ -276,7 +275,7 @@ def expert_weights(model: nn.Module) -> dict[str, nn.Module]:
 
 
 def _is_transposed(layer: nn.Module) -> bool:
-    return layer.is_transposed if by_interface(layer) else type(layer).__name__ in TRANSPOSED
+    return layer.is_transposed if by_interface(layer) else type(layer).__name__ == "Llama4TextExperts"
 
 
 def _marked(layer: nn.Module, experts: FusedExperts) -> FusedExperts:

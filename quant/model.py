@@ -14,7 +14,7 @@ import contextlib
 import json
 import re
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from pathlib import Path
 
 import torch
@@ -99,7 +99,7 @@ def _packed(linear: nn.Module, options: tuple, path: str) -> NF4Linear:
 def linear_layers(model: nn.Module, skip: Sequence[str]) -> tuple[list[tuple[str, nn.Module]], dict[str, nn.Module]]:
     """The paths and layers that `quantize_model` replaces, a layer reached by several paths with each; and path → layer
     of those that stay dense because the model's code reads their weights."""
-    if isinstance(skip, str) or not isinstance(skip, Iterable):
+    if isinstance(skip, str) or not isinstance(skip, Collection):
         what = "the string " if isinstance(skip, str) else ""
         raise TypeError(f"skip must be a sequence of names, got {what}{skip!r}")
     paths = dict(model.named_modules(remove_duplicate=False))

@@ -124,7 +124,7 @@ class NF4Tensor(NF4Weight):
             prefix: as for `state_dict`.
 
         Raises:
-            ValueError: an entry is missing, is not NF4, or does not fit the shape.
+            ValueError: an entry is missing, is not NF4, does not fit the shape, or is not finite.
         """
         key = _key(prefix)
 
@@ -149,6 +149,8 @@ class NF4Tensor(NF4Weight):
         dtype, shape = getattr(torch, facts["dtype"]), torch.Size(facts["shape"])
         made = cls(packed, scales("absmax"), shape, dtype, facts["blocksize"], nested)
         check_layout(made, key)
+        if not all(t.is_meta or t.isfinite().all() for t in flatten(made)[0]):
+            raise ValueError(f"{key} must be finite, got scales that are not")
         return made
 
 
