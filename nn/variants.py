@@ -130,8 +130,8 @@ def loftq_init(model: nn.Module, original: Mapping[str, torch.Tensor] | str | Pa
     for name, layer in layers.items():
         if name not in original:
             raise ValueError(f"original has no {name!r}")
-        shape, found = (layer.out_features, layer.in_features), tuple(original[name].shape)
-        if found != (shape := shape[::-1] if name in transposed else shape):
+        shape = (layer.out_features, layer.in_features)[:: -1 if name in transposed else 1]
+        if (found := tuple(original[name].shape)) != shape:
             raise ValueError(f"original: {name!r} must be {shape}, got {found}")
     errors = {}
     for name, layer in layers.items():
