@@ -8,7 +8,7 @@ from torch.func import functional_call
 
 from ..quant import NF4Linear
 from ..quant.experts import FusedExperts
-from ..quant.linear import FrozenNF4
+from ..quant.linear import FrozenNF4, dense_layer
 from ..quant.model import is_conv1d, is_linear
 
 HOOKS = ("_forward_pre_hooks", "_forward_pre_hooks_with_kwargs", "_forward_hooks", "_forward_hooks_with_kwargs",
@@ -150,15 +150,7 @@ class Mergeable(nn.Module):
 
     def _merged(self, dense, weight):
         """A layer as `dense` is, with `weight` (out, in)."""
-        with torch.device("meta"):
-            if is_conv1d(dense):
-                merged, weight = type(dense)(dense.nf, dense.nx), weight.t().contiguous()
-            else:
-                kind = type(dense) if is_linear(dense) else nn.Linear
-                merged = kind(self.in_features, self.out_features, bias=False)
-        merged.weight = nn.Parameter(weight, requires_grad=False)
-        merged.bias = dense.bias
-        return merged.train(self.training)
+        return dense_layer(type(dense) if is_linear(dense) else nn.Linear, weight, dense.bias, self.training)
 
     def unmerge_weights(self):
         """Put the original base layer back, bit for bit. Does nothing when it is there already."""

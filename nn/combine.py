@@ -42,8 +42,8 @@ def add_weighted_adapter(model: nn.Module, adapters: Sequence[str], weights: Seq
     modules = modules_with_adapters(model)
     pairs: dict[str, list[tuple[torch.Tensor, torch.Tensor]]] = {}
     for path, module in modules.items():
-        held = [(adapter_of(module, name), weight) for name, weight in zip(adapters, weights, strict=True)]
-        held = [(adapter, weight) for adapter, weight in held if adapter is not None]
+        held = [(adapter, weight) for name, weight in zip(adapters, weights, strict=True)
+                if (adapter := adapter_of(module, name)) is not None]  # fmt: skip
         if not held:
             continue
         of_more = any(hasattr(adapter, "lora_magnitude") for adapter, _ in held)

@@ -16,6 +16,7 @@ from torch import nn
 
 from ..kernels.lora import lora_linear
 from ..quant import NF4Linear
+from ..quant.linear import autocast_input
 from .base_layer import HOOKS, Mergeable, adapter_like, base_forward, dense_weight, features, is_adaptable, stacked
 from .names import named_modules
 
@@ -132,10 +133,10 @@ class LoRALinear(Mergeable):
         """The tensors of `PARTS` by name, out of those that `save_adapter` has written of this layer."""
         return saved
 
-    @torch.no_grad()
     def delta_weight(self) -> torch.Tensor:
         """ΔW = scaling · B A, (out_features, in_features), in the adapter's dtype but at least fp32."""
-        return self.delta()
+        with torch.no_grad(), torch.autocast(self.lora_A.device.type, enabled=False):
+            return self.delta()
 
     def delta(self) -> torch.Tensor:
         """`delta_weight` with its gradients."""
@@ -156,14 +157,6 @@ class LoRALayer(LoRALinear):
 
     def __init__(self, in_features, out_features, rank=8, lora_alpha=16.0, lora_dropout=0.0):
         super().__init__(nn.Linear(in_features, out_features, bias=False), rank, lora_alpha, lora_dropout)
-
-
-def autocast_input(x: torch.Tensor) -> torch.Tensor:
-    """x in the dtype that a linear layer would see: under autocast, autocast's (which leaves fp64 alone)."""
-    device = x.device.type
-    if torch.is_autocast_enabled(device) and x.dtype != torch.float64:
-        return x.to(torch.get_autocast_dtype(device))
-    return x
 
 
 def operands(base, x):

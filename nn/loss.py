@@ -32,7 +32,7 @@ HALF_RANGE = 2.0**15  # |dz| ≤ 1, times this, is as far from fp16's overflow a
 class _LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(ctx, hidden, weight, bias, target, dtype, chunk, scale, found_inf):
-        need_dh, need_dw, need_db = (*ctx.needs_input_grad[:2], bias is not None and ctx.needs_input_grad[2])
+        need_dh, need_dw, need_db = ctx.needs_input_grad[:3]
         half = dtype == torch.float16
 
         def gradient(a, b):
@@ -108,6 +108,8 @@ def linear_cross_entropy(
         raise ValueError(f"target must have shape {tuple(hidden.shape[:-1])}, got {tuple(target.shape)}")
     if weight.dim() != 2 or weight.shape[1] != hidden.shape[-1]:
         raise ValueError(f"weight must have shape (V, {hidden.shape[-1]}), got {tuple(weight.shape)}")
+    if bias is not None and bias.shape != weight.shape[:1]:
+        raise ValueError(f"bias must have shape ({weight.shape[0]},), got {tuple(bias.shape)}")
     if chunk is None:
         chunk = max(1, CHUNK_BYTES // (4 * weight.shape[0]))
     if chunk < 1:
@@ -119,10 +121,9 @@ def linear_cross_entropy(
                          f"{int(target.max())}")  # fmt: skip
     kind = hidden.device.type
     dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else hidden.dtype
-    scale, flag = (torch.full((), value, dtype=torch.float32, device=hidden.device) for value in (1.0, 0.0))
-    if loss_scale is not None and dtype == torch.float16:
-        scale = loss_scale  # that gradients have before backward
-    found_inf = flag if found_inf is None else found_inf
+    one = torch.ones((), dtype=torch.float32, device=hidden.device)
+    scale = one if loss_scale is None or dtype != torch.float16 else loss_scale  # that gradients have before backward
+    found_inf = torch.zeros_like(one) if found_inf is None else found_inf
     if not torch.is_grad_enabled():  # which `needs_input_grad` of a Function does not know
         hidden, weight, bias = hidden.detach(), weight.detach(), None if bias is None else bias.detach()
     with torch.autocast(kind, enabled=False):

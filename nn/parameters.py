@@ -10,8 +10,9 @@ from torch import nn
 from torch.func import functional_call
 
 from ..quant.experts import DenseExperts, FusedExperts, adopt, expert_weights, grouped_linear, projections
+from ..quant.linear import autocast_input
 from .base_layer import is_adaptable
-from .lora import LoRALinear, autocast_input
+from .lora import LoRALinear
 from .names import StandsFor, named_modules
 
 
@@ -53,10 +54,6 @@ class LoRAExperts(FusedExperts, LoRAWeight):
         lora_A: Parameter (rank E, in).
         lora_B: Parameter (out, rank E).
     """
-
-    @staticmethod
-    def fits(module) -> bool:
-        return isinstance(module, FusedExperts)
 
     @property
     def flipped(self) -> bool:

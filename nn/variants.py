@@ -14,6 +14,7 @@ from torch import nn
 
 from ..kernels.lora import lora_linear
 from ..quant import NF4Linear
+from ..quant.linear import lies_transposed
 from ..quant.readers import listed
 from .base_layer import dense_weight
 from .lora import LoRALinear, operands
@@ -109,8 +110,8 @@ def loftq_init(model: nn.Module, original: Mapping[str, torch.Tensor] | str | Pa
     """Start at the best rank-r correction of the quantization error W − NF4(W), leaving NF4(W) as it is.
 
     This is LoftQ with one iteration; further ones would quantize the base anew, which nobody who loads the adapter has.
-    `original` are the weights before quantization, `<path>.weight` by name: a state dict, or the directory of the
-    model's safetensors files; `iterations` as in `pissa_init`.
+    `original` are the weights before quantization, `<path>.weight` by name and as they lay: a state dict, or the
+    directory of the model's safetensors files; `iterations` as in `pissa_init`.
 
     Returns path → (‖W − NF4(W)‖ / ‖W‖ before, ‖W − NF4(W) − s·BA‖ / ‖W‖ after).
     ValueError: no NF4 layer with an adapter, or a weight that is missing or of another shape.
@@ -125,16 +126,17 @@ def loftq_init(model: nn.Module, original: Mapping[str, torch.Tensor] | str | Pa
 
         files = map(load_file, sorted(Path(original).glob("*.safetensors")))
         original = {name: tensor for file in files for name, tensor in file.items()}
+    transposed = {name for name, layer in layers.items() if lies_transposed(layer.base_layer.dense_class)}
     for name, layer in layers.items():
         if name not in original:
             raise ValueError(f"original has no {name!r}")
-        shape, found = (layer.out_features, layer.in_features), tuple(original[name].shape)
-        if found != shape:
+        shape = (layer.out_features, layer.in_features)[:: -1 if name in transposed else 1]
+        if (found := tuple(original[name].shape)) != shape:
             raise ValueError(f"original: {name!r} must be {shape}, got {found}")
     errors = {}
     for name, layer in layers.items():
         quantized = dense_weight(layer.base_layer).float()
-        W = original[name].to(quantized)
+        W = (original[name].t() if name in transposed else original[name]).to(quantized)
         lost = W - quantized
         _start_at(layer, lost, iterations)
         left = lost - layer.delta_weight()

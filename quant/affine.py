@@ -41,20 +41,17 @@ def quantize_affine(x: torch.Tensor, bits: int = 4, group_size: int = 64) -> "Af
         raise ValueError(f"bits must be a whole number from 1 to 8, got {bits!r}")
     if not isinstance(group_size, int) or group_size < 1:
         raise ValueError(f"group_size must be a whole number of at least 1, got {group_size!r}")
-    values = x.detach().float()
-    bad = int((~values.isfinite()).sum())
-    if bad:
+    if bad := int((~x.isfinite()).sum()):
         raise ValueError(f"x must be finite, got {bad} values that are not among {x.numel()}")
-    low = _in_groups(values, group_size, float("inf")).amin(1)
-    high = _in_groups(values, group_size, float("-inf")).amax(1)
-    levels = 2**bits - 1
+    groups, levels = _in_groups(x.detach().float(), group_size), 2**bits - 1
+    low, high = groups.amin(1), groups.amax(1)
     if ((high - low) == float("inf")).any():
         raise ValueError("x must span less than the fp32 range in every group, got a group whose max - min overflows")
     scale = (high - low) / levels
     # At the very end of fp32 a scale that was rounded up would decode the largest value to infinity.
     scale = torch.where((low + scale * levels).isinf(), scale.nextafter(torch.zeros_like(scale)), scale)
     step = torch.where(scale > 0, scale, 1.0)[:, None]
-    codes = ((_in_groups(values, group_size, 0.0) - low[:, None]) / step).round().clamp(0, levels)
+    codes = ((groups - low[:, None]) / step).round().clamp(0, levels)
     flat = codes.view(-1)[: x.numel()].to(torch.uint8)
     per_byte = 8 // bits
     padded = torch.nn.functional.pad(flat, (0, -flat.numel() % per_byte)).view(-1, per_byte)
@@ -88,7 +85,7 @@ class AffineTensor:
     @property
     def nbytes(self) -> int:
         """Bytes of codes, scales and zero points."""
-        return sum(t.numel() * t.element_size() for t in (self.packed, self.scale, self.zero_point))
+        return self.packed.nbytes + self.scale.nbytes + self.zero_point.nbytes
 
     def dequantize(self, dtype: torch.dtype | None = None) -> torch.Tensor:
         """The values, formed in fp32 and rounded to `dtype` (None: the original one).
@@ -98,7 +95,7 @@ class AffineTensor:
         """
         dtype = self.dtype if dtype is None else dtype
         check_float(dtype)
-        groups = _in_groups(self.codes.float(), self.group_size, 0.0)
+        groups = _in_groups(self.codes.float(), self.group_size)
         values = groups * self.scale[:, None] + self.zero_point[:, None]
         return values.view(-1)[: self.shape.numel()].view(self.shape).to(dtype)
 
@@ -107,7 +104,7 @@ def _shifts(bits: int, device: torch.device) -> torch.Tensor:
     return torch.arange((8 // bits - 1) * bits, -1, -bits, dtype=torch.uint8, device=device)
 
 
-def _in_groups(x: torch.Tensor, group_size: int, padding: float) -> torch.Tensor:
-    """(groups, group_size), the last group filled up with `padding`."""
+def _in_groups(x: torch.Tensor, group_size: int) -> torch.Tensor:
+    """(groups, group_size), the last group filled up with its last value."""
     flat = x.reshape(-1)
-    return torch.nn.functional.pad(flat, (0, -flat.numel() % group_size), value=padding).view(-1, group_size)
+    return torch.cat([flat, flat[-1:].expand(-flat.numel() % group_size)]).view(-1, group_size)

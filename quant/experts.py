@@ -19,18 +19,17 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from ..kernels.nf4 import DTYPES, NestedScales, flatten, nf4_dequantize
+from ..kernels.nf4 import NestedScales, flatten, nf4_dequantize
 from ..kernels.nf4_experts import expert_of
 from ..kernels.runtime import traced
-from .linear import FrozenNF4, NF4Product
-from .nf4 import NESTED_BLOCK, NF4Tensor, check_block_size, nf4_zeros, quantize_nf4
+from .linear import FrozenNF4, NF4Product, autocast_input
+from .nf4 import NESTED_BLOCK, NF4Tensor, check_options, nf4_zeros, quantize_nf4
 
 IMPLEMENTATION = "nf4"  # in transformers' ALL_EXPERTS_FUNCTIONS
 # Layers that do not go by that interface, but multiply with their fused weights as NF4Experts lets them.
 FUSED = "gate_up_proj", "down_proj"
 OWN_LOOP = {"Llama4TextExperts": FUSED, "LongcatFlashExperts": FUSED, "Step3p7Experts": FUSED,
             "JetMoeParallelExperts": ("weight",)}  # fmt: skip
-TRANSPOSED = ("Llama4TextExperts",)
 
 
 class FusedExperts:
@@ -127,7 +126,7 @@ class NF4Experts(FusedExperts, FrozenNF4):
     New experts are zero.
 
     Raises:
-        TypeError, ValueError: `dtype`, `shape` or `block_size` is not as described.
+        TypeError, ValueError: a dtype, `shape` or `block_size` is not as described.
     """
 
     def __init__(
@@ -136,11 +135,9 @@ class NF4Experts(FusedExperts, FrozenNF4):
         dtype: torch.dtype = torch.float32,
     ):  # fmt: skip
         super().__init__()
-        if dtype not in DTYPES:
-            raise TypeError(f"dtype must be torch.float32, float16 or bfloat16, got {dtype}")
+        check_options(block_size, compute_dtype, dtype)
         if len(shape) != 3 or min(shape) < 1:
             raise ValueError(f"shape must be (experts, rows, columns), got {tuple(shape)}")
-        check_block_size(block_size)
         self.shape, self.is_transposed, self.weight_dtype = torch.Size(shape), is_transposed, dtype
         self.block_size, self.double_quant, self.compute_dtype = block_size, double_quant, compute_dtype
         self._make_room(device)
@@ -197,8 +194,9 @@ class NF4Experts(FusedExperts, FrozenNF4):
 
     def forward(self, x: torch.Tensor, ends: torch.Tensor) -> torch.Tensor:
         """x (S, in), rows sorted by expert, and where those of each end, (E,) → (S, out), same dtype as x."""
-        x, compute = self._cast(x)
-        return NF4Product.apply(x.to(compute), *flatten(self.quantized), None, not self.is_transposed, ends).to(x.dtype)
+        x = autocast_input(x)
+        h = x.to(self.compute_dtype or x.dtype)
+        return NF4Product.apply(h, *flatten(self.quantized), None, not self.is_transposed, ends).to(x.dtype)
 
     def extra_repr(self) -> str:
         """What `print(model)` shows."""
@@ -277,7 +275,7 @@ def expert_weights(model: nn.Module) -> dict[str, nn.Module]:
 
 
 def _is_transposed(layer: nn.Module) -> bool:
-    return layer.is_transposed if by_interface(layer) else type(layer).__name__ in TRANSPOSED
+    return layer.is_transposed if by_interface(layer) else type(layer).__name__ == "Llama4TextExperts"
 
 
 def _marked(layer: nn.Module, experts: FusedExperts) -> FusedExperts:

@@ -10,6 +10,7 @@ Dtypes, in this order: `torch.autocast` casts x as it would for `nn.Linear`; the
 `compute_dtype`, or in x's dtype where that is None; the result has x's dtype.
 """
 
+import copy
 from collections.abc import Sequence
 
 import torch
@@ -19,7 +20,7 @@ from torch.overrides import has_torch_function
 from ..kernels.nf4 import DTYPES, NestedScales, check_layout, flatten, unflatten
 from ..kernels.nf4_matmul import nf4_experts, nf4_matmul
 from ..kernels.runtime import traced
-from .nf4 import FACTS, PARTS, NF4Tensor, check_block_size, nf4_zeros, quantize_nf4
+from .nf4 import FACTS, PARTS, NF4Tensor, check_options, nf4_zeros, quantize_nf4
 
 
 def _rows(x: torch.Tensor) -> torch.Tensor:
@@ -35,6 +36,13 @@ def _product(x, weight, bias, transposed, ends):
         return nf4_matmul(x, weight, bias, transposed)
     y = nf4_matmul(_rows(x), weight, bias, transposed)
     return torch.ops.aten._unsafe_view(y, [*x.shape[:-1], y.shape[-1]])  # no view: callers may change it in place
+
+
+def autocast_input(x: torch.Tensor) -> torch.Tensor:
+    """x in the dtype that a linear layer would see: under autocast, autocast's (which leaves fp64 alone)."""
+    if x.is_meta or x.dtype == torch.float64 or not torch.is_autocast_enabled(x.device.type):
+        return x
+    return x.to(torch.get_autocast_dtype(x.device.type))
 
 
 def _watched(x: torch.Tensor) -> bool:
@@ -77,14 +85,24 @@ class NF4Product(torch.autograd.Function):
         return dx, None, None, dbias, None, None
 
 
-class FrozenNF4(nn.Module):
-    """What modules with a `weight` in NF4 share: codes and scales keep their dtypes, and which dtype a product has."""
+def lies_transposed(kind: type) -> bool:
+    """Whether linear layers of this class hold their weight as (in, out): GPT-2's Conv1D."""
+    return kind.__name__ == "Conv1D" and kind.__module__ == "transformers.pytorch_utils"
 
-    def _cast(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.dtype]:
-        """x as autocast wants it, and the dtype of the product."""
-        if not x.is_meta and torch.is_autocast_enabled(x.device.type) and x.dtype != torch.float64:
-            x = x.to(torch.get_autocast_dtype(x.device.type))
-        return x, x.dtype if self.compute_dtype is None else self.compute_dtype
+
+def dense_layer(kind: type, weight: torch.Tensor, bias: nn.Parameter | None, training: bool) -> nn.Module:
+    """A linear layer of this class with a frozen weight, here (out, in)."""
+    with torch.device("meta"):
+        if lies_transposed(kind):
+            layer, weight = kind(*weight.shape), weight.t().contiguous()
+        else:
+            layer = kind(*weight.shape[::-1], bias=False)
+    layer.weight, layer.bias = nn.Parameter(weight, requires_grad=False), bias
+    return layer.train(training)
+
+
+class FrozenNF4(nn.Module):
+    """What modules with a `weight` in 4 bits share: codes and scales keep their dtypes."""
 
     def _apply(self, fn, recurse=True):
         """Everything that moves or casts a module comes through here: codes and scales move, but are never cast."""
@@ -121,7 +139,7 @@ class NF4Linear(FrozenNF4):
     A new layer's weight is zero.
 
     Raises:
-        TypeError, ValueError: `dtype` or `block_size` is not one of those named.
+        TypeError, ValueError: a dtype or `block_size` is not one of those named.
     """
 
     def __init__(
@@ -130,9 +148,7 @@ class NF4Linear(FrozenNF4):
         dtype: torch.dtype = torch.float32,
     ):  # fmt: skip
         super().__init__()
-        if dtype not in DTYPES:
-            raise TypeError(f"dtype must be torch.float32, float16 or bfloat16, got {dtype}")
-        check_block_size(block_size)
+        check_options(block_size, compute_dtype, dtype)
         self.in_features, self.out_features, self.compute_dtype = in_features, out_features, compute_dtype
         self.dense_class = nn.Linear  # what `dequantize` gives; GPT-2's Conv1D holds its weight transposed
         packed, absmax, nested = nf4_zeros(out_features * in_features, block_size, double_quant, device)
@@ -188,23 +204,14 @@ class NF4Linear(FrozenNF4):
     def dequantize(self, dtype: torch.dtype | None = None) -> nn.Module:
         """The same values in `dtype` (None: the original one), frozen, with a bias of their own, in a dense layer of
         the class that `quantize_model` found there."""
-        weight, sizes = self.quantized.dequantize(dtype), (self.in_features, self.out_features)
-        with torch.device("meta"):
-            if transposed := self.dense_class.__name__ == "Conv1D":
-                linear = self.dense_class(*sizes[::-1])
-            else:
-                linear = self.dense_class(*sizes, bias=False)
-        linear.weight = nn.Parameter(weight.t().contiguous() if transposed else weight, requires_grad=False)
-        linear.bias = None
-        if self.bias is not None:
-            linear.bias = nn.Parameter(self.bias.detach().clone(), requires_grad=self.bias.requires_grad)
-        return linear.train(self.training)
+        return dense_layer(self.dense_class, self.quantized.dequantize(dtype), copy.deepcopy(self.bias), self.training)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """x (…, in_features), floating point → (…, out_features), same dtype."""
         if x.shape[-1:] != (self.in_features,) or not x.is_floating_point():
             raise ValueError(f"x must be floating point (…, {self.in_features}), got {x.dtype} {tuple(x.shape)}")
-        x, compute = self._cast(x)
+        x = autocast_input(x)
+        compute = self.compute_dtype or x.dtype
         bias = None if self.bias is None else self.bias.to(compute)
         h = x.to(compute)
         if _watched(h) or (torch.is_grad_enabled() and (h.requires_grad or (bias is not None and bias.requires_grad))):
@@ -225,11 +232,8 @@ class NF4Linear(FrozenNF4):
             rest[key] = self.weight.data
             try:
                 q = NF4Tensor.from_state_dict(state_dict, prefix)
-                if local_metadata.get("assign_to_params_buffers", False):
-                    self.quantized = q
-                else:
-                    own = {name: value.clone() for name, value in q.state_dict().items()}
-                    self.quantized = NF4Tensor.from_state_dict(own).to(self.weight.device)
+                assign = local_metadata.get("assign_to_params_buffers", False)
+                self.quantized = q if assign else q.to(self.weight.device, copy=True)
                 rest[key] = q.packed.view(-1, 1)
             except ValueError as error:
                 errors.append(f"{key}: {error}")

@@ -14,7 +14,7 @@ import contextlib
 import json
 import re
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from pathlib import Path
 
 import torch
@@ -22,9 +22,9 @@ from torch import nn
 
 from .conversion import Conversion
 from .experts import NF4Experts, dense_experts, expert_weights, experts_layers, projections, quantize_experts
-from .linear import FrozenNF4, NF4Linear
+from .linear import FrozenNF4, NF4Linear, dense_layer, lies_transposed
 from .mxfp4 import MXFP4Experts
-from .nf4 import FACTS, NF4Tensor, check_block_size, quantize_nf4
+from .nf4 import FACTS, NF4Tensor, check_options, quantize_nf4
 from .readers import listed, new_heads, weights_read
 
 WIDE = ("_keep_in_fp32_modules_strict", "_keep_in_fp32_modules")  # of a class of transformers; the latter in fp16 alone
@@ -58,7 +58,7 @@ def quantize_model(
         ValueError: nothing to quantize; an entry of `skip` that names no module; a weight that is not finite
             (the layer is named, and those before it are quantized already).
     """
-    check_block_size(block_size)
+    check_options(block_size, compute_dtype)
     (targets, read), experts = linear_layers(model, skip), _experts(model, skip)
     options, parameters = (block_size, double_quant, compute_dtype), sum(p.numel() for p in model.parameters())
     if targets and read:
@@ -88,7 +88,10 @@ def quantize_model(
 
 
 def _packed(linear: nn.Module, options: tuple, path: str) -> NF4Linear:
-    layer = NF4Linear.from_linear(as_linear(linear), *options, name=path)
+    plain = linear
+    if is_conv1d(linear):
+        plain = dense_layer(nn.Linear, linear.weight.detach().t(), linear.bias, linear.training)
+    layer = NF4Linear.from_linear(plain, *options, name=path)
     layer.dense_class = type(linear)
     return layer
 
@@ -96,7 +99,7 @@ def _packed(linear: nn.Module, options: tuple, path: str) -> NF4Linear:
 def linear_layers(model: nn.Module, skip: Sequence[str]) -> tuple[list[tuple[str, nn.Module]], dict[str, nn.Module]]:
     """The paths and layers that `quantize_model` replaces, a layer reached by several paths with each; and path → layer
     of those that stay dense because the model's code reads their weights."""
-    if isinstance(skip, str) or not isinstance(skip, Iterable):
+    if isinstance(skip, str) or not isinstance(skip, Collection):
         what = "the string " if isinstance(skip, str) else ""
         raise TypeError(f"skip must be a sequence of names, got {what}{skip!r}")
     paths = dict(model.named_modules(remove_duplicate=False))
@@ -144,17 +147,7 @@ def is_linear(module: nn.Module) -> bool:
 
 def is_conv1d(module: nn.Module) -> bool:
     """Whether it is GPT-2's linear layer, whose weight lies as (in, out)."""
-    return type(module).__name__ == "Conv1D" and type(module).__module__ == "transformers.pytorch_utils"
-
-
-def as_linear(module: nn.Module) -> nn.Linear:
-    """The layer as an nn.Linear: itself, or a Conv1D's weight (in, out) transposed."""
-    if not is_conv1d(module):
-        return module
-    linear = nn.Linear(module.nx, module.nf, bias=False, device="meta")
-    linear.weight = nn.Parameter(module.weight.detach().t(), requires_grad=False)
-    linear.bias = module.bias
-    return linear.train(module.training)
+    return lies_transposed(type(module))
 
 
 def _progress(targets: list, parameters: int) -> Iterator:

@@ -1,7 +1,8 @@
 """Experts in MXFP4, the format that gpt-oss is published in: 32 weights share a scale that is a power of two.
 
 A code of 4 bits (E2M1) is a sign, two bits of exponent and one of mantissa: ±0, 0.5, 1, 1.5, 2, 3, 4 or 6. The scale is
-a byte (E8M0), 2 to its value less 127. So a decoded weight is exact in bf16, and 4.25 bits hold what training made.
+a byte (E8M0), 2 to its value less 127, and 255 is no number. So a decoded weight is exact in bf16, and 4.25 bits hold
+what training made.
 
 Source: OCP Microscaling Formats (MX) specification v1.0, sections 5.2 and 5.3.
 """
@@ -12,9 +13,10 @@ import torch
 from torch import nn
 
 from .experts import FusedExperts, adopt, grouped_linear
-from .linear import FrozenNF4
+from .linear import FrozenNF4, autocast_input
 
 LEVELS = 0, 0.5, 1, 1.5, 2, 3, 4, 6
+NAN = 255  # of a scale
 E2M1 = torch.tensor([*LEVELS, *(-level for level in LEVELS)], dtype=torch.float32, device="cpu")
 
 
@@ -47,10 +49,13 @@ class MXFP4Experts(FusedExperts, FrozenNF4):
         return torch.Size((E, 32 * groups, out))
 
     def take_place(self, model: nn.Module, name: str) -> None:
-        """Stand where the fused weight `name` of the model is. ValueError: that is of another shape."""
+        """Stand where the fused weight `name` of the model is. ValueError: that is of another shape, or this is no
+        number."""
         layer, child = model.get_submodule(name.rpartition(".")[0]), name.rpartition(".")[2]
         if self.shape != (shape := getattr(layer, child).shape):
             raise ValueError(f"{name} must be {tuple(shape)}, got {tuple(self.shape)} in MXFP4")
+        if (self.absmax == NAN).any():
+            raise ValueError(f"{name} must be finite, got MXFP4 scales that are not")
         adopt(layer, {child: self})
 
     @property
@@ -69,7 +74,7 @@ class MXFP4Experts(FusedExperts, FrozenNF4):
 
     def forward(self, x: torch.Tensor, ends: torch.Tensor) -> torch.Tensor:
         """x (S, in), rows sorted by expert, and where those of each end, (E,) → (S, out), same dtype as x."""
-        return _Product.apply(self._cast(x)[0], self, ends, True)
+        return _Product.apply(autocast_input(x), self, ends, True)
 
 
 class _Product(torch.autograd.Function):

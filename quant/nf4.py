@@ -16,7 +16,7 @@ from collections.abc import Mapping
 
 import torch
 
-from ..kernels.nf4 import DTYPES, NF4_CODE, NestedScales, NF4Weight, check_layout, nf4_dequantize
+from ..kernels.nf4 import DTYPES, NF4_CODE, NestedScales, NF4Weight, check_layout, flatten, nf4_dequantize
 from ..kernels.nf4_quantize import nf4_quantize, quantize_scales
 from .codebooks import DYNAMIC_MAP
 
@@ -26,8 +26,12 @@ PARTS = ("absmax", "quant_map", "nested_absmax", "nested_quant_map")
 FACTS = "quant_state.bitsandbytes__nf4"  # bitsandbytes keeps what is not a tensor as JSON text in a uint8 tensor
 
 
-def check_block_size(block_size: int) -> None:
-    """Raise ValueError unless it is one of BLOCK_SIZES."""
+def check_options(block_size: int, compute_dtype: torch.dtype | None = None, dtype: torch.dtype = torch.float32):
+    """Raise TypeError or ValueError unless a layer in NF4 can be made of these."""
+    if dtype not in DTYPES:
+        raise TypeError(f"dtype must be torch.float32, float16 or bfloat16, got {dtype}")
+    if compute_dtype is not None and not (isinstance(compute_dtype, torch.dtype) and compute_dtype.is_floating_point):
+        raise TypeError(f"compute_dtype must be a floating-point torch.dtype or None, got {compute_dtype!r}")
     if not isinstance(block_size, int) or block_size not in BLOCK_SIZES:
         raise ValueError(f"block_size must be one of {BLOCK_SIZES}, got {block_size!r}")
 
@@ -64,10 +68,8 @@ class NF4Tensor(NF4Weight):
     @property
     def nbytes(self) -> int:
         """Bytes of codes and scales (without the 8-bit map, the same 1 KiB for every tensor)."""
-        tensors = [self.packed, self.absmax]
-        if self.nested is not None:
-            tensors += [self.nested.absmax, self.nested.offset]
-        return sum(t.numel() * t.element_size() for t in tensors)
+        nested = () if self.nested is None else (self.nested.absmax, self.nested.offset)
+        return sum(t.nbytes for t in (self.packed, self.absmax, *nested))
 
     def dequantize(self, dtype: torch.dtype | None = None, out: torch.Tensor | None = None) -> torch.Tensor:
         """The values, formed in fp32 and rounded once to `dtype` (None: the original one).
@@ -76,14 +78,13 @@ class NF4Tensor(NF4Weight):
         """
         return nf4_dequantize(self, self.dtype if dtype is None else dtype, out)
 
-    def to(self, device: torch.device | str | int) -> "NF4Tensor":
-        """The same on another device; TypeError for a dtype or a tensor: codes and scales keep theirs."""
+    def to(self, device: torch.device | str | int, copy: bool = False) -> "NF4Tensor":
+        """The same on another device, or with `copy` on any; TypeError for a dtype or a tensor: codes and scales keep
+        theirs."""
         if isinstance(device, (torch.dtype, torch.Tensor)):
             raise TypeError(f"device must be a device, got {device!r}; dequantize(dtype) gives the values as a dtype")
-        nested = self.nested
-        if nested is not None:
-            nested = NestedScales(*(t.to(device) for t in nested[:3]), nested.block_size)
-        packed, absmax = self.packed.to(device), self.absmax.to(device)
+        packed, absmax, *nested = (t.to(device, copy=copy) for t in flatten(self)[0])
+        nested = NestedScales(*nested, self.nested.block_size) if nested else None
         return NF4Tensor(packed, absmax, self.shape, self.dtype, self.block_size, nested)
 
     def state_dict(self, prefix: str = "") -> dict[str, torch.Tensor]:
@@ -123,7 +124,7 @@ class NF4Tensor(NF4Weight):
             prefix: as for `state_dict`.
 
         Raises:
-            ValueError: an entry is missing, is not NF4, or does not fit the shape.
+            ValueError: an entry is missing, is not NF4, does not fit the shape, or is not finite.
         """
         key = _key(prefix)
 
@@ -148,6 +149,8 @@ class NF4Tensor(NF4Weight):
         dtype, shape = getattr(torch, facts["dtype"]), torch.Size(facts["shape"])
         made = cls(packed, scales("absmax"), shape, dtype, facts["blocksize"], nested)
         check_layout(made, key)
+        if not all(t.is_meta or t.isfinite().all() for t in flatten(made)[0]):
+            raise ValueError(f"{key} must be finite, got scales that are not")
         return made
 
 
@@ -156,7 +159,7 @@ def _facts(entry: torch.Tensor, name: str) -> dict:
     text = bytes(entry.reshape(-1).tolist())
     try:
         facts = json.loads(text)
-        check_block_size(facts["blocksize"])
+        check_options(facts["blocksize"])
         sizes = [*facts["shape"], facts["nested_blocksize"] if "nested_offset" in facts else 1]
         known = facts["dtype"] in [str(dtype).removeprefix("torch.") for dtype in DTYPES]
         if known and "quant_type" in facts and all(isinstance(size, int) and size >= 0 for size in sizes) and sizes[-1]:
@@ -192,7 +195,7 @@ def quantize_nf4(x: torch.Tensor, block_size: int = 64, double_quant: bool = Tru
     if not isinstance(x, torch.Tensor) or x.dtype not in DTYPES:
         got = x.dtype if isinstance(x, torch.Tensor) else type(x).__name__
         raise TypeError(f"{name} must be a float32, float16 or bfloat16 tensor, got {got}")
-    check_block_size(block_size)
+    check_options(block_size)
     x = x.detach()
     packed, absmax = nf4_quantize(x, block_size)
     if not absmax.isfinite().all():

@@ -51,6 +51,15 @@ def test_merging_twice_is_merging_once():
     assert torch.equal(layer(x), want)
 
 
+def test_a_merge_under_autocast_rounds_nothing():
+    layer = adapted()
+    other = copy.deepcopy(layer)
+    other.merge_weights()
+    with torch.autocast("cpu", torch.bfloat16):
+        layer.merge_weights()
+    assert torch.equal(layer.weight, other.weight)
+
+
 def test_a_merge_into_bf16_rounds_once():
     layer = adapted(nn.Linear(64, 48).bfloat16())
     exact = layer.weight.double() + 2.0 * layer.lora_B.double() @ layer.lora_A.double()

@@ -141,6 +141,7 @@ def test_an_overflow_of_a_gradient_is_noted_where_it_arises(each_backend):
 @pytest.mark.parametrize("change, message", [
     (dict(target=torch.zeros(4, dtype=torch.long)), "target must have shape"),
     (dict(weight=torch.zeros(5, 9)), "weight must have shape"),
+    (dict(bias=torch.zeros(1)), r"bias must have shape \(5,\), got \(1,\)"),
     (dict(target=torch.full((3,), 5)), "target must lie in"),
     (dict(chunk=0), "chunk must be at least 1"),
 ])  # fmt: skip

@@ -97,6 +97,16 @@ def test_kept_in_their_bytes(published):
         assert (ours - expected).norm() <= 2e-6 * expected.norm()
 
 
+def test_a_scale_that_is_no_number_is_refused():
+    layer = torch.nn.Module()
+    layer.up_proj = torch.nn.Parameter(torch.zeros(2, 32, 3))
+    scales = torch.full((2, 3, 1), 127, dtype=torch.uint8)
+    scales[1, 2] = 255
+    module = MXFP4Experts(torch.zeros(2, 3, 1, 16, dtype=torch.uint8), scales)
+    with pytest.raises(ValueError, match=r"layer\.up_proj must be finite"):
+        module.take_place(torch.nn.ModuleDict({"layer": layer}), "layer.up_proj")
+
+
 def test_made_nf4(published):
     model, _ = load_base(str(published / "mxfp4"), "qlora", requantize=True)
     plain, _ = load_base(str(published / "plain"), "qlora")

@@ -276,6 +276,8 @@ def _with_facts(state, **changes):
         (lambda s: s | {"weight.nested_absmax": s["weight.nested_absmax"][:0]}, "needs 1 .* as its nested absmax"),
         (lambda s: s | {"weight.nested_quant_map": s["weight.nested_quant_map"][:99]}, "needs 256 .* its nested map"),
         (lambda s: s | {FACTS: s[FACTS][:9]}, "must describe an NF4 tensor"),
+        (lambda s: s | {"weight.nested_absmax": s["weight.nested_absmax"] / 0}, "weight must be finite"),
+        (lambda s: _with_facts(s, nested_offset=torch.nan), "weight must be finite"),
         (lambda s: _with_facts(s, nested_offset=None), "needs 64 .*float32 as its absmax, got 64 .*uint8"),
     ],
 )

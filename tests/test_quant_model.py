@@ -96,8 +96,9 @@ def test_skip_takes_whole_parts_of_paths():
         quantized(("",))
     with pytest.raises(TypeError, match="the string 'lm_head'"):
         quantized("lm_head")
-    with pytest.raises(TypeError, match="skip must be a sequence of names, got None"):
-        quantized(None)
+    for wrong in (None, iter(["lm_head"])):  # what can be read once only would skip nothing
+        with pytest.raises(TypeError, match=f"skip must be a sequence of names, got {wrong!r}"):
+            quantized(wrong)
 
 
 def test_a_shared_module_stays_shared():
@@ -113,6 +114,8 @@ def test_errors_name_model_and_layer():
         quantize_model(nn.Linear(4, 4))
     with pytest.raises(ValueError, match="block_size"):
         quantize_model(nn.Sequential(nn.Linear(4, 4)), block_size=3)
+    with pytest.raises(TypeError, match=r"compute_dtype must be a floating-point .* or None, got 'bfloat16'"):
+        quantize_model(nn.Sequential(nn.Linear(4, 4)), compute_dtype="bfloat16")
     model = nn.Sequential(nn.Linear(64, 64), nn.Sequential(nn.Linear(64, 64)))
     model[1][0].weight.data[0, :3] = float("nan")
     with pytest.raises(ValueError, match=r"1\.0\.weight must be finite, got 3 NaN"):

@@ -210,6 +210,13 @@ def test_loftq_reads_a_model_directory(tmp_path):
     assert loftq_init(one, tmp_path) == loftq_init(other, base.state_dict())
 
 
+def test_loftq_of_gpt2_takes_weights_as_they_lie():
+    """Also where one that lies as (in, out) is square, so that its shape says nothing."""
+    model = apply_lora_to_model(quantize_model(gpt2()), rank=4, target_modules=["c_attn", "attn.c_proj"])
+    errors = loftq_init(model, gpt2().state_dict())
+    assert len(errors) == 6 and all(after < before < 0.2 for before, after in errors.values())
+
+
 def test_loftq_errors():
     with pytest.raises(ValueError, match="no NF4 layer"):
         loftq_init(ours(), llama().state_dict())

@@ -17,10 +17,8 @@ from ..nn import apply_lora_to_model, variants
 from ..nn.adapter_config import CONFIG_NAME
 from ..nn.adapter_file import WEIGHTS_NAME
 from ..nn.adapters import load_adapter, read_adapter_config
-from ..nn.base_layer import dense_weight
 from ..nn.checkpoint_layers import checkpoint_layers
 from ..nn.inject import leave_out_idle, lora_layers
-from ..nn.multi import linear_layers
 from ..nn.peft_rules import unloadable
 from .data import EncodedRows, context_length, digest, encode_chats, load_chats, shared_system_prompt
 from .encoding import Example
@@ -178,9 +176,8 @@ def _initialize(model: torch.nn.Module, settings: FinetuneSettings) -> None:
     elif settings.init_lora_weights == "pissa":
         variants.pissa_init(model, POWER_ITERATIONS)
     elif settings.init_lora_weights == "loftq":
-        dense = linear_layers(load_base(settings.model, trust_remote_code=settings.trust_remote_code)[0])
-        weights = {f"{path}.weight": dense_weight(layer) for path, layer in dense.items()}
-        variants.loftq_init(model, weights, POWER_ITERATIONS)
+        dense, _ = load_base(settings.model, trust_remote_code=settings.trust_remote_code)
+        variants.loftq_init(model, dense.state_dict(), POWER_ITERATIONS)
     if settings.use_dora:
         variants.dora_init(model)
 
