@@ -103,7 +103,7 @@ def load_rows(
         reason = f"no usable row among {len(skipped)}; {skipped[0]}" if skipped else "holds no rows"
         raise DataError(f"{path}: {reason}")
     first = f"{len(skipped)} of {len(skipped) + len(rows)}, the first: {'; '.join(skipped[:3])}" if skipped else ""
-    told = {"bad rows skipped": first, "ignored columns": ", ".join(sorted(ignored)),
+    told = {"bad rows skipped": first, "ignored columns": ", ".join(name or "(no name)" for name in sorted(ignored)),
             "rows left out, as their label is false or their answers have weight 0": unlearnt}  # fmt: skip
     return LoadedRows(rows, [f"{what}: {found}" for what, found in told.items() if found])
 
