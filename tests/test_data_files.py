@@ -177,6 +177,13 @@ def test_a_name_on_the_hub(monkeypatch):
         load_rows("some/rows.jsonl")
 
 
+def test_a_path_in_the_home_directory(tmp_path, monkeypatch):
+    """Which a shell leaves as it is in `--data=~/rows.jsonl`."""
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "rows.jsonl").write_text(TEXTS["rows.jsonl"], encoding="utf-8")
+    assert load_rows("~/rows.jsonl").rows == CHATS
+
+
 def test_several_files_with_weights(tmp_path, capsys):
     for name, chat in zip("abc", CHATS, strict=True):
         rows = [{"messages": [{"role": "user", "content": f"{name}{number}"}, chat[1]]} for number in range(8)]

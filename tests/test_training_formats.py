@@ -5,6 +5,7 @@ import json
 import pytest
 
 from handtuned.training.formats import DataError, load_rows
+from handtuned.training.settings import column_names
 
 CHAT = [
     {"role": "system", "content": "Be brief."},
@@ -246,6 +247,9 @@ def test_columns_by_other_names(tmp_path):
     assert loaded.rows == [said("u", "a")] and loaded.notes == ["ignored columns: id, prompt"]
     with pytest.raises(DataError, match="field 'reply' is missing, which --columns takes for completion"):
         load_rows(path, columns={"prompt": "question", "completion": "reply"})
+    for text in ("prompt", "prompt= ", "prompt=question,prompt=answer"):
+        with pytest.raises(ValueError, match="--columns must be of the form prompt=NAME,completion=NAME"):
+            column_names(text)
 
 
 def test_what_is_not_to_be_learnt_is_left_out_and_counted(tmp_path):

@@ -86,7 +86,7 @@ def _hub(name: str) -> Iterator[Place]:
         reason = " ".join(str(error).split())
         raise DataError(f"{name}: no such file, nor can it be had from the hub: {reason}") from None
     for number, row in enumerate(rows, start=1):
-        yield f"{name}: row {number}", {key: _without_null(value) for key, value in row.items()}
+        yield f"{name}: row {number}", _without_null(row)
 
 
 class _Counted(io.RawIOBase):
@@ -161,11 +161,11 @@ def _columns(file: io.BufferedReader, name: str, parquet: bool) -> Iterator[Plac
             raise DataError(f"{name}: the column {twice!r} stands twice")
         for row in batch.to_pylist():
             number += 1
-            yield f"{name}: row {number}", {key: _without_null(value) for key, value in row.items()}
+            yield f"{name}: row {number}", _without_null(row)
 
 
 def _without_null(value: object) -> object:
-    """A value of a column. Arrow gives each object the fields of all, null where it has none."""
+    """A row, or a value in it. Arrow gives each object the fields of all, null where it has none."""
     if isinstance(value, dict):
         return {key: _without_null(part) for key, part in value.items() if part is not None}
     return [_without_null(part) for part in value] if isinstance(value, list) else value

@@ -183,7 +183,7 @@ def _turns(row: dict, name: str) -> list[dict]:
 
 def _said(fields: dict, name: str) -> bool:
     """Whether a field holds more than white space."""
-    return fields.get(name) is not None and bool(str(fields[name]).strip())
+    return fields.get(name) not in (None, []) and bool(str(fields[name]).strip())
 
 
 def _text(fields: dict, name: str) -> str:
