@@ -279,12 +279,10 @@ def _message(message: dict, expected: tuple[str, ...]) -> dict:
     return {"role": role, "content": content} | kept
 
 
-def _tool_calls(message: dict, role: str) -> list[dict] | None:
-    """The calls of an assistant's message, arguments as an object; None for none."""
-    calls = message.get("tool_calls") or ([message["function_call"]] if message.get("function_call") else None)
-    if not calls:
-        return None
-    if role != "assistant" or not isinstance(calls, list):
+def _tool_calls(message: dict, role: str) -> list[dict]:
+    """The calls of an assistant's message, arguments as an object."""
+    calls = message.get("tool_calls") or ([message["function_call"]] if message.get("function_call") else [])
+    if calls and (role != "assistant" or not isinstance(calls, list)):
         raise DataError("field 'tool_calls' must be a list, in a message of the assistant")
     read = []
     for call in calls:
