@@ -92,7 +92,7 @@ def test_two_first_runs_at_once_get_the_same_directory(when, empty_cache, monkey
     assert list(empty_cache.iterdir()) == [directory]
 
 
-@pytest.mark.parametrize("name", ["/nowhere", "./nowhere", "a/b/c"])
+@pytest.mark.parametrize("name", ["/nowhere", "./nowhere", "a/b/c", "~nobody-here/model"])
 def test_path_that_does_not_exist_is_named(name):
     with pytest.raises(ValueError, match="no such model directory"):
         sources.resolve(name)

@@ -107,6 +107,42 @@ def test_a_second_list_of_rows_is_not_dropped_in_silence(tmp_path):
         load_rows(tmp_path / "rows.json")
 
 
+LISTED = {"sources": [{"url": "x"}], "prompt": "Say it.", "completion": "It."}
+SAID = [{"role": "user", "content": "Say it."}, {"role": "assistant", "content": "It."}]
+
+
+@pytest.mark.parametrize("indent", [None, 1])
+@pytest.mark.parametrize("filler", ["", "x" * 20_000])
+@pytest.mark.parametrize("pack", [bytes, gzip.compress])
+def test_a_row_that_begins_with_a_list_of_objects_is_a_row(tmp_path, indent, filler, pack):
+    rows = [LISTED | {"sources": [{"url": filler}]}] * 3
+    (tmp_path / "rows.jsonl").write_bytes(pack("\n".join(json.dumps(row, indent=indent) for row in rows).encode()))
+    loaded = load_rows(tmp_path / "rows.jsonl")
+    assert loaded.rows == [SAID] * 3 and loaded.notes == ["ignored columns: sources"]
+
+
+@pytest.mark.parametrize("count", [1, 2])
+def test_messages_of_another_name_are_no_rows(tmp_path, count):
+    (tmp_path / "rows.jsonl").write_text(f"{json.dumps({'dialog': SAID})}\n" * count)
+    assert load_rows(tmp_path / "rows.jsonl", columns={"messages": "dialog"}).rows == [SAID] * count
+
+
+def test_columns_without_a_name_are_told(tmp_path):
+    """As spreadsheets and pandas write them."""
+    (tmp_path / "rows.csv").write_text(",prompt,completion,,\n0,Say it.,It.,,\n")
+    loaded = load_rows(tmp_path / "rows.csv")
+    assert loaded.rows == [SAID] and loaded.notes == ["ignored columns: (no name)"]
+
+
+def test_a_column_that_stands_twice_in_arrow(tmp_path):
+    pyarrow = pytest.importorskip("pyarrow")
+    twice = pyarrow.table([["u"], ["v"], ["a"]], names=["prompt", "prompt", "completion"])
+    with pyarrow.ipc.new_file(tmp_path / "rows.arrow", twice.schema) as sink:
+        sink.write_table(twice)
+    with pytest.raises(DataError, match=r"rows\.arrow: the column 'prompt' stands twice"):
+        load_rows(tmp_path / "rows.arrow")
+
+
 def test_a_directory_in_the_order_of_its_names_whatever_the_file_system_says(tmp_path):
     lines = TEXTS["rows.jsonl"].splitlines()
     for name, line in zip(("b.jsonl", "c/a.jsonl", "a.jsonl"), lines, strict=True):
@@ -139,6 +175,13 @@ def test_a_name_on_the_hub(monkeypatch):
         load_rows("some/nothing")
     with pytest.raises(DataError, match="cannot be read: No such file"):
         load_rows("some/rows.jsonl")
+
+
+def test_a_path_in_the_home_directory(tmp_path, monkeypatch):
+    """Which a shell leaves as it is in `--data=~/rows.jsonl`."""
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "rows.jsonl").write_text(TEXTS["rows.jsonl"], encoding="utf-8")
+    assert load_rows("~/rows.jsonl").rows == CHATS
 
 
 def test_several_files_with_weights(tmp_path, capsys):
@@ -178,6 +221,8 @@ FAULTS = {
     "one key twice": ("a.jsonl", '{"prompt": "a", "prompt": "b"}', "a.jsonl:1: the key 'prompt' stands twice"),
     "one key twice in a list": ("a.json", '[\n{"a": {"b": 1, "b": 2}}]', "a.json:2: row 1: the key 'b' stands twice"),
     "other letters": ("a.jsonl", b'{"prompt": "a",\n "x": "caf\xe9"}', "a.jsonl:2: not UTF-8 text, column 11"),
+    "other letters in a table": ("a.csv", b"prompt,completion\na,b\nc,\xe9\n", "a.csv:3: field ", "is not UTF-8"),
+    "other letters in a text": ("a.txt", b"caf\xe9\n", "a.txt:1: not UTF-8 text, column 4"),
     "comma at the end": ("a.json", '[{"prompt": "a", "completion": "b"},]', "a.json:1: row 2: not valid", "column 37"),
     "fields too many": ("a.csv", "prompt,completion\na,b,c\n", "a.csv:2: 3 fields, the header has 2"),
     "fields too few": ("a.csv", "prompt,completion\n\"a\nb\",c\nd\n", "a.csv:4: 1 fields, the header has 2"),

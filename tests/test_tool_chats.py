@@ -136,6 +136,8 @@ def test_what_may_be_empty(tmp_path, arguments):
     row = [MESSAGES[1], {"role": "assistant", "content": "\n\n", "reasoning_content": "\n", "tool_calls": [call]},
            {"role": "tool", "content": ""}, MESSAGES[5]]  # fmt: skip
     (chat,) = load_rows(write(tmp_path / "rows.jsonl", {"messages": row})).rows
+    bare = [row[0], row[1] | {"content": [], "reasoning_content": []}, *row[2:]]
+    assert load_rows(write(tmp_path / "bare.jsonl", {"messages": bare})).rows == [chat]
     read = {"type": "function", "function": {"name": "dim", "arguments": {}}}
     assert chat == [row[0], {"role": "assistant", "content": "", "tool_calls": [read]}, *row[2:]]
     said = '\n<tool_call>\n{"name": "dim", "arguments": {}}\n</tool_call><|im_end|>'

@@ -5,6 +5,7 @@ import json
 import pytest
 
 from handtuned.training.formats import DataError, load_rows
+from handtuned.training.settings import column_names
 
 CHAT = [
     {"role": "system", "content": "Be brief."},
@@ -210,6 +211,16 @@ FORMS = {
     "alpaca with all it has": (
         {"instruction": "u", "input": "i", "output": "a", "system": "s", "history": [["q1", "a1"], ["q2", "a2"]]},
         said("q1", "a1", "q2", "a2", "u\n\ni", "a", system="s")),
+    "history as text": (
+        {"instruction": "u", "output": "a", "history": '[["q", "b"]]'}, said("q", "b", "u", "a")),
+    "white space for nothing": (
+        {"instruction": "u", "input": " ", "output": "a", "system": "\n", "history": "null"}, said("u", "a")),
+    "calls as OpenAI wrote them first": (
+        {"messages": [said("u")[0], {"role": "assistant", "content": None, "function_call": {
+            "name": "dim", "arguments": '{"to": 4}'}}, {"role": "function", "content": "ok"}, CALLED[3]]}, CALLED),
+    "a result of one empty line": (
+        {"messages": [*CALLED[:2], {"role": "tool", "content": "\n"}, CALLED[3]]},
+        [*CALLED[:2], {"role": "tool", "content": ""}, CALLED[3]]),
     "an input alone": ({"instruction": "", "input": "i", "output": "a"}, said("i", "a")),
     "messages to complete": (
         {"prompt": said("u", "a", "v"), "completion": [{"role": "assistant", "content": "b"}], "label": True},
@@ -224,12 +235,21 @@ def test_forms_of_rows(tmp_path, row, chat):
     assert loaded.rows == [chat] and loaded.notes == []
 
 
+def test_preferences_that_are_null_are_none(tmp_path):
+    """A table holds the union of all columns."""
+    row = {"prompt": "u", "completion": "a", "chosen": None, "rejected": None}
+    assert load_rows(write(tmp_path / "rows.jsonl", row)).rows == [said("u", "a")]
+
+
 def test_columns_by_other_names(tmp_path):
     path = write(tmp_path / "rows.jsonl", {"question": "u", "answer": "a", "prompt": "another", "id": 1})
     loaded = load_rows(path, columns={"prompt": "question", "completion": "answer"})
     assert loaded.rows == [said("u", "a")] and loaded.notes == ["ignored columns: id, prompt"]
     with pytest.raises(DataError, match="field 'reply' is missing, which --columns takes for completion"):
         load_rows(path, columns={"prompt": "question", "completion": "reply"})
+    for text in ("prompt", "prompt= ", "prompt=question,prompt=answer"):
+        with pytest.raises(ValueError, match="--columns must be of the form prompt=NAME,completion=NAME"):
+            column_names(text)
 
 
 def test_what_is_not_to_be_learnt_is_left_out_and_counted(tmp_path):
@@ -260,6 +280,12 @@ def test_the_last_answer_alone_decides_where_it_alone_is_learnt(tmp_path):
     "thousands of digits": ('{"prompt": "u", "completion": "a", "id": %s}' % ("9" * 5000), "Exceeds the limit"),
     "weight": ({"messages": [said("u")[0], {**said("u", "a")[1], "weight": 0.5}]}, "field 'weight' must be 0 or 1"),
     "history": ({"instruction": "u", "output": "a", "history": ["q", "a"]}, "a list of [request, answer] pairs"),
+    "a number of histories": ({"instruction": "u", "output": "a", "history": 1}, "a list of [request, answer] pairs"),
+    "half a character in a call": (
+        {"messages": [*said("u"), {"role": "assistant", "tool_calls": [{"name": "f", "arguments": {"\ud83d": 1}}]}]},
+        "the JSON of messages and tools holds half of a surrogate pair"),
+    "a mark in tools": ({"messages": said("u", "a"), "tools": [{"name": "f", "description": "\ufdd1"}]},
+                        "holds the code point 0xfdd1"),
     "call": ({"conversations": [{"from": "human", "value": "u"}, {"from": "function_call", "value": "dim()"}]},
              "message 2: field 'value' of a function_call is not valid JSON"),
     "two systems": ({"messages": said("u", "a", system="s"), "system": "t"}, "message 2: role 'system' out of order"),

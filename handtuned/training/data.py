@@ -129,8 +129,7 @@ def split(rows: Sequence, eval_fraction: float, seed: int, most: int | None = No
 
 def context_length(model) -> int | None:
     """How many tokens a model can look back on; None: no limit is known."""
-    config = model.config.get_text_config() if hasattr(model.config, "get_text_config") else model.config
-    longest = getattr(config, "max_position_embeddings", None)
+    longest = getattr(model.config.get_text_config(), "max_position_embeddings", None)
     return longest if longest and longest > 0 else None  # XLNet says -1
 
 

@@ -14,23 +14,27 @@ import gzip
 import io
 import itertools
 import json
+import os
 import re
 import sys
 import zlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
 MOST_ROW = 2**24  # characters
 MOST_DOCUMENT = 2**28
+WINDOW = 2**20  # bytes that show what a file is
 BOMB = 2**22, 100  # unpacked bytes from which on the ratio of unpacked to packed ones is looked at, and its limit
 TABLES = {".csv": ",", ".tsv": "\t"}
 UNREAD = {b"BZh": "bzip2", b"\xfd7zXZ\0": "xz", b"PK\3\4": "zip", b"7z\xbc\xaf": "7-Zip"}
 SUFFIXES = {".json", ".jsonl", ".ndjson", ".txt", ".parquet", ".arrow", *TABLES}
-# An object that is no row itself but holds a list of rows, behind numbers and texts at most.
+# An object that is no row itself but holds a list of rows, and no messages, behind numbers and texts at most.
 WRAPPED = re.compile(
     r'\{(?:\s*"[^"\\]*"\s*:\s*(?:"[^"\\]*"|[\w.+-]+)\s*,)*'
-    r'\s*"(?!(?:messages|conversations|prompt|completion|tools|chosen|rejected)")[^"\\]*"\s*:\s*(?=\[\s*\{)'
+    r'\s*"(?!(?:messages|conversations|prompt|completion|tools|chosen|rejected)")[^"\\]*"\s*:\s*'
+    r'(?=\[\s*\{(?!\s*"(?:role|from)"))'
 )
+NOT_UTF8 = re.compile("[\udc80-\udcff]")  # what "surrogateescape" makes of a byte
 Place = tuple[str, object]  # "FILE:LINE" or the like, and a row, or the DataError that stands for it
 
 
@@ -47,7 +51,7 @@ def read_places(source: str | Path) -> Iterator[Place]:
     Raises:
         DataError: what cannot be read at all, or from here on.
     """
-    path, name = Path(source), str(source)
+    path, name = Path(os.path.expanduser(source)), str(source)
     try:
         if name == "-":
             yield from _read(sys.stdin.buffer, "standard input", "")
@@ -60,7 +64,7 @@ def read_places(source: str | Path) -> Iterator[Place]:
         elif not path.exists() and re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", name) and _suffix(path) not in SUFFIXES:
             yield from _hub(name)
         else:
-            with open(path, "rb") as file:
+            with open(path, "rb", WINDOW) as file:
                 yield from _read(file, name, _suffix(path))
     except DataError:
         raise
@@ -82,14 +86,14 @@ def _hub(name: str) -> Iterator[Place]:
         reason = " ".join(str(error).split())
         raise DataError(f"{name}: no such file, nor can it be had from the hub: {reason}") from None
     for number, row in enumerate(rows, start=1):
-        yield f"{name}: row {number}", {key: _without_null(value) for key, value in row.items()}
+        yield f"{name}: row {number}", _without_null(row)
 
 
 class _Counted(io.RawIOBase):
-    """A pipe, which does not count by itself what has been read; its first piece is long enough to tell what it is."""
+    """What is read of a pipe, or unpacked from the stream `packed` if it is no bomb; neither counts that by itself."""
 
-    def __init__(self, stream):
-        self.stream, self.count = stream, 0
+    def __init__(self, stream, packed=None, name: str = ""):
+        self.stream, self.packed, self.name, self.count = stream, packed, name, 0
 
     def readable(self):
         return True
@@ -97,41 +101,25 @@ class _Counted(io.RawIOBase):
     def tell(self) -> int:
         return self.count
 
-    def piece(self, size: int) -> bytes:
-        return self.stream.read1(size) if self.count else self.stream.read(min(size, 4096))
-
     def readinto(self, buffer) -> int:
-        piece = self.piece(len(buffer))
-        buffer[: len(piece)] = piece
-        self.count += len(piece)
-        return len(piece)
-
-
-class _Unpacked(_Counted):
-    """What a packed stream unpacks to, if it is no bomb."""
-
-    def __init__(self, packed, unpacked, name: str):
-        super().__init__(unpacked)
-        self.packed, self.name = packed, name
-
-    def piece(self, size: int) -> bytes:
-        piece = self.stream.read(size)
-        if self.count + len(piece) > max(BOMB[0], BOMB[1] * self.packed.tell()):
+        size = self.stream.readinto(buffer)
+        self.count += size
+        if self.packed is not None and self.count > max(BOMB[0], BOMB[1] * self.packed.tell()):
             raise DataError(f"{self.name}: unpacks to more than {BOMB[1]} times its size")
-        return piece
+        return size
 
 
 def _read(file: io.BufferedReader, name: str, suffix: str) -> Iterator[Place]:
     packed = file if file.seekable() else _Counted(file)
-    file = file if packed is file else io.BufferedReader(packed)
-    start = file.peek(8)
+    file = file if packed is file else io.BufferedReader(packed, WINDOW)
+    start = file.peek()
     if start[:2] == b"\x1f\x8b":
-        file = io.BufferedReader(_Unpacked(packed, gzip.GzipFile(fileobj=file), name))
+        file = io.BufferedReader(_Counted(gzip.GzipFile(fileobj=file), packed, name), WINDOW)
     elif start[:4] == b"\x28\xb5\x2f\xfd":
         import pyarrow
 
-        file = io.BufferedReader(_Unpacked(packed, pyarrow.CompressedInputStream(file, "zstd"), name))
-    start = file.peek(4096)[:4096]
+        file = io.BufferedReader(_Counted(pyarrow.CompressedInputStream(file, "zstd"), packed, name), WINDOW)
+    start = file.peek()
     if packer := next((packer for mark, packer in UNREAD.items() if start.startswith(mark)), None):
         raise DataError(f"{name}: packed by {packer}, which is not read; unpack it, or use gzip or zstd")
     if start[:4] == b"PAR1" or start[:6] == b"ARROW1" or suffix in (".parquet", ".arrow"):
@@ -139,17 +127,15 @@ def _read(file: io.BufferedReader, name: str, suffix: str) -> Iterator[Place]:
         return
     encoding = json.detect_encoding(start)
     text = io.TextIOWrapper(file, encoding, "surrogateescape" if encoding.startswith("utf-8") else "strict")
-    first = start.decode(encoding, "ignore").lstrip("\ufeff \t\r\n")
     if suffix == ".txt":
         for number, line in _lines(text, name):
             if line.strip():
-                yield f"{name}:{number}", {"text": line.rstrip("\n")}
+                yield f"{name}:{number}", _bad_character(line, name, number) or {"text": line.rstrip("\n")}
     elif suffix in TABLES:
         yield from _table(text, name, TABLES[suffix])
-    elif first[:1] == "[" or WRAPPED.match(first):
-        yield from _document(_rest(text, name), name)
     else:
-        yield from _json_lines(text, name)
+        start = start.decode(encoding, "ignore").lstrip("\ufeff \t\r\n").replace("\r", "\n")
+        yield from _form(start)(text, name)
 
 
 def _columns(file: io.BufferedReader, name: str, parquet: bool) -> Iterator[Place]:
@@ -171,13 +157,15 @@ def _columns(file: io.BufferedReader, name: str, parquet: bool) -> Iterator[Plac
     number = 0
     for batch in batches:
         batch.validate(full=True)  # else a damaged file may be read beyond its end
+        if twice := _twice(batch.schema.names):
+            raise DataError(f"{name}: the column {twice!r} stands twice")
         for row in batch.to_pylist():
             number += 1
-            yield f"{name}: row {number}", {key: _without_null(value) for key, value in row.items()}
+            yield f"{name}: row {number}", _without_null(row)
 
 
 def _without_null(value: object) -> object:
-    """A value of a column. Arrow gives each object the fields of all, null where it has none."""
+    """A row, or a value in it. Arrow gives each object the fields of all, null where it has none."""
     if isinstance(value, dict):
         return {key: _without_null(part) for key, part in value.items() if part is not None}
     return [_without_null(part) for part in value] if isinstance(value, list) else value
@@ -185,16 +173,14 @@ def _without_null(value: object) -> object:
 
 def _lines(text: io.TextIOWrapper, name: str) -> Iterator[tuple[int, str]]:
     """(number, line). A string may hold U+2028 and the like, which `splitlines` would cut at."""
-    number = 1
-    while line := text.readline(MOST_ROW + 1):
+    for number, line in enumerate(iter(lambda: text.readline(MOST_ROW + 1), ""), start=1):
         if len(line) > MOST_ROW:
             raise DataError(f"{name}:{number}: a line of more than {MOST_ROW:,} characters")
         yield number, line
-        number += 1
 
 
-def _rest(text: io.TextIOWrapper, name: str, begun: str = "") -> str:
-    content = begun + text.read(MOST_DOCUMENT)
+def _document(text: io.TextIOWrapper, name: str) -> str:
+    content = text.read(MOST_DOCUMENT)
     if len(content) >= MOST_DOCUMENT:
         raise DataError(f"{name}: a JSON document of more than {MOST_DOCUMENT:,} characters; JSON Lines may be longer")
     if bad := _bad_character(content, name):
@@ -203,7 +189,7 @@ def _rest(text: io.TextIOWrapper, name: str, begun: str = "") -> str:
 
 
 def _bad_character(text: str, name: str, line: int = 1) -> DataError | None:
-    if text.isascii() or not (bad := re.search(r"[\udc80-\udcff]", text)):
+    if text.isascii() or not (bad := NOT_UTF8.search(text)):
         return None
     column = bad.start() - text.rfind("\n", 0, bad.start())
     return DataError(f"{name}:{line + text.count(chr(10), 0, bad.start())}: not UTF-8 text, column {column}")
@@ -215,27 +201,34 @@ def _table(text: io.TextIOWrapper, name: str, delimiter: str) -> Iterator[Place]
     header = next(lines, "")
     if delimiter == ",":  # spreadsheets write others, too
         delimiter = next((mark for mark in ",;\t|" if mark in header), ",")
-    table = csv.DictReader(itertools.chain([header], lines), delimiter=delimiter, strict=True)
+    table = csv.reader(itertools.chain([header], lines), delimiter=delimiter, strict=True)
     try:
-        columns = table.fieldnames or []
-        if twice := {column for column in columns if columns.count(column) > 1}:
-            raise DataError(f"{name}:1: the column {min(twice)!r} stands twice in the header")
-        for row in table:
-            more, cells = row.pop(None, []), "\n".join(filter(None, row.values()))
-            count = sum(cell is not None for cell in row.values()) + len(more)
-            line = table.line_num - sum(cell.count("\n") for cell in row.values() if cell)
-            wrong = DataError(f"{count} fields, the header has {len(columns)}") if count != len(columns) else None
-            yield f"{name}:{line}", wrong or _bad_character(cells, name, line) or row
+        columns = next(table, [])
+        if twice := _twice(filter(None, columns)):  # a table may end in several that are empty and have no name
+            raise DataError(f"{name}:1: the column {twice!r} stands twice in the header")
+        for cells in filter(None, table):
+            row = dict(zip(columns, cells, strict=False))
+            bad = [column for column, cell in row.items() if NOT_UTF8.search(cell)]
+            if bad:
+                row = DataError(f"field {bad[0]!r} is not UTF-8 text")
+            if len(cells) != len(columns):
+                row = DataError(f"{len(cells)} fields, the header has {len(columns)}")
+            yield f"{name}:{table.line_num - sum(cell.count(chr(10)) for cell in cells)}", row
     except csv.Error as error:
-        raise DataError(f"{name}:{table.line_num + 1}: not a valid table: {error}") from None
+        raise DataError(f"{name}:{table.line_num}: not a valid table: {error}") from None
+
+
+def _twice(names: Iterable[str]) -> str | None:
+    """The first name that has stood before."""
+    before = set()
+    return next((name for name in names if name in before or before.add(name)), None)
 
 
 def _once(pairs: list[tuple[str, object]]) -> dict | DataError:
     """An object; where a key stands twice, in it or further inside, the error instead."""
     found = dict(pairs)
     if len(found) < len(pairs):
-        names = [key for key, _ in pairs]
-        return DataError(f"the key {next(key for key in names if names.count(key) > 1)!r} stands twice in an object")
+        return DataError(f"the key {_twice(key for key, _ in pairs)!r} stands twice in an object")
     return next(filter(None, map(_fault, found.values())), found)
 
 
@@ -257,50 +250,53 @@ def decode_json(text: str) -> object:
 DECODER = json.JSONDecoder(object_pairs_hook=_once)
 
 
+def _form(start: str) -> Callable[[io.TextIOWrapper, str], Iterator[Place]]:
+    """What reads JSON text of this beginning: a list, or one object that holds a list of rows; objects over several
+    lines each; or JSON Lines."""
+    wrapped, line = WRAPPED.match(start), len(start.partition("\n")[0])
+    try:
+        _, end = DECODER.raw_decode(start)
+        wrapped, over = wrapped and not start[end:].strip(), end > line
+    except (ValueError, RecursionError) as error:  # broken, or longer than what is seen of it
+        over = getattr(error, "pos", 0) > line and start[line:].lstrip()[:1] not in ("", "{")
+    return _list if wrapped or start[:1] == "[" else _objects if over else _json_lines
+
+
 def _json_lines(text: io.TextIOWrapper, name: str) -> Iterator[Place]:
-    """JSON Lines; or, as the first line shows, objects that go over several lines."""
-    lines, blank = _lines(text, name), 0  # how many lines stand before the first row; None behind it
-    while found := next(lines, None):
-        number, line = found
+    for number, line in _lines(text, name):
         place = f"{name}:{number}"
-        if not line.strip():
-            blank = None if blank is None else number
-            continue
-        before, blank = blank, None
         try:
-            yield place, _bad_character(line, name, number) or DECODER.decode(line)
+            if line.strip():
+                yield place, _bad_character(line, name, number) or DECODER.decode(line)
         except (ValueError, RecursionError) as error:
-            if before is not None and getattr(error, "pos", 0) >= len(line.rstrip()):
-                following = next(lines, None)
-                if following and not following[1].startswith("{"):
-                    yield from _document(_rest(text, name, "\n" * before + line + following[1]), name)
-                    return
-                lines = itertools.chain([following] if following else [], lines)
             # The decoder's line counts within the row, and would contradict the file's.
             column = f", column {error.colno}" if hasattr(error, "colno") else ""
             yield place, DataError(f"not valid JSON: {_why(error)}{column}")
 
 
-def _document(text: str, name: str) -> Iterator[Place]:
-    """The rows of one JSON document, or of objects one after another."""
+def _list(file: io.TextIOWrapper, name: str) -> Iterator[Place]:
+    text = _document(file, name)
     position = _after_space(text, 0)
     wrapper = WRAPPED.match(text, position)
-    if wrapper or text[position] == "[":
-        position = yield from _elements(text, wrapper.end() if wrapper else position, name)
-        if wrapper:  # what else the object holds must be valid too
-            text = "{" + text[position:].lstrip(" \r\n\t,")
-            others, position = _decode(text, 0, name)
-            for key in others if isinstance(others, dict) else ():
-                if isinstance(others[key], list) and others[key] and isinstance(others[key][0], dict):
-                    raise DataError(f"{name}: a second list of rows, {key!r}; give each a file of its own")
-        if text[position:].strip():
-            raise DataError(f"{name}: not valid JSON: text after the end of the list")
-        return
+    position = yield from _elements(text, wrapper.end() if wrapper else position, name)
+    if wrapper:  # what else the object holds must be valid too
+        text = "{" + text[position:].lstrip(" \r\n\t,")
+        others, position = _decode(text, 0, name)
+        for key in others if isinstance(others, dict) else ():
+            if isinstance(others[key], list) and others[key] and isinstance(others[key][0], dict):
+                raise DataError(f"{name}: a second list of rows, {key!r}; give each a file of its own")
+    if text[position:].strip():
+        raise DataError(f"{name}: not valid JSON: text after the end of the list")
+
+
+def _objects(file: io.TextIOWrapper, name: str) -> Iterator[Place]:
+    text = _document(file, name)
+    line, counted, position = 1, 0, _after_space(text, 0)
     while position < len(text):
-        place = f"{name}:{1 + text.count(chr(10), 0, position)}"
-        row, position = _decode(text, position, place)
-        yield place, row
-        position = _after_space(text, position)
+        line, counted = line + text.count("\n", counted, position), position
+        row, end = _decode(text, position, f"{name}:{line}")
+        yield f"{name}:{line}", row
+        position = _after_space(text, end)
 
 
 def _elements(text: str, position: int, name: str) -> Iterator[Place]:

@@ -29,7 +29,10 @@ ROLES = {
 ROLE = {name: role for role, names in ROLES.items() for name in names.split()}
 # Of a message; those of a call and its result in a chat with tools.
 FIELDS = {"role", "content", "from", "value", "weight", "reasoning_content"}
-TOOL_FIELDS = {"tool_calls", "tool_call_id", "name"}
+TOOL_FIELDS = {"tool_calls", "function_call", "tool_call_id", "name"}
+# Results behind an assistant's turn without calls, too: one may stand in its text, as in Hermes' and ToolACE's sets.
+FOLLOWING = {None: ("system", "user"), "system": ("user",), "user": ("assistant",), "assistant": ("tool", "user"),
+             "tool": ("tool", "assistant")}  # fmt: skip
 FORMS = ("messages", "conversations", "instruction", "prompt", "text")
 MEDIA = ("image", "images", "video", "videos", "audio", "audios")
 # Half of a pair, NUL, and what Unicode reserves never to be a character (templates.py marks places with some of them).
@@ -103,7 +106,7 @@ def load_rows(
         reason = f"no usable row among {len(skipped)}; {skipped[0]}" if skipped else "holds no rows"
         raise DataError(f"{path}: {reason}")
     first = f"{len(skipped)} of {len(skipped) + len(rows)}, the first: {'; '.join(skipped[:3])}" if skipped else ""
-    told = {"bad rows skipped": first, "ignored columns": ", ".join(sorted(ignored)),
+    told = {"bad rows skipped": first, "ignored columns": ", ".join(name or "(no name)" for name in sorted(ignored)),
             "rows left out, as their label is false or their answers have weight 0": unlearnt}  # fmt: skip
     return LoadedRows(rows, [f"{what}: {found}" for what, found in told.items() if found])
 
@@ -122,7 +125,7 @@ def _as_chat(row: object, columns: Mapping[str, str], train_on: str) -> tuple[Ch
     for name in MEDIA:
         if row.get(name):
             raise DataError(f"field {name!r} is not empty; only text can be learnt")
-    if "chosen" in row and "rejected" in row:
+    if row.get("chosen") is not None and row.get("rejected") is not None:
         raise DataError("a preference row (chosen, rejected); what is learnt here are answers, not preferences")
     form = next((name for name in FORMS if row.get(name) is not None), None)
     if form == "text":
@@ -130,17 +133,18 @@ def _as_chat(row: object, columns: Mapping[str, str], train_on: str) -> tuple[Ch
             raise DataError("a text in which no answer is marked can be learnt with --train-on all only")
         return Chat([{"role": "text", "content": _text(row, "text")}]), set(row) - {"text"}
     turns, read = [], {form, "system", "tools"}
-    if row.get("system"):
+    if _said(row, "system"):
         turns.append({"role": "system", "content": _text(row, "system")})
     if form in ("messages", "conversations"):
         turns += _turns(row, form)
     elif form == "instruction":
         read |= {"input", "output", "history"}
-        for pair in row.get("history") or []:
-            if not isinstance(pair, (list, tuple)) or len(pair) != 2:
-                raise DataError("field 'history' must be a list of [request, answer] pairs")
-            turns += [{"role": role, "content": text} for role, text in zip(("user", "assistant"), pair, strict=True)]
-        asked = [_text(row, name) for name in ("instruction", "input") if row.get(name) not in (None, "")]
+        history = _parsed(row.get("history") or [], "field 'history' is") or []
+        if not isinstance(history, list) or any(not isinstance(pair, list) or len(pair) != 2 for pair in history):
+            raise DataError("field 'history' must be a list of [request, answer] pairs")
+        turns += [{"role": role, "content": text} for pair in history
+                  for role, text in zip(("user", "assistant"), pair, strict=True)]  # fmt: skip
+        asked = [_text(row, name) for name in ("instruction", "input") if _said(row, name)]
         request = "\n\n".join(asked or [_text(row, "instruction")])
         turns += [{"role": "user", "content": request}, {"role": "assistant", "content": _text(row, "output")}]
     elif form == "prompt":
@@ -156,6 +160,9 @@ def _as_chat(row: object, columns: Mapping[str, str], train_on: str) -> tuple[Ch
     if form == "prompt" and str(row.get("label")).lower() == "false":
         chat = Chat([message | {"weight": 0} for message in chat])
     with_tools = chat.tools or any(message["role"] == "tool" or "tool_calls" in message for message in chat)
+    if with_tools:
+        whole = json.dumps([chat, chat.tools], ensure_ascii=False, default=str)
+        _check_characters(whole, "the JSON of messages and tools holds")
     known = FIELDS | (TOOL_FIELDS if with_tools else set())
     fields = {f"{form}.{key}" for turn in turns for key, value in turn.items() if value and key not in known}
     return chat, ((set(row) | fields) - read) | hidden
@@ -174,6 +181,11 @@ def _turns(row: dict, name: str) -> list[dict]:
     return turns
 
 
+def _said(fields: dict, name: str) -> bool:
+    """Whether a field holds more than white space."""
+    return fields.get(name) not in (None, []) and bool(str(fields[name]).strip())
+
+
 def _text(fields: dict, name: str) -> str:
     """A field that must be text with something in it."""
     if name not in fields:
@@ -188,10 +200,14 @@ def _text(fields: dict, name: str) -> str:
         raise DataError(f"field {name!r} must be text, got {type(value).__name__}")
     if not value.strip():
         raise DataError(f"field {name!r} is empty")
-    if bad := NO_CHARACTER.search(value):
-        what = "half of a surrogate pair" if "\ud800" <= bad[0] <= "\udfff" else f"the code point {ord(bad[0]):#x}"
-        raise DataError(f"field {name!r} holds {what}, which is no character, at {bad.start() + 1}")
+    _check_characters(value, f"field {name!r} holds")
     return value
+
+
+def _check_characters(text: str, what: str) -> None:
+    if bad := NO_CHARACTER.search(text):
+        kind = "half of a surrogate pair" if "\ud800" <= bad[0] <= "\udfff" else f"the code point {ord(bad[0]):#x}"
+        raise DataError(f"{what} {kind}, which is no character, at {bad.start() + 1}")
 
 
 def _parsed(value: object, what: str) -> object:
@@ -227,7 +243,7 @@ def _messages(messages: list[dict]) -> list[dict]:
     chat = []
     for number, message in enumerate(messages, start=1):
         try:
-            chat.append(_message(message, before=chat[-1] if chat else None))
+            chat.append(_message(message, FOLLOWING[chat[-1]["role"] if chat else None]))
         except DataError as error:
             raise DataError(f"message {number}: {error}") from None
     if chat[-1]["role"] != "assistant":
@@ -235,13 +251,12 @@ def _messages(messages: list[dict]) -> list[dict]:
     return chat
 
 
-def _message(message: dict, before: dict | None) -> dict:
-    """One message of a chat; `before` is the message before it."""
+def _message(message: dict, expected: tuple[str, ...]) -> dict:
+    """One message of a chat, of a role that is `expected` there."""
     name = message.get("role") or message.get("from")
     role = ROLE.get(name) if isinstance(name, str) else None
     if role is None:
         raise DataError(f"unknown role {name!r}, expected system, user, assistant or tool")
-    expected = _who_follows(before)
     if role not in expected:
         raise DataError(f"role {role!r} out of order, expected {' or '.join(expected)}")
     field = "value" if message.get("content") is None and message.get("value") is not None else "content"
@@ -250,14 +265,11 @@ def _message(message: dict, before: dict | None) -> dict:
         message = message | {"tool_calls": called if isinstance(called, list) else [called]}
     calls = _tool_calls(message, role)
     # Empty on purpose: a system message that switches off a template's own, a call without text, a result of nothing.
-    may_be = role in ("system", "tool") and message.get(field) == ""
-    empty = not str(message.get(field) or "").strip() if calls else may_be
-    if empty or name == "function_call":
-        content = ""
-    else:
-        content = _text(message, field)
+    may_be_empty = calls or (role in ("system", "tool") and isinstance(message.get(field), str))
+    empty = name == "function_call" or (may_be_empty and not _said(message, field))
+    content = "" if empty else _text(message, field)
     kept = {"tool_calls": calls} if calls else {}
-    if str(message.get("reasoning_content") or "").strip() and role == "assistant":
+    if _said(message, "reasoning_content") and role == "assistant":
         kept["reasoning_content"] = _text(message, "reasoning_content")
     if message.get("weight") is not None:
         if message["weight"] not in (0, 1):
@@ -267,20 +279,10 @@ def _message(message: dict, before: dict | None) -> dict:
     return {"role": role, "content": content} | kept
 
 
-def _who_follows(before: dict | None) -> tuple[str, ...]:
-    if before is None:
-        return "system", "user"
-    following = {"system": ("user",), "user": ("assistant",), "tool": ("tool", "assistant")}
-    # Behind an assistant's turn without calls, too: one may stand in its text, as in the sets of Hermes and ToolACE.
-    return following.get(before["role"], ("tool", "user"))
-
-
-def _tool_calls(message: dict, role: str) -> list[dict] | None:
-    """The calls of an assistant's message, arguments as an object; None for none."""
-    calls = message.get("tool_calls")
-    if not calls:
-        return None
-    if role != "assistant" or not isinstance(calls, list):
+def _tool_calls(message: dict, role: str) -> list[dict]:
+    """The calls of an assistant's message, arguments as an object."""
+    calls = message.get("tool_calls") or ([message["function_call"]] if message.get("function_call") else [])
+    if calls and (role != "assistant" or not isinstance(calls, list)):
         raise DataError("field 'tool_calls' must be a list, in a message of the assistant")
     read = []
     for call in calls:

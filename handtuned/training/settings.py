@@ -199,9 +199,10 @@ def parse_size(name: str, text: str) -> int:
 def column_names(text: str | None) -> dict[str, str]:
     """ "prompt=question,completion=answer" → column → name in the file."""
     pairs = [pair.partition("=") for pair in text.split(",")] if text else []
-    if not all(column and name for column, _, name in pairs):
+    names = {column.strip(): name.strip() for column, _, name in pairs}
+    if not all([*names, *names.values()]) or len(names) < len(pairs):
         raise ValueError(f"--columns must be of the form prompt=NAME,completion=NAME, got {text!r}")
-    return {column.strip(): name.strip() for column, _, name in pairs}
+    return names
 
 
 def _target_modules(words) -> tuple[str, ...] | str | None:

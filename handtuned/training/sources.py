@@ -41,7 +41,7 @@ def resolve(model: str) -> str:
     """
     if model == "smollm2":
         return str(smollm2())
-    path = Path(model).expanduser()
+    path = Path(os.path.expanduser(model))
     if path.is_dir() and not (path / "config.json").is_file() and not any(path.glob("*.gguf")):
         raise ValueError(f"--model {model}: the directory holds no config.json")
     if path.is_dir() or (path.suffix == ".gguf" and path.is_file()):
@@ -133,7 +133,7 @@ def _snapshot(name: str) -> Path:
 def cache_directory() -> Path:
     """Where fetched models are kept: `HANDTUNED_CACHE`, else `$XDG_CACHE_HOME/handtuned`, else `~/.cache/handtuned`."""
     if os.environ.get("HANDTUNED_CACHE"):
-        return Path(os.environ["HANDTUNED_CACHE"]).expanduser()
+        return Path(os.path.expanduser(os.environ["HANDTUNED_CACHE"]))
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "handtuned"
 
 
