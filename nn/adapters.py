@@ -39,7 +39,8 @@ def save_adapter(model: nn.Module, directory: str | Path, base_model: str | Path
     `base_model_name_or_path`; `name` is the adapter to write (default: the active one).
 
     A warning names layers that PEFT would treat otherwise. Those that it takes for fused experts, `save_for="peft"`
-    writes as `target_parameters`, which only PEFT and `load_adapter` read.
+    writes as `target_parameters`, and those whose names it changes again under their old ones: as only PEFT and
+    `load_adapter` read them.
 
     ValueError: no LoRA layers, no such adapter, values that are not finite, or modules trained whole that PEFT could
     not tell from others. Nothing is written then.
@@ -58,6 +59,9 @@ def save_adapter(model: nn.Module, directory: str | Path, base_model: str | Path
         raise ValueError(f"the model has no adapter {name!r}, only: {', '.join(multi.adapter_names(model)) or 'none'}")
     tensors = {}
     prefixes = file_prefixes(model, {path: adapted[path] for path in layers})
+    if save_for == "peft":
+        old = peft_rules.old_names(model, prefixes.values())
+        prefixes = {path: old.get(prefix) or prefix for path, prefix in prefixes.items()}
     for path, adapter in layers.items():
         prefix = prefixes[path]
         tensors[f"{prefix}.lora_A.weight"], tensors[f"{prefix}.lora_B.weight"] = adapter.factors()
@@ -83,7 +87,7 @@ def save_adapter(model: nn.Module, directory: str | Path, base_model: str | Path
     directory.mkdir(parents=True, exist_ok=True)
     parameters = {path for path in layers if isinstance(adapted[path], LoRAWeight)}
     redirected = peft_rules.redirected(model, layers.keys() - parameters)
-    for words in peft_rules.differences(model, layers, redirected if save_for != "peft" else ()):
+    for words in peft_rules.differences(model, layers, redirected, save_for):
         warnings.warn(words, stacklevel=2)
     parameters |= redirected if save_for == "peft" else set()
     names = {path: parameter_name(path, multi.original(adapted[path])) for path in parameters}
