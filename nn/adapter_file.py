@@ -15,9 +15,10 @@ from .adapter_config import AdapterConfig, short
 from .base_layer import features, stacked
 from .experts_in_files import join_experts
 from .lora import LoRALinear
-from .multi import adapter_of, ending_in, linear_layers, original, outer_modules, outermost
+from .multi import adapter_of, original
+from .names import ending_in, outermost
 from .parameters import file_prefixes, parameter_name, parameter_targets
-from .targets import output_heads
+from .targets import linear_layers, outer_modules, output_heads
 
 WEIGHTS_NAME = "adapter_model.safetensors"
 PREFIX = "base_model.model."

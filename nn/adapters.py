@@ -21,10 +21,10 @@ from .adapter_config import CONFIG_NAME, AdapterConfig, read_adapter_config
 from .adapter_file import PREFIX, WEIGHTS_NAME, check_fit, read_adapter_tensors
 from .base_layer import adapter_like, stacked
 from .files import write_json, write_safetensors
-from .lora import LoRALinear
 from .multi import set_adapter
-from .names import may_save_whole, replace, train_only, unwrapped
+from .names import ending_in, train_only, unwrapped
 from .parameters import LoRAWeight, file_prefixes, kind_for, parameter_name, place
+from .targets import outer_modules
 from .variants import DoRALinear
 
 __all__ = ["LoadReport", "load_adapter", "read_adapter_config", "save_adapter", "set_adapter"]
@@ -79,7 +79,7 @@ def save_adapter(model: nn.Module, directory: str | Path, base_model: str | Path
     for key, tensor in tensors.items():
         if not torch.isfinite(tensor).all():
             raise ValueError(f"adapter {name!r}: {key} holds NaN or infinite values; it was not saved")
-    ambiguous = [path for path in multi.outer_modules(model) if path.endswith(tuple(whole)) and path not in whole]
+    ambiguous = [path for path in outer_modules(model) if path.endswith(tuple(whole)) and path not in whole]
     if ambiguous:
         raise ValueError(f"modules are chosen by the ends of their paths in PEFT's files: {', '.join(whole)} would "
                          f"select {ambiguous[0]!r} too, which this adapter does not replace")  # fmt: skip
@@ -134,38 +134,20 @@ def load_adapter(model: nn.Module, directory: str | Path, name: str = "default",
         raise ValueError(f"{directory}: {error}") from None
 
     # Everything that can fail lies before the first change to the model.
-    new: dict[str, nn.Module] = {}
+    new: dict[nn.Module, nn.Module] = {}
     for path, layer in layers.items():
         kind = DoRALinear if config.use_dora else kind_for(multi.original(layer))
         like = adapter_like(multi.original(layer))
         parts = {part: nn.Parameter(t.to(**like), trainable) for part, t in parts_of[path].items()}
         values = dict(zip(multi.SETTINGS, (*settings[path], config.lora_dropout), strict=True))
-        new[path] = multi.RestingAdapter(kind, parts | values)
+        new[layer] = multi.RestingAdapter(kind, parts | values)
     for path, module in modules.items():
-        new[path] = copy.deepcopy(multi.original(module)).requires_grad_(trainable)
-        new[path].load_state_dict({key: tensors.whole[f"{path}.{key}"] for key in new[path].state_dict()})
+        new[module] = copy.deepcopy(multi.original(module)).requires_grad_(trainable)
+        new[module].load_state_dict({key: tensors.whole[f"{path}.{key}"] for key in new[module].state_dict()})
 
     place(model, layers)
     kept = [p for p in multi.adapter_parameters(model) if p.requires_grad]
-    places: dict[nn.Module, nn.Module] = {}
-    for path, module in (layers | modules).items():
-        if not isinstance(module, (LoRALinear, multi.ModuleToSave)):
-            places[module] = multi.without_adapter(module) if path in layers else multi.ModuleToSave(module)
-            module = places[module]
-        held = multi.adapter_of(module, name)
-        if held is None:
-            (module.resting if path in layers else module.copies)[name] = new[path]
-        elif isinstance(module, multi.ModuleToSave):
-            held.load_state_dict(new[path].state_dict())
-        else:
-            with torch.no_grad():
-                for part in held.PARTS:
-                    getattr(held, part).copy_(getattr(new[path], part))
-            for setting in multi.SETTINGS:
-                setattr(held, setting, getattr(new[path], setting))
-    replace(model, places)
-    may_save_whole(model, False)
-    set_adapter(model, name)
+    multi.put_in(model, name, new)
     if trainable:
         train_only(model, [*kept, *(p for adapter in new.values() for p in adapter.parameters())])
     return LoadReport(name, sorted(layers), sorted(modules), config)
@@ -227,8 +209,8 @@ def _last(path: str) -> str:
 def _targets(model, paths: set[str]) -> list[str] | str:
     """The layers' last names if they select these layers and no others; else the whole paths, as an expression where
     one is the end of another's."""
-    names, outer = {_last(path) for path in paths}, multi.outer_modules(model)
+    names, outer = {_last(path) for path in paths}, outer_modules(model)
     if {path for path in outer if _last(path) in names} == paths:
         return sorted(names)
-    alone = multi.ending_in(outer, paths) == paths
+    alone = ending_in(outer, paths) == paths
     return sorted(paths) if alone else "|".join(map(re.escape, sorted(paths)))
