@@ -7,6 +7,7 @@ and answer wrongly.
 
 import json
 import math
+import re
 import time
 from collections.abc import Collection
 from dataclasses import asdict, dataclass, field
@@ -118,13 +119,11 @@ class AdapterConfig:
     def _layer_index_fits(self, path: str) -> bool:
         """The first number in the path (right after one of `layers_pattern`, if given) is in `layers_to_transform`."""
         wanted = self.layers_to_transform if isinstance(self.layers_to_transform, list) else [self.layers_to_transform]
-        patterns = [self.layers_pattern] if isinstance(self.layers_pattern, str) else self.layers_pattern
-        parts = path.split(".")
-        for pattern in patterns or [None]:
-            for place in range(1 if pattern else 2, len(parts) - 1):  # without a pattern PEFT skips the first component
-                if parts[place].isdigit() and (not pattern or ending_in([".".join(parts[:place])], [pattern])):
-                    return int(parts[place]) in wanted
-        return False
+        patterns = self.layers_pattern or []
+        names = map(re.escape, [patterns] if isinstance(patterns, str) else patterns)
+        before = [rf"(.*?\.)?{name}" for name in names] or [r"(.*?\.)[^.]*"]  # PEFT skips the first component
+        found = next(filter(None, (re.match(rf"{start}\.(\d+)\.", path) for start in before)), None)
+        return found is not None and int(found[2]) in wanted
 
 
 def chosen_settings(**settings) -> AdapterConfig:

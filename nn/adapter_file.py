@@ -105,8 +105,8 @@ def check_fit(model: nn.Module, config: AdapterConfig, tensors: AdapterTensors, 
     if others and (config.use_dora or config.lora_dropout):
         raise ValueError("target_parameters: neither use_dora nor lora_dropout can act on what is no linear layer")
     prefixes = {prefix: path for path, prefix in file_prefixes(model, others).items()}
-    tensors = tensors._replace(layers={prefixes.get(path, path): parts for path, parts in tensors.layers.items()})
-    joined = join_experts(model, config, tensors.layers, linear | others, unnamed)
+    given = {prefixes.get(path, path): parts for path, parts in tensors.layers.items()}
+    joined = join_experts(model, config, given, linear | others, unnamed)
     tensors = tensors._replace(layers=joined.layers)
     linear = linear | others | {path: unnamed[path] for path in joined.settings.keys() | joined.missing}
     selected = None if selected is None else selected | names.keys() | joined.settings.keys() | joined.missing
@@ -178,9 +178,8 @@ def _compare_names(linear, held, selected, whole, tensors) -> None:
 def _check_layer(path, layer, rank, use_dora, parts, held, name) -> None:
     weight = original(layer).weight
     if weight.is_meta or hasattr(weight, "full_tensor"):
-        why = "is on the meta device, where an adapter would lose its values" if weight.is_meta else (
-            "is sharded; load the adapter before fully_shard")  # fmt: skip
-        raise ValueError(f"{path} {why}")
+        why = "on the meta device, where an adapter would lose its values"
+        raise ValueError(f"{path} is {why if weight.is_meta else 'sharded; load the adapter before fully_shard'}")
     outputs, inputs = features(original(layer))
     stack = rank * stacked(original(layer))
     wanted = {"lora_A": (stack, inputs), "lora_B": (outputs, stack)}

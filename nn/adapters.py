@@ -90,10 +90,9 @@ def save_adapter(model: nn.Module, directory: str | Path, base_model: str | Path
     for words in peft_rules.differences(model, layers, redirected, save_for):
         warnings.warn(words, stacklevel=2)
     parameters |= redirected if save_for == "peft" else set()
-    names = {path: parameter_name(path, multi.original(adapted[path])) for path in parameters}
-    stacks = {path: stacked(multi.original(adapted[path])) for path in layers}
-    config = _config_of(model, layers, sorted(whole), base_model, names, stacks)
-    config["fan_in_fan_out"] = any(is_conv1d(multi.original(adapted[path])) for path in layers)
+    names = {path: parameter_name(path, adapted[path]) for path in parameters}
+    bases = {path: adapted[path].base_layer for path in layers}
+    config = _config_of(model, layers, bases, sorted(whole), base_model, names)
     write_safetensors(directory / WEIGHTS_NAME, {PREFIX + key: tensor.clone() for key, tensor in tensors.items()})
     write_json(directory / CONFIG_NAME, config)
 
@@ -153,12 +152,12 @@ def load_adapter(model: nn.Module, directory: str | Path, name: str = "default",
     return LoadReport(name, sorted(layers), sorted(modules), config)
 
 
-def _config_of(model, layers: dict, modules: list[str], base_model: str | None, parameters: dict, stacks: dict) -> dict:
-    """The config that makes PEFT build exactly these layers with exactly these scalings.
+def _config_of(model, layers: dict, bases: dict, modules: list[str], base_model: str | None, parameters: dict) -> dict:
+    """The config that makes PEFT build exactly these layers, adapters around `bases`, with exactly these scalings.
 
-    `parameters`: path → name of what is a parameter to PEFT; `stacks`: path → how many weights lie in one.
+    `parameters`: path → name of what is a parameter to PEFT.
     """
-    ranks = {path: len(adapter.factors()[0]) // stacks[path] for path, adapter in layers.items()}
+    ranks = {path: len(adapter.factors()[0]) // stacked(bases[path]) for path, adapter in layers.items()}
     scalings = [(a.scaling, a.lora_alpha / math.sqrt(a.rank), a.lora_alpha / a.rank) for a in layers.values()]
     use_rslora = all(s == root for s, root, _ in scalings) and any(s != plain for s, _, plain in scalings)
     divisor = math.sqrt if use_rslora else int
@@ -181,6 +180,7 @@ def _config_of(model, layers: dict, modules: list[str], base_model: str | None, 
         alpha_pattern=alpha_pattern,
         modules_to_save=modules or None,
         use_rslora=use_rslora,
+        fan_in_fan_out=any(map(is_conv1d, bases.values())),
         use_dora=any(hasattr(adapter, "lora_magnitude") for adapter in layers.values()),
         base_model_name_or_path=str(base_model or getattr(model, "name_or_path", None) or "") or None,
         task_type="CAUSAL_LM" if type(model).__name__.endswith(("ForCausalLM", "LMHeadModel")) else None,

@@ -7,6 +7,7 @@ beside them. As a parameter, `….gate_proj.weight`, it stays what it is.
 
 import sys
 from collections.abc import Collection, Iterable
+from types import ModuleType
 
 from torch import nn
 
@@ -47,10 +48,10 @@ def unloadable(model: nn.Module, paths: Iterable[str]) -> list[str]:
 def old_names(model: nn.Module, prefixes: Iterable[str]) -> dict[str, str | None]:
     """How keys must begin in a file for PEFT to find them, where it is not as they do: it applies transformers' table
     for old checkpoints to ours too, which may change a name of today again. None: nothing becomes this name."""
-    table, core = (sys.modules.get(f"transformers.{name}") for name in ("conversion_mapping", "core_model_loading"))
-    if table is None or core is None or not hasattr(model, "base_model_prefix"):
+    entries, core = conversions(model)
+    if core is None:
         return {}
-    entries = [e for e in table.get_model_conversion_mapping(model) if isinstance(e, core.WeightRenaming)]
+    entries = [entry for entry in entries if isinstance(entry, core.WeightRenaming)]
     back = [entry.reverse_transform() for entry in reversed(entries)]
 
     def renamed(prefix, entries):
@@ -58,6 +59,15 @@ def old_names(model: nn.Module, prefixes: Iterable[str]) -> dict[str, str | None
 
     old = {prefix: renamed(prefix, back) for prefix in prefixes if renamed(prefix, entries) != prefix}
     return {prefix: name if renamed(name, entries) == prefix else None for prefix, name in old.items()}
+
+
+def conversions(model: nn.Module) -> tuple[list, ModuleType | None]:
+    """What transformers' table for old checkpoints has for the model, and the module that applies it; None where there
+    is no such table."""
+    table, core = (sys.modules.get(f"transformers.{name}") for name in ("conversion_mapping", "core_model_loading"))
+    if table is None or core is None or not hasattr(model, "base_model_prefix"):
+        return [], None
+    return table.get_model_conversion_mapping(model), core
 
 
 def differences(model: nn.Module, paths: Iterable[str], redirected: Iterable[str], save_for: str) -> list[str]:
