@@ -100,7 +100,7 @@ class AdapterConfig:
         """
         if self.target_modules is None and self.target_parameters is None:
             return None
-        if isinstance(self.target_modules, str) and self.target_modules.lower() == "all-linear":
+        if is_all_linear(self.target_modules):
             found = set(paths) - set(output_heads)
         else:
             found = matching(self.target_modules or [], paths)
@@ -135,6 +135,10 @@ def chosen_settings(**settings) -> AdapterConfig:
         if not _fits(value, kind):
             raise ValueError(f"{name} must be {kind.__metadata__[0]}, got {short(value)}")
     return AdapterConfig(**settings)
+
+
+def is_all_linear(target_modules) -> bool:
+    return isinstance(target_modules, str) and target_modules.lower() == "all-linear"
 
 
 def matching(targets: list[str] | str, paths: Collection[str]) -> set[str]:

@@ -8,11 +8,12 @@ from torch import nn
 
 from ..quant.readers import listed, new_heads
 from . import multi
+from .adapter_config import is_all_linear
 from .lora import LoRALinear, check_settings, lora_layers
 from .multi import active_adapter, lora_parameters
 from .names import replace, train_only, unwrapped
 from .parameters import kind_for, place
-from .targets import is_all_linear, select, share
+from .targets import select, share
 from .text_path import idle_layers
 
 Targets = Sequence[str] | str | None
@@ -70,6 +71,8 @@ def _put_in(model, name: str, settings: tuple, target_modules, choices: dict, tr
             raise ValueError(f"{path!r} has a LoRA adapter already; adapters do not nest")
         if isinstance(module, LoRALinear) and module.merged:
             raise ValueError(f"an adapter is merged into {path!r}; call unmerge_lora first")
+        if lora_dropout and kind_for(multi.original(module)) is not LoRALinear:
+            raise ValueError(f"lora_dropout must be 0 where experts or routers are adapted, got {lora_dropout}")
     new: dict[nn.Module, multi.RestingAdapter] = {}
     for path, module in selected.items():
         if module not in new:  # a layer used under two names gets one adapter
@@ -103,7 +106,7 @@ def required_lora_layers(model) -> list[tuple[str, LoRALinear]]:
 
 
 def mark_only_lora_as_trainable(model: nn.Module) -> None:
-    """Let lora_A and lora_B require gradients and nothing else. ValueError: the model has no LoRA layers."""
+    """Let all of the active adapter require gradients and nothing else. ValueError: the model has no LoRA layers."""
     required_lora_layers(model)
     train_only(model, lora_parameters(model))
 

@@ -12,7 +12,7 @@ from ..quant import quantization_summary
 from ..quant.experts import FusedExperts, dense_experts
 from ..quant.readers import listed, new_heads, weights_read
 from . import peft_rules
-from .adapter_config import chosen_settings, full_matches, matching
+from .adapter_config import chosen_settings, full_matches, is_all_linear, matching
 from .base_layer import is_adaptable
 from .lora import LoRALinear
 from .multi import ModuleToSave
@@ -96,10 +96,6 @@ def outer_modules(model: nn.Module) -> dict[str, nn.Module]:
 def _outside(modules: dict[str, nn.Module], closed: tuple[type, ...]) -> dict[str, nn.Module]:
     inside = tuple(f"{path}." for path, module in modules.items() if isinstance(module, closed))
     return {path: module for path, module in modules.items() if path and not path.startswith(inside)}
-
-
-def is_all_linear(target_modules) -> bool:
-    return isinstance(target_modules, str) and target_modules.lower() == "all-linear"
 
 
 def _parameters(model: nn.Module, names: Collection[str], usual: Collection[str]) -> dict[str, nn.Module]:
