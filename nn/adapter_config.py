@@ -7,13 +7,14 @@ and answer wrongly.
 
 import json
 import math
+import re
 import time
 from collections.abc import Collection
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Annotated
 
-from .multi import ending_in
+from .names import ending_in
 
 CONFIG_NAME = "adapter_config.json"
 MAX_CONFIG_BYTES = 16 * 2**20
@@ -99,7 +100,7 @@ class AdapterConfig:
         """
         if self.target_modules is None and self.target_parameters is None:
             return None
-        if isinstance(self.target_modules, str) and self.target_modules.lower() == "all-linear":
+        if is_all_linear(self.target_modules):
             found = set(paths) - set(output_heads)
         else:
             found = matching(self.target_modules or [], paths)
@@ -118,13 +119,11 @@ class AdapterConfig:
     def _layer_index_fits(self, path: str) -> bool:
         """The first number in the path (right after one of `layers_pattern`, if given) is in `layers_to_transform`."""
         wanted = self.layers_to_transform if isinstance(self.layers_to_transform, list) else [self.layers_to_transform]
-        patterns = [self.layers_pattern] if isinstance(self.layers_pattern, str) else self.layers_pattern
-        parts = path.split(".")
-        for pattern in patterns or [None]:
-            for place in range(1 if pattern else 2, len(parts) - 1):  # without a pattern PEFT skips the first component
-                if parts[place].isdigit() and (not pattern or ending_in([".".join(parts[:place])], [pattern])):
-                    return int(parts[place]) in wanted
-        return False
+        patterns = self.layers_pattern or []
+        names = map(re.escape, [patterns] if isinstance(patterns, str) else patterns)
+        before = [rf"(.*?\.)?{name}" for name in names] or [r"(.*?\.)[^.]*"]  # PEFT skips the first component
+        found = next(filter(None, (re.match(rf"{start}\.(\d+)\.", path) for start in before)), None)
+        return found is not None and int(found[2]) in wanted
 
 
 def chosen_settings(**settings) -> AdapterConfig:
@@ -136,6 +135,10 @@ def chosen_settings(**settings) -> AdapterConfig:
         if not _fits(value, kind):
             raise ValueError(f"{name} must be {kind.__metadata__[0]}, got {short(value)}")
     return AdapterConfig(**settings)
+
+
+def is_all_linear(target_modules) -> bool:
+    return isinstance(target_modules, str) and target_modules.lower() == "all-linear"
 
 
 def matching(targets: list[str] | str, paths: Collection[str]) -> set[str]:

@@ -15,13 +15,15 @@ from .adapter_config import AdapterConfig, short
 from .base_layer import features, stacked
 from .experts_in_files import join_experts
 from .lora import LoRALinear
-from .multi import adapter_of, ending_in, linear_layers, original, outer_modules, outermost
+from .multi import adapter_of, original
+from .names import ending_in, outermost
 from .parameters import file_prefixes, parameter_name, parameter_targets
-from .targets import output_heads
+from .targets import linear_layers, outer_modules, output_heads
 
 WEIGHTS_NAME = "adapter_model.safetensors"
 PREFIX = "base_model.model."
 DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
+COUNTS = torch.int64  # of batches, say, in a module that is replaced whole
 PICKLES = (b"PK\x03\x04", b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05")
 PARTS = {"lora_A.weight": "lora_A", "lora_B.weight": "lora_B",
          "lora_magnitude_vector": "lora_magnitude", "lora_magnitude_vector.weight": "lora_magnitude"}  # fmt: skip
@@ -47,11 +49,6 @@ def read_adapter_tensors(directory: str | Path) -> AdapterTensors:
     for key, tensor in tensors.items():
         if not key.startswith(PREFIX):
             raise ValueError(f"{path}: {short(key)} does not begin with {PREFIX!r}, as all keys of a PEFT adapter do")
-        if tensor.dtype not in DTYPES:
-            expected = ", ".join(map(str, DTYPES))
-            raise ValueError(f"{path}: {short(key)} is of dtype {tensor.dtype}, expected one of {expected}")
-        if not torch.isfinite(tensor).all():
-            raise ValueError(f"{path}: {short(key)} holds NaN or infinite values")
         name = key[len(PREFIX) :]
         ending = next((ending for ending in PARTS if name.endswith(f".{ending}")), None)
         if ending:
@@ -59,6 +56,11 @@ def read_adapter_tensors(directory: str | Path) -> AdapterTensors:
         else:
             place = result.base if ".base_layer." in name else result.whole
             name = name.replace(".base_layer.", ".")
+        if tensor.dtype not in DTYPES and (place is not result.whole or tensor.dtype != COUNTS):
+            expected = ", ".join(map(str, DTYPES))
+            raise ValueError(f"{path}: {short(key)} is of dtype {tensor.dtype}, expected one of {expected}")
+        if not torch.isfinite(tensor).all():
+            raise ValueError(f"{path}: {short(key)} holds NaN or infinite values")
         if name in place:
             raise ValueError(f"{path}: {short(key)} says again what another tensor says")
         place[name] = tensor
@@ -104,8 +106,8 @@ def check_fit(model: nn.Module, config: AdapterConfig, tensors: AdapterTensors, 
     if others and (config.use_dora or config.lora_dropout):
         raise ValueError("target_parameters: neither use_dora nor lora_dropout can act on what is no linear layer")
     prefixes = {prefix: path for path, prefix in file_prefixes(model, others).items()}
-    tensors = tensors._replace(layers={prefixes.get(path, path): parts for path, parts in tensors.layers.items()})
-    joined = join_experts(model, config, tensors.layers, linear | others, unnamed)
+    given = {prefixes.get(path, path): parts for path, parts in tensors.layers.items()}
+    joined = join_experts(model, config, given, linear | others, unnamed)
     tensors = tensors._replace(layers=joined.layers)
     linear = linear | others | {path: unnamed[path] for path in joined.settings.keys() | joined.missing}
     selected = None if selected is None else selected | names.keys() | joined.settings.keys() | joined.missing
@@ -128,9 +130,11 @@ def check_fit(model: nn.Module, config: AdapterConfig, tensors: AdapterTensors, 
             raise ValueError(f"the file brings its own {key} of shape {tuple(tensor.shape)}, which is not the model's "
                              f"of shape {tuple(own.shape)}: another base model, or a resized vocabulary")  # fmt: skip
     for key, own in whole.items():
-        given = tuple(tensors.whole[key].shape)
-        if given != own.shape or not own.is_floating_point():
-            raise ValueError(f"{key} is {given} in the file and {tuple(own.shape)} of {own.dtype} in the model")
+        given = tensors.whole[key]
+        alike = given.dtype == own.dtype or (given.is_floating_point() and own.is_floating_point())
+        if given.shape != own.shape or not alike:
+            raise ValueError(f"{key} is {tuple(given.shape)} of {given.dtype} in the file and {tuple(own.shape)} of "
+                             f"{own.dtype} in the model")  # fmt: skip
     return layers, modules, settings, tensors.layers
 
 
@@ -177,9 +181,8 @@ def _compare_names(linear, held, selected, whole, tensors) -> None:
 def _check_layer(path, layer, rank, use_dora, parts, held, name) -> None:
     weight = original(layer).weight
     if weight.is_meta or hasattr(weight, "full_tensor"):
-        why = "is on the meta device, where an adapter would lose its values" if weight.is_meta else (
-            "is sharded; load the adapter before fully_shard")  # fmt: skip
-        raise ValueError(f"{path} {why}")
+        why = "on the meta device, where an adapter would lose its values"
+        raise ValueError(f"{path} is {why if weight.is_meta else 'sharded; load the adapter before fully_shard'}")
     outputs, inputs = features(original(layer))
     stack = rank * stacked(original(layer))
     wanted = {"lora_A": (stack, inputs), "lora_B": (outputs, stack)}

@@ -21,10 +21,10 @@ from .adapter_config import CONFIG_NAME, AdapterConfig, read_adapter_config
 from .adapter_file import PREFIX, WEIGHTS_NAME, check_fit, read_adapter_tensors
 from .base_layer import adapter_like, stacked
 from .files import write_json, write_safetensors
-from .lora import LoRALinear
 from .multi import set_adapter
-from .names import may_save_whole, replace, train_only, unwrapped
+from .names import ending_in, train_only, unwrapped
 from .parameters import LoRAWeight, file_prefixes, kind_for, parameter_name, place
+from .targets import outer_modules
 from .variants import DoRALinear
 
 __all__ = ["LoadReport", "load_adapter", "read_adapter_config", "save_adapter", "set_adapter"]
@@ -39,7 +39,8 @@ def save_adapter(model: nn.Module, directory: str | Path, base_model: str | Path
     `base_model_name_or_path`; `name` is the adapter to write (default: the active one).
 
     A warning names layers that PEFT would treat otherwise. Those that it takes for fused experts, `save_for="peft"`
-    writes as `target_parameters`, which only PEFT and `load_adapter` read.
+    writes as `target_parameters`, and those whose names it changes again under their old ones: as only PEFT and
+    `load_adapter` read them.
 
     ValueError: no LoRA layers, no such adapter, values that are not finite, or modules trained whole that PEFT could
     not tell from others. Nothing is written then.
@@ -58,6 +59,9 @@ def save_adapter(model: nn.Module, directory: str | Path, base_model: str | Path
         raise ValueError(f"the model has no adapter {name!r}, only: {', '.join(multi.adapter_names(model)) or 'none'}")
     tensors = {}
     prefixes = file_prefixes(model, {path: adapted[path] for path in layers})
+    if save_for == "peft":
+        old = peft_rules.old_names(model, prefixes.values())
+        prefixes = {path: old.get(prefix) or prefix for path, prefix in prefixes.items()}
     for path, adapter in layers.items():
         prefix = prefixes[path]
         tensors[f"{prefix}.lora_A.weight"], tensors[f"{prefix}.lora_B.weight"] = adapter.factors()
@@ -75,7 +79,7 @@ def save_adapter(model: nn.Module, directory: str | Path, base_model: str | Path
     for key, tensor in tensors.items():
         if not torch.isfinite(tensor).all():
             raise ValueError(f"adapter {name!r}: {key} holds NaN or infinite values; it was not saved")
-    ambiguous = [path for path in multi.outer_modules(model) if path.endswith(tuple(whole)) and path not in whole]
+    ambiguous = [path for path in outer_modules(model) if path.endswith(tuple(whole)) and path not in whole]
     if ambiguous:
         raise ValueError(f"modules are chosen by the ends of their paths in PEFT's files: {', '.join(whole)} would "
                          f"select {ambiguous[0]!r} too, which this adapter does not replace")  # fmt: skip
@@ -83,13 +87,12 @@ def save_adapter(model: nn.Module, directory: str | Path, base_model: str | Path
     directory.mkdir(parents=True, exist_ok=True)
     parameters = {path for path in layers if isinstance(adapted[path], LoRAWeight)}
     redirected = peft_rules.redirected(model, layers.keys() - parameters)
-    for words in peft_rules.differences(model, layers, redirected if save_for != "peft" else ()):
+    for words in peft_rules.differences(model, layers, redirected, save_for):
         warnings.warn(words, stacklevel=2)
     parameters |= redirected if save_for == "peft" else set()
-    names = {path: parameter_name(path, multi.original(adapted[path])) for path in parameters}
-    stacks = {path: stacked(multi.original(adapted[path])) for path in layers}
-    config = _config_of(model, layers, sorted(whole), base_model, names, stacks)
-    config["fan_in_fan_out"] = any(is_conv1d(multi.original(adapted[path])) for path in layers)
+    names = {path: parameter_name(path, adapted[path]) for path in parameters}
+    bases = {path: adapted[path].base_layer for path in layers}
+    config = _config_of(model, layers, bases, sorted(whole), base_model, names)
     write_safetensors(directory / WEIGHTS_NAME, {PREFIX + key: tensor.clone() for key, tensor in tensors.items()})
     write_json(directory / CONFIG_NAME, config)
 
@@ -130,49 +133,31 @@ def load_adapter(model: nn.Module, directory: str | Path, name: str = "default",
         raise ValueError(f"{directory}: {error}") from None
 
     # Everything that can fail lies before the first change to the model.
-    new: dict[str, nn.Module] = {}
+    new: dict[nn.Module, nn.Module] = {}
     for path, layer in layers.items():
         kind = DoRALinear if config.use_dora else kind_for(multi.original(layer))
         like = adapter_like(multi.original(layer))
         parts = {part: nn.Parameter(t.to(**like), trainable) for part, t in parts_of[path].items()}
         values = dict(zip(multi.SETTINGS, (*settings[path], config.lora_dropout), strict=True))
-        new[path] = multi.RestingAdapter(kind, parts | values)
+        new[layer] = multi.RestingAdapter(kind, parts | values)
     for path, module in modules.items():
-        new[path] = copy.deepcopy(multi.original(module)).requires_grad_(trainable)
-        new[path].load_state_dict({key: tensors.whole[f"{path}.{key}"] for key in new[path].state_dict()})
+        new[module] = copy.deepcopy(multi.original(module)).requires_grad_(trainable)
+        new[module].load_state_dict({key: tensors.whole[f"{path}.{key}"] for key in new[module].state_dict()})
 
     place(model, layers)
     kept = [p for p in multi.adapter_parameters(model) if p.requires_grad]
-    places: dict[nn.Module, nn.Module] = {}
-    for path, module in (layers | modules).items():
-        if not isinstance(module, (LoRALinear, multi.ModuleToSave)):
-            places[module] = multi.without_adapter(module) if path in layers else multi.ModuleToSave(module)
-            module = places[module]
-        held = multi.adapter_of(module, name)
-        if held is None:
-            (module.resting if path in layers else module.copies)[name] = new[path]
-        elif isinstance(module, multi.ModuleToSave):
-            held.load_state_dict(new[path].state_dict())
-        else:
-            with torch.no_grad():
-                for part in held.PARTS:
-                    getattr(held, part).copy_(getattr(new[path], part))
-            for setting in multi.SETTINGS:
-                setattr(held, setting, getattr(new[path], setting))
-    replace(model, places)
-    may_save_whole(model, False)
-    set_adapter(model, name)
+    multi.put_in(model, name, new)
     if trainable:
         train_only(model, [*kept, *(p for adapter in new.values() for p in adapter.parameters())])
     return LoadReport(name, sorted(layers), sorted(modules), config)
 
 
-def _config_of(model, layers: dict, modules: list[str], base_model: str | None, parameters: dict, stacks: dict) -> dict:
-    """The config that makes PEFT build exactly these layers with exactly these scalings.
+def _config_of(model, layers: dict, bases: dict, modules: list[str], base_model: str | None, parameters: dict) -> dict:
+    """The config that makes PEFT build exactly these layers, adapters around `bases`, with exactly these scalings.
 
-    `parameters`: path → name of what is a parameter to PEFT; `stacks`: path → how many weights lie in one.
+    `parameters`: path → name of what is a parameter to PEFT.
     """
-    ranks = {path: len(adapter.factors()[0]) // stacks[path] for path, adapter in layers.items()}
+    ranks = {path: len(adapter.factors()[0]) // stacked(bases[path]) for path, adapter in layers.items()}
     scalings = [(a.scaling, a.lora_alpha / math.sqrt(a.rank), a.lora_alpha / a.rank) for a in layers.values()]
     use_rslora = all(s == root for s, root, _ in scalings) and any(s != plain for s, _, plain in scalings)
     divisor = math.sqrt if use_rslora else int
@@ -195,6 +180,7 @@ def _config_of(model, layers: dict, modules: list[str], base_model: str | None, 
         alpha_pattern=alpha_pattern,
         modules_to_save=modules or None,
         use_rslora=use_rslora,
+        fan_in_fan_out=any(map(is_conv1d, bases.values())),
         use_dora=any(hasattr(adapter, "lora_magnitude") for adapter in layers.values()),
         base_model_name_or_path=str(base_model or getattr(model, "name_or_path", None) or "") or None,
         task_type="CAUSAL_LM" if type(model).__name__.endswith(("ForCausalLM", "LMHeadModel")) else None,
@@ -223,8 +209,8 @@ def _last(path: str) -> str:
 def _targets(model, paths: set[str]) -> list[str] | str:
     """The layers' last names if they select these layers and no others; else the whole paths, as an expression where
     one is the end of another's."""
-    names, outer = {_last(path) for path in paths}, multi.outer_modules(model)
+    names, outer = {_last(path) for path in paths}, outer_modules(model)
     if {path for path in outer if _last(path) in names} == paths:
         return sorted(names)
-    alone = multi.ending_in(outer, paths) == paths
+    alone = ending_in(outer, paths) == paths
     return sorted(paths) if alone else "|".join(map(re.escape, sorted(paths)))

@@ -6,7 +6,6 @@ adapters did. PEFT (0.21) joins them alike, for fewer architectures, and scales 
 """
 
 import re
-import sys
 from itertools import product
 from typing import NamedTuple
 
@@ -16,6 +15,7 @@ from torch import nn
 from .adapter_config import AdapterConfig, short
 from .base_layer import stacked
 from .multi import original
+from .peft_rules import conversions
 
 
 class Joined(NamedTuple):
@@ -83,10 +83,9 @@ def _joined(layers: dict, group: dict[tuple[int, int], str], count: int, E: int)
 
 def _names_today(model: nn.Module):
     """A function: old path → path, (which of the weights fused there it is, of which expert), how many are fused."""
-    table, core = (sys.modules.get(f"transformers.{name}") for name in ("conversion_mapping", "core_model_loading"))
-    if table is None or core is None or not hasattr(model, "base_model_prefix"):
+    entries, core = conversions(model)
+    if core is None:
         return lambda path: (path, (0, 0), 1)
-    entries = table.get_model_conversion_mapping(model)
     fusing = [e for e in entries if isinstance(e, core.WeightConverter) and len(e.target_patterns) == 1]
     fusing = [e for e in fusing if isinstance(e.operations[0], core.MergeModulelist)]
     renamings = [e for e in entries if not isinstance(e, core.WeightConverter)]

@@ -8,11 +8,12 @@ from torch import nn
 
 from ..quant.readers import listed, new_heads
 from . import multi
+from .adapter_config import is_all_linear
 from .lora import LoRALinear, check_settings, lora_layers
 from .multi import active_adapter, lora_parameters
-from .names import may_save_whole, replace, train_only, unwrapped
+from .names import replace, train_only, unwrapped
 from .parameters import kind_for, place
-from .targets import is_all_linear, select, share
+from .targets import select, share
 from .text_path import idle_layers
 
 Targets = Sequence[str] | str | None
@@ -70,26 +71,18 @@ def _put_in(model, name: str, settings: tuple, target_modules, choices: dict, tr
             raise ValueError(f"{path!r} has a LoRA adapter already; adapters do not nest")
         if isinstance(module, LoRALinear) and module.merged:
             raise ValueError(f"an adapter is merged into {path!r}; call unmerge_lora first")
-    made: dict[nn.Module, LoRALinear] = {}
+        if lora_dropout and kind_for(multi.original(module)) is not LoRALinear:
+            raise ValueError(f"lora_dropout must be 0 where experts or routers are adapted, got {lora_dropout}")
+    new: dict[nn.Module, multi.RestingAdapter] = {}
     for path, module in selected.items():
-        if module in made:  # a layer used under two names gets one adapter
-            continue
-        base = multi.original(module)
-        made[module] = fresh = kind_for(base)(base, *values[path][:2], lora_dropout)
-        fresh.adapter = name
-        trained = [*trained, fresh.lora_A, fresh.lora_B]
-        if isinstance(module, LoRALinear):
-            module.resting[name] = multi.RestingAdapter.of(fresh)
-            made[module] = module
-    everywhere = active_adapter(model) != name
+        if module not in new:  # a layer used under two names gets one adapter
+            base = multi.original(module)
+            new[module] = multi.RestingAdapter.of(kind_for(base)(base, *values[path][:2], lora_dropout))
     place(model, selected)
-    replace(model, made)
-    for module in multi.modules_with_adapters(model).values() if everywhere else made.values():
-        multi.activate(module, name)
-    train_only(model, trained)
+    multi.put_in(model, name, new)
+    train_only(model, [*trained, *(p for adapter in new.values() for p in adapter.parameters())])
     if is_all_linear(target_modules):
         multi.save_modules(model, new_heads(unwrapped(model)))
-    may_save_whole(model, False)
     return model
 
 
@@ -113,7 +106,7 @@ def required_lora_layers(model) -> list[tuple[str, LoRALinear]]:
 
 
 def mark_only_lora_as_trainable(model: nn.Module) -> None:
-    """Let lora_A and lora_B require gradients and nothing else. ValueError: the model has no LoRA layers."""
+    """Let all of the active adapter require gradients and nothing else. ValueError: the model has no LoRA layers."""
     required_lora_layers(model)
     train_only(model, lora_parameters(model))
 
@@ -123,11 +116,5 @@ def disable_lora(model: nn.Module):
     """Within this context, which nests, the model computes as if it had no adapters, merged or not. ValueError: it has
     no LoRA layers."""
     required_lora_layers(model)
-    enabled = [module for module in multi.modules_with_adapters(model).values() if module.enabled]
-    for module in enabled:
-        module.enabled = False
-    try:
+    with multi.disabled(multi.modules_with_adapters(model).values()):
         yield model
-    finally:
-        for module in enabled:
-            module.enabled = True

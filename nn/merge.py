@@ -134,8 +134,8 @@ def merge_into_nf4(model: nn.Module, method: str) -> MergeErrors:
     - "refit": like LoftQ, quantize and refit A and B (of the same rank) to what quantizing lost, in turns. The layer
       keeps an adapter: for a large ΔW one of corrections, for a small one ΔW itself, as rounding W + ΔW gave W back.
 
-    ValueError: no NF4 layer with an adapter, another adapter on the same weights, an unknown method, or a DoRA or PiSSA
-    adapter with "refit".
+    ValueError: no NF4 layer with an adapter, another adapter on the same weights, an unknown method, or with "refit" a
+    DoRA or PiSSA adapter or one whose scaling is 0. Nothing is changed then.
     """
     if method not in ("requantize", "refit"):
         raise ValueError(f"method must be 'requantize' or 'refit', got {method!r}")
@@ -143,8 +143,8 @@ def merge_into_nf4(model: nn.Module, method: str) -> MergeErrors:
     if not layers:
         raise ValueError("the model has no NF4 layer with an active adapter")
     for path, layer in layers.items():
-        if method == "refit" and layer.PARTS != LoRALinear.PARTS:
-            raise ValueError(f"{path!r}: only plain LoRA can be refitted")
+        if method == "refit" and not _can_be_refitted(layer):
+            raise ValueError(f"{path!r}: only plain LoRA can be refitted, of a scaling that is not 0")
     if others := sorted({name for layer in layers.values() for name in layer.resting}):
         raise ValueError(f"the weights under the adapters {', '.join(others)} would change; delete these first")
     errors = MergeErrors({path: _errors(layer) for path, layer in layers.items()})
@@ -172,11 +172,15 @@ def _errors(layer: LoRALinear, four_bits: bool = True) -> dict[str, float]:
     results = {str(dtype).removeprefix("torch."): target.to(dtype) for dtype in dtypes}
     if four_bits and isinstance(layer.base_layer, NF4Linear):
         results["nf4, requantize"] = _quantized_like(layer.base_layer, target).dequantize(torch.float32)
-        if layer.PARTS == LoRALinear.PARTS and layer.scaling:
+        if _can_be_refitted(layer):
             quantized, A, B = _refit(layer, target)
             results["nf4, refit"] = quantized.dequantize(torch.float32) + layer.scaling * (B @ A)
     lost = {method: (result - target).norm() for method, result in results.items()}
     return {method: (norm / length).item() if norm else 0.0 for method, norm in lost.items()}
+
+
+def _can_be_refitted(layer: LoRALinear) -> bool:
+    return layer.PARTS == LoRALinear.PARTS and layer.scaling != 0
 
 
 def _quantized_like(base: NF4Linear, weight: torch.Tensor):

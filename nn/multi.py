@@ -16,9 +16,9 @@ from torch import nn
 
 from ..quant.experts import dequantize_experts
 from ..quant.linear import FrozenNF4
-from .base_layer import base_forward, is_adaptable
+from .base_layer import base_forward
 from .lora import LoRALinear, autocast_input, lora_layers
-from .names import StandsFor, may_save_whole, named_modules, replace
+from .names import StandsFor, ending_in, may_save_whole, named_modules, outermost, replace
 from .parameters import LoRAWeight, kind_for
 
 SETTINGS = ("rank", "lora_alpha", "scaling", "lora_dropout")
@@ -90,35 +90,6 @@ def modules_with_adapters(model: nn.Module) -> dict[str, LoRALinear | ModuleToSa
     return {path: module for path, module in named_modules(model) if isinstance(module, (LoRALinear, ModuleToSave))}
 
 
-def linear_layers(model: nn.Module, in_attention: bool = False) -> dict[str, nn.Module]:
-    """Path → module of the layers that LoRA can adapt or has adapted; not those inside adapters, nor, unless
-    `in_attention`, inside nn.MultiheadAttention, which reads their weights itself."""
-    modules = dict(named_modules(model, remove_duplicate=False))
-    closed = (LoRALinear, ModuleToSave) if in_attention else (LoRALinear, ModuleToSave, nn.MultiheadAttention)
-    inside = tuple(f"{path}." for path, module in modules.items() if isinstance(module, closed))
-    return {path: module for path, module in modules.items()
-            if path and not path.startswith(inside) and not isinstance(module, LoRAWeight)
-            if isinstance(module, LoRALinear) or is_adaptable(module)}  # fmt: skip
-
-
-def outer_modules(model: nn.Module) -> dict[str, nn.Module]:
-    """Path → module of everything but the insides of adapted layers and modules."""
-    inside = tuple(f"{path}." for path in modules_with_adapters(model))
-    return {path: module for path, module in named_modules(model) if path and not path.startswith(inside)}
-
-
-def ending_in(paths: Iterable[str], names: Iterable[str]) -> set[str]:
-    """The paths that end in one of the names, by whole components: "proj" is not the end of "q_proj"."""
-    endings = tuple(f".{name}" for name in names)
-    return {path for path in paths if f".{path}".endswith(endings)}
-
-
-def outermost(paths: Iterable[str]) -> list[str]:
-    """The paths that do not lie inside another of them, sorted."""
-    paths = sorted(paths)
-    return [path for path in paths if not path.startswith(tuple(f"{other}." for other in paths))]
-
-
 def adapter_parameters(model: nn.Module) -> list[nn.Parameter]:
     """The parameters of all adapters, active or not."""
     modules = modules_with_adapters(model).values()
@@ -139,6 +110,27 @@ def lora_parameters(model: nn.Module) -> Iterator[nn.Parameter]:
             yield from module.copies[module.adapter].parameters()
 
 
+def put_in(model: nn.Module, name: str, new: dict[nn.Module, nn.Module]) -> None:
+    """Give modules, adapted already or not, their parts of the adapter `name` (RestingAdapters and copies), and make it
+    active. A module that has a part of it keeps this, which takes the values."""
+    wrappers: dict[nn.Module, nn.Module] = {}
+    for module, part in new.items():
+        of_layer = isinstance(part, RestingAdapter)
+        if not isinstance(module, (LoRALinear, ModuleToSave)):
+            wrappers[module] = _without_adapter(module) if of_layer else ModuleToSave(module)
+        module = wrappers.get(module, module)
+        if (held := adapter_of(module, name)) is None:
+            _parts(module)[name] = part
+            continue
+        held.load_state_dict(part.state_dict(), strict=False)  # a layer has its base beside it
+        if of_layer:
+            vars(held).update({setting: getattr(part, setting) for setting in SETTINGS})
+    replace(model, wrappers)
+    may_save_whole(model, False)
+    for module in modules_with_adapters(model).values():
+        _activate(module, name)
+
+
 def take_out(model: nn.Module, inner: Callable[[nn.Module], nn.Module]) -> None:
     """Put `inner(module)` in the place of every module that adapters live in, which makes the model plain again."""
     replace(model, {module: inner(module) for module in modules_with_adapters(model).values()})
@@ -148,17 +140,19 @@ def take_out(model: nn.Module, inner: Callable[[nn.Module], nn.Module]) -> None:
 
 def adapter_of(module: LoRALinear | ModuleToSave, name: str) -> nn.Module | None:
     """What one module has of the adapter `name`: the layer itself, a RestingAdapter, or the copy; None without it."""
-    if isinstance(module, ModuleToSave):
-        return dict(module.copies).get(name)
-    return module if module.adapter == name else dict(module.resting).get(name)
+    active = isinstance(module, LoRALinear) and module.adapter == name
+    return module if active else dict(_parts(module)).get(name)
+
+
+def _parts(module: LoRALinear | ModuleToSave) -> nn.ModuleDict:
+    """What one module has of adapters, by name; without the active one if it is a layer."""
+    return module.copies if isinstance(module, ModuleToSave) else module.resting
 
 
 def adapter_names(model: nn.Module) -> list[str]:
     """The names of all adapters in the model, sorted."""
-    names = set()
-    for module in modules_with_adapters(model).values():
-        names |= {module.adapter, *(module.copies if isinstance(module, ModuleToSave) else module.resting)}
-    return sorted(names - {None})
+    modules = modules_with_adapters(model).values()
+    return sorted({name for module in modules for name in (module.adapter, *_parts(module))} - {None})
 
 
 def active_adapter(model: nn.Module) -> str | None:
@@ -183,22 +177,21 @@ def set_adapter(model: nn.Module, name: str) -> None:
     _check_present(model, name)
     check_unmerged(model)
     for module in modules_with_adapters(model).values():
-        activate(module, name)
+        _activate(module, name)
 
 
-def activate(module: LoRALinear | ModuleToSave, name: str) -> None:
-    """`set_adapter` for one module."""
+def _activate(module: LoRALinear | ModuleToSave, name: str) -> None:
     if isinstance(module, ModuleToSave):
         module.adapter = name if name in module.copies else None
     elif module.adapter != name:
-        set_aside(module)
+        _set_aside(module)
         if name in module.resting:
             coming = module.resting.pop(name)
             module.__class__, module.adapter = coming.kind, name
             _hold(module, {part: getattr(coming, part) for part in coming.PARTS + SETTINGS})
 
 
-def set_aside(layer: LoRALinear) -> None:
+def _set_aside(layer: LoRALinear) -> None:
     """Leave one layer without an active adapter; the one that was is kept in `resting`."""
     if layer.adapter is not None:
         layer.resting[layer.adapter] = RestingAdapter.of(layer)
@@ -208,11 +201,11 @@ def set_aside(layer: LoRALinear) -> None:
     _hold(layer, dict.fromkeys(LoRALinear.PARTS + SETTINGS))
 
 
-def without_adapter(linear: nn.Module) -> LoRALinear:
+def _without_adapter(linear: nn.Module) -> LoRALinear:
     """A LoRALinear around `linear` in which no adapter is active yet. Torch's random state is left as it was."""
     with torch.random.fork_rng([linear.weight.device] if linear.weight.is_cuda else []):
         layer = kind_for(linear)(linear, rank=1)
-    set_aside(layer)
+    _set_aside(layer)
     layer.resting.clear()
     return layer
 
@@ -229,8 +222,21 @@ def delete_adapter(model: nn.Module, name: str) -> None:
     if name == active_adapter(model):
         raise ValueError(f"adapter {name!r} is active; activate another with set_adapter before deleting it")
     for module in modules_with_adapters(model).values():
-        if adapter_of(module, name) is not None:
-            del (module.copies if isinstance(module, ModuleToSave) else module.resting)[name]
+        if name in _parts(module):
+            del _parts(module)[name]
+
+
+@contextlib.contextmanager
+def disabled(modules: Iterable[LoRALinear | ModuleToSave]):
+    """Within this context, which nests, these modules compute as if they had no adapters."""
+    enabled = [module for module in modules if module.enabled]
+    for module in enabled:
+        module.enabled = False
+    try:
+        yield
+    finally:
+        for module in enabled:
+            module.enabled = True
 
 
 @contextlib.contextmanager
@@ -242,23 +248,24 @@ def adapters_by_row(model: nn.Module, names: Sequence[str | None]):
     ValueError: an unknown name, an adapter that is merged, or one that replaces whole modules (`modules_to_save`) or
     adapts parameters (`target_parameters`). In the forward pass: a batch of another size.
     """
-    for name in set(names) - {None}:
+    chosen = [name for name in dict.fromkeys(names) if name is not None]
+    for name in chosen:
         _check_present(model, name)
     check_unmerged(model)
-    layers = []
-    for path, module in modules_with_adapters(model).items():
+    modules = modules_with_adapters(model)
+    for path, module in modules.items():
         if isinstance(module, LoRAWeight):
             raise ValueError(f"{path!r} is no linear layer, and its adapters cannot be chosen row by row")
-        if isinstance(module, LoRALinear):
-            layers.append(module)
-        elif set(names) & set(module.copies):
+        if isinstance(module, ModuleToSave) and set(names) & set(module.copies):
             raise ValueError(f"{path!r} is replaced whole by one of the adapters, which cannot be done row by row")
-    rows = {name: torch.tensor([i for i, n in enumerate(names) if n == name]) for name in dict.fromkeys(names)}
+    rows = {name: torch.tensor([i for i, n in enumerate(names) if n == name]) for name in chosen}
+    layers = [layer for _, layer in lora_layers(model)]
     before = [vars(layer).get("forward") for layer in layers]
     for layer in layers:
-        layer.forward = functools.partial(_forward_by_row, layer, rows)
+        layer.forward = functools.partial(_forward_by_row, layer, len(names), rows)
     try:
-        yield model
+        with disabled(module for module in modules.values() if isinstance(module, ModuleToSave)):
+            yield model
     finally:
         for layer, outer in zip(layers, before, strict=True):
             del layer.forward
@@ -266,18 +273,16 @@ def adapters_by_row(model: nn.Module, names: Sequence[str | None]):
                 layer.forward = outer
 
 
-def _forward_by_row(layer: LoRALinear, rows: dict[str | None, torch.Tensor], x: torch.Tensor) -> torch.Tensor:
+def _forward_by_row(layer: LoRALinear, batch: int, rows: dict[str, torch.Tensor], x: torch.Tensor) -> torch.Tensor:
     """x: (batch, ..., in) → (batch, ..., out), the rows with these indices through the adapter of that name."""
     if not layer.enabled:
         return base_forward(layer.unmerged, x)
     x = autocast_input(x)
-    expected = sum(map(len, rows.values()))
-    if x.shape[0] != expected:
-        raise ValueError(f"adapters are given for {expected} rows, but the batch has shape {tuple(x.shape)}")
+    if x.shape[0] != batch:
+        raise ValueError(f"adapters are given for {batch} rows, but the batch has shape {tuple(x.shape)}")
     y = base_forward(layer.unmerged, x)
     for name, places in rows.items():
-        adapter = None if name is None else adapter_of(layer, name)
-        if adapter is not None:
+        if (adapter := adapter_of(layer, name)) is not None:
             places = places.to(x.device)
             own = x.index_select(0, places), y.index_select(0, places)
             y = y.index_add(0, places, adapter.added_term(*own, layer.unmerged, layer.training))
@@ -308,14 +313,8 @@ def save_modules(model: nn.Module, names: Iterable[str]) -> None:
             raise ValueError(f"{path!r} holds a LoRA adapter and cannot be trained whole")
         if any(isinstance(child, FrozenNF4) for child in modules[path].modules()):
             raise ValueError(f"{path!r} is in 4 bits and cannot be trained whole; leave it out in quantize_model")
-    for path in chosen:
-        module = modules[path]
-        if not isinstance(module, ModuleToSave):
-            module = ModuleToSave(module)
-            replace(model, {module.base_layer: module})
-        if active not in module.copies:
-            module.copies[active] = copy.deepcopy(module.base_layer).requires_grad_(True)
-            module.adapter = active
+    new = [m for m in map(modules.get, chosen) if not (isinstance(m, ModuleToSave) and active in m.copies)]
+    put_in(model, active, {module: copy.deepcopy(original(module)).requires_grad_(True) for module in new})
 
 
 def check_name(name: str) -> None:

@@ -38,6 +38,18 @@ def named_modules(model: nn.Module, remove_duplicate: bool = True) -> Iterator[t
             yield ".".join(part for i, part in enumerate(parts) if ".".join(parts[:i]) not in wrappers), module
 
 
+def ending_in(paths: Iterable[str], names: Iterable[str]) -> set[str]:
+    """The paths that end in one of the names, by whole components: "proj" is not the end of "q_proj"."""
+    endings = tuple(f".{name}" for name in names)
+    return {path for path in paths if f".{path}".endswith(endings)}
+
+
+def outermost(paths: Iterable[str]) -> list[str]:
+    """The paths that do not lie inside another of them, sorted."""
+    paths = sorted(paths)
+    return [path for path in paths if not path.startswith(tuple(f"{other}." for other in paths))]
+
+
 def replace(model: nn.Module, new: dict[nn.Module, nn.Module]) -> None:
     """Put modules in the places of others, wherever these stand. A compiled one is replaced with its wrapper."""
     for parent in list(unwrapped(model).modules()):

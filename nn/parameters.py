@@ -19,11 +19,6 @@ from .names import StandsFor, named_modules
 class LoRAWeight(StandsFor, LoRALinear):
     """Wraps a module with a `weight` (out, in) that it uses as it likes, such as a router, and adapts that."""
 
-    def __init__(self, module, rank=8, lora_alpha=16.0, lora_dropout=0.0):
-        if lora_dropout:
-            raise ValueError(f"lora_dropout must be 0 where experts or routers are adapted, got {lora_dropout}")
-        super().__init__(module, rank, lora_alpha)
-
     @staticmethod
     def fits(module) -> bool:
         return not is_adaptable(module)

@@ -6,7 +6,8 @@ beside them. As a parameter, `….gate_proj.weight`, it stays what it is.
 """
 
 import sys
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
+from types import ModuleType
 
 from torch import nn
 
@@ -38,33 +39,53 @@ def unloadable(model: nn.Module, paths: Iterable[str]) -> list[str]:
     refused = {path for path in paths if path.rpartition(".")[2] in ("out_proj", "conv1d")}
     if refused and _model_type(model) in WITHOUT_OUT_PROJ:
         return [f"PEFT refuses an adapter on {listed(refused)} of {_model_type(model)}"]
-    faults = {
+    return _said({
         "PEFT's adapter on {} does not act where the model's code reads the weight": weights_read(model, set(paths)),
-        "PEFT looks for {} under names that no layer has": _renamed(model, paths),
-    }
-    return [words.format(listed(found)) for words, found in faults.items() if found]
+        "PEFT looks for {} under names that no layer has": {p for p, old in old_names(model, paths).items() if not old},
+    })  # fmt: skip
 
 
-def _renamed(model: nn.Module, paths: Iterable[str]) -> set[str]:
-    """The layers whose names transformers' table for old checkpoints would change again, as PEFT applies it to ours."""
+def old_names(model: nn.Module, prefixes: Iterable[str]) -> dict[str, str | None]:
+    """How keys must begin in a file for PEFT to find them, where it is not as they do: it applies transformers' table
+    for old checkpoints to ours too, which may change a name of today again. None: nothing becomes this name."""
+    entries, core = conversions(model)
+    if core is None:
+        return {}
+    entries = [entry for entry in entries if isinstance(entry, core.WeightRenaming)]
+    back = [entry.reverse_transform() for entry in reversed(entries)]
+
+    def renamed(prefix, entries):
+        return core.rename_source_key(f"{prefix}.lora_A.weight", entries, [])[0].removesuffix(".lora_A.weight")
+
+    old = {prefix: renamed(prefix, back) for prefix in prefixes if renamed(prefix, entries) != prefix}
+    return {prefix: name if renamed(name, entries) == prefix else None for prefix, name in old.items()}
+
+
+def conversions(model: nn.Module) -> tuple[list, ModuleType | None]:
+    """What transformers' table for old checkpoints has for the model, and the module that applies it; None where there
+    is no such table."""
     table, core = (sys.modules.get(f"transformers.{name}") for name in ("conversion_mapping", "core_model_loading"))
     if table is None or core is None or not hasattr(model, "base_model_prefix"):
-        return set()
-    entries = [e for e in table.get_model_conversion_mapping(model) if isinstance(e, core.WeightRenaming)]
-    keys = {path: f"{path}.lora_A.weight" for path in paths}
-    return {path for path, key in keys.items() if core.rename_source_key(key, entries, [])[0] != key}
+        return [], None
+    return table.get_model_conversion_mapping(model), core
 
 
-def differences(model: nn.Module, paths: Iterable[str], as_experts: Iterable[str]) -> list[str]:
-    """In words, where PEFT will not do what we do with an adapter of these layers, some written as if experts'."""
-    words = unloadable(model, paths)
-    if as_experts:
-        words.append(f"PEFT takes {listed(as_experts)} for the fused experts and drops what was trained; written with "
-                     "--save-for peft (save_for='peft') it applies them")  # fmt: skip
+def differences(model: nn.Module, paths: Iterable[str], redirected: Iterable[str], save_for: str) -> list[str]:
+    """In words, where PEFT will not do what we do with an adapter of these layers."""
+    words, mendable = unloadable(model, paths), {
+        "PEFT takes {} for the fused experts and drops what was trained": redirected,
+        "PEFT looks for {} under names that no layer has": {p for p, old in old_names(model, paths).items() if old},
+    }  # fmt: skip
+    if save_for != "peft":
+        words += [f"{said}; written with --save-for peft (save_for='peft') it applies them" for said in _said(mendable)]
     if causal := another_class(model):
         words.append(f"PEFT finds the layers in {type(model).__name__} (AutoModelForImageTextToText, AutoPeftModel); "
                      f"in {causal}, which AutoModelForCausalLM makes of this base, they have other names")  # fmt: skip
     return words
+
+
+def _said(faults: dict[str, Collection[str]]) -> list[str]:
+    return [words.format(listed(paths)) for words, paths in faults.items() if paths]
 
 
 def another_class(model: nn.Module) -> str | None:

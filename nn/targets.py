@@ -12,10 +12,12 @@ from ..quant import quantization_summary
 from ..quant.experts import FusedExperts, dense_experts
 from ..quant.readers import listed, new_heads, weights_read
 from . import peft_rules
-from .adapter_config import chosen_settings, full_matches, matching
-from .multi import ModuleToSave, ending_in, linear_layers, outer_modules, outermost
-from .names import named_modules, unwrapped
-from .parameters import parameter_name, parameter_targets
+from .adapter_config import chosen_settings, full_matches, is_all_linear, matching
+from .base_layer import is_adaptable
+from .lora import LoRALinear
+from .multi import ModuleToSave
+from .names import ending_in, named_modules, outermost, unwrapped
+from .parameters import LoRAWeight, parameter_name, parameter_targets
 from .text_path import idle_layers
 
 CHOICES = {"rank_pattern", "alpha_pattern", "exclude_modules", "layers_to_transform", "layers_pattern",
@@ -77,8 +79,23 @@ def _check_each(model: nn.Module, config) -> None:
                 raise ValueError(f"exclude_modules: {name!r} fits none of the model's modules")
 
 
-def is_all_linear(target_modules) -> bool:
-    return isinstance(target_modules, str) and target_modules.lower() == "all-linear"
+def linear_layers(model: nn.Module, in_attention: bool = False) -> dict[str, nn.Module]:
+    """Path → module of the layers that LoRA can adapt or has adapted; not those inside adapters, nor, unless
+    `in_attention`, inside nn.MultiheadAttention, which reads their weights itself."""
+    closed = (LoRALinear, ModuleToSave) if in_attention else (LoRALinear, ModuleToSave, nn.MultiheadAttention)
+    outer = _outside(dict(named_modules(model, remove_duplicate=False)), closed)
+    return {path: module for path, module in outer.items() if not isinstance(module, LoRAWeight)
+            if isinstance(module, LoRALinear) or is_adaptable(module)}  # fmt: skip
+
+
+def outer_modules(model: nn.Module) -> dict[str, nn.Module]:
+    """Path → module of everything but the insides of adapted layers and modules."""
+    return _outside(dict(named_modules(model)), (LoRALinear, ModuleToSave))
+
+
+def _outside(modules: dict[str, nn.Module], closed: tuple[type, ...]) -> dict[str, nn.Module]:
+    inside = tuple(f"{path}." for path, module in modules.items() if isinstance(module, closed))
+    return {path: module for path, module in modules.items() if path and not path.startswith(inside)}
 
 
 def _parameters(model: nn.Module, names: Collection[str], usual: Collection[str]) -> dict[str, nn.Module]:

@@ -137,3 +137,17 @@ def test_whole_modules_that_peft_would_confuse_are_not_saved(tmp_path):
     save_modules(model, ["lm_head"])
     save_adapter(model, tmp_path)
     load_adapter(model, tmp_path)
+
+
+def test_what_a_whole_module_counts_is_loaded(tmp_path):
+    base = nn.Sequential()
+    base.lin, base.head = nn.Linear(4, 4), nn.Sequential(nn.BatchNorm1d(4), nn.Linear(4, 3))
+    model = apply_lora_to_model(copy.deepcopy(base), 2, target_modules=["lin"])
+    save_modules(model, ["head"])
+    model.train()(torch.randn(5, 4))
+    save_adapter(model, tmp_path)
+    load_adapter(base, tmp_path)
+    assert base.head[0].num_batches_tracked == 1 and base.head[0].running_mean.equal(model.head[0].running_mean)
+    base.head.base_layer[0].num_batches_tracked = torch.tensor(1.0)
+    with pytest.raises(ValueError, match=r"is .* of torch\.int64 in the file and .* of torch\.float32 in the model"):
+        load_adapter(base, tmp_path, "again")

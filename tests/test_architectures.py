@@ -100,6 +100,16 @@ def test_what_peft_cannot_load_is_refused_before_training(tiny, capsys):
     assert tiny("mamba2", *flags, "--exclude-modules", "out_proj") == 0
 
 
+def test_names_as_peft_finds_them_are_resumed_from(tiny):
+    """Laguna's shared experts; A, which is not trained, is read from the file."""
+    run = tiny.path / "laguna-run"
+    assert tiny("laguna", "--save-for", "peft", "--lora-fa", "--max-steps", "2", "--save-steps", "1") == 0
+    before = (run / "adapter_model.safetensors").read_bytes()
+    assert b"mlp.shared_expert.gate_proj.lora_A" in before and b"shared_experts" not in before
+    assert main(["finetune", "--resume", str(run / "checkpoint-1")]) == 0
+    assert (run / "adapter_model.safetensors").read_bytes() == before
+
+
 @pytest.mark.parametrize("method", ["qlora", "full"])
 def test_residuals_in_fp32_meet_a_head_in_16_bits(tiny, method):
     assert tiny("mamba2", "--dtype", "bfloat16", "--method", method) == 0

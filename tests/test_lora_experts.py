@@ -226,6 +226,13 @@ def test_refusals(change, words):
     assert [*model.state_dict()] == keys
 
 
+def test_a_refusal_freezes_nothing():
+    model = build("mixtral")
+    with pytest.raises(ValueError, match="lora_dropout must be 0"):
+        apply_lora_to_model(model, 2, 4.0, ["q_proj"], 0.1, target_parameters=names(""))
+    assert all(p.requires_grad for p in model.parameters())
+
+
 def test_a_file_whose_dropout_or_dora_peft_refuses(tmp_path):
     save_adapter(adapted("mixtral"), tmp_path)
     path = tmp_path / "adapter_config.json"

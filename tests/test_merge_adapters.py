@@ -7,6 +7,7 @@ import torch
 from adapted_models import SIZES, adapted, close, gpt2, llama, logits, shake
 from handtuned.nn import LoRALinear, apply_lora_to_model, merge_lora
 from handtuned.nn.adapters import load_adapter, save_adapter
+from handtuned.nn.lora import lora_layers
 from handtuned.nn.merge import merge_and_unload, merge_errors, merge_into_nf4
 from handtuned.nn.multi import ModuleToSave, save_modules
 from handtuned.nn.variants import dora_init, pissa_init
@@ -185,12 +186,13 @@ def test_nf4_merge_errors():
         merge_into_nf4(adapted(llama()), "requantize")
     with pytest.raises(ValueError, match="no active adapter"):
         merge_errors(llama())
-    model = adapted_nf4()
-    dora_init(model)
-    before = copy.deepcopy(model.state_dict())
-    with pytest.raises(ValueError, match="only plain LoRA"):
-        merge_into_nf4(model, "refit")
-    assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
+    for change in (lambda model: vars(list(lora_layers(model))[-1][1]).update(scaling=0.0), dora_init):
+        model = adapted_nf4()
+        change(model)
+        before = copy.deepcopy(model.state_dict())
+        with pytest.raises(ValueError, match="only plain LoRA"):
+            merge_into_nf4(model, "refit")
+        assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
     merged = merge_into_nf4(model, "requantize")
     assert "nf4, refit" not in next(iter(merged.layers.values()))
 

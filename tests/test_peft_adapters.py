@@ -19,7 +19,14 @@ from handtuned.nn import (
 from handtuned.nn.inject import add_adapter
 from handtuned.nn.lora import lora_layers
 from handtuned.nn.merge import unload
-from handtuned.nn.multi import ModuleToSave, active_adapter, adapter_names, delete_adapter, save_modules
+from handtuned.nn.multi import (
+    ModuleToSave,
+    active_adapter,
+    adapter_names,
+    adapters_by_row,
+    delete_adapter,
+    save_modules,
+)  # fmt: skip
 from handtuned.nn.variants import freeze_A
 from torch import nn
 
@@ -109,6 +116,18 @@ def test_a_layer_inside_a_module_saved_whole_is_not_adapted():
     other = apply_lora_to_model(nested(), 2, target_modules=["out"])
     with pytest.raises(ValueError, match="'head' holds a LoRA adapter"):
         save_modules(other, ["head"])
+
+
+def test_rows_of_other_adapters_go_through_the_original_module():
+    model, x = apply_lora_to_model(nested(), 2, target_modules=["lin"]), torch.randn(2, 4)
+    add_adapter(model, "whole", 2, target_modules=["lin"])
+    save_modules(model, ["head"])
+    shake(model)
+    with disable_lora(model):
+        base = model(x)
+    with adapters_by_row(model, [None, "default"]):
+        torch.testing.assert_close(model(x), base)  # B of the one named is still zero
+    assert not torch.allclose(model(x), base)
 
 
 # What is trainable

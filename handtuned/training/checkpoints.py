@@ -26,6 +26,7 @@ from ..nn.adapter_file import read_adapter_tensors
 from ..nn.files import in_use, whole_directory, write_json, write_safetensors
 from ..nn.inject import lora_layers
 from ..nn.parameters import file_prefixes
+from ..nn.peft_rules import old_names
 from . import logging
 from .models import Base
 from .saving import save_with_record
@@ -212,6 +213,8 @@ def load_checkpoint(path: Path, training) -> int:
         layers = [*lora_layers(training.lm.model)]
         saved = read_adapter_tensors(path).layers if layers else {}
         prefixes = file_prefixes(training.lm.model, dict(layers))
+        for name, old in old_names(training.lm.model, prefixes.values()).items():  # by which PEFT finds them
+            saved[name] = saved.get(name) or saved[old]
     except (OSError, ValueError, KeyError, SafetensorError) as error:
         raise ValueError(f"{path} is not a whole checkpoint: {error}") from error
     state: dict[int, dict] = {}

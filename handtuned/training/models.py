@@ -20,6 +20,7 @@ from ..nn.adapters import load_adapter, read_adapter_config
 from ..nn.checkpoint_layers import checkpoint_layers
 from ..nn.inject import leave_out_idle, lora_layers
 from ..nn.peft_rules import unloadable
+from ..nn.targets import linear_layers
 from .data import EncodedRows, context_length, digest, encode_chats, load_chats, shared_system_prompt
 from .encoding import Example
 from .loading import check_causal, load_base, other_parts

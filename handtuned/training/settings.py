@@ -116,7 +116,7 @@ class FinetuneSettings:
     save_total_limit: int = _setting(2, "checkpoints kept")
     report_to: str = _setting("none", "also log to tensorboard or wandb", choices=("none", "tensorboard", "wandb"))
     save_for: str = _setting(
-        "any", "peft: what PEFT would take for fused experts is written as what it is", choices=("any", "peft"))
+        "any", "peft: layers that PEFT would take for others are written as it finds them", choices=("any", "peft"))
     seed: int = _setting(42, "seed of initialisation, data order and dropout")
 
     def __post_init__(self):
