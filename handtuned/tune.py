@@ -226,7 +226,7 @@ class TrialRunner:
         try:
             add_adapters(model, settings)
             training = loop.prepare(self.base, settings, settings.max_steps)
-            loss = self._train(trial, settings, training)
+            loss = self._train(trial, training)
             trial.set_user_attr("untouched", logging.finite(training.lm.score(self.untouched)))
             finished = trial.study.get_trials(states=[optuna.trial.TrialState.COMPLETE])
             if all(loss < other.value for other in finished):
@@ -244,15 +244,14 @@ class TrialRunner:
             if torch.cuda.is_available():
                 torch.cuda.empty_cache()
 
-    def _train(self, trial, settings: FinetuneSettings, training: loop.Training) -> float:
+    def _train(self, trial, training: loop.Training) -> float:
         """All steps, with the choosing rows scored at each rung; returns the last loss on them."""
         import optuna
         from tqdm import tqdm
 
         seconds, began = 0.0, time.perf_counter()
-        steps = loop.train(training, self.base.examples, settings.max_steps, settings)
-        with tqdm(steps, total=settings.max_steps, desc=f"trial {trial.number}", unit="step", dynamic_ncols=True,
-                  leave=False) as bar:  # fmt: skip
+        with tqdm(loop.train(training), total=training.total, desc=f"trial {trial.number}", unit="step",
+                  dynamic_ncols=True, leave=False) as bar:  # fmt: skip
             for row in bar:
                 seconds, step = seconds + time.perf_counter() - began, row["step"]
                 bar.set_postfix_str(f"loss {row['loss']:.4f}")
@@ -264,7 +263,7 @@ class TrialRunner:
                     trial.set_user_attr("exact_match", scores["exact_match"])
                     trial.set_user_attr("bytes", _states_bytes(training.optimizer))
                     trial.set_user_attr("seconds_a_step", seconds / step)
-                    spared = trial.user_attrs.get("first") or step == settings.max_steps
+                    spared = trial.user_attrs.get("first") or step == training.total
                     if not spared and trial.should_prune():
                         raise optuna.TrialPruned
                 began = time.perf_counter()

@@ -5,6 +5,7 @@ import os
 import socket
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -55,7 +56,8 @@ def test_the_failure_detector_finds_out_who_is_lost(monkeypatch):
 
 def test_nothing_held_out():
     results = {}
-    evaluation.evaluate(World(), None, None, EncodedRows(), results, "before")
+    training = SimpleNamespace(lm=None, world=World(), base=SimpleNamespace(held_out=EncodedRows()))
+    evaluation.evaluate(training, results, "before")
     assert results == {"before": None, "answers": []}
 
 

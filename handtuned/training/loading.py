@@ -127,8 +127,8 @@ def _read(source: Source, quantize: bool, dtype: torch.dtype, device, skip, told
         wrong = {what: [name if isinstance(name, str) else name[0] for name in found[f"{what}_keys"]]
                  for what in ("missing", "unexpected", "mismatched")}  # fmt: skip
         if any(wrong.values()):
-            raise ValueError("the files must hold the model's tensors, and no others: "
-                             + "; ".join(f"{what}: {listed(names)}" for what, names in wrong.items() if names))
+            told = "; ".join(f"{what}: {listed(names)}" for what, names in wrong.items() if names)
+            raise ValueError(f"the files must hold the model's tensors, and no others: {told}")
         if hasattr(model, "hf_quantizer"):
             model = model.dequantize(dtype)
         if quantized:

@@ -29,10 +29,11 @@ def summary(study) -> dict:
         if not (trial.intermediate_values or failed):
             continue
         last = max(trial.intermediate_values, default=0)
-        known = {name: trial.user_attrs.get(name) for name in
-                 ("first", "settings", "exact_match", "untouched", "bytes", "seconds_a_step")}  # fmt: skip
-        rows.append({"number": trial.number, "state": trial.state.name.lower(), "steps": last,
-                     "loss": trial.intermediate_values.get(last)} | known | ({"failed": failed} if failed else {}))
+        row = {"number": trial.number, "state": trial.state.name.lower(), "steps": last,
+               "loss": trial.intermediate_values.get(last)}  # fmt: skip
+        known = ("first", "settings", "exact_match", "untouched", "bytes", "seconds_a_step")
+        row |= {name: trial.user_attrs.get(name) for name in known}
+        rows.append(row | ({"failed": failed} if failed else {}))
     finished = [row for row in rows if row["state"] == "complete"]
     if not finished:
         failed = [f"trial {row['number']} failed: {row['failed']}" for row in rows if "failed" in row]
