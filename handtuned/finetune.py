@@ -53,7 +53,7 @@ def run(args) -> int:
                     settings, checkpoint = checkpoints.settings_and_checkpoint(args.resume, typed, settings, world.size)
             settings, checkpoint = world.broadcast((settings, checkpoint))
             again = f"\ngo on with: {world.command(settings.offload)} --resume {settings.output_dir}"
-            finetune(settings, world, checkpoint)
+            finetune(settings, world, checkpoint, new=not (Path(settings.output_dir) / "run.json").exists())
     except Interrupted as stop:
         if world.main:
             print(f"\n{stop}{again}")
@@ -65,7 +65,8 @@ def run(args) -> int:
     return 0
 
 
-def finetune(settings: FinetuneSettings, world: World | None = None, checkpoint: Path | None = None) -> dict:
+def finetune(settings: FinetuneSettings, world: World | None = None, checkpoint: Path | None = None,
+             new: bool = False) -> dict:  # fmt: skip
     """Fine-tune as `settings` say; everything lands in `settings.output_dir`.
 
     A directory that holds a checkpoint of the same run is resumed from there, and ends with the bits of a run that was
@@ -74,6 +75,7 @@ def finetune(settings: FinetuneSettings, world: World | None = None, checkpoint:
     Args:
         world: the ranks that share the work (default: this process alone).
         checkpoint: the one to go on from, newer ones are deleted (default: the newest).
+        new: refuse a directory that holds anything.
 
     Returns what `results.json` holds: {"before": scores, "after": scores, "answers": …, …}.
     ValueError: settings, data or model that cannot be used; nothing is written then.
@@ -106,7 +108,7 @@ def finetune(settings: FinetuneSettings, world: World | None = None, checkpoint:
     print(describe_example(base.examples[0], base.tokenizer))
     with world.shared_errors():
         fitted, plan = fit(settings, base, training, total, directory)
-    results = checkpoints.begin(directory, training)
+    results = checkpoints.begin(directory, training, new)
     training.settings = fitted
     results["memory"] = dataclasses.asdict(plan) if plan else None
     if "before" not in results:

@@ -12,7 +12,6 @@ import argparse
 import contextlib
 import dataclasses
 import gc
-import json
 import math
 import shlex
 import time
@@ -68,11 +67,12 @@ def run(args) -> int:
     if args.resume:
         if not record.exists():
             raise ValueError(f"--resume: {directory} holds no study (no tune.json)")
-        saved = json.loads(record.read_text(encoding="utf-8"))
+        saved = logging.read_json(record, "settings", "marks")
         settings = resumed("study", typed, saved, output_dir=str(directory))
-        if args.search not in (None, saved["search"]):
-            raise ValueError(f"--resume goes on with the study's own --search {' '.join(saved['search'])}")
-        args.search = saved["search"]
+        search = saved["marks"]["search"]
+        if args.search not in (None, search):
+            raise ValueError(f"--resume goes on with the study's own --search {' '.join(search)}")
+        args.search = search
     elif in_use(directory):
         raise ValueError(f"--output-dir {directory} is not empty; name a new one, or go on with --resume")
     try:
@@ -110,7 +110,7 @@ def tune(settings: FinetuneSettings, trials: int, minutes: float | None = None, 
     record = {"settings": plain, "paths": absolute(plain), "search": list(search), "versions": logging.versions(),
               "marks": runner.base.marks | {"search": list(search)}}  # fmt: skip
     known = directory / "tune.json"
-    if known.exists() and changed_marks(json.loads(known.read_text(encoding="utf-8"))["marks"], record["marks"]):
+    if known.exists() and changed_marks(logging.read_json(known, "marks")["marks"], record["marks"]):
         raise ValueError(f"{directory}: base model, data or search are not what they were when this study began")
     write_json(known, record)
 
@@ -219,8 +219,6 @@ class TrialRunner:
     def run(self, trial) -> float:
         """One trial: its loss on the choosing rows. optuna.TrialPruned: it is stopped early; Diverged: it ran out of
         memory, its loss is not finite, or its settings do not go together."""
-        import optuna
-
         settings, model = self.space.suggest(trial, self.settings), self.base.model
         trial.set_user_attr("settings", {name: getattr(settings, name) for name in SEARCHED})
         try:
@@ -228,8 +226,7 @@ class TrialRunner:
             training = loop.prepare(self.base, settings, settings.max_steps)
             loss = self._train(trial, training)
             trial.set_user_attr("untouched", logging.finite(training.lm.score(self.untouched)))
-            finished = trial.study.get_trials(states=[optuna.trial.TrialState.COMPLETE])
-            if all(loss < other.value for other in finished):
+            if all(loss < other.value for other in trial.study.trials if other.state.name == "COMPLETE"):
                 save_with_record(self.base, Path(settings.output_dir) / "best")
             return loss
         except (ValueError, RuntimeError, MemoryError) as error:

@@ -34,6 +34,7 @@ from .world import World
 
 # Variables that hold torch's libraries down to fewer instructions or other sums than the processor has.
 INSTRUCTION_LIMITS = ("MKL_CBWR", "MKL_ENABLE_INSTRUCTIONS", "ONEDNN_MAX_CPU_ISA")
+ANOTHER_RUN = "--output-dir {} holds another run; name a new one, or go on with --resume"
 
 
 def settings_and_checkpoint(resume: str | None, typed: dict, fresh: FinetuneSettings,
@@ -61,14 +62,14 @@ def settings_and_checkpoint(resume: str | None, typed: dict, fresh: FinetuneSett
         if directory.is_file():
             raise ValueError(f"--output-dir {directory} is a file; name a directory")
         if in_use(directory):
-            raise ValueError(f"--output-dir {directory} holds another run; name a new one, or go on with --resume")
+            raise ValueError(ANOTHER_RUN.format(directory))
         if resume == "":
             print(f"nothing to resume in {directory}: starting afresh")
         fresh.output_dir = str(directory)
         return fresh, None
     run = logging.read_json(directory / "run.json", "settings", "marks")
-    counted = "max_steps" if run["settings"]["max_steps"] else "num_train_epochs"
-    more = {counted: typed[counted]} if typed.get(counted, 0) > (run["settings"][counted] or math.inf) else {}
+    counted = "max_steps" if run["settings"].get("max_steps") else "num_train_epochs"
+    more = {counted: typed[counted]} if typed.get(counted, 0) > (run["settings"].get(counted) or math.inf) else {}
     settings = resumed("run", typed, run, output_dir=str(directory),
                        parallel=fresh.parallel, offload=fresh.offload, **more)  # fmt: skip
     micro = settings.per_device_train_batch_size
@@ -80,9 +81,11 @@ def settings_and_checkpoint(resume: str | None, typed: dict, fresh: FinetuneSett
     return settings, checkpoint
 
 
-def begin(directory: Path, training) -> dict:
+def begin(directory: Path, training, new: bool = False) -> dict:
     """Make the directory of a run, with `run.json`; or check that this run began with the same base model and data,
     and note there that it shall be longer, so that it goes on to the new end after the next kill, too.
+
+    `new`: the directory was free when this run began to load; another may have come first meanwhile.
 
     Gives the results that it holds so far.
     """
@@ -98,6 +101,8 @@ def begin(directory: Path, training) -> dict:
             if free < needed:
                 raise ValueError(f"no disk space for {directory}: {free / 1e6:.0f} MB free, {needed / 1e6:.0f} MB "
                                  "needed")  # fmt: skip
+            if new and in_use(directory):
+                raise ValueError(ANOTHER_RUN.format(directory))
             directory.mkdir(parents=True, exist_ok=True)
             for left in directory.glob(".*.tmp"):  # by a process that was killed in the middle of writing
                 shutil.rmtree(left) if left.is_dir() else left.unlink()
@@ -150,8 +155,15 @@ def go_on(directory: Path, checkpoint: Path | None, training) -> int:
         first = load_checkpoint(checkpoint or saved[-1], training)
     for path in saved if training.world.main else ():
         if _step(path) > first:
-            shutil.rmtree(path)
+            _delete(path)
     return first
+
+
+def _delete(checkpoint: Path) -> None:
+    """First it loses its name: a kill must not leave a part of it there."""
+    left = checkpoint.with_name(f".{checkpoint.name}.tmp")
+    os.replace(checkpoint, left)
+    shutil.rmtree(left)
 
 
 def checkpoints(directory: Path) -> list[Path]:
@@ -184,7 +196,7 @@ def save_checkpoint(directory: Path, step: int, training) -> Path:
                     "step": step, "param_groups": state["param_groups"], "schedule": training.schedule.state_dict(),
                     "scaler": training.scaler.state_dict(), "machine": machine(training.lm.device)})  # fmt: skip
     for old in checkpoints(directory)[: -training.settings.save_total_limit] if world.main else ():
-        shutil.rmtree(old)
+        _delete(old)
     return path
 
 

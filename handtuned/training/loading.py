@@ -46,9 +46,9 @@ def load_base(model: str, method: str = "lora", dtype: torch.dtype = torch.float
     with one_line(f"--model {model}, tokenizer"):
         tokenizer = AutoTokenizer.from_pretrained(source.directory, **told)
     with one_line(f"--model {model}"):
-        skip = ("lm_head", *skip)
-        loaded = _read(source, method == "qlora", dtype, device, skip, told, requantize).requires_grad_(False)
-        if method == "qlora":
+        skip = ("lm_head", *skip) if method == "qlora" else None
+        loaded = _read(source, skip, dtype, device, told, requantize).requires_grad_(False)
+        if skip:
             quantize_model(loaded, (*skip, *left_dense(loaded, source)))  # leaves alone what is quantized already
         # To the tokens of a GGUF file transformers adds its own.
         _check(loaded, {} if "gguf_file" in told else tokenizer.get_vocab())
@@ -99,24 +99,23 @@ def auto_class(config) -> str:
     return "AutoModelForImageTextToText" if whole and named == whole else "AutoModelForCausalLM"
 
 
-def _read(source: Source, quantize: bool, dtype: torch.dtype, device, skip, told: dict,
+def _read(source: Source, skip: tuple[str, ...] | None, dtype: torch.dtype, device, told: dict,
           requantize: bool) -> torch.nn.Module:  # fmt: skip
-    """The model with all that the files hold, and nothing else."""
+    """The model with all that the files hold, and nothing else; in NF4 but for those to `skip`, None: as it is."""
     import transformers
 
     config = transformers.AutoConfig.from_pretrained(source.directory, **told)
-    kind, quantized = getattr(transformers, auto_class(config)), source.quantized
+    kind, quantized, model = getattr(transformers, auto_class(config)), source.quantized, None
     in_nf4 = quantized.get("load_in_4bit") and quantized.get("bnb_4bit_quant_type") == "nf4"
-    if requantize and quantized.get("quant_method") != "mxfp4":
-        raise ValueError("--requantize is for experts in MXFP4, and the files hold none")
-    model, more = None, {"dtype": dtype, "output_loading_info": True, "ignore_mismatched_sizes": True, **told}
     in_mxfp4, of_shards = quantized.get("quant_method") == "mxfp4", source.weights[0].suffix == ".safetensors"
-    if in_mxfp4 or (quantize and (in_nf4 or not quantized) and of_shards):
-        skip = skip if quantize else None
+    if requantize and not in_mxfp4:
+        raise ValueError("--requantize is for experts in MXFP4, and the files hold none")
+    if in_mxfp4 or (skip and (in_nf4 or not quantized) and of_shards):
         model = _read_in_shards(source, kind, config, dtype, device, skip, told["trust_remote_code"], requantize)
-        if model is not None and not quantize:
+        if model is not None and not skip:
             dequantize_experts(model, dtype)
     if model is None:
+        more = {"dtype": dtype, "output_loading_info": True, "ignore_mismatched_sizes": True, **told}
         if "gguf_file" not in told:
             more["config"] = config
         elif hasattr(transformers, "GgufConfig"):
@@ -127,8 +126,8 @@ def _read(source: Source, quantize: bool, dtype: torch.dtype, device, skip, told
         wrong = {what: [name if isinstance(name, str) else name[0] for name in found[f"{what}_keys"]]
                  for what in ("missing", "unexpected", "mismatched")}  # fmt: skip
         if any(wrong.values()):
-            told = "; ".join(f"{what}: {listed(names)}" for what, names in wrong.items() if names)
-            raise ValueError(f"the files must hold the model's tensors, and no others: {told}")
+            lists = "; ".join(f"{what}: {listed(names)}" for what, names in wrong.items() if names)
+            raise ValueError(f"the files must hold the model's tensors, and no others: {lists}")
         if hasattr(model, "hf_quantizer"):
             model = model.dequantize(dtype)
         if quantized:

@@ -93,8 +93,7 @@ def table(result: dict, settings: FinetuneSettings, directory: Path) -> str:
         value = result["best"]["settings"].get(name, getattr(settings, name))
         if name in SEARCHED or (value != item.default and name not in ("output_dir", "max_steps")):
             values = value if isinstance(value, (list, tuple)) else [value]
-            plain = [f"{value:.4g}" if isinstance(value, float) else str(value) for value in values]
-            words += [flag(name)] if value is True else [flag(name), *plain]
+            words += [flag(name)] if value is True else [flag(name), *map(str, values)]
     lines += ["", f"study    {directory} (study.log, trials.json, pareto.png, the best adapter in best/)",
               f"whole run: {shlex.join(words)}"]  # fmt: skip
     return "\n".join(lines)

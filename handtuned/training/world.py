@@ -122,8 +122,9 @@ class World:
         if self.local_rank >= gpus:
             raise ValueError(f"local rank {self.local_rank} has no GPU, there are {gpus}; give torchrun a lower "
                              "--nproc-per-node")  # fmt: skip
-        torch.cuda.set_device(self.local_rank)
-        return torch.device("cuda", self.local_rank)
+        chosen = torch.device("cuda", self.local_rank if chosen.index is None else chosen.index)
+        torch.cuda.set_device(chosen)
+        return chosen
 
     def seed(self, *numbers: int) -> None:
         """Make dropout a function of these numbers, whichever rank draws it. A process alone keeps its own stream."""
