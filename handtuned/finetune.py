@@ -16,12 +16,11 @@ from .training import checkpoints, logging, loop
 from .training.data import describe_example
 from .training.distributed import start
 from .training.evaluation import evaluate
-from .training.loading import one_line
+from .training.loading import locate
 from .training.models import add_adapters, load_base_and_rows
 from .training.rank_failure import RankFailure
 from .training.saving import save_with_record
 from .training.settings import NOT_IN_ADAPTERS, OF_ADAPTERS, FinetuneSettings, add_flags, flag
-from .training.sources import find, resolve
 from .training.world import World
 
 
@@ -87,9 +86,7 @@ def finetune(settings: FinetuneSettings, world: World | None = None, checkpoint:
     with world.shared_errors():
         logging.check_reporter(settings.report_to)
         if world.local_rank == 0:
-            place = resolve(settings.model)
-            with one_line(f"--model {settings.model}"):
-                find(place)  # fetched once per machine
+            locate(settings.model)  # fetched once per machine
     with world.shared_errors():
         device = world.device(settings.device)
         # FSDP and ZeRO-3 move part after part to the GPU, which need not hold the whole model at any moment.

@@ -107,7 +107,7 @@ def tune(settings: FinetuneSettings, trials: int, minutes: float | None = None, 
     directory = Path(settings.output_dir)
     directory.mkdir(parents=True, exist_ok=True)
     plain = settings.to_json()
-    record = {"settings": plain, "paths": absolute(plain), "search": list(search), "versions": logging.versions(),
+    record = {"settings": plain, "paths": absolute(plain), "versions": logging.versions(),
               "marks": runner.base.marks | {"search": list(search)}}  # fmt: skip
     known = directory / "tune.json"
     if known.exists() and changed_marks(logging.read_json(known, "marks")["marks"], record["marks"]):
@@ -166,7 +166,7 @@ class Space:
 
     def __init__(self, settings: FinetuneSettings, search, model):
         target, rate = settings.target_modules, settings.learning_rate
-        self.search, self.rates = search, (rate / 10, rate * 10)
+        self.settings, self.search, self.rates = settings, search, (rate / 10, rate * 10)
         # lora_alpha is searched as a multiple of the rank: the scale of the update.
         self.start = {"lora_r": settings.lora_r, "lora_alpha": settings.lora_alpha / settings.lora_r,
                       "learning_rate": rate, "target_modules": target if isinstance(target, str) else ",".join(target),
@@ -179,16 +179,13 @@ class Space:
         }
         self.choices = {name: sorted({self.start[name], *values}) for name, values in around.items()}
 
-    def suggest(self, trial, settings: FinetuneSettings) -> FinetuneSettings:
+    def suggest(self, trial) -> FinetuneSettings:
         """The settings of a trial."""
-        picked = dict(self.start)
-        for name in self.search:
-            if name == "learning_rate":
-                picked[name] = trial.suggest_float(name, *self.rates, log=True)
-            else:
-                picked[name] = trial.suggest_categorical(name, self.choices[name])
+        picked = self.start | {
+            name: trial.suggest_float(name, *self.rates, log=True) if name == "learning_rate"
+            else trial.suggest_categorical(name, self.choices[name]) for name in self.search}  # fmt: skip
         picked["lora_alpha"] *= picked["lora_r"]
-        return dataclasses.replace(settings, **picked | {"target_modules": (picked["target_modules"],)})
+        return dataclasses.replace(self.settings, **picked | {"target_modules": (picked["target_modules"],)})
 
 
 def _fits(model, targets: str, settings: FinetuneSettings) -> bool:
@@ -205,7 +202,7 @@ class TrialRunner:
 
     def __init__(self, settings: FinetuneSettings, search):
         device = choose_device(settings.device)
-        self.settings, self.rungs = settings, sorted({max(1, settings.max_steps >> k) for k in range(4)})
+        self.rungs = sorted({max(1, settings.max_steps >> k) for k in range(4)})
         self.base = load_base_and_rows(settings, device, device)
         rows = self.base.held_out.examples
         if len(rows) < 2:
@@ -219,7 +216,7 @@ class TrialRunner:
     def run(self, trial) -> float:
         """One trial: its loss on the choosing rows. optuna.TrialPruned: it is stopped early; Diverged: it ran out of
         memory, its loss is not finite, or its settings do not go together."""
-        settings, model = self.space.suggest(trial, self.settings), self.base.model
+        settings, model = self.space.suggest(trial), self.base.model
         trial.set_user_attr("settings", {name: getattr(settings, name) for name in SEARCHED})
         try:
             add_adapters(model, settings)

@@ -37,9 +37,7 @@ def load_base(model: str, method: str = "lora", dtype: torch.dtype = torch.float
     """
     from transformers import AutoTokenizer
 
-    place = resolve(model)
-    with one_line(f"--model {model}"):
-        source = find(place)
+    source = locate(model)
     told = {"trust_remote_code": trust_remote_code}
     if source.weights[0].suffix == ".gguf":
         told["gguf_file"] = source.weights[0].name
@@ -53,6 +51,13 @@ def load_base(model: str, method: str = "lora", dtype: torch.dtype = torch.float
         # To the tokens of a GGUF file transformers adds its own.
         _check(loaded, {} if "gguf_file" in told else tokenizer.get_vocab())
     return loaded.to(device).eval(), tokenizer
+
+
+def locate(model: str) -> Source:
+    """The files of a base model, fetched where they are not there. ValueError: as `load_base`."""
+    place = resolve(model)
+    with one_line(f"--model {model}"):
+        return find(place)
 
 
 @contextlib.contextmanager

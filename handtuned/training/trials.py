@@ -83,7 +83,8 @@ def table(result: dict, settings: FinetuneSettings, directory: Path) -> str:
     lines = ["", f"{'':8} {'loss':>8} {'exact':>7} {'untouched rows':>17} {'state':>10} {'s/step':>7}  settings"]
     front = {f"trial {row['number']}": row for row in pareto_front(result["trials"], "bytes")}
     for name, row in ({"first": result["first"], "best": result["best"]} | front).items():
-        kept = f"{row['untouched']['loss']:.4f} {row['untouched']['exact_match']:.1%}"
+        untouched = math.nan if row["untouched"]["loss"] is None else row["untouched"]["loss"]
+        kept = f"{untouched:.4f} {row['untouched']['exact_match']:.1%}"
         cost = f"{megabytes(row['bytes']):>10} {row['seconds_a_step']:7.2f}"
         lines.append(f"{name:8} {row['loss']:8.4f} {row['exact_match']:7.1%} {kept:>17} {cost}  "
                      f"{_short(row['settings'])}")  # fmt: skip
