@@ -93,8 +93,8 @@ def finetune(settings: FinetuneSettings, world: World | None = None, checkpoint:
         base = load_base_and_rows(settings, device, "cpu" if world.cuts_weights else device)
         add_adapters(base.model, settings)
         rows_per_step = settings.per_device_train_batch_size * settings.gradient_accumulation_steps * world.size
-        epochs_in_rows = settings.num_train_epochs * len(base.examples)
-        total = settings.max_steps or max(1, math.ceil(epochs_in_rows / rows_per_step))
+        all_rows = settings.num_train_epochs * len(base.examples)
+        total = settings.max_steps or max(1, math.ceil(all_rows / rows_per_step))
         print(logging.plan(settings, base, total))
     marks = base.marks
     world.check_equal({"base model (--model)": marks["base"][:12], "training data (--data)": marks["data"][:12]})
@@ -106,7 +106,7 @@ def finetune(settings: FinetuneSettings, world: World | None = None, checkpoint:
     with world.shared_errors():
         fitted, plan = fit(settings, base, training, total, directory)
     results = checkpoints.begin(directory, training, new)
-    training.settings = fitted
+    training.settings = fitted  # what was asked for stands in run.json
     results["memory"] = dataclasses.asdict(plan) if plan else None
     if "before" not in results:
         evaluate(training, results, "before")

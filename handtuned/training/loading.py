@@ -173,14 +173,11 @@ def other_parts(model: torch.nn.Module) -> list[str]:
     config = getattr(model, "config", None)
     if config is None or config.get_text_config() is config:
         return []
-    text = model.get_decoder()
-    steps = next((path for path, module in model.named_modules() if module is text), "").split(".")
-    parts = []
-    for depth, step in enumerate(steps):
-        above = ".".join(steps[:depth])
-        beside = [name for name, _ in model.get_submodule(above).named_children() if name != step]
-        parts += [f"{above}.{name}".lstrip(".") for name in beside]
-    return [part for part in parts if model.get_submodule(part) is not model.get_output_embeddings()]
+    text, head = model.get_decoder(), model.get_output_embeddings()
+    around = [path for path, module in model.named_modules() if module is not text and text in module.modules()]
+    parts = {f"{path}.{name}".lstrip("."): part for path in around
+             for name, part in model.get_submodule(path).named_children()}  # fmt: skip
+    return [path for path, part in parts.items() if part is not head and text not in part.modules()]
 
 
 def _check(model: torch.nn.Module, vocabulary: dict[str, int]) -> None:

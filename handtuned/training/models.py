@@ -104,10 +104,9 @@ def load_base_and_rows(settings: FinetuneSettings, device: torch.device, place: 
     eval_file = None if eval_file == "-" else eval_file  # which later commands cannot read again
     told = settings.skip_modules or (), settings.trust_remote_code, settings.requantize
     model, tokenizer = load_base(settings.model, settings.method, dtype, place, *told)
-    context = context_length(model)
-    if context is not None and settings.max_seq_length > context:
-        raise ValueError(f"max_seq_length must be within the model's context of {context}, got "
-                         f"{settings.max_seq_length}")  # fmt: skip
+    context, longest = context_length(model), settings.max_seq_length
+    if context is not None and longest > context:
+        raise ValueError(f"max_seq_length must be within the model's context of {context}, got {longest}")
     learnt, held_out = encode_chats(chats, eval_chats, tokenizer, settings)
     check_causal(model, learnt.examples[0].input_ids[:CHECKED_TOKENS], settings.model)
     marks = {"base": fingerprint(model), "codes": fingerprint(model, scales=False), "data": digest(learnt.examples),
