@@ -63,7 +63,7 @@ def measure(settings, turns):
         own = dataclasses.replace(settings, **flags)
         training = loop.prepare(base, own, 10**6)
         empty[name] = empty_places(base.examples, training, own)
-        runs[name] = loop.train(training, base.examples, 10**6, own)
+        runs[name] = loop.train(training)
     for turn in range(turns + 1):
         for name, run in runs.items():
             started = time.perf_counter()

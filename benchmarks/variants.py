@@ -57,7 +57,7 @@ def one_run(settings):
     preparing = time.process_time() - started
     training = loop.prepare(base, settings, settings.max_steps)
     started = time.process_time()
-    losses = [row["loss"] for row in loop.train(training, base.examples, settings.max_steps, settings)]
+    losses = [row["loss"] for row in loop.train(training)]
     seconds = time.process_time() - started
     with tempfile.TemporaryDirectory() as directory:
         save_adapter(base.model, directory)

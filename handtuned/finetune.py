@@ -5,6 +5,7 @@ evaluate again. Each step is one call into `training/`; the loop itself is `trai
 """
 
 import dataclasses
+import math
 import sys
 import time
 from pathlib import Path
@@ -13,14 +14,14 @@ from .memory.fit import fit
 from .nn.files import write_json
 from .training import checkpoints, logging, loop
 from .training.data import describe_example
-from .training.distributed import World, start
+from .training.distributed import start
 from .training.evaluation import evaluate
-from .training.loading import one_line
-from .training.models import Base, add_adapters, load_base_and_rows
+from .training.loading import locate
+from .training.models import add_adapters, load_base_and_rows
 from .training.rank_failure import RankFailure
 from .training.saving import save_with_record
 from .training.settings import NOT_IN_ADAPTERS, OF_ADAPTERS, FinetuneSettings, add_flags, flag
-from .training.sources import find, resolve
+from .training.world import World
 
 
 class Interrupted(Exception):
@@ -51,7 +52,7 @@ def run(args) -> int:
                     settings, checkpoint = checkpoints.settings_and_checkpoint(args.resume, typed, settings, world.size)
             settings, checkpoint = world.broadcast((settings, checkpoint))
             again = f"\ngo on with: {world.command(settings.offload)} --resume {settings.output_dir}"
-            finetune(settings, world, checkpoint)
+            finetune(settings, world, checkpoint, new=not (Path(settings.output_dir) / "run.json").exists())
     except Interrupted as stop:
         if world.main:
             print(f"\n{stop}{again}")
@@ -63,7 +64,8 @@ def run(args) -> int:
     return 0
 
 
-def finetune(settings: FinetuneSettings, world: World | None = None, checkpoint: Path | None = None) -> dict:
+def finetune(settings: FinetuneSettings, world: World | None = None, checkpoint: Path | None = None,
+             new: bool = False) -> dict:  # fmt: skip
     """Fine-tune as `settings` say; everything lands in `settings.output_dir`.
 
     A directory that holds a checkpoint of the same run is resumed from there, and ends with the bits of a run that was
@@ -72,6 +74,7 @@ def finetune(settings: FinetuneSettings, world: World | None = None, checkpoint:
     Args:
         world: the ranks that share the work (default: this process alone).
         checkpoint: the one to go on from, newer ones are deleted (default: the newest).
+        new: refuse a directory that holds anything.
 
     Returns what `results.json` holds: {"before": scores, "after": scores, "answers": …, …}.
     ValueError: settings, data or model that cannot be used; nothing is written then.
@@ -80,7 +83,21 @@ def finetune(settings: FinetuneSettings, world: World | None = None, checkpoint:
     """
     started, world, settings = time.perf_counter(), world or World(), settings.with_defaults()
     directory = Path(settings.output_dir)
-    base, total = _load(settings, world)
+    with world.shared_errors():
+        logging.check_reporter(settings.report_to)
+        if world.local_rank == 0:
+            locate(settings.model)  # fetched once per machine
+    with world.shared_errors():
+        device = world.device(settings.device)
+        # FSDP and ZeRO-3 move part after part to the GPU, which need not hold the whole model at any moment.
+        base = load_base_and_rows(settings, device, "cpu" if world.cuts_weights else device)
+        add_adapters(base.model, settings)
+        rows_per_step = settings.per_device_train_batch_size * settings.gradient_accumulation_steps * world.size
+        all_rows = settings.num_train_epochs * len(base.examples)
+        total = settings.max_steps or max(1, math.ceil(all_rows / rows_per_step))
+        print(logging.plan(settings, base, total))
+    marks = base.marks
+    world.check_equal({"base model (--model)": marks["base"][:12], "training data (--data)": marks["data"][:12]})
     training = loop.prepare(base, settings, total, world)
     held = world.gather(world.weight_bytes(base.model))
     if world.mode != "none":
@@ -88,25 +105,38 @@ def finetune(settings: FinetuneSettings, world: World | None = None, checkpoint:
     print(describe_example(base.examples[0], base.tokenizer))
     with world.shared_errors():
         fitted, plan = fit(settings, base, training, total, directory)
-    results = checkpoints.begin(directory, settings.to_json(), base, training)
+    results = checkpoints.begin(directory, training, new)
+    training.settings = fitted  # what was asked for stands in run.json
     results["memory"] = dataclasses.asdict(plan) if plan else None
     if "before" not in results:
-        evaluate(world, training.lm, base.tokenizer, base.held_out, results, "before")
-        _write_results(directory, results, world)
+        evaluate(training, results, "before")
+        if world.main:
+            write_json(directory / "results.json", results)
 
     first = checkpoints.go_on(directory, checkpoint, training)
     if first:
         print(f"going on after step {first} of {total}")
-    _train(directory, fitted, base, training, first, total)
+    with logging.RunLog(directory, training, first) as run_log, loop.stop_after_step(world):
+        for row in loop.train(training, first):
+            run_log.log(row)
+            step, stopped = row["step"], world.sum(world.stopping)
+            if step < total and (stopped or step % settings.save_steps == 0):
+                saved = checkpoints.save_checkpoint(directory, step, training)
+                if stopped:
+                    raise Interrupted(f"stopped after step {step} of {total}; saved in {saved}")
+    checkpoints.save_checkpoint(directory, total, training)
+    with world.gathered(base.model):
+        if world.main:
+            save_with_record(base, directory)
 
-    evaluate(world, training.lm, base.tokenizer, base.held_out, results, "after")
+    evaluate(training, results, "after")
     results["weight_bytes_by_rank"] = held
     if world.held:
         results["held_bytes_by_rank"] = world.gather(world.held)
     results["peak_memory_bytes"] = max(world.gather(logging.peak_memory(base.device)))
     results["seconds"] = round(time.perf_counter() - started, 1)
-    _write_results(directory, results, world)
     if world.main:
+        write_json(directory / "results.json", results)
         rows = logging.Metrics(directory / "metrics.jsonl").rows()
         logging.draw_loss(rows, directory / "loss.png", f"{Path(settings.model).name}, {settings.method}")
     print(logging.summary(results, directory))
@@ -115,51 +145,3 @@ def finetune(settings: FinetuneSettings, world: World | None = None, checkpoint:
         raise loop.Diverged("the loss on held-out rows is not finite after the last step; a lower --learning-rate than "
                             f"{settings.learning_rate:g} is what most often helps")  # fmt: skip
     return results
-
-
-def _load(settings: FinetuneSettings, world: World) -> tuple[Base, int]:
-    """Base with new adapters and its rows, the same on all ranks, and the optimizer steps to do; prints the plan."""
-    with world.shared_errors():
-        logging.check_reporter(settings.report_to)
-        if world.local_rank == 0:
-            place = resolve(settings.model)
-            with one_line(f"--model {settings.model}"):
-                find(place)  # fetched once per machine
-    with world.shared_errors():
-        device = world.device(settings.device)
-        # FSDP and ZeRO-3 move part after part to the GPU, which need not hold the whole model at any moment.
-        base = load_base_and_rows(settings, device, "cpu" if world.cuts_weights else device)
-        add_adapters(base.model, settings)
-        total = loop.optimizer_steps(settings, len(base.examples), world.size)
-        print(logging.plan(settings, base, total))
-    marks = base.marks
-    world.check_equal({"base model (--model)": marks["base"][:12], "training data (--data)": marks["data"][:12]})
-    return base, total
-
-
-def _train(directory: Path, settings: FinetuneSettings, base: Base, training: loop.Training, first: int,
-           total: int) -> None:  # fmt: skip
-    """All steps after `first`, with checkpoints on the way; then what was trained is written."""
-    world = training.world
-
-    def save(step: int) -> Path:
-        return checkpoints.save_checkpoint(directory, step, training, settings.save_total_limit, base)
-
-    with (logging.RunLog(directory, first, total, settings, world.main) as run_log,
-          loop.stop_after_step(world) as stop):  # fmt: skip
-        for row in loop.train(training, base.examples, total, settings, first):
-            step = row["step"]
-            run_log.log(row)
-            if step % settings.save_steps == 0 and step < total:
-                save(step)
-            if world.sum(stop.wished or world.stopping) and step < total:
-                raise Interrupted(f"stopped after step {step} of {total}; saved in {save(step)}")
-    save(total)
-    with world.gathered(base.model):
-        if world.main:
-            save_with_record(base, directory)
-
-
-def _write_results(directory: Path, results: dict, world: World) -> None:
-    if world.main:
-        write_json(directory / "results.json", results)

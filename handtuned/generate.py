@@ -20,8 +20,8 @@ def add_arguments(parser) -> None:
 def run(args) -> int:
     if args.max_new_tokens < 1:
         raise ValueError(f"--max-new-tokens must be at least 1, got {args.max_new_tokens}")
-    if not 0 <= args.temperature < float("inf"):
-        raise ValueError(f"--temperature must be 0 or above, got {args.temperature}")
+    if args.temperature != 0 and not 1e-30 <= args.temperature < float("inf"):  # logits are divided by it in fp32
+        raise ValueError(f"--temperature must be 0, or finite and at least 1e-30, got {args.temperature}")
     if not 0 <= args.seed < 2**63:
         raise ValueError(f"--seed must be in [0, 2^63), got {args.seed}")
     prompts = args.prompt or [line.rstrip("\r\n") for line in sys.stdin if line.strip()]

@@ -12,7 +12,6 @@ import argparse
 import contextlib
 import dataclasses
 import gc
-import json
 import math
 import shlex
 import time
@@ -68,11 +67,12 @@ def run(args) -> int:
     if args.resume:
         if not record.exists():
             raise ValueError(f"--resume: {directory} holds no study (no tune.json)")
-        saved = json.loads(record.read_text(encoding="utf-8"))
+        saved = logging.read_json(record, "settings", "marks")
         settings = resumed("study", typed, saved, output_dir=str(directory))
-        if args.search not in (None, saved["search"]):
-            raise ValueError(f"--resume goes on with the study's own --search {' '.join(saved['search'])}")
-        args.search = saved["search"]
+        search = saved["marks"]["search"]
+        if args.search not in (None, search):
+            raise ValueError(f"--resume goes on with the study's own --search {' '.join(search)}")
+        args.search = search
     elif in_use(directory):
         raise ValueError(f"--output-dir {directory} is not empty; name a new one, or go on with --resume")
     try:
@@ -107,10 +107,10 @@ def tune(settings: FinetuneSettings, trials: int, minutes: float | None = None, 
     directory = Path(settings.output_dir)
     directory.mkdir(parents=True, exist_ok=True)
     plain = settings.to_json()
-    record = {"settings": plain, "paths": absolute(plain), "search": list(search), "versions": logging.versions(),
+    record = {"settings": plain, "paths": absolute(plain), "versions": logging.versions(),
               "marks": runner.base.marks | {"search": list(search)}}  # fmt: skip
     known = directory / "tune.json"
-    if known.exists() and changed_marks(json.loads(known.read_text(encoding="utf-8"))["marks"], record["marks"]):
+    if known.exists() and changed_marks(logging.read_json(known, "marks")["marks"], record["marks"]):
         raise ValueError(f"{directory}: base model, data or search are not what they were when this study began")
     write_json(known, record)
 
@@ -166,7 +166,7 @@ class Space:
 
     def __init__(self, settings: FinetuneSettings, search, model):
         target, rate = settings.target_modules, settings.learning_rate
-        self.search, self.rates = search, (rate / 10, rate * 10)
+        self.settings, self.search, self.rates = settings, search, (rate / 10, rate * 10)
         # lora_alpha is searched as a multiple of the rank: the scale of the update.
         self.start = {"lora_r": settings.lora_r, "lora_alpha": settings.lora_alpha / settings.lora_r,
                       "learning_rate": rate, "target_modules": target if isinstance(target, str) else ",".join(target),
@@ -179,16 +179,13 @@ class Space:
         }
         self.choices = {name: sorted({self.start[name], *values}) for name, values in around.items()}
 
-    def suggest(self, trial, settings: FinetuneSettings) -> FinetuneSettings:
+    def suggest(self, trial) -> FinetuneSettings:
         """The settings of a trial."""
-        picked = dict(self.start)
-        for name in self.search:
-            if name == "learning_rate":
-                picked[name] = trial.suggest_float(name, *self.rates, log=True)
-            else:
-                picked[name] = trial.suggest_categorical(name, self.choices[name])
+        picked = self.start | {
+            name: trial.suggest_float(name, *self.rates, log=True) if name == "learning_rate"
+            else trial.suggest_categorical(name, self.choices[name]) for name in self.search}  # fmt: skip
         picked["lora_alpha"] *= picked["lora_r"]
-        return dataclasses.replace(settings, **picked | {"target_modules": (picked["target_modules"],)})
+        return dataclasses.replace(self.settings, **picked | {"target_modules": (picked["target_modules"],)})
 
 
 def _fits(model, targets: str, settings: FinetuneSettings) -> bool:
@@ -205,7 +202,7 @@ class TrialRunner:
 
     def __init__(self, settings: FinetuneSettings, search):
         device = choose_device(settings.device)
-        self.settings, self.rungs = settings, sorted({max(1, settings.max_steps >> k) for k in range(4)})
+        self.rungs = sorted({max(1, settings.max_steps >> k) for k in range(4)})
         self.base = load_base_and_rows(settings, device, device)
         rows = self.base.held_out.examples
         if len(rows) < 2:
@@ -219,17 +216,14 @@ class TrialRunner:
     def run(self, trial) -> float:
         """One trial: its loss on the choosing rows. optuna.TrialPruned: it is stopped early; Diverged: it ran out of
         memory, its loss is not finite, or its settings do not go together."""
-        import optuna
-
-        settings, model = self.space.suggest(trial, self.settings), self.base.model
+        settings, model = self.space.suggest(trial), self.base.model
         trial.set_user_attr("settings", {name: getattr(settings, name) for name in SEARCHED})
         try:
             add_adapters(model, settings)
             training = loop.prepare(self.base, settings, settings.max_steps)
-            loss = self._train(trial, settings, training)
+            loss = self._train(trial, training)
             trial.set_user_attr("untouched", logging.finite(training.lm.score(self.untouched)))
-            finished = trial.study.get_trials(states=[optuna.trial.TrialState.COMPLETE])
-            if all(loss < other.value for other in finished):
+            if all(loss < other.value for other in trial.study.trials if other.state.name == "COMPLETE"):
                 save_with_record(self.base, Path(settings.output_dir) / "best")
             return loss
         except (ValueError, RuntimeError, MemoryError) as error:
@@ -244,15 +238,14 @@ class TrialRunner:
             if torch.cuda.is_available():
                 torch.cuda.empty_cache()
 
-    def _train(self, trial, settings: FinetuneSettings, training: loop.Training) -> float:
+    def _train(self, trial, training: loop.Training) -> float:
         """All steps, with the choosing rows scored at each rung; returns the last loss on them."""
         import optuna
         from tqdm import tqdm
 
         seconds, began = 0.0, time.perf_counter()
-        steps = loop.train(training, self.base.examples, settings.max_steps, settings)
-        with tqdm(steps, total=settings.max_steps, desc=f"trial {trial.number}", unit="step", dynamic_ncols=True,
-                  leave=False) as bar:  # fmt: skip
+        with tqdm(loop.train(training), total=training.total, desc=f"trial {trial.number}", unit="step",
+                  dynamic_ncols=True, leave=False) as bar:  # fmt: skip
             for row in bar:
                 seconds, step = seconds + time.perf_counter() - began, row["step"]
                 bar.set_postfix_str(f"loss {row['loss']:.4f}")
@@ -264,7 +257,7 @@ class TrialRunner:
                     trial.set_user_attr("exact_match", scores["exact_match"])
                     trial.set_user_attr("bytes", _states_bytes(training.optimizer))
                     trial.set_user_attr("seconds_a_step", seconds / step)
-                    spared = trial.user_attrs.get("first") or step == settings.max_steps
+                    spared = trial.user_attrs.get("first") or step == training.total
                     if not spared and trial.should_prune():
                         raise optuna.TrialPruned
                 began = time.perf_counter()

@@ -5,6 +5,7 @@ import os
 import socket
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -53,9 +54,17 @@ def test_the_failure_detector_finds_out_who_is_lost(monkeypatch):
     assert not failure.print_it, "the lowest rank that is left tells"
 
 
+def test_a_rank_alone_takes_the_gpu_that_is_named(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "set_device", lambda device: None)
+    assert World("ddp", store=torch.distributed.HashStore()).device("cuda:1") == torch.device("cuda:1")
+    assert World("ddp", local_rank=1, store=torch.distributed.HashStore()).device("cuda") == torch.device("cuda:1")
+
+
 def test_nothing_held_out():
     results = {}
-    evaluation.evaluate(World(), None, None, EncodedRows(), results, "before")
+    training = SimpleNamespace(lm=None, world=World(), base=SimpleNamespace(held_out=EncodedRows()))
+    evaluation.evaluate(training, results, "before")
     assert results == {"before": None, "answers": []}
 
 

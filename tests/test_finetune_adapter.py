@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 
@@ -186,10 +187,24 @@ def test_prompts_beyond_the_context(tmp_path, rows, capsys):
     assert "no room for an answer in the model's context of 64" in capsys.readouterr().err
 
 
-def test_generate_refuses_a_seed_out_of_range(finished, capsys):
-    for seed in ("-1", str(2**63)):
-        assert cli.main(["generate", "--adapter", str(finished), "--seed", seed, "w1"]) == 2
-        assert f"--seed must be in [0, 2^63), got {seed}" in capsys.readouterr().err
+@pytest.mark.parametrize("flag, value, message", [
+    ("--seed", "-1", "--seed must be in [0, 2^63), got -1"),
+    ("--seed", str(2**63), "--seed must be in [0, 2^63), got 9223372036854775808"),
+    ("--temperature", "nan", "--temperature must be 0, or finite and at least 1e-30, got nan"),
+    ("--temperature", "1e-40", "--temperature must be 0, or finite and at least 1e-30, got 1e-40"),
+])  # fmt: skip
+def test_generate_refuses_what_it_cannot_sample_by(finished, capsys, flag, value, message):
+    assert cli.main(["generate", "--adapter", str(finished), flag, value, "w1"]) == 2
+    assert message in capsys.readouterr().err
+    assert cli.main(["generate", "--adapter", str(finished), "--temperature", "1e-30", "w1"]) == 0
+
+
+def test_a_damaged_record_is_named(finished, tmp_path, capsys):
+    shutil.copytree(finished, tmp_path / "out")
+    for text in ("[]", '{"paths": 3}'):
+        (tmp_path / "out" / "handtuned.json").write_text(text)
+        assert cli.main(["generate", "--adapter", str(tmp_path / "out"), "w1"]) == 2
+        assert "handtuned.json is damaged: " in capsys.readouterr().err
 
 
 def test_generate_in_a_pipe(finished):

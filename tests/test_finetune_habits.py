@@ -51,18 +51,17 @@ def test_a_full_disk_is_an_error_of_the_system(tmp_path):
 
 
 def test_a_resumed_run_needs_no_room_for_the_checkpoints_that_lie_there(tmp_path, monkeypatch):
-    settings = {"save_total_limit": 2, "max_steps": 9, "num_train_epochs": 3.0, "model": "m", "data": None,
-                "eval_data": None, "init_adapter": None}  # fmt: skip
-    training, base = SimpleNamespace(world=World(), elements=1000), SimpleNamespace(marks={"base": "b"})
+    settings, base = FinetuneSettings(save_total_limit=2, max_steps=9), SimpleNamespace(marks={"base": "b"})
+    training = SimpleNamespace(world=World(), elements=1000, settings=settings, base=base)
     free = [0]
     monkeypatch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(0, 0, free[0]))
     for step, needed in ((4, 48_000), (8, 32_000), (9, 32_000)):
         (tmp_path / f"checkpoint-{step}").mkdir()
         free[0] = needed - 1
         with pytest.raises(ValueError, match="no disk space"):
-            checkpoints.begin(tmp_path, settings, base, training)
+            checkpoints.begin(tmp_path, training)
         free[0] = needed
-        assert checkpoints.begin(tmp_path, settings, base, training) == {}
+        assert checkpoints.begin(tmp_path, training) == {}
 
 
 def test_the_command_that_began_a_run_resumes_it():

@@ -99,11 +99,11 @@ FAULTS = {
 def test_a_trial_that_fails_is_told_and_not_tried_again(tune_flags, tmp_path, capsys, monkeypatch, error, why):
     whole, tried = loop.train, []
 
-    def train(training, examples, total, settings, *more):
-        tried.append(settings.lora_r)
-        if settings.lora_r >= 16:
+    def train(training):
+        tried.append(training.settings.lora_r)
+        if training.settings.lora_r >= 16:
             raise error
-        return whole(training, examples, total, settings, *more)
+        return whole(training)
 
     monkeypatch.setattr(loop, "train", train)
     words = ["--search", "lora-r", "--trials"]

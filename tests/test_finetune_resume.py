@@ -13,6 +13,7 @@ import finetuned
 import pytest
 import torch
 from finetuned import COMMON, finetune, losses
+from safetensors.torch import load_file, save
 from tiny import make_model, write_rows
 
 from handtuned import cli
@@ -88,6 +89,8 @@ def test_ctrl_c_saves_and_says_how_to_go_on(model_dir, rows, finished, tmp_path,
 def test_resume_refuses_other_settings_and_other_data(model_dir, rows, finished, tmp_path, capsys):
     assert cli.main(["finetune", "--resume", str(finished), "--lora-r", "4"]) == 2
     assert "--lora-r was 8, now 4" in capsys.readouterr().err
+    assert cli.main(["finetune", "--resume", str(finished), "--output-dir", str(tmp_path / "other")]) == 2
+    assert f"goes on in {finished}, and --output-dir names {tmp_path / 'other'}" in capsys.readouterr().err
     changed = tmp_path / "rows.jsonl"
     changed.write_text(Path(rows).read_text())
     out = tmp_path / "out"
@@ -162,6 +165,44 @@ def test_a_damaged_record_is_named(finished, tmp_path, capsys):
         (tmp_path / "run.json").write_text(text)
         assert cli.main(["finetune", "--resume", str(tmp_path)]) == 2
         assert f"{tmp_path / 'run.json'} is damaged" in capsys.readouterr().err
+
+
+def test_a_checkpoint_that_lacks_a_part_or_does_not_fit_is_named(finished, tmp_path, capsys):
+    newest = shutil.copytree(finished, tmp_path / "out") / "checkpoint-12"
+    other = load_file(newest / "optimizer.safetensors")
+    other["0.master"] = other["0.master"][:1].clone()  # which a copy would spread over all rows
+    for name, content in (("state.json", b"{}"), ("rng.safetensors", save({})), ("optimizer.safetensors", save(other))):
+        whole = (newest / name).read_bytes()
+        (newest / name).write_bytes(content)
+        assert cli.main(["finetune", "--resume", str(tmp_path / "out")]) == 2
+        assert "checkpoint-12 is not a whole checkpoint: " in capsys.readouterr().err
+        (newest / name).write_bytes(whole)
+    (tmp_path / "out" / "results.json").write_text("[]")
+    assert cli.main(["finetune", "--resume", str(tmp_path / "out")]) == 2
+    assert "results.json is damaged: " in capsys.readouterr().err
+
+
+def test_a_kill_while_a_checkpoint_is_deleted_leaves_no_part_of_it(tmp_path, monkeypatch):
+    from handtuned.training import checkpoints
+
+    def killed(path):
+        raise KeyboardInterrupt
+
+    (tmp_path / "checkpoint-4").mkdir()
+    monkeypatch.setattr(shutil, "rmtree", killed)
+    with pytest.raises(KeyboardInterrupt):
+        checkpoints._delete(tmp_path / "checkpoint-4")
+    assert checkpoints.checkpoints(tmp_path) == []
+
+
+def test_a_run_that_came_first_is_not_gone_on_with(model_dir, rows, finished, tmp_path, capsys, monkeypatch):
+    """Two took the same free directory, and the other was quicker to load."""
+    from handtuned import finetune as command
+
+    add, out = command.add_adapters, tmp_path / "out"
+    monkeypatch.setattr(command, "add_adapters", lambda *args: (add(*args), shutil.copytree(finished, out)))
+    assert finetune(model_dir, rows, out, "--max-steps", "12", "--weight-decay", "0.5") == 2
+    assert f"--output-dir {out} holds another run" in capsys.readouterr().err
 
 
 def cut_after(finished, out, step):

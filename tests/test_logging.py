@@ -4,8 +4,11 @@ import sys
 import types
 
 import pytest
+import torch
+from handtuned.nn import apply_lora_to_model, variants
 
-from handtuned.training.logging import Reporter, check_reporter, command_line
+from handtuned.training.logging import Reporter, check_reporter, command_line, plan
+from handtuned.training.settings import FinetuneSettings
 
 ROWS = [{"step": 1, "loss": 2.0, "learning_rate": 1e-3}, {"step": 2, "loss": 1.5, "learning_rate": 5e-4}]
 
@@ -65,6 +68,17 @@ def test_a_missing_library_is_named(kind, monkeypatch):
 def test_none_writes_nothing(tmp_path):
     report("none", tmp_path)
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("start, trainable", [(lambda model: None, 20), (variants.dora_init, 26),
+                                              (variants.pissa_init, 20)], ids=["LoRA", "DoRA", "PiSSA"])  # fmt: skip
+def test_the_plan_counts_the_model_without_its_adapters(start, trainable):
+    model = apply_lora_to_model(torch.nn.Sequential(torch.nn.Linear(4, 6, bias=False)), 2, 4.0, ["0"])
+    start(model)
+    base = types.SimpleNamespace(model=model, examples=[], held_out=types.SimpleNamespace(examples=[]),
+                                 device=torch.device("cpu"), dtype=torch.float32)  # fmt: skip
+    told = plan(FinetuneSettings(method="lora", learning_rate=1e-3), base, 1)
+    assert "smollm2: 24 parameters" in told and f"{trainable} parameters ({trainable / 0.24:.2f} %)" in told
 
 
 def test_the_command_under_torchrun(monkeypatch):

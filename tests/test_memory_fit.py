@@ -39,11 +39,11 @@ def run(model, data, budget, steps=2, **settings):
     base = load_base_and_rows(settings, torch.device("cpu"), "cpu")
     add_adapters(base.model, settings)
     training = loop.prepare(base, settings, steps)
-    fitted, plan = fit(settings, base, training, steps, Path("nowhere"))
+    training.settings, plan = fit(settings, base, training, steps, Path("nowhere"))
     tensors = [*base.model.parameters(), *base.model.buffers()]
     there = sum({id(t.untyped_storage()): t.untyped_storage().nbytes() for t in tensors}.values())
     with LiveMemory(scan=False) as memory:
-        list(loop.train(training, base.examples, steps, fitted))
+        list(loop.train(training))
     return there + memory.peak_added, plan
 
 

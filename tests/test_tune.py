@@ -115,6 +115,15 @@ def test_the_front():
     assert [found["number"] for found in reports.pareto_front(rows, "bytes")] == [2, 0, 4]
 
 
+def test_the_command_for_a_whole_run_has_the_numbers_of_the_study():
+    settings = FinetuneSettings(eval_fraction=0.123456, learning_rate=1.23456e-4)
+    row = {"number": 0, "state": "complete", "loss": 1.0, "exact_match": 0.0, "bytes": 1, "seconds_a_step": 1.0,
+           "untouched": {"loss": None, "exact_match": 0.0},  # it was not finite
+           "settings": {name: getattr(settings, name) for name in reports.SEARCHED}}  # fmt: skip
+    table = reports.table({"best": row, "first": row, "trials": [row]}, settings, Path("a"))
+    assert "--eval-fraction 0.123456" in table and "--learning-rate 0.000123456" in table and "nan 0.0%" in table
+
+
 def test_targets_are_those_that_the_model_has():
     import torch
 
@@ -180,3 +189,6 @@ def test_directories(base, tmp_path, capsys):
     assert "is not empty" in capsys.readouterr().err
     assert main(["tune", *base, "--output-dir", str(tmp_path / "none"), "--resume"]) == 2
     assert "holds no study" in capsys.readouterr().err
+    (tmp_path / "full" / "tune.json").write_text("{}")
+    assert main(["tune", *base, "--output-dir", str(tmp_path / "full"), "--resume"]) == 2
+    assert "tune.json is damaged: KeyError: 'settings'" in capsys.readouterr().err

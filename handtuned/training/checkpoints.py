@@ -1,5 +1,6 @@
 """A run's directory, and the `checkpoint-N` in it: all that a run needs to go on as if it had never stopped.
 
+    run.json                                           of the run: command, settings, versions, marks of base and data
     adapter_model.safetensors, adapter_config.json     the adapter (PEFT's format); or, trained whole, the model
     handtuned.json                                     the base that it belongs to, and how that was loaded
     optimizer.safetensors                              AdamW's moments, and what it steps: "master", in FP32
@@ -11,9 +12,9 @@ renamed, so a `checkpoint-N` that exists is whole. All tensors in it are whole t
 reads it.
 """
 
-import json
 import math
 import os
+import platform
 import re
 import shutil
 from pathlib import Path
@@ -28,13 +29,13 @@ from ..nn.inject import lora_layers
 from ..nn.parameters import file_prefixes
 from ..nn.peft_rules import old_names
 from . import logging
-from .models import Base
 from .saving import save_with_record
-from .settings import FinetuneSettings, next_output_dir, resumed
+from .settings import FinetuneSettings, absolute, next_output_dir, resumed
 from .world import World
 
 # Variables that hold torch's libraries down to fewer instructions or other sums than the processor has.
 INSTRUCTION_LIMITS = ("MKL_CBWR", "MKL_ENABLE_INSTRUCTIONS", "ONEDNN_MAX_CPU_ISA")
+ANOTHER_RUN = "--output-dir {} holds another run; name a new one, or go on with --resume"
 
 
 def settings_and_checkpoint(resume: str | None, typed: dict, fresh: FinetuneSettings,
@@ -54,20 +55,22 @@ def settings_and_checkpoint(resume: str | None, typed: dict, fresh: FinetuneSett
     directory, checkpoint = Path(resume or fresh.output_dir or next_output_dir()), None
     if resume is not None and directory in checkpoints(directory.parent):
         directory, checkpoint = directory.parent, directory
+    if resume and fresh.output_dir and os.path.realpath(fresh.output_dir) != os.path.realpath(directory):
+        raise ValueError(f"--resume goes on in {directory}, and --output-dir names {fresh.output_dir}")
     if resume is None or not (directory / "run.json").exists():
         if resume or (resume == "" and in_use(directory)):
             raise ValueError(f"--resume: {directory} holds no run (no run.json)")
         if directory.is_file():
             raise ValueError(f"--output-dir {directory} is a file; name a directory")
         if in_use(directory):
-            raise ValueError(f"--output-dir {directory} holds another run; name a new one, or go on with --resume")
+            raise ValueError(ANOTHER_RUN.format(directory))
         if resume == "":
             print(f"nothing to resume in {directory}: starting afresh")
         fresh.output_dir = str(directory)
         return fresh, None
-    run = _read(directory)
-    counted = "max_steps" if run["settings"]["max_steps"] else "num_train_epochs"
-    more = {counted: typed[counted]} if typed.get(counted, 0) > (run["settings"][counted] or math.inf) else {}
+    run = logging.read_json(directory / "run.json", "settings", "marks")
+    counted = "max_steps" if run["settings"].get("max_steps") else "num_train_epochs"
+    more = {counted: typed[counted]} if typed.get(counted, 0) > (run["settings"].get(counted) or math.inf) else {}
     settings = resumed("run", typed, run, output_dir=str(directory),
                        parallel=fresh.parallel, offload=fresh.offload, **more)  # fmt: skip
     micro = settings.per_device_train_batch_size
@@ -79,12 +82,16 @@ def settings_and_checkpoint(resume: str | None, typed: dict, fresh: FinetuneSett
     return settings, checkpoint
 
 
-def begin(directory: Path, settings: dict, base: Base, training) -> dict:
-    """Make the directory of a run, with `run.json`; or check that this run began with the same base model and data.
+def begin(directory: Path, training, new: bool = False) -> dict:
+    """Make the directory of a run, with `run.json`; or check that this run began with the same base model and data,
+    and note there that it shall be longer, so that it goes on to the new end after the next kill, too.
+
+    `new`: the directory was free when this run began to load; another may have come first meanwhile.
 
     Gives the results that it holds so far.
     """
-    world, path = training.world, directory / "results.json"
+    world, settings, results = training.world, training.settings.to_json(), {}
+    record, scored = directory / "run.json", directory / "results.json"
     with world.shared_errors():
         if world.main:
             place = next(place for place in (directory.absolute(), *directory.absolute().parents) if place.exists())
@@ -95,20 +102,30 @@ def begin(directory: Path, settings: dict, base: Base, training) -> dict:
             if free < needed:
                 raise ValueError(f"no disk space for {directory}: {free / 1e6:.0f} MB free, {needed / 1e6:.0f} MB "
                                  "needed")  # fmt: skip
+            if new and in_use(directory):
+                raise ValueError(ANOTHER_RUN.format(directory))
             directory.mkdir(parents=True, exist_ok=True)
             for left in directory.glob(".*.tmp"):  # by a process that was killed in the middle of writing
                 shutil.rmtree(left) if left.is_dir() else left.unlink()
-            marks = base.marks | {"ranks": world.size}
-            if (directory / "run.json").exists():
-                _check_marks(directory, settings["model"], marks)
-                _lengthen(directory / "run.json", {name: settings[name] for name in ("max_steps", "num_train_epochs")})
+            marks = training.base.marks | {"ranks": world.size}
+            if record.exists():
+                run = logging.read_json(record, "settings", "marks")
+                _check_marks(directory, settings["model"], run["marks"], marks)
+                longer = run["settings"] | {name: settings[name] for name in ("max_steps", "num_train_epochs")}
+                if run["settings"] != longer:
+                    print("longer than before: from here on the learning rate is that of a run of the new length")
+                    commands = [*run.get("lengthened", ()), logging.command_line()]
+                    write_json(record, run | {"settings": longer, "lengthened": commands})
             else:
-                logging.write_run(directory, settings, marks)
-    return world.broadcast(json.loads(path.read_text(encoding="utf-8")) if world.main and path.exists() else {})
+                write_json(record, {
+                    "command": logging.command_line(), "settings": settings, "paths": absolute(settings),
+                    "versions": logging.versions(), "machine": f"{platform.system()} {platform.machine()}",
+                    "marks": marks})  # fmt: skip
+            results = logging.read_json(scored) if scored.exists() else {}
+    return world.broadcast(results)
 
 
-def _check_marks(directory: Path, model: str, marks: dict[str, str | int]) -> None:
-    known = _read(directory)["marks"]
+def _check_marks(directory: Path, model: str, known: dict, marks: dict[str, str | int]) -> None:
     what = {"base": f"base model ({model})", "data": "training data", "held_out": "held-out data",
             "adapter": "adapter of --init-adapter"}  # fmt: skip
     earlier = "" if "held_out" in known else ", or was read otherwise by an earlier version"
@@ -117,15 +134,6 @@ def _check_marks(directory: Path, model: str, marks: dict[str, str | int]) -> No
         raise ValueError(f"{directory}: the {what[name]} is not what it was when this run began{earlier}")
     if known["base"] != marks["base"]:
         print("the scales of the 4-bit base are rounded differently than when this run began")
-
-
-def _lengthen(path: Path, length: dict[str, float | None]) -> None:
-    """Note in `run.json` that the run shall be longer, so that it goes on to the new end after the next kill, too."""
-    run = json.loads(path.read_text(encoding="utf-8"))
-    if run["settings"] != (settings := run["settings"] | length):
-        print("longer than before: from here on the learning rate is that of a run of the new length")
-        commands = [*run.get("lengthened", ()), logging.command_line()]
-        write_json(path, run | {"settings": settings, "lengthened": commands})
 
 
 def changed_marks(before: dict, now: dict) -> list[str]:
@@ -148,17 +156,15 @@ def go_on(directory: Path, checkpoint: Path | None, training) -> int:
         first = load_checkpoint(checkpoint or saved[-1], training)
     for path in saved if training.world.main else ():
         if _step(path) > first:
-            shutil.rmtree(path)
+            _delete(path)
     return first
 
 
-def _read(directory: Path) -> dict:
-    path = directory / "run.json"
-    try:
-        run = json.loads(path.read_text(encoding="utf-8"))
-        return {"settings": {**run["settings"]}, "marks": {**run["marks"]}, "paths": {**run.get("paths", {})}}
-    except (ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"{path} is damaged: {type(error).__name__}: {error}") from None
+def _delete(checkpoint: Path) -> None:
+    """First it loses its name: a kill must not leave a part of it there."""
+    left = checkpoint.with_name(f".{checkpoint.name}.tmp")
+    os.replace(checkpoint, left)
+    shutil.rmtree(left)
 
 
 def checkpoints(directory: Path) -> list[Path]:
@@ -171,9 +177,9 @@ def _step(checkpoint: Path) -> int:
     return int(checkpoint.name.rsplit("-", 1)[1])
 
 
-def save_checkpoint(directory: Path, step: int, training, keep: int, base: Base) -> Path:
-    """Write `checkpoint-<step>` of a `loop.Training` of the base's model and delete all but the newest `keep`. All
-    ranks call it, the main one writes."""
+def save_checkpoint(directory: Path, step: int, training) -> Path:
+    """Write `checkpoint-<step>` of a `loop.Training` and delete all but the newest `save_total_limit`. All ranks call
+    it, the main one writes."""
     model, world, path = training.lm.model, training.world, directory / f"checkpoint-{step}"
     state, moments = training.optimizer.state_dict(), {}
     for index, (tensor, parameter) in enumerate(_trained(training)):
@@ -184,17 +190,18 @@ def save_checkpoint(directory: Path, step: int, training, keep: int, base: Base)
     with world.gathered(model):
         if world.main and not path.exists():
             with whole_directory(path) as temporary:
-                save_with_record(base, temporary)
+                save_with_record(training.base, temporary)
                 write_safetensors(temporary / "optimizer.safetensors", moments)
                 write_safetensors(temporary / "rng.safetensors", _generators(world))
                 write_json(temporary / "state.json", {
                     "step": step, "param_groups": state["param_groups"], "schedule": training.schedule.state_dict(),
                     "scaler": training.scaler.state_dict(), "machine": machine(training.lm.device)})  # fmt: skip
-    for old in checkpoints(directory)[:-keep] if world.main else ():
-        shutil.rmtree(old)
+    for old in checkpoints(directory)[: -training.settings.save_total_limit] if world.main else ():
+        _delete(old)
     return path
 
 
+@torch.no_grad()
 def load_checkpoint(path: Path, training) -> int:
     """Put a `loop.Training` back to where `path` was written; returns the number of optimizer steps done.
 
@@ -205,45 +212,49 @@ def load_checkpoint(path: Path, training) -> int:
     from safetensors import SafetensorError
     from safetensors.torch import load_file
 
-    world = training.world
+    world, schedule = training.world, training.schedule
     try:
-        progress = json.loads((path / "state.json").read_text(encoding="utf-8"))
+        progress = logging.read_json(path / "state.json", "schedule", "scaler")
         moments, generators = (load_file(path / f"{name}.safetensors") for name in ("optimizer", "rng"))
         trained = [(*both, moments.pop(f"{i}.master")) for i, both in enumerate(_trained(training))]
-        layers = [*lora_layers(training.lm.model)]
+        state: dict[int, dict] = {}
+        for name, value in moments.items():
+            index, key = name.split(".", 1)
+            state.setdefault(int(index), {})[key] = world.part(key, value, trained[int(index)][1])
+        layers = dict(lora_layers(training.lm.model))
         saved = read_adapter_tensors(path).layers if layers else {}
-        prefixes = file_prefixes(training.lm.model, dict(layers))
+        prefixes = file_prefixes(training.lm.model, layers)
         for name, old in old_names(training.lm.model, prefixes.values()).items():  # by which PEFT finds them
             saved[name] = saved.get(name) or saved[old]
-    except (OSError, ValueError, KeyError, SafetensorError) as error:
-        raise ValueError(f"{path} is not a whole checkpoint: {error}") from error
-    state: dict[int, dict] = {}
-    for name, value in moments.items():
-        index, key = name.split(".", 1)
-        state.setdefault(int(index), {})[key] = world.part(key, value, trained[int(index)][1])
-    with torch.no_grad():  # into the tensors that the optimizer holds, the parameters, and what is not trained of LoRA
-        for tensor, parameter, master in trained:
-            tensor.copy_(world.part("master", master, parameter))
+        # Into the tensors that the optimizer holds, the parameters, and what is not trained of LoRA.
+        for name, (tensor, parameter, master) in zip(training.names, trained, strict=True):
+            part = world.part("master", master, parameter)
+            if part.shape != tensor.shape:
+                raise ValueError(f"{name} must have the shape {tuple(tensor.shape)}, got {tuple(part.shape)}")
+            tensor.copy_(part)
             world.load(parameter, master)
-        for name, layer in layers:
+        for name, layer in layers.items():
             for own, value in layer.parts(saved[prefixes[name]]).items():
                 if not getattr(layer, own).requires_grad:
                     world.load(getattr(layer, own), value)
-    training.optimizer.load_state_dict({"state": state, "param_groups": progress["param_groups"]})
-    schedule, at = training.schedule, progress["schedule"]["last_epoch"]
-    rates = [peak * share(at) for peak, share in zip(schedule.base_lrs, schedule.lr_lambdas, strict=True)]
-    length = {"lr_lambdas": schedule.state_dict()["lr_lambdas"], "_last_lr": rates}  # the run's, not the checkpoint's
-    schedule.load_state_dict(progress["schedule"] | length)
-    training.scaler.load_state_dict(progress["scaler"])
-    torch.set_rng_state(generators["cpu"])
-    for name in _generators(world).keys() & generators.keys() - {"cpu"}:
-        torch.cuda.set_rng_state(generators[name], int(name.removeprefix("cuda")))
+        training.optimizer.load_state_dict({"state": state, "param_groups": progress["param_groups"]})
+        step, at = progress["step"], progress["schedule"]["last_epoch"]
+        rates = [peak * share(at) for peak, share in zip(schedule.base_lrs, schedule.lr_lambdas, strict=True)]
+        # The run's length, not the checkpoint's.
+        length = {"lr_lambdas": schedule.state_dict()["lr_lambdas"], "_last_lr": rates}
+        schedule.load_state_dict(progress["schedule"] | length)
+        training.scaler.load_state_dict(progress["scaler"])
+        torch.set_rng_state(generators["cpu"])
+        for name in _generators(world).keys() & generators.keys() - {"cpu"}:
+            torch.cuda.set_rng_state(generators[name], int(name.removeprefix("cuda")))
+    except (OSError, ValueError, LookupError, SafetensorError) as error:
+        raise ValueError(f"{path} is not a whole checkpoint: {error}") from error
     here = machine(training.lm.device)
     before = progress.get("machine", here)  # version 0.1.0 did not record it
     changed = [f"{name} was {before.get(name)}, now {now}" for name, now in here.items() if before.get(name) != now]
     if changed:
         print(f"not bit-equal from here on to a run that was never stopped: {'; '.join(changed)}")
-    return progress["step"]
+    return step
 
 
 def _trained(training) -> list[tuple[torch.Tensor, torch.Tensor]]:

@@ -36,6 +36,7 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.nn.parallel import DistributedDataParallel
 
+from ..nn.checkpoint_layers import repeated_layers
 from ..nn.inject import lora_layers, lora_parameters
 from ..optim import ZeroOptimizer
 from ..optim.zero_state import cut_entry, gather_entry
@@ -128,8 +129,8 @@ class ZeroWorld(World):
 
     @contextlib.contextmanager
     def gathered(self, model):
-        empty, frozen = {}, {parameter for parameter in lora_parameters(model) if not parameter.requires_grad}
-        shards = self.wrapped.trained + [shard for shard in self.wrapped.shards if shard.param in frozen]
+        empty, own = {}, {*lora_parameters(model)}
+        shards = [shard for shard in self.wrapped.shards if shard.param.requires_grad or shard.param in own]
         for shard in shards if self.cuts_weights else ():
             flat = next(self.wrapped.group.gather_whole([shard.owned], [shard.numel]))
             empty[shard] = shard.param.data
@@ -153,8 +154,10 @@ class FSDPWorld(World):
         groups = [group | {"params": [names[parameter] for parameter in group["params"]]} for group in groups]
         mesh = init_device_mesh(device.type, (self.size,))
         try:
-            for block in blocks(model):
-                fully_shard(block.to(device), mesh=mesh)
+            adapted = {layer for _, layer in lora_layers(model)}
+            for block in repeated_layers(model).values():
+                if not adapted.isdisjoint(block.modules()):
+                    fully_shard(block.to(device), mesh=mesh)
             self.wrapped = fully_shard(_Wrapped(model), mesh=mesh)
         except RuntimeError as error:
             if "floating point dtype" not in str(error):
@@ -263,12 +266,3 @@ def start(mode: str, device: str) -> Iterator[World]:
         world.wrapped = None
         gc.collect()
         dist.destroy_process_group()
-
-
-def blocks(model: nn.Module) -> list[nn.Module]:
-    """What is gathered at a time: the elements of every list of layers that hold adapters."""
-    with_adapter = {id(layer) for _, layer in lora_layers(model)}
-    found = [block for module in model.modules() if isinstance(module, nn.ModuleList) for block in module]
-    inside = {id(part) for block in found for part in list(block.modules())[1:]}
-    outer = [block for block in found if id(block) not in inside]
-    return [block for block in outer if any(id(part) in with_adapter for part in block.modules())]

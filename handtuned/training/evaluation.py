@@ -13,6 +13,7 @@ from .formats import as_text
 from .logging import finite
 
 SHOWN_PROMPTS = 3
+ROWS = 8  # in one forward pass without gradients
 LARGE = 256.0  # a logit that no soft cap lets pass
 
 
@@ -104,14 +105,14 @@ class CausalLM:
         hidden = self._body(**inputs)[:, :-1]
         return self.head_loss(hidden, target, loss_scale=self.loss_scale, found_inf=self.found_inf)
 
-    def sums(self, examples: list[data.Example], bar=None, batch_size: int = 8) -> list[float]:
+    def sums(self, examples: list[data.Example], bar=None) -> list[float]:
         """[loss, answer tokens, right tokens, right rows, rows], summed over examples; what `rates` divides. Rows of
-        like length go together, `batch_size` in one forward pass; a progress `bar` is advanced by rows."""
+        like length go together, `ROWS` in one forward pass; a progress `bar` is advanced by rows."""
         by_length = sorted(examples, key=lambda example: len(example.input_ids))
         totals = [0, 0, 0, 0, len(examples)]
-        for at in range(0, len(by_length), batch_size):
+        for at in range(0, len(by_length), ROWS):
             # any token may fill short rows: nothing looks at it
-            batch = data.collate(by_length[at : at + batch_size], pad_id=0, device=self.device)
+            batch = data.collate(by_length[at : at + ROWS], pad_id=0, device=self.device)
             target = batch["labels"][:, 1:]
             kept = target != IGNORE_INDEX
             with evaluating(self.model):
@@ -177,11 +178,22 @@ def end_tokens(model, tokenizer) -> list[int] | None:
     return sorted(found) or None
 
 
-def evaluate(world, lm: CausalLM, tokenizer, held_out: data.EncodedRows, results: dict, when: str) -> None:
-    """Score the held-out rows and answer the first of them, `when` "before" or "after" training. `results` gets
-    `when`: scores or None, and in "answers" one dict per prompt with `when`: the model's answer."""
-    scores = score(world, lm, held_out.examples, f"held-out, {when:6}")
-    results[when] = scores and finite(scores)
+def evaluate(training, results: dict, when: str) -> None:
+    """Score the held-out rows of a `loop.Training` and answer the first of them, `when` "before" or "after" it.
+    `results` gets `when`: scores or None, and in "answers" one dict per prompt with `when`: the model's answer."""
+    from tqdm import tqdm
+
+    lm, world, held_out = training.lm, training.world, training.base.held_out
+    if not held_out.examples:
+        results.update({when: None, "answers": []})
+        return
+    mine, extra, counted = share_out(held_out.examples, world.rank, world.size)
+    with tqdm(total=len(mine), desc=f"held-out, {when:6}", unit="row", dynamic_ncols=True, leave=False) as bar:
+        totals = world.evaluate(lambda: lm.sums(mine, bar)) if mine else [0] * 5
+    if extra:
+        more = world.evaluate(lambda: lm.sums(extra))
+        totals = [total + counted * value for total, value in zip(totals, more, strict=True)]
+    results[when] = finite(rates(*map(world.sum, totals)))
     whole = (chat for chat, example in zip(held_out.rows, held_out.examples, strict=True)
              if not example.cut and len(chat) > 1)  # fmt: skip
     shown = list(itertools.islice(whole, SHOWN_PROMPTS))
@@ -191,24 +203,9 @@ def evaluate(world, lm: CausalLM, tokenizer, held_out: data.EncodedRows, results
         # Ranks that share a model must make the same forward passes, even where one has answered already.
         in_step = {"synced_gpus": True} if world.cuts_weights and world.size > 1 else {}
         prompts = [chat[:-1] for chat in shown]
-        written = world.evaluate(lambda: generate(lm.model, tokenizer, prompts, **in_step))
+        written = world.evaluate(lambda: generate(lm.model, training.base.tokenizer, prompts, **in_step))
         for entry, answer in zip(answers, written, strict=True):
             entry[when] = answer
-
-
-def score(world, lm: CausalLM, held_out: list[data.Example], what: str) -> dict | None:
-    """`rates` of the held-out rows, each run on one rank, behind a bar; None when there are none."""
-    from tqdm import tqdm
-
-    if not held_out:
-        return None
-    mine, extra, counted = share_out(held_out, world.rank, world.size)
-    with tqdm(total=len(mine), desc=what, unit="row", dynamic_ncols=True, leave=False) as bar:
-        totals = world.evaluate(lambda: lm.sums(mine, bar)) if mine else [0] * 5
-    if extra:
-        more = world.evaluate(lambda: lm.sums(extra))
-        totals = [total + counted * value for total, value in zip(totals, more, strict=True)]
-    return rates(*map(world.sum, totals))
 
 
 def share_out(rows: list, rank: int, size: int) -> tuple[list, list, bool]:

@@ -37,22 +37,27 @@ def load_base(model: str, method: str = "lora", dtype: torch.dtype = torch.float
     """
     from transformers import AutoTokenizer
 
-    place = resolve(model)
-    with one_line(f"--model {model}"):
-        source = find(place)
+    source = locate(model)
     told = {"trust_remote_code": trust_remote_code}
     if source.weights[0].suffix == ".gguf":
         told["gguf_file"] = source.weights[0].name
     with one_line(f"--model {model}, tokenizer"):
         tokenizer = AutoTokenizer.from_pretrained(source.directory, **told)
     with one_line(f"--model {model}"):
-        skip = ("lm_head", *skip)
-        loaded = _read(source, method == "qlora", dtype, device, skip, told, requantize).requires_grad_(False)
-        if method == "qlora":
+        skip = ("lm_head", *skip) if method == "qlora" else None
+        loaded = _read(source, skip, dtype, device, told, requantize).requires_grad_(False)
+        if skip:
             quantize_model(loaded, (*skip, *left_dense(loaded, source)))  # leaves alone what is quantized already
         # To the tokens of a GGUF file transformers adds its own.
         _check(loaded, {} if "gguf_file" in told else tokenizer.get_vocab())
     return loaded.to(device).eval(), tokenizer
+
+
+def locate(model: str) -> Source:
+    """The files of a base model, fetched where they are not there. ValueError: as `load_base`."""
+    place = resolve(model)
+    with one_line(f"--model {model}"):
+        return find(place)
 
 
 @contextlib.contextmanager
@@ -99,24 +104,23 @@ def auto_class(config) -> str:
     return "AutoModelForImageTextToText" if whole and named == whole else "AutoModelForCausalLM"
 
 
-def _read(source: Source, quantize: bool, dtype: torch.dtype, device, skip, told: dict,
+def _read(source: Source, skip: tuple[str, ...] | None, dtype: torch.dtype, device, told: dict,
           requantize: bool) -> torch.nn.Module:  # fmt: skip
-    """The model with all that the files hold, and nothing else."""
+    """The model with all that the files hold, and nothing else; in NF4 but for those to `skip`, None: as it is."""
     import transformers
 
     config = transformers.AutoConfig.from_pretrained(source.directory, **told)
-    kind, quantized = getattr(transformers, auto_class(config)), source.quantized
+    kind, quantized, model = getattr(transformers, auto_class(config)), source.quantized, None
     in_nf4 = quantized.get("load_in_4bit") and quantized.get("bnb_4bit_quant_type") == "nf4"
-    if requantize and quantized.get("quant_method") != "mxfp4":
-        raise ValueError("--requantize is for experts in MXFP4, and the files hold none")
-    model, more = None, {"dtype": dtype, "output_loading_info": True, "ignore_mismatched_sizes": True, **told}
     in_mxfp4, of_shards = quantized.get("quant_method") == "mxfp4", source.weights[0].suffix == ".safetensors"
-    if in_mxfp4 or (quantize and (in_nf4 or not quantized) and of_shards):
-        skip = skip if quantize else None
+    if requantize and not in_mxfp4:
+        raise ValueError("--requantize is for experts in MXFP4, and the files hold none")
+    if in_mxfp4 or (skip and (in_nf4 or not quantized) and of_shards):
         model = _read_in_shards(source, kind, config, dtype, device, skip, told["trust_remote_code"], requantize)
-        if model is not None and not quantize:
+        if model is not None and not skip:
             dequantize_experts(model, dtype)
     if model is None:
+        more = {"dtype": dtype, "output_loading_info": True, "ignore_mismatched_sizes": True, **told}
         if "gguf_file" not in told:
             more["config"] = config
         elif hasattr(transformers, "GgufConfig"):
@@ -127,8 +131,8 @@ def _read(source: Source, quantize: bool, dtype: torch.dtype, device, skip, told
         wrong = {what: [name if isinstance(name, str) else name[0] for name in found[f"{what}_keys"]]
                  for what in ("missing", "unexpected", "mismatched")}  # fmt: skip
         if any(wrong.values()):
-            raise ValueError("the files must hold the model's tensors, and no others: "
-                             + "; ".join(f"{what}: {listed(names)}" for what, names in wrong.items() if names))
+            lists = "; ".join(f"{what}: {listed(names)}" for what, names in wrong.items() if names)
+            raise ValueError(f"the files must hold the model's tensors, and no others: {lists}")
         if hasattr(model, "hf_quantizer"):
             model = model.dequantize(dtype)
         if quantized:
@@ -169,14 +173,11 @@ def other_parts(model: torch.nn.Module) -> list[str]:
     config = getattr(model, "config", None)
     if config is None or config.get_text_config() is config:
         return []
-    text = model.get_decoder()
-    steps = next((path for path, module in model.named_modules() if module is text), "").split(".")
-    parts = []
-    for depth, step in enumerate(steps):
-        above = ".".join(steps[:depth])
-        beside = [name for name, _ in model.get_submodule(above).named_children() if name != step]
-        parts += [f"{above}.{name}".lstrip(".") for name in beside]
-    return [part for part in parts if model.get_submodule(part) is not model.get_output_embeddings()]
+    text, head = model.get_decoder(), model.get_output_embeddings()
+    around = [path for path, module in model.named_modules() if module is not text and text in module.modules()]
+    parts = {f"{path}.{name}".lstrip("."): part for path in around
+             for name, part in model.get_submodule(path).named_children()}  # fmt: skip
+    return [path for path, part in parts.items() if part is not head and text not in part.modules()]
 
 
 def _check(model: torch.nn.Module, vocabulary: dict[str, int]) -> None:

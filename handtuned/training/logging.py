@@ -17,10 +17,10 @@ import torch
 
 from .. import __version__
 from ..nn import LoRALinear
-from ..nn.files import whole_file, write_json
+from ..nn.files import whole_file
 from ..quant import quantization_summary
 from .loading import one_line
-from .settings import FinetuneSettings, absolute
+from .settings import FinetuneSettings
 
 PACKAGES = ("torch", "triton", "transformers", "tokenizers", "safetensors", "numpy")
 
@@ -59,6 +59,17 @@ def command_line() -> str:
 def finite(numbers: dict) -> dict:
     """The same for JSON, which holds no NaN: None for what is not finite."""
     return {name: value if math.isfinite(value) else None for name, value in numbers.items()}
+
+
+def read_json(path: Path, *objects: str) -> dict:
+    """The object in a file that a run has left, which must hold these `objects`. ValueError: the file is damaged."""
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+        for part in (found, found.get("paths", {}), *(found[name] for name in objects)):
+            part.keys()
+    except (ValueError, KeyError, AttributeError) as error:
+        raise ValueError(f"{path} is damaged: {type(error).__name__}: {error}") from None
+    return found
 
 
 class Metrics:
@@ -138,13 +149,6 @@ class Reporter:
         self._write({f"train/{key}": value for key, value in row.items() if key != "step"}, step=row["step"])
 
 
-def write_run(directory: Path, settings: dict, marks: dict[str, str]) -> None:
-    """`run.json`: the exact command, all settings, versions, and the marks of base model and data."""
-    machine = f"{platform.system()} {platform.machine()}"
-    write_json(directory / "run.json", {"command": command_line(), "settings": settings, "paths": absolute(settings),
-                                        "versions": versions(), "machine": machine, "marks": marks})  # fmt: skip
-
-
 def megabytes(count: float) -> str:
     return f"{count / 1e6:,.1f} MB"
 
@@ -152,11 +156,11 @@ def megabytes(count: float) -> str:
 def plan(settings: FinetuneSettings, base, total: int) -> str:
     """The run in a few lines: parameters, bytes before and after quantization, data, steps (`models.Base`)."""
     trainable = sum(p.numel() for p in base.model.parameters() if p.requires_grad)
-    layers = sum(isinstance(module, LoRALinear) for module in base.model.modules())
-    kept = [row for row in quantization_summary(base.model).rows if row.kind != "LoRALinear"]
+    adapters = [type(module).__name__ for module in base.model.modules() if isinstance(module, LoRALinear)]
+    kept = [row for row in quantization_summary(base.model).rows if row.kind not in adapters]
     parameters = sum(row.parameters for row in kept)
     before, after = megabytes(sum(row.bytes_before for row in kept)), megabytes(sum(row.bytes_after for row in kept))
-    what = f"{settings.adapter()} on {layers} layers"
+    what = f"{settings.adapter()} on {len(adapters)} layers"
     if settings.method == "full":
         what = "all of the model" + (", with fp32 masters" if base.dtype.itemsize == 2 else "")
     threads = f", {torch.get_num_threads()} threads" if base.device.type == "cpu" else ""
@@ -169,22 +173,22 @@ def plan(settings: FinetuneSettings, base, total: int) -> str:
         f"{settings.gradient_accumulation_steps}, learning rate {settings.learning_rate:g}",
         f"on           {base.device}{threads}, computing in {str(base.dtype).removeprefix('torch.')}",
         f"into         {settings.output_dir}",
-    ])
+    ])  # fmt: skip
 
 
 class RunLog:
-    """Follows a run step by step from `first`, the optimizer steps done already: a bar, and on the main rank
-    metrics.jsonl and `--report-to`."""
+    """Follows a `loop.Training` step by step from `first`, the optimizer steps done already: a bar, and on the main
+    rank metrics.jsonl and `--report-to`."""
 
-    def __init__(self, directory: Path, first: int, total: int, settings: FinetuneSettings, main: bool):
+    def __init__(self, directory: Path, training, first: int):
         from tqdm import tqdm
 
-        self.main, self.total, self.every = main, total, settings.logging_steps
-        self.metrics = Metrics(directory / "metrics.jsonl")
-        if main:
+        settings, self.main, self.total = training.settings, training.world.main, training.total
+        self.metrics, self.every = Metrics(directory / "metrics.jsonl"), settings.logging_steps
+        if self.main:
             self.metrics.keep_until(first)
-        self.reporter = Reporter(settings.report_to if main else "none", directory, settings.to_json())
-        self.bar = tqdm(total=total, initial=first, desc="training", unit="step", dynamic_ncols=True)
+        self.reporter = Reporter(settings.report_to if self.main else "none", directory, settings.to_json())
+        self.bar = tqdm(total=self.total, initial=first, desc="training", unit="step", dynamic_ncols=True)
 
     def __enter__(self):
         return self
@@ -223,7 +227,7 @@ def summary(results: dict, directory: Path) -> str:
         f"time         {results['seconds']:.0f} s",
         f"{kind:12} {directory}",
         f'talk to it   handtuned generate --{kind} {directory} "{prompt}"',
-    ])
+    ])  # fmt: skip
 
 
 def _short(text: str) -> str:

@@ -22,7 +22,6 @@ import time
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
-from types import SimpleNamespace
 
 import torch
 import torch.nn.functional as F
@@ -102,7 +101,7 @@ def train_step(training: "Training", batches: Iterable, answer_tokens: int,
     grad_norm = world.clip_gradients(parameters, max_grad_norm or math.inf).item()
     loss = world.sum(mean.loss_sum.item()) / answer_tokens
     if not scaler.is_enabled() and not (math.isfinite(loss) and math.isfinite(grad_norm)):
-        raise Diverged(f"the loss is {loss:g} and its gradient's norm {grad_norm:g}")
+        raise Diverged(f"the loss is {loss:g} and its gradient's norm {grad_norm:g}: training cannot go on")
     scale = scaler.get_scale()
     scaler.step(optimizer)
     scaler.update()
@@ -115,7 +114,7 @@ def train_step(training: "Training", batches: Iterable, answer_tokens: int,
     optimizer.zero_grad(set_to_none=True)
     if training.skipped == SKIPPED:
         raise Diverged(f"the last {SKIPPED} steps overflowed, down to a loss scale of {scaler.get_scale():g}, and were "
-                       f"skipped (loss {loss:g})")  # fmt: skip
+                       f"skipped (loss {loss:g}): training cannot go on")  # fmt: skip
     return loss, grad_norm
 
 
@@ -128,7 +127,7 @@ class Diverged(ValueError):
 
 @dataclass
 class Training:
-    """A model whose adapters, or all of it, are trained, and all that changes meanwhile."""
+    """A run: what it began with, and the model whose adapters, or all of it, are trained, with all that changes."""
 
     lm: CausalLM
     optimizer: torch.optim.Optimizer
@@ -136,11 +135,14 @@ class Training:
     scaler: GradScaler
     dtype: torch.dtype = torch.float32  # of the computation
     world: World = field(default_factory=World)
+    base: Base | None = None
+    settings: FinetuneSettings | None = None
+    total: int = 0  # optimizer steps of the whole run
     layout: Callable[[Sequence[Example]], list[list[int]] | None] = lambda rows: None  # which rows share a sequence
-    skipped: int = 0  # the latest steps in a row that overflowed
-    moved: bool = False  # a step has changed the parameters
     elements: int = 0  # of the trained parameters
     names: list[str] | None = None  # of what the optimizer holds, in its order (default: as in the model)
+    skipped: int = 0  # the latest steps in a row that overflowed
+    moved: bool = False  # a step has changed the parameters
     masters: MasterWeights | ZeroOptimizer = field(init=False)  # in place of 16-bit parameters
 
     def __post_init__(self):
@@ -149,12 +151,6 @@ class Training:
 
 
 OPTIMIZERS = {"adamw": AdamW, "adamw8bit": AdamW8bit}
-
-
-def optimizer_steps(settings: FinetuneSettings, rows: int, ranks: int) -> int:
-    """How many the settings ask for."""
-    rows_per_step = settings.per_device_train_batch_size * settings.gradient_accumulation_steps * ranks
-    return settings.max_steps or max(1, math.ceil(settings.num_train_epochs * rows / rows_per_step))
 
 
 def prepare(base: Base, settings: FinetuneSettings, total: int, world: World | None = None) -> Training:
@@ -174,80 +170,71 @@ def prepare(base: Base, settings: FinetuneSettings, total: int, world: World | N
     schedule = schedule_with_warmup(optimizer, settings.lr_scheduler, total, settings.warmup_ratio)
     lm = world.evaluate(lambda: CausalLM(base.model, base.examples[0].input_ids[None, :8]))
     scaler = GradScaler(enabled=base.dtype == torch.float16)
-    return Training(lm, optimizer, schedule, scaler, base.dtype, world, elements=elements, names=names, layout=layout)
+    return Training(lm, optimizer, schedule, scaler, base.dtype, world, base, settings, total, layout, elements, names)
 
 
-def train(training: Training, examples: list[Example], total: int, settings: FinetuneSettings,
-          first: int = 0) -> Iterator[dict]:  # fmt: skip
-    """Train until `total` optimizer steps are done; yields the measurements of each.
-
-    Args:
-        examples: encoded rows; step i takes the rows that `batch_indices` names for it.
-        settings: rows per micro-batch, micro-batches per step and rank, clipping, and the seed.
-        first: optimizer steps done already.
-    """
+def train(training: Training, first: int = 0) -> Iterator[dict]:
+    """Do the optimizer steps after the `first`; yields the measurements of each. The rows of step i are those that
+    `batch_indices` names."""
     training.lm.model.train()
-    world, size, seed = training.world, settings.per_device_train_batch_size, settings.seed
-    rows_per_step = size * settings.gradient_accumulation_steps * world.size
+    settings, examples, world = training.settings, training.base.examples, training.world
+    rows_per_step = settings.per_device_train_batch_size * settings.gradient_accumulation_steps * world.size
     lengths = [len(example.input_ids) for example in examples] if settings.group_by_length else None
     training.moved = training.schedule.last_epoch > 0
-    for step in range(first, total):
+    for step in range(first, training.total):
         started = time.perf_counter()
-        rows = [examples[i] for i in batch_indices(step, len(examples), rows_per_step, seed, lengths)]
+        rows = [examples[i] for i in batch_indices(step, len(examples), rows_per_step, settings.seed, lengths)]
         answer_tokens = sum(row.answer_tokens for row in rows)  # of all ranks: each knows the whole batch
         learning_rate = training.schedule.get_last_lr()[0]
-        batches = _micro_batches(rows, size, training, (seed, step))
         try:
+            batches = _micro_batches(training, rows, step)
             loss, grad_norm = train_step(training, batches, answer_tokens, settings.max_grad_norm)
+            if step + 1 == training.total and not training.moved:
+                what = "model" if settings.method == "full" else "adapters"
+                raise Diverged(f"no step has changed the {what} (loss {loss:g}, gradient {grad_norm:g}, "
+                               f"loss scale {training.scaler.get_scale():g})")  # fmt: skip
         except Diverged as error:
+            advice = f"a lower --learning-rate than {settings.learning_rate:g}"
+            if training.scaler.is_enabled():
+                advice = f"what helps is a --dtype of wider range (bfloat16, float32) or {advice}"
+            else:
+                advice += " is what most often helps"
             with world.shared_errors():
-                raise Diverged(f"step {step + 1}: {error}: training cannot go on; {_advice(training)}") from None
+                raise Diverged(f"step {step + 1}: {error}; {advice}") from None
         tokens = sum(len(row.input_ids) for row in rows)
-        if step + 1 == total and not training.moved:
-            what = "model" if settings.method == "full" else "adapters"
-            with world.shared_errors():
-                raise Diverged(f"step {total}: no step has changed the {what} (loss {loss:g}, gradient {grad_norm:g}, "
-                               f"loss scale {training.scaler.get_scale():g}); {_advice(training)}")  # fmt: skip
         yield {"step": step + 1, "epoch": round((step + 1) * rows_per_step / len(examples), 4), "loss": loss,
                "learning_rate": learning_rate, "grad_norm": grad_norm, "answer_tokens": answer_tokens,
                "tokens_per_second": round(tokens / (time.perf_counter() - started), 1)}  # fmt: skip
 
 
-def _advice(training: Training) -> str:
-    lower = f"a lower --learning-rate than {training.schedule.base_lrs[0]:g}"
-    if training.scaler.is_enabled():
-        return f"what helps is a --dtype of wider range (bfloat16, float32) or {lower}"
-    return f"{lower} is what most often helps"
-
-
-def _micro_batches(rows: list[Example], size: int, training: Training, seed: tuple) -> Iterator:
+def _micro_batches(training: Training, rows: list[Example], step: int) -> Iterator:
     """(micro-batch, whether it is the last) of this rank, every `world.size`th of the step's."""
-    mine = range(0, len(rows), size)[training.world.rank :: training.world.size]
+    world, size = training.world, training.settings.per_device_train_batch_size
+    mine = range(0, len(rows), size)[world.rank :: world.size]
     for at in mine:
-        training.world.seed(*seed, at)
+        world.seed(training.settings.seed, step, at)
         some = rows[at : at + size]
         yield collate(some, 0, training.lm.device, training.layout(some)), at == mine[-1]
 
 
 @contextlib.contextmanager
-def stop_after_step(world: World) -> Iterator[SimpleNamespace]:
-    """The first Ctrl-C or SIGTERM within sets `wished`, to stop after this step; the second stops at once.
+def stop_after_step(world: World) -> Iterator[None]:
+    """The first Ctrl-C or SIGTERM within sets `world.stopping`, to stop after this step; the second stops at once.
 
     Not so under torchrun, which passes on a Ctrl-C that has reached its processes already, and where
     `World.note_signal` looks after SIGTERM.
     """
-    stop, alone = SimpleNamespace(wished=False), world.alone
 
     def note(number, frame):
-        if stop.wished and alone:
+        if world.stopping and world.alone:
             raise KeyboardInterrupt
-        if not stop.wished:
+        if not world.stopping:
             print("\nstopping after this step", file=sys.stderr)
-        stop.wished = True
+        world.stopping = True
 
-    before = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)[: 1 + alone]}
+    before = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)[: 1 + world.alone]}
     try:
-        yield stop
+        yield
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)

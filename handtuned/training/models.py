@@ -2,7 +2,6 @@
 
 import contextlib
 import hashlib
-import json
 import re
 import sys
 import warnings
@@ -20,15 +19,16 @@ from ..nn.adapters import load_adapter, read_adapter_config
 from ..nn.checkpoint_layers import checkpoint_layers
 from ..nn.inject import leave_out_idle, lora_layers
 from ..nn.peft_rules import unloadable
-from ..nn.targets import linear_layers
 from .data import EncodedRows, context_length, digest, encode_chats, load_chats, shared_system_prompt
 from .encoding import Example
 from .loading import check_causal, load_base, other_parts
-from .logging import versions
+from .logging import read_json, versions
 from .settings import DTYPES, METHODS, FinetuneSettings
 from .sources import located
 
 TRAINING_RECORD = "handtuned.json"
+RECORDED = ("model", "method", "max_seq_length", "columns", "train_on", "skip_bad_rows", "skip_modules", "save_for",
+            "requantize")  # fmt: skip
 CHECKED_TOKENS = 16
 SAMPLE_BYTES = 65536  # of each tensor in a fingerprint
 POWER_ITERATIONS = 16  # of the randomized decompositions: seconds where the exact one takes minutes
@@ -90,8 +90,11 @@ class Base:
 
 def load_base_and_rows(settings: FinetuneSettings, device: torch.device, place: torch.device | str) -> Base:
     """Read and check all that a run starts from; `place` is where the model is put at first."""
-    start = _digest_of_adapter(settings.init_adapter) if settings.init_adapter else {}
-    dtype = choose_dtype(settings.dtype, device)
+    start, dtype = {}, choose_dtype(settings.dtype, device)
+    if settings.init_adapter:
+        read_adapter_config(settings.init_adapter)
+        weights = Path(settings.init_adapter) / WEIGHTS_NAME
+        start = {"adapter": hashlib.sha256(weights.read_bytes()).hexdigest()}
     fast = LEVEL == AVX512_BF16 and dtype == torch.bfloat16
     if device.type == "cpu" and dtype.itemsize == 2 and not fast:
         print(f"note: --dtype {settings.dtype} is slower than float32 on this CPU", file=sys.stderr)
@@ -103,25 +106,16 @@ def load_base_and_rows(settings: FinetuneSettings, device: torch.device, place: 
     if context is not None and longest > context:
         raise ValueError(f"max_seq_length must be within the model's context of {context}, got {longest}")
     learnt, held_out = encode_chats(chats, eval_chats, tokenizer, settings)
-    examples = learnt.examples
-    check_causal(model, examples[0].input_ids[:CHECKED_TOKENS], settings.model)
-    marks = {"base": fingerprint(model), "codes": fingerprint(model, scales=False), "data": digest(examples),
+    check_causal(model, learnt.examples[0].input_ids[:CHECKED_TOKENS], settings.model)
+    marks = {"base": fingerprint(model), "codes": fingerprint(model, scales=False), "data": digest(learnt.examples),
              "held_out": digest(held_out.examples)} | start  # fmt: skip
     if start:
         _check_base(training_record(settings.init_adapter), marks["base"])
-    record = {"model": settings.model, "method": settings.method, "dtype": str(dtype).removeprefix("torch."),
-              "fingerprint": marks["base"], "system_prompt": shared_system_prompt(chats), "eval_data": eval_file,
-              "max_seq_length": longest, "columns": settings.columns, "train_on": settings.train_on,
-              "skip_bad_rows": settings.skip_bad_rows, "skip_modules": settings.skip_modules,
-              "save_for": settings.save_for, "requantize": settings.requantize, "versions": versions(),
-              "paths": {"model": located(settings.model), "eval_data": located(eval_file)}}  # fmt: skip
-    return Base(model, tokenizer, device, dtype, examples, held_out, marks, record)
-
-
-def _digest_of_adapter(directory: str) -> dict[str, str]:
-    """The mark of the adapter that a run starts from, which is checked before the base is loaded."""
-    read_adapter_config(directory)
-    return {"adapter": hashlib.sha256((Path(directory) / WEIGHTS_NAME).read_bytes()).hexdigest()}
+    record = {name: getattr(settings, name) for name in RECORDED}
+    record |= {"dtype": str(dtype).removeprefix("torch."), "fingerprint": marks["base"], "eval_data": eval_file,
+               "system_prompt": shared_system_prompt(chats), "versions": versions(),
+               "paths": {"model": located(settings.model), "eval_data": located(eval_file)}}  # fmt: skip
+    return Base(model, tokenizer, device, dtype, learnt.examples, held_out, marks, record)
 
 
 def _check_base(record: dict, found: str) -> None:
@@ -196,10 +190,7 @@ def add_adapter_flags(parser, required: bool = False) -> None:
 def training_record(adapter: str | Path) -> dict:
     """What `finetune` wrote beside the adapter (`Base.record`); {} for an adapter of other origin."""
     path = Path(adapter) / TRAINING_RECORD
-    try:
-        record = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{path} is not valid JSON: {error}") from error
+    record = read_json(path) if path.is_file() else {}
     return record | {name: located(place) or record.get(name) for name, place in record.get("paths", {}).items()}
 
 
@@ -231,8 +222,7 @@ def load_with_adapter(args) -> tuple[torch.nn.Module, object, dict]:
     device = choose_device(args.device)
     method = args.method or ("lora" if whole else record.get("method", "lora"))
     dtype = record.get("dtype", "auto") if args.dtype == "auto" else args.dtype
-    # Trust is never out of the record: whoever wrote that could run code.
-    trust = getattr(args, "trust_remote_code", False)
+    trust = getattr(args, "trust_remote_code", False)  # never out of the record: whoever wrote that could run code
     told = record.get("skip_modules") or (), trust, record.get("requantize", False)
     model, tokenizer = load_base(base, method, choose_dtype(dtype, device), device, *told)
     if whole:

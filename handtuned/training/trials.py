@@ -29,10 +29,11 @@ def summary(study) -> dict:
         if not (trial.intermediate_values or failed):
             continue
         last = max(trial.intermediate_values, default=0)
-        known = {name: trial.user_attrs.get(name) for name in
-                 ("first", "settings", "exact_match", "untouched", "bytes", "seconds_a_step")}  # fmt: skip
-        rows.append({"number": trial.number, "state": trial.state.name.lower(), "steps": last,
-                     "loss": trial.intermediate_values.get(last)} | known | ({"failed": failed} if failed else {}))
+        row = {"number": trial.number, "state": trial.state.name.lower(), "steps": last,
+               "loss": trial.intermediate_values.get(last)}  # fmt: skip
+        known = ("first", "settings", "exact_match", "untouched", "bytes", "seconds_a_step")
+        row |= {name: trial.user_attrs.get(name) for name in known}
+        rows.append(row | ({"failed": failed} if failed else {}))
     finished = [row for row in rows if row["state"] == "complete"]
     if not finished:
         failed = [f"trial {row['number']} failed: {row['failed']}" for row in rows if "failed" in row]
@@ -82,7 +83,8 @@ def table(result: dict, settings: FinetuneSettings, directory: Path) -> str:
     lines = ["", f"{'':8} {'loss':>8} {'exact':>7} {'untouched rows':>17} {'state':>10} {'s/step':>7}  settings"]
     front = {f"trial {row['number']}": row for row in pareto_front(result["trials"], "bytes")}
     for name, row in ({"first": result["first"], "best": result["best"]} | front).items():
-        kept = f"{row['untouched']['loss']:.4f} {row['untouched']['exact_match']:.1%}"
+        untouched = math.nan if row["untouched"]["loss"] is None else row["untouched"]["loss"]
+        kept = f"{untouched:.4f} {row['untouched']['exact_match']:.1%}"
         cost = f"{megabytes(row['bytes']):>10} {row['seconds_a_step']:7.2f}"
         lines.append(f"{name:8} {row['loss']:8.4f} {row['exact_match']:7.1%} {kept:>17} {cost}  "
                      f"{_short(row['settings'])}")  # fmt: skip
@@ -92,8 +94,7 @@ def table(result: dict, settings: FinetuneSettings, directory: Path) -> str:
         value = result["best"]["settings"].get(name, getattr(settings, name))
         if name in SEARCHED or (value != item.default and name not in ("output_dir", "max_steps")):
             values = value if isinstance(value, (list, tuple)) else [value]
-            plain = [f"{value:.4g}" if isinstance(value, float) else str(value) for value in values]
-            words += [flag(name)] if value is True else [flag(name), *plain]
+            words += [flag(name)] if value is True else [flag(name), *map(str, values)]
     lines += ["", f"study    {directory} (study.log, trials.json, pareto.png, the best adapter in best/)",
               f"whole run: {shlex.join(words)}"]  # fmt: skip
     return "\n".join(lines)

@@ -87,14 +87,12 @@ class World:
     def check_equal(self, values: dict[str, object]) -> None:
         """Refuse to go on unless every rank has the same values: ValueError on the main rank, SystemExit on others."""
         everyone = self.gather(values)
-        for name, ours in everyone[0].items():
-            for rank, theirs in enumerate(everyone):
-                if theirs[name] == ours:
-                    continue
-                if not self.main:
-                    raise SystemExit(2)
-                raise ValueError(f"ranks must have the same {name}: rank 0 has {ours!r}, rank {rank} has "
-                                 f"{theirs[name]!r}")  # fmt: skip
+        with self.shared_errors():
+            for name, ours in everyone[0].items():
+                for rank, theirs in enumerate(everyone):
+                    if theirs[name] != ours:
+                        raise ValueError(f"ranks must have the same {name}: rank 0 has {ours!r}, rank {rank} has "
+                                         f"{theirs[name]!r}")  # fmt: skip
 
     @contextlib.contextmanager
     def quiet(self) -> Iterator[None]:
@@ -124,8 +122,9 @@ class World:
         if self.local_rank >= gpus:
             raise ValueError(f"local rank {self.local_rank} has no GPU, there are {gpus}; give torchrun a lower "
                              "--nproc-per-node")  # fmt: skip
-        torch.cuda.set_device(self.local_rank)
-        return torch.device("cuda", self.local_rank)
+        chosen = torch.device("cuda", self.local_rank if chosen.index is None else chosen.index)
+        torch.cuda.set_device(chosen)
+        return chosen
 
     def seed(self, *numbers: int) -> None:
         """Make dropout a function of these numbers, whichever rank draws it. A process alone keeps its own stream."""
