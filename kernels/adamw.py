@@ -138,30 +138,27 @@ def _prepare_kernel(
         factor *= tl.minimum(1.0, tl.load(rates_ptr + 9) / (norm + 1e-6))
 
     t = step.to(tl.float64)
-    step_size = -tl.load(rates_ptr + 4) / (1 - tl.exp(t * tl.load(rates_ptr + 6)))
+    step_size = -tl.load(rates_ptr + 5) / (1 - tl.exp(t * tl.load(rates_ptr + 6)))
     root_correction = tl.sqrt(1 - tl.exp(t * tl.load(rates_ptr + 7)))
-    tl.store(scalars_ptr + 0, factor.to(tl.float32))
-    tl.store(scalars_ptr + 1, tl.load(rates_ptr + 0).to(tl.float32))
-    tl.store(scalars_ptr + 2, tl.load(rates_ptr + 1).to(tl.float32))
-    tl.store(scalars_ptr + 3, tl.load(rates_ptr + 2).to(tl.float32))
-    tl.store(scalars_ptr + 4, tl.load(rates_ptr + 3).to(tl.float32))
-    tl.store(scalars_ptr + 5, step_size.to(tl.float32))
-    tl.store(scalars_ptr + 6, root_correction.to(tl.float32))
-    tl.store(scalars_ptr + 7, tl.load(rates_ptr + 5).to(tl.float32))
+    for i in tl.static_range(5):
+        tl.store(scalars_ptr + i, tl.load(rates_ptr + i).to(tl.float32))
+    tl.store(scalars_ptr + 5, factor.to(tl.float32))
+    tl.store(scalars_ptr + 6, step_size.to(tl.float32))
+    tl.store(scalars_ptr + 7, root_correction.to(tl.float32))
 
 
 @triton.jit
 def _step_chunk(
     p_ptr, g_ptr, m_ptr, v_ptr, copy_ptr, scalars_ptr, offs, mask, P_DTYPE: tl.constexpr, COPY_DTYPE: tl.constexpr
 ):  # fmt: skip
-    factor = tl.load(scalars_ptr + 0)
-    decay = tl.load(scalars_ptr + 1)
-    one_minus_beta1 = tl.load(scalars_ptr + 2)
-    beta2 = tl.load(scalars_ptr + 3)
-    one_minus_beta2 = tl.load(scalars_ptr + 4)
-    step_size = tl.load(scalars_ptr + 5)
-    root_correction = tl.load(scalars_ptr + 6)
-    eps = tl.load(scalars_ptr + 7)
+    decay = tl.load(scalars_ptr + 0)
+    one_minus_beta1 = tl.load(scalars_ptr + 1)
+    beta2 = tl.load(scalars_ptr + 2)
+    one_minus_beta2 = tl.load(scalars_ptr + 3)
+    eps = tl.load(scalars_ptr + 4)
+    factor = tl.load(scalars_ptr + 5)
+    step_size = tl.load(scalars_ptr + 6)
+    root_correction = tl.load(scalars_ptr + 7)
 
     g = tl.load(g_ptr + offs, mask=mask).to(tl.float32) * factor  # [BLOCK], as all below
     p = tl.load(p_ptr + offs, mask=mask).to(tl.float32) * decay
@@ -219,7 +216,7 @@ def _rates(group: ParamGroup, max_norm: float | None) -> list[float]:
     logs = [math.log(beta) if beta > 0 else -math.inf for beta in group.betas]
     sign = -1.0 if group.maximize else 1.0
     decay = 1 - group.lr * group.weight_decay
-    return [*map(float, (decay, 1 - beta1, beta2, 1 - beta2, group.lr, group.eps, *logs, sign, max_norm or 0.0))]
+    return [*map(float, (decay, 1 - beta1, beta2, 1 - beta2, group.eps, group.lr, *logs, sign, max_norm or 0.0))]
 
 
 def same_layout(tensors, write_back):

@@ -27,13 +27,11 @@ ROUNDS = 7
 
 def dropout_mask_reference(seed: torch.Tensor, rows: int, columns: int, threshold: int) -> torch.Tensor:
     """(rows, columns) bool, True to keep: the kernels' mask, written in torch. The specification of `keep_tile`."""
-    groups = -(-columns // LANES)
-    group = torch.arange(groups, device=seed.device).expand(rows, groups)
-    row = torch.arange(rows, device=seed.device)[:, None].expand(rows, groups)
-    zero = torch.zeros_like(group)
-    words = philox(group, row, zero, zero, seed & 0xFFFFFFFF, seed >> 32)
+    group = torch.arange(cdiv(columns, LANES), device=seed.device)
+    row = torch.arange(rows, device=seed.device)[:, None]
+    words = philox(group, row, 0, 0, seed & 0xFFFFFFFF, seed >> 32)
     lanes = torch.stack([half for word in words for half in (word & 0xFFFF, word >> 16)], dim=-1)
-    return (lanes.view(rows, groups * LANES) >= threshold)[:, :columns]
+    return (lanes.flatten(1) >= threshold)[:, :columns]
 
 
 def philox(c0, c1, c2, c3, k0, k1):

@@ -12,14 +12,15 @@ read, far below what a GPU needs to be busy with arithmetic, so reading x and dy
 
     bytes (16-bit x and dy, fp32 A and B)    S, dA: 2MK + 4rK + 2Mr each       dS and dB: 2MN + 8rN + 4Mr
 
-Dropout happens in registers, on the tile of x just loaded. dS and dB both need all of dy (M, N), so one kernel makes
-both: a program loads a tile of dy once and multiplies it by B on one side and by S on the other. One of the two sums
-crosses programs whichever way the tiles run; S and dA, with few tiles, would leave a GPU idle, so their loops are split
-between programs too. Atomic additions would finish such sums in an order that changes from run to run; here each
-program writes its part in fp32 and a sum in fixed order follows, so results are the same bits every time. With slabs of
-128 rows the parts of dB are 4 r N M / 128 bytes, that is r / 64 of the bytes of an fp16 dy. They are written and read,
-so at twice that rank a second read of dy costs no more: from r = 17 on dS and dB are two products, made by the kernels
-of S and dA. No sum's parts are larger than half of what was read for it.
+dA is made by the kernel of S, on transposed views: dAᵀ = x̂ᵀ dS. Dropout happens in registers, on the tile of x just
+loaded. dS and dB both need all of dy (M, N), so one kernel makes both: a program loads a tile of dy once and multiplies
+it by B on one side and by S on the other. One of the two sums crosses programs whichever way the tiles run; S and dA,
+with few tiles, would leave a GPU idle, so their loops are split between programs too. Atomic additions would finish
+such sums in an order that changes from run to run; here each program writes its part in fp32 and a sum in fixed order
+follows, so results are the same bits every time. With slabs of 128 rows the parts of dB are 4 r N M / 128 bytes, that
+is r / 64 of the bytes of an fp16 dy. They are written and read, so at twice that rank a second read of dy costs no
+more: from r = 17 on dS and dB are two products, made by the kernel of S. No sum's parts are larger than half of what
+was read for it.
 
 Compiled kernels multiply in 16 bits from sm_80 on (`runtime.runs_product`); each fits into the 99 KB of shared memory
 that the smallest of those cards allows. The vendor's library is the other way of each, and the measured choice
@@ -78,13 +79,14 @@ def _sum(parts, dtype):
 def _down_kernel(
     x_ptr,  # (M, K)
     a_ptr,  # (r, K)
-    s_ptr,  # (splits, M, r)
+    s_ptr,  # (splits, M, r), or (splits, r, M)
     seed_ptr,  # (1,) or None: no dropout
     M, K, r,
-    stride_xm, stride_xk, stride_ar, stride_ak,
+    stride_xm, stride_xk, stride_ar, stride_ak, stride_sm, stride_sr,
     k_per_split,  # a multiple of BLOCK_K
     scale,
     threshold,
+    TRANSPOSED: tl.constexpr,  # the mask is over (K, M)
     DOT: tl.constexpr, ROUNDS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr,
 ):  # fmt: skip
     pid_m, split, pid_r = tl.program_id(0), tl.program_id(1), tl.program_id(2)
@@ -98,37 +100,47 @@ def _down_kernel(
         x_mask = (offs_m[:, None] < M) & (offs_k[None, :] < K)
         x = tl.load(x_rows + offs_k[None, :] * stride_xk, mask=x_mask, other=0.0)  # [BLOCK_M, BLOCK_K]
         if seed_ptr is not None:
-            x = tl.where(keep_tile(seed_ptr, threshold, pid_m * BLOCK_M, k, BLOCK_M, BLOCK_K, ROUNDS), x, 0.0)
+            if TRANSPOSED:
+                keep = tl.trans(keep_tile(seed_ptr, threshold, k, pid_m * BLOCK_M, BLOCK_K, BLOCK_M, ROUNDS))
+            else:
+                keep = keep_tile(seed_ptr, threshold, pid_m * BLOCK_M, k, BLOCK_M, BLOCK_K, ROUNDS)
+            x = tl.where(keep, x, 0.0)
         a_mask = (offs_k[:, None] < K) & (offs_r[None, :] < r)
         a = tl.load(a_rows + offs_k[:, None] * stride_ak, mask=a_mask, other=0.0)  # [BLOCK_K, BLOCK_R]
         acc = tl.dot(x.to(DOT), a.to(DOT), acc)
-    s_ptrs = s_ptr + (split.to(tl.int64) * M + offs_m[:, None]) * r + offs_r[None, :]
+    s_ptrs = s_ptr + split.to(tl.int64) * M * r
+    s_ptrs += offs_m.to(tl.int64)[:, None] * stride_sm + offs_r[None, :] * stride_sr
     tl.store(s_ptrs, acc * scale, mask=(offs_m[:, None] < M) & (offs_r[None, :] < r))
 
 
 @lru_cache(4096)
-def down_blocks(M: int, K: int, r: int) -> tuple[dict, int, int]:
-    """Tile sizes of `lora_down`; in how many parts K is summed (few rows leave a GPU idle otherwise), their size."""
-    blocks = {"BLOCK_M": block_of(M, 16, 128), "BLOCK_K": 64, "BLOCK_R": block_of(r, 16, 128)}
-    if blocks["BLOCK_R"] == 128:
-        blocks["BLOCK_M"] = min(blocks["BLOCK_M"], 64)
+def down_blocks(M: int, K: int, r: int, transposed: bool = False) -> tuple[dict, int, int]:
+    """Tile sizes of `_down`; in how many parts K is summed (few rows leave a GPU idle otherwise), their size."""
+    most = 64 if transposed or r > 64 else 128
+    blocks = {"BLOCK_M": block_of(M, 16, most), "BLOCK_K": block_of(K, 16, 64), "BLOCK_R": block_of(r, 16, 128)}
     programs = cdiv(M, blocks["BLOCK_M"]) * cdiv(r, blocks["BLOCK_R"])
     steps = max(1, cdiv(K, blocks["BLOCK_K"]))
     per_split = cdiv(steps, splits_of(programs, steps // max(4, cdiv(r, 16))))
     return blocks, cdiv(steps, per_split), per_split * blocks["BLOCK_K"]
 
 
-def _down(x, lora_A, dropout=None, scale=1.0):
-    (M, K), r = x.shape, lora_A.shape[0]
-    blocks, splits, k_per_split = down_blocks(M, K, r)
-    S = _parts(splits, (M, r), x.dtype, x.device)
+def _down(x, lora_A, dropout=None, scale=1.0, dtype=None, transposed=False):
+    """scale · x̂ Aᵀ (M, r) in `dtype`; if `transposed`, (r, M), and x is a view of (K, M), which `dropout` is over."""
+    (M, K), r, dtype = x.shape, lora_A.shape[0], dtype or x.dtype
+    blocks, splits, k_per_split = down_blocks(M, K, r, transposed)
+    S = _parts(splits, (r, M) if transposed else (M, r), dtype, x.device)
+    strides, few = (1, M) if transposed else (r, 1), r <= 32 or transposed
     launch(
         _down_kernel, (cdiv(M, blocks["BLOCK_M"]), splits, cdiv(r, blocks["BLOCK_R"])),
-        x, lora_A, S, dropout and dropout.seed, M, K, r, *x.stride(), *lora_A.stride(), k_per_split, float(scale),
-        dropout.threshold if dropout else 0, DOT=dot_dtype(x.dtype), ROUNDS=ROUNDS, **blocks,
-        num_warps=4 if r <= 32 else 8, num_stages=4 if r <= 32 else 3,
+        x, lora_A, S, dropout and dropout.seed, M, K, r, *x.stride(), *lora_A.stride(), *strides, k_per_split,
+        float(scale), dropout.threshold if dropout else 0, TRANSPOSED=transposed, DOT=dot_dtype(x.dtype),
+        ROUNDS=ROUNDS, **blocks, num_warps=4 if few else 8, num_stages=4 if few else 3,
     )  # fmt: skip
-    return _sum(S, x.dtype)
+    return _sum(S, dtype)
+
+
+def _down_grad(dS, x, dtype, dropout=None, scale=1.0):
+    return _down(x.t(), dS.t(), dropout, scale, dtype, transposed=True)
 
 
 def _down_by_torch(x, lora_A, dropout=None):
@@ -232,61 +244,6 @@ def lora_up_grads(
         return torch.zeros_like(S), torch.zeros_like(lora_B)
     ways = {"kernel": _up_grads, "torch": lora_up_grads_addmm}
     return run_fastest("lora_up_grads", (block_of(M, 16, 8192), N, r), ways, dy, S, lora_B, scale)
-
-
-@triton.jit
-def _down_grad_kernel(
-    ds_ptr,  # (M, r)
-    x_ptr,  # (M, K)
-    da_ptr,  # (splits, r, K)
-    seed_ptr,  # (1,) or None: no dropout
-    M, K, r,
-    stride_sm, stride_sr, stride_xm, stride_xk,
-    m_per_split,  # a multiple of BLOCK_M
-    scale,
-    threshold,
-    DOT: tl.constexpr, ROUNDS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr,
-):  # fmt: skip
-    pid_k, split, pid_r = tl.program_id(0), tl.program_id(1), tl.program_id(2)
-    offs_k = (pid_k * BLOCK_K + tl.arange(0, BLOCK_K)).to(tl.int64)
-    offs_r = (pid_r * BLOCK_R + tl.arange(0, BLOCK_R)).to(tl.int64)
-    in_k, in_r = offs_k < K, offs_r < r
-    acc = tl.zeros([BLOCK_K, BLOCK_R], dtype=tl.float32)
-    for m in range(split * m_per_split, min(M, (split + 1) * m_per_split), BLOCK_M):
-        rows = (m + tl.arange(0, BLOCK_M)).to(tl.int64)
-        in_m = rows < M
-        x_ptrs = x_ptr + rows[:, None] * stride_xm + offs_k[None, :] * stride_xk
-        x = tl.load(x_ptrs, mask=in_m[:, None] & in_k[None, :], other=0.0)  # [BLOCK_M, BLOCK_K]
-        if seed_ptr is not None:
-            x = tl.where(keep_tile(seed_ptr, threshold, m, pid_k * BLOCK_K, BLOCK_M, BLOCK_K, ROUNDS), x, 0.0)
-        ds_ptrs = ds_ptr + rows[:, None] * stride_sm + offs_r[None, :] * stride_sr
-        ds = tl.load(ds_ptrs, mask=in_m[:, None] & in_r[None, :], other=0.0)  # [BLOCK_M, BLOCK_R]
-        acc = tl.dot(tl.trans(x.to(DOT)), ds.to(DOT), acc)
-    da_ptrs = da_ptr + (split.to(tl.int64) * r + offs_r[None, :]) * K + offs_k[:, None]
-    tl.store(da_ptrs, acc * scale, mask=in_k[:, None] & in_r[None, :])
-
-
-@lru_cache(4096)
-def down_grad_blocks(M: int, K: int, r: int) -> tuple[dict, int, int]:
-    """Tile sizes of `lora_down_grad`; into how many parts M is split, and their size."""
-    blocks = {"BLOCK_M": block_of(M, 16, 64), "BLOCK_K": 64, "BLOCK_R": block_of(r, 16, 128)}
-    programs = cdiv(K, blocks["BLOCK_K"]) * cdiv(r, blocks["BLOCK_R"])
-    steps = cdiv(M, blocks["BLOCK_M"])
-    per_split = cdiv(steps, splits_of(programs, steps // max(4, cdiv(r, 16))))
-    return blocks, cdiv(steps, per_split), per_split * blocks["BLOCK_M"]
-
-
-def _down_grad(dS, x, dtype, dropout=None, scale=1.0):
-    (M, K), r = x.shape, dS.shape[1]
-    blocks, splits, m_per_split = down_grad_blocks(M, K, r)
-    dA = _parts(splits, (r, K), dtype, x.device)
-    launch(
-        _down_grad_kernel, (cdiv(K, blocks["BLOCK_K"]), splits, cdiv(r, blocks["BLOCK_R"])),
-        dS, x, dA, dropout and dropout.seed, M, K, r, *dS.stride(), *x.stride(), m_per_split, float(scale),
-        dropout.threshold if dropout else 0, DOT=dot_dtype(x.dtype), ROUNDS=ROUNDS, **blocks, num_warps=4,
-        num_stages=4,
-    )  # fmt: skip
-    return _sum(dA, dtype)
 
 
 def _down_grad_by_torch(dS, x, dtype, dropout=None):

@@ -34,7 +34,7 @@ import torch
 import torch.nn.functional as F
 
 from .nf4_cpu import nf4_dequantize_native, runs_native
-from .runtime import TRITON_DTYPES, backend, cdiv, launch, scratch, tl, traced, triton
+from .runtime import TRITON_DTYPES, backend, cdiv, launch, tl, traced, triton
 
 NF4_CODE = torch.tensor(
     [
@@ -49,7 +49,6 @@ NF4_CODE = torch.tensor(
 
 DTYPES = tuple(TRITON_DTYPES)
 BLOCK = 8192  # values a program
-NUM_WARPS = 4
 TILE = 1 << 19  # values a step of `nf4_dequantize_tiled`
 
 
@@ -109,30 +108,17 @@ def decode_scales(absmax: torch.Tensor, nested: NestedScales | None) -> torch.Te
 def nf4_dequantize_tiled(weight: NF4Weight, out: torch.Tensor) -> torch.Tensor:
     """The reference's bits, fast on a CPU: each byte picks its two values, as one int64, from a table of 256.
 
-    A tile at a time, so that everything stays in cache. `out` is contiguous and of the weight's shape.
+    A tile of whole blocks at a time, so that everything stays in cache. `out` is contiguous and of the weight's shape.
     """
     packed, flat, block_size = weight.packed.view(-1), out.view(-1), weight.block_size
     scales = decode_scales(weight.absmax, weight.nested)
-    table = pair_table(packed.device)
-    tile_pairs = min(TILE, flat.numel() + 1) // 2
-    index = scratch((tile_pairs,), torch.int64, packed.device)
-    in_place = out.dtype == torch.float32 and flat.storage_offset() % 2 == 0
-    values = None if in_place else torch.empty(tile_pairs * 2, dtype=torch.float32, device=packed.device)
+    table = pair_table(packed.device).expand(8, 256)  # rows that threads share
     for start in range(0, flat.numel(), TILE):
-        stop = min(start + TILE, flat.numel())
-        tile = flat[start:stop] if in_place else values[: stop - start]
-        pairs = tile[: tile.numel() // 2 * 2].view(torch.int64)
-        lanes = 8 if pairs.numel() % 8 == 0 else 1  # rows that threads can share
-        bytes_ = index[: pairs.numel()].copy_(packed[start // 2 :][: pairs.numel()])
-        torch.gather(table.expand(lanes, 256), 1, bytes_.view(lanes, -1), out=pairs.view(lanes, -1))
-        if tile.numel() % 2:
-            tile[-1:] = NF4_CODE.to(packed.device)[packed[-1:].int() >> 4]
-        whole, first = tile.numel() // block_size, start // block_size
-        tile[: whole * block_size].view(whole, block_size).mul_(scales[first : first + whole, None])
-        if whole * block_size < tile.numel():  # the last block may be short
-            tile[whole * block_size :].mul_(scales[first + whole])
-        if not in_place:
-            flat[start:stop].copy_(tile)
+        tile, codes = flat[start : start + TILE], packed[start // 2 : (start + TILE) // 2]
+        codes = F.pad(codes, (0, -codes.numel() % (block_size // 2)))  # the last block may be short
+        values = table.gather(1, codes.long().view(8, -1)).view(torch.float32).view(-1, block_size)
+        values *= scales[start // block_size :][: len(values), None]
+        tile.copy_(values.view(-1)[: tile.numel()])
     return out
 
 
@@ -179,23 +165,16 @@ def _nf4_dequantize(
     offs_r = tl.max_contiguous(tl.arange(0, RUNS), 1)  # so that neighbours in a warp take neighbouring runs
     offs = tl.arange(0, RUNS)[:, None] * RUN + tl.arange(0, RUN)[None, :]
     block = (pid * GROUPS + tl.arange(0, GROUPS)) // (BLOCK_SIZE // GROUP)  # [GROUPS]
-    if EVEN:
-        halves = tl.load(runs_ptr + pid * RUNS + offs_r).to(tl.int32)  # [RUNS]
-        code = tl.load(absmax_ptr + block)
-        in_blocks = None
-    else:
-        in_blocks = block < N_BLOCKS
-        halves = tl.load(runs_ptr + pid * RUNS + offs_r, mask=pid * RUNS + offs_r < N_RUNS, other=0).to(tl.int32)
-        code = tl.load(absmax_ptr + block, mask=in_blocks, other=0)
+    in_runs = None if EVEN else pid * RUNS + offs_r < N_RUNS
+    in_blocks = None if EVEN else block < N_BLOCKS
+    halves = tl.load(runs_ptr + pid * RUNS + offs_r, mask=in_runs, other=None if EVEN else 0).to(tl.int32)  # [RUNS]
+    code = tl.load(absmax_ptr + block, mask=in_blocks, other=None if EVEN else 0)
     scale = scale_of(code, block, in_blocks, nested_absmax_ptr, nested_code_ptr, offset_ptr, NESTED_BLOCK)
     if RUN == 8:
         halves = tl.join(halves, halves >> 16)
     y = tl.reshape(levels_of(halves, tl.load(table_ptr + tl.arange(0, 16))), (GROUPS, GROUP // RUN, RUN))
     y = tl.reshape(y * scale[:, None, None], (RUNS, RUN)).to(out_ptr.dtype.element_ty)
-    if EVEN:
-        tl.store(out_ptr + pid * BLOCK + offs, y)
-    else:
-        tl.store(out_ptr + pid * BLOCK + offs, y, mask=pid * BLOCK + offs < N)
+    tl.store(out_ptr + pid * BLOCK + offs, y, mask=None if EVEN else pid * BLOCK + offs < N)
 
 
 def words_of(packed: torch.Tensor) -> torch.Tensor:
@@ -220,7 +199,7 @@ def _launch(weight: NF4Weight, out: torch.Tensor) -> torch.Tensor:
     launch(
         _nf4_dequantize, (cdiv(size, BLOCK), 1, 1),
         runs, *scales, code_table(out.device), out, size, runs.numel(), weight.absmax.numel(), **blocks,
-        EVEN=size % BLOCK == 0, BLOCK=BLOCK, RUN=run, num_warps=NUM_WARPS, enable_fp_fusion=False,
+        EVEN=size % BLOCK == 0, BLOCK=BLOCK, RUN=run, num_warps=4, enable_fp_fusion=False,
     )  # fmt: skip
     return out
 

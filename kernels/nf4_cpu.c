@@ -28,14 +28,7 @@ enum { FP32, BF16, FP16 }; /* what values are rounded to */
 static inline int64_t at_most(int64_t n, int64_t most) { return n < most ? n : most; }
 
 /* i / block, without a division: they took longer than decoding. Blocks are powers of two. */
-static inline int64_t block_of(int64_t i, int64_t block)
-{
-#ifdef __GNUC__
-    return i >> __builtin_ctzll(block);
-#else
-    return i / block;
-#endif
-}
+static inline int64_t block_of(int64_t i, int64_t block) { return i >> __builtin_ctzll(block); }
 
 static inline float scale_of(const weight *w, int64_t j)
 {
@@ -59,9 +52,6 @@ static inline float scale_of(const weight *w, int64_t j)
 #define AHEAD 16 /* half rows of W; codes are asked for that early */
 #define RUNS (BYTES / 32) /* most runs of values with one scale that are decoded at once */
 
-/* How many values, from any multiple of it on, have one scale in rows of K: a divisor of K and of all blocks. */
-static inline int run_of(const weight *w, int64_t K) { return (K | w->block) % 64 ? 32 : 64; }
-
 /* Codes from value `first` on, in up to 4 rows of W. */
 typedef struct {
     weight of;
@@ -80,7 +70,7 @@ typedef struct {
         int64_t rows, const float *s, int64_t rank, const float *factor, int64_t some, float *restrict totals);
 } kind;
 
-#if defined(__x86_64__) && defined(__GNUC__)
+#ifdef __x86_64__
 #include "nf4_kinds.h"
 
 static const kind *const KINDS[] = {NULL, &kind_avx2, &kind_avx512, &kind_bf16};
@@ -164,7 +154,8 @@ void handtuned_nf4_product(
     const kind *k = KINDS[level];
     threads = at_most(threads, 1 + N * K * (M + 4) / (1 << 21)); /* to wake one for less takes longer than it saves */
     const int64_t width = transposed ? N : K, terms = transposed ? K : N, share = (width + threads - 1) / threads;
-    const int run = run_of(w, K), few = transposed && M <= k->rows && run == 64;
+    /* How many values, from any multiple of it on, have one scale in rows of K: a divisor of K and of all blocks. */
+    const int run = (K | w->block) % 64 ? 32 : 64, few = transposed && M <= k->rows && run == 64;
     const int64_t most = transposed ? at_most(COLUMNS, (share + 3) / 4 * 4) : COLUMNS;
     const int64_t units = (width + most - 1) / most;
     for (int64_t top = 0; top < M; top += BATCH) {

@@ -19,25 +19,24 @@ import torch
 
 from .runtime import reference_is_forced, traced
 
+# Which instructions the C may use. It obeys ATEN_CPU_CAPABILITY, as torch does.
+PLAIN, AVX2, AVX512, AVX512_BF16 = range(4)
+_HELD_TO = {"DEFAULT": PLAIN, "NO AVX": PLAIN, "AVX2": AVX2}.get(torch.backends.cpu.get_cpu_capability(), AVX512_BF16)
+
 try:
     from . import _nf4_cpu
-except ImportError:
-    _library = None
-else:
+
     _library = ctypes.CDLL(_nf4_cpu.__file__)
-if _library is not None and not hasattr(_library, "handtuned_nf4_level"):
-    _library = None  # built from older sources than these
-if _library is not None:
+    LEVEL = min(_library.handtuned_nf4_level(), _HELD_TO)
+except (ImportError, AttributeError):  # no compiler, or built from older sources than these
+    _library, LEVEL = None, PLAIN
+else:
     _P, _I, _INT = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int
     _library.handtuned_nf4_dequantize.argtypes = [_P, _P, _I, _INT, _INT, _INT]
     _library.handtuned_nf4_product.argtypes = [
         _P, _I, _I, _INT, _INT, _INT, _P, _I, _I, _P, _P, _P, _P, _I, _I, _I, ctypes.c_float, _P, _INT,
     ]  # fmt: skip
 
-# Which instructions the C may use. It obeys ATEN_CPU_CAPABILITY, as torch does.
-PLAIN, AVX2, AVX512, AVX512_BF16 = range(4)
-_HELD_TO = {"DEFAULT": PLAIN, "NO AVX": PLAIN, "AVX2": AVX2}.get(torch.backends.cpu.get_cpu_capability(), AVX512_BF16)
-LEVEL = PLAIN if _library is None else min(_library.handtuned_nf4_level(), _HELD_TO)
 BATCH = 512  # of nf4_cpu.c, as are the numbers of dtypes
 _ROUNDED = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 
@@ -71,11 +70,8 @@ def runs_native(weight) -> bool:
     if weight.block_size.bit_count() != 1 or (nested is not None and nested.block_size.bit_count() != 1):
         return False  # not powers of two
     codes, numbers = ((packed,), (absmax,)) if nested is None else ((packed, absmax), nested[:3])
-    for dtype, tensors in ((torch.uint8, codes), (torch.float32, numbers)):
-        for tensor in tensors:
-            if not (tensor.is_cpu and tensor.dtype == dtype and tensor.is_contiguous()):
-                return False
-    return True
+    kinds = [(tensor, torch.uint8) for tensor in codes] + [(tensor, torch.float32) for tensor in numbers]
+    return all(tensor.is_cpu and tensor.dtype == dtype and tensor.is_contiguous() for tensor, dtype in kinds)
 
 
 def nf4_dequantize_native(weight, levels: torch.Tensor, out: torch.Tensor, fresh: bool = False) -> torch.Tensor:
@@ -90,8 +86,7 @@ def nf4_dequantize_native(weight, levels: torch.Tensor, out: torch.Tensor, fresh
     Returns:
         `out`.
     """
-    w = _weight(weight, levels)
-    threads = torch.get_num_threads()
+    w, threads = _weight(weight, levels), torch.get_num_threads()
     _library.handtuned_nf4_dequantize(ctypes.byref(w), out.data_ptr(), out.numel(), LEVEL, fresh, threads)
     return out
 

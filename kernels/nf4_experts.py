@@ -121,22 +121,18 @@ def _fused_kernel(
         acc, s_ptr, up_ptr, None, first_m, first_n, M, width, r, stride_sm, stride_sr, stride_un, stride_ur, scale, 0,
         DOT, 0, BLOCK_M, BLOCK_N, 16,
     )  # fmt: skip
+    ROWS: tl.constexpr = 64 if DX else BLOCK_N  # of a tile of W
+    COLUMNS: tl.constexpr = BLOCK_N if DX else 64
     offs_k = tl.arange(0, 64)
     x_ptrs = x_ptr + rows[:, None] * stride_xm + offs_k.to(tl.int64)[None, :] * stride_xk
     for k in range(0, depth, 64):
         x = tl.load(x_ptrs, mask=in_m[:, None] & (offs_k < depth - k)[None, :], other=0.0)  # [BLOCK_M, 64]
         x_ptrs += tl.cast(stride_xk, tl.int64) * 64
-        if DX:
-            w = dense_tile(
-                words_ptr, absmax_ptr, nested_absmax_ptr, nested_code_ptr, offset_ptr, table, k, first_n, N, K,
-                BLOCK_SIZE, NESTED_BLOCK, 64, BLOCK_N,
-            ).to(DOT)  # fmt: skip
-        else:
-            w = tl.trans(dense_tile(
-                words_ptr, absmax_ptr, nested_absmax_ptr, nested_code_ptr, offset_ptr, table, first_n, k, N, K,
-                BLOCK_SIZE, NESTED_BLOCK, BLOCK_N, 64,
-            ).to(DOT))  # fmt: skip
-        acc = tl.dot(x.to(DOT), w, acc)
+        w = dense_tile(
+            words_ptr, absmax_ptr, nested_absmax_ptr, nested_code_ptr, offset_ptr, table,
+            k if DX else first_n, first_n if DX else k, N, K, BLOCK_SIZE, NESTED_BLOCK, ROWS, COLUMNS,
+        ).to(DOT)  # fmt: skip
+        acc = tl.dot(x.to(DOT), w if DX else tl.trans(w), acc)
     if bias_ptr is not None:
         acc += tl.load(bias_ptr + offs_n, mask=in_n, other=0.0).to(tl.float32)[None, :]
     y_ptrs = y_ptr + rows[:, None] * width + offs_n[None, :]

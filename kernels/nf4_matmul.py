@@ -44,6 +44,7 @@ from .nf4 import (
     NF4_CODE,
     NF4Weight,
     code_table,
+    decode_scales,
     levels_of,
     nf4_dequantize,
     nf4_dequantize_reference,
@@ -53,7 +54,6 @@ from .nf4 import (
 from .nf4_cpu import nf4_product_native, runs_native_product
 from .nf4_experts import expert_of, nf4_fused
 from .nf4_stream import nf4_stream
-from .nf4_tiled import nf4_product_tiled
 from .runtime import (
     block_of,
     cdiv,
@@ -70,6 +70,7 @@ from .runtime import (
 
 ON_CPU = ("native", "tiled")
 MERGE = {"BLOCK_N": 16, "WARPS": 4}  # rows of a warp
+TILE_ROWS = 512  # of W, in `nf4_product_tiled`
 
 
 def nf4_matmul_reference(x, weight, bias=None, transposed=True):
@@ -148,11 +149,8 @@ def nf4_merge(weight, lora_A, lora_B, scale, dtype) -> torch.Tensor:
 def plan(x: torch.Tensor, weight: torch.Tensor | NF4Weight, dropout: bool = False, rank: int = 1) -> str:
     """How a product of x (M, ·) with a weight goes: "native", "tiled", "stream", "fused", "merged" or "exact".
 
-    A dense weight always goes "exact".
-
-    On a GPU what is possible is measured (`runtime.fastest`), elsewhere `runtime.FIXED` says it.
-
-    On a CPU there is no merge: a merge would cost a pass over W, larger than y for all but very long batches.
+    On a GPU what is possible is measured (`runtime.fastest`), elsewhere `runtime.FIXED` says it. A dense weight always
+    goes "exact". On a CPU there is no merge: it would cost a pass over W, larger than y for all but very long batches.
     """
     if isinstance(weight, torch.Tensor):
         return "exact"
@@ -226,16 +224,13 @@ def nf4_matmul(x: torch.Tensor, weight: NF4Weight, bias: torch.Tensor | None = N
         (M, N), or (M, K), in x's dtype.
     """
     way, bias = plan(x, weight, rank=0), None if bias is None else bias.contiguous()
-    if way in ON_CPU:
-        return _on_cpu(way, x, weight, transposed, bias)
-    if way in ("stream", "fused"):  # with an adapter of rank 0
-        nothing = x.new_empty(len(x), 0), x.new_empty(weight.shape[0 if transposed else 1], 0), 0.0
-        if transposed and way == "stream":
-            return nf4_stream(x, weight, bias, *nothing)
-        if runs_product(x):
-            return nf4_fused(x, weight, bias, *nothing, transposed)
-    W = dense_weight(weight, x)
-    return F.linear(x, W, bias) if transposed else x @ W
+    if way == "exact":
+        W = dense_weight(weight, x)
+        return F.linear(x, W, bias) if transposed else x @ W
+    nothing = x.new_empty(len(x), 0), x.new_empty(0, weight.shape[1]), x.new_empty(weight.shape[0], 0), 0.0
+    if transposed:
+        return quantized_product(way, x, weight, bias, *nothing)
+    return quantized_product_dx(way, x, weight, *nothing)
 
 
 def nf4_experts_each(x, weight, transposed, ends) -> torch.Tensor:
@@ -283,6 +278,29 @@ def _on_cpu(way, x, weight, transposed, *rest):
     if way == "native":
         return nf4_product_native(x, weight, NF4_CODE, transposed, *rest)
     return nf4_product_tiled(x, weight, transposed, *rest)
+
+
+def nf4_product_tiled(x, weight, transposed, bias=None, S=None, low=None, scale=1.0) -> torch.Tensor:
+    """As `nf4_product_native` in torch: fp32 arithmetic, W rounded to x's dtype, TILE_ROWS of its rows at a time."""
+    (N, K), block_size = weight.shape, weight.block_size
+    rows = TILE_ROWS if TILE_ROWS * K % block_size == 0 else N
+    scales, wide = decode_scales(weight.absmax, weight.nested), x.float()
+    y = wide.new_zeros(len(x), N if transposed else K)
+    for start in range(0, N, rows):
+        stop = min(start + rows, N)
+        packed = weight.packed[start * K // 2 : cdiv(stop * K, 2)]
+        absmax = scales[start * K // block_size : cdiv(stop * K, block_size)]
+        part = NF4Weight(packed, absmax, torch.Size((stop - start, K)), x.dtype, block_size)
+        tile = nf4_dequantize(part, torch.float32, out=scratch(part.shape, torch.float32, x.device))
+        tile.copy_(tile.to(x.dtype))
+        if transposed:
+            torch.mm(wide, tile.t(), out=y[:, start:stop])
+        else:
+            y.addmm_(wide[:, start:stop], tile)
+    if S is not None:
+        low = low.to(x.dtype).float()
+        y.addmm_(S.float(), low.t() if transposed else low, alpha=scale)
+    return (y if bias is None else y.add_(bias.to(x.dtype))).to(x.dtype)
 
 
 def dense_weight(weight: torch.Tensor | NF4Weight, x: torch.Tensor) -> torch.Tensor:

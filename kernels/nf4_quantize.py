@@ -6,7 +6,7 @@
 The thresholds are the 15 fp32 midpoints of neighbouring levels; a value exactly on one takes the
 lower level. Every step is fp32 for every input dtype, and the same as in bitsandbytes' CPU code, bit
 for bit: 1 / absmax is rounded before it is multiplied, a magnitude under 1e-38 counts as 1e-38, and
-the last block, if it is short, is divided by its absmax instead (and stores at least 1e-38).
+the last block, if it is short, is divided by its absmax instead (and stores at least 1e-38); the reference does that.
 
 A search through 15 thresholds costs a comparison each. Neighbours are at least 0.08 apart, so 32
 equal cells over [-1, 1], 0.067 wide, hold one threshold at most, and two look-ups replace the search:
@@ -32,7 +32,6 @@ THRESHOLDS = (NF4_CODE[:-1] + NF4_CODE[1:]) / 2
 SMALLEST = 1e-38
 CELL_SLOPE, CELL_START = 15.0, 16.0625
 BLOCK = 4096  # values a program
-NUM_WARPS = 4
 TILE = 1 << 17  # values a step of `nf4_quantize_tiled`
 
 
@@ -50,33 +49,25 @@ def nf4_quantize_reference(x: torch.Tensor, block_size: int) -> tuple[torch.Tens
     return codes[0::2] << 4 | codes[1::2], absmax
 
 
-def nf4_quantize_tiled(x: torch.Tensor, block_size: int) -> tuple[torch.Tensor, torch.Tensor]:
+def nf4_quantize_tiled(flat: torch.Tensor, block_size: int) -> tuple[torch.Tensor, torch.Tensor]:
     """The reference's bits, fast on a CPU: two look-ups instead of a search, a tile at a time while it is in cache.
 
-    Where an absmax is not finite, codes are arbitrary.
+    `flat` holds whole blocks. Where an absmax is not finite, codes are arbitrary.
     """
-    flat = x.reshape(-1)
-    size = flat.numel()
-    packed = torch.empty((size + 1) // 2, dtype=torch.uint8, device=x.device)
-    absmax = torch.empty(-(-size // block_size), dtype=torch.float32, device=x.device)
-    tile_size = min(TILE, size + size % 2)
-    coder = _Codes(tile_size, x.device)
-    scaled = torch.empty(tile_size, dtype=torch.float32, device=x.device)
-    for start in range(0, size, TILE):
-        stop = min(start + TILE, size)
-        tile, first = flat[start:stop].float(), start // block_size
-        whole = (stop - start) // block_size
-        short = tile[whole * block_size :]
-        blocks, into = (t[: whole * block_size].view(whole, block_size) for t in (tile, scaled))
-        peak = torch.amax(torch.abs(blocks, out=into), dim=1, out=absmax[first : first + whole])
-        torch.mul(blocks, (1.0 / peak.clamp(min=SMALLEST))[:, None], out=into)
-        if short.numel():
-            absmax[first + whole] = short.abs().amax().clamp(min=SMALLEST)
-            torch.div(short, absmax[first + whole], out=scaled[whole * block_size :][: short.numel()])
-        if absmax[first : -(-stop // block_size)].isfinite().all():
-            scaled[stop - start :] = 0.0  # pads an odd count with code 7, exact zero
-            even = stop - start + (stop - start) % 2
-            coder.pack(scaled[:even], packed[start // 2 : (start + even) // 2])
+    packed = torch.empty(flat.numel() // 2, dtype=torch.uint8, device=flat.device)
+    absmax = torch.empty(flat.numel() // block_size, dtype=torch.float32, device=flat.device)
+    threshold_of, below = _cells(flat.device)
+    for start in range(0, flat.numel(), TILE):
+        blocks = flat[start : start + TILE].float().view(-1, block_size)
+        peak = absmax[start // block_size :][: len(blocks)].copy_(blocks.abs().amax(dim=1))
+        if not peak.isfinite().all():
+            continue
+        scaled = (blocks * (1.0 / peak.clamp(min=SMALLEST))[:, None]).view(-1)
+        cell = (scaled * CELL_SLOPE + CELL_START).int()
+        codes = below.index_select(0, cell) + (scaled > threshold_of.index_select(0, cell)).view(torch.uint8)
+        # Two codes as one little-endian int16: 4097 adds the first, four bits up, to the high byte.
+        codes.view(torch.int16).mul_(4097)
+        packed[start // 2 :][: codes.numel() // 2] = codes[1::2]
     return packed, absmax
 
 
@@ -96,36 +87,10 @@ def _cell_words(device: torch.device) -> torch.Tensor:
     return torch.stack([threshold.view(torch.int32), below.int()], dim=1).view(torch.int64).view(32).to(device)
 
 
-class _Codes:
-    """Codes of scaled values, with the memory that each tile uses again."""
-
-    def __init__(self, size: int, device: torch.device):
-        self.threshold_of, self.below = _cells(device)
-        self.start = torch.full((), CELL_START, dtype=torch.float32, device=device)
-        self.values = torch.empty(size, dtype=torch.float32, device=device)
-        self.cell = torch.empty(size, dtype=torch.int32, device=device)
-        self.codes = torch.empty(size, dtype=torch.uint8, device=device)
-        self.above = torch.empty(size, dtype=torch.bool, device=device)
-
-    def pack(self, scaled: torch.Tensor, out: torch.Tensor) -> None:
-        """Write the codes of `scaled`, an even number of values in [-1, 1], two a byte."""
-        size = scaled.numel()
-        values, cell, codes, above = (t[:size] for t in (self.values, self.cell, self.codes, self.above))
-        torch.add(self.start, scaled, alpha=CELL_SLOPE, out=values)
-        cell.copy_(values)
-        torch.index_select(self.threshold_of, 0, cell, out=values)
-        torch.index_select(self.below, 0, cell, out=codes)
-        codes.add_(torch.gt(scaled, values, out=above).view(torch.uint8))
-        # Two codes as one little-endian int16: 4097 adds the first, four bits up, to the high byte.
-        codes.view(torch.int16).mul_(4097)
-        out.copy_(codes[1::2])
-
-
 @triton.jit
 def _nf4_quantize(
     x_ptr, packed_ptr, absmax_ptr, cells_ptr, N, N_BLOCKS,
-    SLOPE: tl.constexpr, START: tl.constexpr, SMALLEST: tl.constexpr,
-    BLOCK_SIZE: tl.constexpr, SHORT: tl.constexpr, BLOCK: tl.constexpr,
+    SLOPE: tl.constexpr, START: tl.constexpr, SMALLEST: tl.constexpr, BLOCK_SIZE: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     pid = tl.program_id(0).to(tl.int64)
     SCALES: tl.constexpr = BLOCK // BLOCK_SIZE
@@ -136,18 +101,14 @@ def _nf4_quantize(
     left = N - pid * BLOCK
     left = tl.where(left < BLOCK, left, BLOCK).to(tl.int32)
     offs = start + tl.arange(0, 32)[None, None, :]  # [RUNS, SCALES, 32]
-    inside = offs < left if SHORT else tl.broadcast_to(start < left, (RUNS, SCALES, 32))
+    inside = tl.broadcast_to(start < left, (RUNS, SCALES, 32))
     x = tl.load(x_ptr + pid * BLOCK + offs, mask=inside, other=0.0).to(tl.float32)
 
     bits = x.to(tl.int32, bitcast=True) & 0x7FFFFFFF
     peak = tl.max(tl.max(bits, axis=2), axis=0).to(tl.float32, bitcast=True)  # [SCALES]
     smallest = tl.full((SCALES,), SMALLEST, tl.float32)
     floored = tl.where(peak < smallest, smallest, peak)
-    if SHORT:
-        peak = floored
-        scaled = tl.div_rn(x, tl.broadcast_to(peak[None, :, None], (RUNS, SCALES, 32)))
-    else:
-        scaled = x * tl.div_rn(tl.full((SCALES,), 1.0, tl.float32), floored)[None, :, None]
+    scaled = x * tl.div_rn(tl.full((SCALES,), 1.0, tl.float32), floored)[None, :, None]
     offs_s = pid * SCALES + tl.arange(0, SCALES)
     tl.store(absmax_ptr + offs_s, peak, mask=offs_s < N_BLOCKS)
 
@@ -167,15 +128,15 @@ def _nf4_quantize(
     tl.store(packed_ptr + pid * (BLOCK // 8) + offs_w, words, mask=offs_w // 4 * 32 < left)
 
 
-def _launch(x, block_size, short):
-    """Codes of x, a flat tensor, as words of eight (whole runs of 32 values), and one absmax a block."""
-    words = torch.empty(-(-x.numel() // 32) * 4, dtype=torch.int32, device=x.device)
-    absmax = torch.empty(-(-x.numel() // block_size), dtype=torch.float32, device=x.device)
+def _launch(x, block_size):
+    """Codes of x, a flat tensor of whole blocks, and one absmax a block."""
+    words = torch.empty(x.numel() // 8, dtype=torch.int32, device=x.device)  # of eight codes
+    absmax = torch.empty(x.numel() // block_size, dtype=torch.float32, device=x.device)
     if x.numel():
         launch(
             _nf4_quantize, (cdiv(x.numel(), BLOCK), 1, 1),
             x, words, absmax, _cell_words(x.device), x.numel(), absmax.numel(), SLOPE=CELL_SLOPE, START=CELL_START,
-            SMALLEST=SMALLEST, BLOCK_SIZE=block_size, SHORT=short, BLOCK=BLOCK, num_warps=NUM_WARPS,
+            SMALLEST=SMALLEST, BLOCK_SIZE=block_size, BLOCK=BLOCK, num_warps=4,
         )  # fmt: skip
     return words.view(torch.uint8), absmax
 
@@ -193,16 +154,13 @@ def nf4_quantize(x: torch.Tensor, block_size: int) -> tuple[torch.Tensor, torch.
             the block's codes are arbitrary then.
     """
     where = backend(x)
-    if where == "torch":
-        return nf4_quantize_tiled(x, block_size)
     flat = x.reshape(-1).contiguous()  # of every other value, for one, reshape makes a view that skips them
     if where == "interpreter" and x.dtype == torch.bfloat16:
         flat = flat.float()  # exact; the interpreter has no bf16 of its own
     whole = flat.numel() // block_size * block_size
-    packed, absmax = _launch(flat[:whole], block_size, short=False)
+    packed, absmax = (nf4_quantize_tiled if where == "torch" else _launch)(flat[:whole], block_size)
     if whole < flat.numel():
-        last, last_absmax = _launch(flat[whole:], block_size, short=True)
-        last = last[: (flat.numel() - whole + 1) // 2]
+        last, last_absmax = nf4_quantize_reference(flat[whole:], block_size)
         packed, absmax = torch.cat([packed, last]), torch.cat([absmax, last_absmax])
     return packed, absmax
 

@@ -117,12 +117,6 @@ def traced(x: torch.Tensor) -> bool:
     return torch.compiler.is_compiling() or isinstance(x, FakeTensor)
 
 
-def on_device(tensor: torch.Tensor):
-    """A context in which kernels launch on the GPU that holds `tensor`; none is needed on the current one."""
-    elsewhere = tensor.is_cuda and tensor.device.index != torch.cuda.current_device()
-    return torch.cuda.device(tensor.device) if elsewhere else contextlib.nullcontext()
-
-
 def runs_kernel(x: torch.Tensor) -> bool:
     """Whether x meets a Triton kernel. FP64 has none (it serves gradient checks) and runs in torch."""
     if x.is_cpu and not INTERPRETED and emulated_arch is None:
@@ -213,7 +207,8 @@ def launch(kernel, grid: tuple, *args, **constants) -> None:
         args: all that is passed at run time, in order; numbers of the same type in every call.
         constants: the constexprs, which stand last in the signature, and Triton's options.
     """
-    with on_device(args[0]):
+    elsewhere = args[0].is_cuda and args[0].device.index != torch.cuda.current_device()
+    with torch.cuda.device(args[0].device) if elsewhere else contextlib.nullcontext():
         if INTERPRETED:
             kernel[grid](*args, **constants)
             return

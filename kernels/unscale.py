@@ -25,7 +25,7 @@ from functools import lru_cache
 import numpy as np
 import torch
 
-from .runtime import TRITON_DTYPES, backend, launch, tl, triton
+from .runtime import TRITON_DTYPES, backend, cdiv, launch, tl, triton
 
 BLOCK = 4096
 
@@ -120,10 +120,20 @@ def _unscale_kernel(
             _unscale_chunk(tensor_ptr, T, chunk, inv_scale_ptr, found_inf_ptr, sums_ptr, DTYPES[i], ALIGNED[i], BLOCK)
 
 
-@lru_cache  # few, and none may go: captured graphs read them
+_captured_tables: set[torch.Tensor] = set()  # what graphs read whenever they run
+
+
 def chunk_table(elements: tuple[int, ...], block: int, device: torch.device) -> torch.Tensor:
     """(C, 2) int32: tensor and block number of each program, for tensors of these sizes."""
-    counts = torch.tensor([-(-n // block) for n in elements], dtype=torch.int64, device="cpu")
+    table = _chunk_table(elements, block, device)
+    if device.type != "cpu" and torch.cuda.is_current_stream_capturing():
+        _captured_tables.add(table)
+    return table
+
+
+@lru_cache
+def _chunk_table(elements, block, device):
+    counts = torch.tensor([cdiv(n, block) for n in elements], dtype=torch.int64, device="cpu")
     tensor = torch.repeat_interleave(torch.arange(len(elements), device="cpu"), counts)
     first = torch.cumsum(counts, 0) - counts
     chunk = torch.arange(len(tensor), device="cpu") - first[tensor]
@@ -133,7 +143,7 @@ def chunk_table(elements: tuple[int, ...], block: int, device: torch.device) -> 
 # Pinned memory that no copy reads, for as many graphs' copies as a step makes: under capture none can be allocated.
 _spare: dict[tuple, list[torch.Tensor]] = {}
 SPARE = 16
-_captured: list[torch.Tensor] = []  # what graphs read whenever they run
+_captured: list[torch.Tensor] = []  # what graphs copy from whenever they run
 
 
 def upload(numbers: Sequence[int] | Sequence[float], device: torch.device) -> torch.Tensor:
@@ -166,14 +176,13 @@ def _values(numbers):
     return torch.from_numpy(np.array(array("d" if isinstance(numbers[0], float) else "q", numbers)))
 
 
-def _check(grads):
+def _split(grads):
+    """Gradients for the kernel, and those for the reference: float64 ones, or all of them."""
     for grad in grads:
         if grad.dtype not in (*TRITON_DTYPES, torch.float64):
             raise TypeError(f"grads must be float32, float16, bfloat16 or float64, got {grad.dtype}")
-
-
-def _split(grads):
-    """Gradients for the kernel, and float64 ones, which take the reference."""
+    if backend(grads[0]) == "torch":
+        return [], grads
     grads = [grad for grad in grads if grad.numel()]
     wide = [grad for grad in grads if grad.dtype == torch.float64]
     return [grad for grad in grads if grad.dtype != torch.float64], wide
@@ -217,10 +226,6 @@ def unscale_(grads: list[torch.Tensor], inv_scale: torch.Tensor | None, found_in
     """
     if not grads:
         return
-    _check(grads)
-    if backend(grads[0]) == "torch":
-        unscale_foreach_(grads, inv_scale, found_inf)
-        return
     narrow, wide = _split(grads)
     if narrow:
         _launch(narrow, inv_scale, found_inf, want_sums=False)
@@ -237,11 +242,8 @@ def squared_norm(grads: list[torch.Tensor]) -> torch.Tensor:
     """
     if not grads:
         return torch.zeros((), dtype=torch.float32)
-    _check(grads)
-    if backend(grads[0]) == "torch":
-        return squared_norm_reference(grads)
-    total = torch.zeros((), dtype=torch.float64, device=grads[0].device)
     narrow, wide = _split(grads)
+    total = torch.zeros((), dtype=torch.float64, device=grads[0].device)
     if narrow:
         total += _launch(narrow, None, None, want_sums=True).sum(dtype=torch.float64)
     if wide:

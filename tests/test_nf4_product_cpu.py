@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from handtuned.kernels import nf4_cpu, nf4_matmul, nf4_tiled, runtime
+from handtuned.kernels import nf4_cpu, nf4_matmul, runtime
 from handtuned.kernels.lora import lora_linear
 from handtuned.kernels.nf4 import NF4_CODE, nf4_dequantize_reference
 from handtuned.kernels.nf4_cpu import nf4_product_native
@@ -82,7 +82,7 @@ def test_against_fp64(level, shape, transposed, dtype):
 def test_in_torch_against_fp64(shape, transposed, dtype):
     """16-bit rows without a compiler."""
     if shape[2] * shape[1] % 2 == 0:
-        check_product(nf4_tiled.nf4_product_tiled, *shape, transposed, dtype)
+        check_product(nf4_matmul.nf4_product_tiled, *shape, transposed, dtype)
 
 
 @pytest.mark.parametrize("dtype", DTYPES[:2], ids=str)

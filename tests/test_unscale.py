@@ -155,7 +155,7 @@ def test_other_dtypes_are_refused(each_backend, device, dtype):
 def test_torchs_defaults_of_dtype_and_device_change_nothing(each_backend, device):
     grads = gradients(torch.float32, device)
     norm, found, inv_scale = squared_norm(grads), scalar(0, device), scalar(0.5, device)
-    unscale.chunk_table.cache_clear()
+    unscale._chunk_table.cache_clear()
     torch.set_default_dtype(torch.bfloat16)
     try:
         with torch.device("meta"):
