@@ -5,9 +5,10 @@ below makes `kernels/nf4.py` importable as `handtuned.kernels.nf4`, and
 `notebooks/lessons/` as `handtuned.lessons`.
 """
 
+import re
 from pathlib import Path
 
-from setuptools import Extension, setup
+from setuptools import Extension, find_packages, setup
 
 HERE = Path(__file__).parent
 FOLDERS = {
@@ -16,16 +17,9 @@ FOLDERS = {
     "handtuned.lessons": "notebooks/lessons",
     "handtuned.lessons.exercises": "notebooks/lessons/exercises",
 }
-# Parts of handtuned/ itself, which need no mapping.
-PARTS = [
-    ".".join(path.parent.relative_to(HERE).parts) for path in sorted((HERE / "handtuned").glob("*/**/__init__.py"))
-]
+PARTS = find_packages(str(HERE), include=["handtuned.*"])  # of handtuned/ itself, which need no mapping
 
-version = next(
-    line.split('"')[1]
-    for line in (HERE / "handtuned" / "__init__.py").read_text(encoding="utf-8").splitlines()
-    if line.startswith("__version__")
-)
+version = re.search(r'^__version__ = "(.+)"', (HERE / "handtuned" / "__init__.py").read_text(encoding="utf-8"), re.M)[1]
 
 extras = {
     "finetune": [

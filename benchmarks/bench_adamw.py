@@ -19,11 +19,6 @@ MODEL = [(1536, 576)] * 3 * LAYERS + [(576, 576)] * 2 * LAYERS + [(576,)] * (2 *
 RATE = 1e-3
 
 
-def values(shapes, device):
-    """Parameters and their gradients."""
-    return [(torch.randn(shape, device=device), torch.randn(shape, device=device)) for shape in shapes]
-
-
 def parameters(pairs):
     copies = []
     for value, gradient in pairs:
@@ -32,56 +27,50 @@ def parameters(pairs):
     return copies
 
 
-def alone(make):
-    """A provider: one step of an optimizer; gives the parameters."""
-
-    def provider(pairs):
-        params = parameters(pairs)
-        optimizer = make(params)
-
-        def run():
-            optimizer.step()
-            return params
-
-        return run
-
-    return provider
+def alone(params, optimizer):
+    return optimizer.step
 
 
-def by_torch(make):
+def by_torch(params, optimizer):
     """Unscale, clip and step by torch's own tools."""
+    scaler = torch.amp.GradScaler(params[0].device.type, init_scale=1.0, growth_interval=2**30)
+    scaler.scale(torch.ones((), device=params[0].device))
 
-    def provider(pairs):
-        params = parameters(pairs)
-        optimizer = make(params)
-        scaler = torch.amp.GradScaler(params[0].device.type, init_scale=1.0, growth_interval=2**30)
-        scaler.scale(torch.ones((), device=params[0].device))
+    def step():
+        scaler.unscale_(optimizer)
+        torch.nn.utils.clip_grad_norm_(params, 1.0)
+        scaler.step(optimizer)
+        scaler.update()
 
-        def run():
-            scaler.unscale_(optimizer)
-            torch.nn.utils.clip_grad_norm_(params, 1.0)
-            scaler.step(optimizer)
-            scaler.update()
-            return params
-
-        return run
-
-    return provider
+    return step
 
 
-def by_ours(pairs):
+def by_ours(params, optimizer):
     """The same: the step unscales, clips and skips by itself."""
-    params = parameters(pairs)
-    optimizer = AdamW(params, lr=RATE)
     scaler = GradScaler(init_scale=1.0, growth_interval=2**30)
     scaler.scale(torch.ones((), device=params[0].device))
 
-    def run():
+    def step():
         scaler.step(optimizer, max_norm=1.0)
         scaler.update()
-        return params
 
-    return run
+    return step
+
+
+def provider(make, way=alone):
+    """One step of an optimizer, in one of these ways; gives the parameters."""
+
+    def prepare(pairs):
+        params = parameters(pairs)
+        step = way(params, make(params))
+
+        def run():
+            step()
+            return params
+
+        return run
+
+    return prepare
 
 
 def eight_bit(params):
@@ -110,23 +99,20 @@ def check(clip):
 
 def case(title, shapes, device, whole):
     elements = sum(torch.Size(shape).numel() for shape in shapes)
-    foreach = lambda p: torch.optim.AdamW(p, lr=RATE, foreach=True)  # noqa: E731
-    fused = lambda p: torch.optim.AdamW(p, lr=RATE, fused=True)  # noqa: E731
-    if whole:
-        providers = {"handtuned": by_ours, "torch foreach": by_torch(foreach), "torch fused": by_torch(fused)}
-    else:
-        providers = {
-            "handtuned": alone(lambda p: AdamW(p, lr=RATE)),
-            "torch foreach": alone(foreach),
-            "torch fused": alone(fused),
-            "handtuned 8-bit": alone(lambda p: AdamW8bit(p, lr=RATE)),
-        }
+    ours, theirs = (by_ours, by_torch) if whole else (alone, alone)
+    providers = {
+        "handtuned": provider(lambda p: AdamW(p, lr=RATE), ours),
+        "torch foreach": provider(lambda p: torch.optim.AdamW(p, lr=RATE, foreach=True), theirs),
+        "torch fused": provider(lambda p: torch.optim.AdamW(p, lr=RATE, fused=True), theirs),
+    }
+    if not whole:
+        providers["handtuned 8-bit"] = provider(lambda p: AdamW8bit(p, lr=RATE))
         if device.type == "cuda":
-            providers["bitsandbytes 8-bit"] = alone(eight_bit)
+            providers["bitsandbytes 8-bit"] = provider(eight_bit)
     return Case(
         name=f"{'unscale, clip and AdamW' if whole else 'AdamW'}, {title}: {len(shapes)} tensors, "
         f"{elements / 1e6:.1f} M parameters",
-        inputs=lambda: values(shapes, device),
+        inputs=lambda: [(torch.randn(shape, device=device), torch.randn(shape, device=device)) for shape in shapes],
         providers=providers,
         check=check(whole),
         bytes=28 * elements,

@@ -18,6 +18,7 @@ record's name says so.
 
 import argparse
 import contextlib
+import itertools
 import json
 import math
 import os
@@ -32,7 +33,8 @@ from pathlib import Path
 import torch
 
 from handtuned.bench import script
-from handtuned.harness.timing import TIME_UP, libraries, not_installed, summary
+from handtuned.harness.runner import untimed
+from handtuned.harness.timing import OURS, TIME_UP, libraries, not_installed, summary
 from handtuned.training.data import encode, shipped_dataset
 from handtuned.training.formats import load_rows
 from handtuned.training.loading import load_base
@@ -64,14 +66,11 @@ def batches(model, random, rows, tokens, count):
 
     tokenizer = AutoTokenizer.from_pretrained(model)
     ids, labels = [], []
-    chats = load_rows(shipped_dataset()[0]).rows
+    chats = itertools.cycle(load_rows(shipped_dataset()[0]).rows)
     while len(ids) < count * rows * tokens:
-        for chat in chats:
-            example = encode(chat, tokenizer)
-            ids += example.input_ids.tolist()
-            labels += example.labels.tolist()
-            if len(ids) >= count * rows * tokens:
-                break
+        example = encode(next(chats), tokenizer)
+        ids += example.input_ids.tolist()
+        labels += example.labels.tolist()
     return tuple(torch.tensor(part[: count * rows * tokens]).view(count, rows, tokens) for part in (ids, labels))
 
 
@@ -239,10 +238,9 @@ def answer(record, name, ask):
 def apart(turns):
     """Why providers' losses show that they do not compute the same: name → what is wrong."""
     losses = {name: [turn["loss"] for turn in taken] for name, taken in turns.items()}
-    wrong = {}
-    ours = losses.get("handtuned")
+    ours, wrong = losses.get(OURS), {}
     for name, theirs in losses.items():
-        if not all(value == value and value < 1e4 for value in theirs):
+        if not all(value < 1e4 for value in theirs):
             wrong[name] = f"losses {theirs}"
         elif ours and "bitsandbytes" in name:
             pairs = zip(ours, theirs, strict=False)  # where the time was up one may have a step more
@@ -259,10 +257,8 @@ def measure(device, quick, rounds, against, share=math.inf, deadline=math.inf):
     """
     rows, tokens = shape(device)
     rounds = min(rounds, 3 if quick else 9)
-    record = {
-        "name": "", "size": {"rows": rows, "tokens": tokens, "rank": RANK}, "bytes": 0, "flops": 0, "kernel": "",
-        "dtype": str(choose_dtype("auto", device))[6:], "asked": rounds, "contestants": {}, "skipped": {}, "failed": {},
-    }  # fmt: skip
+    record = untimed("") | {"size": {"rows": rows, "tokens": tokens, "rank": RANK}, "kernel": "", "asked": rounds,
+                            "dtype": str(choose_dtype("auto", device))[6:]}  # fmt: skip
     os.environ.setdefault("PIP_RETRIES", "1")
     os.environ.setdefault("PIP_DEFAULT_TIMEOUT", "10")
     with tempfile.TemporaryDirectory() as folder:
@@ -294,7 +290,7 @@ def measure(device, quick, rounds, against, share=math.inf, deadline=math.inf):
                     turns[name].append(turn)
         for child in children.values():
             child.close()
-    turns = {name: taken for name, taken in turns.items() if name not in record["failed"]}
+    turns, found = {name: taken for name, taken in turns.items() if name not in record["failed"]}, {}
     record["failed"] |= apart(turns)
     for name, taken in turns.items():
         if name in record["failed"]:
@@ -303,16 +299,15 @@ def measure(device, quick, rounds, against, share=math.inf, deadline=math.inf):
             record["skipped"][name] = TIME_UP
             continue
         times = summary([turn["seconds"] for turn in taken[1:]])
-        record["contestants"][name] = times | {
+        found[name] = times | {
             "host": times["median"], "rounds": len(taken) - 1, "calls": 1,
             "tokens_per_second": rows * tokens / times["median"],
             "peak_bytes": max(turn["peak"] for turn in taken), "losses": [round(turn["loss"], 4) for turn in taken],
         }  # fmt: skip
-    ours = record["contestants"].get("handtuned")
-    for taken in record["contestants"].values():
-        taken["ratio"] = taken["median"] / ours["median"] if ours else 0.0
-    if not ours:
-        record["contestants"] = {}
+    if OURS in found:
+        record["contestants"] = {
+            name: taken | {"ratio": taken["median"] / found[OURS]["median"]} for name, taken in found.items()
+        }
     return [record]
 
 

@@ -40,14 +40,6 @@ class Layer:
         )
 
 
-class OneLayer(nn.Module):
-    """A model of one layer, for peft."""
-
-    def __init__(self, linear):
-        super().__init__()
-        self.q_proj = linear
-
-
 def with_ours(linear, layer, dropout=0.0):
     rank = layer.A.shape[0]
     wrapped = LoRALinear(linear, rank, layer.scaling * rank, dropout)
@@ -60,7 +52,8 @@ def with_peft(linear, layer, dropout=0.0):
 
     rank = layer.A.shape[0]
     config = peft.LoraConfig(r=rank, lora_alpha=layer.scaling * rank, lora_dropout=dropout, target_modules=["q_proj"])
-    wrapped = peft.get_peft_model(OneLayer(linear), config).base_model.model.q_proj
+    model = nn.ModuleDict({"q_proj": linear})
+    wrapped = peft.get_peft_model(model, config).base_model.model.q_proj
     A, B = wrapped.lora_A["default"].weight, wrapped.lora_B["default"].weight
     A.data, B.data = layer.A.clone(), layer.B.clone()
     return wrapped.train(), A, B
@@ -86,25 +79,16 @@ def with_unsloth(weight, state, layer):
 
 
 def step(wrapped, layer):
-    """Forward and backward, as a training step runs them; gives y and the gradients of x, A and B."""
-    module, A, B = wrapped
-    x, dy = layer.x, layer.dy
+    """Forward and backward, as a training step runs them; gives y and the gradients of x and what is trained."""
+    module, *adapter = wrapped
+    inputs = layer.x, *adapter
 
     def run():
-        x.grad = A.grad = B.grad = None
-        y = module(x)
-        y.backward(dy)
-        return y.detach(), x.grad, A.grad, B.grad
-
-    return run
-
-
-def base_step(layer):
-    def run():
-        layer.x.grad = None
-        y = layer.linear(layer.x)
+        for tensor in inputs:
+            tensor.grad = None
+        y = module(layer.x)
         y.backward(layer.dy)
-        return y.detach(), layer.x.grad
+        return y.detach(), *(tensor.grad for tensor in inputs)
 
     return run
 
@@ -145,7 +129,7 @@ def case(M, N, K, rank, dtype, device, dropout=0.0):
     providers = {
         "handtuned": lambda layer: step(with_ours(layer.linear, layer, dropout), layer),
         "peft": lambda layer: step(with_peft(layer.linear, layer, dropout), layer),
-        "base layer alone": base_step,
+        "base layer alone": lambda layer: step([layer.linear], layer),
     }
     if low == 2:
         autocast = lambda layer: under_autocast(with_peft(layer.linear, layer, dropout))  # noqa: E731

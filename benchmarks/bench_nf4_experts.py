@@ -14,11 +14,6 @@ from handtuned.bench import script
 from handtuned.harness import Case
 
 
-def one_by_one(rows, x, W):
-    """x Wᵀ for each expert's rows and dense weight."""
-    return torch.cat([h @ w.t() for h, w in zip(x.split(rows), W, strict=True)])
-
-
 def dense(inputs):
     layer, x, ends = inputs
     W = layer.dequantize().transpose(1, 2)
@@ -28,7 +23,8 @@ def dense(inputs):
 def check(inputs):
     """fp64 from the weights as NF4 holds them."""
     layer, x, ends = inputs
-    expected = one_by_one(ends.diff(prepend=ends.new_zeros(1)).tolist(), x.double(), layer.dequantize().double())
+    rows = x.double().split(ends.diff(prepend=ends.new_zeros(1)).tolist())
+    expected = torch.cat([h @ W.t() for h, W in zip(rows, layer.dequantize().double(), strict=True)])
     return lambda name, result: close([result], [expected], computed_in(name, x), ["y"])
 
 

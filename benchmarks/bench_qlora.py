@@ -21,10 +21,6 @@ def random_layer(*sizes):
     return layer
 
 
-def ours(layer):
-    return with_ours(layer.linear, layer)
-
-
 def theirs(layer):
     return with_peft(bitsandbytes_linear(layer.linear, layer.x.dtype), layer)
 
@@ -66,7 +62,7 @@ def case(M, N, K, rank, dtype, device, training):
     passes = 2 if training else 1
     saved = (low * N * K - sum(nf4_bytes(N * K))) * passes  # W is read as codes
     providers = {
-        "handtuned": lambda layer: run(ours(layer), layer),
+        "handtuned": lambda layer: run(with_ours(layer.linear, layer), layer),
         "peft + bitsandbytes": lambda layer: run(theirs(layer), layer),
     }
     if training and low == 2:

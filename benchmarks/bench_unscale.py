@@ -6,13 +6,12 @@ The factor is −1, so that gradients keep their size however often they are uns
 """
 
 import torch
+from bench_adamw import ADAPTER
 from handtuned.kernels.unscale import unscale_
 from shared import short
 
 from handtuned.bench import script
 from handtuned.harness import Case
-
-ADAPTER = [shape for _ in range(60) for shape in ((8, 576), (576, 8), (8, 576), (192, 8))]
 
 
 def provider(unscale):

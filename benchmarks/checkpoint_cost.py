@@ -19,26 +19,14 @@ from handtuned.nn.transformer import TransformerBlock
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode
 
+from handtuned.memory.dry_run import FLOPS
 from handtuned.memory.model_shapes import PRESETS, Shape
 
 SMALL = Shape("4 layers of 256", 4, 256, 4, 2, 64, 688, 1000)
-
-
-def attention_flops(q, k, v, *args, out_val=None, **kwargs) -> int:
-    """Two products of (s, d) × (d, s) size a head; causal masking is not taken off, as FlopCounterMode does not."""
-    batch, heads, rows, width = q
-    return 4 * batch * heads * rows * k[-2] * width
-
-
-def attention_backward_flops(grad, q, k, v, *args, out_val=None, **kwargs) -> int:
-    """Five products instead of two: the scores again, and the gradients of v, probabilities, q and k."""
-    return attention_flops(q, k, v) * 5 // 2
-
-
-ATTENTION = {
-    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: attention_flops,
-    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward: attention_backward_flops,
-}
+aten = torch.ops.aten
+ATTENTION = {op: FLOPS[op].__wrapped__  # from the shapes alone, as FlopCounterMode wants it
+             for op in (aten._scaled_dot_product_flash_attention_for_cpu,
+                        aten._scaled_dot_product_flash_attention_for_cpu_backward)}  # fmt: skip
 
 
 def cost(layers, x, segments) -> tuple[int, int]:

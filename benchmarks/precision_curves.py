@@ -83,13 +83,17 @@ def trainer_for(precision, model, steps):
     return trainer
 
 
-@torch.no_grad()
-def evaluate(model, batch):
-    """Loss in FP32 of the weights as they are."""
-    inputs, labels = batch
+def logits_in_fp32(model, inputs):
+    """Of the weights as they are."""
     copy = new_model(0)
     copy.load_state_dict({name: value.float() for name, value in model.state_dict().items()})
-    return F.cross_entropy(copy(inputs).flatten(0, 1), labels.flatten()).item()
+    return copy(inputs)
+
+
+@torch.no_grad()
+def evaluate(model, batch):
+    inputs, labels = batch
+    return F.cross_entropy(logits_in_fp32(model, inputs).flatten(0, 1), labels.flatten()).item()
 
 
 def run(precision, seed, steps, data, held_out):
@@ -108,10 +112,8 @@ def run(precision, seed, steps, data, held_out):
 
 def lost(model, data):
     """Share of the nonzero FP32 gradients of the logits that FP16 makes zero, at these weights and each fixed scale."""
-    copy = new_model(0)
-    copy.load_state_dict({name: value.float() for name, value in model.state_dict().items()})
     inputs, labels = windows(data, BATCH, 1)
-    logits = copy(inputs)
+    logits = logits_in_fp32(model, inputs)
     logits.retain_grad()
     F.cross_entropy(logits.flatten(0, 1), labels.flatten()).backward()
     sizes = logits.grad[logits.grad != 0].abs()
@@ -122,12 +124,10 @@ def lost(model, data):
 
 
 def draw(results, path):
-    import matplotlib
+    from matplotlib.figure import Figure
 
-    matplotlib.use("svg")
-    import matplotlib.pyplot as plt
-
-    figure, axes = plt.subplots(figsize=(8, 4.5))
+    figure = Figure(figsize=(8, 4.5), layout="tight")
+    axes = figure.subplots()
     for name, runs in results["runs"].items():
         for i, one in enumerate(runs):
             curve = [math.nan if loss is None else min(loss, 6.0) for loss in one["curve"]]
@@ -136,7 +136,6 @@ def draw(results, path):
             axes.plot(x, curve, label=label, **({"color": "black", "alpha": 0.4} if name == "fp32" else {}))
     axes.set(xlabel="step", ylabel="held-out loss (nats a byte)", title="The same small model in seven precisions")
     axes.legend(fontsize="small")
-    figure.tight_layout()
     figure.savefig(path)
 
 
@@ -151,8 +150,7 @@ def main():
     results = {"steps": args.steps, "batch": [BATCH, LENGTH], "lr": LR, "machine": machine, "runs": {}}
     if path.exists():
         saved = json.loads(path.read_text(encoding="utf-8"))
-        if saved["steps"] == args.steps:
-            results["runs"] = saved["runs"]
+        results = saved if saved["steps"] == args.steps else results
     data, held_out = text("home_train"), windows(text("home_eval"), 128, 0)
     for name in PRECISIONS:
         runs = results["runs"].setdefault(name, [])

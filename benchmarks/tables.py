@@ -11,16 +11,15 @@ from pathlib import Path
 
 from handtuned.nn.files import whole_file
 
+from handtuned.bench import unit_of
 from handtuned.harness.timing import OURS, cut_short
 
 MARKED = re.compile(r"<!-- (?P<file>[\w.-]+\.json) -->\n.*?<!-- end of (?P=file) -->", re.DOTALL)
 
 
 def _time(seconds: float) -> str:
-    for factor, unit in ((1e6, "µs"), (1e3, "ms")):
-        if seconds * factor < 1000:
-            return f"{seconds * factor:.3g} {unit}"
-    return f"{seconds:.3g} s"
+    factor, unit = unit_of(seconds)
+    return f"{seconds * factor:.3g} {unit}"
 
 
 def _spread(taken: dict) -> str:
@@ -43,17 +42,14 @@ def _head(report: dict) -> str:
 
 
 def _rows(record: dict) -> list[str]:
-    ours = record["contestants"].get(OURS)
+    others = dict(record["contestants"])
+    ours = others.pop(OURS, None)
     work = " – ".join([record["name"], *cut_short(record)])
     rows = []
     if ours:
         share = f"{ours['of_ceiling']:.0%}" if "of_ceiling" in ours else "–"
-        for name, taken in record["contestants"].items():
-            if name != OURS:
-                rows.append(f"| {work} | {_spread(ours)} | {share} | {name} | {_spread(taken)} "
-                            f"| {taken['ratio']:.2f} |")  # fmt: skip
-        if len(record["contestants"]) == 1:
-            rows.append(f"| {work} | {_spread(ours)} | {share} | – | – | – |")
+        beside = [f"{name} | {_spread(taken)} | {taken['ratio']:.2f}" for name, taken in others.items()]
+        rows = [f"| {work} | {_spread(ours)} | {share} | {cells} |" for cells in beside or ["– | – | –"]]
     notes = {**record["skipped"], **{name: f"not timed: {why}" for name, why in record["failed"].items()}}
     return rows + [f"| {work} | | | {name} | {why.replace('|', '/')} | |" for name, why in notes.items()]
 

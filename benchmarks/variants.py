@@ -101,7 +101,7 @@ def main(words=None):
     parser.add_argument("--record", type=Path, default=Path(__file__).with_suffix(".json"))
     arguments = parser.parse_args(words)
 
-    budget = f"{arguments.steps} steps of {arguments.rows} rows, {arguments.held_out} held-out rows"
+    budget = f"{arguments.model}, {arguments.steps} steps of {arguments.rows} rows, {arguments.held_out} held-out rows"
     record = json.loads(arguments.record.read_text()) if arguments.record.exists() else {}
     runs = record.setdefault(budget, {})
     for seed in range(arguments.seeds):

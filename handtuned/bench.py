@@ -67,15 +67,18 @@ def run(args: argparse.Namespace) -> int:
               "minutes": minutes if minutes < math.inf else None, "device": {}, "versions": {}, "ceilings": {},
               "results": {name: [] for name in names}}  # fmt: skip
 
+    def write() -> None:
+        report["seconds"] = round(time.monotonic() - begun, 1)
+        if args.json:
+            write_json(Path(args.json), report)
+
     def keep(name: str, made: list[dict]) -> None:
         """Print the records of a benchmark, and write all that there are."""
         if not report["results"][name]:
             print(f"\n== {name}", flush=True)
         report["results"][name] += made
         print("\n".join(map(text, made)), flush=True)
-        report["seconds"] = round(time.monotonic() - begun, 1)
-        if args.json:
-            write_json(Path(args.json), report)
+        write()
 
     while names:
         names = _take_over(runner.in_a_process(args, names, begun + 60 * minutes * STOP_AT), names, report, keep)
@@ -87,9 +90,7 @@ def run(args: argparse.Namespace) -> int:
     short = sum(bool(cut_short(record)) or TIME_UP in record["skipped"].values() for record in every)
     if short:
         print(f"{short} of {len(every)} cases were cut short or left out, as {TIME_UP}; --minutes none lifts the limit")
-    report["seconds"] = round(time.monotonic() - begun, 1)
-    if args.json:
-        write_json(Path(args.json), report)
+    write()
     if args.plot and report["ceilings"].get("copy"):
         draw(report["ceilings"], every, report["device"]["name"], args.plot)
     elif args.plot:
@@ -133,12 +134,12 @@ def text(record: dict) -> str:
     """One record as a small table."""
     times, head = record["contestants"], record["name"]
     if "floor" in record:
-        factor, unit = _unit(record["floor"])
+        factor, unit = unit_of(record["floor"])
         head += f"   floor {record['floor'] * factor:.3g} {unit} ({record['bound']})"
     notes = cut_short(record) + ([] if record.get("cold", True) else ["inputs fit in the cache"])
     lines = [head + "".join(f"   [{note}]" for note in notes)]
     if times:
-        factor, unit = _unit(times[OURS]["median"])
+        factor, unit = unit_of(times[OURS]["median"])
         width = max(map(len, times))
         lines.append(f"  {'':{width}} {'median ' + unit:>10} {'p20 – p80':>17} {'speed':>15} {'of ceiling':>11}"
                      f" {'host ' + unit:>9} {'ratio':>7}")  # fmt: skip
@@ -159,7 +160,7 @@ def text(record: dict) -> str:
     return "\n".join(lines)
 
 
-def _unit(seconds: float) -> tuple[float, str]:
+def unit_of(seconds: float) -> tuple[float, str]:
     return (1e6, "µs") if seconds < 1e-3 else (1e3, "ms") if seconds < 1 else (1, "s")
 
 

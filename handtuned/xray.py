@@ -131,7 +131,7 @@ def _launch_lines(ray: Xray, launch: LaunchRecord):
     yield (f"        {32 * launch.warp_instructions / units:.2f} instructions for each {ray.operation.unit}; of PTX "
            + ", ".join(f"{pipe} {n * each:.2f}" for pipe, n in pipes if n * each >= 0.005))  # fmt: skip
     traffic = (("load", counted.global_loads), ("store", counted.global_stores), ("shared access", counted.shared))
-    parts = [f"{t.per_request:.1f} {t.unit} a {name} ({t.least / t.requests:.1f} at least)"
+    parts = [f"{t.per_request:.1f} {t.unit} per {name} ({t.least / t.requests:.1f} at least)"
              for name, t in traffic if t.requests]  # fmt: skip
     if counted.tensor_flops:
         parts.append(f"{counted.tensor_flops * launch.scale / 1e9:.4g} GFLOP on tensor cores")

@@ -86,6 +86,12 @@ class TestShapes:
         for source in (config, model, config.to_dict(), str(tmp_path)):
             assert estimate(source, batch=1, seq=8).parameters == counted
 
+    def test_a_directory_comes_before_the_preset_of_its_name(self, tmp_path, monkeypatch):
+        """As `finetune` takes it."""
+        monkeypatch.chdir(tmp_path)
+        transformers.LlamaConfig(vocab_size=99, hidden_size=32, num_hidden_layers=2).save_pretrained("mistral-7b")
+        assert shape_of("mistral-7b") is None and shape_of("llama-7b").layers == 32
+
     def test_numbers_and_names(self):
         assert shape_of(3).parameters == 3 and shape_of("350m").parameters == 350_000_000
         assert shape_of("7b").parameters == 7 * 10**9 and shape_of("7b").layers == 32

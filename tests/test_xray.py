@@ -274,7 +274,7 @@ def test_the_command_prints_a_report(tmp_path):
     assert text.startswith("problem: M 4096, N 4096, K 4096, r 16")
     assert text.count("nf4_dequantize[fp16, nested]  sm_90  at") == 3, "counted whole, at the size asked for, measured"
     assert ", 0 B spilled" in text and "warps; no more for" in text and "instructions for each value; of PTX" in text
-    assert "16.0 sectors a store (16.0 at least)" in text and "wavefronts a shared access" in text
+    assert "16.0 sectors per store (16.0 at least)" in text and "wavefronts per shared access" in text
     # beside its floor the kernel reads 16 levels, 256 steps of scales, and the rest of the offset's sector
     assert f"DRAM {659_524 + 64 + 1024 + 28:,} B from a cold L2, floor 659,524 B: 1.00 ×" in text
     assert text.count("H100: predicted") == text.count("H200: predicted") == 2

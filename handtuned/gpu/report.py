@@ -5,7 +5,7 @@ import os
 
 _WORK = ("kernel", "launches", "programs", "warps", "shared memory", "instructions", "tensor FLOPs", "barriers",
          "divergent branches")  # fmt: skip
-_MEMORY = ("", "sectors a load", "(least)", "sectors a store", "(least)", "wavefronts", "(least)", "read from DRAM",
+_MEMORY = ("", "sectors per load", "(least)", "sectors per store", "(least)", "wavefronts", "(least)", "read from DRAM",
            "written")  # fmt: skip
 _NOTES = """\
 programs: of all launches; warps: 32 threads each, and shared memory, of one program. instructions: of warps.
@@ -77,7 +77,7 @@ def source_listing(counters, file, lines, first) -> str:
     """The lines of a kernel in `file`, the first of this number, then those of the functions that it calls, each with
     its costs."""
     heads = [("instruc-", "sectors", "sectors", "wave-", "bar-", ""),
-             ("tions", "a load", "a store", "fronts", "riers", "line")]  # fmt: skip
+             ("tions", "per load", "per store", "fronts", "riers", "line")]  # fmt: skip
     rows = [(*_costs(counters.lines.get((file, n))), f"{n:4}  {text.rstrip()}") for n, text in enumerate(lines, first)]
     inside = {(file, n) for n in range(first, first + len(lines))}
     others = sorted(place for place in counters.lines if place not in inside and place[1])

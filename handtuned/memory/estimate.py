@@ -86,7 +86,8 @@ def estimate(model, method: str = "full", dtype: torch.dtype | str = torch.float
         batch, seq: rows, and tokens per row, of one forward pass on one device.
         checkpoint: False; True for a checkpoint in every layer; a number of segments, the last of which is kept; or
             the paths of the layers that are recomputed.
-        zero: stage 0 (DDP, which keeps the memory of gradients) to 3, over `world_size` devices.
+        zero: stage 0 (DDP, which keeps the memory of gradients) to 3, over `world_size` devices; gradients are summed
+            as in `finetune`, in FP32.
         flash: fused attention, which keeps no probabilities; False for eager attention.
         lora_r, target_modules: rank, and linears by name or "all-linear", as for `apply_lora_to_model`.
         logits: "chunked" (`nn.loss`: never all at once, answer tokens only) or "full" (transformers'
@@ -137,25 +138,33 @@ def estimate(model, method: str = "full", dtype: torch.dtype | str = torch.float
     states = state_bytes(run.weights + c * extra, run.constants, trained, method, c, optimizer, masters)
     states, host = _spread(states, zero, world_size, offload)
 
+    # Under ZeRO gradients are summed in FP32, bucket by bucket; over several devices that takes a copy (gloo's).
+    width, shard = (c if full else 4), math.ceil(4 * trained / world_size) * (not offload)
+    bucket = min(trained, ZeroOptimizer.bucket_elements + run.largest_trained)
+    summing = bucket * (8 if world_size > 1 else width)
     courses = []
     for moment, course in run.courses():
-        if zero == 2:  # whole until their bucket is full
-            course["buffers"] += np.minimum(course["gradients"], (c if full else 4) * ZeroOptimizer.bucket_elements)
-        if zero >= 2:  # those of earlier passes are the shards that these are added to
-            course["gradients"] = 0 * course["gradients"] if low else -(-course["gradients"] // world_size)
-        if offload and zero != 1:
-            course["gradients"] = 0 * course["gradients"]
-        if low:
+        made = course["gradients"] // width
+        if zero >= 2 or (offload and zero == 0):
+            arrived = -(-made // world_size) * (not offload)
+            course["gradients"] = width * arrived
+            course["buffers"] += (4 - width) * arrived + held * shard
+        elif low:
             course["gradients"] += states["gradients"]
-        if held and masters and zero == 0:
-            course["buffers"] += 4 * trained  # the masters' gradients of earlier passes
-        elif held and replicated:
+        if zero == 2:  # whole until their bucket is full
+            course["buffers"] += np.where(made < bucket, width * made, summing)
+        if held and replicated:
             course["buffers"] += states["gradients"]  # those of earlier passes, beside the buckets
-        course["buffers"] += run.made_whole(method, zero)
-        courses.append((moment, course | {name: size + 0 * course["buffers"] for name, size in states.items()
+        elif held and masters and zero == 0:
+            course["buffers"] += 4 * trained  # the masters' gradients of earlier passes
+        course["buffers"] += run.made_whole(method, zero, c)
+        courses.append((moment, course | {name: size + 0 * made for name, size in states.items()
                                           if name != "gradients"}))  # fmt: skip
-    # The masters are stepped with FP32 gradients: in the 16-bit ones' place, or beside them for a rank's shard.
-    wide = math.ceil(4 * trained / world_size) if zero else states["gradients"]
+    if courses and zero == 1:
+        last = states | {"buffers": summing + shard}
+        courses.append(("sum of the gradients", {name: np.array([size]) for name, size in last.items()}))
+    # The masters are stepped with FP32 gradients, in the place of 16-bit ones that have gone by then.
+    wide = math.ceil(4 * trained / (world_size if zero else 1)) - states["gradients"] * (zero != 1 and not replicated)
     if optimizer == "adamw8bit":
         piece = min(PIECE, math.ceil(run.largest_trained / (world_size if zero else 1)))
         wide = wide * masters + BYTES_WHILE_STEPPING * piece
@@ -210,10 +219,10 @@ class Run:
     largest_gathered: int = 0  # bytes of the largest layer, or of the embedding table
     parts: tuple[Part, ...] = ()
 
-    def made_whole(self, method: str, zero: int) -> int:
-        """What is there only while it is used: a dequantized weight, or under ZeRO-3 a layer's weights, and with them
-        either the buffer that they came in or, in backward, its gradients and the buffer that these leave in."""
-        return self.largest_packed if zero < 3 else self.largest_gathered * (3 if method == "full" else 2)
+    def made_whole(self, method: str, zero: int, c: int) -> int:
+        """What is there only while it is used: a dequantized weight; or under ZeRO-3 a layer's weights, with the buffer
+        that they came in, or in its place their gradients in FP32, twice while these are summed."""
+        return self.largest_packed if zero < 3 else self.largest_gathered * (8 // c if method == "full" else 2)
 
     def courses(self) -> Iterator[tuple[str, dict[str, np.ndarray]]]:
         """(moment, component → bytes after each of its events), in order; always "gradients" and "buffers" too."""

@@ -99,12 +99,15 @@ def shape_of(model) -> Shape | None:
             raise ValueError(f"model as a number of parameters must be positive and finite, got {model}")
         return Shape(f"{model / 1e9:g}B parameters", rounded=int(model))
     if isinstance(model, str):
+        place = Path(model).expanduser()
+        local = place.is_file() or (place / "config.json").is_file()
+        if local and model != "smollm2":  # as `finetune` takes it, whatever the preset of that name
+            return None
         if model.lower() in PRESETS:
             return PRESETS[model.lower()]
         if match := re.fullmatch(r"([\d.]+)\s*([mb])", model.lower()):
             return shape_of(float(match[1]) * {"m": 1e6, "b": 1e9}[match[2]])
-        place = Path(model).expanduser()
-        if "/" not in model and not (place.is_file() or (place / "config.json").is_file()):
+        if "/" not in model:
             raise ValueError(f"no model directory and no preset is called {model!r}; presets: {', '.join(PRESETS)}")
     return None
 
