@@ -12,7 +12,8 @@ from multiprocessing.connection import wait
 from pathlib import Path
 from subprocess import CompletedProcess
 
-CONTEXT = multiprocessing.get_context("forkserver")
+METHOD = "forkserver" if "forkserver" in multiprocessing.get_all_start_methods() else "spawn"
+CONTEXT = multiprocessing.get_context(METHOD)
 CONTEXT.set_forkserver_preload([
     "handtuned.finetune", "handtuned.training.distributed", "handtuned.training.loop", "handtuned.nn.live_memory",
     "transformers.models.auto.modeling_auto", "transformers.models.llama.modeling_llama", "transformers.generation",

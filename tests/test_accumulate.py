@@ -294,7 +294,7 @@ def test_two_processes_equal_one_big_batch(tmp_path):
     with forked.CONTEXT.Manager() as manager:
         results = manager.dict()
         torch.multiprocessing.start_processes(
-            _rank, (2, tmp_path / "rendezvous", lengths, results), nprocs=2, start_method="forkserver"
+            _rank, (2, tmp_path / "rendezvous", lengths, results), nprocs=2, start_method=forked.METHOD
         )
         results = dict(results)
     model = TinyLanguageModel()

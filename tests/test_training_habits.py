@@ -144,7 +144,7 @@ def test_a_tail_in_which_ranks_have_used_other_layers(tmp_path):
     with forked.CONTEXT.Manager() as manager:
         results = manager.dict()
         torch.multiprocessing.start_processes(
-            _rank, (tmp_path / "rendezvous", results), nprocs=2, start_method="forkserver"
+            _rank, (tmp_path / "rendezvous", results), nprocs=2, start_method=forked.METHOD
         )
         results = dict(results)
     torch.manual_seed(0)
