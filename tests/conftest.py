@@ -6,6 +6,7 @@ before `handtuned` is imported. On a GPU, plain `pytest` runs the compiled kerne
 """
 
 import os
+import re
 import sys
 
 import torch
@@ -34,7 +35,8 @@ NUMERICAL = {
     "nf4_product_cpu", "nf4_quantize", "quant_experts", "quant_linear", "transformer", "unscale", "variants",
 }  # fmt: skip
 # What stands in these files, takes long, and is not about numbers.
-NOT_NUMERICAL = ("machine_code", "wgmma", "twelve_layers", "when_it_runs", "smollm2")
+NOT_NUMERICAL = ("machine_code", "wgmma", "twelve_layers", "when_it_runs", "smollm2", "the_benchmark_runs",
+                 "peak_memory", "obeys_the_variable")  # fmt: skip
 
 
 # In the emulator all tests that launch kernels run on sm_90; on the other architectures, without --slow, these alone.
@@ -67,6 +69,8 @@ def pytest_collection_modifyitems(config, items):
             item.add_marker("numerical")
     if EMULATED:
         _keep_kernel_tests(config, items)
+    if os.environ.get("WITHOUT_C") and config.option.markexpr == "numerical":
+        _keep_callers_of_c(config, items)
     if not config.getoption("--slow"):
         skip = pytest.mark.skip(reason="takes minutes; run with --slow")
         for item in items:
@@ -74,18 +78,38 @@ def pytest_collection_modifyitems(config, items):
                 item.add_marker(skip)
 
 
+def _launches(item):
+    """Whether a test runs on a kernel."""
+    each = "each_backend" in item.fixturenames and item.callspec.params["each_backend"] == "kernel"
+    return each or "kernel_backend" in item.fixturenames
+
+
 def _keep_kernel_tests(config, items):
     """In the emulator only what launches kernels is new."""
 
     def wanted(item):
-        kernel = "each_backend" in item.fixturenames and item.callspec.params["each_backend"] == "kernel"
-        if not kernel and "kernel_backend" not in item.fixturenames:
+        if not _launches(item):
             return False
         if EMULATED == "sm_90" or config.getoption("--slow"):
             return True
         product = item.name.startswith(PRODUCTS) and "float16" in item.name and EMULATED != "sm_75"
         return product or item.name.startswith(STREAMING)
 
+    _keep(config, items, wanted)
+
+
+def _keep_callers_of_c(config, items):
+    """Without the compiled C only what meets NF4 on a CPU computes otherwise, and no Triton kernel does."""
+    meets_nf4 = {path: re.search("nf4|quantize", path.read_text(encoding="utf-8"), re.I)
+                 for path in {item.path for item in items}}  # fmt: skip
+
+    def wanted(item):
+        return meets_nf4[item.path] and not _launches(item)
+
+    _keep(config, items, wanted)
+
+
+def _keep(config, items, wanted):
     config.hook.pytest_deselected(items=[item for item in items if not wanted(item)])
     items[:] = [item for item in items if wanted(item)]
 
@@ -128,3 +152,22 @@ def poisoned_memory():
 @pytest.fixture(autouse=True)
 def seeded():
     torch.manual_seed(0)
+
+
+@pytest.fixture(autouse=True, scope="session")
+def pictures_are_drawn_once():
+    """To draw the loss takes as long as the steps of a tiny run: another picture of as many rows is a copy."""
+    from handtuned.training import logging
+
+    draw, drawn = logging.draw_loss, {}
+
+    def draw_once(rows, path, title):
+        kind = len(rows), sum(row["loss"] is None for row in rows)
+        if kind not in drawn:
+            draw(rows, path, title)
+            drawn[kind] = path.read_bytes()
+        path.write_bytes(drawn[kind])
+
+    logging.draw_loss = draw_once
+    yield
+    logging.draw_loss = draw

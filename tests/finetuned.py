@@ -2,7 +2,9 @@
 
 import json
 from pathlib import Path
+from unittest import mock
 
+import forked
 import pytest
 from tiny import make_model, write_rows
 
@@ -13,6 +15,12 @@ COMMON = ["--per-device-train-batch-size", "4", "--learning-rate", "1e-2", "--de
 
 def finetune(model_dir, rows, out, *flags):
     return cli.main(["finetune", "--model", model_dir, "--data", rows, "--output-dir", str(out), *COMMON, *flags])
+
+
+def merge(run, out, *flags):
+    """`handtuned merge`, which reads the model back in a forked process; test_merge_command.py has its own too."""
+    with mock.patch("handtuned.merge.subprocess.run", forked.run):
+        return cli.main(["merge", "--adapter", str(run), "--out", str(out), *flags])
 
 
 def losses(out):

@@ -1,14 +1,17 @@
 """Runs the numerical tests again as other CPUs would compute them: `make test-portable`.
 
-Each setting holds torch, MKL or oneDNN to fewer instructions than this CPU has, changes the number of threads, or
-takes the compiled C away. A setting that this machine cannot follow (an instruction set that it lacks, a library that
-takes no orders) is named instead of being counted as a pass.
+`make test` has run them as this CPU computes with one thread. Each setting here holds torch, MKL and oneDNN to fewer
+instructions than this CPU has, gives them a second thread, or takes the compiled C away. Settings run side by side,
+one process each. A setting that this machine cannot follow (an instruction set that it lacks, a library that takes no
+orders) is named instead of being counted as a pass.
 """
 
+import ast
 import os
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 HERE = Path(__file__).parent
@@ -19,59 +22,64 @@ from torch.nn import functional as F
 torch.manual_seed(0)
 a, b = (torch.rand(300, 700, dtype=torch.float64).float() for _ in range(2))
 products = [a @ b.t(), a @ b[0], a.bfloat16() @ b.bfloat16().t(), torch.linalg.svdvals(a)]
-results = [*products, a.sqrt(), a**0.3, a.softmax(1), F.silu(a), F.layer_norm(a, (700,))]
-print(torch.backends.cpu.get_cpu_capability(), torch.get_num_threads(),
-      *(zlib.crc32(result.float().numpy().tobytes()) for result in results))
+others = [a.sqrt(), a**0.3, a.softmax(1), F.silu(a), F.layer_norm(a, (700,))]
+bits = [[zlib.crc32(result.float().numpy().tobytes()) for result in results] for results in (products, others)]
+print([torch.backends.cpu.get_cpu_capability(), torch.get_num_threads(), *bits])
 """
-PRODUCTS = "AVX2 for the products of MKL and oneDNN"
+ONE = {"OMP_NUM_THREADS": "1"}
 SETTINGS = {
-    "as it is, 1 thread": {"OMP_NUM_THREADS": "1"},
-    # two processes run at a time: a thread that waits leaves its core to the other process
-    "as it is, 2 threads": {"OMP_NUM_THREADS": "2", "OMP_WAIT_POLICY": "PASSIVE"},
-    "torch without vector instructions": {"OMP_NUM_THREADS": "1", "ATEN_CPU_CAPABILITY": "default"},
-    "torch held to AVX2": {"OMP_NUM_THREADS": "1", "ATEN_CPU_CAPABILITY": "avx2"},
-    PRODUCTS: {
-        "OMP_NUM_THREADS": "1",
+    "torch without vector instructions": ONE | {"ATEN_CPU_CAPABILITY": "default"},
+    "torch, MKL and oneDNN held to AVX2": ONE | {
         "ATEN_CPU_CAPABILITY": "avx2",
         "MKL_ENABLE_INSTRUCTIONS": "AVX2",  # Intel CPUs follow this one,
         "MKL_CBWR": "AVX2",  # and all of them this one
         "ONEDNN_MAX_CPU_ISA": "AVX2",
     },
-    "without the compiled C": {"OMP_NUM_THREADS": "1", "WITHOUT_C": "1"},
-}
+    # a thread that waits leaves its core to the process beside it
+    "as it is, 2 threads": {"OMP_NUM_THREADS": "2", "OMP_WAIT_POLICY": "PASSIVE"},
+    "without the compiled C": ONE | {"WITHOUT_C": "1"},  # only what calls it: see conftest.py
+}  # fmt: skip
 
 
-def probe(setting: dict) -> tuple[str, str, tuple]:
-    """(capability, threads, bits) of torch in a process under `setting`."""
+def probe(setting: dict) -> list:
+    """[capability, threads, bits of products, bits of the rest] of torch in a process under `setting`."""
     done = subprocess.run([sys.executable, "-c", PROBE], env=os.environ | setting, capture_output=True, text=True)
     if done.returncode != 0:
         raise SystemExit(f"the probe failed under {setting}:\n{done.stderr}")
-    capability, threads, *bits = done.stdout.split()
-    return capability, threads, tuple(bits)
+    return ast.literal_eval(done.stdout)
 
 
-def not_followed(setting: dict, plain: tuple) -> str:
-    """Why a run under `setting` shows nothing new on this machine; empty if it does."""
-    capability, threads, bits = probe(setting)
-    wanted = setting.get("ATEN_CPU_CAPABILITY", "").upper()
+def not_followed(setting: dict, plain: list) -> list[str]:
+    """What of `setting` shows nothing new on this machine."""
+    capability, threads, products, others = probe(setting)
+    wanted, found = setting.get("ATEN_CPU_CAPABILITY", "").upper(), []
     if wanted and capability != wanted:
-        return f"this CPU runs torch with {capability}, not {wanted}"
-    if threads != setting["OMP_NUM_THREADS"]:
-        return f"torch runs with {threads} threads"
-    if wanted and bits == plain:
-        return "no bit changed of the products, roots, powers and softmaxes that were probed"
-    return ""
+        found.append(f"this CPU runs torch with {capability}, not {wanted}")
+    if threads != int(setting["OMP_NUM_THREADS"]):
+        found.append(f"torch runs with {threads} threads")
+    if wanted and others == plain[3]:
+        found.append("no bit changed of the roots, powers and softmaxes that were probed")
+    if "MKL_CBWR" in setting and products == plain[2]:
+        found.append("no bit changed of the products that were probed")
+    return found
+
+
+def run(name: str, plain: list) -> bool:
+    """Whether the tests pass; what they print comes when they have ended."""
+    setting, begin = SETTINGS[name], time.monotonic()
+    reasons = [f"   cannot be switched here: {reason}" for reason in not_followed(setting, plain)]
+    command = [sys.executable, "-m", "pytest", "-m", "numerical", "-p", "no:cacheprovider", str(HERE)]
+    done = subprocess.run(command, cwd=HERE.parent, env=os.environ | setting, capture_output=True, text=True)
+    took = f"\n== {name}: {time.monotonic() - begin:.0f} s"
+    print("\n".join([took, *reasons, done.stdout + done.stderr]), end="", flush=True)
+    return done.returncode == 0
 
 
 def main() -> int:
-    begin, failed = time.monotonic(), []
-    plain = probe({"OMP_NUM_THREADS": "1"})[2]
-    for name, setting in SETTINGS.items():
-        reason = not_followed(setting, plain)
-        print(f"\n== {name}" + (f"\n   cannot be switched here: {reason}" if reason else ""), flush=True)
-        command = [sys.executable, "-m", "pytest", "-m", "numerical", "-n", "2", "--dist", "worksteal", str(HERE)]
-        if subprocess.run(command, cwd=HERE.parent, env=os.environ | setting).returncode != 0:
-            failed.append(name)
+    begin, plain = time.monotonic(), probe(ONE)
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        passed = dict(zip(SETTINGS, pool.map(lambda name: run(name, plain), SETTINGS), strict=True))
+    failed = [name for name, well in passed.items() if not well]
     print(f"\n{len(SETTINGS)} settings in {time.monotonic() - begin:.0f} s" + (f"; failed: {failed}" if failed else ""))
     return bool(failed)
 

@@ -2,6 +2,7 @@
 
 import copy
 
+import forked
 import pytest
 import torch
 import torch.nn.functional as F
@@ -290,11 +291,10 @@ def _rank(rank, world, path, lengths, results):
 def test_two_processes_equal_one_big_batch(tmp_path):
     """Five micro-batches each, three to a step: one communication for the full batch, and the tail is right too."""
     lengths = [[3], [1, 2], [6], [1], [2, 2, 2], [4], [1], [5], [2], [6, 6]]
-    context = torch.multiprocessing.get_context("spawn")
-    with context.Manager() as manager:
+    with forked.CONTEXT.Manager() as manager:
         results = manager.dict()
         torch.multiprocessing.start_processes(
-            _rank, (2, tmp_path / "rendezvous", lengths, results), nprocs=2, start_method="spawn"
+            _rank, (2, tmp_path / "rendezvous", lengths, results), nprocs=2, start_method=forked.METHOD
         )
         results = dict(results)
     model = TinyLanguageModel()

@@ -5,6 +5,7 @@ import warnings
 from types import SimpleNamespace
 
 import check_models
+import finetuned
 import pytest
 import tiny_architectures
 import torch
@@ -73,7 +74,7 @@ def test_skip_modules_stay_dense_and_are_recorded(tiny):
     model, _ = load_base(str(tiny.path / "llama"), "qlora", skip=record["skip_modules"])
     dense = {path for path, module in model.named_modules() if isinstance(module, torch.nn.Linear)} - {"lm_head"}
     assert dense == {path for path in dense if ".0." in path or path.endswith("down_proj")} and len(dense) == 8
-    assert main(["merge", "--adapter", str(tiny.path / "llama-run"), "--out", str(tiny.path / "merged")]) == 0
+    assert finetuned.merge(tiny.path / "llama-run", tiny.path / "merged") == 0
 
 
 @pytest.mark.parametrize("flags, said", [

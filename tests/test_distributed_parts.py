@@ -7,6 +7,7 @@ import subprocess
 import sys
 from types import SimpleNamespace
 
+import forked
 import pytest
 import torch
 
@@ -87,3 +88,10 @@ def test_resume_shares_the_same_rows_among_other_ranks(tmp_path, ranks, micro, a
     assert (settings.per_device_train_batch_size, settings.gradient_accumulation_steps) == (micro, accumulate)
     with pytest.raises(ValueError, match="5 ranks cannot evenly share the 24 rows"):
         settings_and_checkpoint(str(tmp_path), {}, FinetuneSettings(parallel="ddp"), 5)
+
+
+def test_of_forked_processes_the_first_that_fails_ends_all():
+    code = "import os, sys, time; time.sleep(int(os.environ['RANK']) * 600); print(*sys.argv[1:]); sys.exit('end')"
+    done = forked.together(["-c", code, "two", 2], [{"RANK": "0"}, {"RANK": "1"}])
+    assert (done.returncode, done.stdout) == (1, "two 2\nend\n")
+    assert forked.python("-m", "platform", "--terse", seconds=60).returncode == 0

@@ -71,8 +71,8 @@ def test_pain_1_merge_keeps_the_adapter(model_dir, rows, finished, tmp_path, cap
     from handtuned.training.models import load_with_adapter
 
     out = tmp_path / "merged"
-    command = ["merge", "--adapter", str(finished), "--out", str(out), "--device", "cpu", "--data", rows]
-    assert cli.main([*command, "--save-dtype", "float32", "--errors"]) == 0
+    flags = ["--device", "cpu", "--data", rows, "--save-dtype", "float32", "--errors"]
+    assert finetuned.merge(finished, out, *flags) == 0
     said = capsys.readouterr().out
     assert all(part in said for part in ("loss on", "bfloat16", "nf4, requantize", "nf4, refit"))
 
@@ -84,14 +84,14 @@ def test_pain_1_merge_keeps_the_adapter(model_dir, rows, finished, tmp_path, cap
     ids = torch.randint(5, 40, (2, 9))
     with torch.no_grad():
         assert_same_function(merged(ids).logits, adapted(input_ids=ids).logits, terms=LONGEST)
-    assert cli.main(command) == 2, "an output directory that is not empty is refused"
+    assert finetuned.merge(finished, out, *flags) == 2, "an output directory that is not empty is refused"
 
 
 def test_pain_19_a_merged_model_stops_where_training_taught_it_to(tmp_path, rows):
     """Programs that load it know of no chat template's end but by generation_config.json."""
     base = make_model(tmp_path / "base", eos_token_id=9)
     assert finetune(base, rows, tmp_path / "run", "--max-steps", "1") == 0
-    assert cli.main(["merge", "--adapter", str(tmp_path / "run"), "--out", str(tmp_path / "merged")]) == 0
+    assert finetuned.merge(tmp_path / "run", tmp_path / "merged") == 0
     assert json.loads((tmp_path / "merged" / "generation_config.json").read_text())["eos_token_id"] == [0, 9]
 
 

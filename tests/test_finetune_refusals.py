@@ -8,6 +8,7 @@ import torch
 from finetuned import finetune
 from tiny import make_model
 
+from handtuned.training.logging import Metrics, draw_loss
 from handtuned.training.settings import FinetuneSettings
 
 pytest.importorskip("transformers")
@@ -116,8 +117,6 @@ def test_a_model_that_the_last_step_broke_is_no_success(model_dir, rows, tmp_pat
 
 
 def test_metrics_are_json_when_loss_scaling_skips_a_step(tmp_path):
-    from handtuned.training.logging import Metrics, draw_loss
-
     metrics = Metrics(tmp_path / "metrics.jsonl")
     for loss in (float("nan"), 1.0, 0.5):
         metrics.append({"step": 1, "loss": loss, "learning_rate": 0.1, "grad_norm": float("inf")})

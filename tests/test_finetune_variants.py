@@ -66,7 +66,7 @@ def test_a_variant_is_trained_resumed_and_understood_by_all(model_dir, rows, tmp
     with torch.no_grad():
         assert_same_function(ours(IDS).logits, theirs(IDS).logits, terms=LONGEST)
         expected = of(out)(IDS).logits
-    assert cli.main(["merge", "--adapter", str(out), "--out", str(merged), "--save-dtype", "float32"]) == 0
+    assert finetuned.merge(out, merged, "--save-dtype", "float32") == 0
     with torch.no_grad():
         assert_same_function(AutoModelForCausalLM.from_pretrained(merged)(IDS).logits, expected, terms=LONGEST)
     assert cli.main(["generate", "--adapter", str(out), "--max-new-tokens", "3", "w1 w2"]) == 0

@@ -2,6 +2,7 @@
 
 import copy
 
+import forked
 import pytest
 import torch
 from handtuned.amp import autocast
@@ -81,9 +82,8 @@ def _ddp_worker(rank, folder, results):
 
 
 def test_two_processes_under_ddp_average_their_gradients(tmp_path):
-    context = torch.multiprocessing.get_context("spawn")
-    results = context.SimpleQueue()
-    workers = [context.Process(target=_ddp_worker, args=(rank, tmp_path, results)) for rank in range(2)]
+    results = forked.CONTEXT.SimpleQueue()
+    workers = [forked.CONTEXT.Process(target=_ddp_worker, args=(rank, tmp_path, results)) for rank in range(2)]
     for worker in workers:
         worker.start()
     for worker in workers:

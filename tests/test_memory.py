@@ -1,8 +1,5 @@
 """Memory: the documents' figures, bytes by hand, recommendations, and the command."""
 
-import subprocess
-import sys
-
 import pytest
 import torch
 from handtuned.nn.live_memory import LiveMemory
@@ -10,6 +7,7 @@ from handtuned.quant import quantize_nf4
 from handtuned.quant.nf4 import nf4_bytes
 from torch import nn
 
+from handtuned import cli
 from handtuned.memory import analyze_lora_params, analyze_memory_savings, korthikanti, measure
 from handtuned.memory.estimate import estimate
 from handtuned.memory.fit import arguments
@@ -291,19 +289,16 @@ class TestRecommend:
         assert "LoRA" not in str(fit({**SETTINGS, "model": 7e9}, GB)[1])
 
 
-def command(*words):
-    return subprocess.run([sys.executable, "-m", "handtuned", "memory", *words], capture_output=True, text=True)
-
-
-def test_the_command(monkeypatch):
-    done = command("--model", "7b", "--method", "full", "--max_seq_length=2048", "--batch-size", "1", "--gpu", "24GB")
-    assert done.returncode == 0, done.stderr
+def test_the_command(capsys):
+    flags = ["--model", "7b", "--method", "full", "--max_seq_length=2048", "--batch-size", "1", "--gpu", "24GB"]
+    assert cli.main(["memory", *flags]) == 0
+    said = capsys.readouterr().out
     for part in ("master weights", "model states 112.00 GB", "does not fit into 24.00 GB = 22.35 GiB", "on the host",
                  "the cheapest set that fits", "without the host's memory: "):  # fmt: skip
-        assert part in done.stdout
-    assert "30.60 GB = 28.50 GiB with attention scores, 9.13 GB = 8.50 GiB without" in done.stdout  # 002's "28.5 G"
-    bad = command("--gpu", "much")
-    assert bad.returncode == 2 and bad.stderr.strip().endswith("a size such as 24GB, 500MB or 80GiB, got 'much'")
+        assert part in said
+    assert "30.60 GB = 28.50 GiB with attention scores, 9.13 GB = 8.50 GiB without" in said  # 002's "28.5 G"
+    assert cli.main(["memory", "--gpu", "much"]) == 2
+    assert capsys.readouterr().err.strip().endswith("a size such as 24GB, 500MB or 80GiB, got 'much'")
 
 
 @pytest.mark.parametrize("method", ["lora", "qlora"])

@@ -1,13 +1,15 @@
 """The estimate beside the measurement on architectures of all kinds, and with the flags of `finetune`."""
 
+from functools import partial
+
 import pytest
 import torch
 from handtuned.nn.checkpoint_layers import repeated_layers
 from handtuned.nn.live_memory import LiveMemory
-from handtuned.quant import quantize_model, quantize_nf4
+from handtuned.quant import quantize_model
 from test_checkpoint_layers import KINDS, model_of
 
-from handtuned.memory import dry_run, estimate, measure
+from handtuned.memory import dry_run, estimate
 from handtuned.memory.estimate import run_dry
 from handtuned.memory.fit import arguments
 from handtuned.memory.tracker import training_step
@@ -17,21 +19,22 @@ transformers = pytest.importorskip("transformers")
 WITHIN = 0.05
 
 
-def check(model, dtype=torch.float32, paths=None, ranks=1, **flags):
-    """The peak of a step of the model, as these flags of `finetune` would train it, beside the estimate."""
+def check(kind, dtype=torch.float32, paths=None, ranks=1, **flags):
+    """The peak of a step of a model, as these flags of `finetune` would train it, beside the estimate."""
     settings = FinetuneSettings(**{"per_device_train_batch_size": 2, "max_seq_length": 48} | flags)
     wanted = arguments(settings, dtype, ranks) | {"checkpoint": paths or settings.gradient_checkpointing}
-    quantize_nf4(torch.randn(64, 64)).dequantize()  # makes the tables that the whole process shares
+    memory = LiveMemory(scan=False)
+    with memory:
+        model = model_of(kind) if isinstance(kind, str) else kind()
     found = estimate(model, **wanted)
-    with LiveMemory() as there:
-        pass
-    own = {id(p.untyped_storage()) for p in model.parameters()}
-    others = [(size, alive) for key, (size, alive, _) in there._storages.items() if key not in own]
-    if settings.method == "qlora":
-        quantize_model(model)
-    names = ("method", "batch", "seq", "checkpoint", "accumulation_steps", "adapt")
-    step = training_step(model, dtype=dtype, **{name: wanted[name] for name in names})
-    peak = measure(step).peak - sum(size for size, alive in others if alive() is not None)
+    with memory:  # which has seen all that the step finds there
+        if settings.method == "qlora":
+            quantize_model(model)
+        names = ("method", "batch", "seq", "checkpoint", "accumulation_steps", "adapt")
+        step = training_step(model, dtype=dtype, **{name: wanted[name] for name in names})
+        memory.reset_peak()
+        step()
+    peak = memory.peak_added
     assert found.peak == pytest.approx(peak, rel=WITHIN), f"{found.peak / peak - 1:+.2%}\n{found}"
     return found
 
@@ -39,26 +42,25 @@ def check(model, dtype=torch.float32, paths=None, ranks=1, **flags):
 @pytest.mark.parametrize("method", ["full", "lora", "qlora"])
 @pytest.mark.parametrize("kind", [kind for kind in KINDS if kind != "mamba"])
 def test_within_5_percent_on_every_family(kind, method):
-    check(model_of(kind), method=method)
+    check(kind, method=method)
 
 
 def test_mamba_whole():
-    check(model_of("mamba"), method="full")
+    check("mamba", method="full")
 
 
 @pytest.mark.parametrize("kind", ["qwen3", "gemma2", "mixtral"])
 @pytest.mark.parametrize("count", [1, 2])
 def test_within_5_percent_where_some_layers_are_recomputed(kind, count):
     """Also where they are not the first: each plan is put together from two runs."""
-    model = model_of(kind)
-    check(model, paths=list(repeated_layers(model))[-count:], method="lora")
+    check(kind, paths=list(repeated_layers(model_of(kind)))[-count:], method="lora")
 
 
 def test_the_input_of_the_first_layer_is_kept_by_its_plan_alone():
     config = transformers.LlamaConfig(vocab_size=99, hidden_size=128, intermediate_size=192, num_hidden_layers=2,
                                       num_attention_heads=4, tie_word_embeddings=True)  # fmt: skip
-    model = transformers.LlamaForCausalLM(config)
-    check(model, paths=["model.layers.0"], method="lora", per_device_train_batch_size=4, max_seq_length=64)
+    build = partial(transformers.LlamaForCausalLM, config)
+    check(build, paths=["model.layers.0"], method="lora", per_device_train_batch_size=4, max_seq_length=64)
 
 
 @pytest.mark.parametrize(
@@ -72,11 +74,11 @@ def test_the_input_of_the_first_layer_is_kept_by_its_plan_alone():
     ids=str,
 )
 def test_within_5_percent_with_the_flags_of_finetune(flags):
-    check(model_of("qwen3"), method="lora", **flags)
+    check("qwen3", method="lora", **flags)
 
 
 def test_a_rank_of_its_own_is_counted():
-    plain, wide = (check(model_of("llama"), method="lora", rank_pattern=p) for p in (None, ("q_proj=40",)))
+    plain, wide = (check("llama", method="lora", rank_pattern=p) for p in (None, ("q_proj=40",)))
     assert wide.trainable - plain.trainable == 3 * 32 * (32 + 32), "32 ranks more in three layers"
 
 

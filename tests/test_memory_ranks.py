@@ -43,7 +43,7 @@ def test_each_rank_stays_within_the_budget(method, budget, more, tmp_path):
     rows, model = tmp_path / "rows.jsonl", make_model(tmp_path / "model", num_hidden_layers=6, intermediate_size=192)
     chat = [{"role": "user", "content": " ".join(["w1"] * 40)}, {"role": "assistant", "content": "w2 w3"}]
     rows.write_text(f"{json.dumps({'messages': chat})}\n" * 16)
-    flags = ["--model", model, "--data", str(rows), "--method", method, "--device", "cpu", "--max-steps", "3",
+    flags = ["--model", model, "--data", str(rows), "--method", method, "--device", "cpu", "--max-steps", "2",
              "--eval-fraction", "0", "--batch-size", "4", "--learning-rate", "1e-3", "--max-seq-length", "64",
              "--dtype", "float32", "--memory-budget", budget, *more]  # fmt: skip
     modes = {mode: ["--parallel", mode] for mode in ("ddp", "zero1", "zero2", "zero3")}

@@ -65,7 +65,7 @@ def test_every_layer_is_of_its_own_class_again(build, adapted):
 
 
 def _merged(run, out, *flags):
-    assert cli.main(["merge", "--adapter", str(run), "--out", str(out), "--device", "cpu", *flags]) == 0
+    assert finetuned.merge(run, out, "--device", "cpu", *flags) == 0
     return transformers.AutoModelForCausalLM.from_pretrained(out, dtype=torch.float32).eval()
 
 
@@ -202,8 +202,7 @@ def test_the_other_parts_of_a_multimodal_model_are_kept(model_dir, rows, tmp_pat
     (Path(place) / "preprocessor_config.json").write_text('{"image_processor_type": "Gemma3ImageProcessor"}')
     flags = ["--method", "lora", "--target-modules", r".*language_model.*_proj", "--max-steps", "2"]
     assert finetune(place, rows, tmp_path / "run", *flags) == 0
-    command = ["merge", "--adapter", str(tmp_path / "run"), "--out", str(tmp_path / "out"), "--save-dtype", "float32"]
-    assert cli.main(command) == 0
+    assert finetuned.merge(tmp_path / "run", tmp_path / "out", "--save-dtype", "float32") == 0
     before, after = (load_file(where / "model.safetensors") for where in (Path(place), tmp_path / "out"))
     assert before.keys() == after.keys()
     changed = {name for name in before if not torch.equal(before[name], after[name])}

@@ -2,6 +2,7 @@
 
 import json
 
+import finetuned
 import pytest
 import tiny_architectures
 import torch
@@ -133,6 +134,6 @@ def test_trained_resumed_and_merged(published, flags, tmp_path):
     again = load_file(tmp_path / "run" / "adapter_model.safetensors")
     assert adapter.keys() == again.keys() and all(torch.equal(adapter[key], again[key]) for key in adapter)
     merged = tmp_path / "merged"
-    assert main(["merge", "--adapter", str(tmp_path / "run"), "--out", str(merged), "--save-dtype", "float32"]) == 0
+    assert finetuned.merge(tmp_path / "run", merged, "--save-dtype", "float32") == 0
     _, found = transformers.AutoModelForCausalLM.from_pretrained(merged, output_loading_info=True)
     assert not any(found.values()) and "quantization_config" not in json.loads((merged / "config.json").read_text())

@@ -1,5 +1,6 @@
 """What people do around optimizers, scalers and losses: unfreeze, load weights, validate, accumulate and sum."""
 
+import forked
 import pytest
 import torch
 import torch.nn.functional as F
@@ -140,11 +141,10 @@ def _rank(rank, path, results):
 
 
 def test_a_tail_in_which_ranks_have_used_other_layers(tmp_path):
-    context = torch.multiprocessing.get_context("spawn")
-    with context.Manager() as manager:
+    with forked.CONTEXT.Manager() as manager:
         results = manager.dict()
         torch.multiprocessing.start_processes(
-            _rank, (tmp_path / "rendezvous", results), nprocs=2, start_method="spawn"
+            _rank, (tmp_path / "rendezvous", results), nprocs=2, start_method=forked.METHOD
         )
         results = dict(results)
     torch.manual_seed(0)

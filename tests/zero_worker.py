@@ -1,6 +1,6 @@
 """One process of test_zero.py and test_zero_offload.py: a list of checks, in step with the other ranks.
 
-    python zero_worker.py RANK SIZE DIRECTORY CHECK…
+    RANK=0 python zero_worker.py SIZE DIRECTORY CHECK…
 
 meets the others at DIRECTORY/meeting and leaves DIRECTORY/RANK.json: check → "" or the traceback. `run` starts them,
 in the folder above, which processes of another run can read.
@@ -10,12 +10,12 @@ import datetime
 import gc
 import json
 import os
-import subprocess
 import sys
 import traceback
 import warnings
 from pathlib import Path
 
+import forked
 import torch
 import torch.distributed as dist
 import zero_bytes
@@ -26,27 +26,15 @@ from handtuned.optim import ZeroOptimizer
 def run(size, directory, names, seconds=900):
     """Start `size` processes and wait; returns check → what went wrong on the ranks, empty if nothing."""
     directory.mkdir()
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "HANDTUNED_BACKEND": "torch"}
-    processes = [
-        subprocess.Popen(
-            [sys.executable, __file__, str(rank), str(size), str(directory), *names],
-            cwd=directory.parent, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True,
-        )
-        for rank in range(size)
-    ]  # fmt: skip
-    said = []
-    for process in processes:
-        try:
-            said.append(process.communicate(timeout=seconds)[1])
-        except subprocess.TimeoutExpired:
-            process.kill()
-            said.append(f"killed after {seconds} s\n{process.communicate()[1]}")
+    around = {"OMP_NUM_THREADS": "1", "HANDTUNED_BACKEND": "torch"}
+    ranks = [around | {"RANK": str(rank)} for rank in range(size)]
+    said = forked.together([__file__, size, directory, *names], ranks, seconds, directory.parent).stdout
     failures = {}
     for name in names:
         for rank in range(size):
             file = directory / f"{rank}.json"
             results = json.loads(file.read_text()) if file.exists() else {}
-            told = results.get(name, f"not run: {said[rank][-2000:]}")
+            told = results.get(name, f"not run: {said[-2000:]}")
             if told:
                 failures[name] = failures.get(name, "") + f"rank {rank}: {told}\n"
     return failures
@@ -79,4 +67,4 @@ def main(rank, size, directory, names):
 
 
 if __name__ == "__main__":
-    main(int(sys.argv[1]), int(sys.argv[2]), sys.argv[3], sys.argv[4:])
+    main(int(os.environ["RANK"]), int(sys.argv[1]), sys.argv[2], sys.argv[3:])
