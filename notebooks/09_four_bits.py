@@ -358,7 +358,7 @@ print("bytes", two_bytes, "→ codes", unpacked, "→", levels[unpacked] * nf4_o
 # same in one pass, and a test holds it to the reference's bits. There the 16 levels lie in *one* 512-bit register.)
 
 # %%
-source(nf4.nf4_dequantize_tiled, first="table = pair_table", last="copy_(tile)")
+source(nf4.nf4_dequantize_tiled, first="table = pair_table", last="tile.copy_(")
 
 # %% [markdown]
 # **In Triton** the table is gathered from on chip (`tl.gather`), and has only the 16 levels. Shared memory gives each of 32
