@@ -57,14 +57,18 @@ def nf4_quantize_tiled(flat: torch.Tensor, block_size: int) -> tuple[torch.Tenso
     packed = torch.empty(flat.numel() // 2, dtype=torch.uint8, device=flat.device)
     absmax = torch.empty(flat.numel() // block_size, dtype=torch.float32, device=flat.device)
     threshold_of, below = _cells(flat.device)
+    memory = torch.empty(2, min(TILE, flat.numel()), dtype=torch.float32, device=flat.device)  # of every tile
     for start in range(0, flat.numel(), TILE):
         blocks = flat[start : start + TILE].float().view(-1, block_size)
-        peak = absmax[start // block_size :][: len(blocks)].copy_(blocks.abs().amax(dim=1))
+        scaled, other = memory[:, : blocks.numel()]
+        peak = torch.abs(blocks, out=other.view_as(blocks)).amax(dim=1)
+        absmax[start // block_size :][: len(blocks)] = peak
         if not peak.isfinite().all():
             continue
-        scaled = (blocks * (1.0 / peak.clamp(min=SMALLEST))[:, None]).view(-1)
-        cell = (scaled * CELL_SLOPE + CELL_START).int()
-        codes = below.index_select(0, cell) + (scaled > threshold_of.index_select(0, cell)).view(torch.uint8)
+        torch.mul(blocks, (1.0 / peak.clamp(min=SMALLEST))[:, None], out=scaled.view_as(blocks))
+        cell = torch.mul(scaled, CELL_SLOPE, out=other).add_(CELL_START).int()
+        codes = below.index_select(0, cell)
+        codes += (scaled > torch.index_select(threshold_of, 0, cell, out=other)).view(torch.uint8)
         # Two codes as one little-endian int16: 4097 adds the first, four bits up, to the high byte.
         codes.view(torch.int16).mul_(4097)
         packed[start // 2 :][: codes.numel() // 2] = codes[1::2]
