@@ -69,7 +69,7 @@ except ValueError as error:
     print(f"{error}\nSo what follows is the stored output, runs/00.txt.")
 
 # %% [markdown]
-# It trains for 30 steps, each on 4 examples: a minute or two of one core's work. (Where the seconds below are more, the machine had other work to do.)
+# It trains for 30 steps, each on 4 examples: a minute or two of one core's work.
 #
 # **Write down your guess:** 8 requests are kept out of the training. What percentage of them does the model answer to the letter, before and after?
 

@@ -116,12 +116,13 @@ def test_the_front():
 
 
 def test_the_command_for_a_whole_run_has_the_numbers_of_the_study():
-    settings = FinetuneSettings(eval_fraction=0.123456, learning_rate=1.23456e-4)
+    settings = FinetuneSettings(eval_fraction=0.123456, learning_rate=1.23456e-4, lora_alpha=8.0).with_defaults()
     row = {"number": 0, "state": "complete", "loss": 1.0, "exact_match": 0.0, "bytes": 1, "seconds_a_step": 1.0,
            "untouched": {"loss": None, "exact_match": 0.0},  # it was not finite
            "settings": {name: getattr(settings, name) for name in reports.SEARCHED}}  # fmt: skip
     table = reports.table({"best": row, "first": row, "trials": [row]}, settings, Path("a"))
     assert "--eval-fraction 0.123456" in table and "--learning-rate 0.000123456" in table and "nan 0.0%" in table
+    assert "--lora-alpha 8 " in table and "--num-train-epochs" not in table  # 3 would be more than 80 steps
 
 
 def test_targets_are_those_that_the_model_has():

@@ -88,13 +88,13 @@ def table(result: dict, settings: FinetuneSettings, directory: Path) -> str:
         cost = f"{megabytes(row['bytes']):>10} {row['seconds_a_step']:7.2f}"
         lines.append(f"{name:8} {row['loss']:8.4f} {row['exact_match']:7.1%} {kept:>17} {cost}  "
                      f"{_short(row['settings'])}")  # fmt: skip
-    words = ["handtuned", "finetune"]
-    for item in dataclasses.fields(settings):
-        name = item.name
+    words, usual = ["handtuned", "finetune"], dataclasses.asdict(FinetuneSettings().with_defaults())
+    for name, default in usual.items():
         value = result["best"]["settings"].get(name, getattr(settings, name))
-        if name in SEARCHED or (value != item.default and name not in ("output_dir", "max_steps")):
+        if name in SEARCHED or (value not in (default, None) and name not in ("output_dir", "max_steps")):
             values = value if isinstance(value, (list, tuple)) else [value]
-            words += [flag(name)] if value is True else [flag(name), *map(str, values)]
+            plain = [str(value).removesuffix(".0") for value in values]
+            words += [flag(name)] if value is True else [flag(name), *plain]
     lines += ["", f"study    {directory} (study.log, trials.json, pareto.png, the best adapter in best/)",
               f"whole run: {shlex.join(words)}"]  # fmt: skip
     return "\n".join(lines)
