@@ -34,7 +34,7 @@ import torch
 import torch.nn.functional as F
 
 from .nf4_cpu import nf4_dequantize_native, runs_native
-from .runtime import TRITON_DTYPES, backend, cdiv, launch, tl, traced, triton
+from .runtime import TRITON_DTYPES, backend, cdiv, launch, scratch, tl, traced, triton
 
 NF4_CODE = torch.tensor(
     [
@@ -113,10 +113,13 @@ def nf4_dequantize_tiled(weight: NF4Weight, out: torch.Tensor) -> torch.Tensor:
     packed, flat, block_size = weight.packed.view(-1), out.view(-1), weight.block_size
     scales = decode_scales(weight.absmax, weight.nested)
     table = pair_table(packed.device).expand(8, 256)  # rows that threads share
+    memory = scratch((2, TILE // 2), torch.int64, packed.device)  # of every tile
     for start in range(0, flat.numel(), TILE):
         tile, codes = flat[start : start + TILE], packed[start // 2 : (start + TILE) // 2]
         codes = F.pad(codes, (0, -codes.numel() % (block_size // 2)))  # the last block may be short
-        values = table.gather(1, codes.long().view(8, -1)).view(torch.float32).view(-1, block_size)
+        index, pairs = (row[: codes.numel()].view(8, -1) for row in memory)
+        torch.gather(table, 1, index.copy_(codes.view(8, -1)), out=pairs)
+        values = pairs.view(-1).view(torch.float32).view(-1, block_size)
         values *= scales[start // block_size :][: len(values), None]
         tile.copy_(values.view(-1)[: tile.numel()])
     return out
