@@ -113,7 +113,7 @@ def nf4_dequantize_tiled(weight: NF4Weight, out: torch.Tensor) -> torch.Tensor:
     packed, flat, block_size = weight.packed.view(-1), out.view(-1), weight.block_size
     scales = decode_scales(weight.absmax, weight.nested)
     table = pair_table(packed.device).expand(8, 256)  # rows that threads share
-    memory = scratch((2, TILE // 2), torch.int64, packed.device)  # of every tile
+    memory = scratch((2, min(TILE, len(scales) * block_size) // 2), torch.int64, packed.device)  # of every tile
     for start in range(0, flat.numel(), TILE):
         tile, codes = flat[start : start + TILE], packed[start // 2 : (start + TILE) // 2]
         codes = F.pad(codes, (0, -codes.numel() % (block_size // 2)))  # the last block may be short

@@ -99,6 +99,8 @@ class TestShapes:
         ("model", "error", "message"),
         [
             ("no-such-model", ValueError, "no preset is called 'no-such-model'"),
+            ("~nobody-of-this-name/x", ValueError, "no such model directory"),
+            ("./no-such-model", ValueError, "no such model directory"),
             (0, ValueError, "must be positive"),
             (float("nan"), ValueError, "must be positive"),
             (True, TypeError, "got bool"),

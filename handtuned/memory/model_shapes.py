@@ -1,11 +1,13 @@
 """The config of a model, from a directory, a model, a well-known name; or a bare number of parameters."""
 
+import os
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 from ..training.loading import one_line
+from ..training.sources import resolve
 
 PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 
@@ -99,7 +101,7 @@ def shape_of(model) -> Shape | None:
             raise ValueError(f"model as a number of parameters must be positive and finite, got {model}")
         return Shape(f"{model / 1e9:g}B parameters", rounded=int(model))
     if isinstance(model, str):
-        place = Path(model).expanduser()
+        place = Path(os.path.expanduser(model))
         local = place.is_file() or (place / "config.json").is_file()
         if local and model != "smollm2":  # as `finetune` takes it, whatever the preset of that name
             return None
@@ -121,7 +123,7 @@ def config_of(model, trust_remote_code: bool = False):
     if isinstance(model, Shape):
         return model.name, model.config()
     if isinstance(model, str):
-        place, told = Path(model).expanduser(), {"trust_remote_code": trust_remote_code}
+        place, told = Path(resolve(model)), {"trust_remote_code": trust_remote_code}
         if place.suffix == ".gguf":
             place, told["gguf_file"] = place.parent, place.name
         with one_line(f"--model {model}"):
