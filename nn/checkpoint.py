@@ -84,7 +84,8 @@ def checkpoint(func: Callable, *args, preserve_rng_state: bool = True, use_reent
         use_reentrant, context_fn, debug: torch's; anything but their defaults, which is done here, is a ValueError.
 
     CheckpointError: in backward, naming the tensor: the number, shape, dtype or device of the saved tensors differs
-    from the forward pass, or one was modified in place after it had been saved.
+    from the forward pass, one was modified in place after it had been saved, or one is another parameter (of an adapter
+    that was activated in between, say).
     """
     if not callable(func):
         raise TypeError(f"func must be callable, got {type(func).__name__}")
@@ -175,6 +176,7 @@ class _Region:
         self.expected: list[tuple[str, str]] = []  # of each tensor that forward would have saved: traits, origin
         self.slots: weakref.WeakValueDictionary[int, _Slot] = weakref.WeakValueDictionary()  # those that still wait
         self.parameters = WeakTensorKeyDictionary()  # leaves that need a gradient → version
+        self.read: dict[int, nn.Parameter] = {}  # slot index → the Parameter that was saved there
         self.saved_keywords: list[tuple[torch.Tensor, int]] = []  # and their versions
         # Graph task → slot index → tensor, and its version when the function saved it.
         self.recomputed: dict[int, dict[int, tuple[torch.Tensor, int]]] = {}
@@ -224,6 +226,8 @@ class _Region:
         source = _source(tensor)
         if source.is_leaf and source.requires_grad:
             self.parameters[source] = source._version
+        if isinstance(source, nn.Parameter):
+            self.read[slot.index] = source
         if id(source) in self.keywords:
             self.saved_keywords.append((source, source._version))
         return slot
@@ -283,6 +287,11 @@ class _Region:
             if self.checked and _traits(tensor) != traits:
                 raise CheckpointError(f"checkpoint: saved tensor #{index} of {self.name} ({traits}, from {origin}) was "
                                       f"recomputed with {_traits(tensor)}. It must do the same every time.")
+            before = self.read.get(index, source)
+            if self.checked and before is not source and not torch.equal(before, source):
+                raise CheckpointError(f"checkpoint: saved tensor #{index} of {self.name} ({traits}) was another "
+                                      "parameter in the forward pass. Activate adapters, and exchange weights, before "
+                                      "it or after the backward pass.")  # fmt: skip
             if index in self.slots:
                 tensors[index] = tensor, tensor._version
             if index == last and unfilled != operation:

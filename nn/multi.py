@@ -68,18 +68,15 @@ class ModuleToSave(StandsFor):
     def current(self) -> nn.Module:
         return self.copies[self.adapter] if self.enabled and self.adapter is not None else self.base_layer
 
-    def __setattr__(self, name, value):
+    def _holder(self, name):
         own = name in ("base_layer", "copies", "adapter", "enabled", "training", "forward") or name.startswith("_")
-        nn.Module.__setattr__(self if own else self.current, name, value)
+        return super() if own else self.current
 
-    def __len__(self):
-        return len(self.current)
+    def __setattr__(self, name, value):
+        self._holder(name).__setattr__(name, value)
 
-    def __getitem__(self, index):
-        return self.current[index]
-
-    def __bool__(self):
-        return True
+    def __delattr__(self, name):
+        self._holder(name).__delattr__(name)
 
     def forward(self, *args, **kwargs):
         return self.current(*args, **kwargs)
@@ -243,7 +240,8 @@ def disabled(modules: Iterable[LoRALinear | ModuleToSave]):
 def adapters_by_row(model: nn.Module, names: Sequence[str | None]):
     """Within this context each row of the batch goes through the adapter of its name (None: the base model alone).
 
-    The base product is computed once for the whole batch. Contexts nest; the inner one is in force.
+    The base product is computed once for the whole batch. Contexts nest; the inner one is in force. With gradient
+    checkpointing, which runs layers again, the backward pass belongs inside, too.
 
     ValueError: an unknown name, an adapter that is merged, or one that replaces whole modules (`modules_to_save`) or
     adapts parameters (`target_parameters`). In the forward pass: a batch of another size.

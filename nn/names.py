@@ -19,6 +19,27 @@ class StandsFor(nn.Module):
                 raise
             return getattr(self.current, name)
 
+    def __len__(self):
+        return len(self.current)
+
+    def __iter__(self):
+        return iter(self.current)
+
+    def __contains__(self, item):
+        return item in self.current
+
+    def __getitem__(self, index):
+        return self.current[index]
+
+    def __setitem__(self, index, value):
+        self.current[index] = value
+
+    def __delitem__(self, index):
+        del self.current[index]
+
+    def __bool__(self):
+        return True
+
 
 def unwrapped(model: nn.Module) -> nn.Module:
     """The module inside torch.compile's and data parallelism's wrappers."""

@@ -119,6 +119,19 @@ def test_a_parameter_stepped_before_backward_is_refused():
         out.sum().backward()
 
 
+@pytest.mark.parametrize("frozen", [False, True])
+def test_another_parameter_in_backward_is_refused(frozen):
+    """torch's gives the gradient of a function that forward did not compute; equal values are no fault."""
+    net, x = nn.Linear(8, 8).requires_grad_(not frozen), torch.randn(4, 8, requires_grad=True)
+    loss = checkpoint(lambda t: net(t.exp()).sin(), x).sum()
+    (expected,) = torch.autograd.grad(loss, x, retain_graph=True)
+    net.weight = nn.Parameter(net.weight.detach().clone(), not frozen)
+    assert torch.equal(torch.autograd.grad(loss, x, retain_graph=True)[0], expected)
+    net.weight = nn.Parameter(2 * net.weight.detach(), not frozen)
+    with pytest.raises(CheckpointError, match="another parameter in the forward pass"):
+        loss.backward()
+
+
 def test_a_parameter_clipped_inside_the_function_is_not():
     weight, x = nn.Parameter(torch.randn(8, 8)), torch.randn(4, 8, requires_grad=True)
 

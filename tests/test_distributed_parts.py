@@ -10,12 +10,13 @@ from types import SimpleNamespace
 import forked
 import pytest
 import torch
+from handtuned.amp import GradScaler
 
 from handtuned import cli
 from handtuned.training import evaluation, rank_failure
 from handtuned.training.checkpoints import settings_and_checkpoint
 from handtuned.training.data import EncodedRows
-from handtuned.training.distributed import World
+from handtuned.training.distributed import FSDPWorld, World
 from handtuned.training.settings import FinetuneSettings
 
 
@@ -95,3 +96,16 @@ def test_of_forked_processes_the_first_that_fails_ends_all():
     done = forked.together(["-c", code, "two", 2], [{"RANK": "0"}, {"RANK": "1"}])
     assert (done.returncode, done.stdout) == (1, "two 2\nend\n")
     assert forked.python("-m", "platform", "--terse", seconds=60).returncode == 0
+
+
+def test_an_overflow_under_fsdp_is_known_where_all_shards_are_empty():
+    """Else that rank's loss scale would grow while the others' shrinks."""
+    world, owner = FSDPWorld.__new__(FSDPWorld), torch.nn.Parameter(torch.ones(0, 3))
+    world.shards = {owner: torch.nn.Parameter(torch.ones(0, 3))}
+    world.sum = lambda overflows: overflows + 1  # another rank's
+    optimizer, scaler = torch.optim.SGD(world.shards.values()), GradScaler(init_scale=4.0)
+    scaler.scale(owner.sum()).backward()
+    world.collect_gradients(None, scaler)
+    scaler.step(optimizer)
+    scaler.update()
+    assert scaler.get_scale() == 2.0

@@ -6,7 +6,9 @@ import forked
 import pytest
 import torch
 from handtuned.amp import autocast
-from handtuned.nn import apply_lora_to_model
+from handtuned.nn import add_adapter, apply_lora_to_model, checkpoint, set_adapter
+from handtuned.nn.checkpoint import CheckpointError
+from handtuned.nn.multi import adapters_by_row
 from handtuned.quant import NF4Linear, quantize_model
 from helpers import assert_same_function
 from lora_layers import adapted, run
@@ -133,3 +135,39 @@ def test_falcon_whose_linear_layer_is_a_class_of_its_own(quantize):
     assert_same_function(model(ids).logits, before, terms=4 * 64 + 256)
     model(ids, labels=ids).loss.backward()
     assert all(p.grad.abs().sum() > 0 for name, p in model.named_parameters() if "lora_B" in name)
+
+
+def two_adapters():
+    """Both of the same layers and ranks, so that shapes tell nothing; "b" is active."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(6, 6), nn.Tanh(), nn.Linear(6, 6))
+    for name in ("a", "b"):
+        add_adapter(model, name, rank=2, target_modules="all-linear")
+        for layer in (model[0], model[2]):
+            nn.init.normal_(layer.lora_B)
+    return model.requires_grad_(True)
+
+
+@pytest.mark.parametrize("names", [["a", "b"], ["b", None], [None, None]], ids=str)
+def test_rows_through_checkpoints(names):
+    x, gradients = torch.randn(2, 6), []
+    for function in (nn.Module.__call__, checkpoint):
+        model = two_adapters()
+        with adapters_by_row(model, names):
+            loss = function(model, x).square().sum()
+            gradients.append(torch.autograd.grad(loss, [*model.parameters()], retain_graph=True, allow_unused=True))
+    assert all((p is None and q is None) or torch.equal(p, q) for p, q in zip(*gradients, strict=True))
+    with pytest.raises(CheckpointError):  # outside of the context
+        loss.backward()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_another_adapter_before_a_checkpoint_s_backward(dtype):
+    model, x = two_adapters(), torch.randn(2, 6, dtype=dtype)
+    loss = checkpoint(model, x).sum()
+    set_adapter(model, "a")
+    with pytest.raises(CheckpointError, match="another parameter"):
+        loss.backward(retain_graph=True)
+    set_adapter(model, "b")
+    loss.backward()
+    assert model[0].lora_A.grad.any() and model[0].resting["a"].lora_A.grad is None

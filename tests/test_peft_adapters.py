@@ -72,6 +72,11 @@ def test_a_module_saved_whole_acts_as_itself():
     again.emb.weight, again.emb.note = nn.Parameter(torch.zeros(10, 4)), "of the copy"
     assert not again.emb.copies["default"].weight.any() and again.emb.base_layer.weight.any()
     assert again.emb.copies["default"].note == "of the copy" and "emb.weight" not in again.state_dict()
+    del again.emb.note, again.head[1]
+    assert not hasattr(again.emb, "note") and len(again.head) == 2
+    again.head[0] = nn.Identity()
+    assert isinstance(again.head.copies["default"][0], nn.Identity) and len(again.head.base_layer) == 3
+    assert again.head[0] in again.head and list(again.head) == [again.head[0], again.head[1]]
 
 
 @pytest.mark.parametrize("container", [nn.ModuleDict({"a": nn.Linear(4, 4)}), nn.ModuleList([nn.Linear(4, 4)])])

@@ -184,8 +184,8 @@ class FSDPWorld(World):
             shard.grad, parameter.grad = local(parameter.grad), None
         gradients = [shard.grad for shard in self.shards.values() if shard.grad is not None]
         if scaler.is_enabled() and self.sum(any(not gradient.isfinite().all() for gradient in gradients)):
-            for gradient in gradients:
-                gradient.fill_(torch.inf)
+            for device in {gradient.device for gradient in gradients}:
+                scaler.overflow_flag(device).fill_(1)  # a rank's gradients may all be empty
 
     def clip_gradients(self, parameters, max_norm):
         norm = torch.nn.utils.get_total_norm([shard.grad for shard in parameters])
