@@ -271,3 +271,50 @@ def test_what_is_learnt_does_not_depend_on_the_clock(monkeypatch):
         found.add(data.digest([data.encode(TWO, tokenizer)]))
         assert data.encode(TWO, tokenizer).follows_prompt
     assert len(found) == 1
+
+
+NO_THOUGHT = "{% if m.role == 'assistant' %}{{ '</think>' }}{% endif %}"  # as DeepSeek V3.1 and GLM 4.7 write it
+SEVERAL_ENDS = (  # as Command R7B: an end of the text and of the turn, and the next answer is always begun
+    "{% for m in messages %}{{ '<s>' + m.role + '<a>' + m.content }}"
+    "{{ '<e>' if m.role == 'assistant' }}<|im_end|>{% endfor %}<s>assistant<a><e>"
+)
+
+
+def with_tokens(template):
+    tokenizer = make_tokenizer(template)
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<s>", "<a>", "<e>"]})
+    return tokenizer
+
+
+@pytest.mark.parametrize("template, chat, learnt", [
+    (chat_of(TURN, NO_THOUGHT, BODY, generate=OPENS), TWO, ["</think>one" + END, "</think>two" + END]),
+    (chat_of(TURN, REASONS, BODY, generate=OPENS), [user("q"), answer("a", reasoning_content="why")],
+     ["<think>\nwhy\n</think>\n\na" + END]),
+    (SEVERAL_ENDS, TWO, ["one<e>" + END, "two<e>" + END]),
+    ("{% for m in messages %}{{ m.role + '<a>' + m.content }}{{ '<e>end<s>' }}{% endfor %}"
+     "{{ 'assistant<a>' if add_generation_prompt }}", TWO, ["one<e>end<s>", "two<e>end<s>"]),
+    ("{% for m in messages %}{{ '<s>' + m.role + '<a>' + m.content + '<|im_end|>' }}{% endfor %}<s>Be brief.<|im_end|>"
+     "{{ '<s>assistant<a>' if add_generation_prompt }}", TWO[:2], ["one" + END]),
+], ids=["a closing tag", "reasoning behind a prompt that opens it", "always begun", "text in the end", "a reminder"])
+def test_prompt_and_answer_part_between_whole_tokens(template, chat, learnt):  # fmt: skip
+    """A prompt ends in no half tag, where `generate` ends it; what a template writes behind every chat is no answer."""
+    tokenizer = with_tokens(template)
+    example = data.encode(chat, tokenizer)
+    assert learnt_texts(example, tokenizer) == learnt
+    prompt = data.encode_prompt(chat[:-1], tokenizer)
+    if "Be brief" not in template:  # the reminder stands in the prompt alone, which is reported
+        assert example.follows_prompt and example.input_ids[: len(prompt)].tolist() == prompt
+        first = (example.labels != data.IGNORE_INDEX).nonzero()[0]
+        assert len(chat) > 2 or first[0] == len(prompt)
+
+
+def test_texts_as_parts_for_templates_of_models_that_see():
+    parts = "{% for part in m.content %}{{ '<image>' if part.type == 'image' else part.text }}{% endfor %}"
+    tokenizer = make_tokenizer(chat_of(TURN, parts, "{{ '<|im_end|>\n' }}"))
+    assert learnt_texts(data.encode(TWO, tokenizer), tokenizer) == ["one" + END, "two" + END]
+    assert tokenizer.decode(data.encode_prompt(TWO[:1], tokenizer)).endswith("q1<|im_end|>\n<|im_start|>assistant\n")
+
+
+def test_a_template_that_asks_for_tools_shows_them():
+    tokenizer = make_tokenizer("{% for t in tools %}{{ t | tojson }}{% endfor %}" + chat_of(TURN, BODY))
+    assert learnt_texts(data.encode(Chat(TWO, TOOLS), tokenizer), tokenizer) == ["one" + END, "two" + END]

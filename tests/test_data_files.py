@@ -278,3 +278,18 @@ def test_hostile_files_end_in_one_line_within_2_gb(tmp_path, kind):
     done = subprocess.run([sys.executable, "-c", LIMITED, str(file)], capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr[-500:]
     assert done.stdout.startswith(str(file)) and done.stdout.count("\n") == 1
+
+
+def test_a_directory_is_read_without_what_is_hidden_or_tells_of_the_rows(tmp_path):
+    row = '{"prompt": "u", "completion": "a"}'
+    for name in ("rows.jsonl", "._rows.jsonl", ".ipynb_checkpoints/rows.jsonl"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text(row if name == "rows.jsonl" else "broken")
+    assert len(load_rows(tmp_path).rows) == 1
+    pyarrow = pytest.importorskip("pyarrow")
+    table = pyarrow.table({"prompt": ["u"], "completion": ["a"]})
+    with pyarrow.OSFile(str(tmp_path / "data.arrow"), "wb") as file, pyarrow.ipc.new_stream(file, table.schema) as out:
+        out.write_table(table)
+    for name in ("dataset_info.json", "state.json"):  # as `save_to_disk` leaves them
+        (tmp_path / name).write_text('{"_fingerprint": "f"}')
+    assert len(load_rows(tmp_path).rows) == 2

@@ -290,6 +290,8 @@ def test_the_last_answer_alone_decides_where_it_alone_is_learnt(tmp_path):
              "message 2: field 'value' of a function_call is not valid JSON"),
     "two systems": ({"messages": said("u", "a", system="s"), "system": "t"}, "message 2: role 'system' out of order"),
     "preferences": ({"chosen": "a", "rejected": "b"}, "a preference row"),
+    "two texts": ({"conversations": [*said("u"), {"from": "gpt", "value": "a", "content": "b"}]},
+                  "message 2: fields 'content' and 'value' both say something"),
     "pictures": ({"prompt": "u", "completion": "a", "images": ["x.png"]}, "field 'images' is not empty"),
 }.values())  # fmt: skip
 def test_rows_that_would_lose_their_meaning_are_refused(tmp_path, row, reason):

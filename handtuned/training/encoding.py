@@ -108,12 +108,8 @@ def encode(chat: Chat, tokenizer, max_seq_length: int | None = None, train_on: s
             ends = [at + 1 for at in range(last, len(ids)) if offsets[at, 1] <= end and _is_special(ids[at], tokenizer)]
             if not ends and "tool_calls" in chat[turn]:  # what the template writes behind a call's name
                 last = np.searchsorted(offsets[:, 0], len(text[:end].rstrip()))
-            if not ends and turn == turns[-1]:
+            if not ends and end == len(text):
                 last = len(ids) + 1  # with an end of sequence
-            elif "tool_calls" not in chat[turn]:  # without what the template opens behind it
-                alike = len(ends) > 1 and ids[first - 1] == ids[-1]  # the text ends as a prompt does
-                opens = alike and render(chat, tokenizer, add_generation_prompt=True) == text
-                ends = [at for number, at in enumerate(ends[: 1 if opens else None]) if at == ends[0] + number]
             learnt[first : ends[-1] if ends else last] = chat[turn].get("weight") != 0
         *before, (*_, prompt) = answers.values()
         follows = apart and ids[:first] == _tokenize(prompt, [answer[:2] for answer in before], tokenizer)[0]

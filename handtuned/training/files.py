@@ -28,6 +28,7 @@ BOMB = 2**22, 100  # unpacked bytes from which on the ratio of unpacked to packe
 TABLES = {".csv": ",", ".tsv": "\t"}
 UNREAD = {b"BZh": "bzip2", b"\xfd7zXZ\0": "xz", b"PK\3\4": "zip", b"7z\xbc\xaf": "7-Zip"}
 SUFFIXES = {".json", ".jsonl", ".ndjson", ".txt", ".parquet", ".arrow", *TABLES}
+ABOUT = ("dataset_info.json", "state.json", "dataset_dict.json")
 # An object that is no row itself but holds a list of rows, and no messages, behind numbers and texts at most.
 WRAPPED = re.compile(
     r'\{(?:\s*"[^"\\]*"\s*:\s*(?:"[^"\\]*"|[\w.+-]+)\s*,)*'
@@ -56,7 +57,10 @@ def read_places(source: str | Path) -> Iterator[Place]:
         if name == "-":
             yield from _read(sys.stdin.buffer, "standard input", "")
         elif path.is_dir():
-            files = [file for file in path.rglob("*") if file.is_file() and _suffix(file) in SUFFIXES]
+            files = [file for file in path.rglob("*") if file.is_file() and _suffix(file) in SUFFIXES
+                     and not any(part.startswith(".") for part in file.relative_to(path).parts)]  # fmt: skip
+            if any(file.suffix == ".arrow" for file in files):  # `datasets` tells there of its rows
+                files = [file for file in files if file.name not in ABOUT]
             if not files:
                 raise DataError(f"{name}: cannot be read: no file in it ends in {', '.join(sorted(SUFFIXES))}")
             for file in sorted(files, key=lambda file: file.relative_to(path).as_posix()):

@@ -259,7 +259,9 @@ def _message(message: dict, expected: tuple[str, ...]) -> dict:
         raise DataError(f"unknown role {name!r}, expected system, user, assistant or tool")
     if role not in expected:
         raise DataError(f"role {role!r} out of order, expected {' or '.join(expected)}")
-    field = "value" if message.get("content") is None and message.get("value") is not None else "content"
+    if _said(message, "content") and _said(message, "value") and message["content"] != message["value"]:
+        raise DataError("fields 'content' and 'value' both say something; one of them can be the message")
+    field = "value" if not _said(message, "content") and message.get("value") is not None else "content"
     if name == "function_call":  # of ShareGPT: the call, or a list of them
         called = _parsed(message.get(field), f"field {field!r} of a function_call is")
         message = message | {"tool_calls": called if isinstance(called, list) else [called]}

@@ -52,11 +52,15 @@ def render(chat: Chat, tokenizer, **options) -> str:
         template = tokenizer.get_chat_template(tools=options.get("tools"))
         options["chat_template"] = NOW.sub(lambda call: repr(TODAY.strftime(call[2])), template)
 
+    parts = bool(tokenizer.chat_template) and _in_parts(options["chat_template"], tokenizer)
+
     def write(given: Callable) -> str:
         calls = [[_call(call, arguments=given(call["function"]["arguments"])) for call in message.get("tool_calls", ())]
                  for message in chat]  # fmt: skip
         messages = [message | {"tool_calls": made} if made else message
                     for message, made in zip(chat, calls, strict=True)]  # fmt: skip
+        if parts:
+            messages = [message | {"content": [{"type": "text", "text": message["content"]}]} for message in messages]
         try:
             return tokenizer.apply_chat_template(messages, tokenize=False, **options)
         except Exception as error:  # whatever a template raises, of jinja2's or Python's own
@@ -73,6 +77,19 @@ def render(chat: Chat, tokenizer, **options) -> str:
         if not arguments:
             raise
     return write(functools.partial(json.dumps, ensure_ascii=False))
+
+
+@functools.lru_cache(maxsize=16)
+def _in_parts(template: str, tokenizer) -> bool:
+    """Whether a template shows a text only where it is a part beside pictures."""
+
+    def shows(content: str | list) -> bool:
+        with contextlib.suppress(Exception):  # whatever it raises, `render` will see it
+            chat = [{"role": "user", "content": content}]
+            return SHOWN in tokenizer.apply_chat_template(chat, tokenize=False, chat_template=template)
+        return False
+
+    return not shows(SHOWN) and shows([{"type": "text", "text": SHOWN}])
 
 
 def _call(call: dict, **changed) -> dict:
@@ -112,12 +129,12 @@ def _shared(text: str, asked: Chat, opening: str, tokenizer) -> tuple[str, int, 
     much of that no answer has to write, and how much of `opening`, the end of the prompt, that is."""
     head = re.split(f"[{ANSWER}{CALL}]", text, maxsplit=1)[0]
     between = head.rpartition(SHOWN)[2] if SHOWN in head else ""
-    shared, closing = _common(between, opening), opening
+    shared, closing = _common(between, opening, tokenizer), opening
     if shared < len(opening):
         with contextlib.suppress(DataError):
             closing = render(_marked(asked, len(asked) - 1, SHOWN), tokenizer).rpartition(SHOWN)[2]
     header = opening.removeprefix(closing)
-    if shared < len(closing) and header not in ("", opening) and (at := between.find(header, shared)) >= 0:
+    if shared < len(closing) and header not in ("", opening) and (at := between.find(header)) >= 0:
         return between, at + len(header), len(opening)  # the last message of a prompt is closed otherwise
     return between, shared, shared
 
@@ -154,24 +171,61 @@ def find_answer(chat: Chat, turn: int, text: str, tokenizer) -> tuple[int, int, 
     opening = _prompt_end(chat[:turn], tokenizer)
     answered = render(_marked(marked, turn - 1, SHOWN), tokenizer)
     between, shared, asked_for = _shared(answered, chat[:turn], opening, tokenizer)
-    start = re.search(f"[{ANSWER}{CALL}]", whole).start() - len(between) + shared
+    if chat[turn].keys() & {"reasoning_content", "tool_calls"}:  # the prompt cannot know of them
+        plain = Chat([*chat[:turn], {"role": "assistant", "content": ANSWER}], getattr(chat, "tools", None))
+        with contextlib.suppress(DataError):
+            plain = render(_marked(plain, turn - 1, SHOWN), tokenizer)
+            _, plainly, asked_for = _shared(plain, chat[:turn], opening, tokenizer)
+            shared = min(shared, plainly)
+    head = re.search(f"[{ANSWER}{CALL}]", whole).start()
+    start = head - len(between) + shared
+    if not text.startswith(whole[:start]):  # the answer's own text says what the template writes before it
+        start = max(_common(text, whole[:start], tokenizer), head - len(between))
     stop = len(text) - len(behind)
-    end = stop + _common(behind, alone)
+    if len(_whole(tokenizer).findall(alone)) > 1:
+        alone = alone.removesuffix(_written_on(chat[:turn], opening, tokenizer))
+    end = stop + _common(behind, alone, tokenizer)
     if not (0 < start < max(stop, end) and text.startswith(whole[:start]) and text.endswith(behind)):
         raise DataError(lost)
     prompt = render(chat[:turn], tokenizer, add_generation_prompt=True) if last else ""
     return start, stop, end, prompt[: len(prompt) - len(opening) + asked_for]
 
 
-def _common(one: str, other: str) -> int:
-    """How many characters two texts begin with alike."""
+def _written_on(asked: Chat, opening: str, tokenizer) -> str:
+    """What a template writes behind every chat beyond the end of its last message: the beginning of the next answer, a
+    reminder."""
+    closing = render(_marked(asked, len(asked) - 1, SHOWN), tokenizer).rpartition(SHOWN)[2]
+    _, end, more = closing.partition(tokenizer.eos_token or SHOWN)
+    if end:
+        return more if more.strip() else ""
+    first = _whole(tokenizer).match(closing)
+    return "" if closing != opening else closing[first.end() :] if first else closing
+
+
+def _common(one: str, other: str, tokenizer) -> int:
+    """How many characters two texts begin with alike, a tag or a token of the tokenizer's own being one: `<think>` and
+    `<tool_call>` have nothing in common."""
     pairs = enumerate(zip(one, other, strict=False))
-    return next((at for at, (a, b) in pairs if a != b), min(len(one), len(other)))
+    common = next((at for at, (a, b) in pairs if a != b), min(len(one), len(other)))
+    before = max(0, common - 64)
+    places = ((before + found.start(), before + found.end()) for text in (one, other)
+              for found in _whole(tokenizer).finditer(text[before : before + 128]))  # fmt: skip
+    parted = (start for start, end in places if start < common < end)
+    return min(parted, default=common)
+
+
+@functools.lru_cache(maxsize=16)
+def _whole(tokenizer) -> re.Pattern:
+    """Finds what no prompt may end within."""
+    tag = r"</?[^<>\s]{1,60}>"
+    added = (str(token) for token in tokenizer.added_tokens_decoder.values())
+    others = sorted((token for token in added if token.strip() and not re.fullmatch(tag, token)), key=len)
+    return re.compile("|".join([tag, *map(re.escape, reversed(others))]))
 
 
 def check_all_is_shown(chat: Chat, found: list[int], text: str, tokenizer) -> None:
     """Many templates hide something in silence. `find_answer` sees it of the turns in `found` and of their prompts."""
-    if getattr(chat, "tools", None) and render(Chat(chat), tokenizer) == text:
+    if getattr(chat, "tools", None) and _tried(Chat(chat), tokenizer) == text:
         raise DataError("the chat template does not show the tools")
     for turn, message in enumerate(chat):
         calls = message.get("tool_calls", ())
@@ -187,9 +241,14 @@ def check_all_is_shown(chat: Chat, found: list[int], text: str, tokenizer) -> No
 
 def _without_arguments(chat: Chat, turn: int, at: int, tokenizer) -> str:
     calls = [_call(c, arguments={}) if i == at else c for i, c in enumerate(chat[turn]["tool_calls"])]
+    return _tried(_changed(chat, turn, tool_calls=calls), tokenizer)
+
+
+def _tried(chat: Chat, tokenizer) -> str:
+    """The chat without something, as text; empty where the template asks for it, and so shows it."""
     with contextlib.suppress(DataError):
-        return render(_changed(chat, turn, tool_calls=calls), tokenizer)
-    return ""  # a template that asks for them shows them
+        return render(chat, tokenizer)
+    return ""
 
 
 def _hidden(chat: Chat, turn: int) -> str:
