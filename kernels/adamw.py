@@ -275,17 +275,17 @@ _last: dict[torch.device, tuple] = {}  # the tables of the step before, and what
 def _tables_as_before(groups, write_back, stand_ins):
     """`_tables`, made again only if an address has changed, or a gradient at the same one."""
     device, seen = groups[0].params[0].device, []
+    # Of tensors that are not contiguous the strides may change where addresses do not.
+    contiguous = all(all(map(torch.Tensor.is_contiguous, (*group.params, *group.grads))) for group in groups)
     for group in groups:
         for tensors in (group.params, group.grads, group.exp_avgs, group.exp_avg_sqs, group.steps):
-            seen += map(torch.Tensor.data_ptr, tensors)
-        seen += [None if copy is None else (copy.data_ptr(), copy.dtype) for copy in group.copies]
-        for kind in (torch.Tensor.numel, torch.Tensor.is_contiguous, attrgetter("dtype")):
-            seen += map(kind, group.grads)
+            seen.append([*map(torch.Tensor.data_ptr, tensors)])
+        seen.append([None if copy is None else (copy.data_ptr(), copy.dtype) for copy in group.copies])
+        seen += [*map(torch.Tensor.numel, group.grads)], [*map(attrgetter("dtype"), group.grads)]
     before, tables = _last.get(device, (None, None))
-    if before != seen or (device.type != "cpu" and torch.cuda.is_current_stream_capturing()):
+    if not contiguous or before != seen or (device.type != "cpu" and torch.cuda.is_current_stream_capturing()):
         tables = _tables(groups, write_back, stand_ins)
-        kept = not stand_ins and False not in seen  # contiguous gradients: of others the strides may change
-        _last[device] = (seen if kept else None), tables
+        _last[device] = (seen if contiguous and not stand_ins else None), tables
     return tables
 
 

@@ -113,21 +113,30 @@ def _down_kernel(
     tl.store(s_ptrs, acc * scale, mask=(offs_m[:, None] < M) & (offs_r[None, :] < r))
 
 
+def ragged(x) -> bool:
+    """Whether rows of x do not begin and end at 16 elements: loads are narrow then, and many places fill registers."""
+    row, step = x.stride()
+    return step != 1 or bool(row % 16 or x.shape[1] % 16 or x.data_ptr() % 16)
+
+
 @lru_cache(4096)
-def down_blocks(M: int, K: int, r: int, transposed: bool = False) -> tuple[dict, int, int]:
-    """Tile sizes of `_down`; in how many parts K is summed (few rows leave a GPU idle otherwise), their size."""
-    most = 64 if transposed or r > 64 else 128
-    blocks = {"BLOCK_M": block_of(M, 16, most), "BLOCK_K": block_of(K, 16, 64), "BLOCK_R": block_of(r, 16, 128)}
+def down_blocks(M: int, K: int, r: int, transposed: bool = False, narrow: bool = False) -> tuple[dict, int, int]:
+    """Tile sizes of `_down`; in how many parts K is summed (few rows leave a GPU idle otherwise), their size.
+
+    `narrow`: x is ragged.
+    """
+    most, deep = 64 if transposed or r > 64 else 128, 32 if narrow else 64
+    blocks = {"BLOCK_M": block_of(M, 16, most), "BLOCK_K": block_of(K, 16, deep), "BLOCK_R": block_of(r, 16, 128)}
     programs = cdiv(M, blocks["BLOCK_M"]) * cdiv(r, blocks["BLOCK_R"])
     steps = max(1, cdiv(K, blocks["BLOCK_K"]))
-    per_split = cdiv(steps, splits_of(programs, steps // max(4, cdiv(r, 16))))
+    per_split = cdiv(steps, splits_of(programs, steps * deep // (64 * max(4, cdiv(r, 16)))))
     return blocks, cdiv(steps, per_split), per_split * blocks["BLOCK_K"]
 
 
 def _down(x, lora_A, dropout=None, scale=1.0, dtype=None, transposed=False):
     """scale · x̂ Aᵀ (M, r) in `dtype`; if `transposed`, (r, M), and x is a view of (K, M), which `dropout` is over."""
     (M, K), r, dtype = x.shape, lora_A.shape[0], dtype or x.dtype
-    blocks, splits, k_per_split = down_blocks(M, K, r, transposed)
+    blocks, splits, k_per_split = down_blocks(M, K, r, transposed, not transposed and ragged(x))
     S = _parts(splits, (r, M) if transposed else (M, r), dtype, x.device)
     strides, few = (1, M) if transposed else (r, 1), r <= 32 or transposed
     launch(
@@ -204,22 +213,23 @@ def _up_grads_kernel(
 
 
 @lru_cache(4096)
-def up_grads_blocks(M: int, N: int) -> tuple[dict, int, int]:
-    """Tile sizes of `lora_up_grads`; into how many parts N is split, and their size.
+def up_grads_blocks(M: int, N: int, narrow: bool = False) -> tuple[dict, int, int]:
+    """Tile sizes of `lora_up_grads`; into how many parts N is split, and their size, a multiple of 128.
 
-    Both sums of a tile have 128 rows, 16 for each warp: of fewer some would be computed twice.
+    `narrow`: dy is ragged. Both sums of a tile have 128 rows, 16 for each warp: of fewer some are computed twice, as
+    those of dB are for a ragged dy, whose loads do not fit into registers otherwise.
     """
-    blocks = {"BLOCK_M": block_of(M, 16, 128), "BLOCK_N": 128, "BLOCK_R": 16}
-    steps = cdiv(N, blocks["BLOCK_N"])
+    blocks = {"BLOCK_M": block_of(M, 16, 128), "BLOCK_N": 64 if narrow else 128, "BLOCK_R": 16}
+    steps = cdiv(N, 128)
     per_split = cdiv(steps, splits_of(cdiv(M, blocks["BLOCK_M"]), steps))
-    return blocks, cdiv(steps, per_split), per_split * blocks["BLOCK_N"]
+    return blocks, cdiv(steps, per_split), per_split * 128
 
 
 def _up_grads(dy, S, lora_B, scale):
     (M, N), r = dy.shape, S.shape[1]
     if r > 16:
         return _down(dy, lora_B.t(), None, scale), _down_grad(S, dy, lora_B.dtype, None, scale).t()
-    (blocks, splits, n_per_split), slabs = up_grads_blocks(M, N), cdiv(M, 128)
+    (blocks, splits, n_per_split), slabs = up_grads_blocks(M, N, ragged(dy)), cdiv(M, 128)
     dS = _parts(splits, (M, r), dy.dtype, dy.device)
     dB = _parts(slabs, (N, r), lora_B.dtype, dy.device)
     launch(

@@ -115,12 +115,16 @@ class AdamW(torch.optim.Optimizer):
         by_device: dict[torch.device, list[ParamGroup]] = {}
         for group in self.param_groups:
             grads = [p.grad for p in group["params"]]  # read once: with hundreds of tensors that counts
-            has_grad = [grad is not None for grad in grads]
-            params, grads = [*compress(group["params"], has_grad)], [*compress(grads, has_grad)]
+            params, has_grad = group["params"].copy(), [grad is not None for grad in grads]
+            if not all(has_grad):
+                params, grads = [*compress(params, has_grad)], [*compress(grads, has_grad)]
             indices = set(map(INDEX, params))
             for index in indices:
-                here = [len(indices) == 1 or p.get_device() == index for p in params]
-                collected = self._collect(group, [*compress(params, here)], [*compress(grads, here)], copies or {})
+                here = params, grads
+                if len(indices) > 1:
+                    on_it = [p.get_device() == index for p in params]
+                    here = [*compress(params, on_it)], [*compress(grads, on_it)]
+                collected = self._collect(group, *here, copies or {})
                 by_device.setdefault(collected.params[0].device, []).append(collected)
         if not by_device:
             return loss

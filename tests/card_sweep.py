@@ -1,23 +1,29 @@
 """Calls of the library at the settings that people use, compiled for a card: does everything fit?
 
-`python tests/card_sweep.py sm_89 600` sweeps for so many seconds and prints a row for benchmarks/cards.md.
+`python tests/card_sweep.py sm_89 600 2` sweeps for so many seconds in two processes and prints a row for
+benchmarks/cards.md. Triton's cache keeps what was compiled, so the next sweep goes on from there.
 """
 
+import multiprocessing
 import random
 import sys
 import time
 from itertools import product
 from typing import NamedTuple
+from unittest import mock
 
 import torch
+from handtuned.kernels import runtime
 from handtuned.kernels.adamw import ParamGroup, adamw_step_
 from handtuned.kernels.lora import lora_linear
 from handtuned.kernels.matmul import scaled_matmul
 from handtuned.kernels.unscale import squared_norm, unscale_
 from handtuned.quant import quantize_nf4
+from triton.runtime.jit import JITFunction
 
 from handtuned.gpu import emulate
 from handtuned.gpu.cards import shared_per_program
+from handtuned.gpu.driver import EmulatedDriver
 
 ARCHS = ("sm_75", "sm_80", "sm_86", "sm_89", "sm_90", "sm_100", "sm_120")
 DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
@@ -110,26 +116,91 @@ def compiled(arch, layer):
     return gpu.launches
 
 
-def sweep(arch, seconds):
-    """(layers run, launches, different kernels, most shared memory of a program, failures)."""
-    ran = launches = most = 0
-    kernels, failures, end = set(), [], time.monotonic() + seconds
-    for layer in every_layer():
-        if time.monotonic() > end:
-            break
-        ran += 1
-        try:
-            for launch in compiled(arch, layer):
-                launches += 1
-                kernels.add((launch.name, launch.metadata.hash))
-                most = max(most, launch.shared_bytes)
-        except Exception as error:
-            failures.append(f"{layer}: {type(error).__name__} {str(error)[:200]}")
-    return ran, launches, len(kernels), most, failures
+class Later:
+    """In place of a compiled kernel: its launches are noted, by its number."""
+
+    function = packed_metadata = None
+
+    def __init__(self, number, launched):
+        self.number, self.launched = number, launched
+
+    def launch_metadata(self, *arguments):
+        pass
+
+    def run(self, *arguments):
+        self.launched.append(self.number)
+
+    def __getitem__(self, grid):
+        return self.run
+
+
+def collect(arch, layers):
+    """(kernels, uses): what all layers need, and setting → number of the kernel of each launch; nothing is compiled."""
+    kernels, uses, launched, nowhere = [], {}, [], object()  # a device where Triton has no kernel yet
+
+    def later(kernel, key, signature, device, *rest):
+        kernels.append((kernel, (key, signature, device, *rest)))
+        made = kernel.device_caches[device][0][key] = Later(len(kernels) - 1, launched)
+        return made
+
+    runtime._compiled.clear()
+    with (
+        mock.patch.object(JITFunction, "_do_compile", later),
+        mock.patch.object(EmulatedDriver, "get_current_device", lambda self: nowhere),
+    ):
+        for layer in layers:
+            quantized = layer.quantized()
+            with emulate(arch, programs=0):
+                layer.run(quantized)
+            uses[layer] = launched.copy()
+            launched.clear()
+    runtime._compiled.clear()
+    return kernels, uses
+
+
+def compile_one(job):
+    """(shared memory of a program or None, failure or None) of one kernel; (None, None) if time is up."""
+    arch, end, (kernel, arguments) = job
+    if time.monotonic() > end:
+        return None, None
+    try:
+        with emulate(arch, programs=0):
+            made = kernel._do_compile(*arguments)
+            made._init_handles()  # refuses what does not fit
+        assert made.metadata.shared <= shared_per_program(arch), "more shared memory than the card has"
+    except Exception as error:
+        return None, f"{kernel.__name__}, {arguments[0]}: {type(error).__name__} {str(error)[:200]}"
+    return made.metadata.shared, None
+
+
+def sweep(arch, seconds, processes=1, layers=None):
+    """(row of benchmarks/cards.md, failures): every different kernel once, those of the longest ranks first."""
+    global jobs  # reached by fork: kernels cannot be pickled
+    end, layers = time.monotonic() + seconds, layers or every_layer()
+    kernels, uses = collect(arch, layers)
+    nearest = sorted(uses, key=lambda layer: (layer.r, layer.dropout, layer.M), reverse=True)
+    order = list(dict.fromkeys(number for layer in nearest for number in uses[layer]))
+    jobs = [(arch, end, kernel) for kernel in kernels]
+    made, failures = {}, []
+    with multiprocessing.get_context("fork").Pool(processes) as pool:
+        for number, (shared, failure) in zip(order, pool.imap(job_of, order), strict=True):
+            made |= {} if shared is None else {number: shared}
+            failures += [failure] if failure else []
+            if len(made) % 100 == 1:
+                print(f"{arch}: {len(made)} of {len(kernels)} kernels, {len(failures)} failures", file=sys.stderr)
+    whole = [numbers for numbers in uses.values() if made.keys() >= {*numbers}]
+    return (
+        f"| {arch} | {len(whole)} of {len(uses)} | {sum(map(len, whole))} | {len(made)} of {len(kernels)} "
+        f"| {max(made.values(), default=0):,} | {len(failures)} |"
+    ), failures
+
+
+def job_of(number):
+    return compile_one(jobs[number])
 
 
 if __name__ == "__main__":
     torch.manual_seed(0)
-    ran, launches, kernels, most, failures = sweep(sys.argv[1], float(sys.argv[2]))
-    print(f"| {sys.argv[1]} | {ran} of {len(every_layer())} | {launches} | {kernels} | {most:,} | {len(failures)} |")
+    row, failures = sweep(sys.argv[1], float(sys.argv[2]), *map(int, sys.argv[3:]))
+    print(row)
     print(*failures, sep="\n", file=sys.stderr)
