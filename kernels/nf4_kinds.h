@@ -4,16 +4,30 @@
 
 #include <immintrin.h>
 #define INLINE(instructions) static inline __attribute__((always_inline, target(instructions)))
-#define AVX2 "avx2,fma,f16c"
-#define AVX512 "avx512f,avx512bw,avx512vl"
+#define AVX2 "avx2,bmi2,fma,f16c"
+#define AVX512 "bmi2,avx512f,avx512bw,avx512vl"
 #define AVX512_BF16 AVX512 ",avx512bf16"
 
-static inline void load_scales(const weight *w, int64_t i, int64_t n, int run, float *scales)
+/* The scales of n values from the i-th on, one for each `run` of them, which divides i, n and a block. */
+static inline __attribute__((always_inline)) void load_scales(
+    const weight *w, int64_t i, int64_t n, int run, float *restrict scales)
 {
-    for (const int64_t end = i + n; i < end; i += run) {
-        float scale = scale_of(w, block_of(i, w->block));
-        __asm__("" : "+x"(scale)); /* one by one: gathered into registers, as compilers would, they take longer */
-        *scales++ = scale;
+    const int shift = __builtin_ctzll(w->block / run);
+    const int64_t first = i / run, runs = n / run;
+    const float *absmax = w->absmax;
+    if (w->nested_block == 0)
+        for (int64_t k = 0; k < runs; k++)
+            scales[k] = absmax[(first + k) >> shift];
+    for (int64_t k = 0, end; k < runs && w->nested_block > 0; k = end) {
+        const int64_t j = block_of((first + k) >> shift, w->nested_block);
+        const float nested = w->nested_absmax[j], offset = w->offset[0];
+        end = at_most(runs, ((j + 1) * w->nested_block << shift) - first);
+#pragma GCC unroll 4
+        for (int64_t m = k; m < end; m++) {
+            float scale = w->map[((const uint8_t *)w->absmax)[(first + m) >> shift]] * nested + offset;
+            __asm__("" : "+x"(scale)); /* one by one: gathered into registers, as compilers would, they take longer */
+            scales[m] = scale;
+        }
     }
 }
 

@@ -107,23 +107,23 @@ FUNCTION void OF(multiply)(
 {
     const int run = panel ? TERMS : 64;
     sums sum[LANES];
-    float scales[4][RUNS], parts[LANES];
+    float scales[4][RUNS + 1], parts[LANES];
+    table_type table[4];
     const uint8_t *codes[4];
     uint64_t term = 0;
 #pragma GCC unroll 16
     for (int j = 0; j < LANES; j++)
         sum[j] = (sums){0};
+#pragma GCC unroll 4
     for (int c = 0; c < 4 && !panel; c++) {
         const weight of = w->of; /* a copy: nothing that is stored can change it */
         const int64_t first = w->first + at_most(c, w->columns - 1) * w->K; /* no column past the last is read */
         codes[c] = of.packed + first / 2;
         load_scales(&of, first, terms, run, scales[c]);
+        scales[c][terms / run] = 0; /* read, not used */
+        table[c] = OF(scaled)(w->of.levels, scales[c][0], w->rounding);
     }
     for (int64_t part = 0; term + run <= (uint64_t)terms; part++) {
-        table_type table[4];
-#pragma GCC unroll 4
-        for (int c = 0; c < 4 && !panel; c++)
-            table[c] = OF(scaled)(w->of.levels, scales[c][part], w->rounding);
 #pragma GCC unroll 4
         for (int c = 0; c < 4 && !panel; c++)
             __builtin_prefetch(codes[c] + term / 2 + AHEAD * w->K);
@@ -135,6 +135,10 @@ FUNCTION void OF(multiply)(
                 column[c] = panel ? OF(load)(panel + c * STRIDE(number) + term)
                                   : OF(lookup)(table[c], codes[c] + (term - done) / 2 + done / (2 * TERMS) * TERMS,
                                                done % (2 * TERMS) == 0);
+            if (!panel && done == run - TERMS) /* the next table is begun while units that multiply are busy */
+#pragma GCC unroll 4
+                for (int c = 0; c < 4; c++)
+                    table[c] = OF(scaled)(w->of.levels, scales[c][part + 1], w->rounding);
 #pragma GCC unroll 4
             for (int r = 0; r < R; r++) {
                 const vector row = OF(load)(x + r * x_stride + term);
