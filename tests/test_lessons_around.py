@@ -83,10 +83,29 @@ def test_where_nobody_can_answer_nothing_stops(notebook, monkeypatch, capsys, er
     assert "guess" not in reader.recall()["guesses"]["07.a"]
 
 
-@pytest.mark.parametrize(("key", "question"), [("7.a", "what?"), ("07.1", "what?"), ("07", "what?"), ("07.a", " ")])
+@pytest.mark.parametrize(
+    ("key", "question"),
+    [("7.a", "what?"), ("07.1", "what?"), ("07", "what?"), ("13.a", "what?"), (7, "what?"), ("07.a", " "), ("07.a", 3)],
+)
 def test_a_guess_needs_a_key_and_a_question(notebook, key, question):
     with pytest.raises(ValueError, match=r"key must be|question must say"):
         lessons.guess(key, question)
+
+
+@pytest.mark.parametrize(
+    ("call", "told"),
+    [
+        (lambda: lessons.measured("7", "3"), "key must be a lesson and a letter"),
+        (lambda: lessons.guesses("7"), 'lesson must be one of "00"…"12", got \'7\''),
+        (lambda: lessons.check(2.1, print), 'key must be a lesson and a number, such as "07.1", got 2.1'),
+        (lambda: lessons.solution("07"), "key must be a lesson and a number"),
+        (lambda: lessons.hint(None), "key must be a lesson and a number"),
+        (lambda: lessons.hint("02.1", "1"), "n must be 1…2, got '1'"),
+    ],
+)
+def test_a_bad_key_is_said_in_one_line(notebook, call, told):
+    with pytest.raises(ValueError, match=told):
+        call()
 
 
 def test_outside_of_a_notebook_nothing_is_kept(tmp_path, monkeypatch):
