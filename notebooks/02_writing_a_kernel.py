@@ -368,7 +368,7 @@ lessons.show(
 #
 # ## Exercise 02.3: softmax of rows
 #
-# Write `softmax(x, out)` for a matrix of $M$ rows, one program per row. The checker uses rows of odd lengths, rows with gaps between them, and large values. `out` is contiguous.
+# Write `softmax(x, out)` for a matrix of $M$ rows, one program per row. The checker uses rows of various lengths, rows with gaps between them, and large values. `out` is contiguous.
 
 
 # %%

@@ -603,8 +603,8 @@ else:
 # ## Exercise 07.3: the skinny product as a kernel
 #
 # Write `down(x, A, S)`, a launcher and its kernel: S (M, r) becomes x Aᵀ for contiguous fp32 tensors x (M, K) and A (r, K).
-# Sums on the ordinary units will do; one program per row is enough. K and r are odd, and the checker puts NaNs around
-# every buffer.
+# Sums on the ordinary units will do; one program per row is enough. K and r may be any numbers, and the checker puts
+# NaNs around every buffer.
 
 # %%
 @triton.jit

@@ -405,7 +405,7 @@ print("kernel and reference agree bit for bit on", tuple(sample.shape))
 #
 # Write the kernel yourself, in its simplest form: fp32 scales, each program makes `BLOCK` values, one
 # at a time in the sense that value i looks at byte i // 2. The checker puts NaNs around every buffer, so what is read or
-# written out of bounds will be seen. Sizes are odd, and the last block is short.
+# written out of bounds will be seen. Any size may come: the last block may be short, the last byte half full.
 
 # %%
 @triton.jit

@@ -215,6 +215,41 @@ def test_profile_tells_what_a_gpu_would_hide():
     assert caught.value.kind == "race" and caught.value.file == __file__
 
 
+@pytest.mark.parametrize("launch", [lessons.step, lessons.profile])
+def test_what_cannot_be_launched_is_said_in_one_line(launch):
+    x, y, out = five()
+    for kernel, grid, args, constants, told in (
+        (add_kernel, 2, (x, y, out, 5), {"BLOCK": 4}, "grid must be a tuple .*, got 2"),
+        (add_kernel, (), (x, y, out, 5), {"BLOCK": 4}, r"grid must be a tuple .*, got \(\)"),
+        (add_kernel, (0,), (x, y, out, 5), {"BLOCK": 4}, r"grid must be a tuple .*, got \(0,\)"),
+        (add_kernel, (5 / 4,), (x, y, out, 5), {"BLOCK": 4}, r"grid must be a tuple .*, got \(1.25,\)"),
+        (add_kernel, x, (y, out, 5), {"BLOCK": 4}, "grid must be a tuple .*, got Tensor"),
+        (add_kernel, (2,), (x, y, out), {"BLOCK": 4}, "add_kernel.*: missing a required argument: 'N'"),
+        (add_kernel, (2,), (x, y, out, 5, 4, 3), {}, "add_kernel.*: too many positional arguments"),
+        (add_kernel, (2,), (x, y, out, 5), {"BLOCK": 4, "C": 1}, "unexpected keyword argument 'C'"),
+        (add_kernel, (2,), (x.numpy(), y, out, 5), {"BLOCK": 4}, "x_ptr must be a tensor, got an array of numpy"),
+        (add_kernel[(2,)], (2,), (x, y, out, 5), {"BLOCK": 4}, "kernel must be a @triton.jit function"),
+    ):
+        with pytest.raises(ValueError, match=told) as caught:
+            launch(kernel, grid, *args, **constants)
+        assert "\n" not in str(caught.value)
+    launch(add_kernel, [2], x, y, out, 5, BLOCK=4, num_warps=1)
+    assert torch.equal(out, 2 * x + y)
+
+
+@pytest.mark.parametrize("programs", [0, -1, "all"])
+def test_step_wants_a_number_of_programs(programs):
+    with pytest.raises(ValueError, match="programs must be a whole number of 1 or more"):
+        lessons.step(add_kernel, (2,), *five(), 5, BLOCK=4, programs=programs)
+
+
+def test_an_autotuned_kernel_is_stepped_and_profiled_in_its_first_configuration():
+    tuned = triton.autotune([triton.Config({"BLOCK": 4}), triton.Config({"BLOCK": 8})], key=["N"])(add_kernel)
+    x, y, out = five()
+    assert len(lessons.step(tuned, lambda meta: (triton.cdiv(5, meta["BLOCK"]),), x, y, out, 5).of(1)) == 5
+    assert lessons.profile(tuned, (2,), x, y, out, 5).launch.programs == 2 and torch.equal(out, 2 * x + y)
+
+
 def test_an_unknown_card():
     with pytest.raises(ValueError, match=r"card must be one of T4, A100, .*sm_90.*, got 'GTX 970'"):
         lessons.profile(add_kernel, (1,), *five(), 5, BLOCK=8, card="GTX 970")

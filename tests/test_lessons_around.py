@@ -9,9 +9,11 @@ from types import ModuleType
 
 import pytest
 from handtuned.lessons import build, course, drawings, exercise, reader
+from source_tree import ROOT
 from test_notebooks import FOLDER, SLUGS, cells, every, outputs
 
 from handtuned import lessons
+from handtuned.gpu.driver import WRITTEN_FOR
 
 pytest.importorskip("jupytext")
 nbformat = pytest.importorskip("nbformat")
@@ -81,10 +83,29 @@ def test_where_nobody_can_answer_nothing_stops(notebook, monkeypatch, capsys, er
     assert "guess" not in reader.recall()["guesses"]["07.a"]
 
 
-@pytest.mark.parametrize(("key", "question"), [("7.a", "what?"), ("07.1", "what?"), ("07", "what?"), ("07.a", " ")])
+@pytest.mark.parametrize(
+    ("key", "question"),
+    [("7.a", "what?"), ("07.1", "what?"), ("07", "what?"), ("13.a", "what?"), (7, "what?"), ("07.a", " "), ("07.a", 3)],
+)
 def test_a_guess_needs_a_key_and_a_question(notebook, key, question):
     with pytest.raises(ValueError, match=r"key must be|question must say"):
         lessons.guess(key, question)
+
+
+@pytest.mark.parametrize(
+    ("call", "told"),
+    [
+        (lambda: lessons.measured("7", "3"), "key must be a lesson and a letter"),
+        (lambda: lessons.guesses("7"), 'lesson must be one of "00"…"12", got \'7\''),
+        (lambda: lessons.check(2.1, print), 'key must be a lesson and a number, such as "07.1", got 2.1'),
+        (lambda: lessons.solution("07"), "key must be a lesson and a number"),
+        (lambda: lessons.hint(None), "key must be a lesson and a number"),
+        (lambda: lessons.hint("02.1", "1"), "n must be 1…2, got '1'"),
+    ],
+)
+def test_a_bad_key_is_said_in_one_line(notebook, call, told):
+    with pytest.raises(ValueError, match=told):
+        call()
 
 
 def test_outside_of_a_notebook_nothing_is_kept(tmp_path, monkeypatch):
@@ -179,11 +200,25 @@ def test_the_way_around_a_lesson(slug):
 
 
 def test_one_constant_holds_the_address_of_the_repository():
-    texts = [path.read_text(encoding="utf-8") for path in FOLDER.rglob("*.py")]
-    assert sum(text.count(course.REPOSITORY) for text in texts) == 1
+    files = subprocess.run(["git", "ls-files", "*.py", "*.md", "*.toml"], cwd=ROOT, capture_output=True, text=True)
+    if files.returncode:
+        pytest.skip("not a checkout of git")
+    texts = [(ROOT / name).read_text(encoding="utf-8") for name in files.stdout.split()]
+    assert len(texts) > 100 and sum(text.count(course.REPOSITORY) for text in texts) == 1
 
 
-def test_colab_gets_what_it_needs_and_nobody_else_anything(tmp_path, monkeypatch):
+@pytest.fixture
+def colab(monkeypatch):
+    """As in a notebook of Colab, in whose setup nothing is run: what it would run, and where it goes."""
+    ran, went = [], []
+    monkeypatch.setattr(subprocess, "run", lambda words, check: ran.append([str(word) for word in words]))
+    monkeypatch.setitem(sys.modules, "google.colab", ModuleType("google.colab"))
+    monkeypatch.setattr("os.chdir", lambda place: went.append(str(place)))
+    monkeypatch.setattr("shutil.which", lambda name: None)
+    return ran, went
+
+
+def test_outside_of_colab_nothing_is_installed(tmp_path, monkeypatch):
     ran = []
     monkeypatch.setattr(subprocess, "run", lambda words, check: ran.append(words))
     monkeypatch.chdir(FOLDER / "lessons")
@@ -192,12 +227,40 @@ def test_colab_gets_what_it_needs_and_nobody_else_anything(tmp_path, monkeypatch
     monkeypatch.chdir(tmp_path)
     exec(course.SETUP, {})
     assert tmp_path.samefile(".") and ran == []
-    monkeypatch.setitem(sys.modules, "google.colab", ModuleType("google.colab"))
-    went = []
-    monkeypatch.setattr("os.chdir", went.append)
+
+
+def test_colab_gets_the_versions_that_the_lessons_were_made_with(colab):
+    """The newest torch brings a Triton that the emulator refuses, and leaves a torchvision that cannot be imported."""
+    ran, went = colab
     exec(course.SETUP, {})
-    assert ran[0][:2] == ["git", "clone"] and ran[1][1:4] == ["-m", "pip", "install"] and ran[1][-1] == "peft"
+    assert ran[0][:2] == ["git", "clone"] and ran[0][-2:] == [
+        f"https://github.com/{course.REPOSITORY}",
+        "/content/handtuned",
+    ]
+    assert ran[1][1:4] == ["-m", "pip", "install"] and ran[1][-3:] == [
+        "/content/handtuned[finetune,tune]",
+        "peft",
+        "torchvision",
+    ]
+    assert ran[1][ran[1].index("-c") + 1] == "/content/handtuned/constraints.txt"
     assert went[0] == "/content/handtuned/notebooks"
+    triton = re.search(r"^triton==(.+)$", (ROOT / "constraints.txt").read_text(encoding="utf-8"), re.M)[1]
+    assert triton.startswith(WRITTEN_FOR)
+
+
+def test_a_restarted_kernel_of_colab_finds_its_folder(colab, monkeypatch):
+    ran, went = colab
+    monkeypatch.setattr("pathlib.Path.exists", lambda path: True)
+    monkeypatch.setattr("shutil.which", lambda name: f"/usr/local/bin/{name}")
+    exec(course.SETUP, {})
+    assert ran == [] and went[0] == "/content/handtuned/notebooks"
+
+
+def test_an_installation_that_failed_is_tried_again(colab, monkeypatch):
+    ran, _ = colab
+    monkeypatch.setattr("pathlib.Path.exists", lambda path: True)
+    exec(course.SETUP, {})
+    assert [words[1:4] for words in ran] == [["-m", "pip", "install"]]
 
 
 def test_copies_have_no_outputs_and_work_is_never_overwritten(tmp_path):

@@ -98,6 +98,6 @@ def no_holes(name: str, tensor: torch.Tensor) -> None:
         first = nan.nonzero()[0].tolist()
         raise WrongAnswer(
             f"{name} holds NaN at {first} ({int(nan.sum())} of {tensor.numel()} values): either no program wrote "
-            "there, or a program read past the end of its input, where the checker put NaNs, or what it computed "
-            "has no value (0 / 0, inf - inf)."
+            "there, or one added to what lay there before, or read past the end of its input, where the checker put "
+            "NaNs, or what it computed has no value (0 / 0, inf - inf)."
         )

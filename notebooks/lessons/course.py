@@ -13,16 +13,21 @@ BADGE = "https://colab.research.google.com/assets/colab-badge.svg"
 SETUP = f"""\
 # In Colab: fetch the project and install what the lesson needs. Elsewhere: work in the lessons' folder.
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 
-if "google.colab" in sys.modules and not Path("/content/handtuned").exists():
-    address = "https://github.com/{REPOSITORY}"
-    subprocess.run(["git", "clone", "-q", "--depth", "1", address, "/content/handtuned"], check=True)
-    needed = ["/content/handtuned[finetune,tune]", "peft"]
-    subprocess.run([sys.executable, "-m", "pip", "install", "-q", *needed], check=True)
-    os.chdir("/content/handtuned/notebooks")
+if "google.colab" in sys.modules:
+    home = Path("/content/handtuned")
+    if not home.exists():
+        address = "https://github.com/{REPOSITORY}"
+        subprocess.run(["git", "clone", "-q", "--depth", "1", address, home], check=True)
+    if not shutil.which("handtuned"):
+        # The emulator knows certain versions of Triton; and Colab's torchvision fits no other torch than Colab's.
+        needed = ["-c", home / "constraints.txt", f"{{home}}[finetune,tune]", "peft", "torchvision"]
+        subprocess.run([sys.executable, "-m", "pip", "install", "-q", *needed], check=True)
+    os.chdir(home / "notebooks")
 around = (Path.cwd(), *Path.cwd().parents)
 os.chdir(next((place for place in around if (place / "00_start_here.py").exists()), Path.cwd()))"""
 

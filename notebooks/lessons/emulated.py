@@ -10,6 +10,7 @@ import sys
 import types
 
 from ..kernels.runtime import HAS_TRITON, INTERPRETED
+from .arguments import grid_of
 from .exercise import WrongAnswer
 from .guards import untuned
 from .places import told
@@ -221,12 +222,13 @@ def profile(kernel, grid, *args, card: str = "A100", **constants) -> Profile:
         card: "T4", "A100", "L4", "RTX 4090", "H100", "H200", "B200" or an architecture, "sm_80".
 
     Raises:
-        ValueError: an unknown card.
+        ValueError: an unknown card, or what cannot be launched.
         RuntimeError: Triton is not installed.
         handtuned.gpu.KernelFault: the kernel does what a GPU would hide.
     """
     if not HAS_TRITON:
         raise RuntimeError("Triton is not installed on this machine, so no kernel can be compiled")
+    grid = grid_of(kernel, grid, args, constants)
     with emulated(card) as gpu:
         kernel[grid](*args, **constants)
     return Profile(gpu)

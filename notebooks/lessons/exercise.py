@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from importlib import import_module
 from numbers import Real
 
+from .arguments import lesson_key
 from .places import line_of
 
 STUB = "This is still the stub: write your answer in its place."
@@ -67,6 +68,7 @@ def exercises_of(lesson: str) -> dict[str, Exercise]:
 
 
 def find(key: str) -> Exercise:
+    lesson_key(key, r".*\..*", 'a lesson and a number, such as "07.1"')
     exercises = exercises_of(key.partition(".")[0])
     if key not in exercises:
         raise ValueError(f"key must be one of {', '.join(exercises)}, got {key!r}")
@@ -124,8 +126,8 @@ def hint(key: str, n: int = 1) -> None:
         ValueError: no such exercise or hint.
     """
     hints = find(key).hints
-    if not 1 <= n <= len(hints):
-        raise ValueError(f"n must be 1…{len(hints)}, got {n}")
+    if not (isinstance(n, int) and 1 <= n <= len(hints)):
+        raise ValueError(f"n must be 1…{len(hints)}, got {n!r}")
     print(f"Hint {n} of {len(hints)}: {hints[n - 1]}")
 
 

@@ -5,9 +5,10 @@ lessons.guess("07.d", "by what factor does the step grow from r = 4 to r = 64?")
 lessons.measured("07.d", f"{growth:.1f} ×")
 """
 
-import re
+from .arguments import lesson_key
+from .reader import LESSONS, recall, remember, table
 
-from .reader import recall, remember, table
+KEY = rf"({'|'.join(LESSONS)})\.[a-z]", 'a lesson and a letter, such as "07.a"'
 
 
 def guess(key: str, question: str) -> None:
@@ -22,10 +23,9 @@ def guess(key: str, question: str) -> None:
     Raises:
         ValueError: not such a key, or no question.
     """
-    if not re.fullmatch(r"\d\d\.[a-z]", key):
-        raise ValueError(f'key must be a lesson and a letter, such as "07.a", got {key!r}')
-    if not question.strip():
-        raise ValueError("question must say what is to be guessed, got nothing")
+    lesson_key(key, *KEY)
+    if not (isinstance(question, str) and question.strip()):
+        raise ValueError(f"question must say what is to be guessed, got {question!r}")
     said = recall()["guesses"].get(key, {}).get("guess")
     if said is None:
         said = _ask(f"{key} guess first: {question} ")
@@ -44,14 +44,25 @@ def _ask(prompt: str) -> str:
 
 
 def measured(key: str, result: str) -> None:
-    """Reveal what was measured, beside the guess: `guess(key, …)` stands before it in the lesson."""
+    """Reveal what was measured, beside the guess: `guess(key, …)` stands before it in the lesson.
+
+    Raises:
+        ValueError: not such a key.
+    """
+    lesson_key(key, *KEY)
     said = recall()["guesses"].get(key, {}).get("guess")
     print(f"{key} measured: {result}" + (f"  (you guessed: {said})" if said else ""))
     remember(lambda kept: kept["guesses"].setdefault(key, {"question": "–"}).update(measured=result))
 
 
 def guesses(lesson: str | None = None) -> None:
-    """Show the page of your guesses beside what was measured: of one lesson ("07"), or of all."""
+    """Show the page of your guesses beside what was measured: of one lesson ("07"), or of all.
+
+    Raises:
+        ValueError: no such lesson.
+    """
+    if lesson not in (None, *LESSONS):
+        raise ValueError(f'lesson must be one of "00"…"12", got {lesson!r}')
     kept = sorted(recall()["guesses"].items())
     rows = [[key, entry["question"], entry.get("guess", "–"), entry.get("measured", "–")]
             for key, entry in kept if lesson in (None, key[:2])]  # fmt: skip

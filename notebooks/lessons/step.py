@@ -16,6 +16,7 @@ import numpy as np
 import torch
 
 from ..kernels.runtime import HAS_TRITON, INTERPRETED
+from .arguments import grid_of
 from .guards import patched
 from .notebook import display
 from .places import line_of
@@ -93,7 +94,8 @@ class Steps:
         return [step for step in self.steps if step.program == place]
 
     def __str__(self):
-        out, before = [f"{self.kernel}, {self.grid[0]} × {self.grid[1]} × {self.grid[2]} programs"], None
+        size = f"{' × '.join(map(str, self.grid))} programs" if self.grid else "no program began"
+        out, before = [f"{self.kernel}, {size}"], None
         for step in self.steps:
             if step.program != before:
                 out += ["", f"program {step.program}"]
@@ -138,7 +140,7 @@ def step(kernel, grid, *args, programs: int | None = 4, **constants) -> Steps:
     """Run a launch in the interpreter and keep what each line of the kernel did. The launch really happens.
 
     Args:
-        kernel: a @triton.jit kernel, decorated under TRITON_INTERPRET=1.
+        kernel: a @triton.jit kernel, decorated under TRITON_INTERPRET=1; of an autotuned one the first configuration.
         grid, args, constants: as in `kernel[grid](*args, **constants)`; tensors on the CPU.
         programs: keep the steps of the first so many; None: of all.
 
@@ -146,13 +148,18 @@ def step(kernel, grid, *args, programs: int | None = 4, **constants) -> Steps:
         Steps. An error in the kernel does not raise: `error` says it, after the steps that led there.
 
     Raises:
-        ValueError: the kernel is not interpreted.
+        ValueError: the kernel is not interpreted, or cannot be launched so; `programs` is no number of programs.
     """
+    if programs is not None and not (isinstance(programs, int) and programs > 0):
+        raise ValueError(f"programs must be a whole number of 1 or more, or None for all, got {programs!r}")
+    while hasattr(kernel, "configs"):
+        kernel, constants = kernel.fn, kernel.configs[0].all_kwargs() | constants
     if not (HAS_TRITON and INTERPRETED and hasattr(kernel, "rewrite")):
         raise ValueError(
             "kernel must be a @triton.jit function of a process with TRITON_INTERPRET=1 (set it before the imports), "
             f"got {type(kernel).__name__}"
         )
+    grid = grid_of(kernel, grid, args, constants)
     from triton.runtime.interpreter import InterpreterBuilder, _get_np_dtype, interpreter_builder
 
     function, names = kernel.rewrite(), list(inspect.signature(kernel.fn).parameters)

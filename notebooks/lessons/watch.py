@@ -253,7 +253,7 @@ def launched(
             if INTERPRETED:
                 unused = span.name in inputs and span.bytes and span.name not in watch.used
                 expect(not unused, f"No kernel read {span.name}{case}: how can the result depend on it?")
-                _by_kernels_alone(span, span.name in inputs, span.name in outputs, case)
+                _by_kernels_alone(watch, span, inputs, outputs, case)
         for name, tensor in outputs.items():
             if tensor.dtype.is_floating_point:
                 no_holes(f"{name}{case}", tensor)
@@ -262,32 +262,42 @@ def launched(
     return watch
 
 
-def _by_kernels_alone(span, is_input, is_output, case):
-    if is_input and span.written.any():
+def _by_kernels_alone(watch, span, inputs, outputs, case):
+    if span.name in inputs and span.written.any():
         raise WrongAnswer(f"{span.name}{case} was written to, but it is an input.")
     if span.now() != span.left:
         raise WrongAnswer(f"{span.name}{case} was changed after the last launch, and not by a kernel.")
     unwritten = ~span.elements(span.written)
-    if is_output and unwritten.any():
-        raise WrongAnswer(
-            f"{span.name}{case}: no program wrote element {np.argwhere(unwritten)[0].tolist()} ({int(unwritten.sum())} "
-            f"of {unwritten.size} elements were not written by a kernel). Does the grid have enough programs, and each "
-            "its own block? Look at the grid."
+    if span.name not in outputs or not unwritten.any():
+        return
+    if unwritten.all() and watch.stores:
+        told = f"Give the kernel {span.name} itself; a tensor of its own, or another name for it, stays here unseen."
+    elif watch.stores >= sum(tensor.numel() for tensor in outputs.values()):
+        told = (
+            "Other places were written more than once instead: has each program its own block, and each row its own "
+            "place? Look at the offsets of the store."
         )
+    else:
+        told = "Does the grid have enough programs, and each its own block? Look at the grid, and at the store's mask."
+    raise WrongAnswer(
+        f"{span.name}{case}: no program wrote element {np.argwhere(unwritten)[0].tolist()} ({int(unwritten.sum())} "
+        f"of {unwritten.size} elements were not written by a kernel). {told}"
+    )
 
 
-def watched(call, where: str, *names):
+def watched(call, where: str, *names, torch_may=()):
     """`call()`, a pass of an autograd Function: kernels compute, torch allocates, views and copies.
 
     Args:
         where: "forward" or "backward".
         names: of the tensors that it returns and kernels must have made.
+        torch_may: as in `launched`.
 
     Raises:
         WrongAnswer: torch computed, no kernel was launched, or another number of tensors was returned.
     """
     need_interpreter()
-    with watching(Watch({}, ())) as watch:
+    with watching(Watch({}, ()), torch_may) as watch:
         made = call()
     if not watch.launches:
         raise WrongAnswer(f"The {where} pass launched no kernel.")

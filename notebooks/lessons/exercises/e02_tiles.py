@@ -128,15 +128,31 @@ def _product(form=0):
     return matmul
 
 
+def _mistake(a, b, c):
+    """What is wrong with c, which should be a · b, in fp64."""
+    (M, K), N, told = a.shape, b.shape[1], "acc collects one tl.dot for each tile of K."
+    for long in (16, 32, 64, 128):
+        last = (K - 1) // long * long
+        if last and torch.allclose(c, a[:, last:] @ b[last:], atol=1e-2):
+            told = "Only the last tile of K is in it: add each tile's product to the accumulator."
+        elif last and torch.allclose(c, a[:, :last] @ b[:last], atol=1e-2):
+            told = "The last tile of K is missing: there are tl.cdiv(K, BLOCK_K), the last of which need not be full."
+    if (off := c - a @ b).std() < 1e-2:
+        told = f"Every entry is off by {off.mean().item():.0f}: beyond K both tiles must be 0, other=0.0."
+    elif M == K == N and torch.allclose(c, b @ a, atol=1e-2):
+        told = "This is b · a."
+    elif M == N and torch.allclose(c, (a @ b).t(), atol=1e-2):
+        told = "It lies transposed: c[m, n] is stored at m * N + n."
+    return told
+
+
 def _check_product(matmul):
     for M, K, N in ((16, 16, 16), (33, 20, 17), (1, 65, 5), (40, 3, 64), (70, 150, 20), (17, 20, 140)):
         a, b = (guarded(size, torch.float16, torch.randn(size)) for size in ((M, K), (K, N)))
         c, what = guarded((M, N)), f"{M} × {K} times {K} × {N}"
         watch = launched(matmul, a, b, c, inputs={"a": a, "b": b}, outputs={"c": c}, what=what)
-        wide, hint = a.double() @ b.double(), "acc collects one tl.dot for each tile of K."
-        last = K - (K - 1) % 16 - 1
-        if K > 16 and torch.allclose(c.double(), a[:, last:].double() @ b[last:].double(), atol=1e-2):
-            hint = "Only the last tile of K is in it: add each tile's product to the accumulator."
+        wide = a.double() @ b.double()
+        hint = _mistake(a.double(), b.double(), c.double())
         near = "Nearly: the accumulator is FP16, or is rounded to FP16 for the store. Let acc be tl.float32, as c is."
         expect_close(c, wide.float(), f"c ({what})", rtol=1e-5, atol=1e-5 * K**0.5, hint=hint, near=near)
         expect(

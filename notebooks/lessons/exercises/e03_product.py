@@ -108,6 +108,13 @@ def _check_product(scaled_product):
         told = "Look at c, after the scale and the rounding; infinity and NaN count; store 1 only where one was seen."
         expect(flag.item() == want, f"{what}: found_inf is {flag.item():g}, expected {want:g}. {told}")
 
+    a, b = _operands(20, 8, 18, 0.1)
+    a[19], b[:2] = torch.tensor([63.96875, 2**-7] + 6 * [0.0]), 1.0
+    c, flag = guarded((20, 18), torch.float16), guarded(1, values=torch.zeros(1))
+    _run(scaled_product, a, b, 1024.0, c, flag, "entries of 65512")
+    told = "65512 rounds to 65504, the largest finite number of FP16, and only from 65520 on to infinity: look at c."
+    expect(flag.item() == 0, f"entries of 65512: every entry of c is finite, but found_inf is {flag.item():g}. {told}")
+
     def call():
         a, b = torch.randn(40, 33).half(), torch.randn(33, 20).half()
         a[3, 3] = float("inf")

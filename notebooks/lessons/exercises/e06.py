@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from ..exercise import Exercise, WrongAnswer, number, unchanged
+from ..exercise import NEARER, Exercise, WrongAnswer, number, unchanged
 
 
 def _accumulate(model, micro_batches):
@@ -53,7 +53,14 @@ def _never_cleared(model, micro_batches):
 
 
 def _gradient(model):
-    return torch.cat([p.grad.flatten() for p in model.parameters()])
+    return torch.cat([p.flatten() * 0 if p.grad is None else p.grad.flatten() for p in model.parameters()]).detach()
+
+
+def _share(model, part, micro_batches):
+    """What a part of the micro-batches adds to the mean loss of all."""
+    count = sum((labels != -100).sum() for _, labels in micro_batches)
+    losses = (F.cross_entropy(model(x).flatten(0, -2), y.flatten(), reduction="sum") for x, y in part)
+    return sum(losses) / count
 
 
 def _compare(model, candidate, micro_batches, what):
@@ -65,7 +72,7 @@ def _compare(model, candidate, micro_batches, what):
     wanted = _gradient(model).clone()
     if what != "a gradient was left over from before":
         model.zero_grad()
-    with unchanged(micro_batches=micro_batches):
+    with unchanged(micro_batches=micro_batches, **{"the model's weight": list(model.parameters())}):
         loss = candidate(model, micro_batches)
     if any(p.grad is None for p in model.parameters()):
         raise WrongAnswer(f"{what}: a parameter has no gradient afterwards")
@@ -74,7 +81,12 @@ def _compare(model, candidate, micro_batches, what):
         ratio = (found.norm() / wanted.norm()).item()
         off = ((found - wanted).norm() / wanted.norm()).item()
         told = "Every token that is not −100 weighs the same: sum the losses, divide by the count of all micro-batches."
-        if what == "a gradient was left over from before":
+        last = torch.autograd.grad(_share(model, micro_batches[-1:], micro_batches), model.parameters())
+        if torch.allclose(found, torch.cat([gradient.flatten() for gradient in last]), rtol=1e-6, atol=1e-9):
+            told = "Only the last micro-batch is in it: clear .grad once, before the first."
+        elif off < 2**-17:
+            told = NEARER
+        elif what == "a gradient was left over from before":
             told = "backward adds to .grad: clear it first."
         told = f"(its norm is {ratio:.2f} of the true one). {told}"
         raise WrongAnswer(f"{what}: the gradient is off by {off:.0%} {told}")

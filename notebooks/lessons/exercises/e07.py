@@ -9,7 +9,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from ...kernels.runtime import tl, triton
 from ..canaries import guarded
 from ..emulated import seen_there, without_faults
-from ..exercise import Exercise, WrongAnswer, alike, expect, expect_close, unchanged
+from ..exercise import NEARER, Exercise, WrongAnswer, alike, expect, expect_close, unchanged
 from ..watch import launched
 from . import e07_kernels, e07_layer
 
@@ -53,7 +53,7 @@ def check_best_rank_r(candidate):
         U, sigma, Vt = np.linalg.svd(M, full_matrices=False)
         best, error = np.sqrt((sigma[r:] ** 2).sum()), np.linalg.norm(M - B @ A)
         if error > best + 1e-9:
-            why = ""
+            why = f" {NEARER}" if error < best + 1e-4 else ""
             if np.allclose(B @ A, U[:, :r] @ Vt[:r]):
                 why = " The singular values are missing: BA must be UΣVᵀ, not UVᵀ."
             elif np.allclose(B @ A, (U[:, -r:] * sigma[-r:]) @ Vt[-r:]):
@@ -120,7 +120,15 @@ def check_lora_forward(candidate):
         f"The values are right, but 64 rows through 256 → 512 at r = 4 took {used:,} FLOPs where {needed:,} do: "
         "multiply x by Aᵀ first, then by Bᵀ, and never form BA.",
     )
-    return f"Odd shapes, leading dimensions, no bias, and {used:,} FLOPs where {needed:,} are needed."
+    small, large = torch.full((2, 6), 1e-20), torch.full((3, 6), 1e20)  # x Aᵀ is 6, and BA infinite
+    y = candidate(small, torch.zeros(4, 6), None, large, large[:, :4].t().contiguous(), 3.0)
+    expect(
+        bool(torch.isfinite(torch.as_tensor(y)).all()),
+        "The values are right, but with x of 1e-20, A and B of 1e20 they are not finite: x Aᵀ is 6, but BA overflows. "
+        "Multiply x by Aᵀ first, then by Bᵀ, and never form BA.",
+    )
+    counted = f"{used:,} FLOPs of torch's" if used < needed else f"{used:,} FLOPs, the fewest possible"
+    return f"Odd shapes, leading dimensions, no bias, {counted}, and an x so small that BA must not be formed."
 
 
 # 07.3
@@ -159,7 +167,7 @@ def check_down(candidate):
         what = f"x {M} × {K}, r = {R}"
         launched(candidate, x, A, S, inputs={"x": x, "A": A}, outputs={"S": S}, what=what, torch_may=("sum",))
         want = x_values @ a_values.t()
-        hint = ""
+        hint = "Row i of x begins at i * K, row j of A at j * K, row i of S at i * r."
         if K > 1 and torch.allclose(S.cpu(), x_values[:, K // 2 :] @ a_values[:, K // 2 :].t(), atol=1e-4):
             hint = "Only the last tile of K is in it: add each tile's part to the accumulator."
         expect_close(S.cpu(), want, f"S ({what})", rtol=1e-4, atol=1e-4, hint=hint)
@@ -217,9 +225,11 @@ def check_lora_gradients(candidate):
         expect(isinstance(got, (tuple, list)) and len(got) == 3, "Return three tensors: (dx, dA, dB).")
         low_rank = s * dy @ B @ A
         for name, mine, theirs in zip(("dx", "dA", "dB"), got, wanted, strict=True):
-            hint = ""
+            hint, low_rank_alone = "", lambda gradient: gradient - dy @ W if name == "dx" else gradient  # noqa: B023
             if alike(mine, theirs):
-                if name == "dx" and torch.allclose(mine, low_rank):
+                if torch.allclose(low_rank_alone(mine), s * low_rank_alone(theirs)):
+                    hint = "The factor s is in it twice."
+                elif name == "dx" and torch.allclose(mine, low_rank):
                     hint = "dx still crosses W: its first term is dy W."
                 elif name == "dx" and torch.allclose(mine, dy @ W):
                     hint = "x also goes through A and B: the second term of dx is dS A."
