@@ -168,13 +168,15 @@ def load_quantized(
     """Fill a model on the meta device from safetensors files, its linear layers in NF4.
 
     Layers are chosen as `quantize_model` chooses them. A weight that the files hold in NF4 already (ours or
-    bitsandbytes') is taken as it is. Tied weights stay tied. Buffers that no file holds and the model
-    computes itself (rotary frequencies) are computed again by the model's own `_init_weights`.
+    bitsandbytes') is taken as it is, but for one that the model fuses with others; FP8 is decoded. Tied weights stay
+    tied. Buffers that no file holds and the model computes itself (rotary frequencies) are computed again by the
+    model's own `_init_weights`.
 
     Args:
         model: built under `torch.device("meta")`; filled in place.
         files: safetensors files, or a directory: of it what its index names, else `model.safetensors`, else all.
-        skip, block_size, double_quant, compute_dtype: as for `quantize_model`; `skip` None: nothing is quantized.
+        skip, block_size, double_quant, compute_dtype: as for `quantize_model`; `skip` None: nothing is quantized, and
+            what the files hold in NF4 is decoded.
         dtype: what the other floating-point tensors are cast to; None: as in the files.
         rename: gives the model's name for a name in the files, where they differ; None: as transformers renames and
             fuses them, for a model of its own.
@@ -197,7 +199,7 @@ def load_quantized(
     fused = {f"{path}.{child}" for path, layer in experts for child in projections(layer)}
     shards = [safe_open(str(path), framework="pt") for path in paths]
     keys = [key for shard in shards for key in shard.keys()]  # noqa: SIM118  (no mapping)
-    conversion = Conversion(model, keys, fused, rename)
+    conversion = Conversion(model, keys, fused, rename, decode=skip is None)
     everything = set(conversion.names.values())
     if skip is not None:
         options = block_size, double_quant, compute_dtype

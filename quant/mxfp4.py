@@ -18,12 +18,14 @@ from .linear import FrozenNF4, autocast_input
 LEVELS = 0, 0.5, 1, 1.5, 2, 3, 4, 6
 NAN = 255  # of a scale
 E2M1 = torch.tensor([*LEVELS, *(-level for level in LEVELS)], dtype=torch.float32, device="cpu")
+PAIRS = torch.stack([E2M1.repeat(16), E2M1.repeat_interleave(16)], dim=1)  # (256, 2), by the byte that holds two codes
+DECODING = 6  # bytes per weight, while an expert is decoded: half an int32 for its place in PAIRS, and fp32
 
 
 def decode_mxfp4(blocks: torch.Tensor, scales: torch.Tensor, dtype: torch.dtype = torch.float32) -> torch.Tensor:
     """blocks (…, G, 16) uint8, the earlier of two codes in the lower bits, and scales (…, G) uint8 → (…, 32 G)."""
-    codes = torch.stack([blocks & 15, blocks >> 4], dim=-1).flatten(-2).long()
-    return torch.ldexp(E2M1.to(blocks.device)[codes], scales.int()[..., None] - 127).flatten(-2).to(dtype)
+    levels = PAIRS.to(blocks.device)[blocks.int()].flatten(-2)
+    return torch.ldexp(levels, scales.int()[..., None] - 127, out=levels).flatten(-2).to(dtype)
 
 
 class MXFP4Experts(FusedExperts, FrozenNF4):

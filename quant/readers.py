@@ -20,28 +20,30 @@ OF_ANY_TENSOR = ("device", "is_cuda", "is_meta")  # packed codes know these as w
 
 def weights_read(model: nn.Module, layers: Collection[str]) -> set[str]:
     """Those of the `layers` (paths) whose weight the code of some module around them reads, its set-up apart."""
-    found = set()
+    found, layers = set(), set(layers)
     for path, module in model.named_modules(remove_duplicate=False):
         prefix = f"{path}." if path else ""
-        for root, name in (read for tree in _methods_with_weights(type(module)) for read in _reads(tree)):
-            below = r"(.+\.)?" * (root != "self")  # of some module below, perhaps in a loop over blocks
-            found |= {at for at in layers if re.fullmatch(re.escape(prefix) + below + re.escape(name), at)}
+        for root, name in _reads_of(type(module)):
+            if root == "self":
+                found |= layers & {prefix + name}
+            else:  # of some module below, perhaps in a loop over blocks
+                found |= {at for at in layers if at.startswith(prefix) and f".{at[len(prefix):]}".endswith(f".{name}")}
     return found
 
 
 @functools.cache
-def _methods_with_weights(kind: type) -> list[ast.AST]:
-    """The syntax trees of a class's methods that say ".weight" and have nothing to do with initialization."""
+def _reads_of(kind: type) -> set[tuple[str, str]]:
+    """`_reads` in a class's methods that say ".weight" and have nothing to do with initialization."""
     methods = (inspect.unwrap(inspect.getattr_static(kind, name)) for name in dir(kind) if "init" not in name)
-    trees = []
+    reads = set()
     for method in methods:
         # torch's own modules stay as they are (nn.MultiheadAttention) or are asked when they run (base_layer.py)
         theirs = inspect.isfunction(method) and not method.__module__.startswith("torch.")
         if theirs and _says_weight(method.__code__):
             with contextlib.suppress(OSError, SyntaxError):  # no source: made at run time, or edited since
                 source = inspect.getsource(method)
-                trees.append(ast.parse(f"if True:\n{source}" if source[0].isspace() else source))
-    return trees
+                reads |= {*_reads(ast.parse(f"if True:\n{source}" if source[0].isspace() else source))}
+    return reads
 
 
 def _says_weight(code: types.CodeType) -> bool:

@@ -1,12 +1,14 @@
 """Bases that are quantized already: decoded, or refused by the name of their format; and GGUF files."""
 
 import json
+import re
 from pathlib import Path
 
 import pytest
 import tiny_architectures
 import torch
-from handtuned.quant import NF4Linear
+from handtuned.quant import NF4Experts, NF4Linear, NF4Tensor, quantize_nf4
+from handtuned.quant.conversion import decode_fp8
 from safetensors.torch import load_file, save_file
 from tiny import make_model
 
@@ -108,7 +110,57 @@ def test_fp8_is_decoded(dense, tmp_path, method):
     layer = model.get_submodule(LAYER)
     if method == "lora":
         assert torch.equal(layer.weight, decoded[f"{LAYER}.weight"])
+    assert {p.dtype for p in model.parameters() if p.is_floating_point()} == {torch.float32}, "not that of the files"
     assert isinstance(layer, NF4Linear) == (method == "qlora") and not hasattr(model.config, "quantization_config")
+
+
+def _in_nf4(name, weight):
+    return quantize_nf4(weight, 64, True).state_dict(name.removesuffix("weight"))
+
+
+NF4 = {"quant_method": "bitsandbytes", "load_in_4bit": True, "bnb_4bit_quant_type": "nf4"}
+
+
+@pytest.mark.parametrize("method", ["lora", "qlora"])
+@pytest.mark.parametrize(("pack", "config"), [(_in_nf4, NF4), (_blockwise, FP8)], ids=["nf4", "fp8"])
+def test_single_experts_of_a_file_are_decoded_and_fused(tmp_path, monkeypatch, pack, config, method):
+    """As transformers 4 and the makers of FP8 wrote them; in shards, without transformers' own reader."""
+    tiny_architectures.make("qwen3_moe", tmp_path / "dense")
+    place, packed = _rewritten(tmp_path / "dense", tmp_path / "m", pack, config), {}
+    for name, tensor in load_file(tmp_path / "m" / "model.safetensors").items():
+        packed.setdefault(re.match(r"(.*\.weight)(?=[._]|$)", name)[1], {})[name] = tensor
+    plain = {}
+    for name, parts in packed.items():
+        if len(parts) == 1:
+            plain |= parts
+        elif config is NF4:
+            plain[name] = NF4Tensor.from_state_dict(parts, name.removesuffix("weight")).dequantize().contiguous()
+        else:
+            codes, scales = parts[name].float(), parts[f"{name}_scale_inv"].repeat_interleave(32, 0)
+            plain[name] = codes * scales.repeat_interleave(32, 1)[: len(codes), : codes.shape[1]]
+    save_file(plain, tmp_path / "dense" / "model.safetensors", metadata={"format": "pt"})
+    expected, _ = load_base(str(tmp_path / "dense"), method)
+    monkeypatch.setattr(transformers.Qwen3MoeForCausalLM, "from_pretrained", None)
+    model, _ = load_base(place, method)
+    assert not hasattr(model.config, "quantization_config")
+    ours, theirs = model.state_dict(), expected.state_dict()
+    assert ours.keys() == theirs.keys()
+    for name, tensor in ours.items():
+        if config is not NF4 or "experts" in name or method == "lora":  # linear layers are taken as they are
+            assert torch.equal(tensor, theirs[name].to(tensor.dtype)), name
+    assert sum(isinstance(module, NF4Experts) for module in model.modules()) == 4 * (method == "qlora")
+
+
+def test_blocks_of_fp8_at_the_edges_and_one_scale_for_all():
+    weight, scales = torch.randn(3, 40, 70).to(torch.float8_e4m3fn), torch.rand(3, 2, 3) + 0.1
+    decoded = decode_fp8(weight, scales, (32, 32))
+    for e, row, column in ((0, 31, 31), (1, 32, 64), (2, 39, 69)):
+        assert decoded[e, row, column] == weight[e, row, column].float() * scales[e, row // 32, column // 32]
+    assert torch.equal(decode_fp8(weight, torch.tensor(0.5)), weight.float() / 2)
+    with pytest.raises(ValueError, match=r"must have scales \(3, 1, 1\), got \(3, 2, 3\)"):
+        decode_fp8(weight, scales)
+    with pytest.raises(ValueError, match=r"FP8 with floating-point scales is read, got torch\.int8"):
+        decode_fp8(weight.view(torch.int8), scales)
 
 
 @pytest.mark.parametrize("kind", ["llama", "qwen3_moe"])
@@ -134,6 +186,20 @@ def test_what_is_not_read_is_refused_by_its_name(dense, tmp_path, method, inner)
     for way in ("lora", "qlora"):
         with pytest.raises(ValueError, match=f"weights are in {method}, which is not read here; take .*16 bits"):
             load_base(str(place), way)
+
+
+@pytest.mark.parametrize(("config", "said"), [
+    ({"bits": 4}, "weights are in a format that has no name, which is not read here; take .*16 bits"),
+    ({"load_in_8bit": True, "quant_method": "bitsandbytes"}, r"the files \(in bitsandbytes; the checkpoint in 16 bits"),
+])  # fmt: skip
+def test_a_format_that_is_read_in_part_or_has_no_name(dense, tmp_path, config, said):
+    pytest.importorskip("bitsandbytes")
+
+    def alien(name, tensor):
+        return {name: tensor, f"{name}.alien": tensor[0].clone()}
+
+    with pytest.raises(ValueError, match=said):
+        load_base(_rewritten(dense, tmp_path / "m", alien, config))
 
 
 def _gguf(dense, path):

@@ -6,11 +6,14 @@ import finetuned
 import pytest
 import tiny_architectures
 import torch
+from handtuned.nn.live_memory import LiveMemory
 from handtuned.quant import NF4Experts, NF4Linear, quantization_summary
-from handtuned.quant.mxfp4 import MXFP4Experts, decode_mxfp4
+from handtuned.quant.linear import FrozenNF4
+from handtuned.quant.mxfp4 import DECODING, MXFP4Experts, decode_mxfp4
 from safetensors.torch import load_file, save_file
 
 from handtuned.cli import main
+from handtuned.memory import estimate
 from handtuned.training.loading import load_base
 
 transformers = pytest.importorskip("transformers")
@@ -114,6 +117,38 @@ def test_made_nf4(published):
     assert not experts(model, MXFP4Experts) and len(experts(model, NF4Experts)) == 2 * len(model.model.layers)
     for (name, ours), (other, expected) in zip(model.state_dict().items(), plain.state_dict().items(), strict=True):
         assert name == other and torch.equal(ours, expected), name
+
+
+def test_decoding_needs_little_more_than_the_expert():
+    blocks = torch.randint(0, 256, (64, 90, 16), dtype=torch.uint8)
+    scales = torch.full((64, 90), 120, dtype=torch.uint8)
+    with LiveMemory("cpu") as memory:
+        decode_mxfp4(blocks, scales, torch.bfloat16)
+    assert memory.peak_added <= 1.02 * DECODING * 2 * blocks.numel()
+
+
+@pytest.mark.parametrize("requantize", [False, True], ids=["kept", "nf4"])
+@pytest.mark.parametrize("loaded", [False, True], ids=["files", "model"])
+def test_their_bytes_are_estimated(published, requantize, loaded):
+    """To the byte, as the model holds them."""
+    place = str(published / "mxfp4")
+    model, _ = load_base(place, "qlora", torch.bfloat16, requantize=requantize)
+    held = sum(p.nbytes for p in model.parameters())
+    scales = sum(b.nbytes for m in model.modules() if isinstance(m, FrozenNF4)
+                 for name, b in m.named_buffers(recurse=False) if name != "nested_code")  # fmt: skip
+    found = estimate(model if loaded else place, "qlora", "bfloat16", batch=1, seq=32, requantize=requantize)
+    assert (found["weights"], found["quantization constants"]) == (held, scales)
+
+
+def test_an_adapter_on_experts_made_nf4_fits_the_dense_copy(published, tmp_path, capsys):
+    """Whose experts are made NF4 with the very bits; generating and merging know no flag for it."""
+    rows = tiny_architectures.write_rows(tmp_path / "rows.jsonl")
+    words = ["finetune", "--model", published / "mxfp4", "--data", rows, "--batch-size", 2, "--max-seq-length", 48,
+             "--max-steps", 1, "--eval-fraction", 0.125, "--requantize", "--output-dir", tmp_path / "run"]  # fmt: skip
+    assert main([str(word) for word in words]) == 0
+    assert main(["generate", "--adapter", str(tmp_path / "run"), "--model", str(published / "plain"), "lamp red",
+                 "--max-new-tokens", "2"]) == 0  # fmt: skip
+    assert "not, bit for bit" not in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("flags", [[], ["--requantize"], ["--method", "lora"]], ids=["kept", "nf4", "dense"])

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from handtuned.nn import LoRALinear, apply_lora_to_model
 from handtuned.nn.inject import leave_out_idle, lora_layers
 from handtuned.nn.text_path import idle_layers
-from handtuned.quant import NF4Linear, quantize_model
+from handtuned.quant import NF4Linear, quantize_model, readers
 from handtuned.quant.readers import weights_read
 from torch import nn
 
@@ -133,6 +133,12 @@ class Blocks(nn.Module):
 def test_weights_that_code_reads_are_found_in_its_source():
     model, names = Blocks(), {"read", "looped", "inner.deep", "other"}
     assert weights_read(model, linear(model)) == {f"blocks.{i}.{name}" for i in (0, 1) for name in names}
+
+
+def test_source_is_parsed_once_per_class(monkeypatch):
+    found = weights_read(Blocks(), linear(Blocks()))
+    monkeypatch.setattr(readers, "_reads", None)
+    assert weights_read(Blocks(), linear(Blocks())) == found
 
 
 def test_they_stay_dense_and_that_is_said():

@@ -101,7 +101,8 @@ def _measured(wanted: dict, place: torch.device) -> Measurement:
     dtype = getattr(torch, wanted["dtype"])
     with LiveMemory(place.type) as others:  # tensors of this process that are not of the step
         pass
-    loaded, _ = load_base(wanted["model"], wanted["method"], dtype, place, wanted["skip"], wanted["trust_remote_code"])
+    told = (wanted[name] for name in ("skip", "trust_remote_code", "requantize"))
+    loaded, _ = load_base(wanted["model"], wanted["method"], dtype, place, *told)
     names = ("method", "optimizer", "batch", "seq", "checkpoint", "logits", "accumulation_steps", "adapt")
     step = training_step(loaded, dtype=dtype, **{name: wanted[name] for name in names})
     found = measure(step, device=place.type)

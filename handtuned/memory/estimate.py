@@ -32,8 +32,9 @@ from ..nn.checkpoint_layers import repeated_layers
 from ..nn.loss import IGNORE_INDEX
 from ..optim import ZeroOptimizer
 from ..optim.adamw8bit import BLOCK_SIZE, BYTES_WHILE_STEPPING, PIECE
-from ..quant import NF4Linear
+from ..quant import NF4Experts, NF4Linear
 from ..quant.linear import FrozenNF4
+from ..quant.mxfp4 import DECODING, MXFP4Experts
 from ..training.models import train_whole
 from .breakdown import Breakdown, Component
 from .dry_run import Part, dry_step
@@ -73,7 +74,7 @@ def estimate(model, method: str = "full", dtype: torch.dtype | str = torch.float
              target_modules: str | Iterable[str] = "all-linear", logits: str = "chunked",
              answer_tokens: int | None = None, master_weights: bool | None = None, accumulation_steps: int = 1,
              offload: bool = False, adapt: Callable[[nn.Module], object] | None = None, skip: Iterable[str] = (),
-             trust_remote_code: bool = False) -> Breakdown:  # fmt: skip
+             trust_remote_code: bool = False, requantize: bool = False) -> Breakdown:  # fmt: skip
     """Estimate the memory of one training step (forward, backward, optimizer) on one device.
 
     Args:
@@ -100,6 +101,7 @@ def estimate(model, method: str = "full", dtype: torch.dtype | str = torch.float
         adapt: puts adapters on the model, in place of LoRA of `lora_r` on `target_modules`.
         skip: linears that "qlora" does not quantize, as for `quantize_model`.
         trust_remote_code: whether code that the model brings along may run.
+        requantize: "qlora" makes NF4 of experts in MXFP4 (gpt-oss), in place of keeping their bytes.
 
     ValueError, TypeError: an argument out of range, or a model that transformers does not know.
     """
@@ -130,7 +132,8 @@ def estimate(model, method: str = "full", dtype: torch.dtype | str = torch.float
         # Gradients of earlier passes stay where they arose, and DDP's in its buckets.
         low = replicated or (held and not (masters and zero == 0))
         setup = Setup(config.to_json_string(use_diff=False), repr(adapt), method, name, batch, seq, flash, logits,
-                      labelled, low and zero < 2, tuple(skip), trust_remote_code, config, adapt)  # fmt: skip
+                      labelled, low and zero < 2, tuple(skip), trust_remote_code,
+                      method == "qlora" and not requantize and _in_mxfp4(model, config), config, adapt)  # fmt: skip
         run = run_dry(setup, checkpoint) if isinstance(checkpoint, int) else spliced(setup, set(checkpoint))
     if shape and shape.rounded:
         extra = shape.rounded - run.parameters
@@ -181,6 +184,14 @@ def estimate(model, method: str = "full", dtype: torch.dtype | str = torch.float
     return replace(found, flops=flops, layers=run.layers)
 
 
+def _in_mxfp4(model, config) -> bool:
+    """Whether the experts of a model, loaded or not, are in MXFP4."""
+    stored = getattr(config, "quantization_config", None) or {}
+    stored = stored if isinstance(stored, dict) else stored.to_dict()
+    held = isinstance(model, nn.Module) and any(isinstance(module, MXFP4Experts) for module in model.modules())
+    return held or stored.get("quant_method") == "mxfp4"
+
+
 def _need(argument: str, value, holds: bool, expected: str) -> None:
     if not holds:
         raise ValueError(f"{argument} must be {expected}, got {value!r}")
@@ -202,6 +213,7 @@ class Setup:
     held: bool
     skip: tuple[str, ...]
     trust_remote_code: bool
+    in_mxfp4: bool  # the experts
     config: object = field(compare=False)
     adapt: Callable = field(compare=False)
 
@@ -257,6 +269,8 @@ def run_dry(setup: Setup, checkpoint: bool | int = False) -> Run:
         model = build(setup.config, dtype, setup.method == "qlora", setup.skip, setup.flash, setup.trust_remote_code)
         weights = list(model.parameters())
         packed = [module for module in model.modules() if isinstance(module, FrozenNF4)]
+        # Their codes and the course of a step are as in NF4; the scales, and what decoding takes, are not.
+        in_mxfp4 = {module for module in packed if setup.in_mxfp4 and isinstance(module, NF4Experts)}
         if setup.method == "full":
             train_whole(model)
         else:
@@ -277,11 +291,13 @@ def run_dry(setup: Setup, checkpoint: bool | int = False) -> Run:
         trace = dry_step(model, {"input_ids": ids, "labels": labels}, dtype, checkpoint, setup.held, setup.logits)
     return Run(
         weights=sum(p.nbytes for p in weights),
-        constants=sum(b.nbytes for m in packed for name, b in m.named_buffers() if name != "nested_code"),
+        constants=sum(m.quantized.shape.numel() // 32 if m in in_mxfp4 else
+                      sum(b.nbytes for name, b in m.named_buffers() if name != "nested_code") for m in packed),
         parameters=sum(p.numel() for p in weights) + sum(m.quantized.shape.numel() - m.weight.numel() for m in packed),
         trained=sum(sizes),
         largest_trained=max(sizes, default=0),
-        largest_packed=max((m.quantized.shape[-2:].numel() * dtype.itemsize for m in packed if dense), default=0),
+        largest_packed=max((m.quantized.shape[-2:].numel() * (DECODING if m in in_mxfp4 else dtype.itemsize)
+                            for m in packed if dense or m in in_mxfp4), default=0),
         largest_gathered=gathered,
         parts=tuple(trace.parts()),
     )

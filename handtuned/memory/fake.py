@@ -9,6 +9,7 @@ real. Where they come out of fake numbers they are made up: a router of a mixtur
 to each expert.
 """
 
+import copy
 import io
 from collections.abc import Sequence
 from contextlib import redirect_stderr
@@ -21,7 +22,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 
 from ..quant import quantize_model
 from ..training.evaluation import CausalLM, base_of
-from ..training.loading import auto_class, other_parts
+from ..training.loading import auto_class, left_dense
 
 aten = torch.ops.aten
 
@@ -76,15 +77,18 @@ def _made_up(result, given: list[torch.Tensor]):
 def build(config, dtype: torch.dtype, quantized: bool = False, skip: Sequence[str] = (), flash: bool = True,
           trust_remote_code: bool = False) -> nn.Module:  # fmt: skip
     """The causal LM of a config, within `SizesOnly`, every parameter frozen; `quantized`: its linears in NF4, but for
-    those to `skip`."""
+    those to `skip` and those that the files keep in 16 bits on purpose."""
     import transformers
 
+    config = copy.deepcopy(config)
+    stored = vars(config).pop("quantization_config", None) or {}
+    stored = stored if isinstance(stored, dict) else stored.to_dict()
     told = {"dtype": dtype, "trust_remote_code": trust_remote_code}
     told |= {} if flash else {"attn_implementation": "eager"}
     model = getattr(transformers, auto_class(config)).from_config(config, **told)
     if quantized:
         with redirect_stderr(io.StringIO()):  # no bar
-            quantize_model(model, ("lm_head", *skip, *other_parts(model)))
+            quantize_model(model, ("lm_head", *skip, *left_dense(model, stored)))
     for module in model.modules():  # what is new in NF4 is on the meta device
         for held in (module._parameters, module._buffers):
             for name, tensor in held.items():

@@ -85,7 +85,7 @@ def arguments(settings: FinetuneSettings, dtype: torch.dtype, ranks: int = 1) ->
             "checkpoint": settings.gradient_checkpointing, "accumulation_steps": settings.gradient_accumulation_steps,
             "zero": stage, "world_size": ranks, "offload": settings.offload,
             "adapt": partial(adapt, settings=plain), "skip": settings.skip_modules or (),
-            "trust_remote_code": settings.trust_remote_code}  # fmt: skip
+            "trust_remote_code": settings.trust_remote_code, "requantize": settings.requantize}  # fmt: skip
 
 
 def adapt(model: torch.nn.Module, settings: FinetuneSettings) -> None:

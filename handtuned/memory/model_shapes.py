@@ -127,9 +127,7 @@ def config_of(model, trust_remote_code: bool = False):
         if place.suffix == ".gguf":
             place, told["gguf_file"] = place.parent, place.name
         with one_line(f"--model {model}"):
-            config = AutoConfig.from_pretrained(str(place), **told)
-        vars(config).pop("quantization_config", None)  # estimated as it is trained: dense, or in NF4
-        return model, config
+            return model, AutoConfig.from_pretrained(str(place), **told)
     if isinstance(model, Mapping):
         rest = {key: value for key, value in model.items() if key != "model_type"}
         return model.get("model_type"), AutoConfig.for_model(model.get("model_type"), **rest)

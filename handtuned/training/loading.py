@@ -13,7 +13,7 @@ import torch
 from ..nn.adapter_file import listed
 from ..quant import load_quantized, quantize_model
 from ..quant.experts import dequantize_experts
-from .sources import Source, find, resolve
+from .sources import Source, find, format_of, resolve
 
 # Tokens of pictures and sounds, which the tokenizer of a text model may share with its multimodal sisters.
 OTHER_MODALITIES = re.compile("image|audio|video|vision", re.IGNORECASE)
@@ -30,7 +30,7 @@ def load_base(model: str, method: str = "lora", dtype: torch.dtype = torch.float
         dtype: of the weights that are not quantized, and of the computation.
         skip: layers that "qlora" leaves dense, as for `quantize_model`.
         trust_remote_code: whether code that the model brings along may run.
-        requantize: whether "qlora" makes NF4 of experts in MXFP4, which it else keeps in their bytes.
+        requantize: whether "qlora" makes NF4 of experts in MXFP4, if there are any, which it else keeps in their bytes.
 
     Returns (model, tokenizer), on `device`, in eval mode, with every parameter frozen.
     ValueError: whatever keeps it from being loaded, in one line.
@@ -47,7 +47,8 @@ def load_base(model: str, method: str = "lora", dtype: torch.dtype = torch.float
         skip = ("lm_head", *skip) if method == "qlora" else None
         loaded = _read(source, skip, dtype, device, told, requantize).requires_grad_(False)
         if skip:
-            quantize_model(loaded, (*skip, *left_dense(loaded, source)))  # leaves alone what is quantized already
+            # What is quantized already is left alone.
+            quantize_model(loaded, (*skip, *left_dense(loaded, source.quantized)))
         # To the tokens of a GGUF file transformers adds its own.
         _check(loaded, {} if "gguf_file" in told else tokenizer.get_vocab())
     return loaded.to(device).eval(), tokenizer
@@ -112,10 +113,8 @@ def _read(source: Source, skip: tuple[str, ...] | None, dtype: torch.dtype, devi
     config = transformers.AutoConfig.from_pretrained(source.directory, **told)
     kind, quantized, model = getattr(transformers, auto_class(config)), source.quantized, None
     in_nf4 = quantized.get("load_in_4bit") and quantized.get("bnb_4bit_quant_type") == "nf4"
-    in_mxfp4, of_shards = quantized.get("quant_method") == "mxfp4", source.weights[0].suffix == ".safetensors"
-    if requantize and not in_mxfp4:
-        raise ValueError("--requantize is for experts in MXFP4, and the files hold none")
-    if in_mxfp4 or (skip and (in_nf4 or not quantized) and of_shards):
+    known = in_nf4 or quantized.get("quant_method") in ("mxfp4", "fp8")
+    if source.weights[0].suffix == ".safetensors" and (known or (skip and not quantized)):
         model = _read_in_shards(source, kind, config, dtype, device, skip, told["trust_remote_code"], requantize)
         if model is not None and not skip:
             dequantize_experts(model, dtype)
@@ -132,9 +131,14 @@ def _read(source: Source, skip: tuple[str, ...] | None, dtype: torch.dtype, devi
                  for what in ("missing", "unexpected", "mismatched")}  # fmt: skip
         if any(wrong.values()):
             lists = "; ".join(f"{what}: {listed(names)}" for what, names in wrong.items() if names)
-            raise ValueError(f"the files must hold the model's tensors, and no others: {lists}")
+            origin = f"{format_of(quantized)}; the checkpoint in 16 bits that they were made from is read"
+            files = f"the files (in {origin})" if quantized else "the files"
+            raise ValueError(f"{files} must hold the model's tensors, and no others: {lists}")
         if hasattr(model, "hf_quantizer"):
             model = model.dequantize(dtype)
+        for parameter in model.parameters() if quantized else ():  # what was dense is in the dtype of the files
+            if parameter.is_floating_point() and parameter.dtype not in (dtype, torch.float32):
+                parameter.data = parameter.data.to(dtype)
         if quantized:
             model._weight_conversions = None  # saving goes by the architecture's own and does not quantize again
     for part in (model.config, model.config.get_text_config()):
@@ -151,7 +155,7 @@ def _read_in_shards(source: Source, kind, config, dtype: torch.dtype, device, sk
 
     with torch.device("meta"):
         model = kind.from_config(config, dtype=dtype, trust_remote_code=trust)
-    skip = None if skip is None else (*skip, *left_dense(model, source))
+    skip = None if skip is None else (*skip, *left_dense(model, source.quantized))
     try:
         load_quantized(model, source.weights, skip=skip, dtype=dtype, device=device, requantize=requantize)
     except ValueError:
@@ -161,9 +165,9 @@ def _read_in_shards(source: Source, kind, config, dtype: torch.dtype, device, sk
     return model
 
 
-def left_dense(model: torch.nn.Module, source: Source) -> list[str]:
+def left_dense(model: torch.nn.Module, quantized: dict) -> list[str]:
     """What "qlora" leaves dense unasked: `other_parts`, and what bitsandbytes' files keep in 16 bits on purpose."""
-    names = source.quantized.get("llm_int8_skip_modules") or () if source.quantized.get("load_in_4bit") else ()
+    names = quantized.get("llm_int8_skip_modules") or () if quantized.get("load_in_4bit") else ()
     paths = [f".{path}." for path, _ in model.named_modules()]
     return [*other_parts(model), *(name for name in names if any(f".{name}." in path for path in paths))]
 

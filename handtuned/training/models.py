@@ -21,10 +21,10 @@ from ..nn.inject import leave_out_idle, lora_layers
 from ..nn.peft_rules import unloadable
 from .data import EncodedRows, context_length, digest, encode_chats, load_chats, shared_system_prompt
 from .encoding import Example
-from .loading import check_causal, load_base, other_parts
+from .loading import check_causal, load_base, locate, other_parts
 from .logging import read_json, versions
 from .settings import DTYPES, METHODS, FinetuneSettings
-from .sources import located
+from .sources import format_of, located
 
 TRAINING_RECORD = "handtuned.json"
 RECORDED = ("model", "method", "max_seq_length", "columns", "train_on", "skip_bad_rows", "skip_modules", "save_for",
@@ -101,6 +101,8 @@ def load_base_and_rows(settings: FinetuneSettings, device: torch.device, place: 
     chats, eval_chats, eval_file = load_chats(settings)
     eval_file = None if eval_file == "-" else eval_file  # which later commands cannot read again
     told = settings.skip_modules or (), settings.trust_remote_code, settings.requantize
+    if settings.requantize and format_of(locate(settings.model).quantized) != "mxfp4":
+        raise ValueError("--requantize is for experts in MXFP4, and the files hold none")
     model, tokenizer = load_base(settings.model, settings.method, dtype, place, *told)
     context, longest = context_length(model), settings.max_seq_length
     if context is not None and longest > context:

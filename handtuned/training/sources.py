@@ -88,11 +88,17 @@ def find(place: str) -> Source:
         raise ValueError(f"the directory holds safetensors beside its model's: {listed(second)}; move them away")
     config = _json(directory / "config.json")
     quantized = config.get("quantization_config") or (config.get("text_config") or {}).get("quantization_config") or {}
-    method = quantized.get("quant_method", DECODED[0])
-    if method not in DECODED:
+    method = format_of(quantized)
+    if quantized and method not in DECODED:
         raise ValueError(f"its weights are in {method}, which is not read here; take the checkpoint in 16 bits that "
                          "they were made from")  # fmt: skip
     return Source(directory, found, quantized)
+
+
+def format_of(quantized: dict) -> str:
+    """The format that a `quantization_config` speaks of."""
+    of_bitsandbytes = quantized.keys() & {"load_in_4bit", "load_in_8bit"}
+    return quantized.get("quant_method") or (DECODED[0] if of_bitsandbytes else "a format that has no name")
 
 
 def _json(path: Path) -> dict:
