@@ -33,6 +33,7 @@ from .training.saving import save_with_record
 from .training.settings import FinetuneSettings, absolute, add_flags, resumed
 from .training.trials import SEARCHED
 
+TAKEN = "--output-dir {} is not empty; name a new one, or go on with --resume"
 TARGETS = ("q_proj,v_proj", "q_proj,k_proj,v_proj,o_proj", "gate_proj,up_proj,down_proj", "all-linear")
 
 
@@ -74,9 +75,9 @@ def run(args) -> int:
             raise ValueError(f"--resume goes on with the study's own --search {' '.join(search)}")
         args.search = search
     elif in_use(directory):
-        raise ValueError(f"--output-dir {directory} is not empty; name a new one, or go on with --resume")
+        raise ValueError(TAKEN.format(directory))
     try:
-        tune(settings, args.trials, args.minutes, tuple(args.search or SEARCHED))
+        tune(settings, args.trials, args.minutes, tuple(args.search or SEARCHED), new=not args.resume)
     except KeyboardInterrupt:
         again = shlex.join(["--output-dir", settings.output_dir, "--trials", str(args.trials), "--resume"])
         print(f"\nstopped; go on with: handtuned tune {again}")
@@ -84,7 +85,8 @@ def run(args) -> int:
     return 0
 
 
-def tune(settings: FinetuneSettings, trials: int, minutes: float | None = None, search=SEARCHED) -> dict:
+def tune(settings: FinetuneSettings, trials: int, minutes: float | None = None, search=SEARCHED,
+         new: bool = False) -> dict:  # fmt: skip
     """Search; everything lands in `settings.output_dir`, and a study that is there already is continued.
 
     Args:
@@ -92,6 +94,7 @@ def tune(settings: FinetuneSettings, trials: int, minutes: float | None = None, 
         trials: how many there shall be in the end, stopped ones included.
         minutes: no trial begins later than this.
         search: names out of `SEARCHED`.
+        new: refuse a directory that holds anything: another study may have come first while the model was loaded.
 
     Returns:
         {"best": trial, "first": trial, "trials": [...]}; a trial is {"number", "state", "settings", "loss",
@@ -105,6 +108,8 @@ def tune(settings: FinetuneSettings, trials: int, minutes: float | None = None, 
     settings = dataclasses.replace(settings.with_defaults(), max_steps=steps)
     runner = TrialRunner(settings, search)
     directory = Path(settings.output_dir)
+    if new and in_use(directory):
+        raise ValueError(TAKEN.format(directory))
     directory.mkdir(parents=True, exist_ok=True)
     plain = settings.to_json()
     record = {"settings": plain, "paths": absolute(plain), "versions": logging.versions(),

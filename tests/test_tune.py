@@ -193,3 +193,17 @@ def test_directories(base, tmp_path, capsys):
     (tmp_path / "full" / "tune.json").write_text("{}")
     assert main(["tune", *base, "--output-dir", str(tmp_path / "full"), "--resume"]) == 2
     assert "tune.json is damaged: KeyError: 'settings'" in capsys.readouterr().err
+
+
+def test_two_studies_that_begin_at_once_do_not_share_a_directory(base, tmp_path, capsys, monkeypatch):
+    """The first one makes its directory while the second loads the model."""
+    directory, load = tmp_path / "a", tuning.TrialRunner
+
+    def late(settings, search):
+        directory.mkdir()
+        (directory / "tune.json").write_text("{}")
+        return load(settings, search)
+
+    monkeypatch.setattr(tuning, "TrialRunner", late)
+    assert main(["tune", *base, "--output-dir", str(directory), "--trials", "1"]) == 2
+    assert "is not empty" in capsys.readouterr().err and not (directory / "study.log").exists()
