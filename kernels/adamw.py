@@ -9,7 +9,7 @@ For a parameter p with gradient g, step t and hyperparameters of its group
     v ← v β2 + g² (1 − β2)
     p ← p − lr/(1 − β1ᵗ) · m / (√v / √(1 − β2ᵗ) + ε)
 
-About 15 FLOPs an element against 28 bytes (read p, g, m, v; write p, m, v), so the floor is
+About 15 FLOPs per element against 28 bytes (read p, g, m, v; write p, m, v), so the floor is
 28 bytes per parameter, 30 with a 16-bit copy of p. Written as separate passes the same
 work moves 48 bytes and more: unscaling reads and writes g, clipping does it again.
 
@@ -41,7 +41,7 @@ BLOCK = 1024
 
 @dataclass
 class ParamGroup:
-    """The tensors and hyperparameters of one parameter group; all lists have one entry a parameter.
+    """The tensors and hyperparameters of one parameter group; all lists have one entry per parameter.
 
     Attributes:
         params, grads, exp_avgs, exp_avg_sqs: tensors of one shape each; m and v have the dtype of p.

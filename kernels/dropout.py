@@ -47,7 +47,7 @@ def philox(c0, c1, c2, c3, k0, k1):
 def dropout_mask(seed: torch.Tensor, rows: int, columns: int, threshold: int) -> torch.Tensor:
     """(rows, columns) bool, True to keep: the mask of the path without kernels, the same for the same seed.
 
-    Made by torch's own generator, 16 bits an element, which on a CPU is ten times as fast as
+    Made by torch's own generator, 16 bits per element, which on a CPU is ten times as fast as
     `bernoulli_` and faster than Philox written in tensor operations.
     """
     generator = torch.Generator(seed.device).manual_seed(int(seed))

@@ -11,13 +11,13 @@ section 3) the scales are 8-bit codes themselves, decoded here and never written
 The fp32 product makes the result bit-equal with bitsandbytes for every output dtype; a multiply
 and an add fused into one rounding would not be, so the kernel is compiled without fusion.
 
-Bytes: 0.5 + 1/64 (+ 4/16384) in, 2 (fp16, bf16) out: 2.516 a value, and no FLOPs worth counting.
-The floor is the memory's speed, so what counts is instructions a value, and passes over shared memory. For sm_90
+Bytes: 0.5 + 1/64 (+ 4/16384) in, 2 (fp16, bf16) out: 2.516 per value, and no FLOPs worth counting.
+The floor is the memory's speed, so what counts is instructions per value, and passes over shared memory. For sm_90
 (`handtuned xray nf4_dequantize --arch sm_90`; nothing here was timed on a GPU):
 
 - The 16 levels lie in 16 banks of shared memory, so that 32 threads look 32 codes up in one pass: shift, mask,
-  load. 5.8 instructions a value in all, for fp16 with double quantization. A table of 256 pairs takes fewer (5.05),
-  but random bytes meet in the same banks: 5.8 passes a look-up of 64 values, together 2.9 times as many as here.
+  load. 5.8 instructions per value in all, for fp16 with double quantization. A table of 256 pairs takes fewer (5.05),
+  but random bytes meet in the same banks: 5.8 passes per look-up of 64 values, together 2.9 times as many as here.
 - A thread decodes the codes of one 16-byte store (a word for eight 16-bit values) and nothing changes threads.
 - Offsets inside a program are 32-bit, only the program's base is 64-bit. Tensors of whole programs need no masks.
 - Scales are looked up for each 64 values whatever the block size, and handed out through shared memory.
@@ -48,8 +48,8 @@ NF4_CODE = torch.tensor(
 )  # fmt: skip
 
 DTYPES = tuple(TRITON_DTYPES)
-BLOCK = 8192  # values a program
-TILE = 1 << 19  # values a step of `nf4_dequantize_tiled`
+BLOCK = 8192  # values per program
+TILE = 1 << 19  # values per step of `nf4_dequantize_tiled`
 
 
 class NestedScales(NamedTuple):
@@ -73,8 +73,8 @@ class NF4Weight:
     """What a kernel needs of a tensor in NF4; `quant.NF4Tensor` is one.
 
     Attributes:
-        packed: (⌈n / 2⌉,) uint8, two codes a byte, the first in the high nibble.
-        absmax: (⌈n / block_size⌉,) one scale a block: fp32, or uint8 codes where `nested` is set.
+        packed: (⌈n / 2⌉,) uint8, two codes per byte, the first in the high nibble.
+        absmax: (⌈n / block_size⌉,) one scale per block: fp32, or uint8 codes where `nested` is set.
         shape: of the tensor that was quantized.
         dtype: of the tensor that was quantized: float32, float16 or bfloat16.
         block_size: values that share a scale, running over the flattened tensor: a power of two, 32 to 4096.
@@ -98,7 +98,7 @@ def nf4_dequantize_reference(weight: NF4Weight, dtype: torch.dtype) -> torch.Ten
 
 
 def decode_scales(absmax: torch.Tensor, nested: NestedScales | None) -> torch.Tensor:
-    """One fp32 scale a block, whether they are stored as fp32 or as 8-bit codes."""
+    """One fp32 scale per block, whether they are stored as fp32 or as 8-bit codes."""
     if nested is None:
         return absmax
     constants = nested.absmax.repeat_interleave(nested.block_size)[: absmax.numel()]

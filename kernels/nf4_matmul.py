@@ -4,7 +4,7 @@
     more          fused: tiles of W are decoded beside the tensor cores, and W is never dense
     many          a dense W is made for this product alone, and thrown away after it
 
-Reading codes costs 0.516 bytes a weight against 2.5 + 2 for writing a dense W and reading it again. In exchange every
+Reading codes costs 0.516 bytes per weight against 2.5 + 2 for writing a dense W and reading it again. In exchange every
 tile of W is decoded once for each tile of 128 rows, by the warps that should multiply. So with many rows a dense W is
 better: 6 % of a product with 4096 rows, which then runs at full speed. In between, the card decides. In backward W
 is decoded or made a second time: kept dense weights are what 4 bits are there to avoid.

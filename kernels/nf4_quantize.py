@@ -31,12 +31,12 @@ from .runtime import backend, cdiv, launch, tl, triton
 THRESHOLDS = (NF4_CODE[:-1] + NF4_CODE[1:]) / 2
 SMALLEST = 1e-38
 CELL_SLOPE, CELL_START = 15.0, 16.0625
-BLOCK = 4096  # values a program
-TILE = 1 << 17  # values a step of `nf4_quantize_tiled`
+BLOCK = 4096  # values per program
+TILE = 1 << 17  # values per step of `nf4_quantize_tiled`
 
 
 def nf4_quantize_reference(x: torch.Tensor, block_size: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Divide each block by its largest magnitude, search the thresholds, pack two codes a byte."""
+    """Divide each block by its largest magnitude, search the thresholds, pack two codes per byte."""
     flat = x.reshape(-1).float()
     blocks = F.pad(flat, (0, -flat.numel() % block_size)).view(-1, block_size)
     absmax = blocks.abs().amax(dim=1)

@@ -1,7 +1,7 @@
 """A few rows meet an NF4 weight: y = x Wᵀ + b + s S Bᵀ with W read as codes, as when tokens are generated.
 
-Up to 16 rows the time goes into reading W: 0.516 bytes a weight, 2.0 µs for 4096 × 4096 at 4.3 TB/s. At that
-speed a multiprocessor has some 4 instructions a weight to spend, so the kernel is about not spending them:
+Up to 16 rows the time goes into reading W: 0.516 bytes per weight, 2.0 µs for 4096 × 4096 at 4.3 TB/s. At that
+speed a multiprocessor has some 4 instructions per weight to spend, so the kernel is about not spending them:
 
 - **A byte picks both of its values** from a table of 256 pairs in 16 bits, which is how the tensor cores take them.
 - **Nothing changes threads.** Of sixteen columns of W an mma instruction wants four, 4q … 4q + 3, in the threads with
@@ -12,8 +12,8 @@ speed a multiprocessor has some 4 instructions a weight to spend, so the kernel 
 - **Splitting K further** fills the card: 512 programs of four warps for 4096 × 4096. Parts go to memory, and whoever
   comes last (a counter tells) adds them in their order, so that every run gives the same bits.
 
-Counted in machine code for sm_90 at 4096 × 4096, r 16 (`handtuned xray nf4_ --arch sm_90`): 4.4 instructions a weight
-with one row, 5.0 with 16. The price of pairs are bank conflicts, 3.1 wavefronts a look-up of 32 bytes.
+Counted in machine code for sm_90 at 4096 × 4096, r 16 (`handtuned xray nf4_ --arch sm_90`): 4.4 instructions per weight
+with one row, 5.0 with 16. The price of pairs are bank conflicts, 3.1 wavefronts per look-up of 32 bytes.
 
 FP32, and cards before sm_80, have no tensor cores that Triton reaches: the same kernel multiplies one row per
 program with plain FP32 arithmetic, and `nf4_matmul.py` sends no more than four rows here.

@@ -68,7 +68,7 @@ def dequantize_affine(q: "AffineTensor", dtype: torch.dtype | None = None) -> to
 class AffineTensor:
     """A tensor as evenly spaced codes. Groups run over the flattened tensor; the last may be short."""
 
-    packed: torch.Tensor  # uint8, 8 // bits codes a byte, the first in the highest bits
+    packed: torch.Tensor  # uint8, 8 // bits codes per byte, the first in the highest bits
     scale: torch.Tensor  # (groups,) fp32
     zero_point: torch.Tensor  # (groups,) fp32, the value of code 0: the group's smallest
     shape: torch.Size  # of the tensor that was quantized, like the next

@@ -55,7 +55,7 @@ def nf4_zeros(values: int, block_size: int, double_quant: bool, device, experts:
 
 
 class NF4Tensor(NF4Weight):
-    """A tensor held in four bits a value: `NF4Tensor(packed, absmax, shape, dtype, block_size, nested=None)`.
+    """A tensor held in four bits per value: `NF4Tensor(packed, absmax, shape, dtype, block_size, nested=None)`.
 
     The attributes, of the same names, are those of `kernels.nf4.NF4Weight`.
     """

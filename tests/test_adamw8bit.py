@@ -98,7 +98,7 @@ def test_converges_beside_fp32():
 
 
 def test_bytes_of_state():
-    """2 · (1 + 4/256) bytes a parameter in large tensors, 8 in small ones."""
+    """2 · (1 + 4/256) bytes per parameter in large tensors, 8 in small ones."""
     model = torch.nn.Linear(256, 512)
     optimizer = AdamW8bit(model.parameters())
     model(torch.randn(2, 256)).sum().backward()

@@ -73,7 +73,7 @@ def test_sectors(stride, sectors, least):
     (8, 2, 2, 2),
 ])  # fmt: skip
 def test_wavefronts(stride, width, waves, least):
-    """32 banks of 4 bytes; 8 bytes a thread go in two halves of the warp, 16 in four quarters."""
+    """32 banks of 4 bytes; 8 bytes per thread go in two halves of the warp, 16 in four quarters."""
     registers = "%r2" if width == 1 else "{" + ", ".join(f"%r{2 + j}" for j in range(width)) + "}"
     many = "" if width == 1 else f".v{width}"
     body = f"""mov.u32 %r1, %tid.x;

@@ -97,7 +97,7 @@ def test_matmul_counts_its_flops(arch):
     M, N, K = 128, 96, 96
     counters, read, written = product(arch, M, N, K)
     assert (counters.dram_read_bytes, counters.dram_written_bytes) == (read, written)
-    if arch == "sm_75":  # Triton has no tensor cores for Turing: fused multiply-adds, two FLOPs a thread
+    if arch == "sm_75":  # Triton has no tensor cores for Turing: fused multiply-adds, two FLOPs per thread
         assert counters.tensor_flops == 0 and 64 * counters.instructions["fp32"] >= 2 * M * N * K
     else:
         assert counters.tensor_flops == 2 * M * N * K

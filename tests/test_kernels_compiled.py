@@ -39,7 +39,7 @@ def compiled(wanted, archs=("sm_90",), every_tile=False):
 
 
 def check_nf4(found):
-    """Dequantize: 16-byte stores, 6 instructions a value, no fused multiply and add; quantize: 22."""
+    """Dequantize: 16-byte stores, 6 instructions per value, no fused multiply and add; quantize: 22."""
     for one in found:
         if one["name"].startswith("nf4_dequantize"):
             assert list(one["stores"]) == ["128"] and 0 < one["per unit"] <= 6, one
@@ -101,7 +101,7 @@ def test_the_optimizers_move_16_bytes_at_a_time():
     found = compiled(["adamw[fp32]", "adamw[fp32, fp16 copy]", "unscale[fp32]", "unscale[bf16, fp32]"])
     assert len(found) == 4
     for one in found:
-        # p, g, m, v in and p, m, v out (or g in and out), two instructions a tensor at least
+        # p, g, m, v in and p, m, v out (or g in and out), two instructions per tensor at least
         reads, writes = (7, 6) if one["name"].startswith("adamw") else (2, 2)
         assert one["loads"]["128"] >= reads and one["stores"]["128"] >= writes, one
 

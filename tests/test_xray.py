@@ -100,7 +100,7 @@ def test_the_command_in_a_process_that_cannot_compile(capsys):
         ("sm_90", 128, 32, 0, 16, "warps"),  # 64 warps / 4
         ("sm_90", 32, 16, 0, 32, "blocks"),
         ("sm_80", 128, 128, 0, 4, "registers"),  # 65,536 / (128 · 128)
-        ("sm_90", 256, 186, 147456, 1, "registers"),  # 192 · 32 a warp: 2 a scheduler, 8 warps
+        ("sm_90", 256, 186, 147456, 1, "registers"),  # 192 · 32 per warp: 2 per scheduler, 8 warps
         ("sm_90", 128, 32, 112 * 1024, 2, "shared memory"),  # 113 KiB with the reserved one, 228 in all
         ("sm_90", 128, 32, 114 * 1024, 1, "shared memory"),
         ("sm_75", 128, 32, 32 * 1024, 2, "shared memory"),  # nothing reserved on Turing
@@ -116,7 +116,7 @@ def test_occupancy(arch, threads, registers, shared, blocks, limit):
 
 @pytest.mark.parametrize("gpu", GPUS, ids=lambda gpu: gpu.name)
 def test_published_figures_agree_with_one_another(gpu):
-    """Rate = multiprocessors × FLOPs a clock × clock, to the digits that datasheets give; every card has a source."""
+    """Rate = multiprocessors × FLOPs per clock × clock, to the digits that datasheets give; every card has a source."""
     assert gpu.multiprocessors * gpu.tensor_per_clock * gpu.clock == pytest.approx(gpu.tensor, rel=0.01)
     assert gpu.arch in ARCHS and "NVIDIA" in gpu.source
 
@@ -153,10 +153,10 @@ def test_few_warps_issue_slowly():
     """128 programs of 4 warps, one on a multiprocessor: a warp issues every 2 to 5 clocks, 200 times here."""
     made = predict(ray_of(programs=128, instructions=400_000), H200)
     assert made.bound == "issue"
-    # 4 warps of 200,000 machine instructions; 4 / 2 or 4 / 5 a clock
+    # 4 warps of 200,000 machine instructions; 4 / 2 or 4 / 5 per clock
     assert made.issue == pytest.approx((400_000 / 1.83e9, 1_000_000 / 1.83e9))
     full = predict(ray_of(programs=132 * 16, instructions=400_000), H200)
-    assert full.issue[0] == full.issue[1] == pytest.approx(16 * 4 * 200_000 / (4 * 1.83e9)), "64 warps: four a clock"
+    assert full.issue[0] == full.issue[1] == pytest.approx(16 * 4 * 200_000 / (4 * 1.83e9)), "64 warps: four per clock"
 
 
 def test_a_wavefront_is_a_clock_of_shared_memory():

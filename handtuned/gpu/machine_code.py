@@ -41,7 +41,7 @@ class MachineCode:
     """Counts taken from a disassembly (static: each instruction once)."""
 
     instructions: int  # up to the last EXIT, without padding and compiler subroutines
-    memory: Counter  # (kind, bits a thread moves) → how many, for example ("store global", 128) → 4
+    memory: Counter  # (kind, bits that a thread moves) → how many, for example ("store global", 128) → 4
     tensor_core: Counter  # family → how many ("mma.sync", "wgmma", "tcgen05")
     opcodes: Counter  # leading opcode → how many
     loops: tuple[Loop, ...]  # outermost first

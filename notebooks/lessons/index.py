@@ -73,7 +73,7 @@ def index(folder: Path) -> str:
         "A lesson asks for your guess before it measures; `lessons.guesses()` sets all of them beside the results,",
         "`lessons.progress()` says what you have solved, `lessons.solution(key)` shows a reference answer once you",
         "have tried.",
-        "Minutes are for reading, at 150 words a minute, and for the exercises.",
+        "Minutes are for reading, at 150 words per minute, and for the exercises.",
         "Each `.py` is the source of the `.ipynb` beside it, which holds the outputs and can be read here.",
         "Terms in English and Chinese: [GLOSSARY.md](GLOSSARY.md).",
         "",

@@ -23,7 +23,7 @@ class Access:
     """
 
     def __init__(self, batch, i, address, mask, nbytes, whole_programs=False):
-        """address: uint, broadcasts to [P, T]. whole_programs: keep one row a program (shared memory)."""
+        """address: uint, broadcasts to [P, T]. whole_programs: keep one row per program (shared memory)."""
         self.batch, self.i, self.nbytes = batch, i, nbytes
         shape = address.shape if mask is None else np.broadcast_shapes(address.shape, mask.shape)
         if whole_programs:

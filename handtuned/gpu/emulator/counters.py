@@ -1,12 +1,12 @@
 """What a profiler would count.
 
 - **Pipes.** A warp instruction is one instruction for 32 threads. Each goes to a pipe (fp32, int, tensor, …), and a
-  pipe takes only so many a clock.
+  pipe takes only so many per clock.
 - **Sectors.** A warp's access of global memory is one request; the cache serves it in sectors of 32 bytes. 32 threads
   that read 4 bytes side by side need 4 sectors; 32 threads that read a column of a matrix need 32.
 - **Wavefronts.** Shared memory has 32 banks, each 4 bytes wide, side by side. In one pass (wavefront) a bank gives
   one word; threads that want different words of one bank have to wait for another pass: a bank conflict. Accesses of
-  8 or 16 bytes a thread are served for 16 or 8 threads at a time.
+  8 or 16 bytes per thread are served for 16 or 8 threads at a time.
 - **least** is the fewest that the same bytes could have cost: sectors, if the different addresses of the request lay
   side by side; wavefronts, without a conflict.
 

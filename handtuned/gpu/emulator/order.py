@@ -5,7 +5,7 @@ shared memory, and every write to global memory, is stamped with a tick of its p
 what another warp wrote only if it has since met that warp, directly or through others: it *knows* ticks of it up to
 some number.
 
-A barrier of all warps makes everyone know everything; that is the usual case and costs one number a program (`base`).
+A barrier of all warps makes everyone know everything; that is the usual case and costs one number per program (`base`).
 Barriers of some warps and mbarriers (see tma.py) need the whole table, who knows how much of whom (a vector clock:
 Lamport 1978, Mattern 1989). It is made when first needed.
 
