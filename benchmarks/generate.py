@@ -64,7 +64,7 @@ def main(words=None):
         models[f"NF4 and LoRA, {name}"] = ours(arguments.model, "qlora", dtype)
         models[f"PEFT on bitsandbytes, {name}"] = peft_on_bitsandbytes(arguments.model, dtype)
         models[f"dense and LoRA, {name}"] = ours(arguments.model, "lora", dtype)
-    prompt = torch.randint(100, 10_000, (1, arguments.prompt))
+    prompt = torch.randint(next(iter(models.values())).config.vocab_size, (1, arguments.prompt))
     taken = {name: [] for name in models}
     for turn in range(arguments.turns + 1):
         for name, model in models.items():

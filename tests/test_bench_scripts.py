@@ -99,3 +99,14 @@ def test_finetune_on_random_weights_of_the_same_shape(monkeypatch):
     assert "random weights" in record["name"] and record["failed"] == {}
     assert set(record["contestants"]) | set(record["skipped"]) == set(finetune.PROVIDERS)
     assert len(record["contestants"]["handtuned"]["losses"]) == 3
+
+
+def test_generating_is_timed_beside_peft_and_dense_torch(tmp_path):
+    import generate
+    from tiny import make_model
+
+    page, model = tmp_path / "generate.md", make_model(tmp_path / "model")
+    generate.main(["--model", model, "--turns", "1", "--prompt", "5", "--new", "3", "--out", str(page)])
+    rows = [line.split(" | ") for line in page.read_text().splitlines() if line.endswith(" × |")]
+    assert len(rows) == 6 and all(float(cells[1]) > 0 for cells in rows)
+    assert [cells[2] for cells in rows if "PEFT" in cells[0]] == ["1.00 × |"] * 2
