@@ -172,3 +172,26 @@ def count_behind_a_lock(lock_ptr, count_ptr, WRONG: tl.constexpr):
     if not WRONG:
         tl.debug_barrier()
         tl.atomic_xchg(lock_ptr, 0)
+
+
+@triton.jit
+def wait_by_loads(flags_ptr, y_ptr, WRONG: tl.constexpr, BLOCK: tl.constexpr):
+    """y = 1, when another program has raised a flag; only atomics are known to be questions."""
+    if tl.program_id(0) == 0:
+        while tl.load(flags_ptr, volatile=True) == 0:  # planted
+            pass
+        tl.store(y_ptr, 1)
+    elif not WRONG:
+        tl.atomic_xchg(flags_ptr, 1)
+
+
+@triton.jit
+def wait_and_count(flags_ptr, y_ptr, WRONG: tl.constexpr, BLOCK: tl.constexpr):
+    """y = 1, when a flag is up; a loop within a loop, and a store in each round that changes nothing."""
+    up = 0
+    while up == 0:
+        tl.store(y_ptr + 1, 1)
+        for i in range(3):
+            raised = tl.load(flags_ptr + i * BLOCK + tl.arange(0, BLOCK))
+            up += tl.max(raised, 0) + (0 if WRONG else 1)  # planted
+    tl.store(y_ptr, 1)

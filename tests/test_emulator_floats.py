@@ -106,12 +106,28 @@ def test_fma_rounds_once_where_two_roundings_differ():
 
 
 @pytest.mark.parametrize("mode", ["rz", "rm", "rp"])
-@pytest.mark.parametrize("op", ["add", "sub", "mul", "fma"])
-def test_directed_rounding(op, mode):
-    n = 3 if op == "fma" else 2
-    inputs = [numbers("f32", seed) for seed in range(n)]
-    got = apply(f"{op}.{mode}.f32 d, {', '.join('abc'[:n])};", inputs, np.float32)
-    assert same(got, expected(op, zip(*(as_floats(x, "f32") for x in inputs), strict=True), "f32", mode))
+@pytest.mark.parametrize("kind", ["f32", "f64"])
+@pytest.mark.parametrize("op", ["add", "sub", "mul", "fma", "div", "rcp"])
+def test_directed_rounding(op, kind, mode):
+    n = {"fma": 3, "rcp": 1}.get(op, 2)
+    inputs = [numbers(kind, seed) for seed in range(n)]
+    got = apply(f"{op}.{mode}.{kind} d, {', '.join('abc'[:n])};", inputs, NUMPY[kind])
+    rows = zip(*(as_floats(x, kind) for x in inputs), strict=True)
+    want = expected("div", ((1.0, *row) for row in rows), kind, mode) if op == "rcp" else expected(op, rows, kind, mode)
+    assert same(got, want)
+
+
+@pytest.mark.parametrize("mode", ["rz", "rm", "rp"])
+@pytest.mark.parametrize("kind", ["f32", "f64"])
+def test_directed_roots(kind, mode):
+    x = numbers(kind)
+    got, x = apply(f"sqrt.{mode}.{kind} d, a;", [x], NUMPY[kind]), as_floats(x, kind)
+    fine = np.isfinite(x) & (x > 0)
+    assert same(got[~fine], np.sqrt(x[~fine]))
+    to = np.nextafter(got[fine], NUMPY[kind](np.inf if mode != "rp" else 0))
+    for a, r, beyond in zip(x[fine], got[fine], to, strict=True):
+        exact, r, beyond = Fraction(a), Fraction(float(r)), Fraction(float(beyond))
+        assert beyond**2 < exact <= r**2 if mode == "rp" else r**2 <= exact < beyond**2
 
 
 @pytest.mark.parametrize("kind", ["f16", "bf16"])

@@ -199,6 +199,19 @@ def test_a_lock_that_is_kept(arch):
     assert (count.item(), lock.item()) == (5, 0)
 
 
+@compiled
+@each_arch
+@pytest.mark.parametrize("kernel", [planted.wait_by_loads, planted.wait_and_count], ids=["loads", "loops"])
+def test_waiting_without_atomics(arch, kernel):
+    """Ordinary work may be long without a store as well; who comes round with all registers unchanged only waits."""
+    y = torch.zeros(2, dtype=torch.int32)
+    fault = fault_of(arch, lambda: kernel[(2,)](torch.zeros(384, dtype=torch.int32), y, True, 128))
+    check(fault, "deadlock", kernel, 0, range(128), None, "wait for a value in memory that nobody writes")
+    with emulate(arch):
+        kernel[(2,)](torch.zeros(384, dtype=torch.int32), y, False, 128)
+    assert y[0] == 1
+
+
 def sums(arch):
     x = torch.arange(1024.0).view(2, 512)
     planted.row_sum[(2,)](x, torch.zeros(2), 512)

@@ -104,6 +104,12 @@ class Batch:
             self._lanes[rows, columns] = program, thread, warp, ids
         return self._lanes[rows, columns]
 
+    def state(self):
+        """Where its threads are and what they hold; when all that comes again, a change must come from outside."""
+        yield from (self.pc, [*self.elsewhere], self.mask, *self.elsewhere.values(), *self.values)
+        for memory in (self.local, self.shared and self.shared.data):
+            yield None if memory is None else memory.tobytes()
+
     # where the threads go
 
     def send(self, pc, mask):

@@ -8,6 +8,9 @@ is nudged to the side on which the exact one lies ("round to odd": Boldo and Mel
 the last place; the card's own error is up to two.
 """
 
+from fractions import Fraction
+from functools import partial
+
 import numpy as np
 
 from .integers import COMPARISONS
@@ -31,14 +34,14 @@ def to_odd(s, error):
     return np.where(even, bits + step, bits).view(F64)
 
 
-def _directed(rounded, exact, mode):
-    """`rounded` (nearest) moved to the neighbour that `mode` asks for, in its own type."""
-    wide, infinity = rounded.astype(F64), rounded.dtype.type(np.inf)
+def _directed(rounded, error, mode):
+    """`rounded` (nearest), to which the exact value would add `error`, moved to the neighbour that `mode` asks for."""
+    zero, infinity = rounded.dtype.type(0), rounded.dtype.type(np.inf)
     if mode == "rz":
-        return np.where(np.abs(wide) > np.abs(exact), np.nextafter(rounded, rounded.dtype.type(0)), rounded)
+        return np.where((rounded > 0) & (error < 0) | (rounded < 0) & (error > 0), np.nextafter(rounded, zero), rounded)
     if mode == "rm":
-        return np.where(wide > exact, np.nextafter(rounded, -infinity), rounded)
-    return np.where(wide < exact, np.nextafter(rounded, infinity), rounded)
+        return np.where(error < 0, np.nextafter(rounded, -infinity), rounded)
+    return np.where(error > 0, np.nextafter(rounded, infinity), rounded)
 
 
 def narrow(x, to, mode="rn"):
@@ -54,7 +57,7 @@ def narrow(x, to, mode="rn"):
         out = ((cut + np.where(up, U32.type(0x10000), U32.type(0))) >> U32.type(16)).astype(U16)
         return np.where(np.isnan(x), U16.type(0x7FFF), out)
     rounded = x.astype(to)
-    return rounded if mode == "rn" else _directed(rounded, x, mode)
+    return rounded if mode == "rn" else _directed(rounded, x - rounded.astype(F64), mode)
 
 
 def fma32(a, b, c):
@@ -118,6 +121,22 @@ _EXACT = {
 }  # fmt: skip
 
 
+_BESIDE = {
+    # what has the sign of the exact result minus r
+    "add": lambda r, a, b: a + b - r, "sub": lambda r, a, b: a - b - r, "mul": lambda r, a, b: a * b - r,
+    "fma": lambda r, a, b, c: a * b + c - r, "div": lambda r, a, b: a / b - r, "rcp": lambda r, a: 1 / a - r,
+    "sqrt": lambda r, a: a - r * r,
+}  # fmt: skip
+
+
+def _beside(base, r, *args):
+    """1 where the exact result is above r, -1 below; 0 where there is none."""
+    if np.isnan(r) or not np.isfinite(args).all() or (base in ("div", "rcp") and args[-1] == 0):
+        return 0
+    error = -r if np.isinf(r) else _BESIDE[base](Fraction(float(r)), *[Fraction(float(x)) for x in args])
+    return (error > 0) - (error < 0)
+
+
 def _min_max(base, parts):
     absolute, nan = "xorsign" in parts, "NaN" in parts
     fn = {"min": (np.fmin, np.minimum), "max": (np.fmax, np.maximum)}[base][nan]
@@ -142,11 +161,19 @@ def _plain(base, parts, t):
 
 
 def _rounded_elsewhere(base, mode, t):
-    """Directed rounding of fp32: exactly in fp64, then to fp32."""
-    if base not in _EXACT or t != F32:
+    """Directed rounding: sums and products of fp32 exactly in fp64; the rest, which is rare, by fractions."""
+    if base in _EXACT and t == F32:
+        exact = _EXACT[base]
+        return lambda *args: narrow(to_odd(*np.broadcast_arrays(*exact(*[a.astype(F64) for a in args]))), F32, mode)
+    if base not in _BESIDE:
         return None
-    exact = _EXACT[base]
-    return lambda *args: narrow(to_odd(*np.broadcast_arrays(*exact(*[a.astype(F64) for a in args]))), F32, mode)
+    nearest, sign = _plain(base, (), t), np.vectorize(partial(_beside, base), otypes=[np.int8])
+
+    def fn(*args):
+        rounded = nearest(*args)
+        return _directed(rounded, sign(rounded, *args), mode)
+
+    return fn
 
 
 def clamp_to_one(x):

@@ -128,7 +128,7 @@ class Global:
     def __init__(self, tensors, unwritten: Unwritten | None, piece: int):
         self.tensors, self.unwritten, self.piece = tensors, unwritten, piece
         self.regions, self.starts, self.tables_read = [], None, False
-        self.version = self.polls = 0  # writes, and questions (atomics that changed nothing, acquiring loads)
+        self.version = self.polls = 0  # changes, and questions (what waits for one)
         self.handovers = Handovers()
         self._add(tensors)
 
@@ -271,13 +271,14 @@ class Global:
     def store(self, access, values, pc):
         """Write (n, count)."""
         width, count = values.dtype.itemsize, values.shape[1]
-        self.version += 1
         for region, pick in self.parts(access):
             offset = access.address[pick] - region.first
             v = values[pick]
             view = region.views[width].reshape(-1, count)
             index = offset // (width * count)
-            self._own(region, access, pick, offset, (view[index] != v).any(1))
+            changes = (view[index] != v).any(1)
+            self.version += int(changes.any())
+            self._own(region, access, pick, offset, changes)
             view[index] = v
             lost = (view[index] != v).any(1)
             if lost.any():

@@ -11,12 +11,13 @@ import numpy as np
 from .calls import stop
 from .fault import KernelFault, Unsupported
 from .readers import settle
-from .registers import UndefinedRead
+from .registers import Undefined, UndefinedRead
 from .types import U32
 
 ENDS_BLOCK = ("bra", "ret", "exit", "bar", "barrier", "trap")
 _SLICE = 512  # blocks that a batch runs before others get their turn: one may wait for what another writes
 _QUESTIONS = 8  # and fewer, if it asks memory again and again for a value that is not there
+_LONG = 8 * _SLICE  # blocks, after which a batch is watched: it may go round in a circle
 _PATIENCE = 20  # turns of each batch in which it asked memory for a value that nobody wrote
 
 
@@ -186,11 +187,20 @@ def _advance(b, machine):
                           b.kernel.name, int(b.ids[0]), int(b.here()[0].argmax())) from None  # fmt: skip
 
 
+def _alike(a, b):
+    if a is b or not isinstance(a, np.ndarray) or not isinstance(b, np.ndarray):
+        return a is b or (type(a) is type(b) and not isinstance(a, Undefined) and a == b)
+    return a.shape == b.shape and a.tobytes() == b.tobytes()
+
+
 def run_batch(b, machine, memory):
     """Run until the batch ends (gives []), splits (its parts) or has had its turn ([itself])."""
-    asked = memory.polls
-    for _ in range(_SLICE):
+    asked, start = memory.polls, list(b.state()) if b.steps > _LONG else None
+    for turn in range(_SLICE):
         if memory.polls > asked + _QUESTIONS:
+            break
+        if start and turn and all(map(_alike, b.state(), start)):  # it has come round and learnt nothing
+            memory.polls += 1
             break
         went = _advance(b, machine)
         if isinstance(went, list):
@@ -226,8 +236,9 @@ def run_all(batches, machine, memory):
             only_asked = memory.version == seen[0] and memory.polls > seen[1]
             quiet, seen = quiet + 1 if only_asked else 0, (memory.version, memory.polls)
             if quiet > _PATIENCE * len(waiting):
-                raise KernelFault("deadlock", "programs wait for a value in memory that nobody writes",
-                                  machine.kernel.code[b.pc], b.kernel.name, int(b.ids[0]), 0)  # fmt: skip
+                here = next(i for i in machine.kernel.code[b.pc :] if i.line or i is machine.kernel.code[-1])
+                raise KernelFault("deadlock", "programs wait for a value in memory that nobody writes", here,
+                                  b.kernel.name, int(b.ids[0]), int(b.here()[0].argmax()))  # fmt: skip
         else:
             waiting = parts + waiting
             quiet = 0 if not parts else quiet
