@@ -5,11 +5,12 @@ import contextlib
 import inspect
 import math
 import os
+import threading
 from dataclasses import dataclass, field
 from functools import cached_property
 
 import torch
-from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from ..kernels import runtime
 from . import cards
@@ -140,22 +141,38 @@ class Emulator:
         return table(self)
 
 
-_MAKES_EMPTY = {torch.empty, torch.empty_like, torch.empty_strided, torch.Tensor.new_empty,
-                torch.Tensor.new_empty_strided}  # fmt: skip
-
-
-class _WatchEmpty(TorchFunctionMode):
-    """Fills what torch.empty gives with a pattern, so that a kernel that reads it unwritten is found."""
+class _WatchEmpty(TorchDispatchMode):
+    """Fills what torch.empty gives, in backward too, with a pattern, so that a kernel that reads it unwritten is found.
+    """
 
     def __init__(self, unwritten):
         super().__init__()
         self.unwritten = unwritten
 
-    def __torch_function__(self, func, types, args=(), kwargs=None):
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         out = func(*args, **(kwargs or {}))
-        if func in _MAKES_EMPTY and type(out) is torch.Tensor and not out.is_meta:  # a FakeTensor has no memory
+        makes_empty = "empty" in func.overloadpacket.__name__
+        if makes_empty and type(out) is torch.Tensor and not out.is_meta:  # a FakeTensor has no memory
             self.unwritten.add(out)
         return out
+
+
+_inside, _gate = [], threading.Lock()
+
+
+@contextlib.contextmanager
+def _of_one_thread():
+    """Triton has one driver in a process: emulators of several threads at once would leave it in each other's state."""
+    me = threading.get_ident()
+    with _gate:
+        if _inside and _inside[-1] != me:
+            raise RuntimeError("another thread has entered emulate, and a process holds one emulator at a time; "
+                               "launches of this thread run in that one as well")  # fmt: skip
+        _inside.append(me)
+    try:
+        yield
+    finally:
+        del _inside[-1:]
 
 
 @contextlib.contextmanager
@@ -174,7 +191,8 @@ def emulate(arch: str = "sm_90", programs: int | None = None, every_tile: bool =
         Emulator: its `launches`, `print(gpu)`, `gpu.source(kernel)`.
 
     ValueError: an unknown architecture.
-    RuntimeError: another version of Triton; or (at the launch) a kernel decorated under TRITON_INTERPRET=1.
+    RuntimeError: another version of Triton; another thread is inside; or (at the launch) a kernel decorated under
+        TRITON_INTERPRET=1.
     KernelFault: at a launch, where the kernel does what a GPU would hide.
     triton.OutOfResources: at a launch that needs more shared memory than the card has.
     """
@@ -184,7 +202,7 @@ def emulate(arch: str = "sm_90", programs: int | None = None, every_tile: bool =
     unwritten, gpu = Unwritten(), Emulator(arch)
     before = runtime.emulated_arch, runtime.every_way
     watch = _WatchEmpty(unwritten) if programs is None else contextlib.nullcontext()
-    with installed(EmulatedDriver(arch, unwritten, gpu._ran, programs, every_tile)), watch:
+    with _of_one_thread(), installed(EmulatedDriver(arch, unwritten, gpu._ran, programs, every_tile)), watch:
         runtime.emulated_arch, runtime.every_way = arch, every_tile
         try:
             yield gpu
@@ -201,5 +219,6 @@ def emulate_process(arch: str | None = None) -> Emulator:
     global _gpu
     if _gpu is None:
         _gpu = _stack.enter_context(emulate(arch or os.environ["HANDTUNED_BACKEND"]))
+        _inside.clear()  # no thread leaves it before the end, so each may enter another
         atexit.register(_stack.close)
     return _gpu
