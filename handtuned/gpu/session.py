@@ -5,6 +5,7 @@ import contextlib
 import inspect
 import math
 import os
+import threading
 from dataclasses import dataclass, field
 from functools import cached_property
 
@@ -158,6 +159,24 @@ class _WatchEmpty(TorchFunctionMode):
         return out
 
 
+_inside, _gate = [], threading.Lock()
+
+
+@contextlib.contextmanager
+def _of_one_thread():
+    """Triton has one driver in a process: emulators of several threads at once would leave it in each other's state."""
+    me = threading.get_ident()
+    with _gate:
+        if _inside and _inside[-1] != me:
+            raise RuntimeError("another thread has entered emulate, and a process holds one emulator at a time; "
+                               "launches of this thread run in that one as well")  # fmt: skip
+        _inside.append(me)
+    try:
+        yield
+    finally:
+        del _inside[-1:]
+
+
 @contextlib.contextmanager
 def emulate(arch: str = "sm_90", programs: int | None = None, every_tile: bool = False):
     """Run Triton kernels on CPU tensors as machine code of `arch`.
@@ -174,7 +193,8 @@ def emulate(arch: str = "sm_90", programs: int | None = None, every_tile: bool =
         Emulator: its `launches`, `print(gpu)`, `gpu.source(kernel)`.
 
     ValueError: an unknown architecture.
-    RuntimeError: another version of Triton; or (at the launch) a kernel decorated under TRITON_INTERPRET=1.
+    RuntimeError: another version of Triton; another thread is inside; or (at the launch) a kernel decorated under
+        TRITON_INTERPRET=1.
     KernelFault: at a launch, where the kernel does what a GPU would hide.
     triton.OutOfResources: at a launch that needs more shared memory than the card has.
     """
@@ -184,7 +204,7 @@ def emulate(arch: str = "sm_90", programs: int | None = None, every_tile: bool =
     unwritten, gpu = Unwritten(), Emulator(arch)
     before = runtime.emulated_arch, runtime.every_way
     watch = _WatchEmpty(unwritten) if programs is None else contextlib.nullcontext()
-    with installed(EmulatedDriver(arch, unwritten, gpu._ran, programs, every_tile)), watch:
+    with _of_one_thread(), installed(EmulatedDriver(arch, unwritten, gpu._ran, programs, every_tile)), watch:
         runtime.emulated_arch, runtime.every_way = arch, every_tile
         try:
             yield gpu
@@ -201,5 +221,6 @@ def emulate_process(arch: str | None = None) -> Emulator:
     global _gpu
     if _gpu is None:
         _gpu = _stack.enter_context(emulate(arch or os.environ["HANDTUNED_BACKEND"]))
+        _inside.clear()  # no thread leaves it before the end, so each may enter another
         atexit.register(_stack.close)
     return _gpu
