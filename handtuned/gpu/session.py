@@ -149,6 +149,10 @@ class _WatchEmpty(TorchDispatchMode):
         super().__init__()
         self.unwritten = unwritten
 
+    @classmethod
+    def is_infra_mode(cls):
+        return True  # torch.compile works inside
+
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         out = func(*args, **(kwargs or {}))
         makes_empty = "empty" in func.overloadpacket.__name__
