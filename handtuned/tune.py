@@ -119,7 +119,7 @@ def tune(settings: FinetuneSettings, trials: int, minutes: float | None = None, 
         raise ValueError(f"{directory}: base model, data or search are not what they were when this study began")
     write_json(known, record)
 
-    optuna.logging.set_verbosity(optuna.logging.WARNING)
+    optuna.logging.set_verbosity(optuna.logging.ERROR)  # a failed trial is told by `print_trial`, in a line
     backend = optuna.storages.journal.JournalFileBackend(str(directory / "study.log"))
     pruner = optuna.pruners.SuccessiveHalvingPruner(min_resource=max(1, steps // 8), reduction_factor=2)
     storage = optuna.storages.JournalStorage(backend)

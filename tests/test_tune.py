@@ -1,6 +1,7 @@
 """`handtuned tune` on a tiny model: budget, seed, resuming, the front, the verdict, bad input."""
 
 import json
+import logging
 from pathlib import Path
 
 import pytest
@@ -76,7 +77,7 @@ def test_a_stopped_trial_is_tried_again(base, tmp_path, monkeypatch, capsys, fat
     assert result["first"]["first"] and result["first"]["settings"]["lora_r"] == 8
 
 
-def test_a_trial_that_diverges_is_given_up_and_the_study_goes_on(base, tmp_path, monkeypatch):
+def test_a_trial_that_diverges_is_given_up_and_the_study_goes_on(base, tmp_path, monkeypatch, caplog):
     trials, whole = [], loop.train
 
     def train(*args):
@@ -86,9 +87,11 @@ def test_a_trial_that_diverges_is_given_up_and_the_study_goes_on(base, tmp_path,
         return whole(*args)
 
     monkeypatch.setattr(loop, "train", train)
+    monkeypatch.setattr(logging.getLogger("optuna"), "propagate", True)
     result = study(base, tmp_path / "a", "--trials", "3", "--search", "lora-r")
     assert len(trials) == 3 and result["best"]["state"] == "complete"
     assert json.loads((tmp_path / "a" / "best" / "handtuned.json").read_text())["method"] == "qlora"
+    assert not caplog.records  # no traceback of Optuna's: it is told in a line
 
 
 def test_another_data_set_of_the_same_length_is_noticed(base, tmp_path, capsys):
