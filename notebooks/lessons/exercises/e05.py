@@ -6,7 +6,7 @@ from itertools import pairwise
 import torch
 from torch import nn
 
-from ...nn.checkpoint import checkpoint, manual_checkpoint_forward
+from ...nn.checkpoint import CheckpointError, checkpoint, manual_checkpoint_forward
 from ...nn.live_memory import LiveMemory
 from ..exercise import Exercise, WrongAnswer, expect, number
 
@@ -183,7 +183,10 @@ def _check_run_in_groups(candidate):
         again = []
         for i, layer in enumerate(layers):
             layer.register_forward_pre_hook(lambda *_, i=i, again=again: again.append(i))
-        found = torch.autograd.grad(got.square().sum(), [x, *layers.parameters()], allow_unused=True)
+        try:
+            found = torch.autograd.grad(got.square().sum(), [x, *layers.parameters()], allow_unused=True)
+        except CheckpointError as error:
+            raise WrongAnswer(f"{what}: the result is right, but which layers ran again? {error}") from None
         for name, f, w in zip(("x", *dict(layers.named_parameters())), found, wanted, strict=True):
             if f is None or not torch.allclose(f, w, rtol=1e-5, atol=1e-6):
                 raise WrongAnswer(
