@@ -158,7 +158,7 @@ def test_check_of_something_that_cannot_be_called(capsys):
 
 @pytest.mark.parametrize("key", ["00.9", "77.1", "nonsense"])
 def test_unknown_exercise(key):
-    with pytest.raises(ValueError, match="must be (one of|a lesson and a number)"):
+    with pytest.raises(ValueError, match=r"must be (one of|a lesson and a number)"):
         lessons.check(key, lambda: None)
 
 
