@@ -158,9 +158,9 @@ def collect(arch, layers):
     return kernels, uses
 
 
-def compile_one(job):
-    """(shared memory of a program or None, failure or None) of one kernel; (None, None) if time is up."""
-    arch, end, (kernel, arguments) = job
+def compile_job(number):
+    """(shared memory of a program or None, failure or None) of one of the `jobs`; (None, None) if time is up."""
+    arch, end, (kernel, arguments) = jobs[number]
     if time.monotonic() > end:
         return None, None
     try:
@@ -183,7 +183,7 @@ def sweep(arch, seconds, processes=1, layers=None):
     jobs = [(arch, end, kernel) for kernel in kernels]
     made, failures = {}, []
     with multiprocessing.get_context("fork").Pool(processes) as pool:
-        for number, (shared, failure) in zip(order, pool.imap(job_of, order), strict=True):
+        for number, (shared, failure) in zip(order, pool.imap(compile_job, order), strict=True):
             made |= {} if shared is None else {number: shared}
             failures += [failure] if failure else []
             if len(made) % 100 == 1:
@@ -193,10 +193,6 @@ def sweep(arch, seconds, processes=1, layers=None):
         f"| {arch} | {len(whole)} of {len(uses)} | {sum(map(len, whole))} | {len(made)} of {len(kernels)} "
         f"| {max(made.values(), default=0):,} | {len(failures)} |"
     ), failures
-
-
-def job_of(number):
-    return compile_one(jobs[number])
 
 
 if __name__ == "__main__":

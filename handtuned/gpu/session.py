@@ -161,22 +161,8 @@ class _WatchEmpty(TorchDispatchMode):
         return out
 
 
-_inside, _gate = [], threading.Lock()
-
-
-@contextlib.contextmanager
-def _of_one_thread():
-    """Triton has one driver in a process: emulators of several threads at once would leave it in each other's state."""
-    me = threading.get_ident()
-    with _gate:
-        if _inside and _inside[-1] != me:
-            raise RuntimeError("another thread has entered emulate, and a process holds one emulator at a time; "
-                               "launches of this thread run in that one as well")  # fmt: skip
-        _inside.append(me)
-    try:
-        yield
-    finally:
-        del _inside[-1:]
+# Triton has one driver in a process: emulators of several threads at once would leave it in each other's state.
+_gate = threading.RLock()
 
 
 @contextlib.contextmanager
@@ -200,13 +186,25 @@ def emulate(arch: str = "sm_90", programs: int | None = None, every_tile: bool =
     KernelFault: at a launch, where the kernel does what a GPU would hide.
     triton.OutOfResources: at a launch that needs more shared memory than the card has.
     """
+    if not _gate.acquire(blocking=False):
+        raise RuntimeError("another thread has entered emulate, and a process holds one emulator at a time; launches "
+                           "of this thread run in that one as well")  # fmt: skip
+    try:
+        with _emulated(arch, programs, every_tile) as gpu:
+            yield gpu
+    finally:
+        _gate.release()
+
+
+@contextlib.contextmanager
+def _emulated(arch, programs=None, every_tile=False):
     cards.number(arch)
     from .driver import EmulatedDriver, installed
 
     unwritten, gpu = Unwritten(), Emulator(arch)
     before = runtime.emulated_arch, runtime.every_way
     watch = _WatchEmpty(unwritten) if programs is None else contextlib.nullcontext()
-    with _of_one_thread(), installed(EmulatedDriver(arch, unwritten, gpu._ran, programs, every_tile)), watch:
+    with installed(EmulatedDriver(arch, unwritten, gpu._ran, programs, every_tile)), watch:
         runtime.emulated_arch, runtime.every_way = arch, every_tile
         try:
             yield gpu
@@ -222,7 +220,7 @@ def emulate_process(arch: str | None = None) -> Emulator:
     """Emulate `arch` (default: what HANDTUNED_BACKEND says) until the process ends; a second call gives the same."""
     global _gpu
     if _gpu is None:
-        _gpu = _stack.enter_context(emulate(arch or os.environ["HANDTUNED_BACKEND"]))
-        _inside.clear()  # no thread leaves it before the end, so each may enter another
+        # Past the gate: no thread leaves it before the end, so that each may enter another.
+        _gpu = _stack.enter_context(_emulated(arch or os.environ["HANDTUNED_BACKEND"]))
         atexit.register(_stack.close)
     return _gpu

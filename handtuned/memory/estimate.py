@@ -36,6 +36,7 @@ from ..quant import NF4Experts, NF4Linear
 from ..quant.linear import FrozenNF4
 from ..quant.mxfp4 import DECODING, MXFP4Experts
 from ..training.models import train_whole
+from ..training.sources import format_of, quantization_of
 from .breakdown import Breakdown, Component
 from .dry_run import Part, dry_step
 from .fake import SizesOnly, build
@@ -186,10 +187,8 @@ def estimate(model, method: str = "full", dtype: torch.dtype | str = torch.float
 
 def _in_mxfp4(model, config) -> bool:
     """Whether the experts of a model, loaded or not, are in MXFP4."""
-    stored = getattr(config, "quantization_config", None) or {}
-    stored = stored if isinstance(stored, dict) else stored.to_dict()
     held = isinstance(model, nn.Module) and any(isinstance(module, MXFP4Experts) for module in model.modules())
-    return held or stored.get("quant_method") == "mxfp4"
+    return held or format_of(quantization_of(config.to_dict())) == "mxfp4"
 
 
 def _need(argument: str, value, holds: bool, expected: str) -> None:

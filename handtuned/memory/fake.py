@@ -23,6 +23,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 from ..quant import quantize_model
 from ..training.evaluation import CausalLM, base_of
 from ..training.loading import auto_class, left_dense
+from ..training.sources import quantization_of
 
 aten = torch.ops.aten
 
@@ -80,9 +81,8 @@ def build(config, dtype: torch.dtype, quantized: bool = False, skip: Sequence[st
     those to `skip` and those that the files keep in 16 bits on purpose."""
     import transformers
 
-    config = copy.deepcopy(config)
-    stored = vars(config).pop("quantization_config", None) or {}
-    stored = stored if isinstance(stored, dict) else stored.to_dict()
+    stored, config = quantization_of(config.to_dict()), copy.deepcopy(config)
+    vars(config).pop("quantization_config", None)
     told = {"dtype": dtype, "trust_remote_code": trust_remote_code}
     told |= {} if flash else {"attn_implementation": "eager"}
     model = getattr(transformers, auto_class(config)).from_config(config, **told)

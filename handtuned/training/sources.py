@@ -86,13 +86,17 @@ def find(place: str) -> Source:
     second = [path.name for path in directory.glob("*.safetensors") if path not in found and path.name not in ours]
     if second and local and found[0].suffix == ".safetensors":  # nobody can tidy up a repository of others
         raise ValueError(f"the directory holds safetensors beside its model's: {listed(second)}; move them away")
-    config = _json(directory / "config.json")
-    quantized = config.get("quantization_config") or (config.get("text_config") or {}).get("quantization_config") or {}
+    quantized = quantization_of(_json(directory / "config.json"))
     method = format_of(quantized)
     if quantized and method not in DECODED:
         raise ValueError(f"its weights are in {method}, which is not read here; take the checkpoint in 16 bits that "
                          "they were made from")  # fmt: skip
     return Source(directory, found, quantized)
+
+
+def quantization_of(config: dict) -> dict:
+    """The `quantization_config` in a model's config as a dict; {} if there is none."""
+    return config.get("quantization_config") or (config.get("text_config") or {}).get("quantization_config") or {}
 
 
 def format_of(quantized: dict) -> str:
