@@ -47,6 +47,23 @@ NF4_CODE = torch.tensor(
     device="cpu",
 )  # fmt: skip
 
+
+def nf4_dequantize_reference(weight: "NF4Weight", dtype: torch.dtype) -> torch.Tensor:
+    """Unpack, look each code up, multiply by the scale of its block, round to `dtype`."""
+    codes = torch.stack([weight.packed >> 4, weight.packed & 15], dim=-1).view(-1)
+    scales = decode_scales(weight.absmax, weight.nested).repeat_interleave(weight.block_size)
+    values = NF4_CODE.to(codes.device)[codes.int()] * scales[: codes.numel()]
+    return values[: weight.shape.numel()].view(weight.shape).to(dtype)
+
+
+def decode_scales(absmax: torch.Tensor, nested: "NestedScales | None") -> torch.Tensor:
+    """One fp32 scale per block, whether they are stored as fp32 or as 8-bit codes."""
+    if nested is None:
+        return absmax
+    constants = nested.absmax.repeat_interleave(nested.block_size)[: absmax.numel()]
+    return nested.code.index_select(0, absmax.int()) * constants + nested.offset
+
+
 DTYPES = tuple(TRITON_DTYPES)
 BLOCK = 8192  # values per program
 TILE = 1 << 19  # values per step of `nf4_dequantize_tiled`
@@ -87,22 +104,6 @@ class NF4Weight:
     dtype: torch.dtype
     block_size: int
     nested: NestedScales | None = None
-
-
-def nf4_dequantize_reference(weight: NF4Weight, dtype: torch.dtype) -> torch.Tensor:
-    """Unpack, look each code up, multiply by the scale of its block, round to `dtype`."""
-    codes = torch.stack([weight.packed >> 4, weight.packed & 15], dim=-1).view(-1)
-    scales = decode_scales(weight.absmax, weight.nested).repeat_interleave(weight.block_size)
-    values = NF4_CODE.to(codes.device)[codes.int()] * scales[: codes.numel()]
-    return values[: weight.shape.numel()].view(weight.shape).to(dtype)
-
-
-def decode_scales(absmax: torch.Tensor, nested: NestedScales | None) -> torch.Tensor:
-    """One fp32 scale per block, whether they are stored as fp32 or as 8-bit codes."""
-    if nested is None:
-        return absmax
-    constants = nested.absmax.repeat_interleave(nested.block_size)[: absmax.numel()]
-    return nested.code.index_select(0, absmax.int()) * constants + nested.offset
 
 
 def nf4_dequantize_tiled(weight: NF4Weight, out: torch.Tensor) -> torch.Tensor:

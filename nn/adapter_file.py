@@ -78,7 +78,7 @@ def _read_safetensors(path: Path) -> dict[str, torch.Tensor]:
         raise ValueError(f"{path}: no such file")
     try:
         with safe_open(path, framework="pt") as file:
-            return {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118, it is no dict
+            return {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118, it is not a dict
     except SafetensorError as error:
         with open(path, "rb") as file:
             why = f"is damaged or not a safetensors file: {str(error)[:300]}"
@@ -104,7 +104,7 @@ def check_fit(model: nn.Module, config: AdapterConfig, tensors: AdapterTensors, 
     unnamed = {path: module for path, module in others.items() if path not in names}
     others = {path: others[path] for path in names.keys() & others.keys()}
     if others and (config.use_dora or config.lora_dropout):
-        raise ValueError("target_parameters: neither use_dora nor lora_dropout can act on what is no linear layer")
+        raise ValueError("target_parameters: neither use_dora nor lora_dropout can act on what is not a linear layer")
     prefixes = {prefix: path for path, prefix in file_prefixes(model, others).items()}
     given = {prefixes.get(path, path): parts for path, parts in tensors.layers.items()}
     joined = join_experts(model, config, given, linear | others, unnamed)

@@ -83,7 +83,7 @@ class Mergeable(nn.Module):
     def __init__(self, base_layer: nn.Module):
         super().__init__()
         self.base_layer = base_layer
-        self._kept = []  # the original while merged; in a list, so that it is no submodule
+        self._kept = []  # the original while merged; in a list, so that it is not a submodule
 
     @property
     def weight(self):
@@ -128,7 +128,7 @@ class Mergeable(nn.Module):
         base = self.base_layer
         if isinstance(base, FrozenNF4) and not dequantize:
             raise ValueError("merging into a 4-bit weight rounds most of the adapter away (the steps between NF4 "
-                             "levels are larger than ΔW); pass dequantize=True to merge into a dense layer")
+                             "levels exceed than ΔW); pass dequantize=True to merge into a dense layer")  # fmt: skip
         if "forward" in vars(base):
             raise ValueError("the base layer's forward has been replaced, which the merged layer could not follow")
         delta = self.delta_weight()

@@ -19,8 +19,8 @@ def repeated_layers(model: nn.Module) -> dict[str, nn.Module]:
     """Path → layer of the blocks that a model repeats, in the order in which it holds them.
 
     They are what lies in an `nn.ModuleList` or `nn.Sequential` that lies in no other, has submodules and parameters of
-    its own, and is no list itself: the layers of a decoder, of an encoder and of a vision tower, whatever their names,
-    but not the experts or the projections within one.
+    its own, and is not a list itself: the layers of a decoder, of an encoder and of a vision tower, whatever their
+    names, but not the experts or the projections within one.
     """
     found, lists = {}, (nn.ModuleList, nn.Sequential)
 

@@ -253,7 +253,7 @@ def adapters_by_row(model: nn.Module, names: Sequence[str | None]):
     modules = modules_with_adapters(model)
     for path, module in modules.items():
         if isinstance(module, LoRAWeight):
-            raise ValueError(f"{path!r} is no linear layer, and its adapters cannot be chosen row by row")
+            raise ValueError(f"{path!r} is not a linear layer, and its adapters cannot be chosen row by row")
         if isinstance(module, ModuleToSave) and set(names) & set(module.copies):
             raise ValueError(f"{path!r} is replaced whole by one of the adapters, which cannot be done row by row")
     rows = {name: torch.tensor([i for i, n in enumerate(names) if n == name]) for name in chosen}

@@ -1,4 +1,4 @@
-"""Adapters on parameters that are no linear layer's: fused expert weights and routers (PEFT's `target_parameters`).
+"""Adapters on parameters that are not a linear layer's: fused expert weights and routers (PEFT's `target_parameters`).
 
 A weight W_e of one expert gets an adapter of its own, y = x W_eᵀ + (alpha / r) (x A_eᵀ) B_eᵀ. They lie as in PEFT's
 files: A (r E, in) expert after expert, B (out, r E) with the experts of one rank side by side. Dropout has no place
@@ -93,7 +93,7 @@ def kind_for(module: nn.Module) -> type[LoRALinear]:
 
 def parameter_targets(model: nn.Module) -> dict[str, nn.Module]:
     """Path → module of what is adapted as a parameter: fused expert weights, and modules with a `weight` (out, in)
-    that are no linear layers and no embeddings. Of a weight that is a parameter the module is not in the model yet."""
+    that are neither linear layers nor embeddings. A weight that is a parameter has no module in the model yet."""
     found = expert_weights(model)
     inside = tuple(f"{path}." for path, module in named_modules(model) if isinstance(module, LoRALinear))
     for path, module in named_modules(model):

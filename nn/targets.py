@@ -32,7 +32,7 @@ def select(model: nn.Module, target_modules, rank: int, lora_alpha: float, choic
     """What the targets and `apply_lora_to_model`'s choices select: path → module, in the model's order, linear or
     adapted already, and path → (rank, alpha, scaling)."""
     for choice in choices.keys() - CHOICES:
-        raise TypeError(f"{choice!r} is no setting of an adapter; those are {', '.join(sorted(CHOICES))}")
+        raise TypeError(f"{choice!r} is not a setting of an adapter; those are {', '.join(sorted(CHOICES))}")
     config = chosen_settings(r=rank, lora_alpha=lora_alpha, **choices)
     if config.layers_pattern and config.layers_to_transform is None:
         raise ValueError("layers_pattern needs layers_to_transform")
@@ -105,7 +105,7 @@ def _parameters(model: nn.Module, names: Collection[str], usual: Collection[str]
     for name in names:
         if not ending_in(known, [name]):
             others = ", ".join(sorted({last_two(full) for full in known}))
-            raise ValueError(f"target_parameters: {name!r} is no parameter that can be adapted; those are {others}")
+            raise ValueError(f"target_parameters: {name!r} is not a parameter that can be adapted; those are {others}")
     chosen = {known[name] for name in ending_in(known, [*names, *usual])}
     return {path: module for path, module in modules.items() if path in chosen}
 

@@ -262,7 +262,7 @@ def experts_layers(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
 
 
 def expert_weights(model: nn.Module) -> dict[str, nn.Module]:
-    """Path → module of every fused expert weight; a parameter's is a DenseExperts that is no part of the model."""
+    """Path → module of every fused expert weight; a parameter's is a DenseExperts that is not part of the model."""
     found = {}
     for path, layer in model.named_modules():
         for child in projections(layer):

@@ -105,7 +105,7 @@ def linear_layers(model: nn.Module, skip: Sequence[str]) -> tuple[list[tuple[str
     paths = dict(model.named_modules(remove_duplicate=False))
     for name in skip:
         if name != "lm_head" and not any(path and _within(path, name) for path in paths):
-            raise ValueError(f"skip names {name!r}, which is no part of any module's path in {type(model).__name__}")
+            raise ValueError(f"skip names {name!r}, which is not part of any module's path in {type(model).__name__}")
     keep = {id(module.weight) for module in paths.values() if isinstance(module, nn.Embedding)}
     output = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
     keep |= {id(output), id(getattr(output, "weight", None))}

@@ -1,7 +1,7 @@
 """Experts in MXFP4, the format that gpt-oss is published in: 32 weights share a scale that is a power of two.
 
 A code of 4 bits (E2M1) is a sign, two bits of exponent and one of mantissa: ±0, 0.5, 1, 1.5, 2, 3, 4 or 6. The scale is
-a byte (E8M0), 2 to its value less 127, and 255 is no number. So a decoded weight is exact in bf16, and 4.25 bits hold
+a byte (E8M0), 2 to its value less 127, and 255 is NaN. So a decoded weight is exact in bf16, and 4.25 bits hold
 what training made.
 
 Source: OCP Microscaling Formats (MX) specification v1.0, sections 5.2 and 5.3.

@@ -170,8 +170,6 @@ BYTES = {
 }
 
 
-
-
 @pytest.mark.parametrize(("content", "message"), BYTES.values(), ids=BYTES)
 def test_damaged_safetensors(files, content, message):
     (files / "adapter_model.safetensors").write_bytes(content)
@@ -231,7 +229,7 @@ CONFIG_FAULTS = {
     "targets mixed": ({"target_modules": ["q_proj", 3]}, "'target_modules'"),
     "targets an object": ({"target_modules": {"q_proj": 1}}, "'target_modules'"),
     "target that has no tensors": ({"target_modules": ["q_proj", "v_proj", "head"]}, "missing in the file: 'head'"),
-    "tensors that are no target": ({"target_modules": ["q_proj"]}, "unexpected in the file: 'block.v_proj'"),
+    "tensors that are not targets": ({"target_modules": ["q_proj"]}, "unexpected in the file: 'block.v_proj'"),
     "bad regex": ({"target_modules": "(q_proj"}, "not a regular expression"),
     "bad regex that repeats": ({"target_modules": "*q_proj"}, "not a regular expression"),
     "patterns a list": ({"rank_pattern": [2]}, "'rank_pattern'"),

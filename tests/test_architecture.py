@@ -24,13 +24,14 @@ PUBLIC = {
     "kernels": "backend",
     "kernels.lora": "lora_linear",
     "quant": "NF4_CODE quantize_nf4 dequantize_nf4 NF4Tensor quantize_affine dequantize_affine NF4Linear "
-    "quantize_model load_quantized quantization_summary",
+    "NF4Experts quantize_model load_quantized quantization_summary",
     "nn": "LoRALayer LoRALinear apply_lora_to_model mark_only_lora_as_trainable lora_parameters merge_lora "
     "unmerge_lora disable_lora save_adapter load_adapter set_adapter manual_checkpoint_forward checkpoint "
     "checkpoint_sequential TransformerBlock CheckpointedTransformerLayer linear_cross_entropy",
     "amp": "FloatFormat describe autocast GradScaler scaled_matmul MasterWeights MixedPrecisionTrainer",
     "optim": "AdamW AdamW8bit cosine_with_warmup GradientAccumulationTrainer ZeroOptimizer",
     "memory": "estimate measure analyze_lora_params analyze_memory_savings",
+    "gpu": "emulate KernelFault",
 }
 OPTIONAL = {"transformers", "tokenizers", "safetensors", "huggingface_hub", "gguf", "tqdm", "matplotlib", "peft",
             "bitsandbytes", "regex",
@@ -49,6 +50,8 @@ def syntax_trees():
     yield
     for module in (*PACKAGE.values(), *TESTS, *BENCHMARKS, *NOTEBOOKS):
         vars(module).pop("tree", None), vars(module).pop("definitions", None)
+
+
 TESTS, BENCHMARKS, NOTEBOOKS = scripts("tests/*.py"), scripts("benchmarks/*.py"), scripts("notebooks/*.py")
 KERNELS = [
     module
@@ -135,6 +138,18 @@ def test_every_module_says_what_it_is(module):
 def test_a_kernel_file_begins_with_its_reference(module):
     first = next(node for node in module.tree.body if isinstance(node, ast.FunctionDef))
     assert is_reference(first.name), f"{first.name} stands before the naive torch version"
+
+
+def test_the_reading_order_meets_the_naive_version_first():
+    """Each file of README's reading order: nothing is defined before the version of the study documents, put right."""
+    order = re.search(r"A good order to read them: (.*)", (ROOT / "README.md").read_text(encoding="utf-8"))[1]
+    files = re.findall(r"`([\w/]+\.py)`", order)
+    assert len(files) == 8
+    for file in files:
+        module = next(module for module in PACKAGE.values() if module.path == ROOT / file)
+        first = next(node.name for node in module.tree.body if isinstance(node, (ast.FunctionDef, ast.ClassDef)))
+        # manual_checkpoint_forward has the documents' name and Function.
+        assert is_reference(first) or (file, first) == ("nn/checkpoint.py", "_RecomputeFunction"), f"{file}: {first}"
 
 
 @each(KERNELS)

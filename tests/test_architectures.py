@@ -78,7 +78,7 @@ def test_skip_modules_stay_dense_and_are_recorded(tiny):
 
 
 @pytest.mark.parametrize("flags, said", [
-    (["--skip-modules", "nothing_like_it"], "skip names 'nothing_like_it', which is no part of any module's path"),
+    (["--skip-modules", "nothing_like_it"], "skip names 'nothing_like_it', which is not part of any module's path"),
     (["--skip-modules", "q_proj", "--method", "lora"], "--skip-modules leaves layers dense under --method qlora"),
     (["--skip-modules", ","], "--skip-modules must be at least one name"),
     (["--save-for", "vllm"], "argument --save-for: invalid choice: 'vllm'"),

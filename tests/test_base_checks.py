@@ -85,8 +85,8 @@ def _other(model_dir, directory, model):
 SMALL = {"vocab_size": 45, "hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 96,
          "max_position_embeddings": 128}  # fmt: skip
 OTHERS = {
-    "BertForMaskedLM": ("Bert", SMALL, "BertLMHeadModel is no causal language model"),
-    "RobertaForMaskedLM": ("Roberta", SMALL | {"max_position_embeddings": 130}, "is no causal language model"),
+    "BertForMaskedLM": ("Bert", SMALL, "BertLMHeadModel is not a causal language model"),
+    "RobertaForMaskedLM": ("Roberta", SMALL | {"max_position_embeddings": 130}, "is not a causal language model"),
     "LlamaForSequenceClassification": ("Llama", SMALL, "score.weight"),
     "LlamaModel": ("Llama", SMALL, "lm_head.weight"),
     "T5ForConditionalGeneration": ("T5", {"vocab_size": 45, "d_model": 64, "num_layers": 1}, "T5Config"),

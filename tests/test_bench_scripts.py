@@ -21,7 +21,7 @@ def test_every_script_is_found_and_offers_cases():
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_all_contestants_of_the_quick_cases_agree(name, monkeypatch):
+def test_all_providers_of_the_quick_cases_agree(name, monkeypatch):
     """Every rival's result is right and no case raises; times on this machine do not matter here."""
     monkeypatch.setattr(timing, "cache_bytes", lambda device: 1)
     for case in script(name).cases(CPU, True):

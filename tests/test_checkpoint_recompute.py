@@ -121,7 +121,7 @@ def test_a_parameter_stepped_before_backward_is_refused():
 
 @pytest.mark.parametrize("frozen", [False, True])
 def test_another_parameter_in_backward_is_refused(frozen):
-    """torch's gives the gradient of a function that forward did not compute; equal values are no fault."""
+    """torch's gives the gradient of a function that forward did not compute; equal values are not a fault."""
     net, x = nn.Linear(8, 8).requires_grad_(not frozen), torch.randn(4, 8, requires_grad=True)
     loss = checkpoint(lambda t: net(t.exp()).sin(), x).sum()
     (expected,) = torch.autograd.grad(loss, x, retain_graph=True)

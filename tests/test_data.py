@@ -267,7 +267,7 @@ class TestBatches:
         assert batch["labels"].tolist() == [[-100, 2, -100, -100], [-100, -100, 9, 2]]
         assert all(tensor.dtype == torch.int64 for tensor in batch.values())
 
-    @settings(deadline=None)  # a busy machine is no failure
+    @settings(deadline=None)  # a busy machine is not a failure
     @given(n=st.integers(1, 40), batch_size=st.integers(1, 50), seed=st.integers(0, 2**32), epochs=st.integers(1, 4))
     def test_every_epoch_holds_every_example_once(self, n, batch_size, seed, epochs):
         steps = -(-n * epochs // batch_size)

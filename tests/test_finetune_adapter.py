@@ -208,7 +208,7 @@ def test_a_damaged_record_is_named(finished, tmp_path, capsys):
 
 
 def test_generate_in_a_pipe(finished):
-    """Answers on stdout and nothing else; a reader that goes away, or an alphabet without é, is no error."""
+    """Answers on stdout and nothing else; a reader that goes away, or an alphabet without é, is not an error."""
     words = [sys.executable, "-m", "handtuned", "generate", "--adapter", str(finished), "--device", "cpu",
              "--max-new-tokens", "2"]  # fmt: skip
     done = subprocess.run(words, input="w1\nw2\n\nw3\n", capture_output=True, text=True)

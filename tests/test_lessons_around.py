@@ -119,7 +119,7 @@ def test_outside_of_a_notebook_nothing_is_kept(tmp_path, monkeypatch):
 def test_progress(notebook, capsys):
     stub = exercise.exercises_of("00")["00.1"].stub
     lessons.check("00.1", stub)
-    assert reader.recall()["answers"] == {}, "an untouched stub is no try"
+    assert reader.recall()["answers"] == {}, "an untouched stub is not a try"
     lessons.check("00.1", lambda count: count)
     lessons.check("00.1", lambda count: count / 2**30)
     lessons.check("00.1", lambda count: count)

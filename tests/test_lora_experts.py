@@ -215,7 +215,7 @@ def test_merged_model_is_saved_as_transformers_writes_it(tmp_path):
 
 @pytest.mark.parametrize("change, words", [
     ({"lora_dropout": 0.1}, "lora_dropout must be 0"),
-    ({"target_parameters": ["experts.up_proj"]}, "'experts.up_proj' is no parameter.*those are.*experts.gate_up_proj"),
+    ({"target_parameters": ["experts.up_proj"]}, "'experts.up_proj' is not a param.*those are.*experts.gate_up_proj"),
     ({"target_parameters": []}, "at least one"),
 ])  # fmt: skip
 def test_refusals(change, words):

@@ -9,7 +9,7 @@ from handtuned.kernels.matmul import lora_product
 from helpers import assert_computes, assert_same_function, assert_within_budget
 from lora_layers import each_dtype, layer, operands
 
-# M, N, K, r: ones, tails on every side of a tile, ranks that are no power of two, several tiles and splits
+# M, N, K, r: ones, tails on every side of a tile, ranks that are not a power of two, several tiles and splits
 SHAPES = [(1, 1, 1, 1), (3, 65, 64, 5), (70, 130, 67, 3), (65, 63, 129, 17)]
 
 each_shape = pytest.mark.parametrize("shape", SHAPES, ids=lambda shape: "M{}-N{}-K{}-r{}".format(*shape))

@@ -21,14 +21,18 @@ GB, GIB = 10**9, 2**30
 
 class TestTheDocumentsFigures:
     def test_001_a_7b_model_in_fp32(self):
-        ledger = estimate(7e9)
-        assert (ledger["weights"], ledger["gradients"], ledger["optimizer state"]) == (28 * GB, 28 * GB, 56 * GB)
+        breakdown = estimate(7e9)
+        assert (breakdown["weights"], breakdown["gradients"], breakdown["optimizer state"]) == (
+            28 * GB,
+            28 * GB,
+            56 * GB,
+        )
 
     def test_002_sixteen_bytes_a_parameter_in_mixed_precision(self):
-        ledger = estimate(7e9, dtype="bfloat16")
+        breakdown = estimate(7e9, dtype="bfloat16")
         parts = ("weights", "gradients", "master weights", "optimizer state")
-        assert [ledger[part] for part in parts] == [14 * GB, 14 * GB, 28 * GB, 56 * GB]
-        assert ledger.states == 16 * 7 * GB == 112 * GB
+        assert [breakdown[part] for part in parts] == [14 * GB, 14 * GB, 28 * GB, 56 * GB]
+        assert breakdown.states == 16 * 7 * GB == 112 * GB
 
     @pytest.mark.parametrize(("stage", "expected"), [(0, 112), (1, 38.5), (2, 26.25), (3, 14)])
     def test_002_zero_over_eight_devices(self, stage, expected):
@@ -44,9 +48,9 @@ class TestTheDocumentsFigures:
         assert korthikanti(1, 2048, 4096, 32, 32, flash=True) == 8.5 * GIB
 
     def test_003_18_gb_leaves_out_the_masters(self):
-        ledger = estimate("qwen2.5-1.5b", dtype="bfloat16")
-        assert (ledger.states - ledger["master weights"]) / GB == pytest.approx(18.5, abs=0.05)
-        assert ledger.states / GB == pytest.approx(24.7, abs=0.05)
+        breakdown = estimate("qwen2.5-1.5b", dtype="bfloat16")
+        assert (breakdown.states - breakdown["master weights"]) / GB == pytest.approx(18.5, abs=0.05)
+        assert breakdown.states / GB == pytest.approx(24.7, abs=0.05)
 
     def test_003_1_gb_leaves_out_the_embeddings_and_more(self):
         assert estimate("qwen2.5-1.5b", "qlora", "bfloat16").states / GB == pytest.approx(1.29, abs=0.01)
@@ -141,11 +145,13 @@ class TestEstimate:
         config = transformers.LlamaConfig(vocab_size=256, hidden_size=64, intermediate_size=192, num_hidden_layers=7)
         for method in ("full", "lora", "qlora"):
             for checkpoint in (False, True, 5):
-                ledger = estimate(config, method, batch=2, seq=100, checkpoint=checkpoint)
+                breakdown = estimate(config, method, batch=2, seq=100, checkpoint=checkpoint)
                 assert (
-                    sum(line.at_peak for line in ledger.lines.values()) == ledger.peak == max(ledger.moments.values())
+                    sum(line.at_peak for line in breakdown.lines.values())
+                    == breakdown.peak
+                    == max(breakdown.moments.values())
                 )
-                assert all(0 <= line.at_peak <= line.full for line in ledger.lines.values())
+                assert all(0 <= line.at_peak <= line.full for line in breakdown.lines.values())
 
     def test_accumulation_keeps_gradients_during_forward(self):
         once, twice = (estimate("smollm2", batch=8, accumulation_steps=k) for k in (1, 2))
@@ -274,14 +280,14 @@ class TestRecommend:
                          "optimizer offload", "LoRA", "QLoRA"]  # fmt: skip
 
     def test_what_is_not_needed_is_left_out(self):
-        _, needed, ledger = fit(SETTINGS, 12 * GB, host=False)
-        assert needed[-1] == "QLoRA" and ledger.peak <= 12 * GB
+        _, needed, breakdown = fit(SETTINGS, 12 * GB, host=False)
+        assert needed[-1] == "QLoRA" and breakdown.peak <= 12 * GB
         for name in needed[:-1]:
             assert name != "batch 1, 4 times accumulated", "checkpointing alone is enough beside QLoRA"
 
     def test_zero_where_there_are_devices(self):
-        tried, needed, ledger = fit({**SETTINGS, "world_size": 8}, 40 * GB)
-        assert needed[-1] == "ZeRO-2" and "ZeRO-1" not in needed and ledger.peak <= 40 * GB
+        tried, needed, breakdown = fit({**SETTINGS, "world_size": 8}, 40 * GB)
+        assert needed[-1] == "ZeRO-2" and "ZeRO-1" not in needed and breakdown.peak <= 40 * GB
         assert [name for name, _ in tried][-2:] == ["ZeRO-1", "ZeRO-2"]
 
     def test_nothing_is_enough(self):

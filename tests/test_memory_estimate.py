@@ -28,8 +28,8 @@ def check(build, method, batch, seq, dtype=torch.float32, flash=True, within=0.0
         memory.reset_peak()
         step()
     peak = memory.peak_added
-    ledger = estimate(model, method, dtype, batch=batch, seq=seq, flash=flash, **how)
-    assert ledger.peak == pytest.approx(peak, rel=within), f"{ledger.peak / peak - 1:+.2%}\n{ledger}"
+    breakdown = estimate(model, method, dtype, batch=batch, seq=seq, flash=flash, **how)
+    assert breakdown.peak == pytest.approx(peak, rel=within), f"{breakdown.peak / peak - 1:+.2%}\n{breakdown}"
     return peak, step
 
 

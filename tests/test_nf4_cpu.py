@@ -27,7 +27,7 @@ def _reference(q):
 def test_the_references_bits_between_canaries(n, block_size, double_quant):
     q = quantize_nf4(torch.randn(n) * torch.rand(n).mul(20).sub(10).exp(), block_size, double_quant)
     memory = torch.full((n + 8,), 123.25)
-    _native(q, memory[3 : n + 3])  # also an address that is no multiple of 16
+    _native(q, memory[3 : n + 3])  # also an address that is not a multiple of 16
     assert torch.equal(memory[3 : n + 3], _reference(q))
     assert (memory[:3] == 123.25).all() and (memory[n + 3 :] == 123.25).all()
 

@@ -261,7 +261,7 @@ def test_choices_that_fit_nothing(choices, message):
     with pytest.raises(ValueError, match=message):
         apply_lora_to_model(model, 2, 8, ["q_proj"], **choices)
     assert not list(lora_layers(model)) and all(p.requires_grad for p in model.parameters())
-    with pytest.raises(TypeError, match="'rank_patern' is no setting"):
+    with pytest.raises(TypeError, match="'rank_patern' is not a setting"):
         apply_lora_to_model(model, 2, 8, ["q_proj"], rank_patern={})
 
 

@@ -68,7 +68,7 @@ def test_a_rival_that_is_not_installed_is_skipped_and_said_so(monkeypatch):
 
     record = timing.run_case(doubling(liger=liger, torch=other), CPU, rounds=3)
     assert record["skipped"] == {"liger": "liger_kernel is not installed"}
-    assert "no_such_module" in record["failed"]["torch"], "a module missing inside a rival is no absent rival"
+    assert "no_such_module" in record["failed"]["torch"], "a module missing inside a rival is not an absent rival"
 
 
 def test_rivals_not_asked_for_are_left_out():

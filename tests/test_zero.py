@@ -81,8 +81,8 @@ def test_the_command_says_so(capsys):
 
 def test_masters_are_stepped_with_fp32_gradients_beside_the_16_bit_ones():
     """Stage 1 of 7B on 8: weights and gradients 28 GB, masters and moments 84 / 8, FP32 gradients of a shard 28 / 8."""
-    ledger = estimate(7e9, dtype="bfloat16", zero=1, world_size=8)
-    assert ledger.moments["optimizer step"] == 42 * 10**9
+    breakdown = estimate(7e9, dtype="bfloat16", zero=1, world_size=8)
+    assert breakdown.moments["optimizer step"] == 42 * 10**9
 
 
 @pytest.mark.parametrize(

@@ -52,10 +52,10 @@ def check_bytes_a_rank():
             counted, held = alive() - before, zero.bytes_held()
             assert abs(counted - formulas[stage]) <= slack, f"{dtype} stage {stage}: {counted}, {formulas[stage]}"
             assert abs(sum(held.values()) - counted) <= 20 * 8, (held, counted)
-            ledger = estimate(count, dtype=dtype, zero=stage, world_size=size)
-            assert abs(ledger.states - counted) <= slack
-            states = ledger["optimizer state"] + ledger["master weights"]
-            for name, told in (("parameters", ledger["weights"]), ("gradients", ledger["gradients"]),
+            breakdown = estimate(count, dtype=dtype, zero=stage, world_size=size)
+            assert abs(breakdown.states - counted) <= slack
+            states = breakdown["optimizer state"] + breakdown["master weights"]
+            for name, told in (("parameters", breakdown["weights"]), ("gradients", breakdown["gradients"]),
                                ("optimizer state", states)):  # fmt: skip
                 assert abs(held[name] - told) <= slack, (stage, name, held, told)
             zero.close()
@@ -257,6 +257,6 @@ def check_offload_bytes():
         # The rank's weights in BF16 are on the host too, 2A/N beside gradients, masters and moments.
         assert abs(held["parameters"] + held["gradients"] - device) <= slack, held
         assert held["optimizer state"] == 0 and abs(held["host"] - 16 * count / size) <= slack, held
-        ledger = estimate(count, dtype="bfloat16", zero=stage, world_size=size, offload=True)
-        assert abs(ledger.states - device) <= slack and abs(ledger.host - 14 * count / size) <= slack, ledger
+        breakdown = estimate(count, dtype="bfloat16", zero=stage, world_size=size, offload=True)
+        assert abs(breakdown.states - device) <= slack and abs(breakdown.host - 14 * count / size) <= slack, breakdown
         zero.close()

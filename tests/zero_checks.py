@@ -240,7 +240,7 @@ def check_state_dict_is_the_whole_optimizers():
 def check_8_bit_blocks_are_as_alone():
     """Tensors below and at the size from which moments are encoded, the last block not whole: with equal gradients the
     bits of `AdamW8bit` alone, whose state passes both ways. (Cuts are at multiples of 16 elements: torch's fused AdamW
-    rounds the last few of a tensor, which are no whole vector, in another way.)"""
+    rounds the last few of a tensor, which are not a whole vector, in another way.)"""
     for stage in STAGES:
         models = []
         for _ in range(2):

@@ -29,7 +29,7 @@ TABLES = {".csv": ",", ".tsv": "\t"}
 UNREAD = {b"BZh": "bzip2", b"\xfd7zXZ\0": "xz", b"PK\3\4": "zip", b"7z\xbc\xaf": "7-Zip"}
 SUFFIXES = {".json", ".jsonl", ".ndjson", ".txt", ".parquet", ".arrow", *TABLES}
 ABOUT = ("dataset_info.json", "state.json", "dataset_dict.json")
-# An object that is no row itself but holds a list of rows, and no messages, behind numbers and texts at most.
+# An object that is not a row itself but holds a list of rows, and no messages, behind numbers and texts at most.
 WRAPPED = re.compile(
     r'\{(?:\s*"[^"\\]*"\s*:\s*(?:"[^"\\]*"|[\w.+-]+)\s*,)*'
     r'\s*"(?!(?:messages|conversations|prompt|completion|tools|chosen|rejected)")[^"\\]*"\s*:\s*'
@@ -94,7 +94,7 @@ def _hub(name: str) -> Iterator[Place]:
 
 
 class _Counted(io.RawIOBase):
-    """What is read of a pipe, or unpacked from the stream `packed` if it is no bomb; neither counts that by itself."""
+    """What is read of a pipe, or unpacked from the stream `packed` unless that is a bomb; neither counts it itself."""
 
     def __init__(self, stream, packed=None, name: str = ""):
         self.stream, self.packed, self.name, self.count = stream, packed, name, 0

@@ -207,7 +207,7 @@ def _text(fields: dict, name: str) -> str:
 def _check_characters(text: str, what: str) -> None:
     if bad := NO_CHARACTER.search(text):
         kind = "half of a surrogate pair" if "\ud800" <= bad[0] <= "\udfff" else f"the code point {ord(bad[0]):#x}"
-        raise DataError(f"{what} {kind}, which is no character, at {bad.start() + 1}")
+        raise DataError(f"{what} {kind}, which is not a character, at {bad.start() + 1}")
 
 
 def _parsed(value: object, what: str) -> object:

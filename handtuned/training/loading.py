@@ -206,5 +206,5 @@ def check_causal(model: torch.nn.Module, tokens, name: str) -> None:
         one, two = (model(input_ids=rows, use_cache=False).logits[0].float() for rows in (ids, other))
     before, last = ((one - two)[part].norm() for part in (slice(-1), slice(-1, None)))
     if before > last * torch.finfo(model.dtype).eps ** 0.5:
-        raise ValueError(f"--model {name}: {type(model).__name__} is no causal language model: a token changes the "
+        raise ValueError(f"--model {name}: {type(model).__name__} is not a causal language model: a token changes the "
                          "logits of those before it")  # fmt: skip

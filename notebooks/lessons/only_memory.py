@@ -7,7 +7,7 @@ from torch.utils._pytree import tree_leaves
 from .exercise import WrongAnswer
 from .places import own_line
 
-# What is no view and computes nothing.
+# What is not a view and computes nothing.
 _HARMLESS = {
     "empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided", "zeros", "zeros_like", "new_zeros",
     "ones", "ones_like", "new_ones", "full", "full_like", "new_full", "scalar_tensor", "arange", "zero_", "fill_",

@@ -148,7 +148,7 @@ def step(kernel, grid, *args, programs: int | None = 4, **constants) -> Steps:
         Steps. An error in the kernel does not raise: `error` says it, after the steps that led there.
 
     Raises:
-        ValueError: the kernel is not interpreted, or cannot be launched so; `programs` is no number of programs.
+        ValueError: the kernel is not interpreted, or cannot be launched so; `programs` is not a number of programs.
     """
     if programs is not None and not (isinstance(programs, int) and programs > 0):
         raise ValueError(f"programs must be a whole number of 1 or more, or None for all, got {programs!r}")

@@ -92,7 +92,7 @@ def _check_kept_bytes(candidate):
     linear = nn.Linear(5, 7)
     parameters = kept(lambda x: linear(x + 1).relu(), x)
     if parameters != 60 + 84:
-        view = " Linear saves a transposed view of its weight, which is no leaf itself; its ._base is the parameter."
+        view = " Linear saves a transposed view of its weight, which is not a leaf itself; its ._base is the parameter."
         raise WrongAnswer(
             "linear keeps its input (60 bytes) and its weight, relu its result (84 bytes); the weight is a parameter "
             f"that was there before, so 144 bytes are kept, got {parameters}.{view if parameters == 284 else ''}"
