@@ -99,7 +99,7 @@ def test_with_less_every_case_has_its_first_rounds_before_any_has_more(timed, wo
     assert seconds <= limit and len(found) == 10 and all(not why for _, why in found)
     assert min(taken for taken, _ in found) >= 3
     short = [taken for taken, _ in found if taken < 20]
-    assert short, "all rounds would take 40 calls a case, 560 in all"
+    assert short, "all rounds would take 40 calls per case, 560 in all"
     assert f"   [{short[0]} of 20 rounds: the time was up]" in said
     assert f"{len(short)} of 10 cases were cut short or left out" in said
 

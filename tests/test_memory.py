@@ -28,7 +28,7 @@ class TestTheDocumentsFigures:
             56 * GB,
         )
 
-    def test_002_sixteen_bytes_a_parameter_in_mixed_precision(self):
+    def test_002_sixteen_bytes_per_parameter_in_mixed_precision(self):
         breakdown = estimate(7e9, dtype="bfloat16")
         parts = ("weights", "gradients", "master weights", "optimizer state")
         assert [breakdown[part] for part in parts] == [14 * GB, 14 * GB, 28 * GB, 56 * GB]

@@ -117,7 +117,7 @@ def test_autocast_is_that_of_linear():
         assert layer(x.double()).dtype == torch.float64, "autocast leaves float64 alone"
 
 
-def test_bytes_a_weight():
+def test_bytes_per_weight():
     layer = _layer(4096, 1024, bias=False)
     held = sum(t.numel() * t.element_size() for t in [*layer.parameters(), *layer.buffers()])
     assert layer.quantized.nbytes / 2**22 <= 0.516

@@ -1,7 +1,7 @@
 """Loads and stores: who takes part, what it costs, whether it is allowed.
 
 An `Access` is the flat list of the threads that take part in one memory instruction, with the address of each. Where
-all threads of a program share an address it holds one entry a program, and where all programs do, one entry.
+all threads of a program share an address it holds one entry per program, and where all programs do, one entry.
 """
 
 import numpy as np
