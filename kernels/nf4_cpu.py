@@ -17,7 +17,7 @@ import ctypes
 
 import torch
 
-from .runtime import reference_is_forced, traced
+from .runtime import reference_is_forced, scratch, traced
 
 # Which instructions the C may use. It obeys ATEN_CPU_CAPABILITY, as torch does.
 PLAIN, AVX2, AVX512, AVX512_BF16 = range(4)
@@ -142,7 +142,7 @@ def nf4_product_native(
         strides = low.stride() if transposed else (low.stride(1), low.stride(0))
         adapter = S.data_ptr(), low.data_ptr(), S.shape[1], *strides
     bias = None if bias is None else bias.to(dtype).to(native).contiguous()
-    unzipped = torch.empty((min(M, BATCH), K), dtype=native, device="cpu") if transposed else None
+    unzipped = scratch((min(M, BATCH), K), native, x.device) if transposed else None
     w = _weight(weight, levels)
     _library.handtuned_nf4_product(
         ctypes.byref(w), N, K, transposed, level, _ROUNDED[dtype], x.data_ptr(), x.stride(0), M,

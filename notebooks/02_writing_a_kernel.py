@@ -149,7 +149,7 @@ except lessons.WrongAnswer as caught:
 # %% [markdown]
 # ## Exercise 02.1: out = a·x + y
 #
-# Write a kernel for $a x + y$, where $a$ is a number and $x$, $y$ are vectors, and `axpy(a, x, y, out)`, which launches it. The checker tries lengths that are no multiple of anything, with canaries. (A number is passed to a kernel like a length: without a pointer.)
+# Write a kernel for $a x + y$, where $a$ is a number and $x$, $y$ are vectors, and `axpy(a, x, y, out)`, which launches it. The checker tries lengths that are not a multiple of anything, with canaries. (A number is passed to a kernel like a length: without a pointer.)
 
 
 # %%
@@ -601,7 +601,7 @@ else:
 #
 # * A kernel is one program in many copies. A copy knows its number; from that it computes which elements are its own.
 # * The last block hangs over. Mask every load and store, and choose `other` by what comes next: 0 for a sum, −∞ for a maximum or softmax.
-# * Out of bounds, nothing complains. Test with canaries, on lengths that are no multiple of the block.
+# * Out of bounds, nothing complains. Test with canaries, on lengths that are not a multiple of the block.
 # * Load, convert to FP32, do everything, round once, store. Elementwise kernels are bound by memory: count bytes.
 # * A row begins at a stride, not at the number of columns. A block with two dimensions is a column of offsets plus a row of them.
 # * Threads of a warp ask together: neighbours should read neighbours (sectors), and different banks (wavefronts).
