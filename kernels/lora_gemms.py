@@ -153,7 +153,7 @@ def _down_grad(dS, x, dtype, dropout=None, scale=1.0):
 
 
 def _down_by_torch(x, lora_A, dropout=None):
-    return lora_down_reference(_wide(x), lora_A.to(x.dtype), dropout and dropout.mask(*x.shape, x.dtype)).to(x.dtype)
+    return lora_down_reference(_wide(x), lora_A, dropout and dropout.mask(*x.shape, x.dtype)).to(x.dtype)
 
 
 def lora_down(x: torch.Tensor, lora_A: torch.Tensor, dropout: Dropout | None = None) -> torch.Tensor:
