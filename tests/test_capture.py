@@ -63,7 +63,6 @@ def gpu(monkeypatch):
     monkeypatch.setattr(torch.Tensor, "pin_memory", lambda self: pinned(self.clone()))
     monkeypatch.setattr(unscale, "_spare", {})
     monkeypatch.setattr(unscale, "_captured", [])
-    monkeypatch.setattr(adamw, "_last", {})
     empty_like = torch.empty_like
     monkeypatch.setattr(torch, "empty_like", lambda t, pin_memory=False, **k: (
         pinned(empty_like(t, **k)) if pin_memory else empty_like(t, **k)))  # fmt: skip
