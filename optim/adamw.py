@@ -143,7 +143,8 @@ class AdamW(torch.optim.Optimizer):
             scalars = [None if t is None else t.to(device, non_blocking=True) for t in (grad_scale, found_inf, sq_norm)]
             step = step_function(of_device[0].params[0], self.param_groups[0]["fused"])
             if step is adamw_step_:
-                self._tables[device] = adamw_step_(of_device, *scalars, max_norm, self._tables.get(device))
+                tables = adamw_step_(of_device, *scalars, max_norm, self._tables.get(device))
+                self._tables.setdefault(device, tables)
             else:
                 step(of_device, *scalars, max_norm)
         if not as_before and all(self._tables.get(device) for device in by_device):

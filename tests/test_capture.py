@@ -143,6 +143,18 @@ def test_each_graph_has_pinned_memory_of_its_own(gpu):
         assert len({id(memory) for memory in unscale._captured}) == len(unscale._captured) == 4 * graphs
 
 
+def test_tables_made_under_capture_are_the_graphs_alone(gpu, monkeypatch):
+    """They are empty until it runs: an ordinary step in between would follow whatever addresses stood there."""
+    p, tables = torch.nn.Parameter(torch.empty(3, device="meta")), []
+    p.grad = torch.empty(3, device="meta")
+    monkeypatch.setattr(adamw, "launch", lambda kernel, grid, table, *a, **k: tables.append(table))
+    optimizer = AdamW([p], fused=True)
+    for gpu.capturing[0] in (False, True, False):
+        optimizer.step()
+    first, captured, last = tables[::2]  # two launches a step
+    assert last is first and captured is not first
+
+
 def test_without_a_warm_up_the_error_says_so(gpu):
     step = training_step(True)
     gpu.capturing[0] = True
