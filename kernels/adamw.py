@@ -13,8 +13,8 @@ About 15 FLOPs per element against 28 bytes (read p, g, m, v; write p, m, v), so
 28 bytes per parameter, 30 with a 16-bit copy of p. Written as separate passes the same
 work moves 48 bytes and more: unscaling reads and writes g, clipping does it again.
 
-One launch covers every tensor by a table of addresses (see `unscale.py`), which is made again when an address
-has changed. Tensors that are not aligned to 16 bytes have a launch of their own, with narrow loads. Whether the step is
+One launch covers every tensor by a table of addresses (see `unscale.py`), which an optimizer keeps while nothing
+moves. Tensors that are not aligned to 16 bytes have a launch of their own, with narrow loads. Whether the step is
 skipped, and by what gradients are multiplied, is read from the device, so nothing waits for the
 GPU. A small launch before it, one program a tensor, advances the step counters (which the
 many programs of a tensor could not do without racing) and works out the scalars in fp64.
@@ -270,11 +270,10 @@ def _tables(groups, write_back, stand_ins):
 
 
 def memory_of(groups: Sequence[ParamGroup]) -> list | None:
-    """All that `_tables` depends on, to be compared; None if a parameter or gradient is not contiguous,
-    or a counter is a number (as in state dicts of an old torch).
+    """What `_tables` is made from, to be compared; None if it cannot be told so (strides, counters that are numbers).
 
-    Another tensor has another address, but gradients come anew in every step, often where others were: their dtypes
-    and sizes are read too. The strides of a tensor may change where it lies.
+    A tensor in place of another has another address. But gradients come anew in every step, often where those before
+    lay, so of them dtype and size are read too, and the strides of a tensor may change where it lies.
     """
     if not all(all(map(torch.Tensor.is_contiguous, chain(group.params, group.grads))) for group in groups):
         return None

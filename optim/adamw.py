@@ -13,14 +13,7 @@ import torch
 from torch.optim.adamw import adamw as torch_adamw
 
 from ..kernels import backend
-from ..kernels.adamw import (
-    ParamGroup,
-    adamw_step_,
-    adamw_step_reference_,
-    gradient_factor,
-    memory_of,
-    same_layout,
-)  # fmt: skip
+from ..kernels.adamw import ParamGroup, adamw_step_, adamw_step_reference_, gradient_factor, memory_of, same_layout
 from ..kernels.unscale import squared_norm
 
 # Of hundreds of tensors through `map`: half the time of a loop over `device`.
@@ -77,7 +70,7 @@ class AdamW(torch.optim.Optimizer):
     """
 
     writes_copies = True  # read by amp.MasterWeights: `step` takes `copies`
-    _seen, _tables = None, {}  # `memory_of` all groups at the last step, and what its launches read, by device
+    _seen, _tables = None, {}  # `memory_of` all groups when tables were made last, and these by device
 
     def __init__(
         self, params, lr: float = 1e-3, betas: tuple[float, float] = (0.9, 0.999), eps: float = 1e-8,
@@ -92,7 +85,7 @@ class AdamW(torch.optim.Optimizer):
 
     def __setstate__(self, state: dict) -> None:
         super().__setstate__(state)
-        self._seen = None
+        self._seen = None  # moments of another size may lie where those before did
         for group in self.param_groups:  # a state dict of an earlier torch lacks the younger flags
             group.update(FLAGS | group)
 
@@ -126,11 +119,10 @@ class AdamW(torch.optim.Optimizer):
         """
         loss = torch.enable_grad()(closure)() if closure else None
         groups = self._collect(copies or {})
-        # Hundreds of tensors are read for this: only where the last step has left tables.
-        as_before = self._seen is not None and self._seen == memory_of(groups)
+        as_before = self._seen is not None and self._seen == memory_of(groups)  # a CPU has no tables, and reads nothing
         if not as_before:
             self._seen, self._tables = None, {}
-        # Tables of one device were made for all groups.
+        # If there are tables for one device only, all groups are there, with counters as they should be.
         by_device = {device: groups for device in self._tables} if len(self._tables) == 1 else self._by_device(groups)
         if not by_device:
             return loss

@@ -179,3 +179,24 @@ def test_what_has_shrunk_is_refused(kernel_backend, device, where):
         run.params[1].data = run.params[1].data[:4]
     with pytest.raises(ValueError, match=r"must be of one size, got .*\(4,\)"):
         run.steps()
+
+
+def test_loaded_state_has_tables_of_its_own(kernel_backend, device, made, monkeypatch):
+    """Moments of another size may lie where the old ones did, and sizes of moments are read for new tables only."""
+    run = Run(device)
+    monkeypatch.setattr("handtuned.optim.adamw.memory_of", lambda groups: run.optimizer._seen)
+    run.steps()
+    assert len(made) == 1
+    run.optimizer.load_state_dict(run.optimizer.state_dict())
+    run.steps()
+    assert len(made) == 2
+
+
+def test_a_group_on_several_devices_is_stepped_in_parts(monkeypatch, device):
+    """Two devices, as far as the optimizer can tell."""
+    whole = Run(device, fused=False)
+    monkeypatch.setattr("handtuned.optim.adamw.INDEX", lambda t: t.numel() % 64)
+    parts = Run(device, fused=False)
+    assert len(parts.optimizer._by_device(parts.optimizer._collect({}))[parts.params[0].device]) == 2
+    for a, b in zip(parts.tensors(), whole.tensors(), strict=True):
+        assert torch.equal(a, b)
