@@ -106,6 +106,10 @@ def a_step_that_is_a_number(run):
     run.state(0)["step"] = 7
 
 
+def a_step_of_another_dtype(run):
+    run.state(0)["step"] = run.state(0)["step"].double()
+
+
 def replaced(run, key):
     run.state(0)[key] = run.state(2)[key] * 0.5
 
@@ -130,6 +134,7 @@ CHANGES = [
     grads_elsewhere, grad_of_another_dtype_where_it_lies, grad_transposed_where_it_lies, a_parameter_without_gradient,
     a_loaded_state, another_group, another_rate, another_order, a_moved_parameter, a_transposed_parameter,
     a_parameter_over_other_memory, a_state_of_its_own, a_step_that_is_a_number,
+    a_step_of_another_dtype,
     *(pytest.param(partial(change, key=key), id=f"{key}_{change.__name__}")
       for change in (replaced, moved, exchanged) for key in ("exp_avg", "exp_avg_sq", "step")),
     *(pytest.param(partial(copied, change=change), id=name) for name, change in {
