@@ -129,20 +129,22 @@ static inline uint16_t to_bf16(float x)
     return x != x ? 0x7fc0 : (bits + 0x7fff + (bits >> 16 & 1)) >> 16;
 }
 
-/* totals += x · columnsᵀ, for some rows of x, in tiles; the columns lie in a panel, or, without one, in W. */
+/* totals += x · columnsᵀ, for some rows of x, in tiles; the columns lie in a panel, or, without one, in W, which is then
+ * read row by row: memory is fastest in its order. */
 static void add_products(
     const kind *k, int64_t rows, const char *x, int64_t x_stride, const char *panel, coded w, int64_t terms,
     int64_t columns, float *totals)
 {
     for (int64_t m = 0, taken; m < rows; m += taken) {
         taken = rows - m >= k->rows ? k->rows : rows - m >= 2 ? 2 : 1;
-        for (int64_t c = 0; c < columns; c += 4) {
-            coded of = w;
-            of.first += c * w.K, of.columns -= c;
-            k->tile(
-                taken, x + m * x_stride * k->size, x_stride, panel ? panel + c * STRIDE(char) : NULL, &of, terms,
-                totals + m * COLUMNS + c);
-        }
+        for (int64_t c = 0; c < columns; c += 4)
+            for (int64_t term = 0, part = BYTES / k->size; term < terms; term += part) {
+                coded of = w;
+                of.first += c * w.K + term, of.columns -= c;
+                k->tile(
+                    taken, x + (m * x_stride + term) * k->size, x_stride, panel ? panel + c * STRIDE(char) : NULL, &of,
+                    at_most(terms - term, part), totals + m * COLUMNS + c);
+            }
     }
 }
 
@@ -187,7 +189,7 @@ static void product(
                                 c < there ? scale * b[(column + c) * b_column + (j + r) * b_rank] : 0;
                     k->add_low_rank(rows, s + top * rank + j, rank, factor, some, totals);
                 }
-                for (int64_t term = 0, part = BYTES / k->size; term < terms; term += part) {
+                for (int64_t term = 0, part = few ? terms : BYTES / k->size; term < terms; term += part) {
                     const int64_t some = at_most(terms - term, part);
                     const char *from = batch + term * k->size;
                     const coded codes = {*w, column * K + term, K, there, rounding};
