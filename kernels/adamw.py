@@ -13,8 +13,8 @@ About 15 FLOPs per element against 28 bytes (read p, g, m, v; write p, m, v), so
 28 bytes per parameter, 30 with a 16-bit copy of p. Written as separate passes the same
 work moves 48 bytes and more: unscaling reads and writes g, clipping does it again.
 
-One launch covers every tensor by a table of addresses (see `unscale.py`), which is made again when an address
-has changed. Tensors that are not aligned to 16 bytes have a launch of their own, with narrow loads. Whether the step is
+One launch covers every tensor by a table of addresses (see `unscale.py`), which an optimizer keeps while nothing
+moves. Tensors that are not aligned to 16 bytes have a launch of their own, with narrow loads. Whether the step is
 skipped, and by what gradients are multiplied, is read from the device, so nothing waits for the
 GPU. A small launch before it, one program a tensor, advances the step counters (which the
 many programs of a tensor could not do without racing) and works out the scalars in fp64.
@@ -269,31 +269,30 @@ def _tables(groups, write_back, stand_ins):
     return tables
 
 
-_last: dict[torch.device, tuple] = {}  # the tables of the step before, and what they were made for
+def memory_of(groups: Sequence[ParamGroup]) -> list | None:
+    """What `_tables` is made from, to be compared; None if it cannot be told so (strides, counters that are numbers).
 
-
-def _tables_as_before(groups, write_back, stand_ins):
-    """`_tables`, made again only if an address has changed, or a gradient at the same one."""
-    device, seen = groups[0].params[0].device, []
-    # Of tensors that are not contiguous the strides may change where addresses do not.
-    contiguous = all(all(map(torch.Tensor.is_contiguous, (*group.params, *group.grads))) for group in groups)
+    A tensor in place of another has another address. But gradients come anew in every step, often where those before
+    lay, so of them dtype and size are read too, and the strides of a tensor may change where it lies.
+    """
+    if not all(all(map(torch.Tensor.is_contiguous, chain(group.params, group.grads))) for group in groups):
+        return None
+    seen = []
     for group in groups:
+        if set(map(type, group.steps)) != {torch.Tensor}:
+            return None
         for tensors in (group.params, group.grads, group.exp_avgs, group.exp_avg_sqs, group.steps):
             seen.append([*map(torch.Tensor.data_ptr, tensors)])
-        seen.append([None if copy is None else (copy.data_ptr(), copy.dtype) for copy in group.copies])
+        seen.append([None if c is None else (c.data_ptr(), c.dtype, c.shape, c.stride()) for c in group.copies])
         seen += [*map(torch.Tensor.numel, group.grads)], [*map(attrgetter("dtype"), group.grads)]
-    before, tables = _last.get(device, (None, None))
-    if not contiguous or before != seen or (device.type != "cpu" and torch.cuda.is_current_stream_capturing()):
-        tables = _tables(groups, write_back, stand_ins)
-        _last[device] = (seen if contiguous and not stand_ins else None), tables
-    return tables
+    return seen
 
 
 @torch.no_grad()
 def adamw_step_(
     groups: Sequence[ParamGroup], grad_scale: torch.Tensor | None = None, found_inf: torch.Tensor | None = None,
-    sq_norm: torch.Tensor | None = None, max_norm: float | None = None,
-) -> None:  # fmt: skip
+    sq_norm: torch.Tensor | None = None, max_norm: float | None = None, tables: list | None = None,
+) -> list | None:  # fmt: skip
     """One AdamW update of all parameters of all groups, in place.
 
     One launch for each combination of dtypes (parameter, gradient, copy), so one for an ordinary model. Once warmed up
@@ -306,6 +305,10 @@ def adamw_step_(
         found_inf: 0-dim float32; anything but 0 makes the call change nothing, counters included.
         sq_norm: 0-dim float32, Σ g² of the gradients as they are (still scaled): clips their norm to `max_norm`.
         max_norm: bound of the norm of the unscaled gradients; needed with `sq_norm`.
+        tables: what an earlier call returned, if `memory_of(groups)` was then as it is now.
+
+    Returns:
+        The tables of addresses, for later calls; None if they serve this call alone.
 
     Raises:
         TypeError: a parameter or gradient is not float32, float16, bfloat16 or float64.
@@ -313,13 +316,18 @@ def adamw_step_(
     """
     groups = [group for group in groups if group.params]
     if not groups:
-        return
+        return None
+    first = groups[0].params[0]
+    if backend(first) == "torch":
+        return adamw_step_reference_(groups, grad_scale, found_inf, sq_norm, max_norm)
     write_back, stand_ins = [], []  # the latter live until the launch: the table holds addresses only
-    tables = None if backend(groups[0].params[0]) == "torch" else _tables_as_before(groups, write_back, stand_ins)
+    # A graph has tables of its own, which are empty until it runs.
+    captured = first.device.type != "cpu" and torch.cuda.is_current_stream_capturing()
+    if tables is None or captured:
+        tables = _tables(groups, write_back, stand_ins)
     if tables is None:
-        adamw_step_reference_(groups, grad_scale, found_inf, sq_norm, max_norm)
-        return
-    rates = upload([rate for group in groups for rate in _rates(group, max_norm)], groups[0].params[0].device)
+        return adamw_step_reference_(groups, grad_scale, found_inf, sq_norm, max_norm)
+    rates = upload([rate for group in groups for rate in _rates(group, max_norm)], first.device)
     for table, chunks, T, aligned, (p_dtype, g_dtype, copy_dtype) in tables:
         scalars = torch.empty(T, 8, dtype=torch.float32, device=table.device)
         launch(_prepare_kernel, (T, 1, 1), table, rates, scalars, grad_scale, found_inf, sq_norm, T, num_warps=1)
@@ -329,3 +337,4 @@ def adamw_step_(
         )  # fmt: skip
     for tensor, dense in write_back:
         tensor.copy_(dense)
+    return None if captured or stand_ins else tables

@@ -96,23 +96,29 @@ def _(dy, x, S, weight, sizes, A, B, scale, seed, threshold, way, needs):
     return [gradient for gradient, needed in zip(made, needs, strict=True) if needed]
 
 
+def _rows_forward(x, weight, bias, A, B, scaling, dropout_p):
+    """y (M, N) from x (..., K), and what backward takes: the rows of x, S, the seed, scale, threshold and way."""
+    rows = x if x.dim() == 2 else x.reshape(-1, x.shape[-1])
+    threshold = threshold_of(dropout_p) if dropout_p else 0
+    seed = new_seed(x.device) if threshold else None
+    scale = scaling * 65536 / (65536 - threshold)
+    way, bias = plan(rows, weight, threshold > 0, A.shape[0]), None if bias is None else bias.contiguous()
+    if traced(rows):
+        y, S = _forward_op(rows, *flatten(weight), bias, A, B, scale, seed, threshold, way)
+    else:
+        y, S = _forward(rows, weight, bias, A, B, scale, seed, threshold, way)
+    return y, rows, S, seed, scale, threshold, way
+
+
 class _LoRALinear(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, weight, bias, A, B, scaling, dropout_p):
-        rows = x if x.dim() == 2 else x.reshape(-1, x.shape[-1])
-        threshold = threshold_of(dropout_p) if dropout_p else 0
-        seed = new_seed(x.device) if threshold else None
-        scale = scaling * 65536 / (65536 - threshold)
-        ctx.way, bias = plan(rows, weight, threshold > 0, A.shape[0]), None if bias is None else bias.contiguous()
-        if traced(rows):
-            y, S = _forward_op(rows, *flatten(weight), bias, A, B, scale, seed, threshold, ctx.way)
-        else:
-            y, S = _forward(rows, weight, bias, A, B, scale, seed, threshold, ctx.way)
+        y, rows, S, seed, ctx.scale, ctx.threshold, ctx.way = _rows_forward(x, weight, bias, A, B, scaling, dropout_p)
         needs_weight, needs_A = ctx.needs_input_grad[1], ctx.needs_input_grad[3]
         dense = weight if isinstance(weight, torch.Tensor) else None
         ctx.save_for_backward(rows if needs_weight or needs_A else None, S, seed, A, B, dense)
         ctx.quantized, ctx.bias_dtype = None if dense is weight else weight, None if bias is None else bias.dtype
-        ctx.scale, ctx.threshold, ctx.x_shape = scale, threshold, x.shape
+        ctx.x_shape = x.shape
         # No view: callers may change it in place.
         return y if x.dim() == 2 else torch.ops.aten._unsafe_view(y, [*x.shape[:-1], y.shape[-1]])
 
@@ -181,5 +187,9 @@ def lora_linear(
         raise ValueError(f"lora_A must be (r, {K}) and lora_B ({N}, r), got {got}")
     if bias is not None and bias.shape != (N,):
         raise ValueError(f"bias must be ({N},), got {tuple(bias.shape)}")
+    arguments = x, weight, bias, lora_A, lora_B, scaling, dropout_p
     with _without_autocast(x):
-        return _LoRALinear.apply(x, weight, bias, lora_A, lora_B, scaling, dropout_p)
+        if torch.is_grad_enabled():
+            return _LoRALinear.apply(*arguments)
+        y = _rows_forward(*arguments)[0]  # at once: to one row a Function costs as much as its products
+        return y if x.dim() == 2 else y.view(*x.shape[:-1], N)

@@ -6,13 +6,14 @@
  * they are rounded to 16 bits, as there.
  *
  * The 16 levels fill one AVX-512 register exactly: a permutation looks 16 codes up, or 32 where values are 16-bit.
- * Which instructions a CPU has is asked at run time (`handtuned_nf4_level`); without AVX2 dequantizing is plain C, and
+ * Which instructions a CPU has is asked at run time (`level_of_cpu`); without AVX2 dequantizing is plain C, and
  * there is no product. Work is shared between the threads of OpenMP.
  */
 
 #include <Python.h>
 #include <omp.h>
 #include <stdint.h>
+#include <stdlib.h>
 #include <string.h>
 #include <sys/mman.h>
 
@@ -75,7 +76,7 @@ typedef struct {
 
 static const kind *const KINDS[] = {NULL, &kind_avx2, &kind_avx512, &kind_bf16};
 
-int handtuned_nf4_level(void)
+static int level_of_cpu(void)
 {
     __builtin_cpu_init();
     if (!__builtin_cpu_supports("avx2") || !__builtin_cpu_supports("bmi2") || !__builtin_cpu_supports("fma") ||
@@ -88,12 +89,12 @@ int handtuned_nf4_level(void)
 #else
 static const kind *const KINDS[] = {NULL, NULL, NULL, NULL};
 
-int handtuned_nf4_level(void) { return 0; }
+static int level_of_cpu(void) { return 0; }
 #endif
 
 /* fresh: `out` was just allocated and never touched; then 2 MiB pages are asked for, because 512 page faults instead
  * of one cost more than the decoding. */
-void handtuned_nf4_dequantize(const weight *w, float *out, int64_t n, int level, int fresh, int threads)
+static void dequantize(const weight *w, float *out, int64_t n, int level, int fresh, int threads)
 {
     const int64_t piece = 4096, huge = 1 << 21; /* no block is longer than a piece */
     const kind *fast = KINDS[at_most(level, 2)];
@@ -128,26 +129,28 @@ static inline uint16_t to_bf16(float x)
     return x != x ? 0x7fc0 : (bits + 0x7fff + (bits >> 16 & 1)) >> 16;
 }
 
-/* totals += x · columnsᵀ, for some rows of x, in tiles; the columns lie in a panel, or, without one, in W. */
+/* totals += x · columnsᵀ, for some rows of x, in tiles; the columns lie in a panel, or, without one, in W, which is then
+ * read row by row: memory is fastest in its order. */
 static void add_products(
     const kind *k, int64_t rows, const char *x, int64_t x_stride, const char *panel, coded w, int64_t terms,
     int64_t columns, float *totals)
 {
     for (int64_t m = 0, taken; m < rows; m += taken) {
         taken = rows - m >= k->rows ? k->rows : rows - m >= 2 ? 2 : 1;
-        for (int64_t c = 0; c < columns; c += 4) {
-            coded of = w;
-            of.first += c * w.K, of.columns -= c;
-            k->tile(
-                taken, x + m * x_stride * k->size, x_stride, panel ? panel + c * STRIDE(char) : NULL, &of, terms,
-                totals + m * COLUMNS + c);
-        }
+        for (int64_t c = 0; c < columns; c += 4)
+            for (int64_t term = 0, part = BYTES / k->size; term < terms; term += part) {
+                coded of = w;
+                of.first += c * w.K + term, of.columns -= c;
+                k->tile(
+                    taken, x + (m * x_stride + term) * k->size, x_stride, panel ? panel + c * STRIDE(char) : NULL, &of,
+                    at_most(terms - term, part), totals + m * COLUMNS + c);
+            }
     }
 }
 
 /* See nf4_product_native in nf4_cpu.py. `unzipped` has room for a batch of x. b[o * b_column +
  * j * b_rank] belongs to column o of y. */
-void handtuned_nf4_product(
+static void product(
     const weight *w, int64_t N, int64_t K, int transposed, int level, int rounding, const void *x, int64_t x_stride,
     int64_t M, void *unzipped, const void *bias, const float *s, const float *b, int64_t rank, int64_t b_column,
     int64_t b_rank, float scale, void *y, int threads)
@@ -180,13 +183,13 @@ void handtuned_nf4_product(
                 for (int64_t j = 0, part = BYTES / 4; j < rank; j += part) {
                     float *factor = (float *)panel;
                     const int64_t some = at_most(rank - j, part);
-                    for (int64_t i = 0; i < some * COLUMNS; i++) {
-                        const int64_t c = i % COLUMNS, r = j + i / COLUMNS;
-                        factor[i] = c < there ? scale * b[(column + c) * b_column + r * b_rank] : 0;
-                    }
+                    for (int64_t c = 0; c < COLUMNS; c++)
+                        for (int64_t r = 0; r < some; r++)
+                            factor[r * COLUMNS + c] =
+                                c < there ? scale * b[(column + c) * b_column + (j + r) * b_rank] : 0;
                     k->add_low_rank(rows, s + top * rank + j, rank, factor, some, totals);
                 }
-                for (int64_t term = 0, part = BYTES / k->size; term < terms; term += part) {
+                for (int64_t term = 0, part = few ? terms : BYTES / k->size; term < terms; term += part) {
                     const int64_t some = at_most(terms - term, part);
                     const char *from = batch + term * k->size;
                     const coded codes = {*w, column * K + term, K, there, rounding};
@@ -211,7 +214,53 @@ void handtuned_nf4_product(
     }
 }
 
-/* Python finds the file as a module and calls the functions in it through ctypes. */
-static struct PyModuleDef module = {PyModuleDef_HEAD_INIT, "_nf4_cpu", "NF4 for CPUs (nf4_cpu.py).", -1, NULL};
+/* What Python calls. Tensors come as addresses ("K"), numbers as "L", "i" and "f". */
+#define WEIGHT "KKKKKKLL"
+#define FIELDS(w) &w.packed, &w.absmax, &w.nested_absmax, &w.map, &w.offset, &w.levels, &w.block, &w.nested_block
+
+static PyObject *call_level(PyObject *self, PyObject *nothing) { return PyLong_FromLong(level_of_cpu()); }
+
+static PyObject *call_dequantize(PyObject *self, PyObject *arguments)
+{
+    weight w;
+    float *out;
+    long long n;
+    int level, fresh, threads;
+    if (!PyArg_ParseTuple(arguments, WEIGHT "KLiii", FIELDS(w), &out, &n, &level, &fresh, &threads))
+        return NULL;
+    Py_BEGIN_ALLOW_THREADS;
+    dequantize(&w, out, n, level, fresh, threads);
+    Py_END_ALLOW_THREADS;
+    Py_RETURN_NONE;
+}
+
+static PyObject *call_product(PyObject *self, PyObject *arguments)
+{
+    weight w;
+    void *x, *bias, *s, *b, *y, *unzipped = NULL;
+    long long N, K, x_stride, M, rank, b_column, b_rank;
+    int transposed, level, rounding, threads;
+    float scale;
+    if (!PyArg_ParseTuple(
+            arguments, WEIGHT "LLiiiKLLKKKLLLfKi", FIELDS(w), &N, &K, &transposed, &level, &rounding, &x, &x_stride, &M,
+            &bias, &s, &b, &rank, &b_column, &b_rank, &scale, &y, &threads))
+        return NULL;
+    if (transposed && !(unzipped = aligned_alloc(64, at_most(M, BATCH) * K * KINDS[level]->size / 64 * 64 + 64)))
+        return PyErr_NoMemory();
+    Py_BEGIN_ALLOW_THREADS;
+    product(
+        &w, N, K, transposed, level, rounding, x, x_stride, M, unzipped, bias, s, b, rank, b_column, b_rank, scale, y,
+        threads);
+    Py_END_ALLOW_THREADS;
+    free(unzipped);
+    Py_RETURN_NONE;
+}
+
+static PyMethodDef functions[] = {
+    {"level", call_level, METH_NOARGS, NULL},
+    {"dequantize", call_dequantize, METH_VARARGS, NULL},
+    {"product", call_product, METH_VARARGS, NULL},
+    {NULL, NULL, 0, NULL}};
+static struct PyModuleDef module = {PyModuleDef_HEAD_INIT, "_nf4_cpu", "NF4 for CPUs (nf4_cpu.py).", -1, functions};
 
 PyMODINIT_FUNC PyInit__nf4_cpu(void) { return PyModule_Create(&module); }

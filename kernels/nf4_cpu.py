@@ -13,48 +13,32 @@ right for any number of rows. Decoding takes four instructions for 16 weights, a
 up to 512 rows of x; on a GPU the decoding would take turns with the units that should multiply.
 """
 
-import ctypes
-
 import torch
 
-from .runtime import reference_is_forced, scratch, traced
+from .runtime import reference_is_forced, traced
 
 # Which instructions the C may use. It obeys ATEN_CPU_CAPABILITY, as torch does.
 PLAIN, AVX2, AVX512, AVX512_BF16 = range(4)
 _HELD_TO = {"DEFAULT": PLAIN, "NO AVX": PLAIN, "AVX2": AVX2}.get(torch.backends.cpu.get_cpu_capability(), AVX512_BF16)
 
 try:
-    from . import _nf4_cpu
+    from . import _nf4_cpu as _library
 
-    _library = ctypes.CDLL(_nf4_cpu.__file__)
-    LEVEL = min(_library.handtuned_nf4_level(), _HELD_TO)
+    LEVEL = min(_library.level(), _HELD_TO)
 except (ImportError, AttributeError):  # no compiler, or built from older sources than these
     _library, LEVEL = None, PLAIN
-else:
-    _P, _I, _INT = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int
-    _library.handtuned_nf4_dequantize.argtypes = [_P, _P, _I, _INT, _INT, _INT]
-    _library.handtuned_nf4_product.argtypes = [
-        _P, _I, _I, _INT, _INT, _INT, _P, _I, _I, _P, _P, _P, _P, _I, _I, _I, ctypes.c_float, _P, _INT,
-    ]  # fmt: skip
 
-BATCH = 512  # of nf4_cpu.c, as are the numbers of dtypes
-_ROUNDED = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+_ROUNDED = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}  # the numbers of dtypes in nf4_cpu.c
 
 
-class _Weight(ctypes.Structure):
-    """`weight` of nf4_cpu.c: addresses, valid as long as the tensors are."""
-
-    _fields_ = [
-        (name, ctypes.c_void_p) for name in ("packed", "absmax", "nested_absmax", "map", "offset", "levels")
-    ] + [("block", ctypes.c_int64), ("nested_block", ctypes.c_int64)]
-
-
-def _weight(weight, levels) -> _Weight:
-    scales, nested_block = (None, None, None), 0
-    if weight.nested is not None:
-        scales, nested_block = [tensor.data_ptr() for tensor in weight.nested[:3]], weight.nested.block_size
+def _weight(weight, levels) -> tuple[int, ...]:
+    """`weight` of nf4_cpu.c: addresses, valid as long as the tensors are, and the two block sizes."""
+    nested = weight.nested
+    scales = 0, 0, 0
+    if nested is not None:
+        scales = nested.absmax.data_ptr(), nested.code.data_ptr(), nested.offset.data_ptr()
     addresses = weight.packed.data_ptr(), weight.absmax.data_ptr(), *scales, levels.data_ptr()
-    return _Weight(*addresses, weight.block_size, nested_block)
+    return *addresses, weight.block_size, 0 if nested is None else nested.block_size
 
 
 def has_native() -> bool:
@@ -65,13 +49,26 @@ def has_native() -> bool:
 def runs_native(weight) -> bool:
     """Whether the C functions may take it: plain memory of a CPU, laid out as they read it."""
     packed, absmax, nested = weight.packed, weight.absmax, weight.nested
-    if not has_native() or traced(packed):
-        return False
-    if weight.block_size.bit_count() != 1 or (nested is not None and nested.block_size.bit_count() != 1):
-        return False  # not powers of two
-    codes, numbers = ((packed,), (absmax,)) if nested is None else ((packed, absmax), nested[:3])
-    kinds = [(tensor, torch.uint8) for tensor in codes] + [(tensor, torch.float32) for tensor in numbers]
-    return all(tensor.is_cpu and tensor.dtype == dtype and tensor.is_contiguous() for tensor, dtype in kinds)
+    if (
+        not has_native()
+        or traced(packed)
+        or weight.block_size.bit_count() != 1
+        or not _lies_plainly(packed, torch.uint8)
+    ):
+        return False  # a block that is not a power of two
+    if nested is None:
+        return _lies_plainly(absmax, torch.float32)
+    return (
+        nested.block_size.bit_count() == 1
+        and _lies_plainly(absmax, torch.uint8)
+        and _lies_plainly(nested.absmax, torch.float32)
+        and _lies_plainly(nested.code, torch.float32)
+        and _lies_plainly(nested.offset, torch.float32)
+    )
+
+
+def _lies_plainly(tensor: torch.Tensor, dtype: torch.dtype) -> bool:
+    return tensor.is_cpu and tensor.dtype == dtype and tensor.is_contiguous()
 
 
 def nf4_dequantize_native(weight, levels: torch.Tensor, out: torch.Tensor, fresh: bool = False) -> torch.Tensor:
@@ -86,8 +83,8 @@ def nf4_dequantize_native(weight, levels: torch.Tensor, out: torch.Tensor, fresh
     Returns:
         `out`.
     """
-    w, threads = _weight(weight, levels), torch.get_num_threads()
-    _library.handtuned_nf4_dequantize(ctypes.byref(w), out.data_ptr(), out.numel(), LEVEL, fresh, threads)
+    threads = torch.get_num_threads()
+    _library.dequantize(*_weight(weight, levels), out.data_ptr(), out.numel(), LEVEL, fresh, threads)
     return out
 
 
@@ -123,7 +120,7 @@ def nf4_product_native(
         transposed: whether x meets Wᵀ.
         bias: in x's dtype, one value a column of y, or None.
         S: (M, r), or None for no low-rank term.
-        low: L (N, r) if `transposed`, else (r, K), any strides; it is rounded to x's dtype.
+        low: L (N, r) if `transposed`, else (r, K), any strides; taken in fp32, not rounded to x's dtype.
         scale: of the low-rank term.
 
     Returns:
@@ -134,19 +131,29 @@ def nf4_product_native(
     pairs = LEVEL == AVX512_BF16 and dtype == torch.bfloat16 and K % 64 == 0 and weight.block_size >= 64
     native = torch.bfloat16 if pairs else torch.float32
     level = LEVEL if pairs else min(LEVEL, AVX512)
-    y = torch.empty((M, N if transposed else K), dtype=native, device="cpu")
-    x = x.to(native) if x.stride(1) == 1 else x.to(native).contiguous()
-    adapter = None, None, 0, 0, 0
+    x = x if x.dtype == native else x.to(native)
+    x = x if x.stride(1) == 1 else x.contiguous()
+    y = x.new_empty(M, N if transposed else K)
+    adapter = 0, 0, 0, 0, 0
     if S is not None:
-        S, low = S.float().contiguous(), low.to(dtype).float()
+        S, low = S.float().contiguous(), low.float()
         strides = low.stride() if transposed else (low.stride(1), low.stride(0))
         adapter = S.data_ptr(), low.data_ptr(), S.shape[1], *strides
     bias = None if bias is None else bias.to(dtype).to(native).contiguous()
-    unzipped = scratch((min(M, BATCH), K), native, x.device) if transposed else None
-    w = _weight(weight, levels)
-    _library.handtuned_nf4_product(
-        ctypes.byref(w), N, K, transposed, level, _ROUNDED[dtype], x.data_ptr(), x.stride(0), M,
-        None if unzipped is None else unzipped.data_ptr(), None if bias is None else bias.data_ptr(),
-        *adapter, scale, y.data_ptr(), torch.get_num_threads(),
-    )  # fmt: skip
-    return y.to(dtype)
+    _library.product(
+        *_weight(weight, levels),
+        N,
+        K,
+        transposed,
+        level,
+        _ROUNDED[dtype],
+        x.data_ptr(),
+        x.stride(0),
+        M,
+        0 if bias is None else bias.data_ptr(),
+        *adapter,
+        scale,
+        y.data_ptr(),
+        torch.get_num_threads(),
+    )
+    return y if native == dtype else y.to(dtype)

@@ -224,6 +224,8 @@ def nf4_matmul(x: torch.Tensor, weight: NF4Weight, bias: torch.Tensor | None = N
         (M, N), or (M, K), in x's dtype.
     """
     way, bias = plan(x, weight, rank=0), None if bias is None else bias.contiguous()
+    if way in ON_CPU:
+        return _on_cpu(way, x, weight, transposed, bias)
     if way == "exact":
         W = dense_weight(weight, x)
         return F.linear(x, W, bias) if transposed else x @ W

@@ -107,7 +107,7 @@ FUNCTION void OF(multiply)(
 {
     const int run = panel ? TERMS : 64;
     sums sum[LANES];
-    float scales[4][RUNS + 1], parts[LANES];
+    float scales[4][RUNS + 1];
     table_type table[4];
     const uint8_t *codes[4];
     uint64_t term = 0;
@@ -160,11 +160,15 @@ FUNCTION void OF(multiply)(
 #pragma GCC unroll 8
         for (int j = 0; j < half; j++)
             sum[j] = OF(zip_sums)(sum[j], sum[j + half], 0) + OF(zip_sums)(sum[j], sum[j + half], 1);
+    typedef float four __attribute__((vector_size(16)));
     const sums all = sum[0];
+    four parts[LANES / 4], total;
     memcpy(parts, &all, sizeof all);
-    for (int r = 0; r < R; r++)
-        for (int c = 0; c < 4; c++)
-            totals[r * COLUMNS + c] += parts[4 * r + c];
+    for (int r = 0; r < R; r++) {
+        memcpy(&total, totals + r * COLUMNS, sizeof total);
+        total += parts[r];
+        memcpy(totals + r * COLUMNS, &total, sizeof total);
+    }
 }
 
 KERNEL void OF(tile)(

@@ -107,11 +107,11 @@ class LoRALinear(Mergeable):
             if self._kept and self.training and self.lora_dropout > 0:
                 raise RuntimeError("the adapter is merged, so its dropout cannot act: call unmerge_weights() or eval()")
             return base_forward(self.base_layer, x)
-        x, own = autocast_input(x), vars(self.base_layer)
-        if "forward" not in own and not any(own[hooks] for hooks in HOOKS):
+        x, base = autocast_input(x), self.base_layer
+        if "forward" not in base.__dict__ and not any(map(base.__dict__.__getitem__, HOOKS)):
             return self.fused(x)
-        y = base_forward(self.base_layer, x)  # what hangs on the base acts as it does without an adapter
-        return y + self.added_term(x, y, self.base_layer, self.training)
+        y = base_forward(base, x)  # what hangs on the base acts as it does without an adapter
+        return y + self.added_term(x, y, base, self.training)
 
     def added_term(self, x, y, base, training):
         """What the adapter adds to y, the base's output for x, in x's dtype: s · dropout(x) Aᵀ Bᵀ."""
@@ -120,9 +120,9 @@ class LoRALinear(Mergeable):
 
     def fused(self, x):
         """Base and adapter in one operation (`kernels/lora.py`), which does not call the base."""
-        h, weight = operands(self.base_layer, x)
-        dropout = self.lora_dropout if self.training else 0.0
-        y = lora_linear(h, weight, self.base_layer.bias, *self.factors(), self.scaling, dropout)
+        base, dropout = self.base_layer, self.lora_dropout if self.training else 0.0
+        h, weight = operands(base, x)
+        y = lora_linear(h, weight, base.bias, *self.factors(), self.scaling, dropout)
         return y if h.dtype == x.dtype else y.to(x.dtype)  # and not by y's dtype, which `amp.autocast` has chosen
 
     def factors(self):

@@ -5,16 +5,20 @@ own fused C++ loop, one pass over memory where torch ops take nine.
 """
 
 from copy import deepcopy
-from itertools import compress
+from dataclasses import replace
+from itertools import chain, compress, islice
+from operator import attrgetter, is_, itemgetter
 
 import torch
 from torch.optim.adamw import adamw as torch_adamw
 
 from ..kernels import backend
-from ..kernels.adamw import ParamGroup, adamw_step_, adamw_step_reference_, gradient_factor, same_layout
+from ..kernels.adamw import ParamGroup, adamw_step_, adamw_step_reference_, gradient_factor, memory_of, same_layout
 from ..kernels.unscale import squared_norm
 
-INDEX = torch.Tensor.get_device  # of hundreds of tensors: through `map` in half the time of a loop over `device`
+# Of hundreds of tensors through `map`: half the time of a loop over `device`.
+INDEX, DTYPE = torch.Tensor.get_device, attrgetter("dtype")
+LISTS = ("params", "grads", "exp_avgs", "exp_avg_sqs", "steps", "copies")
 
 # With the hyperparameters these are torch's keys, so that the two classes read each other's state dicts.
 FLAGS = {
@@ -66,6 +70,7 @@ class AdamW(torch.optim.Optimizer):
     """
 
     writes_copies = True  # read by amp.MasterWeights: `step` takes `copies`
+    _seen, _tables = None, {}  # `memory_of` all groups when tables were made last, and these by device
 
     def __init__(
         self, params, lr: float = 1e-3, betas: tuple[float, float] = (0.9, 0.999), eps: float = 1e-8,
@@ -80,6 +85,7 @@ class AdamW(torch.optim.Optimizer):
 
     def __setstate__(self, state: dict) -> None:
         super().__setstate__(state)
+        self._seen = None  # moments of another size may lie where those before did
         for group in self.param_groups:  # a state dict of an earlier torch lacks the younger flags
             group.update(FLAGS | group)
 
@@ -112,20 +118,12 @@ class AdamW(torch.optim.Optimizer):
         RuntimeError: a gradient is sparse.
         """
         loss = torch.enable_grad()(closure)() if closure else None
-        by_device: dict[torch.device, list[ParamGroup]] = {}
-        for group in self.param_groups:
-            grads = [p.grad for p in group["params"]]  # read once: with hundreds of tensors that counts
-            params, has_grad = group["params"].copy(), [grad is not None for grad in grads]
-            if not all(has_grad):
-                params, grads = [*compress(params, has_grad)], [*compress(grads, has_grad)]
-            indices = set(map(INDEX, params))
-            for index in indices:
-                here = params, grads
-                if len(indices) > 1:
-                    on_it = [p.get_device() == index for p in params]
-                    here = [*compress(params, on_it)], [*compress(grads, on_it)]
-                collected = self._collect(group, *here, copies or {})
-                by_device.setdefault(collected.params[0].device, []).append(collected)
+        groups = self._collect(copies or {})
+        as_before = self._seen is not None and self._seen == memory_of(groups)  # a CPU has no tables, and reads nothing
+        if not as_before:
+            self._seen, self._tables = None, {}
+        # If there are tables for one device only, all groups are there, with counters as they should be.
+        by_device = {device: groups for device in self._tables} if len(self._tables) == 1 else self._by_device(groups)
         if not by_device:
             return loss
         grad_scale, found_inf = getattr(self, "grad_scale", None), getattr(self, "found_inf", None)
@@ -133,33 +131,69 @@ class AdamW(torch.optim.Optimizer):
         if max_norm is not None:
             home = next(iter(by_device))
             sq_norm = sum(squared_norm([g for group in gs for g in group.grads]).to(home) for gs in by_device.values())
-        for device, groups in by_device.items():
+        for device, of_device in by_device.items():
             scalars = [None if t is None else t.to(device, non_blocking=True) for t in (grad_scale, found_inf, sq_norm)]
-            step = step_function(groups[0].params[0], self.param_groups[0]["fused"])
-            step(groups, *scalars, max_norm)
+            step = step_function(of_device[0].params[0], self.param_groups[0]["fused"])
+            if step is adamw_step_:
+                tables = adamw_step_(of_device, *scalars, max_norm, self._tables.get(device))
+                self._tables.setdefault(device, tables)
+            else:
+                step(of_device, *scalars, max_norm)
+        if not as_before and all(self._tables.get(device) for device in by_device):
+            self._seen = memory_of(groups)
         return loss
 
-    def _collect(self, group: dict, params: list[torch.Tensor], grads: list[torch.Tensor], copies: dict) -> ParamGroup:
-        states = [*map(self.state.__getitem__, params)]
+    def _collect(self, copies: dict) -> list[ParamGroup]:
+        """The tensors of a step, and its hyperparameters. Read through `map`: with hundreds of tensors that counts."""
+        found = []
+        for group in self.param_groups:
+            params, grads = group["params"], [p.grad for p in group["params"]]
+            if type(None) in map(type, grads):
+                has_grad = [grad is not None for grad in grads]
+                params, grads = [*compress(params, has_grad)], [*compress(grads, has_grad)]
+            if params:
+                found.append((group, params, grads))
+        everything = [*chain.from_iterable(params for _, params, _ in found)]
+        # The state is mostly in the parameters' order, which spares a search for each.
+        ordered = len(everything) == len(self.state) and all(map(is_, everything, self.state))
+        states = [*(self.state.values() if ordered else map(self.state.__getitem__, everything))]
         if not all(states):
-            if any(grad.is_sparse for grad in grads):
+            if any(grad.is_sparse for _, _, grads in found for grad in grads):
                 raise RuntimeError("AdamW does not support sparse gradients; use torch.optim.SparseAdam")
-            for p, state in zip(params, states, strict=True):
+            for p, state in zip(everything, states, strict=True):
                 if not state:
                     state["step"] = torch.zeros((), dtype=torch.float32, device=p.device)
                     state["exp_avg"] = torch.zeros_like(p)
                     state["exp_avg_sq"] = torch.zeros_like(p)
-        exp_avgs, exp_avg_sqs, steps = ([state[key] for state in states] for key in ("exp_avg", "exp_avg_sq", "step"))
-        if set(map(type, steps)) != {torch.Tensor} or set(map(INDEX, steps)) != {params[0].get_device()}:
-            # Counters live with the parameter: a skipped step is known on its device only.
-            steps = [torch.as_tensor(step, dtype=torch.float32, device=params[0].device) for step in steps]
-            for state, step in zip(states, steps, strict=True):
-                state["step"] = step
-        copied = [copies.get(p) for p in params] if copies else [None] * len(params)
-        return ParamGroup(
-            params, grads, exp_avgs, exp_avg_sqs, steps, copied, float(group["lr"]),
-            tuple(map(float, group["betas"])), group["eps"], group["weight_decay"], group["maximize"],
-        )  # fmt: skip
+        moments = [map(itemgetter(key), states) for key in ("exp_avg", "exp_avg_sq", "step")]
+        return [
+            ParamGroup(
+                params, grads, *([*islice(moment, len(params))] for moment in moments),
+                [copies.get(p) for p in params] if copies else [None] * len(params), float(group["lr"]),
+                tuple(map(float, group["betas"])), group["eps"], group["weight_decay"], group["maximize"],
+            )
+            for group, params, grads in found
+        ]  # fmt: skip
+
+    def _by_device(self, groups: list[ParamGroup]) -> dict[torch.device, list[ParamGroup]]:
+        """A group of several devices becomes several; step counters move to their parameters."""
+        by_device: dict[torch.device, list[ParamGroup]] = {}
+        for group in groups:
+            indices, steps = [*map(INDEX, group.params)], group.steps
+            tensors = set(map(type, steps)) == {torch.Tensor} and set(map(DTYPE, steps)) == {torch.float32}
+            if not tensors or [*map(INDEX, steps)] != indices:
+                # Counters live with the parameter: a skipped step is known on its device only.
+                for i, (p, step) in enumerate(zip(group.params, steps, strict=True)):
+                    steps[i] = torch.as_tensor(step, dtype=torch.float32, device=p.device)
+                    self.state[p]["step"] = steps[i]
+            places = set(indices)
+            for index in places:
+                part = group
+                if len(places) > 1:
+                    on_it = [place == index for place in indices]
+                    part = replace(group, **{name: [*compress(getattr(group, name), on_it)] for name in LISTS})
+                by_device.setdefault(part.params[0].device, []).append(part)
+        return by_device
 
 
 def step_function(param: torch.Tensor, fused: bool | None = None):

@@ -213,10 +213,12 @@ class NF4Linear(FrozenNF4):
         x = autocast_input(x)
         compute = self.compute_dtype or x.dtype
         bias = None if self.bias is None else self.bias.to(compute)
-        h = x.to(compute)
+        h = x if x.dtype == compute else x.to(compute)  # asked first: `.to` takes time even where it changes nothing
         if _watched(h) or (torch.is_grad_enabled() and (h.requires_grad or (bias is not None and bias.requires_grad))):
-            return NF4Product.apply(h, *flatten(self.quantized), bias, True).to(x.dtype)
-        return _product(h, self.quantized, bias, True, None).to(x.dtype)
+            y = NF4Product.apply(h, *flatten(self.quantized), bias, True)
+        else:
+            y = _product(h, self.quantized, bias, True, None)
+        return y if y.dtype == x.dtype else y.to(x.dtype)
 
     def _save_to_state_dict(self, destination, prefix, keep_vars):
         super()._save_to_state_dict(destination, prefix, keep_vars)

@@ -63,7 +63,6 @@ def gpu(monkeypatch):
     monkeypatch.setattr(torch.Tensor, "pin_memory", lambda self: pinned(self.clone()))
     monkeypatch.setattr(unscale, "_spare", {})
     monkeypatch.setattr(unscale, "_captured", [])
-    monkeypatch.setattr(adamw, "_last", {})
     empty_like = torch.empty_like
     monkeypatch.setattr(torch, "empty_like", lambda t, pin_memory=False, **k: (
         pinned(empty_like(t, **k)) if pin_memory else empty_like(t, **k)))  # fmt: skip
@@ -142,6 +141,18 @@ def test_each_graph_has_pinned_memory_of_its_own(gpu):
             step()
         # addresses for unscale, the norm and AdamW, and AdamW's rates
         assert len({id(memory) for memory in unscale._captured}) == len(unscale._captured) == 4 * graphs
+
+
+def test_tables_made_under_capture_are_the_graphs_alone(gpu, monkeypatch):
+    """They are empty until it runs: an ordinary step in between would follow whatever addresses stood there."""
+    p, tables = torch.nn.Parameter(torch.empty(3, device="meta")), []
+    p.grad = torch.empty(3, device="meta")
+    monkeypatch.setattr(adamw, "launch", lambda kernel, grid, table, *a, **k: tables.append(table))
+    optimizer = AdamW([p], fused=True)
+    for gpu.capturing[0] in (False, True, False):
+        optimizer.step()
+    first, captured, last = tables[::2]  # two launches a step
+    assert last is first and captured is not first
 
 
 def test_without_a_warm_up_the_error_says_so(gpu):

@@ -49,6 +49,24 @@ def test_the_formula():
     assert_same_function(layer(x), want)
 
 
+@pytest.mark.parametrize("quantized", [False, True], ids=["dense", "NF4"])
+@pytest.mark.parametrize("shape", [(64,), (3, 64), (2, 3, 64), (0, 64), (2, 0, 64)], ids=str)
+def test_without_gradients_it_computes_the_same_bits(shape, quantized):
+    """Then it does not pass through autograd's Function."""
+    base = nn.Linear(64, 48)
+    layer = LoRALinear(NF4Linear.from_linear(base) if quantized else base, rank=4, lora_dropout=0.5)
+    nn.init.normal_(layer.lora_B)
+    x = torch.randn(shape)
+    torch.manual_seed(3)
+    expected = layer(x)
+    for mode in (torch.no_grad, torch.inference_mode):
+        torch.manual_seed(3)
+        with mode():
+            y = layer(x)
+            assert torch.equal(y, expected) and y.shape == (*shape[:-1], 48)
+            y += 1  # it may be changed in place
+
+
 @pytest.mark.parametrize("dropout", [0.0, 0.3])
 def test_the_reference_is_the_same_layer(dropout):
     """From the same seed both start alike; without dropout (each draws a mask of its own) they compute alike."""
