@@ -16,10 +16,10 @@ work moves 48 bytes and more: unscaling reads and writes g, clipping does it aga
 One launch covers every tensor by a table of addresses (see `unscale.py`), which an optimizer keeps while nothing
 moves. Tensors that are not aligned to 16 bytes have a launch of their own, with narrow loads. Whether the step is
 skipped, and by what gradients are multiplied, is read from the device, so nothing waits for the
-GPU. A small launch before it, one program a tensor, advances the step counters (which the
+GPU. A small launch before it, one program per tensor, advances the step counters (which the
 many programs of a tensor could not do without racing) and works out the scalars in fp64.
 
-All arithmetic is one rounding an operation: no fused multiply-add, IEEE division and square
+All arithmetic is one rounding per operation: no fused multiply-add, IEEE division and square
 root. The kernel is bound by memory, so that costs nothing, and its result equals the
 reference's bit by bit, whose root is for that reason `rounded_sqrt`. There is no backward.
 """
@@ -39,35 +39,8 @@ from .unscale import chunk_table, find_chunk, load_pointer, upload
 BLOCK = 1024
 
 
-@dataclass
-class ParamGroup:
-    """The tensors and hyperparameters of one parameter group; all lists have one entry per parameter.
-
-    Attributes:
-        params, grads, exp_avgs, exp_avg_sqs: tensors of one shape each; m and v have the dtype of p.
-        steps: 0-dim float32, updates so far.
-        copies: for each parameter a 16-bit tensor that receives its new value rounded, or None.
-    """
-
-    params: list[torch.Tensor]
-    grads: list[torch.Tensor]
-    exp_avgs: list[torch.Tensor]
-    exp_avg_sqs: list[torch.Tensor]
-    steps: list[torch.Tensor]
-    copies: list[torch.Tensor | None]
-    lr: float
-    betas: tuple[float, float]
-    eps: float
-    weight_decay: float
-    maximize: bool = False
-
-    def rows(self):
-        """(p, g, m, v, step, copy) of each parameter."""
-        return zip(self.params, self.grads, self.exp_avgs, self.exp_avg_sqs, self.steps, self.copies, strict=True)
-
-
 def adamw_step_reference_(groups, grad_scale=None, found_inf=None, sq_norm=None, max_norm=None):
-    """Plain torch, one rounding an operation; computes in float32 (float64 for float64 parameters)."""
+    """Plain torch, one rounding per operation; computes in float32 (float64 for float64 parameters)."""
     if found_inf is not None and found_inf.item() != 0:
         return
     factor = gradient_factor(grad_scale, sq_norm, max_norm)
@@ -106,6 +79,33 @@ def rounded_sqrt(x: torch.Tensor) -> torch.Tensor:
     root = torch.empty_like(x)
     np.sqrt(x.numpy(), out=root.numpy())
     return root
+
+
+@dataclass
+class ParamGroup:
+    """The tensors and hyperparameters of one parameter group; all lists have one entry per parameter.
+
+    Attributes:
+        params, grads, exp_avgs, exp_avg_sqs: tensors of one shape each; m and v have the dtype of p.
+        steps: 0-dim float32, updates so far.
+        copies: for each parameter a 16-bit tensor that receives its new value rounded, or None.
+    """
+
+    params: list[torch.Tensor]
+    grads: list[torch.Tensor]
+    exp_avgs: list[torch.Tensor]
+    exp_avg_sqs: list[torch.Tensor]
+    steps: list[torch.Tensor]
+    copies: list[torch.Tensor | None]
+    lr: float
+    betas: tuple[float, float]
+    eps: float
+    weight_decay: float
+    maximize: bool = False
+
+    def rows(self):
+        """(p, g, m, v, step, copy) of each parameter."""
+        return zip(self.params, self.grads, self.exp_avgs, self.exp_avg_sqs, self.steps, self.copies, strict=True)
 
 
 @triton.jit

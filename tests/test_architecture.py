@@ -70,6 +70,10 @@ def is_reference(name):
     return name.rstrip("_").lower().endswith("reference")
 
 
+def first_definition(module):
+    return next(node.name for node in module.tree.body if isinstance(node, (ast.FunctionDef, ast.ClassDef)))
+
+
 def floor_of(dotted):
     """ "handtuned.quant.nf4" → "quant", "handtuned.training.loop" → "handtuned", "torch.nn" → None."""
     first, _, rest = dotted.partition(".")
@@ -136,8 +140,8 @@ def test_every_module_says_what_it_is(module):
 
 @each(KERNELS)
 def test_a_kernel_file_begins_with_its_reference(module):
-    first = next(node for node in module.tree.body if isinstance(node, ast.FunctionDef))
-    assert is_reference(first.name), f"{first.name} stands before the naive torch version"
+    first = first_definition(module)
+    assert is_reference(first), f"{first} stands before the naive torch version"
 
 
 def test_the_reading_order_meets_the_naive_version_first():
@@ -147,7 +151,7 @@ def test_the_reading_order_meets_the_naive_version_first():
     assert len(files) == 8
     for file in files:
         module = next(module for module in PACKAGE.values() if module.path == ROOT / file)
-        first = next(node.name for node in module.tree.body if isinstance(node, (ast.FunctionDef, ast.ClassDef)))
+        first = first_definition(module)
         # manual_checkpoint_forward has the documents' name and Function.
         assert is_reference(first) or (file, first) == ("nn/checkpoint.py", "_RecomputeFunction"), f"{file}: {first}"
 
