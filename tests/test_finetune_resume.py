@@ -171,11 +171,16 @@ def test_a_checkpoint_that_lacks_a_part_or_does_not_fit_is_named(finished, tmp_p
     newest = shutil.copytree(finished, tmp_path / "out") / "checkpoint-12"
     other = load_file(newest / "optimizer.safetensors")
     other["0.master"] = other["0.master"][:1].clone()  # which a copy would spread over all rows
-    for name, content in (("state.json", b"{}"), ("rng.safetensors", save({})), ("optimizer.safetensors", save(other))):
+    earlier = {name: tensor for name, tensor in other.items() if not name.endswith(".master")}  # as 0.1.0 began
+    for name, content, why in (
+        ("state.json", b"{}", ""), ("rng.safetensors", save({}), "it lacks 'cpu'"),
+        ("optimizer.safetensors", save(other), ""),
+        ("optimizer.safetensors", save(earlier), "it lacks '0.master'; is it of an earlier version?"),
+    ):  # fmt: skip
         whole = (newest / name).read_bytes()
         (newest / name).write_bytes(content)
         assert cli.main(["finetune", "--resume", str(tmp_path / "out")]) == 2
-        assert "checkpoint-12 is not a whole checkpoint: " in capsys.readouterr().err
+        assert f"checkpoint-12 is not a whole checkpoint: {why}" in capsys.readouterr().err
         (newest / name).write_bytes(whole)
     (tmp_path / "out" / "results.json").write_text("[]")
     assert cli.main(["finetune", "--resume", str(tmp_path / "out")]) == 2

@@ -248,7 +248,8 @@ def load_checkpoint(path: Path, training) -> int:
         for name in _generators(world).keys() & generators.keys() - {"cpu"}:
             torch.cuda.set_rng_state(generators[name], int(name.removeprefix("cuda")))
     except (OSError, ValueError, LookupError, SafetensorError) as error:
-        raise ValueError(f"{path} is not a whole checkpoint: {error}") from error
+        why = f"it lacks {error}; is it of an earlier version?" if isinstance(error, KeyError) else error
+        raise ValueError(f"{path} is not a whole checkpoint: {why}") from error
     here = machine(training.lm.device)
     before = progress.get("machine", here)  # version 0.1.0 did not record it
     changed = [f"{name} was {before.get(name)}, now {now}" for name, now in here.items() if before.get(name) != now]
