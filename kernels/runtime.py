@@ -22,6 +22,7 @@ so that later runs choose alike and a resumed one gives the same bits.
 """
 
 import contextlib
+import inspect
 import json
 import math
 import os
@@ -155,6 +156,11 @@ def dot_dtype(dtype: torch.dtype):
     return tl.float32 if INTERPRETED and dtype == torch.bfloat16 else TRITON_DTYPES[dtype]
 
 
+def cast(x: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """`x.to(dtype)`, which takes the host a microsecond even where nothing changes."""
+    return x if x.dtype is dtype else x.to(dtype)
+
+
 def stored_dtype(dtype: torch.dtype) -> torch.dtype:
     """What a kernel stores for a result of `dtype`: the same, but the interpreter cuts bf16 instead of rounding it."""
     return torch.float32 if INTERPRETED and dtype == torch.bfloat16 else dtype
@@ -165,6 +171,7 @@ def cdiv(a: int, b: int) -> int:
     return -(-a // b)
 
 
+@lru_cache(4096)
 def block_of(size: int, low: int, high: int) -> int:
     """The power of two that covers `size`, within [low, high]."""
     return min(max(1 << (size - 1).bit_length() if size > 0 else 1, low), high)
@@ -193,35 +200,59 @@ def scratch(shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> t
     return blocks[dtype][:count].view(shape)
 
 
-_compiled: dict[tuple, tuple] = {}  # of `launch`
+_compiled: dict[tuple, tuple] = {}  # of `Launch`
 
 
-def launch(kernel, grid: tuple, *args, **constants) -> None:
-    """`kernel[grid](*args, **constants)` on the device of the first argument, without Triton's dispatch if seen before.
+class Launch:
+    """`kernel[grid](*tensors, *numbers, **constants)` for any tensors, without Triton's dispatch if seen before.
 
     Triton binds, specializes and looks a kernel up anew in each call, which takes longer than the launch. What its
-    choice depends on is the key here: numbers, dtypes, and whether addresses are multiples of 16.
+    choice depends on besides numbers and constants is the key here: dtypes, and whether addresses are multiples of 16.
 
     Args:
         grid: three numbers of programs.
-        args: all that is passed at run time, in order; numbers of the same type in every call.
+        numbers: what else is passed at run time, after the tensors.
         constants: the constexprs, which stand last in the signature, and Triton's options.
     """
-    elsewhere = args[0].is_cuda and args[0].device.index != torch.cuda.current_device()
-    with torch.cuda.device(args[0].device) if elsewhere else contextlib.nullcontext():
+
+    def __init__(self, kernel, grid: tuple, numbers: tuple, **constants):
+        self.kernel, self.grid, self.numbers, self.constants = kernel, grid, numbers, constants
+
+    def __call__(self, *tensors: torch.Tensor | None) -> None:
+        """On the device of the first tensor."""
+        device = tensors[0].device
+        if tensors[0].is_cuda and device.index != torch.cuda.current_device():
+            with torch.cuda.device(device):
+                return self(*tensors)
         if INTERPRETED:
-            kernel[grid](*args, **constants)
-            return
-        kinds = [(a.dtype, a.data_ptr() % 16 == 0) if isinstance(a, torch.Tensor) else a for a in args]
-        key = (id(kernel), emulated_arch, args[0].device, *kinds, *constants.values())
+            return self.kernel[self.grid](*tensors, *self.numbers, **self.constants)
+        kinds = [x if x is None else (x.dtype, x.data_ptr() % 16 == 0) for x in tensors]
+        key = (self, emulated_arch, device, *kinds)
         known = _compiled.get(key)
         if known is None:
             if len(_compiled) >= 4096:  # lengths of batches, mostly
                 _compiled.clear()
-            tail = [constants[name] for name in kernel.arg_names[len(args) :]]
-            _compiled[key] = kernel[grid](*args, **constants), tail
+            compiled = self.kernel[self.grid](*tensors, *self.numbers, **self.constants)
+            names = self.kernel.arg_names[len(tensors) + len(self.numbers) :]
+            _compiled[key] = compiled, compiled[self.grid], (*self.numbers, *(self.constants[name] for name in names))
         else:
-            known[0][grid](*args, *known[1])
+            known[1](*tensors, *known[2])
+
+
+def launch(kernel, grid: tuple, *args, **constants) -> None:
+    """The `Launch` of a kernel whose pointers stand first; numbers are of the same type in every call."""
+    pointers = _pointers(kernel.fn)
+    _prepared(kernel, grid, args[pointers:], *constants.items())(*args[:pointers])
+
+
+@lru_cache
+def _pointers(function: Callable) -> int:
+    return sum(name.endswith("_ptr") for name in inspect.signature(function).parameters)
+
+
+@lru_cache(4096)
+def _prepared(kernel, grid, numbers, *constants):
+    return Launch(kernel, grid, numbers, **dict(constants))
 
 
 _chosen: dict[tuple, str] = {}  # of `run_fastest`
