@@ -33,19 +33,7 @@ import torch
 
 from .dropout import ROUNDS, Dropout, keep_tile
 from .nf4_cpu import AVX512_BF16, LEVEL
-from .runtime import (
-    Launch,
-    block_of,
-    cast,
-    cdiv,
-    dot_dtype,
-    run_fastest,
-    runs_product,
-    splits_of,
-    stored_dtype,
-    tl,
-    triton,
-)
+from .runtime import Launch, block_of, cdiv, dot_dtype, run_fastest, runs_product, splits_of, stored_dtype, tl, triton
 
 
 def lora_down_reference(x, lora_A, mask=None):
@@ -86,7 +74,8 @@ def _parts(x, dtype, count, *shape):
 
 
 def _sum(parts, dtype):
-    return cast(parts if parts.dim() == 2 else parts.sum(0), dtype)
+    whole = parts if parts.dim() == 2 else parts.sum(0)
+    return whole if whole.dtype == dtype else whole.to(dtype)
 
 
 @triton.jit
@@ -158,31 +147,22 @@ def _prepared_down(M, K, r, x, a, dtype, aligned, scale, threshold, transposed=F
     )  # fmt: skip
 
 
-def _down(x, lora_A, dropout=None, scale=1.0):
-    """scale · x̂ Aᵀ (M, r) in x's dtype."""
-    (M, K), r = x.shape, lora_A.shape[0]
-    kind = x.stride(), lora_A.stride(), x.dtype, x.data_ptr() % 16 == 0, float(scale), dropout and dropout.threshold
-    splits, run = _prepared_down(M, K, r, *kind)
-    S = _parts(x, x.dtype, splits, M, r)
+def _down(x, lora_A, dropout=None, scale=1.0, dtype=None, turn=1):
+    """scale · x̂ Aᵀ (M, r) in `dtype`, x's if None; with turn = -1 it is transposed, and so are x and lora_A."""
+    (M, K), r, dtype = x.shape[::turn], lora_A.shape[::turn][0], dtype or x.dtype
+    kind = x.dtype, x.data_ptr() % 16 == 0, float(scale), dropout and dropout.threshold, turn == -1
+    splits, run = _prepared_down(M, K, r, x.stride()[::turn], lora_A.stride()[::turn], *kind)
+    S = _parts(x, dtype, splits, *(M, r)[::turn])
     run(x, lora_A, S, dropout and dropout.seed)
-    return _sum(S, x.dtype)
+    return _sum(S, dtype)
 
 
 def _down_grad(dS, x, dtype, dropout=None, scale=1.0):
-    """scale · dSᵀ x̂ (r, K) in `dtype`: the same on transposed views."""
-    (M, K), r = x.shape, dS.shape[1]
-    kind = x.stride()[::-1], dS.stride()[::-1], x.dtype, True, float(scale), dropout and dropout.threshold, True
-    splits, run = _prepared_down(K, M, r, *kind)
-    dA = _parts(x, dtype, splits, r, K)
-    run(x, dS, dA, dropout and dropout.seed)
-    return _sum(dA, dtype)
+    return _down(x, dS, dropout, scale, dtype, turn=-1)
 
 
 def _down_by_torch(x, lora_A, dropout=None):
     return lora_down_reference(_wide(x), lora_A.to(x.dtype), dropout and dropout.mask(*x.shape, x.dtype)).to(x.dtype)
-
-
-DOWN_WAYS = {"kernel": _down, "torch": _down_by_torch}
 
 
 def lora_down(x: torch.Tensor, lora_A: torch.Tensor, dropout: Dropout | None = None) -> torch.Tensor:
@@ -202,7 +182,7 @@ def lora_down(x: torch.Tensor, lora_A: torch.Tensor, dropout: Dropout | None = N
     if M == 0:
         return x.new_empty(0, r)
     sizes = block_of(M, 16, 8192), K, r, dropout is not None
-    return run_fastest("lora_down", sizes, DOWN_WAYS, x, lora_A, dropout)
+    return run_fastest("lora_down", sizes, {"kernel": _down, "torch": _down_by_torch}, x, lora_A, dropout)
 
 
 @triton.jit
@@ -269,9 +249,6 @@ def _up_grads(dy, S, lora_B, scale):
     return _sum(dS, dy.dtype), _sum(dB, lora_B.dtype)
 
 
-UP_GRADS_WAYS = {"kernel": _up_grads, "torch": lora_up_grads_addmm}
-
-
 def lora_up_grads(
     dy: torch.Tensor, S: torch.Tensor, lora_B: torch.Tensor, scale: float
 ) -> tuple[torch.Tensor, torch.Tensor]:
@@ -284,15 +261,13 @@ def lora_up_grads(
     (M, N), r = dy.shape, S.shape[1]
     if M == 0 or N == 0:
         return torch.zeros_like(S), torch.zeros_like(lora_B)
-    return run_fastest("lora_up_grads", (block_of(M, 16, 8192), N, r), UP_GRADS_WAYS, dy, S, lora_B, scale)
+    ways = {"kernel": _up_grads, "torch": lora_up_grads_addmm}
+    return run_fastest("lora_up_grads", (block_of(M, 16, 8192), N, r), ways, dy, S, lora_B, scale)
 
 
 def _down_grad_by_torch(dS, x, dtype, dropout=None):
     mask = dropout and dropout.mask(*x.shape, x.dtype)
     return lora_down_grad_reference(_wide(dS), _wide(x), x.dtype, mask).to(dtype)
-
-
-DOWN_GRAD_WAYS = {"kernel": _down_grad, "torch": _down_grad_by_torch}
 
 
 def lora_down_grad(
@@ -305,4 +280,5 @@ def lora_down_grad(
     if M == 0:
         return torch.zeros((r, K), dtype=dtype, device=x.device)
     sizes = block_of(M, 16, 8192), K, r, dropout is not None
-    return run_fastest("lora_down_grad", sizes, DOWN_GRAD_WAYS, dS, x, dtype, dropout)
+    ways = {"kernel": _down_grad, "torch": _down_grad_by_torch}
+    return run_fastest("lora_down_grad", sizes, ways, dS, x, dtype, dropout)

@@ -12,8 +12,8 @@ Here the low-rank term comes last, into the same accumulator, its scale multipli
 saved are those of `matmul.py`, which has the references and the Functions.
 """
 
+from collections import namedtuple
 from functools import lru_cache
-from typing import NamedTuple
 
 import torch
 
@@ -92,21 +92,13 @@ def _matmul_tma_kernel(
             tl.store(found_inf_ptr, 1.0, mask=bad != 0)
 
 
-class Tile(NamedTuple):
-    """All step through K alike, so that sums are split alike."""
-
-    BLOCK_M: int
-    BLOCK_N: int
-    num_warps: int
-    num_stages: int
-    BLOCK_K: int = 64
-    GROUP_M: int = 8
+# All step through K alike, so that sums are split alike.
+Tile = namedtuple("Tile", "BLOCK_M BLOCK_N num_warps num_stages BLOCK_K GROUP_M", defaults=(64, 8))
 
 
 def tiles_by_name(*tiles, prefix=""):
     """By name: rows, columns, warps and stages."""
-    return {f"{prefix}{m} x {n}, {warps} warps, {stages} stages": Tile(m, n, warps, stages)
-            for m, n, warps, stages in tiles}  # fmt: skip
+    return {"{}{} x {}, {} warps, {} stages".format(prefix, *tile): Tile(*tile) for tile in tiles}
 
 
 TMA_TILES = tiles_by_name((128, 256, 8, 3), (128, 128, 8, 4), (128, 128, 4, 3), (64, 128, 4, 3), prefix="persistent ")

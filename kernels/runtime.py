@@ -22,7 +22,6 @@ so that later runs choose alike and a resumed one gives the same bits.
 """
 
 import contextlib
-import inspect
 import json
 import math
 import os
@@ -156,11 +155,6 @@ def dot_dtype(dtype: torch.dtype):
     return tl.float32 if INTERPRETED and dtype == torch.bfloat16 else TRITON_DTYPES[dtype]
 
 
-def cast(x: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """`x.to(dtype)`, which takes the host a microsecond even where nothing changes."""
-    return x if x.dtype is dtype else x.to(dtype)
-
-
 def stored_dtype(dtype: torch.dtype) -> torch.dtype:
     """What a kernel stores for a result of `dtype`: the same, but the interpreter cuts bf16 instead of rounding it."""
     return torch.float32 if INTERPRETED and dtype == torch.bfloat16 else dtype
@@ -226,8 +220,7 @@ class Launch:
                 return self(*tensors)
         if INTERPRETED:
             return self.kernel[self.grid](*tensors, *self.numbers, **self.constants)
-        kinds = [x if x is None else (x.dtype, x.data_ptr() % 16 == 0) for x in tensors]
-        key = (self, emulated_arch, device, *kinds)
+        key = (self, emulated_arch, device, *[x if x is None else (x.dtype, x.data_ptr() % 16 == 0) for x in tensors])
         known = _compiled.get(key)
         if known is None:
             if len(_compiled) >= 4096:  # lengths of batches, mostly
@@ -239,20 +232,13 @@ class Launch:
             known[1](*tensors, *known[2])
 
 
+_prepared = lru_cache(4096)(Launch)
+
+
 def launch(kernel, grid: tuple, *args, **constants) -> None:
-    """The `Launch` of a kernel whose pointers stand first; numbers are of the same type in every call."""
-    pointers = _pointers(kernel.fn)
-    _prepared(kernel, grid, args[pointers:], *constants.items())(*args[:pointers])
-
-
-@lru_cache
-def _pointers(function: Callable) -> int:
-    return sum(name.endswith("_ptr") for name in inspect.signature(function).parameters)
-
-
-@lru_cache(4096)
-def _prepared(kernel, grid, numbers, *constants):
-    return Launch(kernel, grid, numbers, **dict(constants))
+    """The `Launch` of a kernel on `args`: tensors, then numbers, each of the same type in every call."""
+    numbers = next(i for i, a in enumerate(args) if isinstance(a, (int, float)))
+    _prepared(kernel, grid, args[numbers:], **constants)(*args[:numbers])
 
 
 _chosen: dict[tuple, str] = {}  # of `run_fastest`

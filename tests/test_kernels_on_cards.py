@@ -249,9 +249,7 @@ def test_experts_are_one_launch_that_moves_no_byte_twice(kernel_backend, arch, c
     assert_computes(
         y.detach(), lambda x, W: torch.cat([h @ w.t() for h, w in zip(rows(x), W, strict=True)]), (x, W), 256, "y"
     )
-    assert_computes(
-        dx, lambda dy, W: torch.cat([h @ w for h, w in zip(rows(dy), W, strict=True)]), (dy, W), 160, "dx"
-    )
+    assert_computes(dx, lambda dy, W: torch.cat([h @ w for h, w in zip(rows(dy), W, strict=True)]), (dy, W), 160, "dx")
     weights = sum(count > 0 for count in counts) * sum(nf4_bytes(160 * 256))
     assert len(gpu.launches) == 2
     for launch, read, written in zip(gpu.launches, (x, dy), (y, dx), strict=True):
