@@ -22,6 +22,7 @@ so that later runs choose alike and a resumed one gives the same bits.
 """
 
 import contextlib
+import inspect
 import json
 import math
 import os
@@ -210,6 +211,8 @@ class Launch:
     """
 
     def __init__(self, kernel, grid: tuple, numbers: tuple, **constants):
+        if not all(isinstance(number, (int, float)) for number in numbers):
+            raise TypeError(f"a launch of {kernel.__name__} may keep numbers alone, got {numbers}")
         self.kernel, self.grid, self.numbers, self.constants = kernel, grid, numbers, constants
 
     def __call__(self, *tensors: torch.Tensor | None) -> None:
@@ -236,9 +239,14 @@ _prepared = lru_cache(4096)(Launch)
 
 
 def launch(kernel, grid: tuple, *args, **constants) -> None:
-    """The `Launch` of a kernel on `args`: tensors, then numbers, each of the same type in every call."""
-    numbers = next(i for i, a in enumerate(args) if isinstance(a, (int, float)))
-    _prepared(kernel, grid, args[numbers:], **constants)(*args[:numbers])
+    """The `Launch` of a kernel whose pointers stand first, on `args`; numbers are of the same type in every call."""
+    pointers = _pointers(kernel.fn)
+    _prepared(kernel, grid, args[pointers:], **constants)(*args[:pointers])
+
+
+@lru_cache
+def _pointers(function: Callable) -> int:
+    return sum(name.endswith("_ptr") for name in inspect.signature(function).parameters)
 
 
 _chosen: dict[tuple, str] = {}  # of `run_fastest`
