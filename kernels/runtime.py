@@ -166,10 +166,10 @@ def cdiv(a: int, b: int) -> int:
     return -(-a // b)
 
 
-@lru_cache(4096)
 def block_of(size: int, low: int, high: int) -> int:
     """The power of two that covers `size`, within [low, high]."""
-    return min(max(1 << (size - 1).bit_length() if size > 0 else 1, low), high)
+    covering = 1 << (size - 1).bit_length() if size > 0 else 1
+    return low if covering < low else min(covering, high)
 
 
 def splits_of(programs: int, steps: int) -> int:
