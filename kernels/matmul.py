@@ -176,18 +176,17 @@ LORA_TILES = tiles_by_name(
 def _launch(tile, a, b, c, bias=None, S=None, up=None, scale=1.0, loss_scale=None, flag=None, dropout=None, b_t=False):
     """One launch into c (M, N); what is None has no part in it. `b_t`: b is given as (N, K)."""
     low_rank = () if S is None else (S.shape[1], S.stride(), up.stride())
-    seed, threshold = (None, 0) if dropout is None else (dropout.seed, dropout.threshold)
-    strides = a.stride(), b.stride()[::-1] if b_t else b.stride()
-    run = _prepared(tile, a.dtype, float(scale), threshold, *c.shape, a.shape[1], *strides, *low_rank)
-    run(a, b, c, bias, S, up, seed, loss_scale, flag)
+    kind = a.dtype, float(scale), dropout and dropout.threshold, a.stride(), b.stride()[::-1] if b_t else b.stride()
+    run = _prepared(tile, *c.shape, a.shape[1], *kind, *low_rank)
+    run(a, b, c, bias, S, up, dropout and dropout.seed, loss_scale, flag)
 
 
 @lru_cache(4096)
-def _prepared(tile, dtype, scale, threshold, M, N, K, a, b, r=0, s=(0, 0), up=(0, 0)):
+def _prepared(tile, M, N, K, dtype, scale, threshold, a, b, r=0, s=(0, 0), up=(0, 0)):
     """The launch; a, b, s and up are strides."""
     return Launch(
         _matmul_kernel, (cdiv(M, tile.BLOCK_M) * cdiv(N, tile.BLOCK_N), 1, 1),
-        (M, N, K, r, *a, *b, *s, *up, scale, threshold),
+        (M, N, K, r, *a, *b, *s, *up, scale, threshold or 0),
         EVEN=N % 256 == 0 and K % 64 == 0 and (r > 0 or M % 128 == 0), WIDE=256 * max(*a, *b, N) >= 2**31,
         DOT=dot_dtype(dtype), ROUNDS=ROUNDS, BLOCK_R=block_of(r, 16, 64), **tile._asdict(),
     )  # fmt: skip

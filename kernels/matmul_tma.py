@@ -124,13 +124,12 @@ def launch_tma(tile, a, b, c, bias=None, S=None, up=None, scale=1.0, loss_scale=
         triton.set_allocator(lambda size, alignment, stream: torch.empty(size, dtype=torch.int8, device=c.device))
     card = 0 if INTERPRETED else capability(c.device), _multiprocessors(c.device)
     low_rank = () if S is None else (S.shape[1], S.stride(), up.stride())
-    strides = a.stride(), b.stride()[::-1] if b_t else b.stride()
-    run = _prepared(tile, *card, a.dtype, float(scale), *c.shape, a.shape[1], *strides, *low_rank)
-    run(a, b, c, bias, S, up, loss_scale, flag)
+    kind = a.dtype, float(scale), a.stride(), b.stride()[::-1] if b_t else b.stride()
+    _prepared(tile, *card, *c.shape, a.shape[1], *kind, *low_rank)(a, b, c, bias, S, up, loss_scale, flag)
 
 
 @lru_cache(4096)
-def _prepared(tile, arch, programs, dtype, scale, M, N, K, a, b, r=0, s=(0, 0), up=(0, 1)):
+def _prepared(tile, arch, programs, M, N, K, dtype, scale, a, b, r=0, s=(0, 0), up=(0, 1)):
     """The launch; a, b, s and up are strides."""
     block_r, grid = block_of(r, 16, 32), (min(programs, cdiv(M, tile.BLOCK_M) * cdiv(N, tile.BLOCK_N)), 1, 1)
     return Launch(

@@ -30,6 +30,7 @@ import re
 import threading
 import warnings
 from collections.abc import Callable, Sequence
+from ctypes import PYFUNCTYPE, c_char_p, pythonapi
 from functools import lru_cache
 from importlib.metadata import version
 from pathlib import Path
@@ -79,8 +80,14 @@ FIXED = {
 emulated_arch: str | None = None
 
 
+# For a name that is not set `os.environ` raises two exceptions inside, and a layer asks five times.
+_getenv = PYFUNCTYPE(c_char_p, c_char_p)(("getenv", pythonapi)) if os.name == "posix" else None
+
+
 def reference_is_forced() -> bool:
     """Whether HANDTUNED_BACKEND=torch is set; a value that names no backend is a ValueError."""
+    if _getenv and not _getenv(b"HANDTUNED_BACKEND"):
+        return False
     forced = os.environ.get("HANDTUNED_BACKEND", "")
     if forced not in ("", "torch") and forced != emulated_arch:
         raise ValueError(
@@ -203,11 +210,7 @@ class Launch:
 
     Triton binds, specializes and looks a kernel up anew in each call, which takes longer than the launch. What its
     choice depends on besides numbers and constants is the key here: dtypes, and whether addresses are multiples of 16.
-
-    Args:
-        grid: three numbers of programs.
-        numbers: what else is passed at run time, after the tensors.
-        constants: the constexprs, which stand last in the signature, and Triton's options.
+    Constants are the constexprs, which stand last in the signature, and Triton's options.
     """
 
     def __init__(self, kernel, grid: tuple, numbers: tuple, **constants):
