@@ -86,7 +86,7 @@ _getenv = PYFUNCTYPE(c_char_p, c_char_p)(("getenv", pythonapi)) if os.name == "p
 
 def reference_is_forced() -> bool:
     """Whether HANDTUNED_BACKEND=torch is set; a value that names no backend is a ValueError."""
-    if _getenv and not _getenv(b"HANDTUNED_BACKEND"):
+    if not torch.compiler.is_compiling() and _getenv and not _getenv(b"HANDTUNED_BACKEND"):
         return False
     forced = os.environ.get("HANDTUNED_BACKEND", "")
     if forced not in ("", "torch") and forced != emulated_arch:
