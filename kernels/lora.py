@@ -55,13 +55,13 @@ def _forward(x, weight, bias, A, B, scale, seed, threshold, way):
 
 
 def _backward(dy, x, S, weight, A, B, scale, seed, threshold, way, needs):
-    """[dx, dA, dB] from dy (M, N), without those that `needs` (three booleans) does not ask for."""
+    """dx, dA and dB from dy (M, N); None for what `needs` (three booleans) does not ask for."""
     needs_x, needs_A, needs_B = needs
     dropout = None if seed is None else Dropout(seed, threshold)
     dS, dB = lora_up_grads(dy, S, B, scale)
     dA = lora_down_grad(dS, x, A.dtype, dropout) if needs_A else None
     dx = quantized_product_dx(way, dy, weight, dS, A, B, scale, dropout) if needs_x else None
-    return [gradient for gradient, needed in ((dx, needs_x), (dA, needs_A), (dB, needs_B)) if needed]
+    return dx, dA, dB if needs_B else None
 
 
 @torch.library.custom_op("handtuned::lora_linear", mutates_args=())
@@ -86,7 +86,7 @@ def _backward_op(
     needs: Sequence[bool],
 ) -> list[torch.Tensor]:  # fmt: skip
     made = _backward(dy, x, S, unflatten(weight, sizes), A, B, scale, seed, threshold, way, needs)
-    return [gradient.contiguous() for gradient in made]
+    return [gradient.contiguous() for gradient in made if gradient is not None]
 
 
 @_backward_op.register_fake
@@ -132,14 +132,14 @@ class _LoRALinear(torch.autograd.Function):
         with _without_autocast(dy):
             dW = (dy.t() @ x).to(weight.dtype) if needs_weight else None
             dbias = dy.sum(0).to(ctx.bias_dtype) if needs_bias else None
-            weight, made = weight if ctx.quantized is None else ctx.quantized, []
+            weight, dx, dA, dB = weight if ctx.quantized is None else ctx.quantized, None, None, None
             if any(needs) and traced(dy):
-                made = _backward_op(dy, x, S, *flatten(weight), *rest, needs)
+                made = iter(_backward_op(dy, x, S, *flatten(weight), *rest, needs))
+                dx, dA, dB = (next(made) if needed else None for needed in needs)
             elif any(needs):
-                made = _backward(dy, x, S, weight, *rest, needs)
-        made = iter(made)
-        dx, dA, dB = (next(made) if needed else None for needed in needs)
-        return None if dx is None else dx.view(ctx.x_shape), dW, dbias, dA, dB, None, None
+                dx, dA, dB = _backward(dy, x, S, weight, *rest, needs)
+        dx = dx if dx is None or dx.shape == ctx.x_shape else dx.view(ctx.x_shape)
+        return dx, dW, dbias, dA, dB, None, None
 
 
 def _without_autocast(x):
