@@ -24,7 +24,6 @@ same with W in NF4).
 """
 
 from collections.abc import Sequence
-from contextlib import nullcontext
 
 import torch
 import torch.nn.functional as F
@@ -55,13 +54,13 @@ def _forward(x, weight, bias, A, B, scale, seed, threshold, way):
 
 
 def _backward(dy, x, S, weight, A, B, scale, seed, threshold, way, needs):
-    """[dx, dA, dB] from dy (M, N), without those that `needs` (three booleans) does not ask for."""
+    """dx, dA and dB from dy (M, N); None for what `needs` (three booleans) does not ask for."""
     needs_x, needs_A, needs_B = needs
     dropout = None if seed is None else Dropout(seed, threshold)
     dS, dB = lora_up_grads(dy, S, B, scale)
     dA = lora_down_grad(dS, x, A.dtype, dropout) if needs_A else None
     dx = quantized_product_dx(way, dy, weight, dS, A, B, scale, dropout) if needs_x else None
-    return [gradient for gradient, needed in ((dx, needs_x), (dA, needs_A), (dB, needs_B)) if needed]
+    return dx, dA, dB if needs_B else None
 
 
 @torch.library.custom_op("handtuned::lora_linear", mutates_args=())
@@ -86,7 +85,7 @@ def _backward_op(
     needs: Sequence[bool],
 ) -> list[torch.Tensor]:  # fmt: skip
     made = _backward(dy, x, S, unflatten(weight, sizes), A, B, scale, seed, threshold, way, needs)
-    return [gradient.contiguous() for gradient in made]
+    return [gradient.contiguous() for gradient in made if gradient is not None]
 
 
 @_backward_op.register_fake
@@ -125,27 +124,23 @@ class _LoRALinear(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx, dy):
+        if torch.is_autocast_enabled(dy.device.type):
+            with torch.autocast(dy.device.type, enabled=False):
+                return _LoRALinear.backward(ctx, dy)
         dy = dy if dy.dim() == 2 else dy.reshape(-1, dy.shape[-1])
         x, S, seed, A, B, weight = ctx.saved_tensors
         needs_x, needs_weight, needs_bias, needs_A, needs_B, _, _ = ctx.needs_input_grad
         needs, rest = (needs_x, needs_A, needs_B), (A, B, ctx.scale, seed, ctx.threshold, ctx.way)
-        with _without_autocast(dy):
-            dW = (dy.t() @ x).to(weight.dtype) if needs_weight else None
-            dbias = dy.sum(0).to(ctx.bias_dtype) if needs_bias else None
-            weight, made = weight if ctx.quantized is None else ctx.quantized, []
-            if any(needs) and traced(dy):
-                made = _backward_op(dy, x, S, *flatten(weight), *rest, needs)
-            elif any(needs):
-                made = _backward(dy, x, S, weight, *rest, needs)
-        made = iter(made)
-        dx, dA, dB = (next(made) if needed else None for needed in needs)
-        return None if dx is None else dx.view(ctx.x_shape), dW, dbias, dA, dB, None, None
-
-
-def _without_autocast(x):
-    """Everything is computed in x's dtype. (To enter a context costs time even where it changes nothing.)"""
-    enabled = torch.is_autocast_enabled(x.device.type)
-    return torch.autocast(x.device.type, enabled=False) if enabled else nullcontext()
+        dW = (dy.t() @ x).to(weight.dtype) if needs_weight else None
+        dbias = dy.sum(0).to(ctx.bias_dtype) if needs_bias else None
+        weight, dx, dA, dB = weight if ctx.quantized is None else ctx.quantized, None, None, None
+        if any(needs) and traced(dy):
+            made = iter(_backward_op(dy, x, S, *flatten(weight), *rest, needs))
+            dx, dA, dB = (next(made) if needed else None for needed in needs)
+        elif any(needs):
+            dx, dA, dB = _backward(dy, x, S, weight, *rest, needs)
+        dx = dx if dx is None or dx.shape == ctx.x_shape else dx.view(ctx.x_shape)
+        return dx, dW, dbias, dA, dB, None, None
 
 
 def lora_linear(
@@ -188,8 +183,10 @@ def lora_linear(
     if bias is not None and bias.shape != (N,):
         raise ValueError(f"bias must be ({N},), got {tuple(bias.shape)}")
     arguments = x, weight, bias, lora_A, lora_B, scaling, dropout_p
-    with _without_autocast(x):
-        if torch.is_grad_enabled():
-            return _LoRALinear.apply(*arguments)
-        y = _rows_forward(*arguments)[0]  # at once: to one row a Function costs as much as its products
-        return y if x.dim() == 2 else y.view(*x.shape[:-1], N)
+    if torch.is_autocast_enabled(x.device.type):
+        with torch.autocast(x.device.type, enabled=False):
+            return lora_linear(*arguments)
+    if torch.is_grad_enabled():
+        return _LoRALinear.apply(*arguments)
+    y = _rows_forward(*arguments)[0]  # at once: to one row a Function costs as much as its products
+    return y if x.dim() == 2 else y.view(*x.shape[:-1], N)

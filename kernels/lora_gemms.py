@@ -33,7 +33,7 @@ import torch
 
 from .dropout import ROUNDS, Dropout, keep_tile
 from .nf4_cpu import AVX512_BF16, LEVEL
-from .runtime import block_of, cdiv, dot_dtype, launch, run_fastest, runs_product, splits_of, stored_dtype, tl, triton
+from .runtime import Launch, block_of, cdiv, dot_dtype, run_fastest, runs_product, splits_of, stored_dtype, tl, triton
 
 
 def lora_down_reference(x, lora_A, mask=None):
@@ -67,13 +67,16 @@ def lora_up_grads_addmm(dy, S, lora_B, scale):
     return dS.to(dtype).t(), dB.to(dtype).to(lora_B.dtype).t()
 
 
-def _parts(count, shape, dtype, device):
-    """Room for `count` parts of a sum: in fp32, or in the dtype of the result where it is one."""
-    return torch.empty((count, *shape), dtype=torch.float32 if count > 1 else stored_dtype(dtype), device=device)
+def _parts(x, dtype, count, *shape):
+    """Room beside x for `count` parts of a sum: in fp32, or, of one, without a dimension and in the result's dtype."""
+    if count == 1:
+        return x.new_empty(*shape, dtype=stored_dtype(dtype))
+    return x.new_empty(count, *shape, dtype=torch.float32)
 
 
 def _sum(parts, dtype):
-    return (parts.sum(0) if len(parts) > 1 else parts[0]).to(dtype)
+    whole = parts if parts.dim() == 2 else parts.sum(0)
+    return whole if whole.dtype == dtype else whole.to(dtype)
 
 
 @triton.jit
@@ -114,13 +117,12 @@ def _down_kernel(
     tl.store(s_ptrs, acc * scale, mask=(offs_m[:, None] < M) & (offs_r[None, :] < r))
 
 
-def ragged(x) -> bool:
-    """Whether rows of x do not begin and end at 16 elements: loads are narrow then, and many places fill registers."""
-    row, step = x.stride()
-    return step != 1 or bool(row % 16 or x.shape[1] % 16 or x.data_ptr() % 16)
+def ragged(columns, strides, aligned) -> bool:
+    """Whether rows do not begin and end at 16 elements: loads are narrow then, and many places fill registers."""
+    row, step = strides
+    return step != 1 or bool(row % 16 or columns % 16) or not aligned
 
 
-@lru_cache(4096)
 def down_blocks(M: int, K: int, r: int, transposed: bool = False, narrow: bool = False) -> tuple[dict, int, int]:
     """Tile sizes of `_down`; in how many parts K is summed (few rows leave a GPU idle otherwise), their size.
 
@@ -134,23 +136,30 @@ def down_blocks(M: int, K: int, r: int, transposed: bool = False, narrow: bool =
     return blocks, cdiv(steps, per_split), per_split * blocks["BLOCK_K"]
 
 
-def _down(x, lora_A, dropout=None, scale=1.0, dtype=None, transposed=False):
-    """scale · x̂ Aᵀ (M, r) in `dtype`; if `transposed`, (r, M), and x is a view of (K, M), which `dropout` is over."""
-    (M, K), r, dtype = x.shape, lora_A.shape[0], dtype or x.dtype
-    blocks, splits, k_per_split = down_blocks(M, K, r, transposed, not transposed and ragged(x))
-    S = _parts(splits, (r, M) if transposed else (M, r), dtype, x.device)
+@lru_cache(4096)
+def _prepared_down(M, K, r, x, a, dtype, aligned, scale, threshold, transposed=False):
+    """In how many parts K is summed, and the launch. x and a: strides; `transposed`: x is a view, and so is S."""
+    blocks, splits, k_per_split = down_blocks(M, K, r, transposed, not transposed and ragged(K, x, aligned))
     strides, few = (1, M) if transposed else (r, 1), r <= 32 or transposed
-    launch(
+    return splits, Launch(
         _down_kernel, (cdiv(M, blocks["BLOCK_M"]), splits, cdiv(r, blocks["BLOCK_R"])),
-        x, lora_A, S, dropout and dropout.seed, M, K, r, *x.stride(), *lora_A.stride(), *strides, k_per_split,
-        float(scale), dropout.threshold if dropout else 0, TRANSPOSED=transposed, DOT=dot_dtype(x.dtype),
-        ROUNDS=ROUNDS, **blocks, num_warps=4 if few else 8, num_stages=4 if few else 3,
+        (M, K, r, *x, *a, *strides, k_per_split, scale, threshold or 0), TRANSPOSED=transposed,
+        DOT=dot_dtype(dtype), ROUNDS=ROUNDS, **blocks, num_warps=4 if few else 8, num_stages=4 if few else 3,
     )  # fmt: skip
+
+
+def _down(x, lora_A, dropout=None, scale=1.0, dtype=None, turn=1):
+    """scale · x̂ Aᵀ (M, r) in `dtype`, x's if None; with turn = -1 it is transposed, and so are x and lora_A."""
+    (M, K), r, dtype = x.shape[::turn], lora_A.shape[::turn][0], dtype or x.dtype
+    kind = x.dtype, x.data_ptr() % 16 == 0, float(scale), dropout and dropout.threshold, turn == -1
+    splits, run = _prepared_down(M, K, r, x.stride()[::turn], lora_A.stride()[::turn], *kind)
+    S = _parts(x, dtype, splits, *(M, r)[::turn])
+    run(x, lora_A, S, dropout and dropout.seed)
     return _sum(S, dtype)
 
 
 def _down_grad(dS, x, dtype, dropout=None, scale=1.0):
-    return _down(x.t(), dS.t(), dropout, scale, dtype, transposed=True)
+    return _down(x, dS, dropout, scale, dtype, turn=-1)
 
 
 def _down_by_torch(x, lora_A, dropout=None):
@@ -214,30 +223,30 @@ def _up_grads_kernel(
 
 
 @lru_cache(4096)
-def up_grads_blocks(M: int, N: int, narrow: bool = False) -> tuple[dict, int, int]:
-    """Tile sizes of `lora_up_grads`; into how many parts N is split, and their size, a multiple of 128.
+def _prepared_up_grads(M, N, r, dy, s, b, dtype, aligned, scale):
+    """Into how many parts N and M are split, and the launch; dy, s and b are strides.
 
-    `narrow`: dy is ragged. Both sums of a tile have 128 rows, 16 for each warp: of fewer some are computed twice, as
-    those of dB are for a ragged dy, whose loads do not fit into registers otherwise.
+    Both sums of a tile have 128 rows, 16 for each warp: of fewer some are computed twice, as those of dB are for a
+    ragged dy, whose loads do not fit into registers otherwise.
     """
-    blocks = {"BLOCK_M": block_of(M, 16, 128), "BLOCK_N": 64 if narrow else 128, "BLOCK_R": 16}
-    steps = cdiv(N, 128)
-    per_split = cdiv(steps, splits_of(cdiv(M, blocks["BLOCK_M"]), steps))
-    return blocks, cdiv(steps, per_split), per_split * 128
+    blocks = {"BLOCK_M": block_of(M, 16, 128), "BLOCK_N": 64 if ragged(N, dy, aligned) else 128, "BLOCK_R": 16}
+    slabs, steps = cdiv(M, 128), cdiv(N, 128)
+    per_split = cdiv(steps, splits_of(slabs, steps))
+    splits = cdiv(steps, per_split)
+    return splits, slabs, Launch(
+        _up_grads_kernel, (slabs, splits, 1), (M, N, r, *dy, *s, *b, 128 * per_split, scale),
+        DOT=dot_dtype(dtype), **blocks, num_warps=8, num_stages=3,
+    )  # fmt: skip
 
 
 def _up_grads(dy, S, lora_B, scale):
     (M, N), r = dy.shape, S.shape[1]
     if r > 16:
         return _down(dy, lora_B.t(), None, scale), _down_grad(S, dy, lora_B.dtype, None, scale).t()
-    (blocks, splits, n_per_split), slabs = up_grads_blocks(M, N, ragged(dy)), cdiv(M, 128)
-    dS = _parts(splits, (M, r), dy.dtype, dy.device)
-    dB = _parts(slabs, (N, r), lora_B.dtype, dy.device)
-    launch(
-        _up_grads_kernel, (slabs, splits, 1),
-        dy, S, lora_B, dS, dB, M, N, r, *dy.stride(), *S.stride(), *lora_B.stride(), n_per_split, float(scale),
-        DOT=dot_dtype(dy.dtype), **blocks, num_warps=8, num_stages=3,
-    )  # fmt: skip
+    kind = dy.stride(), S.stride(), lora_B.stride(), dy.dtype, dy.data_ptr() % 16 == 0, float(scale)
+    splits, slabs, run = _prepared_up_grads(M, N, r, *kind)
+    dS, dB = _parts(dy, dy.dtype, splits, M, r), _parts(dy, lora_B.dtype, slabs, N, r)
+    run(dy, S, lora_B, dS, dB)
     return _sum(dS, dy.dtype), _sum(dB, lora_B.dtype)
 
 

@@ -18,7 +18,7 @@ output writes the same 1.0 to it. `lora_product` is a piece of `lora.py`, which 
 """
 
 from contextlib import nullcontext
-from functools import partial
+from functools import lru_cache, partial
 
 import torch
 import torch.nn.functional as F
@@ -29,10 +29,10 @@ from .dropout import ROUNDS, Dropout, keep_tile
 from .matmul_tma import TMA_TILES, launch_tma, tiles_by_name, tma_fits
 from .runtime import (
     TRITON_DTYPES,
+    Launch,
     block_of,
     cdiv,
     dot_dtype,
-    launch,
     run_fastest,
     runs_product,
     stored_dtype,
@@ -173,24 +173,30 @@ LORA_TILES = tiles_by_name(
 )  # fmt: skip
 
 
-def _launch(tile, a, b, c, bias=None, S=None, up=None, scale=1.0, loss_scale=None, flag=None, dropout=None):
-    """One launch into c (M, N); what is None has no part in it."""
-    (M, K), N = a.shape, b.shape[1]
-    r, strides = (0, (0, 0, 0, 0)) if S is None else (S.shape[1], (*S.stride(), *up.stride()))
-    seed, threshold = (None, 0) if dropout is None else (dropout.seed, dropout.threshold)
-    launch(
-        _matmul_kernel, (cdiv(M, tile["BLOCK_M"]) * cdiv(N, tile["BLOCK_N"]), 1, 1),
-        a, b, c, bias, S, up, seed, loss_scale, flag, M, N, K, r, *a.stride(), *b.stride(), *strides,
-        float(scale), threshold, EVEN=N % 256 == 0 and K % 64 == 0 and (S is not None or M % 128 == 0),
-        WIDE=256 * max(*a.stride(), *b.stride(), N) >= 2**31, DOT=dot_dtype(a.dtype), ROUNDS=ROUNDS,
-        BLOCK_R=block_of(r, 16, 64), **tile,
+def _launch(tile, a, b, c, bias=None, S=None, up=None, scale=1.0, loss_scale=None, flag=None, dropout=None, b_t=False):
+    """One launch into c (M, N); what is None has no part in it. `b_t`: b is given as (N, K)."""
+    low_rank = () if S is None else (S.shape[1], S.stride(), up.stride())
+    kind = a.dtype, float(scale), dropout and dropout.threshold, a.stride(), b.stride()[::-1] if b_t else b.stride()
+    run = _prepared(tile, *c.shape, a.shape[1], *kind, *low_rank)
+    run(a, b, c, bias, S, up, dropout and dropout.seed, loss_scale, flag)
+
+
+@lru_cache(4096)
+def _prepared(tile, M, N, K, dtype, scale, threshold, a, b, r=0, s=(0, 0), up=(0, 0)):
+    """The launch; a, b, s and up are strides."""
+    return Launch(
+        _matmul_kernel, (cdiv(M, tile.BLOCK_M) * cdiv(N, tile.BLOCK_N), 1, 1),
+        (M, N, K, r, *a, *b, *s, *up, scale, threshold or 0),
+        EVEN=N % 256 == 0 and K % 64 == 0 and (r > 0 or M % 128 == 0), WIDE=256 * max(*a, *b, N) >= 2**31,
+        DOT=dot_dtype(dtype), ROUNDS=ROUNDS, BLOCK_R=block_of(r, 16, 64), **tile._asdict(),
     )  # fmt: skip
 
 
 def _lora(launch_tiles, tile, x, weight, bias, S, lora_B, scale, dropout=None):
-    y = torch.empty((x.shape[0], weight.shape[0]), dtype=stored_dtype(x.dtype), device=x.device)
-    launch_tiles(tile, x, weight.t(), y, bias, S, lora_B, scale, **({} if dropout is None else {"dropout": dropout}))
-    return y.to(x.dtype)
+    y = x.new_empty(x.shape[0], weight.shape[0], dtype=stored_dtype(x.dtype))
+    rest = {} if dropout is None else {"dropout": dropout}
+    launch_tiles(tile, x, weight, y, bias, S, lora_B, scale, b_t=True, **rest)
+    return y if y.dtype == x.dtype else y.to(x.dtype)  # this asks a microsecond of the host even then
 
 
 def _by_torch(x, weight, bias, S, lora_B, scale, dropout=None):
@@ -228,7 +234,7 @@ def lora_product(
         return _by_torch(x, weight, bias, S, lora_B, scale, dropout)
     sizes = block_of(M, 16, 8192), N, K, r, weight.stride(1) == 1, dropout is not None
     operation, ways = "lora_product", LORA_WAYS if dropout is None else LORA_WAYS_WITH_DROPOUT
-    if dropout is None and tma_fits(x, weight.t(), S, lora_B):
+    if dropout is None and tma_fits(N, x, weight, S, lora_B):
         operation, ways = "lora_product, descriptors", LORA_WAYS_TMA
     return run_fastest(operation, sizes, ways, x, weight, bias, S, lora_B, scale, dropout)
 
@@ -260,7 +266,7 @@ def _scaled_product(a, b, scale, want_flag):
     if not runs_product(a) or M == 0 or N == 0:
         return _scaled_by_torch(a, b, scale, want_flag)
     sizes = block_of(M, 16, 8192), N, K, a.stride(1) == 1, b.stride(1) == 1
-    if tma_fits(a, b):
+    if tma_fits(N, a, b):
         return run_fastest("scaled_matmul, descriptors", sizes, SCALED_WAYS_TMA, a, b, scale, want_flag)
     return run_fastest("scaled_matmul", sizes, SCALED_WAYS, a, b, scale, want_flag)
 

@@ -12,11 +12,12 @@ Here the low-rank term comes last, into the same accumulator, its scale multipli
 saved are those of `matmul.py`, which has the references and the Functions.
 """
 
+from collections import namedtuple
 from functools import lru_cache
 
 import torch
 
-from .runtime import INTERPRETED, block_of, capability, cdiv, dot_dtype, launch, tl, triton
+from .runtime import INTERPRETED, Launch, block_of, capability, cdiv, dot_dtype, tl, triton
 
 
 def matmul_tma_reference(a, b, bias, S, up, scale, loss_scale):
@@ -91,49 +92,51 @@ def _matmul_tma_kernel(
             tl.store(found_inf_ptr, 1.0, mask=bad != 0)
 
 
+# All step through K alike, so that sums are split alike.
+Tile = namedtuple("Tile", "BLOCK_M BLOCK_N num_warps num_stages BLOCK_K GROUP_M", defaults=(64, 8))
+
+
 def tiles_by_name(*tiles, prefix=""):
-    """By name: rows, columns, warps and stages. All step through K alike, so that sums are split alike."""
-    return {
-        f"{prefix}{m} x {n}, {warps} warps, {stages} stages": {
-            "BLOCK_M": m, "BLOCK_N": n, "BLOCK_K": 64, "GROUP_M": 8, "num_warps": warps, "num_stages": stages,
-        }
-        for m, n, warps, stages in tiles
-    }  # fmt: skip
+    """By name: rows, columns, warps and stages."""
+    return {"{}{} x {}, {} warps, {} stages".format(prefix, *tile): Tile(*tile) for tile in tiles}
 
 
 TMA_TILES = tiles_by_name((128, 256, 8, 3), (128, 128, 8, 4), (128, 128, 4, 3), (64, 128, 4, 3), prefix="persistent ")
 
 
-def tma_fits(a: torch.Tensor, b: torch.Tensor, S: torch.Tensor | None = None, up: torch.Tensor | None = None) -> bool:
-    """Whether descriptors can describe a (M, K), b (K, N), their product and a low-rank term: multiples of 16 bytes.
+def tma_fits(N: int, a: torch.Tensor, b: torch.Tensor, *low_rank: torch.Tensor) -> bool:
+    """Whether descriptors can describe a, b, their product of N columns, and S and B: multiples of 16 bytes.
 
     From sm_90 on. The loop over the rank is unrolled and takes shared memory for each turn, so for r up to 64.
     """
-    if a.element_size() != 2 or b.dtype != a.dtype or INTERPRETED or capability(a.device) < 90:
+    if N % 8 or a.element_size() != 2 or b.dtype != a.dtype or INTERPRETED or capability(a.device) < 90:
         return False
-    given = [x for x in (a, b, S, up) if x is not None]
-    places = [2 * b.shape[1], *(x.data_ptr() for x in given), *(_row(x) * x.element_size() for x in given)]
-    return (S is None or S.shape[1] <= 64) and all(place > 0 and place % 16 == 0 for place in places)
+    for x in (a, b, *low_rank):
+        (step, row), address = sorted(x.stride()), x.data_ptr()  # transposed or not
+        if step != 1 or address == 0 or (address | row * x.element_size()) % 16:
+            return False
+    return not low_rank or low_rank[0].shape[1] <= 64
 
 
-def _row(x: torch.Tensor) -> int:
-    """Elements between two rows of a matrix as it lies in memory, transposed or not; 0 for any other strides."""
-    return x.stride(0) if x.stride(1) == 1 else x.stride(1) if x.stride(0) == 1 else 0
-
-
-def launch_tma(tile, a, b, c, bias=None, S=None, up=None, scale=1.0, loss_scale=None, flag=None):
-    """One launch into c (M, N), for operands that `tma_fits`; what is None has no part in it."""
-    (M, K), N, r = a.shape, b.shape[1], 0 if S is None else S.shape[1]
-    block_r, programs = block_of(r, 16, 32), _multiprocessors(c.device)
-    flatten = S is None or INTERPRETED or capability(c.device) // 10 != 10  # sm_100: two products on one accumulator
+def launch_tma(tile, a, b, c, bias=None, S=None, up=None, scale=1.0, loss_scale=None, flag=None, b_t=False):
+    """One launch into c (M, N), for operands that `tma_fits`; what is None has no part in it. `b_t`: b is (N, K)."""
     if c.is_cuda:  # where the descriptors are written; backward runs in a thread with settings of its own
         triton.set_allocator(lambda size, alignment, stream: torch.empty(size, dtype=torch.int8, device=c.device))
-    launch(
-        _matmul_tma_kernel, (min(programs, cdiv(M, tile["BLOCK_M"]) * cdiv(N, tile["BLOCK_N"])), 1, 1),
-        a, b, c, bias, S, up, loss_scale, flag, M, N, K, r, *(0 if x is None else _row(x) for x in (a, b, S, up)),
-        float(scale), A_T=a.stride(1) != 1, B_T=b.stride(1) != 1, UP_T=up is not None and up.stride(1) != 1,
-        DOT=dot_dtype(a.dtype), PROGRAMS=programs, FLATTEN=flatten, R_PADDED=cdiv(r, block_r) * block_r,
-        BLOCK_R=block_r, **tile,
+    card = 0 if INTERPRETED else capability(c.device), _multiprocessors(c.device)
+    low_rank = () if S is None else (S.shape[1], S.stride(), up.stride())
+    kind = a.dtype, float(scale), a.stride(), b.stride()[::-1] if b_t else b.stride()
+    _prepared(tile, *card, *c.shape, a.shape[1], *kind, *low_rank)(a, b, c, bias, S, up, loss_scale, flag)
+
+
+@lru_cache(4096)
+def _prepared(tile, arch, programs, M, N, K, dtype, scale, a, b, r=0, s=(0, 0), up=(0, 1)):
+    """The launch; a, b, s and up are strides."""
+    block_r, grid = block_of(r, 16, 32), (min(programs, cdiv(M, tile.BLOCK_M) * cdiv(N, tile.BLOCK_N)), 1, 1)
+    return Launch(
+        _matmul_tma_kernel, grid, (M, N, K, r, max(a), max(b), max(s), max(up), scale),
+        A_T=a[1] != 1, B_T=b[1] != 1, UP_T=up[1] != 1, DOT=dot_dtype(dtype), PROGRAMS=programs,
+        FLATTEN=r == 0 or arch // 10 != 10,  # sm_100: two products on one accumulator
+        R_PADDED=cdiv(r, block_r) * block_r, BLOCK_R=block_r, **tile._asdict(),
     )  # fmt: skip
 
 

@@ -309,5 +309,5 @@ def nf4_product_tiled(x, weight, transposed, bias=None, S=None, low=None, scale=
 def dense_weight(weight: torch.Tensor | NF4Weight, x: torch.Tensor) -> torch.Tensor:
     """The weight (N, K) in x's dtype. One in NF4 lies in the scratch: use it before the next call."""
     if isinstance(weight, torch.Tensor):
-        return weight.to(x.dtype)
+        return weight if weight.dtype == x.dtype else weight.to(x.dtype)
     return nf4_dequantize(weight, x.dtype, out=scratch(torch.Size(weight.shape), x.dtype, x.device))

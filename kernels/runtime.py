@@ -22,6 +22,7 @@ so that later runs choose alike and a resumed one gives the same bits.
 """
 
 import contextlib
+import inspect
 import json
 import math
 import os
@@ -29,6 +30,7 @@ import re
 import threading
 import warnings
 from collections.abc import Callable, Sequence
+from ctypes import PYFUNCTYPE, c_char_p, pythonapi
 from functools import lru_cache
 from importlib.metadata import version
 from pathlib import Path
@@ -78,8 +80,14 @@ FIXED = {
 emulated_arch: str | None = None
 
 
+# For a name that is not set `os.environ` raises two exceptions inside, and a layer asks five times.
+_getenv = PYFUNCTYPE(c_char_p, c_char_p)(("getenv", pythonapi)) if os.name == "posix" else None
+
+
 def reference_is_forced() -> bool:
     """Whether HANDTUNED_BACKEND=torch is set; a value that names no backend is a ValueError."""
+    if not torch.compiler.is_compiling() and _getenv and not _getenv(b"HANDTUNED_BACKEND"):
+        return False
     forced = os.environ.get("HANDTUNED_BACKEND", "")
     if forced not in ("", "torch") and forced != emulated_arch:
         raise ValueError(
@@ -167,7 +175,8 @@ def cdiv(a: int, b: int) -> int:
 
 def block_of(size: int, low: int, high: int) -> int:
     """The power of two that covers `size`, within [low, high]."""
-    return min(max(1 << (size - 1).bit_length() if size > 0 else 1, low), high)
+    covering = 1 << (size - 1).bit_length() if size > 0 else 1
+    return low if covering < low else min(covering, high)
 
 
 def splits_of(programs: int, steps: int) -> int:
@@ -193,35 +202,54 @@ def scratch(shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> t
     return blocks[dtype][:count].view(shape)
 
 
-_compiled: dict[tuple, tuple] = {}  # of `launch`
+_compiled: dict[tuple, tuple] = {}  # of `Launch`
 
 
-def launch(kernel, grid: tuple, *args, **constants) -> None:
-    """`kernel[grid](*args, **constants)` on the device of the first argument, without Triton's dispatch if seen before.
+class Launch:
+    """`kernel[grid](*tensors, *numbers, **constants)` for any tensors, without Triton's dispatch if seen before.
 
     Triton binds, specializes and looks a kernel up anew in each call, which takes longer than the launch. What its
-    choice depends on is the key here: numbers, dtypes, and whether addresses are multiples of 16.
-
-    Args:
-        grid: three numbers of programs.
-        args: all that is passed at run time, in order; numbers of the same type in every call.
-        constants: the constexprs, which stand last in the signature, and Triton's options.
+    choice depends on besides numbers and constants is the key here: dtypes, and whether addresses are multiples of 16.
+    Constants are the constexprs, which stand last in the signature, and Triton's options.
     """
-    elsewhere = args[0].is_cuda and args[0].device.index != torch.cuda.current_device()
-    with torch.cuda.device(args[0].device) if elsewhere else contextlib.nullcontext():
+
+    def __init__(self, kernel, grid: tuple, numbers: tuple, **constants):
+        if not all(isinstance(number, (int, float)) for number in numbers):
+            raise TypeError(f"a launch of {kernel.__name__} may keep numbers alone, got {numbers}")
+        self.kernel, self.grid, self.numbers, self.constants = kernel, grid, numbers, constants
+
+    def __call__(self, *tensors: torch.Tensor | None) -> None:
+        """On the device of the first tensor."""
+        device = tensors[0].device
+        if tensors[0].is_cuda and device.index != torch.cuda.current_device():
+            with torch.cuda.device(device):
+                return self(*tensors)
         if INTERPRETED:
-            kernel[grid](*args, **constants)
-            return
-        kinds = [(a.dtype, a.data_ptr() % 16 == 0) if isinstance(a, torch.Tensor) else a for a in args]
-        key = (id(kernel), emulated_arch, args[0].device, *kinds, *constants.values())
+            return self.kernel[self.grid](*tensors, *self.numbers, **self.constants)
+        key = (self, emulated_arch, device, *[x if x is None else (x.dtype, x.data_ptr() % 16 == 0) for x in tensors])
         known = _compiled.get(key)
         if known is None:
             if len(_compiled) >= 4096:  # lengths of batches, mostly
                 _compiled.clear()
-            tail = [constants[name] for name in kernel.arg_names[len(args) :]]
-            _compiled[key] = kernel[grid](*args, **constants), tail
+            compiled = self.kernel[self.grid](*tensors, *self.numbers, **self.constants)
+            names = self.kernel.arg_names[len(tensors) + len(self.numbers) :]
+            _compiled[key] = compiled, compiled[self.grid], (*self.numbers, *(self.constants[name] for name in names))
         else:
-            known[0][grid](*args, *known[1])
+            known[1](*tensors, *known[2])
+
+
+_prepared = lru_cache(4096)(Launch)
+
+
+def launch(kernel, grid: tuple, *args, **constants) -> None:
+    """The `Launch` of a kernel whose pointers stand first, on `args`; numbers are of the same type in every call."""
+    pointers = _pointers(kernel.fn)
+    _prepared(kernel, grid, args[pointers:], **constants)(*args[:pointers])
+
+
+@lru_cache
+def _pointers(function: Callable) -> int:
+    return sum(name.endswith("_ptr") for name in inspect.signature(function).parameters)
 
 
 _chosen: dict[tuple, str] = {}  # of `run_fastest`

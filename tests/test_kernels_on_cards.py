@@ -153,10 +153,10 @@ def test_the_low_rank_term_has_no_bank_conflicts(kernel_backend, what, r):
 def test_parts_of_a_sum_are_never_larger_than_what_is_read(kernel_backend, monkeypatch, M, r):
     """Half of x or dy (M, 4096) at most, and none of dB from r = 17 on."""
     made, width = [], 4096
-    monkeypatch.setattr(lora_gemms, "launch", lambda *a, **k: None)
+    monkeypatch.setattr(runtime.Launch, "__call__", lambda *tensors: None)
     parts = lora_gemms._parts
-    monkeypatch.setattr(lora_gemms, "_parts", lambda count, shape, dtype, device: made.append(
-        (count, shape)) or parts(count, shape, dtype, "meta"))  # fmt: skip
+    monkeypatch.setattr(lora_gemms, "_parts", lambda x, dtype, count, *shape: made.append(
+        (count, shape)) or parts(x, dtype, count, *shape))  # fmt: skip
     x = torch.empty(M, width, dtype=torch.float16, device="meta")
     S, A, B = x[:, :r], torch.empty(r, width, device="meta"), torch.empty(width, r, device="meta")
     lora_gemms._down(x, A), lora_gemms._down_grad(S, x, torch.float32), lora_gemms._up_grads(x, S, B, 0.5)
@@ -249,9 +249,7 @@ def test_experts_are_one_launch_that_moves_no_byte_twice(kernel_backend, arch, c
     assert_computes(
         y.detach(), lambda x, W: torch.cat([h @ w.t() for h, w in zip(rows(x), W, strict=True)]), (x, W), 256, "y"
     )
-    assert_computes(
-        dx, lambda dy, W: torch.cat([h @ w for h, w in zip(rows(dy), W, strict=True)]), (dy, W), 160, "dx"
-    )
+    assert_computes(dx, lambda dy, W: torch.cat([h @ w for h, w in zip(rows(dy), W, strict=True)]), (dy, W), 160, "dx")
     weights = sum(count > 0 for count in counts) * sum(nf4_bytes(160 * 256))
     assert len(gpu.launches) == 2
     for launch, read, written in zip(gpu.launches, (x, dy), (y, dx), strict=True):

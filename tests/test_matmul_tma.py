@@ -83,15 +83,18 @@ def test_where_descriptors_fit(monkeypatch):
     monkeypatch.setattr(matmul_tma, "INTERPRETED", False)
     monkeypatch.setattr(matmul_tma, "capability", lambda device: 90)
     a, b, S, up = lying(64, 64, False), lying(64, 64, True), lying(64, 16, False), torch.randn(64, 16)
-    assert tma_fits(a, b) and tma_fits(a.t(), b, S, up) and tma_fits(a, b, S, up.t().contiguous().t())
-    assert not tma_fits(a.float(), b.float()) and not tma_fits(a, b.bfloat16())
-    assert not tma_fits(a.flatten()[1:961].view(15, 64), b)  # starts at 2 bytes
-    assert not tma_fits(lying(64, 60, False), lying(60, 64, False))  # rows of 120 bytes
-    assert not tma_fits(a[:, ::2], b[::2]) and not tma_fits(a[:1].expand(8, 64), b)
-    assert not tma_fits(a, lying(64, 60, True))  # the result has rows of 120 bytes
-    assert not tma_fits(a, b, lying(64, 12, False), torch.randn(64, 12)) and not tma_fits(a, b, S.repeat(1, 5), up)
+    up_t = up.t().contiguous().t()
+    assert tma_fits(64, a, b) and tma_fits(64, a.t(), b, S, up) and tma_fits(64, a, b, S, up_t)
+    assert not tma_fits(64, a.float(), b.float()) and not tma_fits(64, a, b.bfloat16())
+    assert not tma_fits(64, a.flatten()[1:961].view(15, 64), b)  # starts at 2 bytes
+    assert not tma_fits(64, a[:, :0], b[:0])  # nothing to describe
+    assert not tma_fits(64, lying(64, 60, False), lying(60, 64, False))  # rows of 120 bytes
+    assert not tma_fits(64, a[:, ::2], b[::2]) and not tma_fits(64, a[:1].expand(8, 64), b)
+    assert not tma_fits(60, a, lying(64, 60, True))  # the result has rows of 120 bytes
+    assert not tma_fits(64, a, b, lying(64, 12, False), torch.randn(64, 12))
+    assert not tma_fits(64, a, b, S.repeat(1, 5), up)
     monkeypatch.setattr(matmul_tma, "capability", lambda device: 89)
-    assert not tma_fits(a, b)
+    assert not tma_fits(64, a, b)
 
 
 @compiled
@@ -113,7 +116,7 @@ def test_it_is_what_runs(kernel_backend, arch):
 def test_counts_on_sm_90(kernel_backend, monkeypatch, name, r):
     """Exact FLOPs, every operand once from DRAM, no access above its fewest wavefronts, no spills; three tiles each."""
     tile = TMA_TILES[name]
-    M, N, K = 4 * tile["BLOCK_M"], 3 * tile["BLOCK_N"], 192
+    M, N, K = 4 * tile.BLOCK_M, 3 * tile.BLOCK_N, 192
     monkeypatch.setattr(matmul_tma, "_multiprocessors", lambda device: 4)
     a, b = lying(M, K, False), lying(K, N, True)
     S, up = (lying(M, r, False), torch.randn(N, r)) if r else (None, None)

@@ -303,9 +303,11 @@ def test_the_check_fails_where_registers_spill():
 
 TOO_LARGE = """
 import sys
+from functools import partial
 from handtuned.kernels import matmul, runtime
 from handtuned import cli
-matmul.LORA_TILES[runtime.FIXED["lora_product"]]["num_stages"] = 9
+name = runtime.FIXED["lora_product"]
+matmul.LORA_WAYS[name] = partial(matmul._lora, matmul._launch, matmul.LORA_TILES[name]._replace(num_stages=9))
 sys.exit(cli.main(["xray", "lora_product[fp16, y]", "--check", "--arch", "sm_89"]))
 """
 
