@@ -156,7 +156,7 @@ static void product(
     int64_t b_rank, float scale, void *y, int threads)
 {
     const kind *k = KINDS[level];
-    threads = at_most(threads, 1 + N * K * (M + 4) / (1 << 21)); /* to wake one for less takes longer than it saves */
+    threads = at_most(threads, 1 + N * K * (M + 4) / (1 << 20)); /* to wake one for less takes longer than it saves */
     const int64_t width = transposed ? N : K, terms = transposed ? K : N, share = (width + threads - 1) / threads;
     /* How many values, from any multiple of it on, have one scale in rows of K: a divisor of K and of all blocks. */
     const int run = (K | w->block) % 64 ? 32 : 64, few = transposed && M <= k->rows && run == 64;
