@@ -53,7 +53,7 @@ extras = {
     "dev": ["ruff"],
 }
 
-# NF4 on CPUs, reached through ctypes. Without a C compiler the torch reference runs instead.
+# NF4 on CPUs. Without a C compiler the torch reference runs instead.
 native = Extension(
     "handtuned.kernels._nf4_cpu",
     sources=["kernels/nf4_cpu.c"],
