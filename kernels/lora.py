@@ -167,8 +167,8 @@ def lora_linear(
         TypeError: x is not floating point.
         ValueError: shapes that do not fit, or `dropout_p` outside [0, 1).
     """
+    arguments = x, weight, bias, lora_A, lora_B, scaling, dropout_p
     if has_torch_function((x,)):  # to a mode such as `amp.autocast` this is one operation, whatever it calls inside
-        arguments = x, weight, bias, lora_A, lora_B, scaling, dropout_p
         return handle_torch_function(lora_linear, (x,), *arguments)
     if not x.is_floating_point():
         raise TypeError(f"x must be floating point, got {x.dtype}")
@@ -182,7 +182,6 @@ def lora_linear(
         raise ValueError(f"lora_A must be (r, {K}) and lora_B ({N}, r), got {got}")
     if bias is not None and bias.shape != (N,):
         raise ValueError(f"bias must be ({N},), got {tuple(bias.shape)}")
-    arguments = x, weight, bias, lora_A, lora_B, scaling, dropout_p
     if torch.is_autocast_enabled(x.device.type):
         with torch.autocast(x.device.type, enabled=False):
             return lora_linear(*arguments)

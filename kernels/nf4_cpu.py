@@ -49,17 +49,12 @@ def has_native() -> bool:
 def runs_native(weight) -> bool:
     """Whether the C functions may take it: plain memory of a CPU, laid out as they read it."""
     packed, absmax, nested = weight.packed, weight.absmax, weight.nested
-    if (
-        not has_native()
-        or traced(packed)
-        or weight.block_size.bit_count() != 1
-        or not _lies_plainly(packed, torch.uint8)
-    ):
-        return False  # a block that is not a power of two
+    if not has_native() or traced(packed) or not _lies_plainly(packed, torch.uint8):
+        return False
     if nested is None:
-        return _lies_plainly(absmax, torch.float32)
+        return weight.block_size.bit_count() == 1 and _lies_plainly(absmax, torch.float32)
     return (
-        nested.block_size.bit_count() == 1
+        weight.block_size.bit_count() == nested.block_size.bit_count() == 1  # powers of two
         and _lies_plainly(absmax, torch.uint8)
         and _lies_plainly(nested.absmax, torch.float32)
         and _lies_plainly(nested.code, torch.float32)

@@ -128,7 +128,7 @@ class Mergeable(nn.Module):
         base = self.base_layer
         if isinstance(base, FrozenNF4) and not dequantize:
             raise ValueError("merging into a 4-bit weight rounds most of the adapter away (the steps between NF4 "
-                             "levels exceed than ΔW); pass dequantize=True to merge into a dense layer")  # fmt: skip
+                             "levels are larger than ΔW); pass dequantize=True to merge into a dense layer")
         if "forward" in vars(base):
             raise ValueError("the base layer's forward has been replaced, which the merged layer could not follow")
         delta = self.delta_weight()
