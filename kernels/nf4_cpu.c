@@ -50,23 +50,26 @@ static inline float scale_of(const weight *w, int64_t j)
 #define BATCH 512
 #define BYTES 4096 /* of terms in a row of a panel; between rows 64 more, or all would share the same sets of a cache */
 #define STRIDE(number) ((BYTES + 64) / (int64_t)sizeof(number))
+#define NEAR 16384
 #define AHEAD 16 /* half rows of W; codes are asked for that early */
 #define RUNS (BYTES / 32) /* most runs of values with one scale that are decoded at once */
 
-/* Codes from value `first` on, in up to 4 rows of W. */
+/* `columns` rows of W as codes, from one term on, with the scale of every 64 values. */
 typedef struct {
-    weight of;
-    int64_t first, K, columns;
+    const uint8_t *codes, *ahead;
+    const float *scales, *levels;
+    int64_t K, columns;
     int rounding;
 } coded;
 
 typedef struct {
-    int size, rows; /* bytes of an operand; most rows of a tile */
+    int size, rows, few; /* bytes of an operand; most rows of a tile, and most that need no panel */
     void (*row)(const weight *, int64_t i, int64_t n, int run, int64_t ahead, int rounding, int zipped, void *to);
     void (*unzip)(const void *from, int64_t n, void *to);
     void (*columns)(const weight *, int64_t i, int64_t K, int64_t n, int64_t columns, int rounding, void *panel);
     void (*tile)(
         int64_t R, const void *x, int64_t x_stride, const void *panel, const coded *, int64_t terms, float *totals);
+    void (*low_rank)(const void *x, int64_t K, const float *A, int64_t rank, float *s);
     void (*add_low_rank)(
         int64_t rows, const float *s, int64_t rank, const float *factor, int64_t some, float *restrict totals);
 } kind;
@@ -136,11 +139,13 @@ static void add_products(
     int64_t columns, float *totals)
 {
     for (int64_t m = 0, taken; m < rows; m += taken) {
-        taken = rows - m >= k->rows ? k->rows : rows - m >= 2 ? 2 : 1;
+        taken = at_most(rows - m, k->rows);
         for (int64_t c = 0; c < columns; c += 4)
             for (int64_t term = 0, part = BYTES / k->size; term < terms; term += part) {
-                coded of = w;
-                of.first += c * w.K + term, of.columns -= c;
+                const int64_t first = c * w.K + term;
+                const coded of = {
+                    w.codes + first / 2, w.codes + (c * w.K + 4 * term) / 2 + NEAR, w.scales + first / 64, w.levels, w.K,
+                    w.columns - c, w.rounding};
                 k->tile(
                     taken, x + (m * x_stride + term) * k->size, x_stride, panel ? panel + c * STRIDE(char) : NULL, &of,
                     at_most(terms - term, part), totals + m * COLUMNS + c);
@@ -159,7 +164,7 @@ static void product(
     threads = at_most(threads, 1 + N * K * (M + 4) / (1 << 20)); /* to wake one for less takes longer than it saves */
     const int64_t width = transposed ? N : K, terms = transposed ? K : N, share = (width + threads - 1) / threads;
     /* How many values, from any multiple of it on, have one scale in rows of K: a divisor of K and of all blocks. */
-    const int run = (K | w->block) % 64 ? 32 : 64, few = transposed && M <= k->rows && run == 64;
+    const int run = (K | w->block) % 64 ? 32 : 64, few = transposed && M <= k->few && run == 64 && K < COLUMNS * STRIDE(float);
     const int64_t most = transposed ? at_most(COLUMNS, (share + 3) / 4 * 4) : COLUMNS;
     const int64_t units = (width + most - 1) / most;
     for (int64_t top = 0; top < M; top += BATCH) {
@@ -175,6 +180,7 @@ static void product(
         {
             char panel[COLUMNS * STRIDE(char)] __attribute__((aligned(64)));
             float totals[BATCH * COLUMNS] __attribute__((aligned(64)));
+            float *scales = (float *)panel; /* of all columns, where there is no panel */
             const int64_t thread = omp_get_thread_num(), count = omp_get_num_threads();
             for (int64_t unit = units * thread / count; unit < units * (thread + 1) / count; unit++) {
                 const int64_t column = unit * most;
@@ -192,7 +198,9 @@ static void product(
                 for (int64_t term = 0, part = few ? terms : BYTES / k->size; term < terms; term += part) {
                     const int64_t some = at_most(terms - term, part);
                     const char *from = batch + term * k->size;
-                    const coded codes = {*w, column * K + term, K, there, rounding};
+                    const coded codes = {w->packed + (column * K + term) / 2, NULL, scales, w->levels, K, there, rounding};
+                    if (few)
+                        load_scales(w, column * K, there * K, 64, scales);
                     for (int64_t c = 0; c < there && transposed && !few; c++)
                         k->row(w, (column + c) * K + term, some, run, AHEAD * K, rounding, 0, panel + c * STRIDE(char));
                     if (!transposed)
@@ -237,22 +245,30 @@ static PyObject *call_dequantize(PyObject *self, PyObject *arguments)
 static PyObject *call_product(PyObject *self, PyObject *arguments)
 {
     weight w;
-    void *x, *bias, *s, *b, *y, *unzipped = NULL;
+    void *x, *bias, *a, *b, *y;
+    float *s;
+    char *room = NULL; /* for x unzipped and s */
     long long N, K, x_stride, M, rank, b_column, b_rank;
     int transposed, level, rounding, threads;
     float scale;
     if (!PyArg_ParseTuple(
-            arguments, WEIGHT "LLiiiKLLKKKLLLfKi", FIELDS(w), &N, &K, &transposed, &level, &rounding, &x, &x_stride, &M,
-            &bias, &s, &b, &rank, &b_column, &b_rank, &scale, &y, &threads))
+            arguments, WEIGHT "LLiiiKLLKKKKLLLfKi", FIELDS(w), &N, &K, &transposed, &level, &rounding, &x, &x_stride, &M,
+            &bias, &s, &a, &b, &rank, &b_column, &b_rank, &scale, &y, &threads))
         return NULL;
-    if (transposed && !(unzipped = aligned_alloc(64, at_most(M, BATCH) * K * KINDS[level]->size / 64 * 64 + 64)))
+    const kind *k = KINDS[level];
+    const int64_t bytes = transposed ? (at_most(M, BATCH) * K * k->size + 63) / 64 * 64 : 0;
+    if (transposed && !(room = aligned_alloc(64, bytes + (4 * M * rank + 64) / 64 * 64)))
         return PyErr_NoMemory();
     Py_BEGIN_ALLOW_THREADS;
+    if (a)
+        s = (float *)(room + bytes);
+    for (int64_t m = 0; m < M && a; m++)
+        k->low_rank((char *)x + m * x_stride * k->size, K, a, rank, s + m * rank);
     product(
-        &w, N, K, transposed, level, rounding, x, x_stride, M, unzipped, bias, s, b, rank, b_column, b_rank, scale, y,
+        &w, N, K, transposed, level, rounding, x, x_stride, M, room, bias, s, b, rank, b_column, b_rank, scale, y,
         threads);
     Py_END_ALLOW_THREADS;
-    free(unzipped);
+    free(room);
     Py_RETURN_NONE;
 }
 

@@ -41,6 +41,10 @@ def _weight(weight, levels) -> tuple[int, ...]:
     return *addresses, weight.block_size, 0 if nested is None else nested.block_size
 
 
+def _address(tensor: torch.Tensor | None) -> int:
+    return 0 if tensor is None else tensor.data_ptr()
+
+
 def has_native() -> bool:
     """Whether the C functions are there and not switched off by HANDTUNED_BACKEND=torch."""
     return _library is not None and not reference_is_forced()
@@ -104,7 +108,7 @@ def runs_native_product(x: torch.Tensor, weight) -> bool:
 
 def nf4_product_native(
     x: torch.Tensor, weight, levels: torch.Tensor, transposed: bool, bias: torch.Tensor | None = None,
-    S: torch.Tensor | None = None, low: torch.Tensor | None = None, scale: float = 1.0,
+    S: torch.Tensor | None = None, low: torch.Tensor | None = None, scale: float = 1.0, A: torch.Tensor | None = None,
 ) -> torch.Tensor:  # fmt: skip
     """y = x Wᵀ + b + scale · S Lᵀ, or x W + b + scale · S L, with W (N, K) in NF4, where `runs_native_product`.
 
@@ -114,9 +118,10 @@ def nf4_product_native(
         levels: (16,) fp32, the values of the codes.
         transposed: whether x meets Wᵀ.
         bias: in x's dtype, one value a column of y, or None.
-        S: (M, r), or None for no low-rank term.
+        S: (M, r), or None for no low-rank term, or for S = x Aᵀ, made here in fp32.
         low: L (N, r) if `transposed`, else (r, K), any strides; taken in fp32, not rounded to x's dtype.
         scale: of the low-rank term.
+        A: (r, K), where S is to be made; only if `transposed`, and best for few rows.
 
     Returns:
         (M, N) or (M, K) in x's dtype, rounded once. Sums are fp32, and so are the terms of S and L; their order, so
@@ -129,11 +134,11 @@ def nf4_product_native(
     x = x if x.dtype == native else x.to(native)
     x = x if x.stride(1) == 1 else x.contiguous()
     y = x.new_empty(M, N if transposed else K)
-    adapter = 0, 0, 0, 0, 0
-    if S is not None:
-        S, low = S.float().contiguous(), low.float()
-        strides = low.stride() if transposed else (low.stride(1), low.stride(0))
-        adapter = S.data_ptr(), low.data_ptr(), S.shape[1], *strides
+    adapter = 0, 0, 0, 0, 0, 0
+    if low is not None:
+        S, A, low = None if S is None else S.float().contiguous(), None if A is None else A.float().contiguous(), low.float()
+        rank, column = low.stride()[::-1] if transposed else low.stride()
+        adapter = _address(S), _address(A), low.data_ptr(), low.shape[1 if transposed else 0], column, rank
     bias = None if bias is None else bias.to(dtype).to(native).contiguous()
     _library.product(
         *_weight(weight, levels),
@@ -145,7 +150,7 @@ def nf4_product_native(
         x.data_ptr(),
         x.stride(0),
         M,
-        0 if bias is None else bias.data_ptr(),
+        _address(bias),
         *adapter,
         scale,
         y.data_ptr(),

@@ -76,6 +76,7 @@ INLINE(AVX2) __m256 zip_avx2(__m256 a, __m256 b, const int second)
 }
 #define zip_sums_avx2 zip_avx2
 #define multiply_add_avx2 _mm256_fmadd_ps
+#define widened_avx2 _mm256_loadu_ps
 
 #define OF(f) f##_avx2
 #define TARGET AVX2
@@ -113,6 +114,7 @@ INLINE(AVX512) __m512 zip_avx512(__m512 a, __m512 b, const int second)
 }
 #define zip_sums_avx512 zip_avx512
 #define multiply_add_avx512 _mm512_fmadd_ps
+#define widened_avx512 _mm512_loadu_ps
 
 #define OF(f) f##_avx512
 #define TARGET AVX512
@@ -154,6 +156,11 @@ INLINE(AVX512_BF16) __m512 multiply_add_bf16(__m512i a, __m512i b, __m512 sum)
     return _mm512_dpbf16_ps(sum, (__m512bh)a, (__m512bh)b);
 }
 #define zip_sums_bf16 zip_avx512
+
+INLINE(AVX512_BF16) __m512 widened_bf16(const uint16_t *from)
+{
+    return (__m512)_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i *)from)), 16);
+}
 
 #define OF(f) f##_bf16
 #define TARGET AVX512_BF16

@@ -107,8 +107,8 @@ FUNCTION void OF(multiply)(
 {
     const int run = panel ? TERMS : 64;
     sums sum[LANES];
-    float scales[4][RUNS + 1];
     table_type table[4];
+    const float *scales[4];
     const uint8_t *codes[4];
     uint64_t term = 0;
 #pragma GCC unroll 16
@@ -116,17 +116,13 @@ FUNCTION void OF(multiply)(
         sum[j] = (sums){0};
 #pragma GCC unroll 4
     for (int c = 0; c < 4 && !panel; c++) {
-        const weight of = w->of; /* a copy: nothing that is stored can change it */
-        const int64_t first = w->first + at_most(c, w->columns - 1) * w->K; /* no column past the last is read */
-        codes[c] = of.packed + first / 2;
-        load_scales(&of, first, terms, run, scales[c]);
-        scales[c][terms / run] = 0; /* read, not used */
-        table[c] = OF(scaled)(w->of.levels, scales[c][0], w->rounding);
+        const int64_t first = at_most(c, w->columns - 1) * w->K; /* no column past the last is read */
+        codes[c] = w->codes + first / 2, scales[c] = w->scales + first / 64;
+        table[c] = OF(scaled)(w->levels, scales[c][0], w->rounding);
     }
     for (int64_t part = 0; term + run <= (uint64_t)terms; part++) {
-#pragma GCC unroll 4
-        for (int c = 0; c < 4 && !panel; c++)
-            __builtin_prefetch(codes[c] + term / 2 + AHEAD * w->K);
+        if (!panel)
+            __builtin_prefetch(w->ahead + 2 * term), __builtin_prefetch(w->ahead + 2 * term + 64);
 #pragma GCC unroll 8
         for (int done = 0; done < run; done += TERMS, term += TERMS) {
             vector column[4];
@@ -138,7 +134,7 @@ FUNCTION void OF(multiply)(
             if (!panel && done == run - TERMS) /* the next table is begun while units that multiply are busy */
 #pragma GCC unroll 4
                 for (int c = 0; c < 4; c++)
-                    table[c] = OF(scaled)(w->of.levels, scales[c][part + 1], w->rounding);
+                    table[c] = OF(scaled)(w->levels, scales[c][part + 1], w->rounding);
 #pragma GCC unroll 4
             for (int r = 0; r < R; r++) {
                 const vector row = OF(load)(x + r * x_stride + term);
@@ -181,9 +177,32 @@ KERNEL void OF(tile)(
         WITH_ROWS(1);
     else if (R == 2)
         WITH_ROWS(2);
+    else if (R == 3 && LANES == 16)
+        WITH_ROWS(3);
     else
         WITH_ROWS(LANES / 4);
 #undef WITH_ROWS
+}
+
+/* s (rank,) = x (K,) · A (rank, K)ᵀ in fp32. */
+KERNEL void OF(low_rank)(const void *x, int64_t K, const float *A, int64_t rank, float *s)
+{
+    for (int64_t j = 0; j < rank; j += 4) {
+        sums sum[4] = {{0}}, a;
+        for (int64_t k = 0; k < K; k += LANES) {
+            const sums row = OF(widened)((const number *)x + k);
+#pragma GCC unroll 4
+            for (int c = 0; c < 4; c++) {
+                memcpy(&a, A + at_most(j + c, rank - 1) * K + k, sizeof a);
+                sum[c] += row * a;
+            }
+        }
+        for (int c = 0; c < at_most(4, rank - j); c++) {
+            s[j + c] = 0;
+            for (int lane = 0; lane < LANES; lane++)
+                s[j + c] += sum[c][lane];
+        }
+    }
 }
 
 /* totals (rows, COLUMNS) += s (rows, some) · factor (some, COLUMNS). */
@@ -197,7 +216,8 @@ KERNEL void OF(add_low_rank)(
 }
 
 static const kind OF(kind) = {
-    sizeof(number), LANES / 4, OF(row), OF(unzip), OF(columns), OF(tile), OF(add_low_rank)};
+    sizeof(number), LANES / 4,     LANES == 16 ? 16 : 2, OF(row), OF(unzip),
+    OF(columns),    OF(tile), OF(low_rank), OF(add_low_rank)};
 
 #undef SHORT_RUN
 #undef FUNCTION
