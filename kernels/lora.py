@@ -32,9 +32,10 @@ from torch.overrides import handle_torch_function, has_torch_function
 
 from .dropout import Dropout, new_seed, threshold_of
 from .lora_gemms import lora_down, lora_down_grad, lora_up_grads
-from .nf4 import NF4Weight, flatten, unflatten
-from .nf4_matmul import makes_S, plan, quantized_product, quantized_product_dx
-from .runtime import traced
+from .nf4 import NF4_CODE, NF4Weight, flatten, unflatten
+from .nf4_cpu import nf4_product_native, runs_native_product
+from .nf4_matmul import plan, quantized_product, quantized_product_dx
+from .runtime import runs_kernel, traced
 
 
 def lora_linear_reference(x, weight, bias, lora_A, lora_B, scaling, mask=None, dropout_p=0.0):
@@ -47,10 +48,8 @@ def lora_linear_reference(x, weight, bias, lora_A, lora_B, scaling, mask=None, d
     return F.linear(x, weight, bias) + scaling * F.linear(F.linear(dropped, lora_A), lora_B)
 
 
-def _forward(x, weight, bias, A, B, scale, seed, threshold, way, keeps_S=True):
-    """y (M, N) from x (M, K), and S (M, r), or None if it need not be kept."""
-    if not keeps_S and seed is None and makes_S(way, len(x), len(A)):
-        return quantized_product(way, x, weight, bias, None, A, B, scale), None
+def _forward(x, weight, bias, A, B, scale, seed, threshold, way):
+    """y (M, N) and S (M, r) from x (M, K)."""
     S = lora_down(x, A, None if seed is None else Dropout(seed, threshold))
     return quantized_product(way, x, weight, bias, S, A, B, scale), S
 
@@ -97,7 +96,7 @@ def _(dy, x, S, weight, sizes, A, B, scale, seed, threshold, way, needs):
     return [gradient for gradient, needed in zip(made, needs, strict=True) if needed]
 
 
-def _rows_forward(x, weight, bias, A, B, scaling, dropout_p, keeps_S=True):
+def _rows_forward(x, weight, bias, A, B, scaling, dropout_p):
     """y (M, N) from x (..., K), and what backward takes: the rows of x, S, the seed, scale, threshold and way."""
     rows = x if x.dim() == 2 else x.reshape(-1, x.shape[-1])
     threshold = threshold_of(dropout_p) if dropout_p else 0
@@ -107,8 +106,13 @@ def _rows_forward(x, weight, bias, A, B, scaling, dropout_p, keeps_S=True):
     if traced(rows):
         y, S = _forward_op(rows, *flatten(weight), bias, A, B, scale, seed, threshold, way)
     else:
-        y, S = _forward(rows, weight, bias, A, B, scale, seed, threshold, way, keeps_S)
+        y, S = _forward(rows, weight, bias, A, B, scale, seed, threshold, way)
     return y, rows, S, seed, scale, threshold, way
+
+
+def _in_one_call(x, weight):
+    """Whether the C for CPUs may take x, A and B together."""
+    return isinstance(weight, NF4Weight) and not runs_kernel(x) and not traced(x) and runs_native_product(x, weight)
 
 
 class _LoRALinear(torch.autograd.Function):
@@ -189,5 +193,8 @@ def lora_linear(
             return lora_linear(*arguments)
     if torch.is_grad_enabled():
         return _LoRALinear.apply(*arguments)
-    y = _rows_forward(*arguments, keeps_S=False)[0]  # at once: to one row a Function costs as much as its products
+    # At once: to one row a Function costs as much as its products, and so do S and two changes of shape.
+    if not dropout_p and x.numel() * r <= 64 * K and _in_one_call(x, weight):
+        return nf4_product_native(x, weight, NF4_CODE, True, bias, None, lora_B, scaling, lora_A)
+    y = _rows_forward(*arguments)[0]
     return y if x.dim() == 2 else y.view(*x.shape[:-1], N)

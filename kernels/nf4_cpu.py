@@ -113,7 +113,7 @@ def nf4_product_native(
     """y = x Wᵀ + b + scale · S Lᵀ, or x W + b + scale · S L, with W (N, K) in NF4, where `runs_native_product`.
 
     Args:
-        x: (M, K) if `transposed`, else (M, N); fp32, bf16 or fp16.
+        x: (M, K) if `transposed`, else (M, N); fp32, bf16 or fp16. Its rows may be in more dimensions, as those of y.
         weight: an `NF4Weight` of shape (N, K). Its values are rounded to x's dtype, as `nf4_dequantize` rounds them.
         levels: (16,) fp32, the values of the codes.
         transposed: whether x meets Wᵀ.
@@ -127,18 +127,19 @@ def nf4_product_native(
         (M, N) or (M, K) in x's dtype, rounded once. Sums are fp32, and so are the terms of S and L; their order, so
         every bit, is the same for any number of threads and for a row whatever other rows x has.
     """
-    (N, K), M, dtype = weight.shape, x.shape[0], x.dtype
+    (N, K), dtype = weight.shape, x.dtype
     pairs = LEVEL == AVX512_BF16 and dtype == torch.bfloat16 and K % 64 == 0 and weight.block_size >= 64
     native = torch.bfloat16 if pairs else torch.float32
     level = LEVEL if pairs else min(LEVEL, AVX512)
     x = x if x.dtype == native else x.to(native)
-    x = x if x.stride(1) == 1 else x.contiguous()
-    y = x.new_empty(M, N if transposed else K)
+    rows = x.dim() == 2 and x.stride(1) == 1
+    x = x if rows else x.contiguous()
+    y = x.new_empty(*x.shape[:-1], N if transposed else K)
     adapter = 0, 0, 0, 0, 0, 0
     if low is not None:
-        S, A, low = None if S is None else S.float().contiguous(), None if A is None else A.float().contiguous(), low.float()
-        rank, column = low.stride()[::-1] if transposed else low.stride()
-        adapter = _address(S), _address(A), low.data_ptr(), low.shape[1 if transposed else 0], column, rank
+        S, A = (None if factor is None else factor.float().contiguous() for factor in (S, A))
+        low = low.float() if transposed else low.float().t()
+        adapter = _address(S), _address(A), low.data_ptr(), low.shape[1], *low.stride()
     bias = None if bias is None else bias.to(dtype).to(native).contiguous()
     _library.product(
         *_weight(weight, levels),
@@ -148,8 +149,8 @@ def nf4_product_native(
         level,
         _ROUNDED[dtype],
         x.data_ptr(),
-        x.stride(0),
-        M,
+        x.stride(0) if rows else x.shape[-1],
+        x.numel() // x.shape[-1],
         _address(bias),
         *adapter,
         scale,

@@ -180,18 +180,11 @@ def plan(x: torch.Tensor, weight: torch.Tensor | NF4Weight, dropout: bool = Fals
     return fastest("nf4 product" + rows, sizes, {way: partial(product, way) for way in ways}, x)
 
 
-def makes_S(way: str, M: int, rank: int) -> bool:
-    """Whether the product can make S = x Aᵀ on the way: in the C, whose one call costs few rows less than their S."""
-    return way == "native" and M * rank <= 64
-
-
 def quantized_product(way, x, weight, bias, S, lora_A, lora_B, scale):
-    """y = x Wᵀ + b + scale · S Bᵀ (M, N) with W (N, K) in NF4, by the `plan`; S = x̂ Aᵀ, or None where `makes_S`.
+    """y = x Wᵀ + b + scale · S Bᵀ (M, N) with W (N, K) in NF4, by the `plan`; S = x̂ Aᵀ.
 
     Otherwise as `lora_product`.
     """
-    if S is None:
-        return nf4_product_native(x, weight, NF4_CODE, True, bias, None, lora_B, scale, lora_A)
     if way in ON_CPU:
         return _on_cpu(way, x, weight, True, bias, S, lora_B, scale)
     if way == "stream":

@@ -107,7 +107,7 @@ class LoRALinear(Mergeable):
             if self._kept and self.training and self.lora_dropout > 0:
                 raise RuntimeError("the adapter is merged, so its dropout cannot act: call unmerge_weights() or eval()")
             return base_forward(self.base_layer, x)
-        x, base = autocast_input(x), self.base_layer
+        x, base = autocast_input(x), self._modules["base_layer"]  # nn.Module's own look-up takes as long as a small sum
         if "forward" not in base.__dict__ and not any(map(base.__dict__.__getitem__, HOOKS)):
             return self.fused(x)
         y = base_forward(base, x)  # what hangs on the base acts as it does without an adapter
@@ -120,14 +120,18 @@ class LoRALinear(Mergeable):
 
     def fused(self, x):
         """Base and adapter in one operation (`kernels/lora.py`), which does not call the base."""
-        base, dropout = self.base_layer, self.lora_dropout if self.training else 0.0
+        base, dropout = self._modules["base_layer"], self.lora_dropout if self.training else 0.0
         h, weight = operands(base, x)
-        y = lora_linear(h, weight, base.bias, *self.factors(), self.scaling, dropout)
+        held = base._parameters
+        bias = held["bias"] if "bias" in held else base.bias
+        y = lora_linear(h, weight, bias, *self.factors(), self.scaling, dropout)
         return y if h.dtype == x.dtype else y.to(x.dtype)  # and not by y's dtype, which `amp.autocast` has chosen
 
     def factors(self):
         """The A (r, in) and B (out, r) to compute with."""
-        return self.lora_A, self.lora_B
+        held = self._parameters
+        A, B = held.get("lora_A"), held.get("lora_B")  # None where something else stands for the parameter
+        return self.lora_A if A is None else A, self.lora_B if B is None else B
 
     def parts(self, saved: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         """The tensors of `PARTS` by name, out of those that `save_adapter` has written of this layer."""
