@@ -110,11 +110,6 @@ def _rows_forward(x, weight, bias, A, B, scaling, dropout_p):
     return y, rows, S, seed, scale, threshold, way
 
 
-def _in_one_call(x, weight):
-    """Whether the C for CPUs may take x, A and B together."""
-    return isinstance(weight, NF4Weight) and not runs_kernel(x) and not traced(x) and runs_native_product(x, weight)
-
-
 class _LoRALinear(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, weight, bias, A, B, scaling, dropout_p):
@@ -194,7 +189,8 @@ def lora_linear(
     if torch.is_grad_enabled():
         return _LoRALinear.apply(*arguments)
     # At once: to one row a Function costs as much as its products, and so do S and two changes of shape.
-    if not dropout_p and x.numel() * r <= 64 * K and _in_one_call(x, weight):
+    native = isinstance(weight, NF4Weight) and not runs_kernel(x) and runs_native_product(x, weight)
+    if native and not dropout_p and x.numel() * r <= 64 * K:
         return nf4_product_native(x, weight, NF4_CODE, True, bias, None, lora_B, scaling, lora_A)
     y = _rows_forward(*arguments)[0]
     return y if x.dim() == 2 else y.view(*x.shape[:-1], N)

@@ -20,8 +20,9 @@
 typedef struct {
     const uint8_t *packed;
     const void *absmax; /* uint8 codes if nested_block > 0, else fp32 */
-    const float *nested_absmax, *map, *offset, *levels;
+    const float *nested_absmax, *map, *offset;
     int64_t block, nested_block;
+    const float *levels;
 } weight;
 
 enum { FP32, BF16, FP16 }; /* what values are rounded to */
@@ -223,8 +224,8 @@ static void product(
 }
 
 /* What Python calls. Tensors come as addresses ("K"), numbers as "L", "i" and "f". */
-#define WEIGHT "KKKKKKLL"
-#define FIELDS(w) &w.packed, &w.absmax, &w.nested_absmax, &w.map, &w.offset, &w.levels, &w.block, &w.nested_block
+#define WEIGHT "KKKKKLLK"
+#define FIELDS(w) &w.packed, &w.absmax, &w.nested_absmax, &w.map, &w.offset, &w.block, &w.nested_block, &w.levels
 
 static PyObject *call_level(PyObject *self, PyObject *nothing) { return PyLong_FromLong(level_of_cpu()); }
 

@@ -31,14 +31,13 @@ except (ImportError, AttributeError):  # no compiler, or built from older source
 _ROUNDED = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}  # the numbers of dtypes in nf4_cpu.c
 
 
-def _weight(weight, levels) -> tuple[int, ...]:
-    """`weight` of nf4_cpu.c: addresses, valid as long as the tensors are, and the two block sizes."""
-    nested = weight.nested
-    scales = 0, 0, 0
-    if nested is not None:
-        scales = nested.absmax.data_ptr(), nested.code.data_ptr(), nested.offset.data_ptr()
-    addresses = weight.packed.data_ptr(), weight.absmax.data_ptr(), *scales, levels.data_ptr()
-    return *addresses, weight.block_size, 0 if nested is None else nested.block_size
+def _weight(weight) -> tuple[int, ...]:
+    """`weight` of nf4_cpu.c but for the levels: addresses, valid as long as the tensors are, and the two block sizes."""
+    packed, absmax, nested = weight.packed.data_ptr(), weight.absmax.data_ptr(), weight.nested
+    if nested is None:
+        return packed, absmax, 0, 0, 0, weight.block_size, 0
+    scales = nested.absmax.data_ptr(), nested.code.data_ptr(), nested.offset.data_ptr()
+    return packed, absmax, *scales, weight.block_size, nested.block_size
 
 
 def _address(tensor: torch.Tensor | None) -> int:
@@ -83,7 +82,7 @@ def nf4_dequantize_native(weight, levels: torch.Tensor, out: torch.Tensor, fresh
         `out`.
     """
     threads = torch.get_num_threads()
-    _library.dequantize(*_weight(weight, levels), out.data_ptr(), out.numel(), LEVEL, fresh, threads)
+    _library.dequantize(*_weight(weight), levels.data_ptr(), out.data_ptr(), out.numel(), LEVEL, fresh, threads)
     return out
 
 
@@ -92,17 +91,22 @@ def runs_native_product(x: torch.Tensor, weight) -> bool:
 
     Codes or scales that are too few are left to `nf4_dequantize`, which says so.
     """
+    if not (LEVEL > PLAIN and x.dtype in _ROUNDED and x.is_cpu and has_native()) or traced(x) or traced(weight.packed):
+        return False
+    seen, addresses = weight.__dict__.get("multiplied"), _weight(weight)
+    if seen is None or seen[0] != addresses:  # else the weight has been looked at where it lies: that takes its time
+        seen = weight.multiplied = addresses, _is_whole(weight) and runs_native(weight)
+    return seen[1]
+
+
+def _is_whole(weight) -> bool:
     values, scales, nested = weight.shape.numel(), weight.absmax.numel(), weight.nested
     return (
-        LEVEL > PLAIN
-        and x.dtype in _ROUNDED
-        and x.is_cpu
-        and values > 0
+        values > 0
         and weight.shape[1] % 32 == 0
         and weight.packed.numel() == values // 2
         and scales == -(-values // weight.block_size)
         and (nested is None or nested.absmax.numel() == -(-scales // nested.block_size))
-        and runs_native(weight)
     )
 
 
@@ -127,30 +131,31 @@ def nf4_product_native(
         (M, N) or (M, K) in x's dtype, rounded once. Sums are fp32, and so are the terms of S and L; their order, so
         every bit, is the same for any number of threads and for a row whatever other rows x has.
     """
-    (N, K), dtype = weight.shape, x.dtype
+    (N, K), dtype, rows = weight.shape, x.dtype, x.shape
     pairs = LEVEL == AVX512_BF16 and dtype == torch.bfloat16 and K % 64 == 0 and weight.block_size >= 64
     native = torch.bfloat16 if pairs else torch.float32
-    level = LEVEL if pairs else min(LEVEL, AVX512)
-    x = x if x.dtype == native else x.to(native)
-    rows = x.dim() == 2 and x.stride(1) == 1
-    x = x if rows else x.contiguous()
-    y = x.new_empty(*x.shape[:-1], N if transposed else K)
+    x = x if dtype == native else x.to(native)
+    apart = len(rows) == 2 and x.stride(1) == 1
+    x = x if apart else x.contiguous()
+    y = x.new_empty(*rows[:-1], N if transposed else K)
+    bias = None if bias is None else bias.to(dtype).to(native).contiguous()
     adapter = 0, 0, 0, 0, 0, 0
     if low is not None:
-        S, A = (None if factor is None else factor.float().contiguous() for factor in (S, A))
+        S = S if S is None else S.float().contiguous()
+        A = A if A is None else A.float().contiguous()
         low = low.float() if transposed else low.float().t()
         adapter = _address(S), _address(A), low.data_ptr(), low.shape[1], *low.stride()
-    bias = None if bias is None else bias.to(dtype).to(native).contiguous()
     _library.product(
-        *_weight(weight, levels),
+        *_weight(weight),
+        levels.data_ptr(),
         N,
         K,
         transposed,
-        level,
+        LEVEL if pairs else min(LEVEL, AVX512),
         _ROUNDED[dtype],
         x.data_ptr(),
-        x.stride(0) if rows else x.shape[-1],
-        x.numel() // x.shape[-1],
+        x.stride(0) if apart else rows[-1],
+        x.numel() // rows[-1],
         _address(bias),
         *adapter,
         scale,

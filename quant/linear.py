@@ -12,6 +12,7 @@ Dtypes, in this order: `torch.autocast` casts x as it would for `nn.Linear`; the
 
 import copy
 from collections.abc import Sequence
+from operator import is_
 
 import torch
 from torch import nn
@@ -159,13 +160,18 @@ class NF4Linear(FrozenNF4):
 
     @property
     def quantized(self) -> NF4Tensor:
-        held, nested = self._buffers, None  # read at once: every forward pass comes by here
+        held = self._buffers  # read at once, and made only where something has changed: every forward pass comes by here
+        absmax, nested = held["absmax"], (held["nested_absmax"], held["nested_code"], held["nested_offset"])
         weight = self._parameters.get("weight")  # of a replica of nn.DataParallel a plain attribute
-        if held["nested_absmax"] is not None:
-            nested = NestedScales(held["nested_absmax"], held["nested_code"], held["nested_offset"], self.nested_block)
-        packed = (self.weight if weight is None else weight).view(-1)
-        shape = torch.Size((self.out_features, self.in_features))
-        return NF4Tensor(packed, held["absmax"], shape, self.weight_dtype, self.block_size, nested)
+        weight, parts = self.weight if weight is None else weight, (weight, absmax, *nested)
+        last, made = self.__dict__.get("_made", (parts, None))
+        if made is None or traced(weight) or not all(map(is_, last, parts)) or weight.data_ptr() != made.packed.data_ptr():
+            shape = torch.Size((self.out_features, self.in_features))
+            nested = None if nested[0] is None else NestedScales(*nested, self.nested_block)
+            made = NF4Tensor(weight.view(-1), absmax, shape, self.weight_dtype, self.block_size, nested)
+            if not traced(weight):
+                self._made = parts, made
+        return made
 
     @quantized.setter
     def quantized(self, q: NF4Tensor) -> None:
