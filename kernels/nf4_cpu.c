@@ -166,7 +166,9 @@ static void product(
     const int64_t width = transposed ? N : K, terms = transposed ? K : N, share = (width + threads - 1) / threads;
     /* How many values, from any multiple of it on, have one scale in rows of K: a divisor of K and of all blocks. */
     const int run = (K | w->block) % 64 ? 32 : 64, few = transposed && M <= k->few && run == 64 && K < COLUMNS * STRIDE(float);
-    const int64_t most = transposed ? at_most(COLUMNS, (share + 3) / 4 * 4) : COLUMNS;
+    /* As many columns at a time as let all threads have the same number of times. */
+    const int64_t times = (share + COLUMNS - 1) / COLUMNS * threads;
+    const int64_t most = transposed ? ((width + times - 1) / times + 3) / 4 * 4 : COLUMNS;
     const int64_t units = (width + most - 1) / most;
     for (int64_t top = 0; top < M; top += BATCH) {
         const int64_t rows = at_most(M - top, BATCH), stride = transposed ? K : x_stride;
