@@ -33,9 +33,9 @@ from torch.overrides import handle_torch_function, has_torch_function
 from .dropout import Dropout, new_seed, threshold_of
 from .lora_gemms import lora_down, lora_down_grad, lora_up_grads
 from .nf4 import NF4_CODE, NF4Weight, flatten, unflatten
-from .nf4_cpu import nf4_product_native, runs_native_product
-from .nf4_matmul import plan, quantized_product, quantized_product_dx
-from .runtime import runs_kernel, traced
+from .nf4_cpu import nf4_product_native
+from .nf4_matmul import plan, quantized_product, quantized_product_dx, takes_rows_as_they_are
+from .runtime import traced
 
 
 def lora_linear_reference(x, weight, bias, lora_A, lora_B, scaling, mask=None, dropout_p=0.0):
@@ -189,8 +189,7 @@ def lora_linear(
     if torch.is_grad_enabled():
         return _LoRALinear.apply(*arguments)
     # At once: to one row a Function costs as much as its products, and so do S and two changes of shape.
-    native = isinstance(weight, NF4Weight) and not runs_kernel(x) and runs_native_product(x, weight)
-    if native and not dropout_p and x.numel() * r <= 64 * K:
+    if not dropout_p and x.numel() * r <= 64 * K and takes_rows_as_they_are(x, weight):
         return nf4_product_native(x, weight, NF4_CODE, True, bias, None, lora_B, scaling, lora_A)
     y = _rows_forward(*arguments)[0]
     return y if x.dim() == 2 else y.view(*x.shape[:-1], N)

@@ -146,6 +146,11 @@ def nf4_merge(weight, lora_A, lora_B, scale, dtype) -> torch.Tensor:
     return merged.to(dtype)
 
 
+def takes_rows_as_they_are(x: torch.Tensor, weight: torch.Tensor | NF4Weight) -> bool:
+    """Whether the way is "native", which needs neither a `plan` nor rows in two dimensions."""
+    return not runs_kernel(x) and isinstance(weight, NF4Weight) and runs_native_product(x, weight)
+
+
 def plan(x: torch.Tensor, weight: torch.Tensor | NF4Weight, dropout: bool = False, rank: int = 1) -> str:
     """How a product of x (M, ·) with a weight goes: "native", "tiled", "stream", "fused", "merged" or "exact".
 
@@ -155,9 +160,10 @@ def plan(x: torch.Tensor, weight: torch.Tensor | NF4Weight, dropout: bool = Fals
     if isinstance(weight, torch.Tensor):
         return "exact"
     M, (N, K) = x.shape[0], weight.shape
+    if takes_rows_as_they_are(x, weight):
+        return "native"
     if not runs_kernel(x):
-        exact = "tiled" if x.is_cpu and x.dtype.itemsize == 2 else "exact"
-        return "native" if runs_native_product(x, weight) else exact
+        return "tiled" if x.is_cpu and x.dtype.itemsize == 2 else "exact"
     if M == 0 or K == 0 or K % 64 or weight.block_size % 64:
         return "exact"
     tensor_cores, rows, ways = runs_product(x), "", ["exact"]
@@ -215,17 +221,23 @@ def nf4_matmul(x: torch.Tensor, weight: NF4Weight, bias: torch.Tensor | None = N
     """y = x Wᵀ + bias with W (N, K) in NF4, or x W where not `transposed`, without an adapter.
 
     Args:
-        x: (M, K), or (M, N) where not `transposed`; floating point.
+        x: (..., K), or (..., N) where not `transposed`; floating point.
         weight: NF4, (N, K).
         bias: (N,) in x's dtype or None; only where `transposed`.
         transposed: whether x meets Wᵀ.
 
     Returns:
-        (M, N), or (M, K), in x's dtype.
+        (..., N), or (..., K), in x's dtype.
     """
+    if takes_rows_as_they_are(x, weight):
+        return nf4_product_native(x, weight, NF4_CODE, transposed, bias)
+    if x.dim() != 2:
+        rows = x.reshape(x.shape[:-1].numel(), x.shape[-1])  # also where K is 0
+        y = nf4_matmul(rows, weight, bias, transposed)
+        return torch.ops.aten._unsafe_view(y, [*x.shape[:-1], y.shape[-1]])  # no view: callers may change it in place
     way, bias = plan(x, weight, rank=0), None if bias is None else bias.contiguous()
-    if way in ON_CPU:
-        return _on_cpu(way, x, weight, transposed, bias)
+    if way == "tiled":
+        return nf4_product_tiled(x, weight, transposed, bias)
     if way == "exact":
         W = dense_weight(weight, x)
         return F.linear(x, W, bias) if transposed else x @ W

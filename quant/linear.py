@@ -24,19 +24,11 @@ from ..kernels.runtime import traced
 from .nf4 import FACTS, PARTS, NF4Tensor, check_options, nf4_zeros, quantize_nf4
 
 
-def _rows(x: torch.Tensor) -> torch.Tensor:
-    """(…, K) → (M, K), also where K is 0."""
-    return x.reshape(x.shape[:-1].numel(), x.shape[-1])
-
-
 def _product(x, weight, bias, transposed, ends):
     """x @ Wᵀ + bias if `transposed`, else x @ W; with `ends` for x sorted by experts, and the weight of all of them."""
     if ends is not None:
         return nf4_experts(x, weight, transposed, ends)
-    if x.dim() == 2:
-        return nf4_matmul(x, weight, bias, transposed)
-    y = nf4_matmul(_rows(x), weight, bias, transposed)
-    return torch.ops.aten._unsafe_view(y, [*x.shape[:-1], y.shape[-1]])  # no view: callers may change it in place
+    return nf4_matmul(x, weight, bias, transposed)
 
 
 def autocast_input(x: torch.Tensor) -> torch.Tensor:
@@ -82,7 +74,7 @@ class NF4Product(torch.autograd.Function):
     def backward(ctx, dy):
         (ends, *weight), needs_x, needs_bias = ctx.saved_tensors, ctx.needs_input_grad[0], ctx.needs_input_grad[3]
         dx = NF4Product.apply(dy, weight, ctx.sizes, None, not ctx.transposed, ends) if needs_x else None
-        dbias = _rows(dy).sum(0) if needs_bias else None
+        dbias = dy.reshape(dy.shape[:-1].numel(), dy.shape[-1]).sum(0) if needs_bias else None
         return dx, None, None, dbias, None, None
 
 
