@@ -168,7 +168,7 @@ def operands(base, x):
     if not isinstance(base, NF4Linear):
         return x, base.weight if isinstance(base, nn.Linear) else dense_weight(base)
     # Asked first: `.to` takes time even where it changes nothing.
-    return x if base.compute_dtype in (None, x.dtype) else x.to(base.compute_dtype), base.quantized
+    return x if base.compute_dtype in (None, x.dtype) else x.to(base.compute_dtype), base.operand()
 
 
 def check_settings(rank, lora_alpha, lora_dropout) -> tuple[int, float, float]:

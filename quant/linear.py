@@ -152,18 +152,11 @@ class NF4Linear(FrozenNF4):
 
     @property
     def quantized(self) -> NF4Tensor:
-        held = self._buffers  # read at once, and made only where something has changed: every forward pass comes by here
-        absmax, nested = held["absmax"], (held["nested_absmax"], held["nested_code"], held["nested_offset"])
-        weight = self._parameters.get("weight")  # of a replica of nn.DataParallel a plain attribute
-        weight, parts = self.weight if weight is None else weight, (weight, absmax, *nested)
-        last, made = self.__dict__.get("_made", (parts, None))
-        if made is None or traced(weight) or not all(map(is_, last, parts)) or weight.data_ptr() != made.packed.data_ptr():
-            shape = torch.Size((self.out_features, self.in_features))
-            nested = None if nested[0] is None else NestedScales(*nested, self.nested_block)
-            made = NF4Tensor(weight.view(-1), absmax, shape, self.weight_dtype, self.block_size, nested)
-            if not traced(weight):
-                self._made = parts, made
-        return made
+        weight, nested = self._parameters.get("weight"), None  # of a replica of nn.DataParallel a plain attribute
+        if self.nested_absmax is not None:
+            nested = NestedScales(self.nested_absmax, self.nested_code, self.nested_offset, self.nested_block)
+        packed, shape = (self.weight if weight is None else weight).view(-1), (self.out_features, self.in_features)
+        return NF4Tensor(packed, self.absmax, torch.Size(shape), self.weight_dtype, self.block_size, nested)
 
     @quantized.setter
     def quantized(self, q: NF4Tensor) -> None:
@@ -173,6 +166,18 @@ class NF4Linear(FrozenNF4):
         self.weight = nn.Parameter(q.packed.view(-1, 1), requires_grad=False)
         self.absmax, self.block_size, self.weight_dtype = q.absmax, q.block_size, q.dtype
         self.nested_absmax, self.nested_code, self.nested_offset, self.nested_block = q.nested or (None,) * 3 + (1,)
+
+    def operand(self) -> NF4Tensor:
+        """`quantized` for a product: the same object as long as all its parts lie where they did, not to be changed."""
+        held, weight = self._buffers, self._parameters.get("weight")  # read at once: every forward pass comes by here
+        parts = weight, held["absmax"], held["nested_absmax"], held["nested_code"], held["nested_offset"]
+        if weight is None or traced(weight):
+            return self.quantized
+        last, made = self.__dict__.get("_made", (parts, None))
+        if made is None or not all(map(is_, last, parts)) or weight.data_ptr() != made.packed.data_ptr():
+            made = self.quantized
+            self._made = parts, made
+        return made
 
     @classmethod
     def from_linear(
@@ -213,9 +218,9 @@ class NF4Linear(FrozenNF4):
         bias = None if self.bias is None else self.bias.to(compute)
         h = x if x.dtype == compute else x.to(compute)  # asked first: `.to` takes time even where it changes nothing
         if _watched(h) or (torch.is_grad_enabled() and (h.requires_grad or (bias is not None and bias.requires_grad))):
-            y = NF4Product.apply(h, *flatten(self.quantized), bias, True)
+            y = NF4Product.apply(h, *flatten(self.operand()), bias, True)
         else:
-            y = _product(h, self.quantized, bias, True, None)
+            y = _product(h, self.operand(), bias, True, None)
         return y if y.dtype == x.dtype else y.to(x.dtype)
 
     def _save_to_state_dict(self, destination, prefix, keep_vars):

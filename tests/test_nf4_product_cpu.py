@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from handtuned.kernels import nf4_cpu, nf4_matmul, runtime
+from handtuned.kernels import lora, nf4_cpu, nf4_matmul, runtime
 from handtuned.kernels.lora import lora_linear
 from handtuned.kernels.nf4 import NF4_CODE, nf4_dequantize_reference
 from handtuned.kernels.nf4_cpu import nf4_product_native
@@ -27,6 +27,9 @@ SHAPES = [  # M, N, K, r, block_size
     (3, 20, 1536, 2, 512),  # sums over K longer than that, blocks half as long
     (5, 20, 4160, 2, 1024),  # and longer than one of bf16
     (4, 2100, 64, 1100, 64),  # and over N; more terms of the adapter than a panel holds
+    (16, 130, 576, 8, 64),  # most rows that need no panel
+    (17, 67, 2240, 8, 64),  # one more
+    (2, 5, 66560, 0, 64),  # more scales than a panel has room for
 ]
 
 
@@ -126,7 +129,7 @@ def test_bits_depend_on_neither_threads_nor_other_rows(level, transposed, dtype)
             assert torch.equal(_native(x, q, transposed, None, S, low), y)
     finally:
         torch.set_num_threads(threads)
-    for i, count in ((0, 1), (8, 1), (36, 1), (3, 2), (4, 3), (5, 4), (6, 7), (1, 17)):
+    for i, count in ((0, 1), (8, 1), (36, 1), (3, 2), (4, 3), (5, 4), (6, 7), (2, 16), (1, 17)):
         rows = slice(i, i + count)
         assert torch.equal(_native(x[rows], q, transposed, None, S[rows], low), y[rows])
 
@@ -201,6 +204,42 @@ def test_too_few_codes_or_scales_are_refused_and_not_read(native, part):
     setattr(q, part, getattr(q, part)[:-1])
     with pytest.raises(ValueError, match="needs"):
         lora_linear(torch.randn(3, 64), q, None, torch.randn(2, 64), torch.randn(64, 2), 1.0)
+
+
+ROWS = {
+    "one": lambda K: torch.randn(K),
+    "a sequence of one token": lambda K: torch.randn(1, 1, K),
+    "three of two": lambda K: torch.randn(3, 2, K),
+    "five of one": lambda K: torch.randn(1, 5, K).transpose(0, 1),  # contiguous, with a stride that says nothing
+    "the last of each": lambda K: torch.randn(3, 4, K)[:, -1],
+    "columns of a wider one": lambda K: torch.randn(4, 2 * K)[:, K:],
+    "none": lambda K: torch.randn(0, 2, K),
+}
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("r", [1, 3, 4, 9, 64, 65])
+@pytest.mark.parametrize("rows", ROWS)
+def test_few_rows_of_a_lora_layer_in_one_call(native, level, monkeypatch, rows, r, dtype):
+    N, K = 37, 96 if r % 2 else 128
+    x, q, bias = ROWS[rows](K).to(dtype), quantize_nf4(torch.randn(N, K)), torch.randn(N).to(dtype)
+    A, B = torch.randn(K, r).t().to(dtype), torch.randn(N, r).to(dtype)  # A does not lie as the C reads it
+    calls, product = [], lora.nf4_product_native
+    monkeypatch.setattr(lora, "nf4_product_native", lambda *given: calls.append(given) or product(*given))
+    with torch.no_grad():
+        y = lora_linear(x, q, bias, A, B, 0.5)
+    assert len(calls) == (x.numel() // K * r <= 64)
+    inputs = x, nf4_dequantize_reference(q, dtype), bias, A, B
+    assert_computes(y, lambda x, W, b, A, B: x @ W.t() + b + 0.5 * (x @ A.t()) @ B.t(), inputs, 2 * K + r + 1, "y")
+
+
+def test_a_row_of_a_lora_layer_has_its_bits_among_others(native, level):
+    q, x = quantize_nf4(torch.randn(70, 192)), torch.randn(7, 192)
+    A, B = torch.randn(9, 192), torch.randn(70, 9)
+    with torch.no_grad():
+        y = lora_linear(x, q, None, A, B, 0.5)
+        for rows in (slice(0, 1), slice(3, 5), slice(4, 7)):
+            assert torch.equal(lora_linear(x[rows], q, None, A, B, 0.5), y[rows])
 
 
 @pytest.mark.parametrize("dropout", [0.0, 0.25], ids=["kept", "dropout"])
