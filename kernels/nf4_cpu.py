@@ -93,9 +93,10 @@ def runs_native_product(x: torch.Tensor, weight) -> bool:
     """
     if not (LEVEL > PLAIN and x.dtype in _ROUNDED and x.is_cpu and has_native()) or traced(x) or traced(weight.packed):
         return False
-    seen, addresses = weight.__dict__.get("multiplied"), _weight(weight)
-    if seen is None or seen[0] != addresses:  # else the weight has been looked at where it lies: that takes its time
-        seen = weight.multiplied = addresses, _is_whole(weight) and runs_native(weight)
+    nested, seen = weight.nested, weight.__dict__.get("seen")
+    place = _weight(weight), weight.packed.numel(), weight.absmax.numel(), nested and nested.absmax.numel()
+    if seen is None or seen[0] != place:  # looked at again only where something lies elsewhere: it takes its time
+        seen = weight.seen = place, _is_whole(weight) and runs_native(weight)
     return seen[1]
 
 

@@ -198,12 +198,20 @@ def test_it_obeys_the_variable_that_torch_obeys(monkeypatch, held_to, level):
     assert printed in level or (held_to == "" and printed == "1")
 
 
-@pytest.mark.parametrize("part", ["packed", "absmax"])
-def test_too_few_codes_or_scales_are_refused_and_not_read(native, part):
+@pytest.mark.parametrize("lies", ["where it lay", "elsewhere"])
+@pytest.mark.parametrize("part", ["packed", "absmax", "nested"])
+def test_too_few_codes_or_scales_are_refused_and_not_read(native, part, lies):
+    def multiply():
+        with torch.no_grad():
+            return lora_linear(torch.randn(3, 64), q, None, torch.randn(2, 64), torch.randn(64, 2), 1.0)
+
     q = quantize_nf4(torch.randn(64, 64))
-    setattr(q, part, getattr(q, part)[:-1])
+    multiply()
+    whole = q.nested.absmax if part == "nested" else getattr(q, part)
+    less = whole[:-1] if lies == "where it lay" else whole[:-1].clone()
+    setattr(q, part, q.nested._replace(absmax=less) if part == "nested" else less)
     with pytest.raises(ValueError, match="needs"):
-        lora_linear(torch.randn(3, 64), q, None, torch.randn(2, 64), torch.randn(64, 2), 1.0)
+        multiply()
 
 
 ROWS = {
