@@ -183,13 +183,14 @@ def lora_linear(
         raise ValueError(f"lora_A must be (r, {K}) and lora_B ({N}, r), got {got}")
     if bias is not None and bias.shape != (N,):
         raise ValueError(f"bias must be ({N},), got {tuple(bias.shape)}")
+    grad = torch.is_grad_enabled()
+    # At once: to one row a Function costs as much as its products, and so do S and two changes of shape.
+    if not grad and not dropout_p and x.numel() * r <= 64 * K and takes_rows_as_they_are(x, weight):
+        return nf4_product_native(x, weight, NF4_CODE, True, bias, None, lora_B, scaling, lora_A)
     if torch.is_autocast_enabled(x.device.type):
         with torch.autocast(x.device.type, enabled=False):
             return lora_linear(*arguments)
-    if torch.is_grad_enabled():
+    if grad:
         return _LoRALinear.apply(*arguments)
-    # At once: to one row a Function costs as much as its products, and so do S and two changes of shape.
-    if not dropout_p and x.numel() * r <= 64 * K and takes_rows_as_they_are(x, weight):
-        return nf4_product_native(x, weight, NF4_CODE, True, bias, None, lora_B, scaling, lora_A)
     y = _rows_forward(*arguments)[0]
     return y if x.dim() == 2 else y.view(*x.shape[:-1], N)

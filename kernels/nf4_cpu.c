@@ -192,10 +192,11 @@ static void product(
                 for (int64_t j = 0, part = BYTES / 4; j < rank; j += part) {
                     float *factor = (float *)panel;
                     const int64_t some = at_most(rank - j, part);
-                    for (int64_t c = 0; c < COLUMNS; c++)
+                    for (int64_t c = 0; c < there; c++) {
+                        const float *from = b + (column + c) * b_column + j * b_rank;
                         for (int64_t r = 0; r < some; r++)
-                            factor[r * COLUMNS + c] =
-                                c < there ? scale * b[(column + c) * b_column + (j + r) * b_rank] : 0;
+                            factor[r * COLUMNS + c] = scale * from[r * b_rank];
+                    }
                     k->add_low_rank(rows, s + top * rank + j, rank, factor, some, totals);
                 }
                 for (int64_t term = 0, part = few ? terms : BYTES / k->size; term < terms; term += part) {

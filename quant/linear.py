@@ -33,7 +33,7 @@ def _product(x, weight, bias, transposed, ends):
 
 def autocast_input(x: torch.Tensor) -> torch.Tensor:
     """x in the dtype that a linear layer would see: under autocast, autocast's (which leaves fp64 alone)."""
-    if x.is_meta or x.dtype == torch.float64 or not torch.is_autocast_enabled(x.device.type):
+    if x.is_meta or not torch.is_autocast_enabled(x.device.type) or x.dtype == torch.float64:
         return x
     return x.to(torch.get_autocast_dtype(x.device.type))
 
