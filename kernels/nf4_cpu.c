@@ -185,7 +185,8 @@ static void product(
             float totals[BATCH * COLUMNS] __attribute__((aligned(64)));
             float *scales = (float *)panel; /* of all columns, where there is no panel */
             const int64_t thread = omp_get_thread_num(), count = omp_get_num_threads();
-            for (int64_t unit = units * thread / count; unit < units * (thread + 1) / count; unit++) {
+            const int64_t first = units * thread / count;
+            for (int64_t unit = first; unit < units * (thread + 1) / count; unit++) {
                 const int64_t column = unit * most;
                 const int64_t there = at_most(width - column, most); /* what a tile has beside them is not stored */
                 memset(totals, 0, rows * COLUMNS * sizeof(float));
@@ -203,6 +204,8 @@ static void product(
                     const int64_t some = at_most(terms - term, part);
                     const char *from = batch + term * k->size;
                     const coded codes = {w->packed + (column * K + term) / 2, NULL, scales, w->levels, K, there, rounding};
+                    for (int64_t i = 0; few && unit == first && i < NEAR; i += 64)
+                        __builtin_prefetch(codes.codes + i);
                     if (few)
                         load_scales(w, column * K, there * K, 64, scales);
                     for (int64_t c = 0; c < there && transposed && !few; c++)
