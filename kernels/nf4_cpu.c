@@ -158,8 +158,8 @@ static void add_products(
  * j * b_rank] belongs to column o of y. */
 static void product(
     const weight *w, int64_t N, int64_t K, int transposed, int level, int rounding, const void *x, int64_t x_stride,
-    int64_t M, void *unzipped, const void *bias, const float *s, const float *b, int64_t rank, int64_t b_column,
-    int64_t b_rank, float scale, void *y, int threads)
+    int64_t M, void *unzipped, const void *bias, float *s, const float *a, const float *b, int64_t rank,
+    int64_t b_column, int64_t b_rank, float scale, void *y, int threads)
 {
     const kind *k = KINDS[level];
     threads = at_most(threads, 1 + N * K * (M + 4) / (1 << 20)); /* to wake one for less takes longer than it saves */
@@ -172,15 +172,15 @@ static void product(
     const int64_t units = (width + most - 1) / most;
     for (int64_t top = 0; top < M; top += BATCH) {
         const int64_t rows = at_most(M - top, BATCH), stride = transposed ? K : x_stride;
-        const char *batch = (const char *)x + top * x_stride * k->size;
-        if (transposed) {
-#pragma omp parallel for num_threads(threads) if (rows * K > 32768)
-            for (int64_t m = 0; m < rows; m++)
-                k->unzip(batch + m * x_stride * k->size, K, (char *)unzipped + m * K * k->size);
-            batch = unzipped;
-        }
+        const char *given = (const char *)x + top * x_stride * k->size, *batch = transposed ? unzipped : given;
 #pragma omp parallel num_threads(threads)
         {
+#pragma omp for
+            for (int64_t m = 0; m < (transposed ? rows : 0); m++) { /* one row: by one thread, while others wake up */
+                k->unzip(given + m * x_stride * k->size, K, (char *)unzipped + m * K * k->size);
+                if (a)
+                    k->low_rank(given + m * x_stride * k->size, K, a, rank, s + (top + m) * rank);
+            }
             char panel[COLUMNS * STRIDE(char)] __attribute__((aligned(64)));
             float totals[BATCH * COLUMNS] __attribute__((aligned(64)));
             float *scales = (float *)panel; /* of all columns, where there is no panel */
@@ -252,8 +252,7 @@ static PyObject *call_dequantize(PyObject *self, PyObject *arguments)
 static PyObject *call_product(PyObject *self, PyObject *arguments)
 {
     weight w;
-    void *x, *bias, *a, *b, *y;
-    float *s;
+    void *x, *bias, *s, *a, *b, *y;
     char *room = NULL; /* for x unzipped and s */
     long long N, K, x_stride, M, rank, b_column, b_rank;
     int transposed, level, rounding, threads;
@@ -267,13 +266,9 @@ static PyObject *call_product(PyObject *self, PyObject *arguments)
     if (transposed && !(room = aligned_alloc(64, bytes + (4 * M * rank + 64) / 64 * 64)))
         return PyErr_NoMemory();
     Py_BEGIN_ALLOW_THREADS;
-    if (a)
-        s = (float *)(room + bytes);
-    for (int64_t m = 0; m < M && a; m++)
-        k->low_rank((char *)x + m * x_stride * k->size, K, a, rank, s + m * rank);
     product(
-        &w, N, K, transposed, level, rounding, x, x_stride, M, room, bias, s, b, rank, b_column, b_rank, scale, y,
-        threads);
+        &w, N, K, transposed, level, rounding, x, x_stride, M, room, bias, a ? (float *)(room + bytes) : s, a, b, rank,
+        b_column, b_rank, scale, y, threads);
     Py_END_ALLOW_THREADS;
     free(room);
     Py_RETURN_NONE;
