@@ -39,11 +39,11 @@ static inline float scale_of(const weight *w, int64_t j)
     return ((const float *)w->absmax)[j];
 }
 
-/* The product. y (M, columns) is made in tiles of 4 columns by 1, 2 or 4 rows, whose sums stay in registers.
+/* The product. y (M, columns) is made in tiles of up to 4 rows by 2 or 4 columns, whose sums stay in registers.
  * A panel of W, up to 64 columns of y by 4 KiB of terms each, is decoded once into a buffer that a cache holds, and
  * meets up to 512 rows of x. Every thread has columns of y to itself and decodes the part of W that belongs to them, so
- * W is never dense. 1 to 4 rows need no panel: codes are decoded into the registers that meet x. A sum is taken in the
- * same order whatever the threads, and whatever other rows x has.
+ * W is never dense. Few rows need no panel: codes are decoded into the registers that meet x, for each tile anew. A sum
+ * is taken in the same order whatever the threads, and whatever other rows x has.
  *
  * A sum begins with an adapter's low-rank term, whose factors are fp32.
  */
@@ -51,20 +51,20 @@ static inline float scale_of(const weight *w, int64_t j)
 #define BATCH 512
 #define BYTES 4096 /* of terms in a row of a panel; between rows 64 more, or all would share the same sets of a cache */
 #define STRIDE(number) ((BYTES + 64) / (int64_t)sizeof(number))
-#define NEAR 16384
-#define AHEAD 16 /* half rows of W; codes are asked for that early */
+#define NEAR 16384 /* bytes of codes; memory is asked for them that early, where they are read in its order */
+#define AHEAD 16 /* half rows of W; and that early where panels are decoded */
 #define RUNS (BYTES / 32) /* most runs of values with one scale that are decoded at once */
 
 /* `columns` rows of W as codes, from one term on, with the scale of every 64 values. */
 typedef struct {
-    const uint8_t *codes, *ahead;
+    const uint8_t *codes, *ahead; /* ahead: what to ask memory for, as the tile's codes follow one another there */
     const float *scales, *levels;
     int64_t K, columns;
     int rounding;
 } coded;
 
 typedef struct {
-    int size, rows, few; /* bytes of an operand; most rows of a tile, and most that need no panel */
+    int size, width, few; /* bytes of an operand; columns of a tile; most rows that need no panel */
     void (*row)(const weight *, int64_t i, int64_t n, int run, int64_t ahead, int rounding, int zipped, void *to);
     void (*unzip)(const void *from, int64_t n, void *to);
     void (*columns)(const weight *, int64_t i, int64_t K, int64_t n, int64_t columns, int rounding, void *panel);
@@ -133,20 +133,20 @@ static inline uint16_t to_bf16(float x)
     return x != x ? 0x7fc0 : (bits + 0x7fff + (bits >> 16 & 1)) >> 16;
 }
 
-/* totals += x · columnsᵀ, for some rows of x, in tiles; the columns lie in a panel, or, without one, in W, which is then
- * read row by row: memory is fastest in its order. */
+/* totals += x · columnsᵀ, for some rows of x, in tiles; the columns lie in a panel, or, without one, in W, which is
+ * then read row by row: memory is fastest in its order. */
 static void add_products(
     const kind *k, int64_t rows, const char *x, int64_t x_stride, const char *panel, coded w, int64_t terms,
     int64_t columns, float *totals)
 {
     for (int64_t m = 0, taken; m < rows; m += taken) {
-        taken = at_most(rows - m, k->rows);
-        for (int64_t c = 0; c < columns; c += 4)
+        taken = at_most(rows - m, 4);
+        for (int64_t c = 0; c < columns; c += k->width)
             for (int64_t term = 0, part = BYTES / k->size; term < terms; term += part) {
                 const int64_t first = c * w.K + term;
+                const uint8_t *ahead = w.codes + (c * w.K + k->width * term) / 2 + NEAR;
                 const coded of = {
-                    w.codes + first / 2, w.codes + (c * w.K + 4 * term) / 2 + NEAR, w.scales + first / 64, w.levels, w.K,
-                    w.columns - c, w.rounding};
+                    w.codes + first / 2, ahead, w.scales + first / 64, w.levels, w.K, w.columns - c, w.rounding};
                 k->tile(
                     taken, x + (m * x_stride + term) * k->size, x_stride, panel ? panel + c * STRIDE(char) : NULL, &of,
                     at_most(terms - term, part), totals + m * COLUMNS + c);
@@ -154,8 +154,8 @@ static void add_products(
     }
 }
 
-/* See nf4_product_native in nf4_cpu.py. `unzipped` has room for a batch of x. b[o * b_column +
- * j * b_rank] belongs to column o of y. */
+/* See nf4_product_native in nf4_cpu.py. `unzipped` has room for a batch of x. s (M, rank) is made here if there is an
+ * `a`. b[o * b_column + j * b_rank] belongs to column o of y. */
 static void product(
     const weight *w, int64_t N, int64_t K, int transposed, int level, int rounding, const void *x, int64_t x_stride,
     int64_t M, void *unzipped, const void *bias, float *s, const float *a, const float *b, int64_t rank,
@@ -165,7 +165,8 @@ static void product(
     threads = at_most(threads, 1 + N * K * (M + 4) / (1 << 20)); /* to wake one for less takes longer than it saves */
     const int64_t width = transposed ? N : K, terms = transposed ? K : N, share = (width + threads - 1) / threads;
     /* How many values, from any multiple of it on, have one scale in rows of K: a divisor of K and of all blocks. */
-    const int run = (K | w->block) % 64 ? 32 : 64, few = transposed && M <= k->few && run == 64 && K < COLUMNS * STRIDE(float);
+    const int run = (K | w->block) % 64 ? 32 : 64;
+    const int few = transposed && M <= k->few && run == 64 && K < COLUMNS * STRIDE(float); /* scales fit in a panel */
     /* As many columns at a time as let all threads have the same number of times. */
     const int64_t times = (share + COLUMNS - 1) / COLUMNS * threads;
     const int64_t most = transposed ? ((width + times - 1) / times + 3) / 4 * 4 : COLUMNS;
@@ -203,9 +204,10 @@ static void product(
                 for (int64_t term = 0, part = few ? terms : BYTES / k->size; term < terms; term += part) {
                     const int64_t some = at_most(terms - term, part);
                     const char *from = batch + term * k->size;
-                    const coded codes = {w->packed + (column * K + term) / 2, NULL, scales, w->levels, K, there, rounding};
-                    for (int64_t i = 0; few && unit == first && i < NEAR; i += 64)
-                        __builtin_prefetch(codes.codes + i);
+                    const uint8_t *begin = w->packed + (column * K + term) / 2;
+                    const coded codes = {begin, NULL, scales, w->levels, K, there, rounding};
+                    for (int64_t i = 0; i < NEAR && few && unit == first; i += 64)
+                        __builtin_prefetch(begin + i);
                     if (few)
                         load_scales(w, column * K, there * K, 64, scales);
                     for (int64_t c = 0; c < there && transposed && !few; c++)
@@ -258,8 +260,8 @@ static PyObject *call_product(PyObject *self, PyObject *arguments)
     int transposed, level, rounding, threads;
     float scale;
     if (!PyArg_ParseTuple(
-            arguments, WEIGHT "LLiiiKLLKKKKLLLfKi", FIELDS(w), &N, &K, &transposed, &level, &rounding, &x, &x_stride, &M,
-            &bias, &s, &a, &b, &rank, &b_column, &b_rank, &scale, &y, &threads))
+            arguments, WEIGHT "LLiiiKLLKKKKLLLfKi", FIELDS(w), &N, &K, &transposed, &level, &rounding, &x, &x_stride,
+            &M, &bias, &s, &a, &b, &rank, &b_column, &b_rank, &scale, &y, &threads))
         return NULL;
     const kind *k = KINDS[level];
     const int64_t bytes = transposed ? (at_most(M, BATCH) * K * k->size + 63) / 64 * 64 : 0;

@@ -3,13 +3,14 @@
  *
  *   OF(f), TARGET     the name of f for this kind; the instructions that its functions may use
  *   number, vector    an operand, and a register of TERMS of them
- *   sums              a register of LANES fp32 sums
+ *   sums              a register of LANES fp32 sums; a tile has as many: 4 rows of x by WIDTH columns
  *   table_type        the 16 levels times a scale, ready for looking codes up
  *
  * and how to scale levels, look codes up, load fewer operands than TERMS, multiply and add, and how to zip: of two
  * registers a and b to make the first or the second half of a₀ b₀ a₁ b₁ …
  */
 
+#define WIDTH (LANES / 4)
 #define SHORT_RUN (TERMS < 32 ? 32 : 64) /* bf16 operands come by the 64 */
 #define FUNCTION static inline __attribute__((always_inline, target(TARGET)))
 #define KERNEL static __attribute__((target(TARGET)))
@@ -25,8 +26,8 @@ FUNCTION void OF(store)(number *to, vector v) { memcpy(to, &v, sizeof v); }
 
 /* Values i … i + n - 1 of W, of which each `run` has one scale. It is the levels that are scaled and rounded, once a
  * run; then one permutation is a register of values. A byte holds a value and the next: of TERMS bytes come first the
- * values in even places, then those in odd ones, or, if `zipped`, all in their order. As memory is slow to answer, it is
- * asked for codes that lie `ahead` bytes further on. */
+ * values in even places, then those in odd ones, or, if `zipped`, all in their order. As memory is slow to answer, it
+ * is asked for codes that lie `ahead` bytes further on. */
 FUNCTION void OF(decode)(
     const weight *w, int64_t i, int64_t n, const int run, int64_t ahead, int rounding, const int zipped, number *to)
 {
@@ -67,8 +68,8 @@ KERNEL void OF(unzip)(const void *from, int64_t n, void *to)
 }
 
 /* Columns of W, which begin at value i, in n of its rows; each becomes a row of the panel. Squares of TERMS by TERMS
- * values are transposed in registers: zipping register j with j + TERMS / 2, log₂ TERMS times, rotates the bits of (row,
- * column) until the two have changed places. */
+ * values are transposed in registers: zipping register j with j + TERMS / 2, log₂ TERMS times, rotates the bits of
+ * (row, column) until the two have changed places. */
 KERNEL void OF(columns)(
     const weight *w, int64_t i, int64_t K, int64_t n, int64_t columns, int rounding, void *panel)
 {
@@ -99,48 +100,48 @@ KERNEL void OF(columns)(
         }
 }
 
-/* totals (R, 4) += x (R, terms) · columns (4, terms)ᵀ. The columns lie in a panel, or, where there is none, as codes
- * in W. Terms lie side by side in all registers, so a sum has LANES parts, which are added up at the end: those of all
- * sums at once, by zipping two registers and adding the halves. */
+/* totals (R, WIDTH) += x (R, terms) · columns (WIDTH, terms)ᵀ, R ≤ 4. The columns lie in a panel, or, where there is
+ * none, as codes in W. Terms lie side by side in all registers, so a sum has LANES parts, which are added up at the
+ * end: those of all sums at once, by zipping two registers and adding the halves. */
 FUNCTION void OF(multiply)(
     const int R, const number *x, int64_t x_stride, const number *panel, const coded *w, int64_t terms, float *totals)
 {
     const int run = panel ? TERMS : 64;
     sums sum[LANES];
-    table_type table[4];
-    const float *scales[4];
-    const uint8_t *codes[4];
+    table_type table[WIDTH];
+    const float *scales[WIDTH];
+    const uint8_t *codes[WIDTH];
     uint64_t term = 0;
 #pragma GCC unroll 16
     for (int j = 0; j < LANES; j++)
         sum[j] = (sums){0};
 #pragma GCC unroll 4
-    for (int c = 0; c < 4 && !panel; c++) {
+    for (int c = 0; c < WIDTH && !panel; c++) {
         const int64_t first = at_most(c, w->columns - 1) * w->K; /* no column past the last is read */
         codes[c] = w->codes + first / 2, scales[c] = w->scales + first / 64;
         table[c] = OF(scaled)(w->levels, scales[c][0], w->rounding);
     }
     for (int64_t part = 0; term + run <= (uint64_t)terms; part++) {
-        if (!panel)
-            __builtin_prefetch(w->ahead + 2 * term), __builtin_prefetch(w->ahead + 2 * term + 64);
+        for (int line = 0; line < WIDTH / 2 && !panel; line++)
+            __builtin_prefetch(w->ahead + WIDTH / 2 * term + 64 * line);
 #pragma GCC unroll 8
         for (int done = 0; done < run; done += TERMS, term += TERMS) {
-            vector column[4];
+            vector column[WIDTH];
 #pragma GCC unroll 4
-            for (int c = 0; c < 4; c++)
+            for (int c = 0; c < WIDTH; c++)
                 column[c] = panel ? OF(load)(panel + c * STRIDE(number) + term)
                                   : OF(lookup)(table[c], codes[c] + (term - done) / 2 + done / (2 * TERMS) * TERMS,
                                                done % (2 * TERMS) == 0);
             if (!panel && done == run - TERMS) /* the next table is begun while units that multiply are busy */
 #pragma GCC unroll 4
-                for (int c = 0; c < 4; c++)
+                for (int c = 0; c < WIDTH; c++)
                     table[c] = OF(scaled)(w->levels, scales[c][part + 1], w->rounding);
 #pragma GCC unroll 4
             for (int r = 0; r < R; r++) {
                 const vector row = OF(load)(x + r * x_stride + term);
 #pragma GCC unroll 4
-                for (int c = 0; c < 4; c++)
-                    sum[4 * r + c] = OF(multiply_add)(row, column[c], sum[4 * r + c]);
+                for (int c = 0; c < WIDTH; c++)
+                    sum[WIDTH * r + c] = OF(multiply_add)(row, column[c], sum[WIDTH * r + c]);
             }
         }
     }
@@ -148,17 +149,18 @@ FUNCTION void OF(multiply)(
     for (int r = 0; r < R && term < (uint64_t)terms; r++) { /* only from a panel */
         const vector row = OF(load_some)(x + r * x_stride + term, terms - term);
 #pragma GCC unroll 4
-        for (int c = 0; c < 4; c++)
-            sum[4 * r + c] = OF(multiply_add)(row, OF(load)(panel + c * STRIDE(number) + term), sum[4 * r + c]);
+        for (int c = 0; c < WIDTH; c++)
+            sum[WIDTH * r + c] =
+                OF(multiply_add)(row, OF(load)(panel + c * STRIDE(number) + term), sum[WIDTH * r + c]);
     }
 #pragma GCC unroll 4
     for (int half = LANES / 2; half > 0; half /= 2)
 #pragma GCC unroll 8
         for (int j = 0; j < half; j++)
             sum[j] = OF(zip_sums)(sum[j], sum[j + half], 0) + OF(zip_sums)(sum[j], sum[j + half], 1);
-    typedef float four __attribute__((vector_size(16)));
+    typedef float columns __attribute__((vector_size(4 * WIDTH)));
     const sums all = sum[0];
-    four parts[LANES / 4], total;
+    columns parts[4], total;
     memcpy(parts, &all, sizeof all);
     for (int r = 0; r < R; r++) {
         memcpy(&total, totals + r * COLUMNS, sizeof total);
@@ -177,10 +179,10 @@ KERNEL void OF(tile)(
         WITH_ROWS(1);
     else if (R == 2)
         WITH_ROWS(2);
-    else if (R == 3 && LANES == 16)
+    else if (R == 3)
         WITH_ROWS(3);
     else
-        WITH_ROWS(LANES / 4);
+        WITH_ROWS(4);
 #undef WITH_ROWS
 }
 
@@ -215,10 +217,11 @@ KERNEL void OF(add_low_rank)(
                 totals[m * COLUMNS + c] += s[m * rank + j] * factor[j * COLUMNS + c];
 }
 
-static const kind OF(kind) = {
-    sizeof(number), LANES / 4,     LANES == 16 ? 16 : 2, OF(row), OF(unzip),
-    OF(columns),    OF(tile), OF(low_rank), OF(add_low_rank)};
+/* Half as many lanes take as long to decode as to add four rows up, and then a panel is better. */
+static const kind OF(kind) = {sizeof(number), WIDTH,    LANES == 16 ? 16 : 4, OF(row), OF(unzip),
+                              OF(columns),    OF(tile), OF(low_rank),         OF(add_low_rank)};
 
+#undef WIDTH
 #undef SHORT_RUN
 #undef FUNCTION
 #undef KERNEL
