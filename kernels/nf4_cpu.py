@@ -32,7 +32,7 @@ _ROUNDED = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}  # the number
 
 
 def _weight(weight) -> tuple[int, ...]:
-    """`weight` of nf4_cpu.c but for the levels: addresses, valid as long as the tensors are, and the two block sizes."""
+    """`weight` of nf4_cpu.c but for the levels: addresses, valid as long as the tensors are, and two block sizes."""
     packed, absmax, nested = weight.packed.data_ptr(), weight.absmax.data_ptr(), weight.nested
     if nested is None:
         return packed, absmax, 0, 0, 0, weight.block_size, 0

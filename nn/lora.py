@@ -123,7 +123,7 @@ class LoRALinear(Mergeable):
         base, dropout = self._modules["base_layer"], self.lora_dropout if self.training else 0.0
         h, weight = operands(base, x)
         held = base._parameters
-        bias = held["bias"] if "bias" in held else base.bias
+        bias = held["bias"] if "bias" in held else base.bias  # noqa: SIM401 - the slow look-up only where it must be
         y = lora_linear(h, weight, bias, *self.factors(), self.scaling, dropout)
         return y if h.dtype == x.dtype else y.to(x.dtype)  # and not by y's dtype, which `amp.autocast` has chosen
 
