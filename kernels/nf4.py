@@ -263,7 +263,7 @@ def nf4_dequantize(weight: NF4Weight, dtype: torch.dtype, out: torch.Tensor | No
     if where == "torch" and compiling:
         return out.copy_(nf4_dequantize_reference(weight, dtype))
     if where == "torch":
-        if dtype == torch.float32 and runs_native(weight):
+        if dtype in (torch.float32, torch.bfloat16) and runs_native(weight):
             return nf4_dequantize_native(weight, NF4_CODE, out, fresh)
         return nf4_dequantize_tiled(weight, out)
     if dtype not in DTYPES or (where == "interpreter" and dtype == torch.bfloat16):

@@ -96,28 +96,6 @@ static const kind *const KINDS[] = {NULL, NULL, NULL, NULL};
 static int level_of_cpu(void) { return 0; }
 #endif
 
-/* fresh: `out` was just allocated and never touched; then 2 MiB pages are asked for, because 512 page faults instead
- * of one cost more than the decoding. */
-static void dequantize(const weight *w, float *out, int64_t n, int level, int fresh, int threads)
-{
-    const int64_t piece = 4096, huge = 1 << 21; /* no block is longer than a piece */
-    const kind *fast = KINDS[at_most(level, 2)];
-#ifdef MADV_HUGEPAGE
-    const uintptr_t first = ((uintptr_t)out + huge - 1) / huge * huge, last = (uintptr_t)(out + n) / huge * huge;
-    if (fresh && first < last)
-        madvise((void *)first, last - first, MADV_HUGEPAGE);
-#endif
-#pragma omp parallel for schedule(static) num_threads(threads) if (n > 32768)
-    for (int64_t start = 0; start < n; start += piece) {
-        const int64_t end = at_most(start + piece, n), whole = fast ? end / 32 * 32 : start;
-        if (fast)
-            fast->row(w, start, whole - start, 32, 1024, FP32, 1, out + start);
-        for (int64_t i = whole; i < end; i++)
-            out[i] = scale_of(w, block_of(i, w->block)) *
-                     w->levels[i % 2 ? w->packed[i / 2] & 15 : w->packed[i / 2] >> 4];
-    }
-}
-
 static inline float from_bf16(uint16_t x)
 {
     const uint32_t bits = (uint32_t)x << 16;
@@ -131,6 +109,34 @@ static inline uint16_t to_bf16(float x)
     uint32_t bits;
     memcpy(&bits, &x, 4);
     return x != x ? 0x7fc0 : (bits + 0x7fff + (bits >> 16 & 1)) >> 16;
+}
+
+/* Into fp32, or bf16 if `narrow`. fresh: `out` was just allocated and never touched; then 2 MiB pages are asked for,
+ * because 512 page faults instead of one cost more than the decoding. */
+static void dequantize(const weight *w, void *out, int64_t n, int level, int narrow, int fresh, int threads)
+{
+    enum { PIECE = 4096 }; /* no block is longer than a piece */
+    const kind *fast = KINDS[at_most(level, 2)];
+#ifdef MADV_HUGEPAGE
+    const int64_t huge = 1 << 21, size = narrow ? 2 : 4;
+    const uintptr_t first = ((uintptr_t)out + huge - 1) / huge * huge, last = ((uintptr_t)out + n * size) / huge * huge;
+    if (fresh && first < last)
+        madvise((void *)first, last - first, MADV_HUGEPAGE);
+#endif
+#pragma omp parallel for schedule(static) num_threads(threads) if (n > 32768)
+    for (int64_t start = 0; start < n; start += PIECE) {
+        const int64_t some = at_most(n - start, PIECE), whole = fast ? some / 32 * 32 : 0;
+        float here[PIECE], *values = narrow ? here : (float *)out + start;
+        if (fast)
+            fast->row(w, start, whole, 32, 1024, FP32, 1, values);
+        for (int64_t j = whole; j < some; j++) {
+            const int64_t i = start + j;
+            values[j] = scale_of(w, block_of(i, w->block)) *
+                        w->levels[i % 2 ? w->packed[i / 2] & 15 : w->packed[i / 2] >> 4];
+        }
+        for (int64_t j = 0; j < some && narrow; j++)
+            ((uint16_t *)out)[start + j] = to_bf16(values[j]);
+    }
 }
 
 /* totals += x · columnsᵀ, for some rows of x, in tiles; the columns lie in a panel, or, without one, in W, which is
@@ -240,13 +246,13 @@ static PyObject *call_level(PyObject *self, PyObject *nothing) { return PyLong_F
 static PyObject *call_dequantize(PyObject *self, PyObject *arguments)
 {
     weight w;
-    float *out;
+    void *out;
     long long n;
-    int level, fresh, threads;
-    if (!PyArg_ParseTuple(arguments, WEIGHT "KLiii", FIELDS(w), &out, &n, &level, &fresh, &threads))
+    int level, narrow, fresh, threads;
+    if (!PyArg_ParseTuple(arguments, WEIGHT "KLiiii", FIELDS(w), &out, &n, &level, &narrow, &fresh, &threads))
         return NULL;
     Py_BEGIN_ALLOW_THREADS;
-    dequantize(&w, out, n, level, fresh, threads);
+    dequantize(&w, out, n, level, narrow, fresh, threads);
     Py_END_ALLOW_THREADS;
     Py_RETURN_NONE;
 }

@@ -70,19 +70,19 @@ def _lies_plainly(tensor: torch.Tensor, dtype: torch.dtype) -> bool:
 
 
 def nf4_dequantize_native(weight, levels: torch.Tensor, out: torch.Tensor, fresh: bool = False) -> torch.Tensor:
-    """`nf4_dequantize_reference` where `runs_native` says so, into an fp32 `out`.
+    """`nf4_dequantize_reference` where `runs_native` says so, into an `out` in fp32 or bf16.
 
     Args:
         weight: an `NF4Weight` (`nf4.py`).
         levels: (16,) fp32, the values of the codes.
-        out: contiguous fp32 CPU tensor to write into.
+        out: contiguous CPU tensor in fp32 or bf16 to write into.
         fresh: `out` has just been allocated.
 
     Returns:
         `out`.
     """
-    threads = torch.get_num_threads()
-    _library.dequantize(*_weight(weight), levels.data_ptr(), out.data_ptr(), out.numel(), LEVEL, fresh, threads)
+    narrow, threads = out.dtype == torch.bfloat16, torch.get_num_threads()
+    _library.dequantize(*_weight(weight), levels.data_ptr(), out.data_ptr(), out.numel(), LEVEL, narrow, fresh, threads)
     return out
 
 
