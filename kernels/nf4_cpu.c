@@ -39,6 +39,21 @@ static inline float scale_of(const weight *w, int64_t j)
     return ((const float *)w->absmax)[j];
 }
 
+static inline float from_bf16(uint16_t x)
+{
+    const uint32_t bits = (uint32_t)x << 16;
+    float value;
+    memcpy(&value, &bits, 4);
+    return value;
+}
+
+static inline uint16_t to_bf16(float x)
+{
+    uint32_t bits;
+    memcpy(&bits, &x, 4);
+    return x != x ? 0x7fc0 : (bits + 0x7fff + (bits >> 16 & 1)) >> 16;
+}
+
 /* The product. y (M, columns) is made in tiles of up to 4 rows by 2 or 4 columns, whose sums stay in registers.
  * A panel of W, up to 64 columns of y by 4 KiB of terms each, is decoded once into a buffer that a cache holds, and
  * meets up to 512 rows of x. Every thread has columns of y to itself and decodes the part of W that belongs to them, so
@@ -73,6 +88,7 @@ typedef struct {
     void (*low_rank)(const void *x, int64_t K, const float *A, int64_t rank, float *s);
     void (*add_low_rank)(
         int64_t rows, const float *s, int64_t rank, const float *factor, int64_t some, float *restrict totals);
+    void (*finish)(const float *totals, const void *bias, int64_t n, void *y);
 } kind;
 
 #ifdef __x86_64__
@@ -95,21 +111,6 @@ static const kind *const KINDS[] = {NULL, NULL, NULL, NULL};
 
 static int level_of_cpu(void) { return 0; }
 #endif
-
-static inline float from_bf16(uint16_t x)
-{
-    const uint32_t bits = (uint32_t)x << 16;
-    float value;
-    memcpy(&value, &bits, 4);
-    return value;
-}
-
-static inline uint16_t to_bf16(float x)
-{
-    uint32_t bits;
-    memcpy(&bits, &x, 4);
-    return x != x ? 0x7fc0 : (bits + 0x7fff + (bits >> 16 & 1)) >> 16;
-}
 
 /* Into fp32, or bf16 if `narrow`. fresh: `out` was just allocated and never touched; then 2 MiB pages are asked for,
  * because 512 page faults instead of one cost more than the decoding. */
@@ -223,15 +224,9 @@ static void product(
                     add_products(k, rows, from, stride, few ? NULL : panel, codes, some, there, totals);
                 }
                 for (int64_t m = 0; m < rows; m++)
-                    for (int64_t c = 0; c < there; c++) {
-                        const int64_t at = (top + m) * width + column + c;
-                        const float sum = totals[m * COLUMNS + c];
-                        if (k->size == 4)
-                            ((float *)y)[at] = bias ? sum + ((const float *)bias)[column + c] : sum;
-                        else
-                            ((uint16_t *)y)[at] =
-                                to_bf16(bias ? sum + from_bf16(((const uint16_t *)bias)[column + c]) : sum);
-                    }
+                    k->finish(
+                        totals + m * COLUMNS, bias ? (const char *)bias + column * k->size : NULL, there,
+                        (char *)y + ((top + m) * width + column) * k->size);
             }
         }
     }

@@ -76,6 +76,8 @@ INLINE(AVX2) __m256 zip_avx2(__m256 a, __m256 b, const int second)
 }
 #define zip_sums_avx2 zip_avx2
 #define multiply_add_avx2 _mm256_fmadd_ps
+#define wide_avx2(x) (x)
+#define narrow_avx2(x) (x)
 #define widened_avx2 _mm256_loadu_ps
 
 #define OF(f) f##_avx2
@@ -114,6 +116,8 @@ INLINE(AVX512) __m512 zip_avx512(__m512 a, __m512 b, const int second)
 }
 #define zip_sums_avx512 zip_avx512
 #define multiply_add_avx512 _mm512_fmadd_ps
+#define wide_avx512(x) (x)
+#define narrow_avx512(x) (x)
 #define widened_avx512 _mm512_loadu_ps
 
 #define OF(f) f##_avx512
@@ -156,6 +160,8 @@ INLINE(AVX512_BF16) __m512 multiply_add_bf16(__m512i a, __m512i b, __m512 sum)
     return _mm512_dpbf16_ps(sum, (__m512bh)a, (__m512bh)b);
 }
 #define zip_sums_bf16 zip_avx512
+#define wide_bf16 from_bf16
+#define narrow_bf16 to_bf16
 
 INLINE(AVX512_BF16) __m512 widened_bf16(const uint16_t *from)
 {

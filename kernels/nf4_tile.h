@@ -217,9 +217,17 @@ KERNEL void OF(add_low_rank)(
                 totals[m * COLUMNS + c] += s[m * rank + j] * factor[j * COLUMNS + c];
 }
 
+/* y (n,) = totals + bias, rounded. */
+KERNEL void OF(finish)(const float *restrict totals, const void *bias, int64_t n, void *restrict y)
+{
+    const number *b = bias;
+    for (int64_t c = 0; c < n; c++)
+        ((number *)y)[c] = OF(narrow)(b ? totals[c] + OF(wide)(b[c]) : totals[c]);
+}
+
 /* Half as many lanes take as long to decode as to add four rows up, and then a panel is better. */
-static const kind OF(kind) = {sizeof(number), WIDTH,    LANES == 16 ? 16 : 4, OF(row), OF(unzip),
-                              OF(columns),    OF(tile), OF(low_rank),         OF(add_low_rank)};
+static const kind OF(kind) = {sizeof(number), WIDTH,    LANES == 16 ? 16 : 4, OF(row),          OF(unzip),
+                              OF(columns),    OF(tile), OF(low_rank),         OF(add_low_rank), OF(finish)};
 
 #undef WIDTH
 #undef SHORT_RUN
