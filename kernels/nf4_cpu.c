@@ -54,11 +54,11 @@ static inline uint16_t to_bf16(float x)
     return x != x ? 0x7fc0 : (bits + 0x7fff + (bits >> 16 & 1)) >> 16;
 }
 
-/* The product. y (M, columns) is made in tiles of up to 4 rows by 2 or 4 columns, whose sums stay in registers.
- * A panel of W, up to 64 columns of y by 4 KiB of terms each, is decoded once into a buffer that a cache holds, and
- * meets up to 512 rows of x. Every thread has columns of y to itself and decodes the part of W that belongs to them, so
- * W is never dense. Few rows need no panel: codes are decoded into the registers that meet x, for each tile anew. A sum
- * is taken in the same order whatever the threads, and whatever other rows x has.
+/* The product. y (M, columns) is made in tiles of 4 rows by 4 columns, or 6 by 2 with AVX2, whose sums stay in
+ * registers. A panel of W, up to 64 columns of y by 4 KiB of terms each, is decoded once into a buffer that a cache
+ * holds, and meets up to 512 rows of x. Every thread has columns of y to itself and decodes the part of W that belongs
+ * to them, so W is never dense. Few rows need no panel: codes are decoded into the registers that meet x, for each tile
+ * anew. A sum is taken in the same order whatever the threads, and whatever other rows x has.
  *
  * A sum begins with an adapter's low-rank term, whose factors are fp32.
  */
@@ -79,7 +79,7 @@ typedef struct {
 } coded;
 
 typedef struct {
-    int size, width, few; /* bytes of an operand; columns of a tile; most rows that need no panel */
+    int size, rows, width, few; /* bytes of an operand; columns of a tile; most rows that need no panel */
     void (*row)(const weight *, int64_t i, int64_t n, int run, int64_t ahead, int rounding, int zipped, void *to);
     void (*unzip)(const void *from, int64_t n, void *to);
     void (*columns)(const weight *, int64_t i, int64_t K, int64_t n, int64_t columns, int rounding, void *panel);
@@ -147,7 +147,7 @@ static void add_products(
     int64_t columns, float *totals)
 {
     for (int64_t m = 0, taken; m < rows; m += taken) {
-        taken = at_most(rows - m, 4);
+        taken = rows - m < k->rows ? at_most(rows - m, 4) : k->rows;
         for (int64_t c = 0; c < columns; c += k->width)
             for (int64_t term = 0, part = BYTES / k->size; term < terms; term += part) {
                 const int64_t first = c * w.K + term;

@@ -3,7 +3,7 @@
  *
  *   OF(f), TARGET     the name of f for this kind; the instructions that its functions may use
  *   number, vector    an operand, and a register of TERMS of them
- *   sums              a register of LANES fp32 sums; a tile has as many: 4 rows of x by WIDTH columns
+ *   sums              a register of LANES fp32 sums; 4 rows of a tile have as many
  *   table_type        the 16 levels times a scale, ready for looking codes up
  *
  * and how to scale levels, look codes up, load fewer operands than TERMS, multiply and add, and how to zip: of two
@@ -11,6 +11,7 @@
  */
 
 #define WIDTH (LANES / 4)
+#define ROWS (LANES == 8 ? 6 : 4) /* 8 sums are fewer than two units that multiply have under way */
 #define SHORT_RUN (TERMS < 32 ? 32 : 64) /* bf16 operands come by the 64 */
 #define FUNCTION static inline __attribute__((always_inline, target(TARGET)))
 #define KERNEL static __attribute__((target(TARGET)))
@@ -100,20 +101,20 @@ KERNEL void OF(columns)(
         }
 }
 
-/* totals (R, WIDTH) += x (R, terms) · columns (WIDTH, terms)ᵀ, R ≤ 4. The columns lie in a panel, or, where there is
+/* totals (R, WIDTH) += x (R, terms) · columns (WIDTH, terms)ᵀ, R ≤ ROWS. The columns lie in a panel, or, where there is
  * none, as codes in W. Terms lie side by side in all registers, so a sum has LANES parts, which are added up at the
  * end: those of all sums at once, by zipping two registers and adding the halves. */
 FUNCTION void OF(multiply)(
     const int R, const number *x, int64_t x_stride, const number *panel, const coded *w, int64_t terms, float *totals)
 {
     const int run = panel ? TERMS : 64;
-    sums sum[LANES];
+    sums sum[ROWS > 4 ? 2 * LANES : LANES];
     table_type table[WIDTH];
     const float *scales[WIDTH];
     const uint8_t *codes[WIDTH];
     uint64_t term = 0;
 #pragma GCC unroll 16
-    for (int j = 0; j < LANES; j++)
+    for (int j = 0; j < (ROWS > 4 ? 2 * LANES : LANES); j++)
         sum[j] = (sums){0};
 #pragma GCC unroll 4
     for (int c = 0; c < WIDTH && !panel; c++) {
@@ -136,7 +137,7 @@ FUNCTION void OF(multiply)(
 #pragma GCC unroll 4
                 for (int c = 0; c < WIDTH; c++)
                     table[c] = OF(scaled)(w->levels, scales[c][part + 1], w->rounding);
-#pragma GCC unroll 4
+#pragma GCC unroll 6
             for (int r = 0; r < R; r++) {
                 const vector row = OF(load)(x + r * x_stride + term);
 #pragma GCC unroll 4
@@ -145,7 +146,7 @@ FUNCTION void OF(multiply)(
             }
         }
     }
-#pragma GCC unroll 4
+#pragma GCC unroll 6
     for (int r = 0; r < R && term < (uint64_t)terms; r++) { /* only from a panel */
         const vector row = OF(load_some)(x + r * x_stride + term, terms - term);
 #pragma GCC unroll 4
@@ -153,19 +154,23 @@ FUNCTION void OF(multiply)(
             sum[WIDTH * r + c] =
                 OF(multiply_add)(row, OF(load)(panel + c * STRIDE(number) + term), sum[WIDTH * r + c]);
     }
-#pragma GCC unroll 4
-    for (int half = LANES / 2; half > 0; half /= 2)
-#pragma GCC unroll 8
-        for (int j = 0; j < half; j++)
-            sum[j] = OF(zip_sums)(sum[j], sum[j + half], 0) + OF(zip_sums)(sum[j], sum[j + half], 1);
     typedef float columns __attribute__((vector_size(4 * WIDTH)));
-    const sums all = sum[0];
-    columns parts[4], total;
-    memcpy(parts, &all, sizeof all);
-    for (int r = 0; r < R; r++) {
-        memcpy(&total, totals + r * COLUMNS, sizeof total);
-        total += parts[r];
-        memcpy(totals + r * COLUMNS, &total, sizeof total);
+#pragma GCC unroll 2
+    for (int first = 0; first < R; first += 4) { /* rows that LANES sums belong to */
+        sums *some = sum + first * WIDTH;
+#pragma GCC unroll 4
+        for (int half = LANES / 2; half > 0; half /= 2)
+#pragma GCC unroll 8
+            for (int j = 0; j < half; j++)
+                some[j] = OF(zip_sums)(some[j], some[j + half], 0) + OF(zip_sums)(some[j], some[j + half], 1);
+        const sums all = some[0];
+        columns parts[4], total;
+        memcpy(parts, &all, sizeof all);
+        for (int r = first; r < at_most(R, first + 4); r++) {
+            memcpy(&total, totals + r * COLUMNS, sizeof total);
+            total += parts[r - first];
+            memcpy(totals + r * COLUMNS, &total, sizeof total);
+        }
     }
 }
 
@@ -181,8 +186,10 @@ KERNEL void OF(tile)(
         WITH_ROWS(2);
     else if (R == 3)
         WITH_ROWS(3);
-    else
+    else if (R == 4)
         WITH_ROWS(4);
+    else
+        OF(multiply)(ROWS, x, x_stride, panel, NULL, terms, totals);
 #undef WITH_ROWS
 }
 
@@ -226,10 +233,11 @@ KERNEL void OF(finish)(const float *restrict totals, const void *bias, int64_t n
 }
 
 /* Half as many lanes take as long to decode as to add four rows up, and then a panel is better. */
-static const kind OF(kind) = {sizeof(number), WIDTH,    LANES == 16 ? 16 : 4, OF(row),          OF(unzip),
+static const kind OF(kind) = {sizeof(number), ROWS, WIDTH,    LANES == 16 ? 16 : 4, OF(row),          OF(unzip),
                               OF(columns),    OF(tile), OF(low_rank),         OF(add_low_rank), OF(finish)};
 
 #undef WIDTH
+#undef ROWS
 #undef SHORT_RUN
 #undef FUNCTION
 #undef KERNEL
