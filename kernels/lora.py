@@ -166,7 +166,7 @@ def lora_linear(
 
     Raises:
         TypeError: x is not floating point.
-        ValueError: shapes that do not fit, or `dropout_p` outside [0, 1).
+        ValueError: shapes that do not fit, an operand without memory, or `dropout_p` outside [0, 1).
     """
     arguments = x, weight, bias, lora_A, lora_B, scaling, dropout_p
     if has_torch_function((x,)):  # to a mode such as `amp.autocast` this is one operation, whatever it calls inside
@@ -183,6 +183,8 @@ def lora_linear(
         raise ValueError(f"lora_A must be (r, {K}) and lora_B ({N}, r), got {got}")
     if bias is not None and bias.shape != (N,):
         raise ValueError(f"bias must be ({N},), got {tuple(bias.shape)}")
+    if (lora_A.is_meta or lora_B.is_meta) and not x.is_meta:  # torch would multiply by whatever memory holds
+        raise ValueError(f"x is on {x.device}, but lora_A on {lora_A.device} and lora_B on {lora_B.device}")
     grad = torch.is_grad_enabled()
     # At once: to one row a Function costs as much as its products, and so do S and two changes of shape.
     if not grad and not dropout_p and x.numel() * r <= 64 * K and takes_rows_as_they_are(x, weight):

@@ -41,7 +41,11 @@ def _weight(weight) -> tuple[int, ...]:
 
 
 def _address(tensor: torch.Tensor | None) -> int:
-    return 0 if tensor is None else tensor.data_ptr()
+    if tensor is None:
+        return 0
+    if not tensor.is_cpu:
+        raise ValueError(f"x is on the CPU, but a bias or an adapter to compute with it is on {tensor.device}")
+    return tensor.data_ptr()
 
 
 def has_native() -> bool:
@@ -145,7 +149,7 @@ def nf4_product_native(
         S = S if S is None else S.float().contiguous()
         A = A if A is None else A.float().contiguous()
         low = low.float() if transposed else low.float().t()
-        adapter = _address(S), _address(A), low.data_ptr(), low.shape[1], *low.stride()
+        adapter = _address(S), _address(A), _address(low), low.shape[1], *low.stride()
     _library.product(
         *_weight(weight),
         levels.data_ptr(),

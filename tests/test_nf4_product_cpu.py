@@ -214,6 +214,20 @@ def test_too_few_codes_or_scales_are_refused_and_not_read(native, part, lies):
         multiply()
 
 
+@pytest.mark.parametrize("elsewhere", ["bias", "lora_A", "lora_B"])
+@pytest.mark.parametrize("grad", [False, True], ids=["no grad", "grad"])
+@pytest.mark.parametrize("M", [1, 200])
+def test_what_lies_on_another_device_is_refused_and_not_read(native, elsewhere, grad, M):
+    layer = LoRALinear(NF4Linear.from_linear(nn.Linear(64, 40)), 4)
+    owner = layer.base_layer if elsewhere == "bias" else layer
+    setattr(owner, elsewhere, nn.Parameter(getattr(owner, elsewhere).to("meta")))
+    with torch.set_grad_enabled(grad), pytest.raises((ValueError, RuntimeError), match="meta"):
+        layer(torch.randn(M, 64))
+    if elsewhere == "bias":
+        with torch.set_grad_enabled(grad), pytest.raises(ValueError, match="on meta"):
+            layer.base_layer(torch.randn(M, 64))
+
+
 ROWS = {
     "one": lambda K: torch.randn(K),
     "a sequence of one token": lambda K: torch.randn(1, 1, K),
