@@ -14,6 +14,7 @@ up to 512 rows of x; on a GPU the decoding would take turns with the units that 
 """
 
 import torch
+from torch._subclasses.fake_tensor import FakeTensor
 
 from .runtime import reference_is_forced, traced
 
@@ -43,8 +44,9 @@ def _weight(weight) -> tuple[int, ...]:
 def _address(tensor: torch.Tensor | None) -> int:
     if tensor is None:
         return 0
-    if not tensor.is_cpu:
-        raise ValueError(f"x is on the CPU, but a bias or an adapter to compute with it is on {tensor.device}")
+    if not tensor.is_cpu or isinstance(tensor, FakeTensor):
+        where = "without memory" if tensor.is_cpu else f"on {tensor.device}"
+        raise ValueError(f"x is on the CPU, but a bias or an adapter to compute with it is {where}")
     return tensor.data_ptr()
 
 
@@ -97,11 +99,13 @@ def runs_native_product(x: torch.Tensor, weight) -> bool:
     """
     if not (LEVEL > PLAIN and x.dtype in _ROUNDED and x.is_cpu and has_native()) or traced(x) or traced(weight.packed):
         return False
-    nested, seen = weight.nested, weight.__dict__.get("seen")
-    place = _weight(weight), weight.packed.numel(), weight.absmax.numel(), nested and nested.absmax.numel()
-    if seen is None or seen[0] != place:  # looked at again only where something lies elsewhere: it takes its time
-        seen = weight.seen = place, _is_whole(weight) and runs_native(weight)
-    return seen[1]
+    seen, absmax, nested = weight.__dict__.get("seen"), weight.absmax, weight.nested
+    if seen is None:
+        return _is_whole(weight) and runs_native(weight)
+    place = _weight(weight), weight.packed.numel(), absmax.numel(), absmax.dtype, nested and nested.absmax.numel()
+    if not seen or seen[0][0] != place:  # looked at again only where something lies elsewhere: it takes its time
+        seen[:] = [(place, _is_whole(weight) and runs_native(weight))]
+    return seen[0][1]
 
 
 def _is_whole(weight) -> bool:
@@ -112,6 +116,7 @@ def _is_whole(weight) -> bool:
         and weight.packed.numel() == values // 2
         and scales == -(-values // weight.block_size)
         and (nested is None or nested.absmax.numel() == -(-scales // nested.block_size))
+        and (nested is None or nested.code.numel() == 256)
     )
 
 
@@ -140,9 +145,13 @@ def nf4_product_native(
     pairs = LEVEL == AVX512_BF16 and dtype == torch.bfloat16 and K % 64 == 0 and weight.block_size >= 64
     native = torch.bfloat16 if pairs else torch.float32
     x = x if dtype == native else x.to(native)
+    terms, columns = (K, N) if transposed else (N, K)
+    if rows[-1] != terms or (bias is not None and bias.numel() != columns):
+        got = f"x {tuple(rows)}{'' if bias is None else f' and bias {tuple(bias.shape)}'}"
+        raise ValueError(f"x must be (..., {terms}) and bias ({columns},), got {got}")
     apart = len(rows) == 2 and x.stride(1) == 1
     x = x if apart else x.contiguous()
-    y = x.new_empty(*rows[:-1], N if transposed else K)
+    y = x.new_empty(*rows[:-1], columns)
     bias = None if bias is None else bias.to(dtype).to(native).contiguous()
     adapter = 0, 0, 0, 0, 0, 0
     if low is not None:
@@ -159,8 +168,8 @@ def nf4_product_native(
         LEVEL if pairs else min(LEVEL, AVX512),
         _ROUNDED[dtype],
         x.data_ptr(),
-        x.stride(0) if apart else rows[-1],
-        x.numel() // rows[-1],
+        x.stride(0) if apart else terms,
+        x.numel() // terms,
         _address(bias),
         *adapter,
         scale,

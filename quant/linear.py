@@ -12,7 +12,6 @@ Dtypes, in this order: `torch.autocast` casts x as it would for `nn.Linear`; the
 
 import copy
 from collections.abc import Sequence
-from operator import is_
 
 import torch
 from torch import nn
@@ -152,11 +151,13 @@ class NF4Linear(FrozenNF4):
 
     @property
     def quantized(self) -> NF4Tensor:
-        weight, nested = self._parameters.get("weight"), None  # of a replica of nn.DataParallel a plain attribute
-        if self.nested_absmax is not None:
-            nested = NestedScales(self.nested_absmax, self.nested_code, self.nested_offset, self.nested_block)
-        packed, shape = (self.weight if weight is None else weight).view(-1), (self.out_features, self.in_features)
-        return NF4Tensor(packed, self.absmax, torch.Size(shape), self.weight_dtype, self.block_size, nested)
+        held, nested = self._buffers, None  # read at once: every forward pass comes by here
+        weight = self._parameters.get("weight")  # of a replica of nn.DataParallel a plain attribute
+        if held["nested_absmax"] is not None:
+            nested = NestedScales(held["nested_absmax"], held["nested_code"], held["nested_offset"], self.nested_block)
+        packed = (self.weight if weight is None else weight).view(-1)
+        shape = torch.Size((self.out_features, self.in_features))
+        return NF4Tensor(packed, held["absmax"], shape, self.weight_dtype, self.block_size, nested)
 
     @quantized.setter
     def quantized(self, q: NF4Tensor) -> None:
@@ -168,15 +169,9 @@ class NF4Linear(FrozenNF4):
         self.nested_absmax, self.nested_code, self.nested_offset, self.nested_block = q.nested or (None,) * 3 + (1,)
 
     def operand(self) -> NF4Tensor:
-        """`quantized` for a product: the same object as long as all its parts lie where they did, not to be changed."""
-        held, weight = self._buffers, self._parameters.get("weight")  # read at once: every forward pass comes by here
-        parts = weight, held["absmax"], held["nested_absmax"], held["nested_code"], held["nested_offset"]
-        if weight is None or traced(weight):
-            return self.quantized
-        last, made = self.__dict__.get("_made", (parts, None))
-        if made is None or not all(map(is_, last, parts)) or weight.data_ptr() != made.packed.data_ptr():
-            made = self.quantized
-            self._made = parts, made
+        """`quantized` for a product, which notes in `_seen` where it found the parts as they should be."""
+        made = self.quantized
+        made.seen = self.__dict__.setdefault("_seen", [])
         return made
 
     @classmethod
@@ -215,7 +210,11 @@ class NF4Linear(FrozenNF4):
             raise ValueError(f"x must be floating point (…, {self.in_features}), got {x.dtype} {tuple(x.shape)}")
         x = autocast_input(x)
         compute = self.compute_dtype or x.dtype
-        bias = None if self.bias is None else self.bias.to(compute)
+        bias = self.bias
+        if bias is not None:
+            if bias.shape != (self.out_features,):
+                raise ValueError(f"bias must be ({self.out_features},), got {tuple(bias.shape)}")
+            bias = bias.to(compute)
         h = x if x.dtype == compute else x.to(compute)  # asked first: `.to` takes time even where it changes nothing
         if _watched(h) or (torch.is_grad_enabled() and (h.requires_grad or (bias is not None and bias.requires_grad))):
             y = NF4Product.apply(h, *flatten(self.operand()), bias, True)

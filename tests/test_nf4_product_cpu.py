@@ -10,6 +10,7 @@ from handtuned.nn import LoRALinear
 from handtuned.quant import NF4Linear, quantize_nf4
 from helpers import assert_computes, assert_within_budget, run_uninterpreted
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 pytestmark = pytest.mark.skipif(nf4_cpu.LEVEL == nf4_cpu.PLAIN, reason="built only where there is a C compiler")
 LEVELS = {"AVX2": nf4_cpu.AVX2, "AVX-512": nf4_cpu.AVX512, "AVX512-BF16": nf4_cpu.AVX512_BF16}
@@ -226,6 +227,21 @@ def test_what_lies_on_another_device_is_refused_and_not_read(native, elsewhere, 
     if elsewhere == "bias":
         with torch.set_grad_enabled(grad), pytest.raises(ValueError, match="on meta"):
             layer.base_layer(torch.randn(M, 64))
+
+
+@pytest.mark.parametrize("fake", ["lora_A", "lora_B"])
+def test_what_is_fake_is_refused_and_not_read(native, fake):
+    given = {"lora_A": torch.randn(2, 64), "lora_B": torch.randn(40, 2)}
+    given[fake] = FakeTensorMode(allow_non_fake_inputs=True).from_tensor(given[fake])
+    with torch.no_grad(), pytest.raises(ValueError, match="without memory"):
+        lora_linear(torch.randn(1, 64), quantize_nf4(torch.randn(40, 64)), None, **given, scaling=1.0)
+
+
+@pytest.mark.parametrize("transposed", [True, False])
+@pytest.mark.parametrize("shape", [(33,), (2, 63), (2, 3, 65)], ids=str)
+def test_rows_of_another_length_are_refused_and_not_read(native, shape, transposed):
+    with pytest.raises(ValueError, match="x must be"):
+        nf4_matmul.nf4_matmul(torch.randn(shape), quantize_nf4(torch.randn(32, 64)), None, transposed)
 
 
 ROWS = {

@@ -1,12 +1,17 @@
 """NF4Linear keeps what it computes with ready between calls, and follows whatever happens to its parts."""
 
+import copy
+import gc
 import io
+import pickle
+import weakref
 
 import pytest
 import torch
 from handtuned.kernels import runtime
 from handtuned.quant import NF4Linear, quantize_nf4
 from torch import nn
+from torch.fx.experimental.proxy_tensor import make_fx
 
 
 @pytest.fixture(params=["torch", "kernel", "C"])
@@ -84,3 +89,36 @@ def test_saved_and_read_whole():
     assert file.getbuffer().nbytes < 1.5 * 96 * 128 and torch.equal(twin(x), expected)
     twin.weight.data.zero_()
     assert not torch.equal(twin(x), expected) and torch.equal(layer(x), expected)
+
+
+def test_a_forward_pass_leaves_nothing_behind(way):
+    layer = nf4_layer()
+    sizes = len(pickle.dumps(layer)), len(pickle.dumps(copy.deepcopy(layer)))
+    before = weakref.ref(layer.weight.untyped_storage())
+    layer(torch.randn(2, 128))
+    after = len(pickle.dumps(layer)), len(pickle.dumps(copy.deepcopy(layer)))
+    assert all(now < then + 1000 for now, then in zip(after, sizes, strict=True))
+    address = layer.weight.data_ptr()
+    torch.utils.swap_tensors(layer.weight, nn.Parameter(torch.zeros_like(layer.weight), requires_grad=False))
+    assert layer.weight.data_ptr() != address
+    owner = weakref.ref(layer.absmax)
+    layer.to("meta")
+    gc.collect()
+    assert owner() is None and before() is None
+
+
+def test_fake_tensors_leave_nothing_behind(way):
+    layer, x = nf4_layer(), torch.randn(3, 128)
+    with torch.no_grad():
+        make_fx(layer, tracing_mode="fake", _allow_non_fake_inputs=True)(x)
+        first, twin = layer(x), NF4Linear(128, 96)
+    twin.load_state_dict(layer.state_dict())
+    assert torch.equal(first, twin(x))
+
+
+@pytest.mark.parametrize("length", [1, 5, 97])
+def test_a_bias_of_another_length_is_refused_and_not_read(way, length):
+    layer = nf4_layer()
+    layer.bias = nn.Parameter(torch.randn(length))
+    with pytest.raises(ValueError, match=r"bias must be \(96,\)"):
+        layer(torch.randn(2, 128))
