@@ -354,7 +354,7 @@ print("bytes", two_bytes, "→ codes", unpacked, "→", levels[unpacked] * nf4_o
 # %% [markdown]
 # **In torch**: a byte has only 256 values, so a table of 256 *pairs* of levels answers for both codes at once, and a
 # pair of fp32 values is one int64. The loop goes tile by tile so that everything stays in cache. (Outside of these lessons
-# a CPU runs neither this nor the kernel to make fp32, if there was a compiler at installation: `kernels/nf4_cpu.c` does the
+# a CPU runs neither this nor the kernel to make fp32 or bf16, if there was a compiler at installation: `kernels/nf4_cpu.c` does the
 # same in one pass, and a test holds it to the reference's bits. There the 16 levels lie in *one* 512-bit register.)
 
 # %%

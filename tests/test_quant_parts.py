@@ -1,4 +1,4 @@
-"""NF4Linear keeps what it computes with ready between calls, and follows whatever happens to its parts."""
+"""NF4Linear notes where it found its parts whole: it follows whatever happens to them, and keeps none alive."""
 
 import copy
 import gc
