@@ -79,7 +79,7 @@ typedef struct {
 } coded;
 
 typedef struct {
-    int size, rows, width, few; /* bytes of an operand; columns of a tile; most rows that need no panel */
+    int size, rows, width, few; /* bytes of an operand; rows and columns of a tile; most rows that need no panel */
     void (*row)(const weight *, int64_t i, int64_t n, int run, int64_t ahead, int rounding, int zipped, void *to);
     void (*unzip)(const void *from, int64_t n, void *to);
     void (*columns)(const weight *, int64_t i, int64_t K, int64_t n, int64_t columns, int rounding, void *panel);
